@@ -1,0 +1,344 @@
+"""The coreset artefact: a folder of lossless patches, a manifest and, optionally, soft labels.
+
+    manifest.json                what it is, how it was made, the hash of every file
+    patches/<class id>/*.png     a plain ImageFolder, nothing else in it
+    labels.safetensors           soft labels, see soft_labels.py
+
+Legend: N samples (patches), H and W patch size in pixels, C = 3, K classes, r factor.
+A sample is a row in class-sorted order: class 0's ipc·r² patches, then class 1's, and so on.
+
+A coreset is written under a temporary name beside its place and renamed last, so an interrupted
+write leaves nothing that looks finished. Nothing is ever unpickled. PNG bytes are Pillow's at
+compression level 9 without metadata: the same pixels and Pillow give the same `content_sha256`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .durable import full_disk_explained, replacing, write_durably
+from .manifest import (
+    LABELS,
+    LEFTOVERS,
+    MANIFEST,
+    NOISE_SCHEME,
+    PATCHES,
+    REQUIRED_SETTINGS,
+    SCHEMA,
+    CoresetError,
+    check_class_ids,
+    check_files,
+    file_entry,
+    patch_files,
+    read_manifest,
+    seal,
+    spelled,
+)
+from .soft_labels import LabelBlock, SoftLabels
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """An opened coreset. Patches and labels are read when they are asked for."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def content_sha256(self) -> str:
+        """The name of this content: equal for equal seed, data, teacher and settings."""
+        return self.manifest["content_sha256"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """method, seed, image_size_px, factor, patch_px, ipc and what the method adds."""
+        return self.manifest["settings"]
+
+    @property
+    def class_ids(self) -> tuple[str, ...]:
+        """Folder names, in class order."""
+        return tuple(entry["id"] for entry in self.manifest["classes"])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names for prompts and people, in class order."""
+        return tuple(entry["name"] for entry in self.manifest["classes"])
+
+    @property
+    def labels_N(self) -> Tensor:
+        """The class index of every sample, int64 [N], non-decreasing."""
+        counts = torch.tensor([entry["patches"] for entry in self.manifest["classes"]])
+        return torch.arange(len(counts)).repeat_interleave(counts)
+
+    def patches(self) -> Tensor:
+        """Every patch, uint8 [N, H, W, 3] in 0..255, class-sorted."""
+        size_px = self.settings["patch_px"]
+        names = [
+            name
+            for entry in self.manifest["classes"]
+            for name in patch_files(entry["id"], entry["patches"])
+        ]
+        patches_NHWC = torch.empty((len(names), size_px, size_px, 3), dtype=torch.uint8)
+        for row, name in enumerate(names):
+            with Image.open(self.folder / name) as image:
+                if image.mode != "RGB" or image.size != (size_px, size_px):
+                    raise CoresetError(
+                        f"{self.folder / name}: expected an RGB image of {size_px}×{size_px} px, "
+                        f"got {image.mode} {image.size[0]}×{image.size[1]}"
+                    )
+                patches_NHWC[row] = torch.from_numpy(np.array(image))
+        return patches_NHWC
+
+    def soft_labels(self) -> SoftLabels | None:
+        """Stored labels; None when there are none (not labelled, or the teacher answers online)."""
+        described = self.manifest["labels"]
+        if described is None or described["codec"] == "none":
+            return None
+        return SoftLabels(self.folder / LABELS, described)
+
+    def bytes(self) -> dict[str, int | None]:
+        """Sizes on disk, with and without labels, with and without the generator.
+
+        `generator` is the model's own `weights_bytes`; None where the manifest does not say.
+        """
+        files = self.manifest["files"]
+        patches = sum(entry["bytes"] for name, entry in files.items() if name != LABELS)
+        labels = files.get(LABELS, {"bytes": 0})["bytes"]
+        manifest = len(spelled(self.manifest))
+        generator = (self.manifest["model"] or {"weights_bytes": 0}).get("weights_bytes")
+        with_labels = patches + manifest + labels
+        return {
+            "patches": patches,
+            "labels": labels,
+            "manifest": manifest,
+            "generator": generator,
+            "without_labels": patches + manifest,
+            "with_labels": with_labels,
+            "with_generator": None if generator is None else with_labels + generator,
+        }
+
+
+def open_coreset(folder: str | Path, verify: bool = True) -> Coreset:
+    """Open a coreset; `verify` compares every file with its hash.
+
+    The manifest itself is always checked. Raises CoresetError naming the file that is missing,
+    changed or does not belong there.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if verify:
+        check_files(folder, manifest)
+    return Coreset(folder, manifest)
+
+
+def write_coreset(
+    folder: str | Path,
+    *,
+    patches_NHWC: Tensor | np.ndarray,
+    labels_N: Tensor | np.ndarray | Sequence[int],
+    class_ids: Sequence[str],
+    class_names: Sequence[str],
+    settings: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    teacher: dict[str, Any] | None = None,
+    labels: LabelBlock | None = None,
+    provenance: dict[str, Any],
+    overwrite: bool = False,
+) -> Coreset:
+    """Write a coreset folder and open it.
+
+    patches_NHWC: uint8 [N, patch_px, patch_px, 3]; labels_N: class indices, non-decreasing, each
+    class ipc·r² times. `settings` must name method, seed, image_size_px, factor, patch_px and ipc.
+    `settings`, `model` and `teacher` are hashed: they hold no paths, times or host names, which
+    belong into `provenance`.
+
+    Raises CoresetError for arguments that contradict each other or a folder that is not empty
+    (`overwrite` replaces a coreset, and only a coreset); OSError, one clear line, on a full disk.
+    """
+    folder = Path(folder)
+    patches = np.ascontiguousarray(torch.as_tensor(patches_NHWC).cpu().numpy())
+    classes = torch.as_tensor(labels_N, dtype=torch.int64).cpu()
+    _check_arguments(patches, classes, class_ids, class_names, settings, labels)
+    _check_target(folder, overwrite)
+    needed = patches.nbytes + _label_bytes(labels)
+    with full_disk_explained(folder, needed), replacing(folder, overwrite) as partial:
+        files: dict[str, Any] = {}
+        counts = torch.bincount(classes, minlength=len(class_ids)).tolist()
+        rows = iter(patches)
+        for class_id, count in zip(class_ids, counts, strict=True):
+            (partial / PATCHES / class_id).mkdir(parents=True)
+            for name in patch_files(class_id, count):
+                _write_png(partial / name, next(rows))
+                files[name] = file_entry(partial / name)
+        if labels is not None and labels.codec != "none":
+            _write_labels(partial / LABELS, labels)
+            files[LABELS] = file_entry(partial / LABELS)
+        content = {
+            "schema": SCHEMA,
+            "classes": [
+                {"index": index, "id": class_id, "name": name, "patches": count}
+                for index, (class_id, name, count) in enumerate(
+                    zip(class_ids, class_names, counts, strict=True)
+                )
+            ],
+            "settings": settings,
+            "noise": NOISE_SCHEME,
+            "model": model,
+            "teacher": teacher,
+            "labels": None if labels is None else labels.describe(),
+            "files": files,
+        }
+        manifest = seal(_as_json(content, "settings, model and teacher"), _as_json(provenance))
+        write_durably(partial / MANIFEST, spelled(manifest))
+    return open_coreset(folder, verify=False)
+
+
+def attach_labels(
+    folder: str | Path, labels: LabelBlock, *, provenance: dict[str, Any] | None = None
+) -> Coreset:
+    """Put soft labels into a coreset, replacing those it has; `provenance` is added to its own.
+
+    Wherever this is killed, what is left opens as the coreset with the old labels, with none, or
+    with the new ones: the manifest first lets go of the old file and is replaced last.
+    """
+    coreset = open_coreset(folder)
+    folder, manifest = coreset.folder, coreset.manifest
+    _check_label_classes(labels, len(coreset.class_ids))
+    with full_disk_explained(folder, _label_bytes(labels)):
+        staged = folder / f"{LABELS}.partial"
+        if labels.codec != "none":
+            try:
+                _write_labels(staged, labels)
+            except BaseException:
+                staged.unlink(missing_ok=True)
+                raise
+        files = {name: entry for name, entry in manifest["files"].items() if name != LABELS}
+        if manifest["labels"] is not None:
+            _replace_manifest(folder, {**manifest, "labels": None, "files": files}, {})
+        if labels.codec == "none":
+            (folder / LABELS).unlink(missing_ok=True)
+        else:
+            os.replace(staged, folder / LABELS)
+            files[LABELS] = file_entry(folder / LABELS)
+        described = _as_json(labels.describe(), "label settings")
+        _replace_manifest(
+            folder, {**manifest, "labels": described, "files": files}, provenance or {}
+        )
+    return open_coreset(folder, verify=False)
+
+
+def _replace_manifest(folder: Path, content: dict[str, Any], provenance: dict[str, Any]) -> None:
+    sealed = seal(content, {**content["provenance"], **_as_json(provenance)})
+    staged = folder / f"{MANIFEST}.partial"
+    write_durably(staged, spelled(sealed))
+    os.replace(staged, folder / MANIFEST)
+
+
+def _check_arguments(
+    patches: np.ndarray,
+    classes: Tensor,
+    class_ids: Sequence[str],
+    class_names: Sequence[str],
+    settings: dict[str, Any],
+    labels: LabelBlock | None,
+) -> None:
+    missing = [key for key in REQUIRED_SETTINGS if key not in settings]
+    if missing:
+        raise CoresetError(f"settings: expected {', '.join(REQUIRED_SETTINGS)}; missing {missing}")
+    size_px = settings["patch_px"]
+    if patches.dtype != np.uint8 or patches.ndim != 4 or patches.shape[1:] != (size_px, size_px, 3):
+        raise CoresetError(
+            f"patches: expected uint8 [N, {size_px}, {size_px}, 3], "
+            f"got {patches.dtype} {list(patches.shape)}"
+        )
+    check_class_ids(list(class_ids))
+    if len(class_names) != len(class_ids):
+        raise CoresetError(f"expected {len(class_ids)} class names, got {len(class_names)}")
+    each = settings["ipc"] * settings["factor"] ** 2
+    expected = torch.arange(len(class_ids)).repeat_interleave(each)
+    if not torch.equal(classes, expected) or len(patches) != len(expected):
+        raise CoresetError(
+            f"labels: expected ipc·factor² = {each} rows of each of {len(class_ids)} classes, in "
+            f"class order; got {len(patches)} patches and labels "
+            f"{torch.bincount(classes.clamp_min(0)).tolist()[:8]}"
+        )
+    if labels is not None:
+        _check_label_classes(labels, len(class_ids))
+
+
+def _check_label_classes(labels: LabelBlock, classes: int) -> None:
+    if labels.logits is not None and labels.logits.shape[2] != classes:
+        raise CoresetError(
+            f"soft labels: expected {classes} classes, as the coreset has, got "
+            f"{labels.logits.shape[2]}: use a teacher trained on these classes"
+        )
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    """Refuse to write where something is, unless it is a coreset and `overwrite` was asked for."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CoresetError(f"{folder} exists and is not a folder: choose another --out")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise CoresetError(
+            f"{folder} is not empty: choose another --out, or --overwrite to replace a coreset"
+        )
+    foreign = sorted({entry.name for entry in folder.iterdir()} - {MANIFEST, PATCHES, *LEFTOVERS})
+    if foreign or not _is_coreset(folder / MANIFEST):
+        found = f"it holds {foreign[0]!r}" if foreign else f"it has no {MANIFEST} of ours"
+        raise CoresetError(
+            f"{folder} is not a coreset ({found}), and --overwrite replaces nothing else: "
+            "choose another --out"
+        )
+
+
+def _is_coreset(manifest: Path) -> bool:
+    """Whether this manifest is one of ours, intact or not."""
+    try:
+        schema = json.loads(manifest.read_bytes())["schema"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(schema, str) and schema.startswith("patchbloom.coreset/")
+
+
+def _write_png(path: Path, patch_HWC: np.ndarray) -> None:
+    with path.open("wb") as stream:
+        Image.fromarray(patch_HWC).save(stream, "PNG", compress_level=9)
+
+
+def _write_labels(path: Path, labels: LabelBlock) -> None:
+    try:
+        save_file(labels.tensors(), path)
+    except SafetensorError as error:
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
+
+
+def _label_bytes(labels: LabelBlock | None) -> int:
+    if labels is None or labels.logits is None:
+        return 0
+    epochs, samples, classes = labels.logits.shape
+    return epochs * samples * (2 * classes if labels.codec == "dense" else 4 * labels.k)
+
+
+def _as_json(value: dict[str, Any], what: str = "provenance") -> dict[str, Any]:
+    """`value` as it will be read back (tuples become lists); CoresetError if not plain JSON."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CoresetError(f"{what}: expected plain JSON values, got {error}") from None

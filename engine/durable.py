@@ -1,0 +1,86 @@
+"""Writing a folder so that it is there whole or not at all.
+
+A folder is filled under a temporary name beside its place, and renamed last. A killed process
+leaves only that hidden folder, which the next write to the same place removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = f"{socket.gethostname()}-{os.getpid()}"
+    partial = folder.parent / f".{folder.name}.partial-{mark}"
+    replaced = folder.parent / f".{folder.name}.replaced-{mark}"
+    _remove_abandoned(folder)
+    partial.mkdir()
+    try:
+        yield partial
+        if overwrite and folder.exists():
+            os.rename(folder, replaced)
+        os.rename(partial, folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what a killed process of this machine left while writing this coreset."""
+    for state in ("partial", "replaced"):
+        prefix = f".{folder.name}.{state}-{socket.gethostname()}-"
+        for path in folder.parent.iterdir():
+            pid = path.name.removeprefix(prefix)
+            if path.name.startswith(prefix) and pid.isdigit() and not _is_alive(int(pid)):
+                shutil.rmtree(path)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+@contextmanager
+def full_disk_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn a full disk or quota into one line that says where and how much is needed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"no space left for {folder}: it needs up to {needed_bytes / 2**20:.1f} MiB; "
+            "free some, or choose an --out on another disk"
+        ) from error
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
