@@ -1,0 +1,91 @@
+"""Readable class names, for prompts and pictures.
+
+A name comes from the first of: the user's file, the shipped map of ImageNet-1k's WordNet ids
+(`imagenet_classes.json`: the 1000 ids with a WordNet lemma each, made distinct where two classes
+share one), the folder's name with `_` and `-` read as spaces. A bare WordNet id is never a name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+_WORDNET_ID = re.compile(r"[nvars]\d{8}")
+
+
+def display_names(
+    class_ids: Sequence[str], class_names_file: str | Path | None = None
+) -> tuple[str, ...]:
+    """One name per class id, in the same order.
+
+    `class_names_file` is a JSON object {id: name} or a text file of lines "id name" (a tab, or else
+    the first space, separates them); it names every class, and may name others.
+
+    Raises FileNotFoundError or ValueError for an unreadable file or a class it leaves out, and
+    ValueError for a WordNet id outside ImageNet-1k when there is no file.
+    """
+    if class_names_file is not None:
+        names = _read_names(Path(class_names_file))
+        missing = [class_id for class_id in class_ids if class_id not in names]
+        if missing:
+            raise ValueError(
+                f"{class_names_file}: expected a name for each of {len(class_ids)} classes, "
+                f"{len(missing)} missing, first {missing[0]!r}: add a line {missing[0]!r} and name"
+            )
+        return tuple(names[class_id] for class_id in class_ids)
+    return tuple(_shipped_or_folder_name(class_id) for class_id in class_ids)
+
+
+@cache
+def imagenet_names() -> dict[str, str]:
+    """The shipped map: WordNet id → name, 1000 entries sorted by id, which is ImageNet's order."""
+    shipped = resources.files(__package__).joinpath("imagenet_classes.json")
+    return json.loads(shipped.read_text(encoding="utf-8"))
+
+
+def _shipped_or_folder_name(class_id: str) -> str:
+    name = imagenet_names().get(class_id)
+    if name is not None:
+        return name
+    if _WORDNET_ID.fullmatch(class_id):
+        raise ValueError(
+            f"class folder {class_id!r} is a WordNet id that is not among ImageNet-1k's 1000: "
+            "name the classes with --class-names FILE, one line 'id name' each"
+        )
+    return " ".join(re.split(r"[_\-\s]+", class_id)).strip() or class_id
+
+
+def _read_names(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"--class-names {path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"--class-names {path}: expected UTF-8 text") from None
+    if text.lstrip().startswith("{"):
+        try:
+            pairs = list(json.loads(text).items())
+        except ValueError as error:
+            raise ValueError(f"--class-names {path}: expected a JSON object ({error})") from None
+    else:
+        pairs = [_split_line(path, line) for line in text.splitlines() if line.strip()]
+    names: dict[str, str] = {}
+    for class_id, name in pairs:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(
+                f"--class-names {path}: expected a name for {class_id!r}, got {name!r}"
+            )
+        if names.setdefault(class_id, name.strip()) != name.strip():
+            raise ValueError(f"--class-names {path}: {class_id!r} is named twice")
+    return names
+
+
+def _split_line(path: Path, line: str) -> tuple[str, str]:
+    parts = line.strip().split("\t", 1) if "\t" in line.strip() else line.strip().split(None, 1)
+    if len(parts) != 2:
+        raise ValueError(f"--class-names {path}: expected a line 'id name', got {line!r}")
+    return parts[0].strip(), parts[1].strip()
