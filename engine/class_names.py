@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 _WORDNET_ID = re.compile(r"[nvars]\d{8}")
@@ -43,7 +42,8 @@ def display_names(
 @cache
 def imagenet_names() -> dict[str, str]:
     """The shipped map: WordNet id → name, 1000 entries sorted by id, which is ImageNet's order."""
-    shipped = resources.files(__package__).joinpath("imagenet_classes.json")
+    # Not importlib.resources: it refuses the namespace package of an editable install.
+    shipped = Path(__file__).with_name("imagenet_classes.json")
     return json.loads(shipped.read_text(encoding="utf-8"))
 
 
@@ -76,9 +76,7 @@ def _read_names(path: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for class_id, name in pairs:
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(
-                f"--class-names {path}: expected a name for {class_id!r}, got {name!r}"
-            )
+            raise ValueError(f"--class-names {path}: {class_id!r}: expected a name, got {name!r}")
         if names.setdefault(class_id, name.strip()) != name.strip():
             raise ValueError(f"--class-names {path}: {class_id!r} is named twice")
     return names
