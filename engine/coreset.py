@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .durable import full_disk_explained, replacing, write_durably
+from .durable import full_disk_explained, replace_file, replacing, write_durably
 from .manifest import (
     LABELS,
     LEFTOVERS,
@@ -242,9 +242,7 @@ def attach_labels(
 
 def _replace_manifest(folder: Path, content: dict[str, Any], provenance: dict[str, Any]) -> None:
     sealed = seal(content, {**content["provenance"], **_as_json(provenance)})
-    staged = folder / f"{MANIFEST}.partial"
-    write_durably(staged, spelled(sealed))
-    os.replace(staged, folder / MANIFEST)
+    replace_file(folder / MANIFEST, spelled(sealed))
 
 
 def _check_arguments(

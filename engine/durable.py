@@ -32,29 +32,35 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
         os.rename(partial, folder)
         _sync_folder(folder.parent)
     except BaseException:
+        if replaced.exists() and not folder.exists():
+            os.rename(replaced, folder)
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what a killed process of this machine left while writing this coreset."""
+    """Remove what a killed process of this machine left while writing this folder."""
     for state in ("partial", "replaced"):
         prefix = f".{folder.name}.{state}-{socket.gethostname()}-"
         for path in folder.parent.iterdir():
             pid = path.name.removeprefix(prefix)
-            if path.name.startswith(prefix) and pid.isdigit() and not _is_alive(int(pid)):
+            if path.name.startswith(prefix) and pid.isdigit() and not _is_other_alive(int(pid)):
                 shutil.rmtree(path)
 
 
-def _is_alive(pid: int) -> bool:
+def _is_other_alive(pid: int) -> bool:
+    """Whether another process has this id; our own id on a leftover was a dead namesake's."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return pid != os.getpid()
+        pass
+    return True
 
 
 @contextmanager
@@ -72,10 +78,22 @@ def full_disk_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
 
 
 def write_durably(path: Path, data: bytes) -> None:
+    """Write `path` and wait until it is on the disk."""
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `path` whole or not at all: under a temporary name beside it, renamed last."""
+    staged = path.with_name(f"{path.name}.partial")
+    try:
+        write_durably(staged, data)
+        os.replace(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

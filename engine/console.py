@@ -1,0 +1,53 @@
+"""How a command of ours ends: one JSON object as the last line of stdout, or one line of error.
+
+Exit codes: 0 done; 2 the user's input cannot be used (ValueError, OSError, a command line that does
+not parse); 130 interrupted. Anything else is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Parsed = TypeVar("Parsed")
+# tyro draws a box around a usage error, and closes it with a hint that we give ourselves.
+_BOX = re.compile(r"[│╭╮╰╯─]+|For full helptext,.*|Error parsing [^:]*:|\(required\)")
+
+
+def run_command(
+    program: str, parse: Callable[[], Parsed], execute: Callable[[Parsed], dict[str, Any]]
+) -> int:
+    """Parse, execute, print the result as one line of JSON; returns the exit code."""
+    try:
+        parsed = _parse_in_one_line(program, parse)
+        result = execute(parsed)
+    except (ValueError, OSError) as error:
+        return _fail(program, str(error) or type(error).__name__, 2)
+    except KeyboardInterrupt:
+        return _fail(program, "interrupted", 130)
+    print(json.dumps(result), flush=True)
+    return 0
+
+
+def _parse_in_one_line(program: str, parse: Callable[[], Parsed]) -> Parsed:
+    """tyro's parse, its boxed usage error made one line; --help prints and exits as usual."""
+    boxed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxed):
+            return parse()
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+    lines = [_BOX.sub("", line) for line in boxed.getvalue().splitlines()[1:]]
+    told = " ".join(" ".join(lines).split()) or "the command line cannot be parsed"
+    raise ValueError(f"{told} (see {program} --help)")
+
+
+def _fail(program: str, message: str, code: int) -> int:
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code

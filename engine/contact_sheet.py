@@ -1,0 +1,49 @@
+"""Contact sheets: rows of small pictures with a name in front.
+
+Legend: N pictures, H and W their size in pixels, C = 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_GAP_PX = 4
+_SMALLEST_TILE_PX = 48  # smaller pictures are enlarged by a whole factor, pixels kept square
+_PAPER, _INK = (255, 255, 255), (20, 20, 20)
+
+
+def contact_sheet(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
+    """One line per (name, pictures uint8 [N, H, W, 3]); all pictures have one size.
+
+    Raises ValueError when there is no picture or the sizes differ.
+    """
+    shapes = {pictures.shape[1:] for _, pictures in rows}
+    longest = max((len(pictures) for _, pictures in rows), default=0)
+    if len(shapes) != 1 or longest == 0:
+        raise ValueError(f"contact sheet: expected pictures of one size, got {sorted(shapes)}")
+    height, width, _ = shapes.pop()
+    scale = max(1, -(-_SMALLEST_TILE_PX // height))
+    tile_height, tile_width = height * scale, width * scale
+    font = ImageFont.load_default(size=13)
+    names_px = 2 * _GAP_PX + max(int(font.getlength(name)) + 1 for name, _ in rows)
+    sheet = Image.new(
+        "RGB",
+        (
+            names_px + longest * (tile_width + _GAP_PX),
+            _GAP_PX + len(rows) * (tile_height + _GAP_PX),
+        ),
+        _PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    for line, (name, pictures) in enumerate(rows):
+        top = _GAP_PX + line * (tile_height + _GAP_PX)
+        draw.text((_GAP_PX, top + tile_height // 2), name, fill=_INK, font=font, anchor="lm")
+        for column, picture_HWC in enumerate(pictures):
+            tile = Image.fromarray(picture_HWC).resize(
+                (tile_width, tile_height), Image.Resampling.NEAREST
+            )
+            sheet.paste(tile, (names_px + column * (tile_width + _GAP_PX), top))
+    return sheet
