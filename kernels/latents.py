@@ -1,0 +1,179 @@
+"""The start of an expansion: latents gathered from the bank, mixed within the class, and noised.
+
+Formula, per sample, with z = bank[row]:
+
+    partner = class_first + min(floor(u * class_count), class_count - 1)    u: Draw.MIXUP_PARTNER
+    z       = gamma * z + (1 - gamma) * bank[partner]                   gamma: Draw.MIXUP_WEIGHT
+    state   = z + sigma * n                                                 n: Draw.START
+    input   = state * model_scale,                 model_scale = 1 / sqrt(sigma^2 + 1)
+
+The two mixup lines run when mixup is asked for. The partner is any row of the class, the sample's
+own included; gamma is uniform on (0, 1), which is Beta(1, 1) (DACE, section 3). The state is
+diffusers' (x = z + sigma n); u, gamma and n are functions of (seed, sample, epoch) alone.
+
+Shapes: N rows of the bank, class-sorted; B samples; C, H, W of one latent.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import require, runs_kernel
+from .noise import (
+    Draw,
+    kernel_words,
+    normal_block,
+    normal_reference,
+    philox_block,
+    uniform_of,
+    uniform_reference,
+)
+
+FLOATS = (torch.float32, torch.float16)
+GROUPS_PER_PROGRAM = 128
+"""512 elements: a 4 x 16 x 16 latent is two programs."""
+
+
+def start_state_reference(
+    bank_NCHW: torch.Tensor,
+    rows_B: torch.Tensor,
+    samples_B: torch.Tensor,
+    class_first_B: torch.Tensor,
+    class_count_B: torch.Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    sigma: float,
+    mixup: bool,
+    model_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(state, model input), both fp32 [B, C, H, W], in plain torch."""
+    latents = bank_NCHW[rows_B].float()
+    if mixup:
+        partner_u = uniform_reference(seed, Draw.MIXUP_PARTNER, samples_B, epoch, 1)[:, 0]
+        gamma = uniform_reference(seed, Draw.MIXUP_WEIGHT, samples_B, epoch, 1)[:, :, None, None]
+        offset_B = torch.minimum((partner_u * class_count_B).long(), class_count_B - 1)
+        partners = bank_NCHW[class_first_B + offset_B].float()
+        latents = gamma * latents + (1.0 - gamma) * partners
+    noise = normal_reference(seed, Draw.START, samples_B, epoch, bank_NCHW.shape[1:])
+    state = latents + sigma * noise
+    return state, state * model_scale
+
+
+@triton.jit(do_not_specialize=["epoch", "seed_lo", "seed_hi"])
+def start_state_kernel(
+    state_ptr,
+    input_ptr,
+    bank_ptr,
+    rows_ptr,
+    samples_ptr,
+    class_first_ptr,
+    class_count_ptr,
+    numel,
+    sigma,
+    model_scale,
+    epoch,
+    seed_lo,
+    seed_hi,
+    START: tl.constexpr,
+    PARTNER: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    MIXUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Program (sample, block) writes 4 GROUPS elements of one latent."""
+    index = tl.program_id(0)
+    first_group = tl.program_id(1) * GROUPS
+    element = first_group * 4 + tl.arange(0, 4 * GROUPS)
+    inside = element < numel
+    sample = tl.load(samples_ptr + index)
+    row = tl.load(rows_ptr + index)
+    latent = tl.load(bank_ptr + row * numel + element, mask=inside).to(tl.float32)
+    if MIXUP:
+        first = tl.load(class_first_ptr + index)
+        count = tl.load(class_count_ptr + index)
+        partner_word, _, _, _ = philox_block(0, PARTNER, sample, epoch, seed_lo, seed_hi)
+        weight_word, _, _, _ = philox_block(0, WEIGHT, sample, epoch, seed_lo, seed_hi)
+        offset = (uniform_of(partner_word) * count.to(tl.float32)).to(tl.int64)
+        partner = first + tl.minimum(offset, count - 1)
+        other = tl.load(bank_ptr + partner * numel + element, mask=inside).to(tl.float32)
+        gamma = uniform_of(weight_word)
+        latent = gamma * latent + (1.0 - gamma) * other
+    group = first_group + tl.arange(0, GROUPS)
+    noise = normal_block(group, START, sample, epoch, seed_lo, seed_hi)
+    state = latent + sigma * noise
+    out = index.to(tl.int64) * numel + element
+    tl.store(state_ptr + out, state, mask=inside)
+    tl.store(input_ptr + out, (state * model_scale).to(input_ptr.dtype.element_ty), mask=inside)
+
+
+def start_state(
+    bank_NCHW: torch.Tensor,
+    rows_B: torch.Tensor,
+    samples_B: torch.Tensor,
+    class_first_B: torch.Tensor,
+    class_count_B: torch.Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    sigma: float,
+    mixup: bool,
+    model_scale: float,
+    dtype: torch.dtype = torch.float32,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first state (fp32) and the first model input (``dtype``), both [B, C, H, W].
+
+    ``bank_NCHW`` is fp32 or fp16, the index tensors int64 on the same device; ``rows_B`` and
+    class_first + class_count stay inside the bank (not checked: that would need a sync). Give
+    ``out`` = (state, model input) to write into buffers of your own. Raises TypeError or ValueError
+    for a dtype, shape, device or layout that does not fit.
+    """
+    require("bank_NCHW", bank_NCHW, dtype=FLOATS, shape=("N", "C", "H", "W"))
+    require("rows_B", rows_B, dtype=torch.int64, shape=("B",), like=bank_NCHW)
+    indices = {"samples_B": samples_B, "class_first_B": class_first_B}
+    for name, tensor in {**indices, "class_count_B": class_count_B}.items():
+        require(name, tensor, dtype=torch.int64, shape=rows_B.shape, like=bank_NCHW)
+    sizes = (len(rows_B), *bank_NCHW.shape[1:])
+    if out is None:
+        state = torch.empty(sizes, dtype=torch.float32, device=bank_NCHW.device)
+        out = state, torch.empty(sizes, dtype=dtype, device=bank_NCHW.device)
+    require("out[0]", out[0], dtype=torch.float32, shape=sizes, like=bank_NCHW)
+    require("out[1]", out[1], dtype=(*FLOATS, torch.bfloat16), shape=sizes, like=bank_NCHW)
+    draw, *words = kernel_words(seed, Draw.START, epoch)
+    if not runs_kernel(bank_NCHW):
+        results = start_state_reference(
+            bank_NCHW,
+            rows_B,
+            samples_B,
+            class_first_B,
+            class_count_B,
+            seed=seed,
+            epoch=epoch,
+            sigma=sigma,
+            mixup=mixup,
+            model_scale=model_scale,
+        )
+        return out[0].copy_(results[0]), out[1].copy_(results[1])
+    if out[0].numel():
+        numel = bank_NCHW[0].numel()
+        grid = (len(rows_B), triton.cdiv(numel, 4 * GROUPS_PER_PROGRAM))
+        with torch.cuda.device_of(bank_NCHW):
+            start_state_kernel[grid](
+                *out,
+                bank_NCHW,
+                rows_B,
+                samples_B,
+                class_first_B,
+                class_count_B,
+                numel,
+                sigma,
+                model_scale,
+                *words,
+                START=draw,
+                PARTNER=int(Draw.MIXUP_PARTNER),
+                WEIGHT=int(Draw.MIXUP_WEIGHT),
+                MIXUP=mixup,
+                GROUPS=GROUPS_PER_PROGRAM,
+            )
+    return out

@@ -1,0 +1,51 @@
+"""What a launcher settles first: do the tensors fit the kernel, and who runs the operation.
+
+A launcher runs the Triton kernel on CUDA tensors and the torch reference on CPU tensors. Under
+``TRITON_INTERPRET=1`` (Triton's own switch, read before ``import triton``) CPU tensors go through
+the kernel too, in Triton's interpreter: that is how the kernels are tested without a GPU.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+
+def runs_kernel(tensor: torch.Tensor) -> bool:
+    """Whether the kernel (True) or the reference (False) computes on this tensor's device."""
+    if tensor.is_cuda:
+        return True
+    if tensor.device.type != "cpu":
+        raise ValueError(f"expected tensors on cpu or cuda, got {tensor.device}; move them first")
+    return bool(triton.knobs.runtime.interpret)
+
+
+def require(
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    shape: Sequence[int | str],
+    like: torch.Tensor | None = None,
+) -> None:
+    """Raise unless ``tensor`` is contiguous with this dtype and shape, on ``like``'s device.
+
+    A string in ``shape`` names an axis of any length. Raises TypeError for the dtype, ValueError
+    for anything else.
+    """
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected {names}, got {got}; convert it with .to()")
+    sizes = tuple(tensor.shape)
+    fits = len(sizes) == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, sizes, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(str(want) for want in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(sizes)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device}, got {tensor.device}; move it first")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor; call .contiguous() first")

@@ -1,0 +1,343 @@
+"""Counter-based noise: every random number of the system is a pure function of its name.
+
+Formula. Philox 4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3")
+with the 64-bit seed as key (low word, high word) and the counter words
+
+    (element // 4, draw, sample, epoch),          lane = element % 4
+
+turns a counter into four 32-bit words x. From each word, in fp32 and in this order,
+
+    u = min((fl(x) + 0.5) * 2^-32, 1 - 2^-24)
+
+where fl rounds to nearest even: fl(x) and the sum both round, so 128 of the 2^32 words would give
+1.0; the minimum keeps u inside (0, 1), between 2^-33 and 1 - 2^-24. Box-Muller on (u0, u1) and
+(u2, u3) gives four normals, in the lanes cos, sin, cos, sin:
+
+    n = sqrt(-2 ln u0) * cos(2 pi u1),   sqrt(-2 ln u0) * sin(2 pi u1),   ...   |n| <= 6.77
+
+The words are the same bits everywhere. Triton, torch and numpy differ in the last bits of log, sin
+and cos only: the normals agree to 2e-6. A number does not depend on which other samples are
+asked for, nor on their order.
+
+Shapes: B samples; G counter groups of four elements. ``element`` runs over a sample's own numbers
+in C order. ``sample`` and ``element // 4`` are taken modulo 2^32.
+"""
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from .launch import require, runs_kernel
+
+MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+KEY_STEP_0, KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+LOW_32 = 0xFFFFFFFF
+UNIFORM_MAX = 1.0 - 2.0**-24
+TWO_PI = 2.0 * math.pi
+GROUPS_PER_PROGRAM = 256
+"""1024 numbers, two counters a thread at four warps."""
+
+
+class Draw(IntEnum):
+    """What a number is drawn for: the second counter word. Values are part of stored artefacts."""
+
+    START = 0
+    POSTERIOR = 1
+    MIXUP_PARTNER = 2
+    MIXUP_WEIGHT = 3
+    SCORING_CROP = 4
+    STUDENT_CROP = 5
+    FLIP = 6
+    CUTMIX = 7
+    ORDER = 8
+    PATCH_SHUFFLE = 9
+    TEACHER_CROP = 10
+    SELECTION = 11
+    PRIOR = 12
+    ANCESTRAL = 64
+    """Sampler step k draws with ANCESTRAL + k; nothing is reserved above."""
+
+
+def philox_reference(
+    seed: int,
+    groups: torch.Tensor,
+    draw: int,
+    samples: torch.Tensor,
+    epoch: int,
+    *,
+    rounds: int = ROUNDS,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The four output words of each counter, as int64 tensors in [0, 2^32).
+
+    ``groups`` and ``samples`` are int64 and broadcast against each other. The 64-bit products wrap
+    in int64; the shifted-in sign bits are masked off.
+    """
+    key_0, key_1 = seed & LOW_32, seed >> 32
+    c0, c1, c2, c3 = groups & LOW_32, draw, samples & LOW_32, epoch
+    for _ in range(rounds):
+        product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
+        c0, c1 = ((product_1 >> 32) ^ c1 ^ key_0) & LOW_32, product_1 & LOW_32
+        c2, c3 = ((product_0 >> 32) ^ c3 ^ key_1) & LOW_32, product_0 & LOW_32
+        key_0, key_1 = (key_0 + KEY_STEP_0) & LOW_32, (key_1 + KEY_STEP_1) & LOW_32
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
+    return c0, c1, c2, c3
+
+
+def _uniform_lanes_reference(
+    seed: int, draw: int, samples_B: torch.Tensor, epoch: int, count: int
+) -> torch.Tensor:
+    groups = torch.arange(triton.cdiv(count, 4), device=samples_B.device)
+    words = philox_reference(seed, groups, draw, samples_B[:, None], epoch)
+    lanes_BG4 = torch.stack(words, dim=-1).to(torch.float32)
+    return lanes_BG4.add_(0.5).mul_(2.0**-32).clamp_(max=UNIFORM_MAX)
+
+
+def uniform_reference(
+    seed: int, draw: int, samples_B: torch.Tensor, epoch: int, count: int
+) -> torch.Tensor:
+    """``count`` uniforms per sample, fp32 [B, count] in (0, 1), in plain torch."""
+    lanes_BG4 = _uniform_lanes_reference(seed, draw, samples_B, epoch, count)
+    return lanes_BG4.flatten(1)[:, :count].contiguous()
+
+
+def normal_reference(
+    seed: int,
+    draw: int,
+    samples_B: torch.Tensor,
+    epoch: int,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Standard normals [B, *shape] in plain torch; computed in fp32, then cast."""
+    count = math.prod(shape)
+    lanes_BG4 = _uniform_lanes_reference(seed, draw, samples_B, epoch, count)
+    radius = lanes_BG4[..., 0::2].log().mul_(-2.0).sqrt_()
+    angle = lanes_BG4[..., 1::2] * TWO_PI
+    normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    return normals.flatten(1)[:, :count].reshape(len(samples_B), *shape).to(dtype)
+
+
+def philox_numpy(
+    seed: int,
+    groups: np.ndarray,
+    draw: int,
+    samples: np.ndarray,
+    epoch: int,
+    *,
+    rounds: int = ROUNDS,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """``philox_reference`` in numpy: uint64 arrays in [0, 2^32)."""
+    u64 = np.uint64
+    key_0, key_1 = seed & LOW_32, seed >> 32
+    c0, c1 = groups.astype(u64) & u64(LOW_32), u64(draw)
+    c2, c3 = samples.astype(u64) & u64(LOW_32), u64(epoch)
+    for _ in range(rounds):
+        product_0, product_1 = c0 * u64(MULTIPLIER_0), c2 * u64(MULTIPLIER_1)
+        c0, c1 = (product_1 >> u64(32)) ^ c1 ^ u64(key_0), product_1 & u64(LOW_32)
+        c2, c3 = (product_0 >> u64(32)) ^ c3 ^ u64(key_1), product_0 & u64(LOW_32)
+        key_0, key_1 = (key_0 + KEY_STEP_0) & LOW_32, (key_1 + KEY_STEP_1) & LOW_32
+    c0, c1, c2, c3 = np.broadcast_arrays(c0, c1, c2, c3)
+    return c0, c1, c2, c3
+
+
+def _uniform_lanes_numpy(
+    seed: int, draw: int, samples: np.ndarray, epoch: int, count: int
+) -> np.ndarray:
+    _require_words(seed, draw, epoch)
+    groups = np.arange(-(-count // 4))
+    words = philox_numpy(seed, groups, draw, np.asarray(samples)[:, None], epoch)
+    lanes_BG4 = np.stack(words, axis=-1).astype(np.float32)
+    return np.minimum((lanes_BG4 + np.float32(0.5)) * np.float32(2.0**-32), np.float32(UNIFORM_MAX))
+
+
+def uniform_numpy(seed: int, draw: int, samples: np.ndarray, epoch: int, count: int) -> np.ndarray:
+    """``uniform`` in numpy: the same bits, for callbacks that must not touch torch."""
+    lanes_BG4 = _uniform_lanes_numpy(seed, draw, samples, epoch, count)
+    return lanes_BG4.reshape(len(lanes_BG4), -1)[:, :count]
+
+
+def normal_numpy(
+    seed: int, draw: int, samples: np.ndarray, epoch: int, shape: Sequence[int]
+) -> np.ndarray:
+    """``normal`` in numpy, fp32 [B, *shape]: the same numbers to 2e-6."""
+    lanes_BG4 = _uniform_lanes_numpy(seed, draw, samples, epoch, math.prod(shape))
+    radius = np.sqrt(np.float32(-2.0) * np.log(lanes_BG4[..., 0::2]))
+    angle = lanes_BG4[..., 1::2] * np.float32(TWO_PI)
+    normals = np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=-1)
+    flat = normals.reshape(len(normals), -1)[:, : math.prod(shape)]
+    return flat.reshape(len(normals), *shape)
+
+
+@triton.jit
+def philox_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS: tl.constexpr = 10):
+    """Four uint32 words per counter; the arguments are integers of 32 bits or more, any sign."""
+    c0 = tl.to_tensor(group).to(tl.uint32)
+    c1 = tl.to_tensor(draw).to(tl.uint32)
+    c2 = tl.to_tensor(sample).to(tl.uint32)
+    c3 = tl.to_tensor(epoch).to(tl.uint32)
+    key_0 = tl.to_tensor(seed_lo).to(tl.uint32)
+    key_1 = tl.to_tensor(seed_hi).to(tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        high_0 = tl.umulhi(c0, 0xD2511F53)
+        high_1 = tl.umulhi(c2, 0xCD9E8D57)
+        low_0 = tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
+        low_1 = tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
+        c0 = high_1 ^ c1 ^ key_0
+        c1 = low_1
+        c2 = high_0 ^ c3 ^ key_1
+        c3 = low_0
+        key_0 = tl.add(key_0, 0x9E3779B9, sanitize_overflow=False)
+        key_1 = tl.add(key_1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def uniform_of(word):
+    """u of one word: fp32 in (0, 1)."""
+    return tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
+
+
+@triton.jit
+def normal_of(word_0, word_1):
+    """Box-Muller of two words: the cos and the sin lane."""
+    radius = tl.sqrt_rn(-2.0 * tl.log(uniform_of(word_0)))
+    angle = 6.283185307179586 * uniform_of(word_1)
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def normal_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS: tl.constexpr = 10):
+    """[4 G] fp32 normals, in element order, of [G] consecutive counters of one sample."""
+    word_0, word_1, word_2, word_3 = philox_block(
+        group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS
+    )
+    n0, n1 = normal_of(word_0, word_1)
+    n2, n3 = normal_of(word_2, word_3)
+    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit(do_not_specialize=["draw", "epoch", "seed_lo", "seed_hi"])
+def noise_kernel(
+    out_ptr,
+    samples_ptr,
+    count,
+    draw,
+    epoch,
+    seed_lo,
+    seed_hi,
+    NORMAL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROUNDS: tl.constexpr = 10,
+):
+    """Program (row, block) writes 4 GROUPS numbers of one sample."""
+    row = tl.program_id(0)
+    first_group = tl.program_id(1) * GROUPS
+    sample = tl.load(samples_ptr + row)
+    group = first_group + tl.arange(0, GROUPS)
+    if NORMAL:
+        values = normal_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS)
+    else:
+        w0, w1, w2, w3 = philox_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS)
+        u0, u1, u2, u3 = uniform_of(w0), uniform_of(w1), uniform_of(w2), uniform_of(w3)
+        values = tl.interleave(tl.interleave(u0, u2), tl.interleave(u1, u3))
+    element = first_group * 4 + tl.arange(0, 4 * GROUPS)
+    out = out_ptr + row.to(tl.int64) * count + element
+    tl.store(out, values.to(out_ptr.dtype.element_ty), mask=element < count)
+
+
+def _signed_32(word: int) -> int:
+    """The int32 with the bits of a 32-bit word: kernel arguments keep one type at any value."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def kernel_words(seed: int, draw: int, epoch: int) -> tuple[int, int, int, int]:
+    """(draw, epoch, seed_lo, seed_hi) as the int32 arguments of a kernel that draws noise.
+
+    Raises ValueError when seed is not a 64-bit, or draw or epoch not a 32-bit unsigned integer.
+    """
+    _require_words(seed, draw, epoch)
+    words = (int(draw), int(epoch), seed & LOW_32, seed >> 32)
+    return tuple(_signed_32(word) for word in words)  # pyright: ignore[reportReturnType]
+
+
+def _require_words(seed: int, draw: int, epoch: int) -> None:
+    for name, value, bits in (("seed", seed, 64), ("draw", draw, 32), ("epoch", epoch, 32)):
+        if not 0 <= value < 2**bits:
+            raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {value}")
+
+
+def _launch(
+    out: torch.Tensor, seed: int, draw: int, samples_B: torch.Tensor, epoch: int, normal: bool
+) -> torch.Tensor:
+    words = kernel_words(seed, draw, epoch)
+    count = math.prod(out.shape[1:])
+    if out.numel():
+        grid = (len(samples_B), triton.cdiv(count, 4 * GROUPS_PER_PROGRAM))
+        with torch.cuda.device_of(samples_B):
+            noise_kernel[grid](
+                out, samples_B, count, *words, NORMAL=normal, GROUPS=GROUPS_PER_PROGRAM
+            )
+    return out
+
+
+def uniform(
+    seed: int,
+    draw: int,
+    samples_B: torch.Tensor,
+    epoch: int,
+    count: int,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``count`` uniforms per sample: fp32 [B, count] in (0, 1), on ``samples_B``'s device.
+
+    Element e of a sample is the u of Philox word e, before Box-Muller. ``samples_B`` is int64.
+    Raises TypeError or ValueError for tensors or words out of range.
+    """
+    require("samples_B", samples_B, dtype=torch.int64, shape=("B",))
+    if out is not None:
+        require("out", out, dtype=torch.float32, shape=(len(samples_B), count), like=samples_B)
+    if runs_kernel(samples_B):
+        if out is None:
+            out = torch.empty(len(samples_B), count, device=samples_B.device)
+        return _launch(out, seed, draw, samples_B, epoch, normal=False)
+    _require_words(seed, draw, epoch)
+    values = uniform_reference(seed, draw, samples_B, epoch, count)
+    return values if out is None else out.copy_(values)
+
+
+def normal(
+    seed: int,
+    draw: int,
+    samples_B: torch.Tensor,
+    epoch: int,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Standard normals [B, *shape] on ``samples_B``'s device, each a pure function of its name.
+
+    ``samples_B`` is int64; ``dtype`` (or ``out``'s) is float32, float16 or bfloat16. Raises
+    TypeError or ValueError for tensors or words out of range.
+    """
+    require("samples_B", samples_B, dtype=torch.int64, shape=("B",))
+    if out is not None:
+        sizes = (len(samples_B), *shape)
+        dtypes = (torch.float32, torch.float16, torch.bfloat16)
+        require("out", out, dtype=dtypes, shape=sizes, like=samples_B)
+        dtype = out.dtype
+    if runs_kernel(samples_B):
+        if out is None:
+            out = torch.empty(len(samples_B), *shape, dtype=dtype, device=samples_B.device)
+        return _launch(out, seed, draw, samples_B, epoch, normal=True)
+    _require_words(seed, draw, epoch)
+    values = normal_reference(seed, draw, samples_B, epoch, shape, dtype=dtype)
+    return values if out is None else out.copy_(values)

@@ -1,0 +1,316 @@
+"""Pixels in and out of the networks: patches up to the encoder, pictures down to the student.
+
+Formula of ``upsample_patches``, torch's ``interpolate(align_corners=False)`` without antialias,
+per output row i of S (columns alike), p source rows:
+
+    y = (i + 0.5) * p / S - 0.5;   taps at floor(y) - 1 ... floor(y) + 2 (bicubic, a = -0.75)
+                                   or floor(y), floor(y) + 1 (bilinear), clamped to the patch
+    out = clamp(sum(weight * pixel) / 127.5 - 1, -1, 1)
+
+Formula of ``student_input``, torchvision's ``resized_crop(antialias=False)`` followed by a flip and
+``normalize``, per output row i of S and box (top, left, height, width):
+
+    y = top + clamp((i + 0.5) * height / S - 0.5, 0, height - 1),     x alike, with j -> S - 1 - j
+    out = (bilinear(clamp(image, -1, 1), y, x) / 2 + 0.5 - mean) / std                 if flipped
+
+Shapes: N or B pictures; C channels; H, W, p source and S output sides in pixels; boxes_B4 holds
+(top, left, height, width) in source pixels, top and left from 0.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.functional import grid_sample, interpolate
+
+from .launch import require, runs_kernel
+
+Mode = Literal["bicubic", "bilinear"]
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PIXELS_PER_PROGRAM = 256
+
+
+def upsample_patches_reference(
+    patches_NHWC: torch.Tensor, size_px: int, *, mode: Mode = "bicubic"
+) -> torch.Tensor:
+    """fp32 [N, C, S, S] in [-1, 1], in plain torch."""
+    pixels = patches_NHWC.permute(0, 3, 1, 2).float()
+    size = (size_px, size_px)
+    upsampled = interpolate(pixels, size=size, mode=mode, align_corners=False)
+    return upsampled.contiguous().div_(127.5).sub_(1.0).clamp_(-1.0, 1.0)
+
+
+@lru_cache(maxsize=32)
+def _normalisation(
+    mean_C: tuple[float, ...], std_C: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, shift) of a value in [-1, 1], kept on the device: no copy inside a step."""
+    scale = torch.tensor([0.5 / std for std in std_C], device=device)
+    shift = [(0.5 - mean) / std for mean, std in zip(mean_C, std_C, strict=True)]
+    return scale, torch.tensor(shift, device=device)
+
+
+def student_input_reference(
+    images_BCHW: torch.Tensor,
+    boxes_B4: torch.Tensor,
+    flips_B: torch.Tensor,
+    size_px: int,
+    mean_C: Sequence[float],
+    std_C: Sequence[float],
+) -> torch.Tensor:
+    """fp32 [B, C, S, S], in plain torch.
+
+    ``grid_sample`` takes positions as g = (2 x + 1) / W - 1; they are inside the box already, so
+    its border rule never acts.
+    """
+    height, width = images_BCHW.shape[-2:]
+    steps = torch.arange(size_px, device=boxes_B4.device) + 0.5
+    top, left, box_height, box_width = boxes_B4[:, :, None].unbind(1)
+    zero = boxes_B4.new_zeros(())
+    y_BS = top + torch.clamp(steps * (box_height / size_px) - 0.5, zero, box_height - 1.0)
+    x_BS = left + torch.clamp(steps * (box_width / size_px) - 0.5, zero, box_width - 1.0)
+    x_BS = torch.where(flips_B[:, None], x_BS.flip(1), x_BS)
+    grid_BSS2 = boxes_B4.new_empty(len(boxes_B4), size_px, size_px, 2)
+    grid_BSS2[..., 0] = ((2.0 * x_BS + 1.0) / width - 1.0)[:, None, :]
+    grid_BSS2[..., 1] = ((2.0 * y_BS + 1.0) / height - 1.0)[:, :, None]
+    clamped = images_BCHW.float().clamp(-1.0, 1.0)
+    sampled = grid_sample(clamped, grid_BSS2, "bilinear", "border", align_corners=False)
+    scale, shift = _normalisation(tuple(mean_C), tuple(std_C), images_BCHW.device)
+    return sampled.mul_(scale[:, None, None]).add_(shift[:, None, None])
+
+
+@triton.jit
+def cubic_weights(t):
+    """Weights of the four taps at distances 1 + t, t, 1 - t, 2 - t; a = -0.75."""
+    far_0 = 1.0 + t
+    near_1 = 1.0 - t
+    far_1 = 2.0 - t
+    w0 = ((-0.75 * far_0 + 3.75) * far_0 - 6.0) * far_0 + 3.0
+    w1 = (1.25 * t - 2.25) * t * t + 1.0
+    w2 = (1.25 * near_1 - 2.25) * near_1 * near_1 + 1.0
+    w3 = ((-0.75 * far_1 + 3.75) * far_1 - 6.0) * far_1 + 3.0
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def cubic_row(row_ptr, x, w0, w1, w2, w3, width, channels, inside):
+    """One row's four taps around column x, clamped to the patch."""
+    last = width - 1
+    x0 = tl.minimum(tl.maximum(x - 1, 0), last) * channels
+    x1 = tl.minimum(tl.maximum(x, 0), last) * channels
+    x2 = tl.minimum(x + 1, last) * channels
+    x3 = tl.minimum(x + 2, last) * channels
+    value = w0 * tl.load(row_ptr + x0, mask=inside, other=0).to(tl.float32)
+    value += w1 * tl.load(row_ptr + x1, mask=inside, other=0).to(tl.float32)
+    value += w2 * tl.load(row_ptr + x2, mask=inside, other=0).to(tl.float32)
+    value += w3 * tl.load(row_ptr + x3, mask=inside, other=0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def upsample_kernel(
+    out_ptr,
+    patches_ptr,
+    height,
+    width,
+    size,
+    scale_y,
+    scale_x,
+    CHANNELS: tl.constexpr,
+    BICUBIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (patch, block) writes BLOCK pixels of every channel of one output picture."""
+    index = tl.program_id(0).to(tl.int64)
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < size * size
+    y = ((pixel // size).to(tl.float32) + 0.5) * scale_y - 0.5
+    x = ((pixel % size).to(tl.float32) + 0.5) * scale_x - 0.5
+    if not BICUBIC:
+        y = tl.maximum(y, 0.0)
+        x = tl.maximum(x, 0.0)
+    row = tl.floor(y).to(tl.int32)
+    column = tl.floor(x).to(tl.int32)
+    fy = y - row.to(tl.float32)
+    fx = x - column.to(tl.float32)
+    source = patches_ptr + index * height * width * CHANNELS
+    last_row = height - 1
+    for channel in tl.static_range(CHANNELS):
+        plane = source + channel
+        value = tl.zeros((BLOCK,), dtype=tl.float32)
+        if BICUBIC:
+            v0, v1, v2, v3 = cubic_weights(fy)
+            h0, h1, h2, h3 = cubic_weights(fx)
+            pitch = width * CHANNELS
+            r0 = plane + tl.minimum(tl.maximum(row - 1, 0), last_row) * pitch
+            r1 = plane + tl.minimum(tl.maximum(row, 0), last_row) * pitch
+            r2 = plane + tl.minimum(row + 1, last_row) * pitch
+            r3 = plane + tl.minimum(row + 2, last_row) * pitch
+            value += v0 * cubic_row(r0, column, h0, h1, h2, h3, width, CHANNELS, inside)
+            value += v1 * cubic_row(r1, column, h0, h1, h2, h3, width, CHANNELS, inside)
+            value += v2 * cubic_row(r2, column, h0, h1, h2, h3, width, CHANNELS, inside)
+            value += v3 * cubic_row(r3, column, h0, h1, h2, h3, width, CHANNELS, inside)
+        else:
+            r0 = plane + tl.minimum(row, last_row) * width * CHANNELS
+            r1 = plane + tl.minimum(row + 1, last_row) * width * CHANNELS
+            x0 = tl.minimum(column, width - 1) * CHANNELS
+            x1 = tl.minimum(column + 1, width - 1) * CHANNELS
+            top_left = tl.load(r0 + x0, mask=inside, other=0).to(tl.float32)
+            top_right = tl.load(r0 + x1, mask=inside, other=0).to(tl.float32)
+            low_left = tl.load(r1 + x0, mask=inside, other=0).to(tl.float32)
+            low_right = tl.load(r1 + x1, mask=inside, other=0).to(tl.float32)
+            top = top_left + fx * (top_right - top_left)
+            value = top + fy * (low_left + fx * (low_right - low_left) - top)
+        value = tl.minimum(tl.maximum(value / 127.5 - 1.0, -1.0), 1.0)
+        out = out_ptr + (index * CHANNELS + channel) * size * size + pixel
+        tl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def clamped_load(ptr, offset, inside):
+    """A decoder's value, clamped to [-1, 1]."""
+    value = tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    return tl.minimum(tl.maximum(value, -1.0), 1.0)
+
+
+@triton.jit
+def student_input_kernel(
+    out_ptr,
+    images_ptr,
+    boxes_ptr,
+    flips_ptr,
+    scale_ptr,
+    shift_ptr,
+    height,
+    width,
+    size,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (picture, block) writes BLOCK pixels of every channel, channels last."""
+    index = tl.program_id(0).to(tl.int64)
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < size * size
+    top = tl.load(boxes_ptr + index * 4)
+    left = tl.load(boxes_ptr + index * 4 + 1)
+    box_height = tl.load(boxes_ptr + index * 4 + 2)
+    box_width = tl.load(boxes_ptr + index * 4 + 3)
+    flip = tl.load(flips_ptr + index) != 0
+    i = (pixel // size).to(tl.float32)
+    j = pixel % size
+    j = tl.where(flip, size - 1 - j, j).to(tl.float32)
+    y = (i + 0.5) * (box_height / size) - 0.5
+    x = (j + 0.5) * (box_width / size) - 0.5
+    y = top + tl.minimum(tl.maximum(y, 0.0), box_height - 1.0)
+    x = left + tl.minimum(tl.maximum(x, 0.0), box_width - 1.0)
+    row = tl.floor(y)
+    column = tl.floor(x)
+    fy = y - row
+    fx = x - column
+    y0 = tl.minimum(tl.maximum(row.to(tl.int32), 0), height - 1)
+    x0 = tl.minimum(tl.maximum(column.to(tl.int32), 0), width - 1)
+    y1 = tl.minimum(y0 + 1, height - 1)
+    x1 = tl.minimum(x0 + 1, width - 1)
+    for channel in tl.static_range(CHANNELS):
+        plane = images_ptr + (index * CHANNELS + channel) * height * width
+        top_left = clamped_load(plane, y0 * width + x0, inside)
+        top_right = clamped_load(plane, y0 * width + x1, inside)
+        low_left = clamped_load(plane, y1 * width + x0, inside)
+        low_right = clamped_load(plane, y1 * width + x1, inside)
+        upper = top_left + fx * (top_right - top_left)
+        value = upper + fy * (low_left + fx * (low_right - low_left) - upper)
+        value = value * tl.load(scale_ptr + channel) + tl.load(shift_ptr + channel)
+        out = out_ptr + (index * size * size + pixel) * CHANNELS + channel
+        tl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def upsample_patches(
+    patches_NHWC: torch.Tensor,
+    size_px: int,
+    *,
+    mode: Mode = "bicubic",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """uint8 patches [N, p, p, C] to ``dtype`` pictures [N, C, size_px, size_px] in [-1, 1].
+
+    Raises TypeError or ValueError for a dtype, shape, layout or mode that does not fit.
+    """
+    require("patches_NHWC", patches_NHWC, dtype=torch.uint8, shape=("N", "H", "W", "C"))
+    if mode not in ("bicubic", "bilinear"):
+        raise ValueError(f"mode: expected 'bicubic' or 'bilinear', got {mode!r}")
+    if not runs_kernel(patches_NHWC):
+        return upsample_patches_reference(patches_NHWC, size_px, mode=mode).to(dtype)
+    number, height, width, channels = patches_NHWC.shape
+    sizes = (number, channels, size_px, size_px)
+    out = torch.empty(sizes, dtype=dtype, device=patches_NHWC.device)
+    if out.numel():
+        grid = (number, triton.cdiv(size_px * size_px, PIXELS_PER_PROGRAM))
+        with torch.cuda.device_of(out):
+            upsample_kernel[grid](
+                out,
+                patches_NHWC,
+                height,
+                width,
+                size_px,
+                height / size_px,
+                width / size_px,
+                CHANNELS=channels,
+                BICUBIC=mode == "bicubic",
+                BLOCK=PIXELS_PER_PROGRAM,
+            )
+    return out
+
+
+def student_input(
+    images_BCHW: torch.Tensor,
+    boxes_B4: torch.Tensor,
+    flips_B: torch.Tensor,
+    size_px: int,
+    mean_C: Sequence[float],
+    std_C: Sequence[float],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Pictures in [-1, 1] cropped, resized, flipped and normalised: [B, C, size_px, size_px].
+
+    ``images_BCHW`` is fp32, fp16 or bf16 (values outside [-1, 1] are clamped); ``boxes_B4`` fp32
+    (top, left, height, width) in pixels, inside the picture and at least one pixel a side (not
+    checked: that would need a sync); ``flips_B`` bool, after the resize; ``mean_C`` and ``std_C``
+    in [0, 1] units. The result is channels_last. Raises TypeError or ValueError otherwise.
+    """
+    require("images_BCHW", images_BCHW, dtype=FLOATS, shape=("B", "C", "H", "W"))
+    batch, channels, height, width = images_BCHW.shape
+    require("boxes_B4", boxes_B4, dtype=torch.float32, shape=(batch, 4), like=images_BCHW)
+    require("flips_B", flips_B, dtype=torch.bool, shape=(batch,), like=images_BCHW)
+    if not len(mean_C) == len(std_C) == channels:
+        raise ValueError(
+            f"mean_C, std_C: expected {channels} numbers each, got {len(mean_C)} and {len(std_C)}"
+        )
+    layout = torch.channels_last
+    if not runs_kernel(images_BCHW):
+        values = student_input_reference(images_BCHW, boxes_B4, flips_B, size_px, mean_C, std_C)
+        return values.to(dtype, memory_format=layout)
+    device = images_BCHW.device
+    sizes = (batch, channels, size_px, size_px)
+    out = torch.empty(sizes, dtype=dtype, device=device, memory_format=layout)
+    if out.numel():
+        scale, shift = _normalisation(tuple(mean_C), tuple(std_C), device)
+        grid = (batch, triton.cdiv(size_px * size_px, PIXELS_PER_PROGRAM))
+        with torch.cuda.device_of(out):
+            student_input_kernel[grid](
+                out,
+                images_BCHW,
+                boxes_B4,
+                flips_B,
+                scale,
+                shift,
+                height,
+                width,
+                size_px,
+                CHANNELS=channels,
+                BLOCK=PIXELS_PER_PROGRAM,
+            )
+    return out

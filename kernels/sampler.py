@@ -1,0 +1,144 @@
+"""One Euler-ancestral step and the scaling for the next network call.
+
+Formula (Karras et al. 2022; k-diffusion's ``sample_euler_ancestral``; diffusers'
+``EulerAncestralDiscreteScheduler``), for a network that predicts eps:
+
+    state = state + eps * (sigma_down - sigma) + sigma_up * n          n: Draw.ANCESTRAL + step
+    input = state * next_scale,                 next_scale = 1 / sqrt(next sigma^2 + 1)
+
+With sigma_up == 0, as in the last step of a full schedule, no noise is drawn.
+
+Shapes: B samples; C, H, W of one latent.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import require, runs_kernel
+from .noise import Draw, kernel_words, normal_block, normal_reference
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+GROUPS_PER_PROGRAM = 128
+"""512 elements: a 4 x 16 x 16 latent is two programs."""
+
+
+def euler_ancestral_step_reference(
+    state_BCHW: torch.Tensor,
+    eps_BCHW: torch.Tensor,
+    samples_B: torch.Tensor,
+    *,
+    sigma: float,
+    sigma_down: float,
+    sigma_up: float,
+    next_scale: float,
+    seed: int,
+    step: int,
+    epoch: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(next state, next model input), both fp32 [B, C, H, W], in plain torch."""
+    state = state_BCHW + eps_BCHW.float() * (sigma_down - sigma)
+    if sigma_up != 0.0:
+        draw = Draw.ANCESTRAL + step
+        noise = normal_reference(seed, draw, samples_B, epoch, state_BCHW.shape[1:])
+        state = state + sigma_up * noise
+    return state, state * next_scale
+
+
+@triton.jit(do_not_specialize=["draw", "epoch", "seed_lo", "seed_hi"])
+def euler_ancestral_step_kernel(
+    next_state_ptr,
+    next_input_ptr,
+    state_ptr,
+    eps_ptr,
+    samples_ptr,
+    numel,
+    slope,
+    sigma_up,
+    next_scale,
+    draw,
+    epoch,
+    seed_lo,
+    seed_hi,
+    NOISE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Program (sample, block) steps 4 GROUPS elements; next_state may be state itself."""
+    index = tl.program_id(0)
+    first_group = tl.program_id(1) * GROUPS
+    element = first_group * 4 + tl.arange(0, 4 * GROUPS)
+    inside = element < numel
+    offset = index.to(tl.int64) * numel + element
+    state = tl.load(state_ptr + offset, mask=inside)
+    eps = tl.load(eps_ptr + offset, mask=inside).to(tl.float32)
+    state += eps * slope
+    if NOISE:
+        sample = tl.load(samples_ptr + index)
+        group = first_group + tl.arange(0, GROUPS)
+        state += sigma_up * normal_block(group, draw, sample, epoch, seed_lo, seed_hi)
+    tl.store(next_state_ptr + offset, state, mask=inside)
+    model_input = (state * next_scale).to(next_input_ptr.dtype.element_ty)
+    tl.store(next_input_ptr + offset, model_input, mask=inside)
+
+
+def euler_ancestral_step(
+    state_BCHW: torch.Tensor,
+    eps_BCHW: torch.Tensor,
+    samples_B: torch.Tensor,
+    *,
+    sigma: float,
+    sigma_down: float,
+    sigma_up: float,
+    next_scale: float,
+    seed: int,
+    step: int,
+    epoch: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next state (fp32) and the next model input (eps's dtype, or ``out``'s), [B, C, H, W].
+
+    ``state_BCHW`` is fp32; ``eps_BCHW`` fp32, fp16 or bf16; both contiguous. ``out`` = (state,
+    model input) are buffers to write into; ``out[0]`` may be ``state_BCHW``. Raises TypeError or
+    ValueError for a dtype, shape, device or layout that does not fit.
+    """
+    require("state_BCHW", state_BCHW, dtype=torch.float32, shape=("B", "C", "H", "W"))
+    require("eps_BCHW", eps_BCHW, dtype=FLOATS, shape=state_BCHW.shape, like=state_BCHW)
+    sizes = state_BCHW.shape
+    require("samples_B", samples_B, dtype=torch.int64, shape=sizes[:1], like=state_BCHW)
+    if out is None:
+        out = torch.empty_like(state_BCHW), torch.empty_like(eps_BCHW)
+    require("out[0]", out[0], dtype=torch.float32, shape=sizes, like=state_BCHW)
+    require("out[1]", out[1], dtype=FLOATS, shape=sizes, like=state_BCHW)
+    words = kernel_words(seed, Draw.ANCESTRAL + step, epoch)
+    if not runs_kernel(state_BCHW):
+        results = euler_ancestral_step_reference(
+            state_BCHW,
+            eps_BCHW,
+            samples_B,
+            sigma=sigma,
+            sigma_down=sigma_down,
+            sigma_up=sigma_up,
+            next_scale=next_scale,
+            seed=seed,
+            step=step,
+            epoch=epoch,
+        )
+        return out[0].copy_(results[0]), out[1].copy_(results[1])
+    if state_BCHW.numel():
+        numel = state_BCHW[0].numel()
+        grid = (len(samples_B), triton.cdiv(numel, 4 * GROUPS_PER_PROGRAM))
+        with torch.cuda.device_of(state_BCHW):
+            euler_ancestral_step_kernel[grid](
+                *out,
+                state_BCHW,
+                eps_BCHW,
+                samples_B,
+                numel,
+                sigma_down - sigma,
+                sigma_up,
+                next_scale,
+                *words,
+                NOISE=sigma_up != 0.0,
+                GROUPS=GROUPS_PER_PROGRAM,
+            )
+    return out
