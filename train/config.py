@@ -1,0 +1,234 @@
+"""How priors, teachers and students are trained, and the recipes: frozen, torch-free, validated.
+
+Sources: RDED's published procedure; DACE (paper), where what it leaves open is filled as RDED does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+RecipeName = Literal["rded", "dace", "small"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """Sizes and lengths of `train prior`; the defaults made the shipped sdxl-tiny."""
+
+    image_size: int = 64
+    """Side of the images in px: a multiple of 16."""
+    steps: int = 5
+    """Scheduler steps that the few-step phase distils for (the sampler's --steps)."""
+    guidance: float = 3.0
+    """Guidance scale that is distilled into the model."""
+    vae_steps: int = 1600
+    """Optimiser steps of the autoencoder."""
+    vae_batch: int = 32
+    """Images per autoencoder step."""
+    unet_steps: int = 6000
+    """Optimiser steps of the denoiser."""
+    unet_batch: int = 64
+    """Latents per denoiser step, in all three denoiser phases."""
+    guidance_steps: int = 600
+    """Steps that distil guidance."""
+    few_step_steps: int = 1500
+    """Steps that distil several small sampler steps into one."""
+    substeps: int = 5
+    """Small deterministic steps of the teacher that one student eval learns to match."""
+    seed: int = 0
+    """Seed of initialisation and of every step's batch, noise and timesteps."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 32 or self.image_size % 16:
+            raise ValueError(f"image_size {self.image_size}: expected a multiple of 16, 32 or more")
+        for name in ("vae_steps", "unet_steps", "guidance_steps", "few_step_steps", "substeps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
+
+    def as_dict(self) -> dict:
+        """The options as plain values, for the model card."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """How a teacher is trained on the whole training split: AdamW, cosine to 0 after a warm-up."""
+
+    network: str = "resnet18"
+    """A name of networks.build_network."""
+    size_px: int = 224
+    """Side of the images that it sees."""
+    epochs: int = 100
+    """Passes over the training split."""
+    batch: int = 128
+    """Images per optimiser step."""
+    learning_rate: float = 1e-3
+    """Peak of the schedule."""
+    weight_decay: float = 0.05
+    """Decoupled; none on 1-D parameters."""
+    warmup_epochs: float = 1.0
+    """Epochs, or a part of one, over which the learning rate rises from 0."""
+    label_smoothing: float = 0.0
+    """Of the cross-entropy, in [0, 1)."""
+    crop_scale: tuple[float, float] = (0.25, 1.0)
+    """Share of the image's area that a random crop covers."""
+    flip: bool = True
+    """Mirror half of the crops."""
+    seed: int = 0
+    """Seed of initialisation, order, crops and flips."""
+    device: Device = "auto"
+    """`auto` is cuda where there is one."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "size_px", "epochs", "batch")
+        _check_positive(self, "learning_rate")
+        _check_crop_scale(self.crop_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """How students are trained on expansions: AdamW, KL to the teacher at a temperature."""
+
+    network: str = "resnet18"
+    """A name of networks.build_network."""
+    size_px: int = 224
+    """Side of the images that it sees."""
+    epochs: int = 300
+    """Each epoch renders every sample of the coreset once."""
+    batch: int = 10
+    """Views per optimiser step; the same for every method."""
+    learning_rate: float = 1e-3
+    """Of the first epoch."""
+    weight_decay: float = 0.01
+    """Decoupled; none on 1-D parameters."""
+    final_lr_fraction: float = 0.5
+    """What is left of the learning rate after the last epoch, in [0, 1): the rate of epoch e of E
+    is 0.5·(1 + cos(acos(2·fraction - 1)·e/E)) of the first; 0.5 is RDED's, 0 is the full cosine."""
+    temperature: float = 20.0
+    """Of teacher and student in the KL divergence (batchmean, without the T² factor)."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Share of the image's area that a view covers."""
+    flip: bool = True
+    """Mirror half of the views."""
+    cutmix: bool = True
+    """Paste a box of another sample of the pool into every view; the teacher labels the mixture."""
+    pool: int = 1024
+    """Samples that are rendered together and among which CutMix partners and batches are drawn."""
+    checkpoint_every: int = 10
+    """Epochs between two checkpoints of all students; changes no result."""
+    seed: int = 0
+    """The coreset's seed: of crops, flips, CutMix and the order of samples, so that stored labels
+    fit every student. A student's own seed sets its initialisation and its order in the pool."""
+    device: Device = "auto"
+    """`auto` is cuda where there is one."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "size_px", "epochs", "batch", "pool", "checkpoint_every")
+        _check_positive(self, "learning_rate", "temperature")
+        _check_crop_scale(self.crop_scale)
+        if not 0 <= self.final_lr_fraction < 1:
+            raise ValueError(f"final_lr_fraction {self.final_lr_fraction}: expected [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One protocol for all methods: sizes, teacher and student, before the command line's options."""
+
+    name: RecipeName
+    about: str
+    """Where it comes from, and what was filled in."""
+    image_size: int
+    """Side of the rendered images and of what teacher and student see, in px."""
+    factor: int = 2
+    """r: a patch is image_size // r wide, and r² patches take the place of one image."""
+    crops: int = 5
+    """Random crops per image that the teacher scores."""
+    pool_per_class: int = 300
+    """Images per class that are cropped and scored."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    batches: tuple[tuple[int, int, int], ...] = ((1, 10, 20), (10, 50, 100), (50, 100, 200))
+    """(ipc, batch with fewer than 100 classes, batch with more); the first row with ipc or more."""
+
+    def student_for(
+        self, *, ipc: int, factor: int, classes: int, network: str | None = None
+    ) -> StudentConfig:
+        """The student with the batch, the learning rate and the crop that these numbers ask for."""
+        network = network or self.student.network
+        few, many = next((row[1:] for row in self.batches if ipc <= row[0]), self.batches[-1][1:])
+        rate = NETWORK_LEARNING_RATES.get(network.removeprefix("torchvision:"))
+        return replace(
+            self.student,
+            network=network,
+            batch=few if classes < 100 else many,
+            learning_rate=rate or self.student.learning_rate,
+            crop_scale=(1 / factor, 1.0),
+        )
+
+
+NETWORK_LEARNING_RATES = {
+    "vgg11": 5e-4,
+    "alexnet": 1e-4,
+    "vit_b_16": 1e-4,
+    "swin_t": 1e-4,
+    "mobilenet_v2": 2.5e-3,
+    "efficientnet_b0": 2e-3,
+}
+"""Student networks that RDED trains at another rate than the recipe's."""
+
+RECIPES: dict[RecipeName, Recipe] = {
+    "rded": Recipe(
+        name="rded",
+        about="RDED's student: 300 epochs, half cosine, CutMix, T = 20; the teacher is ours, as "
+        "RDED's is unpublished",
+        image_size=224,
+    ),
+    "dace": Recipe(
+        name="dace",
+        about="DACE: r = 2, 300 epochs, AdamW 1e-3, weight decay 0.01. Filled in as RDED does: "
+        "224 px, batch, temperature 20, CutMix, half cosine, crops, pool and scoring; guidance is "
+        "off and the latents' mixing weight is uniform in (0, 1)",
+        image_size=224,
+    ),
+    "small": Recipe(
+        name="small",
+        about="Few images and small nets, in minutes on a CPU: 64 px, BatchNorm ConvNets, T = 4, "
+        "full cosine, no CutMix",
+        image_size=64,
+        teacher=TeacherConfig(
+            network="convnet-d4",
+            size_px=64,
+            epochs=12,
+            batch=64,
+            learning_rate=2e-3,
+            crop_scale=(0.5, 1.0),
+        ),
+        student=StudentConfig(
+            network="convnet-d4",
+            size_px=64,
+            epochs=100,
+            batch=10,
+            final_lr_fraction=0.0,
+            temperature=4.0,
+            cutmix=False,
+        ),
+    ),
+}
+
+
+def _check_at_least(config: object, least: float, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} {getattr(config, name)}: expected {least} or more")
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} {getattr(config, name)}: expected more than 0")
+
+
+def _check_crop_scale(scale: tuple[float, float]) -> None:
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"crop_scale {scale}: expected 0 < lowest <= highest <= 1")
