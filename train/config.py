@@ -12,6 +12,23 @@ Device = Literal["auto", "cpu", "cuda"]
 RecipeName = Literal["rded", "dace", "small"]
 
 
+def _check_at_least(config: object, least: float, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} {getattr(config, name)}: expected {least} or more")
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} {getattr(config, name)}: expected more than 0")
+
+
+def _check_crop_scale(scale: tuple[float, float]) -> None:
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"crop_scale {scale}: expected 0 < lowest <= highest <= 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
     """Sizes and lengths of `train prior`; the defaults made the shipped sdxl-tiny."""
@@ -133,7 +150,7 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One protocol for all methods: sizes, teacher and student, before the command line's options."""
+    """One protocol for all methods, before the options of the command line."""
 
     name: RecipeName
     about: str
@@ -215,20 +232,3 @@ RECIPES: dict[RecipeName, Recipe] = {
         ),
     ),
 }
-
-
-def _check_at_least(config: object, least: float, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} {getattr(config, name)}: expected {least} or more")
-
-
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} {getattr(config, name)}: expected more than 0")
-
-
-def _check_crop_scale(scale: tuple[float, float]) -> None:
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"crop_scale {scale}: expected 0 < lowest <= highest <= 1")
