@@ -1,0 +1,60 @@
+"""Which samples go through an engine together: batches of G prompts × n images, always full.
+
+Legend: B = G · n slots of a batch, slot b belongs to group b // n; all slots of a group show one
+class. A slot that is only padding repeats a sample and is thrown away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One call of the engine."""
+
+    samples_B: np.ndarray
+    """Sample of each slot, int64."""
+    targets_B: np.ndarray
+    """Where the slot's image goes in the answer, int64; -1: padding."""
+    classes_G: np.ndarray
+    """Class of each group, int64."""
+
+
+def images_per_prompt(batch: int, class_counts: np.ndarray) -> int:
+    """The largest n that divides the batch and every class's sample count.
+
+    A pass over all samples, or over whole classes, then pads at most the last batch.
+    """
+    return math.gcd(batch, *(int(count) for count in class_counts if count))
+
+
+def plan_batches(
+    samples: np.ndarray, labels_N: np.ndarray, *, prompts: int, images_per_prompt: int
+) -> Iterator[BatchPlan]:
+    """Arrange `samples` (int64, any order, repeats allowed) by class into full batches."""
+    if not len(samples):
+        return
+    order = np.argsort(labels_N[samples], kind="stable")
+    group_samples, group_targets = [], []
+    for members in np.split(order, np.flatnonzero(np.diff(labels_N[samples][order])) + 1):
+        padded = -len(members) % images_per_prompt
+        targets = np.concatenate([members, np.full(padded, -1)])
+        rows = samples[np.concatenate([members, np.full(padded, members[0])])]
+        group_targets.append(targets.reshape(-1, images_per_prompt))
+        group_samples.append(rows.reshape(-1, images_per_prompt))
+    samples_Gn, targets_Gn = np.concatenate(group_samples), np.concatenate(group_targets)
+    padded = -len(samples_Gn) % prompts
+    samples_Gn = np.concatenate([samples_Gn, np.repeat(samples_Gn[-1:], padded, axis=0)])
+    targets_Gn = np.concatenate([targets_Gn, np.full((padded, images_per_prompt), -1)])
+    for first in range(0, len(samples_Gn), prompts):
+        chosen = samples_Gn[first : first + prompts]
+        yield BatchPlan(
+            samples_B=chosen.reshape(-1),
+            targets_B=targets_Gn[first : first + prompts].reshape(-1),
+            classes_G=labels_N[chosen[:, 0]],
+        )

@@ -1,0 +1,63 @@
+"""Settings of the Expander, free of torch so that `--help` stays quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..export.config import BackendName, DeviceName, Precision
+
+Start = Literal["image", "noise"]
+Posterior = Literal["mean", "sample"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpandConfig:
+    """How patches become images; all but batch, backend and device is part of an image's name."""
+
+    size_px: int
+    """Height and width of the images made."""
+    steps: int = 5
+    """Scheduler steps S; an image takes int(S · rho) UNet evaluations."""
+    rho: float = 0.8
+    """Share of the noise schedule that is run, in (0, 1]; 1.0 still starts from the patch."""
+    mixup: bool = True
+    """Mix the latents of two patches of one class before the noise is added."""
+    start: Start = "image"
+    """`noise` starts from pure noise, text to image: patches, rho and mixup play no part."""
+    seed: int = 0
+    """Key of all noise, in [0, 2^64)."""
+    posterior: Posterior = "mean"
+    """Latent of a patch: the mean of the VAE's posterior, or a fresh sample per epoch."""
+    conditioning_px: int | None = None
+    """Image size that the model is told in SDXL's micro-conditioning; None: `size_px`."""
+    precision: Precision = "fp32"
+    """Of weights and activations; the sampler's state is fp32 in any case."""
+    batch: int = 32
+    """Images per engine call."""
+    images_per_prompt: int | None = None
+    """n of a batch of G prompts × n images; None: the largest that pads no whole epoch."""
+    backend: BackendName = "auto"
+    """What runs the networks; `auto` takes the fastest that works here and says which."""
+    device: DeviceName = "auto"
+    """`auto` is cuda where there is one."""
+
+    def __post_init__(self) -> None:
+        for field, choices in (
+            ("start", get_args(Start)),
+            ("posterior", get_args(Posterior)),
+            ("precision", get_args(Precision)),
+            ("backend", get_args(BackendName)),
+            ("device", get_args(DeviceName)),
+        ):
+            if getattr(self, field) not in choices:
+                raise ValueError(
+                    f"{field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}"
+                )
+        for field in ("size_px", "steps", "batch"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if not 0 < self.rho <= 1:
+            raise ValueError(f"rho must lie in (0, 1], got {self.rho}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must lie in [0, 2^64), got {self.seed}")

@@ -1,0 +1,89 @@
+"""Class names → what the UNet needs of them, computed once; the text encoders are freed at once.
+
+Legend: K classes, L tokens, D embedding width, P keys and values of one prompt end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..export.models import ModelParts, ModelSource, load_text_encoder, seen_classes
+from ..export.modules import PromptProjector
+
+TEMPLATE = "A photo of a {name}"
+CHUNK = 32  # prompts at a time: SDXL's second encoder keeps 33 states of 0.4 MB for each
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """Of K prompts: text_KLD from both encoders, pooled_KD from the second; fp32."""
+
+    text_KLD: Tensor
+    pooled_KD: Tensor
+
+
+@dataclass(frozen=True)
+class PromptBank:
+    """Of K prompts: the added embedding and the cross-attention keys and values of all layers."""
+
+    added_KD: Tensor
+    kv_KP: Tensor
+    tokens: int
+
+
+def class_prompts(names: Sequence[str], template: str = TEMPLATE) -> tuple[str, ...]:
+    """Put each class name into the template; ValueError when it has no `{name}`."""
+    if "{name}" not in template:
+        raise ValueError(f"the prompt template must hold {{name}}, got {template!r}")
+    return tuple(template.replace("{name}", name) for name in names)
+
+
+def unseen_classes(model: ModelSource, names: Sequence[str]) -> tuple[str, ...]:
+    """The names that the model's card does not list; none when the model has no card."""
+    seen = seen_classes(model.folder)
+    return () if seen is None else tuple(name for name in names if name not in seen)
+
+
+@torch.no_grad()
+def encode_prompts(model: ModelSource, prompts: Sequence[str], *, device: str) -> TextEmbeddings:
+    """Encode as SDXL does: penultimate states of both encoders, pooled states of the second."""
+    states, pooled = [], []
+    for part in ("text_encoder", "text_encoder_2"):
+        tokenizer, encoder = load_text_encoder(model, part, device=device)
+        tokens_KL = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(device)
+        penultimate, pooled = [], []
+        for tokens_GL in tokens_KL.split(CHUNK):
+            output = encoder(tokens_GL, output_hidden_states=True)
+            penultimate.append(output.hidden_states[-2])
+            pooled.append(output[0])
+        states.append(torch.cat(penultimate))
+    return TextEmbeddings(torch.cat(states, dim=-1), torch.cat(pooled))
+
+
+@torch.no_grad()
+def project_prompts(parts: ModelParts, text: TextEmbeddings, *, conditioning_px: int) -> PromptBank:
+    """Compute keys, values and added embeddings of all prompts; `conditioning_px` as diffusers'
+    original and target size, with no crop."""
+    projector, dtype, device = PromptProjector(parts.unet), parts.unet.dtype, parts.unet.device
+    size = float(conditioning_px)
+    time_ids_6 = torch.tensor([size, size, 0, 0, size, size], dtype=dtype, device=device)
+    added, kv = [], []
+    for text_GLD, pooled_GD in zip(
+        text.text_KLD.split(CHUNK), text.pooled_KD.split(CHUNK), strict=True
+    ):
+        added_GD, kv_GP = projector(
+            text_GLD.to(device, dtype), pooled_GD.to(device, dtype), time_ids_6
+        )
+        added.append(added_GD)
+        kv.append(kv_GP)
+    return PromptBank(torch.cat(added), torch.cat(kv), tokens=text.text_KLD.shape[1])

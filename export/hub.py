@@ -1,0 +1,108 @@
+"""SDXL-Turbo from the Hugging Face hub: pinned revisions, the half-precision parts, its licence."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+MODEL_ID = "stabilityai/sdxl-turbo"
+MODEL_REVISION = "71153311d3dbb46851df1931d3ca6e939de83304"
+VAE_ID = "madebyollin/sdxl-vae-fp16-fix"
+VAE_REVISION = "207b116dae70ace3637169f1ddd2434b91b3a8cd"
+MODEL_FILES = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.fp16.safetensors",
+    "text_encoder_2/config.json",
+    "text_encoder_2/model.fp16.safetensors",
+    "tokenizer/*",
+    "tokenizer_2/*",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+)
+VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+LICENCE_NOTE = (
+    "SDXL-Turbo is Stability AI's, under its non-commercial research licence: "
+    f"read https://huggingface.co/{MODEL_ID}/blob/{MODEL_REVISION}/LICENSE.md before you use it. "
+    "Its VAE here is sdxl-vae-fp16-fix (MIT)."
+)
+
+
+class DownloadError(RuntimeError):
+    """The hub could not be reached, or a download stopped; what arrived is kept."""
+
+
+@dataclass(frozen=True)
+class TurboFolders:
+    """Snapshots of the model and of its VAE."""
+
+    model: Path
+    vae: Path
+    revision: str = MODEL_REVISION
+    vae_name: str = f"{VAE_ID}@{VAE_REVISION}"
+
+
+def fetch_sdxl_turbo() -> TurboFolders:
+    """Return SDXL-Turbo's folders, from the hub's cache or by a download of about 7 GB.
+
+    A download that stopped goes on where it was. DownloadError says what to do instead.
+    """
+    model = _snapshot(MODEL_ID, MODEL_REVISION, MODEL_FILES)
+    return TurboFolders(model, _snapshot(VAE_ID, VAE_REVISION, VAE_FILES))
+
+
+def _snapshot(repository: str, revision: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def snapshot(local_files_only: bool) -> Path:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(patterns),
+                local_files_only=local_files_only,
+            )
+        )
+
+    try:
+        cached = snapshot(local_files_only=True)
+        if _is_complete(cached, patterns):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    if repository == MODEL_ID:
+        print(LICENCE_NOTE, file=sys.stderr)
+    try:
+        folder = snapshot(local_files_only=False)
+        _check_against_hub(folder, repository, revision)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DownloadError(
+            f"download of {repository} did not finish ({reason}): run the same command again "
+            "and it goes on where it stopped, or give --model a folder that holds the model"
+        ) from error
+    return folder
+
+
+def _is_complete(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return all(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def _check_against_hub(folder: Path, repository: str, revision: str) -> None:
+    """Compare size and sha256 of every large file with the hub's own record."""
+    from huggingface_hub import HfApi
+
+    record = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    for entry in record.siblings or ():
+        path = folder / entry.rfilename
+        if entry.lfs is None or not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != entry.lfs.sha256:
+            path.resolve().unlink()
+            raise OSError(f"{entry.rfilename} has sha256 {found}, the hub says {entry.lfs.sha256}")

@@ -1,0 +1,193 @@
+"""What a model is: sdxl-turbo, sdxl-tiny, or any local folder in diffusers' SDXL layout.
+
+A model is a folder with unet/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/ and
+scheduler/ as `StableDiffusionXLImg2ImgPipeline.save_pretrained` writes it; weights in safetensors
+only, plain or of the fp16 variant. Nothing is unpickled and no remote code is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from .config import Precision
+from .hub import fetch_sdxl_turbo
+
+TINY_FOLDER = Path(__file__).parent / "sdxl_tiny"
+NAMES = ("sdxl-turbo", "sdxl-tiny")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DIFFUSERS_WEIGHTS, _TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
+
+
+class ModelError(ValueError):
+    """The model asked for does not exist, is incomplete, or is of another kind."""
+
+
+class Unavailable(RuntimeError):  # noqa: N818 - reads as the message does
+    """This machine lacks what was asked for; the message says what, and how to get it."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the parts of a model lie."""
+
+    name: str
+    """As the user gave it, or as the folder is called."""
+    folder: Path
+    vae_folder: Path
+    """Holds config.json and the VAE's weights; `folder`/vae unless another VAE is used."""
+    revision: str | None = None
+    """Commit on the hub, when it came from there."""
+    vae_name: str | None = None
+    """Hub id and revision of the VAE, when it is not the model's own."""
+
+    def part(self, name: str) -> Path:
+        """Folder of unet, vae, text_encoder, …"""
+        return self.vae_folder if name == "vae" else self.folder / name
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's configuration as written in the folder."""
+        return _read_json(self.folder / "scheduler" / "scheduler_config.json")
+
+
+@dataclass
+class ModelParts:
+    """The networks that make images; the text encoders are loaded apart and freed early."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+
+
+def find_model(name_or_folder: str | Path) -> ModelSource:
+    """Resolve a model's name or folder; `sdxl-turbo` is downloaded when it is not in the cache.
+
+    ModelError: no such name or folder, or a folder that lacks a part. The download's own errors are
+    those of `hub.fetch_sdxl_turbo`.
+    """
+    name = str(name_or_folder)
+    if name == "sdxl-turbo":
+        folders = fetch_sdxl_turbo()
+        source = ModelSource(
+            name, folders.model, folders.vae, folders.revision, vae_name=folders.vae_name
+        )
+    elif name == "sdxl-tiny":
+        source = ModelSource(name, TINY_FOLDER, TINY_FOLDER / "vae")
+    else:
+        folder = Path(name_or_folder).expanduser()
+        if not folder.is_dir():
+            raise ModelError(
+                f"unknown model {name!r}: it is neither a folder nor one of {', '.join(NAMES)}"
+            )
+        source = ModelSource(folder.resolve().name, folder.resolve(), folder.resolve() / "vae")
+    _check_parts(source)
+    return source
+
+
+def _check_parts(source: ModelSource) -> None:
+    expected = [source.folder / "scheduler" / "scheduler_config.json"]
+    expected += [source.part(part) / "config.json" for part in _weights_by_part()]
+    for path in expected:
+        if not path.is_file():
+            raise ModelError(
+                f"{source.folder} is no model in diffusers' SDXL layout: {path} is missing; "
+                "expected what StableDiffusionXLImg2ImgPipeline.save_pretrained writes"
+            )
+    for part in _weights_by_part():
+        _weight_files(source, part)
+
+
+def _weights_by_part() -> dict[str, str]:
+    parts = {"unet": _DIFFUSERS_WEIGHTS, "vae": _DIFFUSERS_WEIGHTS}
+    return parts | {"text_encoder": _TRANSFORMERS_WEIGHTS, "text_encoder_2": _TRANSFORMERS_WEIGHTS}
+
+
+def _weight_files(source: ModelSource, part: str) -> tuple[str | None, list[Path]]:
+    """The variant to load, None or "fp16", and the files of one part."""
+    stem, folder = _weights_by_part()[part], source.part(part)
+    plain = sorted([*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-0*.safetensors")])
+    half = sorted(folder.glob(f"{stem}.fp16*.safetensors"))
+    if not plain and not half:
+        raise ModelError(
+            f"{folder} holds no weights: expected {stem}.safetensors "
+            "(pickled .bin weights are refused; convert them to safetensors)"
+        )
+    return (None, plain) if plain else ("fp16", half)
+
+
+def load_parts(source: ModelSource, *, precision: Precision, device: str) -> ModelParts:
+    """Load UNet and VAE, in eval mode and without gradients.
+
+    The VAE stays fp32 at fp16 when its configuration says `force_upcast`: SDXL's own VAE overflows
+    in half precision, its fp16-fix does not.
+    """
+    dtype = DTYPES[precision]
+    upcast = _read_json(source.part("vae") / "config.json").get("force_upcast", True)
+    vae_dtype = torch.float32 if upcast and precision == "fp16" else dtype
+    parts = []
+    for part, kind, kind_dtype in (
+        ("unet", UNet2DConditionModel, dtype),
+        ("vae", AutoencoderKL, vae_dtype),
+    ):
+        variant, _ = _weight_files(source, part)
+        module = kind.from_pretrained(
+            source.part(part), torch_dtype=kind_dtype, variant=variant, use_safetensors=True
+        )
+        parts.append(module.to(device).eval().requires_grad_(False))
+    return ModelParts(*parts)
+
+
+def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[Any, Any]:
+    """Tokenizer and text encoder of "text_encoder" or "text_encoder_2", in fp32.
+
+    fp32 in any case: a prompt is encoded once, and rounding there would touch every image.
+    """
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+    variant, _ = _weight_files(source, part)
+    encoder = kind.from_pretrained(
+        source.part(part), dtype=torch.float32, variant=variant, use_safetensors=True
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(
+        source.folder / part.replace("text_encoder", "tokenizer")
+    )
+    return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+def weights_sha256(source: ModelSource) -> str:
+    """One hash over the weights and configurations of all parts: the model's identity."""
+    digest = hashlib.sha256()
+    for part in sorted(_weights_by_part()):
+        for path in [source.part(part) / "config.json", *_weight_files(source, part)[1]]:
+            digest.update(f"{part}/{path.name} {_file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    status = os.stat(path)
+    return _hash_once(str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _hash_once(path: str, size_bytes: int, mtime_ns: int) -> str:
+    """Hash a file once per process; size and time make a changed file another key."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seen_classes(folder: Path) -> tuple[str, ...] | None:
+    """Class names that the model was trained on, from its model card; None when it has no card."""
+    card = folder / "model_card.json"
+    return tuple(_read_json(card)["class_names"]) if card.is_file() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())

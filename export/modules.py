@@ -1,0 +1,204 @@
+"""Export-ready torch modules around diffusers' own networks; weights and arithmetic untouched.
+
+Legend: B = G · n images in a batch of G prompts × n images (image b belongs to prompt b // n),
+C latent channels, h w latent size, H W image size, L tokens, D embedding width, P the keys and
+values of one prompt laid end to end. Each module equals the stock pipeline to fp32 rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class KeyValueSlot:
+    """Where one cross-attention layer's K [heads, L, d], and right after it V, lie in kv_GP."""
+
+    start: int
+    heads: int
+    tokens: int
+    head_width: int
+
+    @property
+    def size(self) -> int:
+        """Elements of K alone, which are those of V."""
+        return self.heads * self.tokens * self.head_width
+
+    def read(self, kv_GP: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V as views [G, heads, L, d]."""
+        shape = (kv_GP.shape[0], self.heads, self.tokens, self.head_width)
+        middle = self.start + self.size
+        key_GhLd = kv_GP[:, self.start : middle].view(shape)
+        return key_GhLd, kv_GP[:, middle : middle + self.size].view(shape)
+
+
+def _cross_attentions(unet: UNet2DConditionModel) -> list[Attention]:
+    layers = [
+        module
+        for name, module in unet.named_modules()
+        if isinstance(module, Attention) and name.endswith("attn2")
+    ]
+    for layer in layers:
+        plain = layer.norm_cross is None and layer.norm_q is None and layer.norm_k is None
+        if not plain or layer.residual_connection or layer.rescale_output_factor != 1:
+            raise ValueError(
+                "the UNet's cross-attention must be SDXL's plain one, got normalised, "
+                "residual or rescaled attention; use an SDXL model"
+            )
+    return layers
+
+
+def key_value_slots(unet: UNet2DConditionModel, tokens: int) -> list[KeyValueSlot]:
+    """The layout of kv_GP, in the order of the UNet's cross-attention layers."""
+    slots, start = [], 0
+    for layer in _cross_attentions(unet):
+        slot = KeyValueSlot(start, layer.heads, tokens, layer.to_k.out_features // layer.heads)
+        slots.append(slot)
+        start += 2 * slot.size
+    return slots
+
+
+class GroupedCrossAttention:
+    """Attention processor: the queries of G · n images against the K and V of G prompts.
+
+    n images of one prompt are n · S queries of one attention, so K and V are never copied.
+    """
+
+    def __init__(self, slot: KeyValueSlot) -> None:
+        self.slot = slot
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        images, pixels, width = hidden_states.shape
+        key_GhLd, value_GhLd = self.slot.read(encoder_hidden_states)
+        grouped = (key_GhLd.shape[0], -1, attn.heads, self.slot.head_width)
+        query_GhQd = attn.to_q(hidden_states).view(grouped).transpose(1, 2)
+        mixed_GhQd = F.scaled_dot_product_attention(query_GhQd, key_GhLd, value_GhLd)
+        return attn.to_out[0](mixed_GhQd.transpose(1, 2).reshape(images, pixels, width))
+
+
+class Denoiser(nn.Module):
+    """SDXL's UNet with the text side taken out: (x_BCHW, timestep_1, added_GD, kv_GP) → eps_BCHW.
+
+    x is the scaled model input, timestep fp32, added_GD and kv_GP come from PromptProjector. Takes
+    over the UNet: its cross-attention processors are replaced. ValueError: not an SDXL UNet.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, tokens: int) -> None:
+        super().__init__()
+        if unet.config.addition_embed_type != "text_time" or unet.encoder_hid_proj is not None:
+            raise ValueError(
+                "the UNet must have SDXL's text_time conditioning, "
+                f"got {unet.config.addition_embed_type}; use an SDXL model"
+            )
+        self.unet = unet
+        slots = key_value_slots(unet, tokens)
+        for layer, slot in zip(_cross_attentions(unet), slots, strict=True):
+            layer.set_processor(GroupedCrossAttention(slot))
+        # UNet2DConditionModel.forward asks this method for what it adds to the time embedding.
+        unet.get_aug_embed = lambda emb, encoder_hidden_states, added_cond_kwargs: (
+            added_cond_kwargs["added_BD"]
+        )
+
+    def forward(
+        self, x_BCHW: Tensor, timestep_1: Tensor, added_GD: Tensor, kv_GP: Tensor
+    ) -> Tensor:
+        images_per_prompt = x_BCHW.shape[0] // added_GD.shape[0]
+        added_BD = added_GD.repeat_interleave(images_per_prompt, dim=0)
+        return self.unet(
+            x_BCHW,
+            timestep_1,
+            encoder_hidden_states=kv_GP,
+            added_cond_kwargs={"added_BD": added_BD},
+            return_dict=False,
+        )[0]
+
+
+class PromptProjector(nn.Module):
+    """What the UNet needs of a prompt: (text_GLD, pooled_GD, time_ids_6) → (added_GD, kv_GP).
+
+    time_ids is SDXL's micro-conditioning: original height and width, crop top and left, target
+    height and width, in pixels.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_cross_attentions(unet))
+        self.time_proj, self.embedding = unet.add_time_proj, unet.add_embedding
+
+    def forward(
+        self, text_GLD: Tensor, pooled_GD: Tensor, time_ids_6: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        prompts = pooled_GD.shape[0]
+        times_D = self.time_proj(time_ids_6).flatten()
+        times_GD = times_D.expand(prompts, -1).to(pooled_GD.dtype)
+        added_GD = self.embedding(torch.cat([pooled_GD, times_GD], dim=-1))
+        pieces = []
+        for layer in self.layers:
+            for project in (layer.to_k, layer.to_v):
+                heads_GLhd = project(text_GLD).unflatten(-1, (layer.heads, -1))
+                pieces.append(heads_GLhd.transpose(1, 2).flatten(1))
+        return added_GD, torch.cat(pieces, dim=1)
+
+
+def _latent_statistics(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Shift and scale [1, C, 1, 1] of latents = (raw - shift) · scale, as the pipeline has them."""
+    channels, factor = vae.config.latent_channels, vae.config.scaling_factor
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    if mean is None or std is None:
+        return torch.zeros(1, channels, 1, 1), torch.full((1, channels, 1, 1), factor)
+    scale = factor / torch.tensor(std, dtype=torch.float32)
+    return torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), scale.view(1, -1, 1, 1)
+
+
+class LatentEncoder(nn.Module):
+    """images_BCHW in [-1, 1] → moments [B, 2C, h, w]: mean and standard deviation of the latents.
+
+    In the UNet's units (shifted and scaled); a latent is mean, or mean + std · n.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv or nn.Identity()
+        shift, scale = _latent_statistics(vae)
+        dtype, device = vae.dtype, vae.device
+        self.register_buffer("shift", shift.to(device, dtype), persistent=False)
+        self.register_buffer("scale", scale.to(device, dtype), persistent=False)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        mean, log_variance = self.quant_conv(self.encoder(images_BCHW)).chunk(2, dim=1)
+        std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))  # diffusers' bounds
+        return torch.cat([(mean - self.shift) * self.scale, std * self.scale], dim=1)
+
+
+class LatentDecoder(nn.Module):
+    """latents_BCHW in the UNet's units → images [B, 3, H, W], clamped to [-1, 1]."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.decoder, self.conv = vae.decoder, vae.post_quant_conv or nn.Identity()
+        shift, scale = _latent_statistics(vae)
+        dtype, device = vae.dtype, vae.device
+        self.register_buffer("shift", shift.to(device, dtype), persistent=False)
+        self.register_buffer("scale", scale.to(device, dtype), persistent=False)
+
+    def forward(self, latents_BCHW: Tensor) -> Tensor:
+        raw_BCHW = latents_BCHW / self.scale + self.shift
+        return self.decoder(self.conv(raw_BCHW)).clamp(-1.0, 1.0)
