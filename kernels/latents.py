@@ -14,11 +14,13 @@ diffusers' (x = z + sigma n); u, gamma and n are functions of (seed, sample, epo
 Shapes: N rows of the bank, class-sorted; B samples; C, H, W of one latent.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from .launch import require, runs_kernel
+from .launch import launch, require, runs_kernel
 from .noise import (
     Draw,
     kernel_words,
@@ -155,25 +157,24 @@ def start_state(
             model_scale=model_scale,
         )
         return out[0].copy_(results[0]), out[1].copy_(results[1])
-    if out[0].numel():
-        numel = bank_NCHW[0].numel()
-        grid = (len(rows_B), triton.cdiv(numel, 4 * GROUPS_PER_PROGRAM))
-        with torch.cuda.device_of(bank_NCHW):
-            start_state_kernel[grid](
-                *out,
-                bank_NCHW,
-                rows_B,
-                samples_B,
-                class_first_B,
-                class_count_B,
-                numel,
-                sigma,
-                model_scale,
-                *words,
-                START=draw,
-                PARTNER=int(Draw.MIXUP_PARTNER),
-                WEIGHT=int(Draw.MIXUP_WEIGHT),
-                MIXUP=mixup,
-                GROUPS=GROUPS_PER_PROGRAM,
-            )
+    numel = math.prod(sizes[1:])
+    launch(
+        start_state_kernel,
+        (len(rows_B), triton.cdiv(numel, 4 * GROUPS_PER_PROGRAM)),
+        *out,
+        bank_NCHW,
+        rows_B,
+        samples_B,
+        class_first_B,
+        class_count_B,
+        numel,
+        sigma,
+        model_scale,
+        *words,
+        START=draw,
+        PARTNER=int(Draw.MIXUP_PARTNER),
+        WEIGHT=int(Draw.MIXUP_WEIGHT),
+        MIXUP=mixup,
+        GROUPS=GROUPS_PER_PROGRAM,
+    )
     return out

@@ -6,9 +6,10 @@ the kernel too, in Triton's interpreter: that is how the kernels are tested with
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import triton
+from triton import knobs
 
 
 def runs_kernel(tensor: torch.Tensor) -> bool:
@@ -17,7 +18,7 @@ def runs_kernel(tensor: torch.Tensor) -> bool:
         return True
     if tensor.device.type != "cpu":
         raise ValueError(f"expected tensors on cpu or cuda, got {tensor.device}; move them first")
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 def require(
@@ -49,3 +50,15 @@ def require(
         raise ValueError(f"{name}: expected on {like.device}, got {tensor.device}; move it first")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor; call .contiguous() first")
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *args: Any, **constants: Any
+) -> None:
+    """Run a Triton kernel on ``out``'s device; nothing when ``out`` is empty.
+
+    ``kernel`` is untyped because Triton's decorator keeps the signature of the device code.
+    """
+    if out.numel():
+        with torch.cuda.device_of(out):
+            kernel[grid](out, *args, **constants)

@@ -32,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import require, runs_kernel
+from .launch import launch, require, runs_kernel
 
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 KEY_STEP_0, KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
@@ -42,6 +42,9 @@ UNIFORM_MAX = 1.0 - 2.0**-24
 TWO_PI = 2.0 * math.pi
 GROUPS_PER_PROGRAM = 256
 """1024 numbers, two counters a thread at four warps."""
+ROUNDS_JIT = tl.constexpr(ROUNDS)
+CHECK_OVERFLOW = tl.constexpr(False)
+"""Philox wraps by design; Triton's debug mode would stop at it."""
 
 
 class Draw(IntEnum):
@@ -176,7 +179,7 @@ def normal_numpy(
 
 
 @triton.jit
-def philox_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS: tl.constexpr = 10):
+def philox_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS: tl.constexpr = ROUNDS_JIT):
     """Four uint32 words per counter; the arguments are integers of 32 bits or more, any sign."""
     c0 = tl.to_tensor(group).to(tl.uint32)
     c1 = tl.to_tensor(draw).to(tl.uint32)
@@ -184,17 +187,17 @@ def philox_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS: tl.conste
     c3 = tl.to_tensor(epoch).to(tl.uint32)
     key_0 = tl.to_tensor(seed_lo).to(tl.uint32)
     key_1 = tl.to_tensor(seed_hi).to(tl.uint32)
-    for _ in tl.static_range(ROUNDS):
+    for _ in tl.static_range(ROUNDS):  # pyright: ignore[reportGeneralTypeIssues]
         high_0 = tl.umulhi(c0, 0xD2511F53)
         high_1 = tl.umulhi(c2, 0xCD9E8D57)
-        low_0 = tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
-        low_1 = tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
+        low_0 = tl.mul(c0, 0xD2511F53, sanitize_overflow=CHECK_OVERFLOW)
+        low_1 = tl.mul(c2, 0xCD9E8D57, sanitize_overflow=CHECK_OVERFLOW)
         c0 = high_1 ^ c1 ^ key_0
         c1 = low_1
         c2 = high_0 ^ c3 ^ key_1
         c3 = low_0
-        key_0 = tl.add(key_0, 0x9E3779B9, sanitize_overflow=False)
-        key_1 = tl.add(key_1, 0xBB67AE85, sanitize_overflow=False)
+        key_0 = tl.add(key_0, 0x9E3779B9, sanitize_overflow=CHECK_OVERFLOW)
+        key_1 = tl.add(key_1, 0xBB67AE85, sanitize_overflow=CHECK_OVERFLOW)
     return c0, c1, c2, c3
 
 
@@ -213,7 +216,7 @@ def normal_of(word_0, word_1):
 
 
 @triton.jit
-def normal_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS: tl.constexpr = 10):
+def normal_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS: tl.constexpr = ROUNDS_JIT):
     """[4 G] fp32 normals, in element order, of [G] consecutive counters of one sample."""
     word_0, word_1, word_2, word_3 = philox_block(
         group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS
@@ -234,7 +237,7 @@ def noise_kernel(
     seed_hi,
     NORMAL: tl.constexpr,
     GROUPS: tl.constexpr,
-    ROUNDS: tl.constexpr = 10,
+    ROUNDS: tl.constexpr = ROUNDS_JIT,
 ):
     """Program (row, block) writes 4 GROUPS numbers of one sample."""
     row = tl.program_id(0)
@@ -278,12 +281,9 @@ def _launch(
 ) -> torch.Tensor:
     words = kernel_words(seed, draw, epoch)
     count = math.prod(out.shape[1:])
-    if out.numel():
-        grid = (len(samples_B), triton.cdiv(count, 4 * GROUPS_PER_PROGRAM))
-        with torch.cuda.device_of(samples_B):
-            noise_kernel[grid](
-                out, samples_B, count, *words, NORMAL=normal, GROUPS=GROUPS_PER_PROGRAM
-            )
+    grid = (len(samples_B), triton.cdiv(count, 4 * GROUPS_PER_PROGRAM))
+    constants = {"NORMAL": normal, "GROUPS": GROUPS_PER_PROGRAM}
+    launch(noise_kernel, grid, out, samples_B, count, *words, **constants)
     return out
 
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch.nn.functional import grid_sample, interpolate
 
-from .launch import require, runs_kernel
+from .launch import launch, require, runs_kernel
 
 Mode = Literal["bicubic", "bilinear"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -138,7 +138,7 @@ def upsample_kernel(
     fx = x - column.to(tl.float32)
     source = patches_ptr + index * height * width * CHANNELS
     last_row = height - 1
-    for channel in tl.static_range(CHANNELS):
+    for channel in tl.static_range(CHANNELS):  # pyright: ignore[reportGeneralTypeIssues]
         plane = source + channel
         value = tl.zeros((BLOCK,), dtype=tl.float32)
         if BICUBIC:
@@ -214,7 +214,7 @@ def student_input_kernel(
     x0 = tl.minimum(tl.maximum(column.to(tl.int32), 0), width - 1)
     y1 = tl.minimum(y0 + 1, height - 1)
     x1 = tl.minimum(x0 + 1, width - 1)
-    for channel in tl.static_range(CHANNELS):
+    for channel in tl.static_range(CHANNELS):  # pyright: ignore[reportGeneralTypeIssues]
         plane = images_ptr + (index * CHANNELS + channel) * height * width
         top_left = clamped_load(plane, y0 * width + x0, inside)
         top_right = clamped_load(plane, y0 * width + x1, inside)
@@ -246,21 +246,20 @@ def upsample_patches(
     number, height, width, channels = patches_NHWC.shape
     sizes = (number, channels, size_px, size_px)
     out = torch.empty(sizes, dtype=dtype, device=patches_NHWC.device)
-    if out.numel():
-        grid = (number, triton.cdiv(size_px * size_px, PIXELS_PER_PROGRAM))
-        with torch.cuda.device_of(out):
-            upsample_kernel[grid](
-                out,
-                patches_NHWC,
-                height,
-                width,
-                size_px,
-                height / size_px,
-                width / size_px,
-                CHANNELS=channels,
-                BICUBIC=mode == "bicubic",
-                BLOCK=PIXELS_PER_PROGRAM,
-            )
+    launch(
+        upsample_kernel,
+        (number, triton.cdiv(size_px * size_px, PIXELS_PER_PROGRAM)),
+        out,
+        patches_NHWC,
+        height,
+        width,
+        size_px,
+        height / size_px,
+        width / size_px,
+        CHANNELS=channels,
+        BICUBIC=mode == "bicubic",
+        BLOCK=PIXELS_PER_PROGRAM,
+    )
     return out
 
 
@@ -296,21 +295,18 @@ def student_input(
     device = images_BCHW.device
     sizes = (batch, channels, size_px, size_px)
     out = torch.empty(sizes, dtype=dtype, device=device, memory_format=layout)
-    if out.numel():
-        scale, shift = _normalisation(tuple(mean_C), tuple(std_C), device)
-        grid = (batch, triton.cdiv(size_px * size_px, PIXELS_PER_PROGRAM))
-        with torch.cuda.device_of(out):
-            student_input_kernel[grid](
-                out,
-                images_BCHW,
-                boxes_B4,
-                flips_B,
-                scale,
-                shift,
-                height,
-                width,
-                size_px,
-                CHANNELS=channels,
-                BLOCK=PIXELS_PER_PROGRAM,
-            )
+    launch(
+        student_input_kernel,
+        (batch, triton.cdiv(size_px * size_px, PIXELS_PER_PROGRAM)),
+        out,
+        images_BCHW,
+        boxes_B4,
+        flips_B,
+        *_normalisation(tuple(mean_C), tuple(std_C), device),
+        height,
+        width,
+        size_px,
+        CHANNELS=channels,
+        BLOCK=PIXELS_PER_PROGRAM,
+    )
     return out

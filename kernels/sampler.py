@@ -11,11 +11,13 @@ With sigma_up == 0, as in the last step of a full schedule, no noise is drawn.
 Shapes: B samples; C, H, W of one latent.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from .launch import require, runs_kernel
+from .launch import launch, require, runs_kernel
 from .noise import Draw, kernel_words, normal_block, normal_reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -124,21 +126,20 @@ def euler_ancestral_step(
             epoch=epoch,
         )
         return out[0].copy_(results[0]), out[1].copy_(results[1])
-    if state_BCHW.numel():
-        numel = state_BCHW[0].numel()
-        grid = (len(samples_B), triton.cdiv(numel, 4 * GROUPS_PER_PROGRAM))
-        with torch.cuda.device_of(state_BCHW):
-            euler_ancestral_step_kernel[grid](
-                *out,
-                state_BCHW,
-                eps_BCHW,
-                samples_B,
-                numel,
-                sigma_down - sigma,
-                sigma_up,
-                next_scale,
-                *words,
-                NOISE=sigma_up != 0.0,
-                GROUPS=GROUPS_PER_PROGRAM,
-            )
+    numel = math.prod(sizes[1:])
+    launch(
+        euler_ancestral_step_kernel,
+        (len(samples_B), triton.cdiv(numel, 4 * GROUPS_PER_PROGRAM)),
+        *out,
+        state_BCHW,
+        eps_BCHW,
+        samples_B,
+        numel,
+        sigma_down - sigma,
+        sigma_up,
+        next_scale,
+        *words,
+        NOISE=sigma_up != 0.0,
+        GROUPS=GROUPS_PER_PROGRAM,
+    )
     return out
