@@ -1,0 +1,129 @@
+"""What a run says while it works: progress on stderr, scalars for TensorBoard.
+
+Standard output is left to the one JSON object that ends every command. On a terminal progress is a
+bar with rate and time left; in a log it is a line every few seconds. Torch-free.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+LINE_EVERY_S = 10.0  # between two lines of progress in a log
+
+
+class Report(Protocol):
+    """Where trainings and renderings tell how far they are."""
+
+    def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
+        """`done` of `total` units ("epochs", "images") of `what` are finished; call it often."""
+        ...
+
+    def scalar(self, tag: str, step: int, value: float) -> None:
+        """A point of a curve, e.g. ("student/dace/loss", epoch, 1.3)."""
+        ...
+
+    def say(self, line: str) -> None:
+        """One line for people: a choice that was made, a warning."""
+        ...
+
+
+class Record(AbstractContextManager["Record"]):
+    """The Report of a command: stderr, and TensorBoard event files when it has a folder for them."""
+
+    def __init__(self, tensorboard: Path | None = None) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._bar: tuple[str, Progress, TaskID] | None = None
+        self._began: dict[str, tuple[float, float]] = {}
+        self._line_due: dict[str, float] = {}
+        self._tensorboard, self._writer = tensorboard, None
+
+    def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
+        now = time.monotonic()
+        if what not in self._began or done < self._began[what][1]:
+            self._began[what] = (now, done)
+            self._line_due[what] = now + LINE_EVERY_S
+        text = f"{_amount(done)}/{_amount(total)} {unit}{self._pace(what, done, total, unit, now)}"
+        text += f"  {note}" if note else ""
+        finished = done >= total
+        if self._console.is_terminal:
+            self._draw(what, done, total, text)
+            if finished:
+                self._end_bar()
+        elif now >= self._line_due[what] or finished:
+            self.say(f"{what}  {text}")
+            self._line_due[what] = now + LINE_EVERY_S
+        if finished:
+            del self._began[what]
+
+    def _pace(self, what: str, done: float, total: float, unit: str, now: float) -> str:
+        """Rate since this session began with it, and the time left at that rate."""
+        began, before = self._began[what]
+        seconds, made = now - began, done - before
+        if seconds <= 0 or made <= 0:
+            return ""
+        rate = made / seconds
+        left = "" if done >= total else f"  {_duration((total - done) / rate)} left"
+        return f"  {rate:.3g} {unit}/s{left}"
+
+    def _draw(self, what: str, done: float, total: float, text: str) -> None:
+        if self._bar is None or self._bar[0] != what:
+            self._end_bar()
+            bar = Progress(
+                TextColumn("{task.description:24}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}"),
+                console=self._console,
+            )
+            bar.start()
+            self._bar = (what, bar, bar.add_task(what, total=total, text=text))
+        _, bar, task = self._bar
+        bar.update(task, completed=done, total=total, text=text)
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar[1].stop()
+            self._bar = None
+
+    def scalar(self, tag: str, step: int, value: float) -> None:
+        if self._tensorboard is not None:
+            self._open_writer().add_scalar(tag, value, step)
+
+    def _open_writer(self) -> SummaryWriter:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._tensorboard))
+        return self._writer
+
+    def say(self, line: str) -> None:
+        if self._bar is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bar[1].console.print(line, markup=False)
+
+    def __exit__(self, *_: object) -> None:
+        self._end_bar()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _amount(value: float) -> str:
+    return f"{value:g}" if value < 1e6 else f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
