@@ -6,7 +6,7 @@ Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class EagerBackend:
         del self._denoiser, self._encoder, self._decoder
 
 
-def resolve_device(device: DeviceName) -> str:
+def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
     """Turn `auto` into what is here; Unavailable when cuda is asked for where there is none."""
     if device == "cpu":
         return "cpu"

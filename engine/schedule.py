@@ -60,7 +60,7 @@ def make_schedule(
             f"rho {rho:g} of {steps} steps rounds to 0 evaluations: "
             f"rho must be at least {1 / steps:g}, or the steps at least {int(1 / rho) + 1}"
         )
-    scheduler = EulerAncestralDiscreteScheduler.from_config(dict(scheduler_config))
+    scheduler: Any = EulerAncestralDiscreteScheduler.from_config(dict(scheduler_config))
     scheduler.set_timesteps(steps)
     first = steps - evals
     sigma, sigma_to = scheduler.sigmas[first:-1], scheduler.sigmas[first + 1 :]

@@ -110,14 +110,15 @@ class Expander:
             raise ValueError(f"{shape[0]} patches but {len(labels)} labels")
 
     def _latent_shape(self, parts: ModelParts) -> tuple[int, int, int]:
-        factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        vae_config: Any = parts.vae.config
+        factor = 2 ** (len(vae_config.block_out_channels) - 1)
         if self.config.size_px % factor:
             raise ValueError(
                 f"the image size must be a multiple of {factor} px, the VAE's factor, "
                 f"got {self.config.size_px}"
             )
         side = self.config.size_px // factor
-        return parts.vae.config.latent_channels, side, side
+        return vae_config.latent_channels, side, side
 
     @torch.no_grad()
     def _encode(self, patches_NHWC: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -131,17 +133,18 @@ def load_parts(source: ModelSource, *, precision: Precision, device: str) -> Mod
     dtype = DTYPES[precision]
     upcast = _read_json(source.part("vae") / "config.json").get("force_upcast", True)
     vae_dtype = torch.float32 if upcast and precision == "fp16" else dtype
-    parts = []
-    for part, kind, kind_dtype in (
-        ("unet", UNet2DConditionModel, dtype),
-        ("vae", AutoencoderKL, vae_dtype),
-    ):
-        variant, _ = _weight_files(source, part)
-        module = kind.from_pretrained(
-            source.part(part), torch_dtype=kind_dtype, variant=variant, use_safetensors=True
-        )
-        parts.append(module.to(device).eval().requires_grad_(False))
-    return ModelParts(*parts)
+    unet = _load(UNet2DConditionModel, source, "unet", device, torch_dtype=dtype)
+    return ModelParts(unet, _load(AutoencoderKL, source, "vae", device, torch_dtype=vae_dtype))
+
+
+def _load(kind: type, source: ModelSource, part: str, device: str, **dtype: torch.dtype) -> Any:
+    """`kind.from_pretrained`, safetensors only, in eval mode, without gradients."""
+    variant, _ = _weight_files(source, part)
+    loader: Any = kind
+    module = loader.from_pretrained(
+        source.part(part), variant=variant, use_safetensors=True, **dtype
+    )
+    return module.to(device).eval().requires_grad_(False)
 
 
 def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[Any, Any]:
@@ -152,14 +155,24 @@ def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[A
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-    variant, _ = _weight_files(source, part)
-    encoder = kind.from_pretrained(
-        source.part(part), dtype=torch.float32, variant=variant, use_safetensors=True
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(
-        source.folder / part.replace("text_encoder", "tokenizer")
-    )
-    return tokenizer, encoder.to(device).eval().requires_grad_(False)
+    tokenizer_folder = source.folder / part.replace("text_encoder", "tokenizer")
+    with _quiet_transformers():
+        encoder = _load(kind, source, part, device, dtype=torch.float32)
+    return CLIPTokenizer.from_pretrained(tokenizer_folder), encoder
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the bar that transformers shows for every weight file."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def weights_sha256(source: ModelSource) -> str:

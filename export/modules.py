@@ -8,6 +8,7 @@ values of one prompt laid end to end. Each module equals the stock pipeline to f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -38,7 +39,7 @@ class KeyValueSlot:
         return key_GhLd, kv_GP[:, middle : middle + self.size].view(shape)
 
 
-def _cross_attentions(unet: UNet2DConditionModel) -> list[Attention]:
+def _cross_attentions(unet: UNet2DConditionModel) -> list[Any]:
     layers = [
         module
         for name, module in unet.named_modules()
@@ -75,7 +76,7 @@ class GroupedCrossAttention:
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -97,10 +98,11 @@ class Denoiser(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel, tokens: int) -> None:
         super().__init__()
-        if unet.config.addition_embed_type != "text_time" or unet.encoder_hid_proj is not None:
+        config: Any = unet.config
+        if config.addition_embed_type != "text_time" or unet.encoder_hid_proj is not None:
             raise ValueError(
                 "the UNet must have SDXL's text_time conditioning, "
-                f"got {unet.config.addition_embed_type}; use an SDXL model"
+                f"got {config.addition_embed_type}; use an SDXL model"
             )
         self.unet = unet
         slots = key_value_slots(unet, tokens)
@@ -146,16 +148,18 @@ class PromptProjector(nn.Module):
         added_GD = self.embedding(torch.cat([pooled_GD, times_GD], dim=-1))
         pieces = []
         for layer in self.layers:
-            for project in (layer.to_k, layer.to_v):
-                heads_GLhd = project(text_GLD).unflatten(-1, (layer.heads, -1))
+            attention: Any = layer
+            for project in (attention.to_k, attention.to_v):
+                heads_GLhd = project(text_GLD).unflatten(-1, (attention.heads, -1))
                 pieces.append(heads_GLhd.transpose(1, 2).flatten(1))
         return added_GD, torch.cat(pieces, dim=1)
 
 
 def _latent_statistics(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
     """Shift and scale [1, C, 1, 1] of latents = (raw - shift) · scale, as the pipeline has them."""
-    channels, factor = vae.config.latent_channels, vae.config.scaling_factor
-    mean, std = vae.config.latents_mean, vae.config.latents_std
+    config: Any = vae.config
+    channels, factor = config.latent_channels, config.scaling_factor
+    mean, std = config.latents_mean, config.latents_std
     if mean is None or std is None:
         return torch.zeros(1, channels, 1, 1), torch.full((1, channels, 1, 1), factor)
     scale = factor / torch.tensor(std, dtype=torch.float32)
