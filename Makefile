@@ -1,0 +1,32 @@
+# make setup   .venv with everything, at the tested versions (runs when one of the two files changes)
+# make demo    the whole method on the CPU, with the shipped model and generated images
+# make test    every test that needs neither a GPU nor a data set
+# make check   ruff, pyright, import direction
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+DEMO_OUT ?= runs/demo
+
+# Wheels come from the package index, not from a local folder with other builds of torch in it.
+export PIP_FIND_LINKS :=
+
+.PHONY: setup demo test check
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is %d.%d: make setup PYTHON=python3.12" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/train demo --out $(DEMO_OUT) --overwrite
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/python tests/import_direction.py

@@ -1,0 +1,71 @@
+"""Options and markers: what a machine lacks is skipped with the reason, or fails if required."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_GPU_TESTS_RUN = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("patchbloom")
+    group.addoption("--run-slow", action="store_true", help="run tests that take minutes")
+    group.addoption("--data-dir", type=Path, help="an ImageFolder with train/ and val/, for `data`")
+    group.addoption("--require-gpu", action="store_true", help="fail unless a GPU test ran")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_GPU_TESTS_RUN] = 0
+    folder = config.getoption("--data-dir")
+    if folder is not None and not folder.is_dir():
+        raise pytest.UsageError(f"--data-dir {folder}: no such folder")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {}
+    if not config.getoption("--run-slow"):
+        reasons["slow"] = "takes minutes: run it with --run-slow"
+    if config.getoption("--data-dir") is None:
+        reasons["data"] = "needs a real data set: give --data-dir"
+    if any(item.get_closest_marker("gpu") for item in items) and not _cuda_is_here():
+        reasons["gpu"] = "needs a CUDA device"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report: pytest.TestReport = yield
+    if report.when == "call" and not report.skipped and item.get_closest_marker("gpu") is not None:
+        item.config.stash[_GPU_TESTS_RUN] += 1
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _gpu_is_missed(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if _gpu_is_missed(config):
+        terminalreporter.write_line("--require-gpu: not one GPU test ran", red=True, bold=True)
+
+
+@pytest.fixture
+def data_dir(pytestconfig: pytest.Config) -> Path:
+    """The real data set of --data-dir, with train/ and val/."""
+    return pytestconfig.getoption("--data-dir")
+
+
+def _gpu_is_missed(config: pytest.Config) -> bool:
+    return config.getoption("--require-gpu") and config.stash[_GPU_TESTS_RUN] == 0
+
+
+def _cuda_is_here() -> bool:
+    import torch  # seconds: only where a GPU test was collected
+
+    return torch.cuda.is_available()
