@@ -38,7 +38,7 @@ class Report(Protocol):
 
 
 class Record(AbstractContextManager["Record"]):
-    """The Report of a command: stderr, and TensorBoard event files when it has a folder for them."""
+    """The Report of a command: stderr, and TensorBoard event files when given a folder."""
 
     def __init__(self, tensorboard: Path | None = None) -> None:
         self._console = Console(stderr=True, highlight=False)
