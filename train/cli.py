@@ -1,0 +1,48 @@
+"""`train`: images → teacher → coreset → labels → students → report.
+
+The last line of stdout is one JSON object. Importing this module imports neither torch nor
+TensorRT: each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from ..engine.console import run_command
+from .commands import STAGES, Command, Train, TrainPrior, TrainReport
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 2 unusable input, 130 interrupted)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command("train", lambda: _parse(given), lambda command: _execute(command, given))
+
+
+def _parse(given: list[str]) -> Command:
+    kind = STAGES.get(given[0]) if given else None
+    if kind is not None:
+        return tyro.cli(kind, prog=f"train {given[0]}", args=given[1:])
+    stages = "\n".join(f"  train {name:8} {kind.__doc__}" for name, kind in STAGES.items())
+    about = f"{Train.__doc__}\n\nEach stage is also a command, with options of its own:\n{stages}"
+    return tyro.cli(Train, prog="train", args=given, description=about)
+
+
+def _execute(command: Command, given: list[str]) -> dict[str, Any]:
+    line = " ".join(["train", *given])
+    match command:
+        case TrainPrior():
+            from .prior_run import run_prior
+
+            return run_prior(command, line)
+        case TrainReport():
+            from .report import write_report
+
+            return write_report(command.run)
+        case _:
+            from .run import run_stages
+
+            return run_stages(command, line)

@@ -1,0 +1,190 @@
+"""What `train` can be asked for. Torch-free, so that --help is quick.
+
+An option left out ("None" in the help) follows from the data, the model and the machine; what was
+chosen is said on stderr and written to RUN/summary.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from ..engine.config import Start
+from ..export.config import BackendName, DeviceName, Precision
+from .config import PriorConfig, RecipeName
+
+METHODS = ("dace", "rded", "random", "upsample")
+LabelChoice = Literal["dense", "topk", "online"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of the whole run and of each of its stages."""
+
+    data: str
+    """An image folder with train/ and val/ (or test/), or `shapes`: the generated set."""
+    out: Path
+    """The run folder to write."""
+    model: str | None = None
+    """sdxl-turbo, sdxl-tiny, or a folder in diffusers' SDXL layout. Left out: sdxl-turbo where
+    there is a CUDA device, sdxl-tiny elsewhere and for --data shapes."""
+    backend: BackendName = "auto"
+    """What runs the model; `auto` takes the fastest that works here and says which."""
+    method: tuple[str, ...] = ("dace",)
+    """One or several of dace, rded, random, upsample; they share teacher, patches and recipe."""
+    ipc: int = 1
+    """Images per class; the coreset holds ipc · factor² patches of each."""
+    factor: int | None = None
+    """r: patches are r times smaller than images. Left out: the recipe's, 2."""
+    image_size: int | None = None
+    """Side of rendered images and of what the networks see, in px. Left out: the recipe's."""
+    steps: int = 5
+    """Scheduler steps; an image takes int(steps · rho) evaluations of the UNet."""
+    rho: float = 0.8
+    """Share of the noise schedule that is run, in (0, 1]; 1.0 still starts from the patch."""
+    mixup: bool = True
+    """Mix the latents of two patches of one class before the noise is added."""
+    start: Start = "image"
+    """`noise` starts from pure noise: patches, rho and mixup then play no part."""
+    precision: Precision | None = None
+    """Of the model's weights. Left out: fp16 on cuda, fp32 on the CPU."""
+    engine_batch: int = 32
+    """Images per call of the model; pictures differ by rounding at most."""
+    recipe: RecipeName | None = None
+    """How teacher and students are trained. Left out: `small` for models of 128 px and less and
+    on a CPU, `dace` elsewhere."""
+    epochs: int | None = None
+    """Epochs of the students, each with fresh images. Left out: the recipe's."""
+    teacher_epochs: int | None = None
+    """Epochs of a teacher that is trained here. Left out: the recipe's."""
+    teacher: str | None = None
+    """A network to train, torchvision:NAME, or a file. Left out: the recipe's network."""
+    student: str | None = None
+    """The students' network. Left out: the recipe's."""
+    labels: LabelChoice = "dense"
+    """How the teacher's soft labels are kept in the coreset; `online` stores none."""
+    seed: int = 0
+    """Of everything random: patches, noise, crops, order, initialisation."""
+    seeds: int = 3
+    """Students per method; accuracies are the mean ± std over them."""
+    batch: int | None = None
+    """Views per optimiser step of a student. Left out: the recipe's for this ipc."""
+    ceiling: bool = True
+    """Also train students on fresh real images: the ceiling that the methods are measured by."""
+    class_names: Path | None = None
+    """Names for prompts: a JSON object or lines "folder name"."""
+    device: DeviceName = "auto"
+    """`auto` is cuda where there is one."""
+    skip_corrupt: bool = False
+    """Leave out and count images that cannot be decoded, instead of stopping at them."""
+    shapes_per_class: int = 1000
+    """Training images per class of --data shapes; a fifth as many for validation."""
+    resume: bool = False
+    """Go on with the run in --out, from the stage and epoch where it was stopped."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError(f"--method: expected one or several of {', '.join(METHODS)}")
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(
+                    f"--method {method}: expected one or several of {', '.join(METHODS)}"
+                )
+        for name in (
+            *("ipc", "factor", "image_size", "steps", "engine_batch", "epochs", "teacher_epochs"),
+            *("seeds", "batch", "shapes_per_class"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        if not 0 < self.rho <= 1:
+            raise ValueError(f"--rho {self.rho:g}: expected more than 0, and 1 at most")
+        if "dace" in self.methods and self.start == "image" and int(self.steps * self.rho) < 1:
+            raise ValueError(
+                f"--rho {self.rho:g} of --steps {self.steps} rounds to 0 evaluations: "
+                f"give --rho {1 / self.steps:g} or more, or more --steps"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume keeps what --overwrite removes: give one of them")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods asked for, in that order, each once; commas separate as spaces do."""
+        names = [name for word in self.method for name in word.split(",") if name]
+        return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(RunOptions):
+    """Teacher, coreset, labels, students, report: all of it, in one run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTeacher(RunOptions):
+    """Train (or fetch and check) the teacher only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCoreset(RunOptions):
+    """Choose the patches and write the coresets; the teacher first, if the run has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainLabels(RunOptions):
+    """Store the teacher's soft labels of every view in the coresets, without training a student."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStudent(RunOptions):
+    """Train the students, with stored labels where the coreset has them; no report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """Draw the pictures and write the report of a finished run again."""
+
+    run: Positional[Path]
+    """The run folder: the one with summary.json in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPrior:
+    """Train a small few-step latent diffusion model in SDXL's shape, for --model."""
+
+    data: str
+    """An image folder with train/, a plain one, or `shapes`: the generated set."""
+    out: Path
+    """The model folder to write."""
+    prior: Annotated[PriorConfig, OmitArgPrefixes] = field(default_factory=PriorConfig)
+    class_names: Path | None = None
+    """Names for prompts: a JSON object or lines "folder name"."""
+    skip_corrupt: bool = False
+    """Leave out and count images that cannot be decoded, instead of stopping at them."""
+    shapes_per_class: int = 1000
+    """Training images per class of --data shapes."""
+    resume: bool = False
+    """Go on with the training in --out."""
+    overwrite: bool = False
+    """Replace the model in --out."""
+
+
+STAGES = {
+    "teacher": TrainTeacher,
+    "coreset": TrainCoreset,
+    "labels": TrainLabels,
+    "student": TrainStudent,
+    "prior": TrainPrior,
+    "report": TrainReport,
+}
+"""Sub-commands by name; anything else on the command line belongs to `Train`."""
+
+Command = (
+    Train | TrainTeacher | TrainCoreset | TrainLabels | TrainStudent | TrainPrior | TrainReport
+)
