@@ -1,0 +1,538 @@
+"""Guards the coreset artefact: what is written is what is read, whole, named and unchanged."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from patchbloom.engine import coreset as coreset_module
+from patchbloom.engine.class_names import display_names, imagenet_names
+from patchbloom.engine.cli import main
+from patchbloom.engine.coreset import attach_labels, open_coreset, write_coreset
+from patchbloom.engine.manifest import CoresetError
+from patchbloom.engine.soft_labels import LabelBlock, decode_topk, encode_topk
+from PIL import Image
+
+IDS = ("n01440764", "with space", "zebra")
+SETTINGS = {
+    "method": "dace",
+    "seed": 3,
+    "image_size_px": 16,
+    "factor": 2,
+    "patch_px": 8,
+    "ipc": 1,
+}
+PATCHES = torch.randint(
+    0, 256, (12, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
+
+
+def _write(folder: Path, **changed):
+    arguments = {
+        "patches_NHWC": PATCHES,
+        "labels_N": [0] * 4 + [1] * 4 + [2] * 4,
+        "class_ids": IDS,
+        "class_names": ("tench", "with space", "zebra"),
+        "settings": SETTINGS,
+        "model": {"name": "sdxl-tiny", "weights_bytes": 1000},
+        "provenance": {"command": "train", "time": time.time()},
+    }
+    return write_coreset(folder, **{**arguments, **changed})
+
+
+def _logits(epochs: int = 2, samples: int = 12, classes: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return 4 * torch.randn(epochs, samples, classes, generator=generator)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    _write(tmp_path / "c")
+    opened = open_coreset(tmp_path / "c")
+    assert torch.equal(opened.patches(), PATCHES)
+    assert opened.labels_N.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert opened.class_ids == IDS
+    assert opened.class_names == ("tench", "with space", "zebra")
+    assert opened.settings == SETTINGS
+    assert opened.soft_labels() is None
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_patches_are_a_plain_image_folder(tmp_path: Path) -> None:
+    _write(tmp_path / "c")
+    from torchvision.datasets import ImageFolder
+
+    images = ImageFolder(str(tmp_path / "c" / "patches"))
+    assert images.classes == sorted(IDS)
+    assert [label for _, label in images.samples] == [0] * 4 + [1] * 4 + [2] * 4
+    for row, (picture, _) in enumerate(images):
+        np.testing.assert_array_equal(np.array(picture), PATCHES[row])
+    everything = [path for path in (tmp_path / "c" / "patches").rglob("*") if path.is_file()]
+    assert len(everything) == len(images)
+    assert {path.suffix for path in everything} == {".png"}
+
+
+def test_content_hash_names_content_and_not_its_making(tmp_path: Path) -> None:
+    first = _write(tmp_path / "a", provenance={"time": 1.0, "host": "x"})
+    second = _write(tmp_path / "b", provenance={"time": 2.0})
+    assert first.content_sha256 == second.content_sha256
+    changed = PATCHES.clone()
+    changed[0, 0, 0, 0] ^= 1
+    others = [
+        _write(tmp_path / "d", patches_NHWC=changed),
+        _write(tmp_path / "e", settings={**SETTINGS, "seed": 4}),
+        _write(tmp_path / "f", class_names=("tench", "with space", "horse")),
+        _write(tmp_path / "g", model=None),
+        _write(tmp_path / "h", teacher={"architecture": "resnet18"}),
+        _write(tmp_path / "i", labels=LabelBlock(codec="none")),
+    ]
+    hashes = {first.content_sha256, *(other.content_sha256 for other in others)}
+    assert len(hashes) == 1 + len(others)
+
+
+def test_every_changed_byte_is_found_and_the_file_named(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    _write(folder, labels=LabelBlock(codec="dense", logits=_logits()))
+    open_coreset(folder)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        for place in {0, len(data) // 3, len(data) // 2, len(data) - 1}:
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            with pytest.raises(CoresetError, match=path.name):
+                open_coreset(folder)
+        path.write_bytes(data[:-1])
+        with pytest.raises(CoresetError, match=path.name):
+            open_coreset(folder)
+        path.unlink()
+        with pytest.raises(CoresetError, match=path.name if path.suffix != ".json" else "manifest"):
+            open_coreset(folder)
+        path.write_bytes(data)
+    open_coreset(folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_byte_of_the_manifest_can_change(tmp_path_factory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.getbasetemp() / "shared-coreset"
+    if not folder.exists():
+        _write(folder, provenance={"note": "a b", "pi": 3.14})
+    raw = (folder / "manifest.json").read_bytes()
+    place = data.draw(st.integers(0, len(raw) - 1))
+    byte = data.draw(st.integers(0, 255).filter(lambda value: value != raw[place]))
+    other = folder.parent / "changed-coreset"
+    other.mkdir(exist_ok=True)
+    (other / "manifest.json").write_bytes(raw[:place] + bytes([byte]) + raw[place + 1 :])
+    with pytest.raises(CoresetError):
+        open_coreset(other, verify=False)
+
+
+def test_a_stray_file_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    _write(folder)
+    (folder / "patches" / "zebra" / "extra.png").write_bytes(b"")
+    with pytest.raises(CoresetError, match=r"extra\.png is not part of this coreset"):
+        open_coreset(folder)
+
+
+def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
+    with pytest.raises(CoresetError, match="cannot be a folder name"):
+        _write(tmp_path / "c", class_ids=("../a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"class_ids": ("b", "a", "c")}, "sorted"),
+        ({"class_ids": ("a", "a", "c")}, "unique"),
+        ({"class_names": ("a", "b")}, "expected 3 class names"),
+        ({"labels_N": [0] * 5 + [1] * 3 + [2] * 4}, "4 rows of each of 3 classes"),
+        ({"patches_NHWC": PATCHES.float()}, "expected uint8"),
+        ({"patches_NHWC": PATCHES[:, :4]}, r"expected uint8 \[N, 8, 8, 3\]"),
+        ({"settings": {"method": "dace"}}, "missing"),
+        ({"settings": {**SETTINGS, "folder": Path()}}, "plain JSON"),
+        ({"model": {"loss": float("nan")}}, "plain JSON"),
+        ({"labels": LabelBlock(codec="dense", logits=_logits(classes=4))}, "expected 3 classes"),
+    ],
+)
+def test_contradicting_arguments_are_refused(tmp_path: Path, changed: dict, told: str) -> None:
+    with pytest.raises(CoresetError, match=told):
+        _write(tmp_path / "c", **changed)
+    assert os.listdir(tmp_path) == []
+
+
+def test_overwrite_replaces_a_coreset_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir()
+    old = _write(folder)  # an empty folder is free
+    with pytest.raises(CoresetError, match="not empty: choose another --out, or --overwrite"):
+        _write(folder)
+    new = _write(folder, settings={**SETTINGS, "seed": 4}, overwrite=True)
+    assert open_coreset(folder).content_sha256 == new.content_sha256 != old.content_sha256
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(CoresetError, match=r"thesis\.tex"):
+        _write(folder, overwrite=True)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "manifest.json").write_text("{}")
+    with pytest.raises(CoresetError, match="is not a coreset"):
+        _write(photos, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["c", "photos"]
+
+
+def _full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("writer", ["_write_png", "_write_labels", "write_durably"])
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    monkeypatch.setattr(coreset_module, writer, _full_disk)
+    block = LabelBlock(codec="dense", logits=_logits())
+    with pytest.raises(
+        OSError, match=r"no space left for .*c: it needs up to .* MiB; free"
+    ) as told:
+        _write(tmp_path / "c", labels=block)
+    assert "\n" not in str(told.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_while_replacing_keeps_the_old_coreset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = _write(tmp_path / "c")
+    monkeypatch.setattr(coreset_module, "_write_png", _full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        _write(tmp_path / "c", settings={**SETTINGS, "seed": 4}, overwrite=True)
+    assert open_coreset(tmp_path / "c").content_sha256 == old.content_sha256
+    monkeypatch.undo()
+    monkeypatch.setattr(coreset_module, "_write_labels", _full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        attach_labels(tmp_path / "c", LabelBlock(codec="dense", logits=_logits()))
+    assert open_coreset(tmp_path / "c").content_sha256 == old.content_sha256
+
+
+KILLED_WRITES = """
+import json, os, signal, sys, torch
+from pathlib import Path
+from patchbloom.engine import coreset, durable
+from patchbloom.engine.soft_labels import LabelBlock
+
+def write_and_label(folder, kill_at):
+    calls = 0
+    def counted(function):
+        def call(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+        return call
+    for owner, name in (
+        (coreset, "_write_png"), (coreset, "_write_labels"), (coreset, "write_durably"),
+        (durable, "write_durably"), (os, "replace"), (os, "rename"),
+    ):
+        setattr(owner, name, counted(getattr(owner, name)))
+    if not folder.exists():
+        coreset.write_coreset(
+            folder,
+            patches_NHWC=torch.zeros(2, 8, 8, 3, dtype=torch.uint8), labels_N=[0, 1],
+            class_ids=["a", "b"], class_names=["a", "b"],
+            settings=dict(method="random", seed=0, image_size_px=8, factor=1, patch_px=8, ipc=1),
+            provenance={},
+        )
+    for value in (torch.zeros, torch.ones):
+        coreset.attach_labels(folder, LabelBlock(codec="dense", logits=value(1, 2, 2)))
+
+def what_opens(folder):
+    if not folder.exists():
+        return "absent"
+    labels = coreset.open_coreset(folder).soft_labels()
+    return "unlabelled" if labels is None else labels.logits(0, [0]).tolist()
+
+def in_a_process_of_its_own(folder, kill_at):
+    child = os.fork()
+    if child == 0:
+        write_and_label(folder, kill_at)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+outcomes = []
+for kill_at in range(1, 100):
+    folder = Path(sys.argv[1]) / f"c{kill_at}"
+    code = in_a_process_of_its_own(folder, kill_at)
+    left = what_opens(folder)
+    again = in_a_process_of_its_own(folder, 0)
+    outcomes.append((code, left, again, what_opens(folder)))
+    if code == 0:
+        break
+print(json.dumps(outcomes))
+"""
+
+
+def test_a_killed_write_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    """Kill -9 before each step in turn: what opens is whole, and the next run completes it."""
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED_WRITES, tmp_path], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    outcomes = json.loads(run.stdout)
+    codes = [code for code, _, _, _ in outcomes]
+    assert codes == [-signal.SIGKILL] * (len(codes) - 1) + [0]
+    zeros, ones = [[0.0, 0.0]], [[1.0, 1.0]]
+    stages = [stage for stage, _ in itertools.groupby(left for _, left, _, _ in outcomes)]
+    assert stages == ["absent", "unlabelled", zeros, "unlabelled", ones]
+    assert all((again, then) == (0, ones) for _, _, again, then in outcomes)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_dense_labels_keep_fp16_logits(tmp_path: Path) -> None:
+    logits = _logits()
+    _write(tmp_path / "c")
+    unlabelled = open_coreset(tmp_path / "c").content_sha256
+    attach_labels(
+        tmp_path / "c",
+        LabelBlock(codec="dense", logits=logits, temperature=4.0),
+        provenance={"labelled": "later"},
+    )
+    opened = open_coreset(tmp_path / "c")
+    assert opened.content_sha256 != unlabelled
+    assert set(opened.manifest["provenance"]) == {"command", "time", "labelled"}
+    labels = opened.soft_labels()
+    assert labels is not None
+    assert (labels.epochs, labels.samples, labels.classes) == (2, 12, 3)
+    for epoch in (1, 0):
+        rows = torch.tensor([11, 0, 5])
+        expected = logits[epoch, rows].half().float()
+        assert torch.equal(labels.logits(epoch, rows), expected)
+        assert torch.equal(labels.probabilities(epoch, rows), (expected / 4.0).softmax(1))
+    with pytest.raises(CoresetError, match=r"expected an epoch in 0\.\.1, got 2"):
+        labels.logits(2, [0])
+    sizes = opened.bytes()
+    assert sizes["labels"] == (tmp_path / "c" / "labels.safetensors").stat().st_size
+    assert sizes["with_labels"] == sum(
+        path.stat().st_size for path in (tmp_path / "c").rglob("*") if path.is_file()
+    )
+    assert sizes["with_generator"] == sizes["with_labels"] + 1000
+    attach_labels(tmp_path / "c", LabelBlock(codec="none"))
+    assert open_coreset(tmp_path / "c").soft_labels() is None
+    assert not (tmp_path / "c" / "labels.safetensors").exists()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    classes=st.integers(3, 40),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 3000.0]),
+    temperature=st.sampled_from([0.5, 1.0, 20.0]),
+    seed=st.integers(0, 99),
+)
+def test_topk_labels_keep_the_largest_and_spread_the_rest(
+    classes: int, scale: float, temperature: float, seed: int
+) -> None:
+    k = (classes - 1) // 2
+    generator = torch.Generator().manual_seed(seed)
+    logits_NK = scale * torch.randn(5, classes, generator=generator)
+    probabilities_Nk, classes_Nk = encode_topk(logits_NK, k=k, temperature=temperature)
+    assert probabilities_Nk.dtype == torch.float16
+    assert classes_Nk.dtype == torch.int16
+    decoded_NK = decode_topk(probabilities_Nk, classes_Nk, classes)
+    exact_NK = (logits_NK / temperature).softmax(1)
+    torch.testing.assert_close(decoded_NK.sum(1), torch.ones(5))
+    kept = classes_Nk.long()
+    torch.testing.assert_close(
+        decoded_NK.gather(1, kept), exact_NK.gather(1, kept), atol=1e-3, rtol=2e-3
+    )
+    rest_NK = decoded_NK.scatter(1, kept, torch.nan)
+    for row in rest_NK:
+        others = row[~row.isnan()]
+        assert float(others.max() - others.min()) == 0.0
+    if scale == 0.0:
+        assert classes_Nk.tolist() == [list(range(k))] * 5  # ties keep the lower class
+
+
+def test_topk_labels_are_stored_and_read(tmp_path: Path) -> None:
+    logits = _logits()
+    block = LabelBlock(codec="topk", logits=logits, k=1, temperature=2.0)
+    _write(tmp_path / "c", labels=block)
+    labels = open_coreset(tmp_path / "c").soft_labels()
+    assert labels is not None
+    expected = decode_topk(*encode_topk(logits[1], k=1, temperature=2.0), 3)
+    assert torch.equal(labels.probabilities(1, range(12)), expected)
+    with pytest.raises(CoresetError, match="keeps probabilities"):
+        labels.logits(0, [0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"codec": "topk", "logits": _logits(classes=4), "k": 2}, "2k < 4"),
+        ({"codec": "pickle", "logits": _logits()}, "expected dense, topk or none"),
+        ({"codec": "dense"}, r"expected logits \[E, N, K\], got None"),
+        ({"codec": "dense", "logits": torch.zeros(3, 2)}, "got \\(3, 2\\)"),
+        ({"codec": "dense", "logits": _logits(), "temperature": 0.0}, "more than 0"),
+        ({"codec": "none", "logits": _logits()}, "stores no logits"),
+    ],
+)
+def test_labels_that_cannot_be_stored_are_refused(arguments: dict, told: str) -> None:
+    with pytest.raises(CoresetError, match=told):
+        LabelBlock(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("codec", "bad"),
+    [
+        ("dense", float("nan")),
+        ("dense", float("inf")),
+        ("dense", 1e6),
+        ("topk", float("nan")),
+        ("topk", float("inf")),
+    ],
+)
+def test_logits_that_no_codec_can_hold_are_refused(tmp_path: Path, codec, bad: float) -> None:
+    logits = _logits()
+    logits[0, 0, 0] = bad
+    with pytest.raises(CoresetError, match="NaN or infinity"):
+        _write(tmp_path / "c", labels=LabelBlock(codec=codec, logits=logits, k=1))
+    assert os.listdir(tmp_path) == []
+
+
+def test_engine_coreset_info_verify_show(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "c"
+    written = _write(folder)
+
+    assert main(["coreset", "info", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = json.loads(lines[-1])
+    assert told["content_sha256"] == written.content_sha256
+    assert told["classes"] == {"n01440764": "tench", "with space": "with space", "zebra": "zebra"}
+    assert any("n01440764: tench" in line for line in lines[:-1])
+
+    assert main(["coreset", "verify", str(folder), "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["verified"] is True
+
+    assert main(["coreset", "show", str(folder), "--out", str(tmp_path / "sheet.png")]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert list(sheet.size) == told["size_px"]
+        pixels = np.array(sheet)
+    first = np.kron(PATCHES[0].numpy(), np.ones((6, 6, 1), dtype=np.uint8))  # 8 px, shown at 48
+    found = [
+        (top, left)
+        for top in range(pixels.shape[0] - 48)
+        for left in range(pixels.shape[1] - 48)
+        if (pixels[top, left] == first[0, 0]).all()
+        and (pixels[top : top + 48, left : left + 48] == first).all()
+    ]
+    assert len(found) == 1
+    assert main(["coreset", "show", str(folder)]) == 0
+    assert (tmp_path / "c.png").is_file()
+    open_coreset(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("coreset info FOLDER/nope", "is not a coreset: no such folder"),
+        ("coreset verify FOLDER", "has no manifest.json"),
+        ("coreset show FOLDER/c --out FOLDER/c/sheet.png", "holds its own files only"),
+        ("coreset show FOLDER/c --out FOLDER/sheet.jpg", "ends in .png"),
+        ("coreset show FOLDER/c --out FOLDER/nope/sheet.png", "No such file"),
+        ("coreset show FOLDER/c --patches-per-class 0", "expected at least 1, got 0"),
+        ("coreset show FOLDER/c --patches-per-class few", "few"),
+        ("coreset info", "Missing"),
+        ("coreset paint FOLDER/c", "paint"),
+        ("", "coreset"),
+    ],
+)
+def test_unusable_input_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, told: str
+) -> None:
+    _write(tmp_path / "c")
+    assert main(arguments.replace("FOLDER", str(tmp_path)).split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("engine: error: ")
+    assert told in line
+    assert "tyro" not in line
+
+
+def test_imagenet_names_are_right() -> None:
+    names = imagenet_names()
+    assert len(names) == len(set(names.values())) == 1000
+    assert list(names) == sorted(names)
+    imagenette = {
+        "n01440764": "tench",
+        "n02102040": "English springer",
+        "n02979186": "cassette player",
+        "n03000684": "chain saw",
+        "n03028079": "church",
+        "n03394916": "French horn",
+        "n03417042": "garbage truck",
+        "n03425413": "gas pump",
+        "n03445777": "golf ball",
+        "n03888257": "parachute",
+    }
+    imagewoof = {
+        "n02086240": "Shih-Tzu",
+        "n02087394": "Rhodesian ridgeback",
+        "n02088364": "beagle",
+        "n02089973": "English foxhound",
+        "n02093754": "Border terrier",
+        "n02096294": "Australian terrier",
+        "n02099601": "golden retriever",
+        "n02105641": "Old English sheepdog",
+        "n02111889": "Samoyed",
+        "n02115641": "dingo",
+    }
+    for expected in (imagenette, imagewoof):
+        assert dict(zip(expected, display_names(tuple(expected)), strict=True)) == expected
+
+
+def test_class_names_come_from_the_file_the_map_or_the_folder(tmp_path: Path) -> None:
+    ids = ("n01440764", "red_fox", "tree-frog")
+    assert display_names(ids) == ("tench", "red fox", "tree frog")
+    lines = tmp_path / "names.txt"
+    lines.write_text("n01440764 a fish\nred_fox\tfox, red\ntree-frog frog\nother thing\n")
+    assert display_names(ids, lines) == ("a fish", "fox, red", "frog")
+    as_json = tmp_path / "names.json"
+    as_json.write_text(json.dumps({"n01440764": "a fish", "red_fox": "fox", "tree-frog": "frog"}))
+    assert display_names(ids, as_json) == ("a fish", "fox", "frog")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("red_fox fox\n", "1 missing, first 'tree-frog'"),
+        ("red_fox fox\nred_fox wolf\ntree-frog frog\n", "named twice"),
+        ("red_fox\n", "expected a line 'id name'"),
+        ('{"red_fox": 3}', "expected a name, got 3"),
+        ('{"red_fox": ', "expected a JSON object"),
+        (None, "no such file"),
+    ],
+)
+def test_a_bad_class_names_file_is_refused(tmp_path: Path, text: str | None, told: str) -> None:
+    path = tmp_path / "names.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises((ValueError, OSError), match=told):
+        display_names(("red_fox", "tree-frog"), path)
+
+
+def test_a_wordnet_id_never_becomes_a_prompt() -> None:
+    with pytest.raises(ValueError, match=r"n99999999.*--class-names FILE"):
+        display_names(("n99999999",))
