@@ -27,8 +27,8 @@ from .noise import (
     normal_block,
     normal_reference,
     philox_block,
-    uniform_of,
     uniform_reference,
+    unit_of,
 )
 
 FLOATS = (torch.float32, torch.float16)
@@ -96,10 +96,10 @@ def start_state_kernel(
         count = tl.load(class_count_ptr + index)
         partner_word, _, _, _ = philox_block(0, PARTNER, sample, epoch, seed_lo, seed_hi)
         weight_word, _, _, _ = philox_block(0, WEIGHT, sample, epoch, seed_lo, seed_hi)
-        offset = (uniform_of(partner_word) * count.to(tl.float32)).to(tl.int64)
+        offset = (unit_of(partner_word) * count.to(tl.float32)).to(tl.int64)
         partner = first + tl.minimum(offset, count - 1)
         other = tl.load(bank_ptr + partner * numel + element, mask=inside).to(tl.float32)
-        gamma = uniform_of(weight_word)
+        gamma = unit_of(weight_word)
         latent = gamma * latent + (1.0 - gamma) * other
     group = first_group + tl.arange(0, GROUPS)
     noise = normal_block(group, START, sample, epoch, seed_lo, seed_hi)

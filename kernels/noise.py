@@ -92,20 +92,24 @@ def philox_reference(
     return c0, c1, c2, c3
 
 
-def _uniform_lanes_reference(
+def unit_reference(words: torch.Tensor) -> torch.Tensor:
+    """u of int64 words in [0, 2^32): fp32 in (0, 1)."""
+    return words.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=UNIFORM_MAX)
+
+
+def _unit_lanes_reference(
     seed: int, draw: int, samples_B: torch.Tensor, epoch: int, count: int
 ) -> torch.Tensor:
     groups = torch.arange(triton.cdiv(count, 4), device=samples_B.device)
     words = philox_reference(seed, groups, draw, samples_B[:, None], epoch)
-    lanes_BG4 = torch.stack(words, dim=-1).to(torch.float32)
-    return lanes_BG4.add_(0.5).mul_(2.0**-32).clamp_(max=UNIFORM_MAX)
+    return unit_reference(torch.stack(words, dim=-1))
 
 
 def uniform_reference(
     seed: int, draw: int, samples_B: torch.Tensor, epoch: int, count: int
 ) -> torch.Tensor:
     """``count`` uniforms per sample, fp32 [B, count] in (0, 1), in plain torch."""
-    lanes_BG4 = _uniform_lanes_reference(seed, draw, samples_B, epoch, count)
+    lanes_BG4 = _unit_lanes_reference(seed, draw, samples_B, epoch, count)
     return lanes_BG4.flatten(1)[:, :count].contiguous()
 
 
@@ -120,7 +124,7 @@ def normal_reference(
 ) -> torch.Tensor:
     """Standard normals [B, *shape] in plain torch; computed in fp32, then cast."""
     count = math.prod(shape)
-    lanes_BG4 = _uniform_lanes_reference(seed, draw, samples_B, epoch, count)
+    lanes_BG4 = _unit_lanes_reference(seed, draw, samples_B, epoch, count)
     radius = lanes_BG4[..., 0::2].log().mul_(-2.0).sqrt_()
     angle = lanes_BG4[..., 1::2] * TWO_PI
     normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
@@ -150,19 +154,24 @@ def philox_numpy(
     return c0, c1, c2, c3
 
 
-def _uniform_lanes_numpy(
+def unit_numpy(words: np.ndarray) -> np.ndarray:
+    """``unit_reference`` in numpy."""
+    shifted = (words.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+    return np.minimum(shifted, np.float32(UNIFORM_MAX))
+
+
+def _unit_lanes_numpy(
     seed: int, draw: int, samples: np.ndarray, epoch: int, count: int
 ) -> np.ndarray:
     _require_words(seed, draw, epoch)
     groups = np.arange(-(-count // 4))
     words = philox_numpy(seed, groups, draw, np.asarray(samples)[:, None], epoch)
-    lanes_BG4 = np.stack(words, axis=-1).astype(np.float32)
-    return np.minimum((lanes_BG4 + np.float32(0.5)) * np.float32(2.0**-32), np.float32(UNIFORM_MAX))
+    return unit_numpy(np.stack(words, axis=-1))
 
 
 def uniform_numpy(seed: int, draw: int, samples: np.ndarray, epoch: int, count: int) -> np.ndarray:
     """``uniform`` in numpy: the same bits, for callbacks that must not touch torch."""
-    lanes_BG4 = _uniform_lanes_numpy(seed, draw, samples, epoch, count)
+    lanes_BG4 = _unit_lanes_numpy(seed, draw, samples, epoch, count)
     return lanes_BG4.reshape(len(lanes_BG4), -1)[:, :count]
 
 
@@ -170,7 +179,7 @@ def normal_numpy(
     seed: int, draw: int, samples: np.ndarray, epoch: int, shape: Sequence[int]
 ) -> np.ndarray:
     """``normal`` in numpy, fp32 [B, *shape]: the same numbers to 2e-6."""
-    lanes_BG4 = _uniform_lanes_numpy(seed, draw, samples, epoch, math.prod(shape))
+    lanes_BG4 = _unit_lanes_numpy(seed, draw, samples, epoch, math.prod(shape))
     radius = np.sqrt(np.float32(-2.0) * np.log(lanes_BG4[..., 0::2]))
     angle = lanes_BG4[..., 1::2] * np.float32(TWO_PI)
     normals = np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=-1)
@@ -202,7 +211,7 @@ def philox_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS: tl.conste
 
 
 @triton.jit
-def uniform_of(word):
+def unit_of(word):
     """u of one word: fp32 in (0, 1)."""
     return tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
 
@@ -210,8 +219,8 @@ def uniform_of(word):
 @triton.jit
 def normal_of(word_0, word_1):
     """Box-Muller of two words: the cos and the sin lane."""
-    radius = tl.sqrt_rn(-2.0 * tl.log(uniform_of(word_0)))
-    angle = 6.283185307179586 * uniform_of(word_1)
+    radius = tl.sqrt_rn(-2.0 * tl.log(unit_of(word_0)))
+    angle = 6.283185307179586 * unit_of(word_1)
     return radius * tl.cos(angle), radius * tl.sin(angle)
 
 
@@ -248,7 +257,7 @@ def noise_kernel(
         values = normal_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS)
     else:
         w0, w1, w2, w3 = philox_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS)
-        u0, u1, u2, u3 = uniform_of(w0), uniform_of(w1), uniform_of(w2), uniform_of(w3)
+        u0, u1, u2, u3 = unit_of(w0), unit_of(w1), unit_of(w2), unit_of(w3)
         values = tl.interleave(tl.interleave(u0, u2), tl.interleave(u1, u3))
     element = first_group * 4 + tl.arange(0, 4 * GROUPS)
     out = out_ptr + row.to(tl.int64) * count + element
