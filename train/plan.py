@@ -1,0 +1,208 @@
+"""Options → what will be done: the sets, the recipe with its numbers filled in, model and device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..engine.backends import resolve_device
+from ..engine.class_names import display_names
+from ..engine.config import ExpandConfig
+from ..engine.images import ImageSet, check_same_classes, open_image_set
+from ..engine.prompts import unseen_classes
+from ..export.models import ModelSource, find_model
+from .commands import RunOptions
+from .config import RECIPES, Recipe, StudentConfig, TeacherConfig
+from .record import Report
+from .shapes import GENERATOR_VERSION, write_shapes
+
+SMALL_MODEL_PX = 128  # models up to this size are toys: the `small` recipe fits them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run's options with nothing left open."""
+
+    options: RunOptions
+    train: ImageSet
+    val: ImageSet
+    data_sha256: str
+    """Of the names and sizes of all images of both splits."""
+    class_names: tuple[str, ...]
+    device: str
+    model: ModelSource | None
+    """None when no method renders with one."""
+    recipe: Recipe
+    factor: int
+    teacher: TeacherConfig
+    student: StudentConfig
+    expand: ExpandConfig
+
+    @property
+    def image_size(self) -> int:
+        """Side of rendered images and of what the networks see, in px."""
+        return self.student.size_px
+
+    @property
+    def patch_px(self) -> int:
+        """Side of a stored patch."""
+        return self.image_size // self.factor
+
+    @property
+    def student_seeds(self) -> tuple[int, ...]:
+        """One per student; no two runs of different --seed share a student."""
+        return tuple(1000 * self.options.seed + k for k in range(self.options.seeds))
+
+
+def make_plan(options: RunOptions, report: Report) -> Plan:
+    """Open the data, find the model, choose what was left out, and say what was chosen.
+
+    Raises ValueError or OSError, one clear line each, for what does not fit together.
+    """
+    device = resolve_device(options.device)
+    data = data_folder(options.data, options.shapes_per_class, report)
+    train, val = open_image_set(data, "train"), open_image_set(data, "val")
+    check_same_classes(train, val)
+    class_names = display_names(train.class_ids, options.class_names)
+    model = _choose_model(options, device, report)
+    recipe = _choose_recipe(options, device, model, report)
+    image_size = options.image_size or _native_px(model, recipe) or recipe.image_size
+    factor = options.factor or recipe.factor
+    if factor > image_size:
+        raise ValueError(
+            f"--factor {factor}: expected at most the image size, {image_size}: "
+            "patches would be smaller than a pixel"
+        )
+    _check_images_per_class(train, options.ipc * factor**2)
+    student = recipe.student_for(
+        ipc=options.ipc, factor=factor, classes=len(train.class_ids), network=options.student
+    )
+    plan = Plan(
+        options=options,
+        train=train,
+        val=val,
+        data_sha256=_names_and_sizes_sha256(train, val),
+        class_names=class_names,
+        device=device,
+        model=model,
+        recipe=recipe,
+        factor=factor,
+        teacher=replace(
+            recipe.teacher,
+            size_px=image_size,
+            epochs=options.teacher_epochs or recipe.teacher.epochs,
+            seed=options.seed,
+            device=device,
+        ),
+        student=replace(
+            student,
+            size_px=image_size,
+            epochs=options.epochs or student.epochs,
+            batch=options.batch or student.batch,
+            seed=options.seed,
+            device=device,
+        ),
+        expand=ExpandConfig(
+            size_px=image_size,
+            steps=options.steps,
+            rho=options.rho,
+            mixup=options.mixup,
+            start=options.start,
+            seed=options.seed,
+            precision=options.precision or ("fp16" if device == "cuda" else "fp32"),
+            batch=options.engine_batch,
+            backend=options.backend,
+            device=device,
+        ),
+    )
+    _say(plan, report)
+    return plan
+
+
+def data_folder(data: str, shapes_per_class: int, report: Report) -> Path:
+    """The folder that --data means; `shapes` is generated into the cache on first use."""
+    if data != "shapes":
+        return Path(data).expanduser()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchbloom"
+    folder = cache / f"shapes-{GENERATOR_VERSION}-{shapes_per_class}"
+    if not folder.is_dir():
+        report.say(f"data: writing the generated set to {folder}")
+    return write_shapes(
+        folder,
+        train_per_class=shapes_per_class,
+        val_per_class=max(1, shapes_per_class // 5),
+    )
+
+
+def _choose_model(options: RunOptions, device: str, report: Report) -> ModelSource | None:
+    if "dace" not in options.methods:
+        return None
+    name = options.model
+    if name is None:
+        small = options.data == "shapes" or device == "cpu"
+        name = "sdxl-tiny" if small else "sdxl-turbo"
+        reason = "for --data shapes" if options.data == "shapes" else f"on {device}"
+        report.say(f"model: {name} ({reason}; choose with --model)")
+    return find_model(name)
+
+
+def _choose_recipe(
+    options: RunOptions, device: str, model: ModelSource | None, report: Report
+) -> Recipe:
+    if options.recipe is not None:
+        return RECIPES[options.recipe]
+    native = model_px(model) if model is not None else None
+    small = native <= SMALL_MODEL_PX if native is not None else device == "cpu"
+    recipe = RECIPES["small" if small else "dace"]
+    report.say(f"recipe: {recipe.name} ({recipe.about})")
+    return recipe
+
+
+def _native_px(model: ModelSource | None, recipe: Recipe) -> int | None:
+    """The model's own size under the recipe `small`: such models make nothing else."""
+    return model_px(model) if model is not None and recipe.name == "small" else None
+
+
+def model_px(model: ModelSource) -> int:
+    """Side of the images that a model was trained at, from its configuration."""
+    unet = json.loads((model.part("unet") / "config.json").read_text())
+    vae = json.loads((model.part("vae") / "config.json").read_text())
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def _check_images_per_class(train: ImageSet, needed: int) -> None:
+    counts = [int((train.labels == index).sum()) for index in range(len(train.class_ids))]
+    fewest = min(range(len(counts)), key=counts.__getitem__)
+    if counts[fewest] < needed:
+        raise ValueError(
+            f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
+            f"ipc · factor² = {needed} patches are wanted, one of each image: "
+            "give a smaller --ipc or --factor, or more images"
+        )
+
+
+def _names_and_sizes_sha256(*sets: ImageSet) -> str:
+    digest = hashlib.sha256()
+    for images in sets:
+        for path in images.paths:
+            size = os.stat(images.root / path).st_size
+            digest.update(f"{images.split}/{path} {size}\n".encode())
+    return digest.hexdigest()
+
+
+def _say(plan: Plan, report: Report) -> None:
+    report.say(
+        f"data: {len(plan.train)} training and {len(plan.val)} validation images of "
+        f"{len(plan.class_names)} classes; {plan.image_size} px, patches of {plan.patch_px} px"
+    )
+    if plan.model is None:
+        return
+    unseen = unseen_classes(plan.model, plan.class_names)
+    if unseen:
+        report.say(
+            f"warning: {plan.model.name} has never seen {len(unseen)} of the classes, "
+            f"first {unseen[0]!r}: its images of them may not help; `train prior` makes a model"
+        )

@@ -1,0 +1,195 @@
+"""A run folder and its stages: what is done, with which settings, and what it left on the disk.
+
+    run.json               marks the folder as ours
+    stages/<stage>.json    {"config", "state": "begun" | "done", "seconds", "result", "outputs"}
+
+A stage's file is written when it begins and replaced when it ends, each time whole or not at all.
+A stage that is done is taken over after its outputs were compared with their hashes; one that was
+only begun runs again and picks up its own checkpoints. Another config than before is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..engine.durable import replace_file
+from .record import Report
+
+SCHEMA = "patchbloom.run/1"
+MARK, STAGES = "run.json", "stages"
+_OURS = re.compile(
+    r"run\.json|summary\.json|report\.html|stages|teacher|students|pictures|tensorboard|"
+    r"coreset(-[a-z]+)?|\.coreset.*|.*\.partial"
+)
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked: expected, found, what to do."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage hands on, and the files that must still be there, unchanged, after a resume."""
+
+    result: dict[str, Any]
+    """Plain JSON."""
+    outputs: Iterable[Path] = field(default_factory=tuple)
+
+
+class RunFolder(AbstractContextManager["RunFolder"]):
+    """One run folder, locked for this process."""
+
+    def __init__(self, folder: Path, report: Report) -> None:
+        self.folder, self._report = folder, report
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / MARK).exists():
+            _write_json(folder / MARK, {"schema": SCHEMA})
+        (folder / STAGES).mkdir(exist_ok=True)
+        self._lock = os.open(folder / MARK, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise RunError(f"another process works in {folder}: wait for it, or end it") from None
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+    def stage(
+        self, name: str, config: dict[str, Any], work: Callable[[], StageResult]
+    ) -> dict[str, Any]:
+        """The result of stage `name`: from its file if it is done, else of `work`.
+
+        `config` is plain JSON, holds all that decides the result, and no path. Its keys are
+        options ("--rho") where there is one, because they appear in the message of a refusal.
+        Raises RunError when the stage was begun with another config or its outputs changed.
+        """
+        config = json.loads(json.dumps(config))
+        record = self.read(name)
+        if record is not None:
+            self._check_config(name, record["config"], config)
+            if record["state"] == "done":
+                self._check_outputs(name, record["outputs"])
+                self._report.say(f"{name}: done before, in {record['seconds']:.1f} s")
+                return record["result"]
+        self._write(name, {"config": config, "state": "begun"})
+        began = time.monotonic()
+        ended = work()
+        done = {
+            "config": config,
+            "config_sha256": config_sha256(config),
+            "state": "done",
+            "seconds": round(time.monotonic() - began, 3),
+            "resumed": record is not None,
+            "result": ended.result,
+            "outputs": {
+                path.relative_to(self.folder).as_posix(): _file_sha256(path)
+                for path in ended.outputs
+            },
+        }
+        self._write(name, done)
+        return json.loads(json.dumps(ended.result))
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The file of a stage; None when it never began."""
+        path = self.folder / STAGES / f"{name}.json"
+        return json.loads(path.read_bytes()) if path.is_file() else None
+
+    def seconds(self) -> dict[str, float]:
+        """Wall-clock seconds of each stage that is done; of the last session, if it was resumed."""
+        records = {path.stem: self.read(path.stem) for path in self.folder.glob(f"{STAGES}/*.json")}
+        return {
+            name: record["seconds"]
+            for name, record in sorted(records.items())
+            if record is not None and record["state"] == "done"
+        }
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        _write_json(self.folder / STAGES / f"{name}.json", record)
+
+    def _check_config(self, name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise RunError(
+                    f"the {name} stage of {self.folder} was run with {key} = {before.get(key)}, "
+                    f"now asked for {now.get(key)}: give the same options to --resume, "
+                    "another --out, or --overwrite"
+                )
+
+    def _check_outputs(self, name: str, outputs: dict[str, str]) -> None:
+        for relative, sha256 in outputs.items():
+            path = self.folder / relative
+            if not path.is_file():
+                found = "it is missing"
+            elif _file_sha256(path) != sha256:
+                found = "it was changed"
+            else:
+                continue
+            raise RunError(
+                f"{path} is not as the {name} stage left it ({found}): restore it, "
+                "or start again with --overwrite"
+            )
+
+
+def check_out(folder: Path, *, resume: bool, overwrite: bool, report: Report) -> None:
+    """Refuse a folder that is not empty, unless a run of ours is to be resumed or replaced.
+
+    `overwrite` removes the run; a folder that holds anything else is left alone.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise RunError(f"--out {folder} exists and is not a folder: choose another --out")
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    if names in ([], [f"{MARK}.partial"]):  # the second: killed in its first millisecond
+        if resume:
+            report.say(f"--resume: nothing in {folder} yet, starting anew")
+        return
+    foreign = [name for name in names if not _OURS.fullmatch(name)]
+    if foreign or not _is_run(folder / MARK):
+        found = f"it holds {foreign[0]!r}" if foreign else f"it has no {MARK} of ours"
+        raise RunError(f"--out {folder} is not empty and no run ({found}): choose another --out")
+    if overwrite:
+        _remove(folder)
+    elif not resume:
+        raise RunError(
+            f"--out {folder} is not empty: --resume goes on with that run, --overwrite replaces "
+            "it, or choose another --out"
+        )
+
+
+def config_sha256(config: dict[str, Any]) -> str:
+    """One name for a stage's settings."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_run(mark: Path) -> bool:
+    try:
+        return json.loads(mark.read_bytes())["schema"] == SCHEMA
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a run, its mark last, so that a removal that was stopped can be taken up again."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == MARK):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
