@@ -20,7 +20,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/train demo --out $(DEMO_OUT) --overwrite
+	$(BIN)/train --data shapes --model sdxl-tiny --method random rded upsample dace --seeds 3 \
+	  --out $(DEMO_OUT) --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
