@@ -128,7 +128,7 @@ def normal_reference(
     radius = lanes_BG4[..., 0::2].log().mul_(-2.0).sqrt_()
     angle = lanes_BG4[..., 1::2] * TWO_PI
     normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-    return normals.flatten(1)[:, :count].reshape(len(samples_B), *shape).to(dtype)
+    return normals.flatten(1)[:, :count].reshape(len(samples_B), *shape).to(dtype).contiguous()
 
 
 def philox_numpy(
@@ -172,7 +172,7 @@ def _unit_lanes_numpy(
 def uniform_numpy(seed: int, draw: int, samples: np.ndarray, epoch: int, count: int) -> np.ndarray:
     """``uniform`` in numpy: the same bits, for callbacks that must not touch torch."""
     lanes_BG4 = _unit_lanes_numpy(seed, draw, samples, epoch, count)
-    return lanes_BG4.reshape(len(lanes_BG4), -1)[:, :count]
+    return np.ascontiguousarray(lanes_BG4.reshape(len(lanes_BG4), -1)[:, :count])
 
 
 def normal_numpy(
@@ -184,7 +184,7 @@ def normal_numpy(
     angle = lanes_BG4[..., 1::2] * np.float32(TWO_PI)
     normals = np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=-1)
     flat = normals.reshape(len(normals), -1)[:, : math.prod(shape)]
-    return flat.reshape(len(normals), *shape)
+    return np.ascontiguousarray(flat.reshape(len(normals), *shape))
 
 
 @triton.jit
