@@ -33,7 +33,7 @@ class ModelError(ValueError):
     """The model asked for does not exist, is incomplete, or is of another kind."""
 
 
-class Unavailable(RuntimeError):  # noqa: N818 - reads as the message does
+class Unavailable(OSError):  # noqa: N818 - reads as the message does
     """This machine lacks what was asked for; the message says what, and how to get it."""
 
 
