@@ -111,6 +111,9 @@ def test_a_fresh_installation_runs_the_demo(
 
 def _demo_command() -> list[str]:
     """The command of `make demo`, with the folder `out`."""
-    printed = _run("make", "--dry-run", "--always-make", "DEMO_OUT=out", "demo", cwd=ROOT)
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # set where this runs under `make test`
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    dry_run = ("make", "--dry-run", "--always-make", "DEMO_OUT=out", "demo")
+    printed = _run(*dry_run, cwd=ROOT, env=environment)
     words = printed.replace("\\\n", " ").splitlines()[-1].split()
     return [Path(words[0]).name, *words[1:]]
