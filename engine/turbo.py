@@ -9,6 +9,8 @@ C latent channels, h w latent size, H W image size, P keys and values of a promp
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -79,10 +81,7 @@ class Expander:
         )
         del parts, text
         gc.collect()
-        self._timesteps_1 = [
-            torch.tensor([t], dtype=torch.float32, device=self._device)
-            for t in self.schedule.timesteps
-        ]
+        self._timesteps_1 = self._as_tensors(self.schedule.timesteps)
         self._moments: Tensor | None = None
         if patches_NHWC is not None and config.start == "image":
             self._moments = self._encode(patches_NHWC)
@@ -108,6 +107,9 @@ class Expander:
             )
         if shape[0] != len(labels):
             raise ValueError(f"{shape[0]} patches but {len(labels)} labels")
+
+    def _as_tensors(self, timesteps: Sequence[float]) -> list[Tensor]:
+        return [torch.tensor([t], dtype=torch.float32, device=self._device) for t in timesteps]
 
     def _latent_shape(self, parts: ModelParts) -> tuple[int, int, int]:
         vae_config: Any = parts.vae.config
@@ -255,6 +257,27 @@ class Expander:
             "diffusers": version("diffusers"),
             **self.backend.describe(),
         }
+
+    def varied(self, **changes: Any) -> Expander:
+        """The same patches and networks with another `steps`, `rho`, `mixup`, `start` or `seed`.
+
+        Costs nothing; closing either closes both. ValueError: another field, which needs a new one.
+        """
+        wrong = changes.keys() - {"steps", "rho", "mixup", "start", "seed"}
+        if wrong:
+            raise ValueError(f"cannot vary {sorted(wrong)[0]} of an Expander: make a new one")
+        other = copy.copy(self)
+        other.config = config = dataclasses.replace(self.config, **changes)
+        other.schedule = make_schedule(
+            self.model.scheduler_config(), steps=config.steps, rho=config.rho, start=config.start
+        )
+        other._timesteps_1 = self._as_tensors(other.schedule.timesteps)
+        if config.start == "noise":
+            other._moments = None
+        elif self._moments is None:
+            raise ValueError("this Expander has no patches: make a new one for start 'image'")
+        other._bank_epoch = None
+        return other
 
     def close(self) -> None:
         """Free the networks and the banks; the Expander is of no use afterwards."""
