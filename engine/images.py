@@ -1,0 +1,305 @@
+"""An image data set on disk and its one decoder: files → uint8 crops, by DALI.
+
+An ``ImageSet`` is an ImageFolder that was listed, not opened. ``stream_crops`` reads each file
+once, decodes it once to upright RGB (greyscale, CMYK, palette and alpha are converted, EXIF
+rotation is applied) and cuts P crops of it. What comes out for an image depends on the file, its
+boxes and the decoder only: not on batch size, number of threads, order, or a damaged neighbour.
+Memory does not grow with the number of images.
+
+Shapes: B images, P crops of one image, H = W = ``size_px``, C = 3 (RGB). A box is (top, left,
+height, width) in whole pixels of the upright image.
+
+Neither torch nor DALI is imported before the first stream starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from .decode import CropRequest
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
+STANDARD_RESIZE_RATIO = 8 / 7
+"""Validation resizes the shorter side to size_px * 8/7 (256 for 224), then crops the centre."""
+
+BoxFn = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
+"""(index_B, heights_B, widths_B, epoch), int64 → boxes_BP4, integers inside the image."""
+
+
+class InputError(ValueError):
+    """The user's data does not fit what was asked of it; the message says what to do."""
+
+
+class CorruptImageError(InputError):
+    """A file that DALI cannot decode; the message names it."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The files of one split, sorted by class folder, then by name."""
+
+    root: Path
+    """The folder that holds the class folders, e.g. DIR/train."""
+    split: str
+    class_ids: tuple[str, ...]
+    """Class folder names, sorted; the class index is the position in here."""
+    paths: tuple[str, ...]
+    """Relative to ``root``, with forward slashes: ``n01440764/n01440764_10026.JPEG``."""
+    labels: np.ndarray
+    """int64 [len(paths)], ascending."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """Crops of B images, in the order asked for. All tensors are the caller's own."""
+
+    pixels_BPHWC: torch.Tensor
+    """uint8, on the device that was asked for."""
+    labels_B: torch.Tensor
+    """int64, CPU."""
+    index_B: torch.Tensor
+    """int64, CPU: position in ``ImageSet.paths``."""
+    boxes_BP4: torch.Tensor
+    """int64, CPU: (top, left, height, width) in pixels of the upright image."""
+
+
+def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet:
+    """List DIR/train or DIR/val (or DIR/test); a plain ImageFolder serves as "train".
+
+    Images are looked for at any depth below a class folder; hidden files and other suffixes than
+    ``SUFFIXES`` are passed over. Raises FileNotFoundError when there is no such folder, InputError
+    when it holds no classes or a class holds no images.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        raise FileNotFoundError(f"data folder {root}: found {found}; give an existing folder")
+    folder = _split_folder(root, split)
+    class_ids = tuple(sorted(e.name for e in os.scandir(folder) if _is_visible_folder(e)))
+    if not class_ids:
+        raise InputError(
+            f"{folder}: no class folders; expected {folder}/<class>/<image>, one folder per class"
+        )
+    paths: list[str] = []
+    counts: list[int] = []
+    for class_id in class_ids:
+        found = sorted(_image_files(folder / class_id, f"{class_id}/"))
+        paths += found
+        counts.append(len(found))
+    if not paths:
+        raise InputError(f"{folder}: no images in it; expected files ending in {_suffixes()}")
+    empty = [class_id for class_id, count in zip(class_ids, counts, strict=True) if not count]
+    if empty:
+        raise InputError(
+            f"{folder}: no images in class folder {_some(empty)}; add images "
+            f"({_suffixes()}) or remove the folder"
+        )
+    labels = np.repeat(np.arange(len(class_ids), dtype=np.int64), counts)
+    return ImageSet(folder, split, class_ids, tuple(paths), labels)
+
+
+def check_same_classes(train: ImageSet, val: ImageSet) -> None:
+    """Raise InputError, naming the differences, unless both sets have the same class folders."""
+    only_train = sorted(set(train.class_ids) - set(val.class_ids))
+    only_val = sorted(set(val.class_ids) - set(train.class_ids))
+    if only_train or only_val:
+        parts = [
+            f"only in {images.root}: {_some(names)}"
+            for images, names in ((train, only_train), (val, only_val))
+            if names
+        ]
+        raise InputError(
+            f"class folders differ: {'; '.join(parts)}; both splits need the same class folders"
+        )
+
+
+def center_boxes(resize_ratio: float, size_px: int) -> BoxFn:
+    """Boxes of "resize the shorter side to size_px * resize_ratio, crop the centre of size_px".
+
+    In pixels of the source that is one centred square of side short / resize_ratio (rounded to
+    whole pixels), so that there is one resampling, not a resize and a crop. A file that is already
+    size_px × size_px is taken whole.
+    """
+    if resize_ratio < 1.0:
+        raise ValueError(f"resize_ratio: expected at least 1, got {resize_ratio}")
+
+    def boxes(_: np.ndarray, heights_B: np.ndarray, widths_B: np.ndarray, __: int) -> np.ndarray:
+        short_B = np.minimum(heights_B, widths_B)
+        side_B = np.maximum(np.rint(short_B / resize_ratio).astype(np.int64), 1)
+        side_B = np.where((heights_B == size_px) & (widths_B == size_px), size_px, side_B)
+        corners = ((heights_B - side_B) // 2, (widths_B - side_B) // 2)
+        return np.stack((*corners, side_B, side_B), axis=-1)[:, None]
+
+    return boxes
+
+
+class CropStream:
+    """A pass over ``order``; each ``iter`` starts one. Made by ``stream_crops``."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        order: np.ndarray,
+        request: CropRequest,
+        *,
+        skip_corrupt: bool,
+    ) -> None:
+        self.images, self.order, self.request = images, order, request
+        self.skip_corrupt = skip_corrupt
+        self.skipped: list[int] = []
+        """Indices of the undecodable files that the pass left out so far."""
+
+    def __iter__(self) -> Iterator[CropBatch]:
+        import torch
+
+        from .decode import decode_crops
+
+        self.skipped.clear()
+        for crops in decode_crops(self._read, self.order, self.request, self._leave_out):
+            yield CropBatch(
+                pixels_BPHWC=crops.pixels_BPHWC,
+                labels_B=torch.from_numpy(self.images.labels[crops.index_B]),
+                index_B=torch.from_numpy(crops.index_B),
+                boxes_BP4=torch.from_numpy(crops.boxes_BP4.astype(np.int64)),
+            )
+
+    def _read(self, index: int) -> np.ndarray:
+        return np.fromfile(self.images.root / self.images.paths[index], np.uint8)
+
+    def _leave_out(self, index: int, reason: str) -> None:
+        path = self.images.root / self.images.paths[index]
+        if not path.stat().st_size:
+            reason = "the file is empty"
+        if not self.skip_corrupt:
+            raise CorruptImageError(
+                f"cannot decode {path}: {reason}; replace or remove the file, "
+                "or leave such files out with --skip-corrupt"
+            )
+        self.skipped.append(index)
+
+
+def stream_crops(
+    images: ImageSet,
+    order: np.ndarray,
+    boxes: BoxFn,
+    *,
+    crops: int,
+    size_px: int,
+    batch: int = 64,
+    device: str = "cpu",
+    threads: int | None = None,
+    skip_corrupt: bool = False,
+    epoch: int = 0,
+) -> CropStream:
+    """Decode the images ``order`` (int64 indices) and cut ``crops`` boxes of each.
+
+    Crops are resized to size_px × size_px by antialiased bilinear interpolation. ``device`` is
+    "cpu" or "cuda[:n]" (decoded and resized there; the pixels differ a little from the CPU's).
+    ``threads`` defaults to the cores this process may use.
+
+    Raises InputError for a device that is not there; while streaming, CorruptImageError for a file
+    that cannot be decoded, unless ``skip_corrupt``: then it is left out and put on ``skipped``.
+    """
+    from .decode import CropRequest
+
+    if min(crops, size_px, batch) < 1:
+        raise ValueError(
+            f"expected crops, size_px and batch of at least 1, got {crops}, {size_px}, {batch}"
+        )
+    _check_device(device)
+    request = CropRequest(
+        boxes=lambda index_B, heights_B, widths_B: boxes(index_B, heights_B, widths_B, epoch),
+        crops=crops,
+        size_px=size_px,
+        batch=batch,
+        device=device,
+        threads=threads or len(os.sched_getaffinity(0)),
+    )
+    return CropStream(images, np.asarray(order, dtype=np.int64), request, skip_corrupt=skip_corrupt)
+
+
+def stream_center(
+    images: ImageSet,
+    *,
+    size_px: int,
+    resize_ratio: float = STANDARD_RESIZE_RATIO,
+    batch: int = 64,
+    device: str = "cpu",
+    threads: int | None = None,
+    skip_corrupt: bool = False,
+) -> CropStream:
+    """Validation's view of every image, in order: see ``center_boxes``. P = 1."""
+    return stream_crops(
+        images,
+        np.arange(len(images)),
+        center_boxes(resize_ratio, size_px),
+        crops=1,
+        size_px=size_px,
+        batch=batch,
+        device=device,
+        threads=threads,
+        skip_corrupt=skip_corrupt,
+    )
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"device {device}: expected cpu or cuda[:n]")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device}: no CUDA device is visible here; use cpu")
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """The folder of the split; ``root`` itself for "train" when it has no split folders."""
+    names = SPLIT_FOLDERS[split]
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    plain = not any((root / name).is_dir() for names in SPLIT_FOLDERS.values() for name in names)
+    if split == "train" and plain:
+        return root
+    raise FileNotFoundError(
+        f"{root}: no {' or '.join(f'{name}/' for name in names)} folder in it; "
+        f"expected {root}/{names[0]}/<class>/<image>"
+    )
+
+
+def _is_visible_folder(entry: os.DirEntry) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _image_files(folder: Path, prefix: str) -> Iterator[str]:
+    """Image files at any depth below the folder, as prefix + path in it."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _image_files(folder / entry.name, f"{prefix}{entry.name}/")
+        elif entry.name.lower().endswith(SUFFIXES):
+            yield prefix + entry.name
+
+
+def _suffixes() -> str:
+    return ", ".join(SUFFIXES)
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    """The names, or the first few of them and how many more."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

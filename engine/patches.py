@@ -1,0 +1,362 @@
+"""Patches of a data set: seeded crop boxes, the teacher's score, the best patches of every class.
+
+The procedure is RDED's (Sun et al., CVPR 2024; its ``synthesize`` folder): a pool of images per
+class, P random resized crops of each, each crop on the centre of a canvas of the full image size,
+scored by the teacher's cross-entropy. The best crop of an image competes with those of the other
+images; the ipc · factor² lowest losses of a class are kept. The canvas is filled with the mean
+colour, which is RDED's zero after normalisation.
+
+Shapes: B images, P crops of one image, T tries for a box, K classes, N = K · per_class patches,
+H = W = image_size_px // factor. A box is (top, left, height, width) in pixels of the
+upright image.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn.functional import softplus
+
+from ..kernels.noise import Draw, uniform_numpy
+from .images import ImageSet, InputError, stream_crops
+
+TRIES = 10
+IMAGENET_MEAN_RGB = (124, 116, 104)
+"""(0.485, 0.456, 0.406) · 255, rounded."""
+Method = Literal["lowest-loss", "random"]
+TeacherFn = Callable[[torch.Tensor], torch.Tensor]
+"""uint8 [B, H, W, 3] of the full image size → logits [B, K]."""
+
+
+def resized_crop_boxes(
+    uniforms_BPT4: np.ndarray,
+    heights_B: np.ndarray,
+    widths_B: np.ndarray,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """torchvision's RandomResizedCrop as a function of its uniform numbers: int64 [B, P, 4].
+
+    Try t of a crop has four numbers in (0, 1): area, log of the aspect ratio (width / height), top
+    and left. The first try whose rounded box fits the image is taken; if none of the T fits, the
+    largest centred box of the nearest allowed ratio. torchvision draws until a try fits, and top
+    and left only then; drawing all of them at once changes no distribution, and makes a box a pure
+    function of (seed, draw, sample, epoch). Computed in float64.
+    """
+    area_BPT, aspect_BPT, top_BPT, left_BPT = np.moveaxis(uniforms_BPT4.astype(np.float64), -1, 0)
+    height_B11, width_B11 = heights_B[:, None, None], widths_B[:, None, None]
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    target_BPT = height_B11 * width_B11 * (scale[0] + (scale[1] - scale[0]) * area_BPT)
+    root_BPT = np.exp(0.5 * (low + (high - low) * aspect_BPT))
+    side_BPT = np.sqrt(target_BPT)
+    h_BPT = np.rint(side_BPT / root_BPT).astype(np.int64)
+    w_BPT = np.rint(side_BPT * root_BPT).astype(np.int64)
+    fits_BPT = (h_BPT > 0) & (w_BPT > 0) & (h_BPT <= height_B11) & (w_BPT <= width_B11)
+    top_BPT = np.floor(top_BPT * (height_B11 - h_BPT + 1)).astype(np.int64)
+    left_BPT = np.floor(left_BPT * (width_B11 - w_BPT + 1)).astype(np.int64)
+    boxes_BPT4 = np.stack((top_BPT, left_BPT, h_BPT, w_BPT), axis=-1)
+    first_BP11 = fits_BPT.argmax(axis=-1)[..., None, None]
+    boxes_BP4 = np.take_along_axis(boxes_BPT4, first_BP11, axis=2)[:, :, 0]
+    fallback_B14 = _central_boxes(heights_B, widths_B, ratio)[:, None]
+    return np.where(fits_BPT.any(axis=-1)[..., None], boxes_BP4, fallback_B14)
+
+
+def _central_boxes(
+    heights_B: np.ndarray, widths_B: np.ndarray, ratio: tuple[float, float]
+) -> np.ndarray:
+    """The largest centred box whose width / height is inside ``ratio``: int64 [B, 4]."""
+    w_B = np.minimum(widths_B, np.rint(heights_B * ratio[1]).astype(np.int64))
+    h_B = np.minimum(heights_B, np.rint(widths_B / ratio[0]).astype(np.int64))
+    return np.stack(((heights_B - h_B) // 2, (widths_B - w_B) // 2, h_B, w_B), axis=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrops:
+    """Boxes for ``stream_crops``: crop p of a sample uses elements 4·T·p … of its uniform draw."""
+
+    crops: int
+    seed: int
+    draw: Draw
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __call__(
+        self, sample_B: np.ndarray, heights_B: np.ndarray, widths_B: np.ndarray, epoch: int
+    ) -> np.ndarray:
+        """boxes_BP4, int64; sizes in pixels."""
+        count = self.crops * TRIES * 4
+        uniforms = uniform_numpy(self.seed, self.draw, sample_B, epoch, count)
+        uniforms_BPT4 = uniforms.reshape(len(sample_B), self.crops, TRIES, 4)
+        return resized_crop_boxes(
+            uniforms_BPT4, heights_B, widths_B, scale=self.scale, ratio=self.ratio
+        )
+
+
+@dataclass(frozen=True)
+class PatchSelection:
+    """The chosen patches, class after class, best first; all on the CPU."""
+
+    patches_NHWC: torch.Tensor
+    """uint8."""
+    labels_N: torch.Tensor
+    """int64, ascending."""
+    losses_N: torch.Tensor
+    """float32: the teacher's cross-entropy in nats; NaN when no teacher was asked."""
+    source_index_N: torch.Tensor
+    """int64: position in ``ImageSet.paths``; no image twice."""
+    boxes_N4: torch.Tensor
+    """int64: where in the upright source image the patch was cut."""
+    skipped: tuple[str, ...]
+    """Paths of undecodable files that were left out."""
+
+
+class BestPatches:
+    """The ``per_class`` patches with the lowest (key, index) of every class, seen as a stream.
+
+    Memory is that of the answer, whatever the number of patches offered; the answer does not depend
+    on their order.
+    """
+
+    def __init__(self, classes: int, per_class: int, patch_px: int) -> None:
+        self.per_class = per_class
+        shape = (classes, per_class)
+        self.patches_KNHWC = torch.zeros((*shape, patch_px, patch_px, 3), dtype=torch.uint8)
+        self.losses_KN = torch.full(shape, math.nan)
+        self.source_index_KN = torch.full(shape, -1, dtype=torch.int64)
+        self.boxes_KN4 = torch.zeros((*shape, 4), dtype=torch.int64)
+        # Per class: (-key, -index, slot), so that the first of the heap is the next to go.
+        self._heaps: list[list[tuple[float, int, int]]] = [[] for _ in range(classes)]
+
+    def offer(
+        self,
+        label: int,
+        key: float,
+        index: int,
+        patch_HWC: torch.Tensor,
+        loss: float,
+        box_4: torch.Tensor,
+    ) -> None:
+        """Keep the patch if it is among the best of its class so far."""
+        heap = self._heaps[label]
+        rank = (-key, -index)
+        if len(heap) < self.per_class:
+            slot = len(heap)
+            heapq.heappush(heap, (*rank, slot))
+        elif rank > heap[0][:2]:
+            slot = heap[0][2]
+            heapq.heapreplace(heap, (*rank, slot))
+        else:
+            return
+        self.patches_KNHWC[label, slot] = patch_HWC
+        self.losses_KN[label, slot] = loss
+        self.source_index_KN[label, slot] = index
+        self.boxes_KN4[label, slot] = box_4
+
+    def counts(self) -> list[int]:
+        """Patches held, per class."""
+        return [len(heap) for heap in self._heaps]
+
+    def sort(self) -> None:
+        """Bring every class into the order of (key, index), lowest first; offers end here."""
+        for label, heap in enumerate(self._heaps):
+            heap.sort(reverse=True)
+            order = torch.tensor([slot for _, _, slot in heap], dtype=torch.int64)
+            for tensor_KN in (
+                self.patches_KNHWC,
+                self.losses_KN,
+                self.source_index_KN,
+                self.boxes_KN4,
+            ):
+                tensor_KN[label, : len(order)] = tensor_KN[label, order]
+            heap.clear()
+
+
+def cross_entropy(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> np.ndarray:
+    """-log softmax(logits)[label] in nats, float64 [B], as log(1 + Σ_{j≠y} exp(z_j - z_y)).
+
+    In this form the losses of confident answers (1e-6 and below, where fp32 log-softmax has a few
+    steps left) keep their order.
+    """
+    logits_BK = logits_BK.detach().to("cpu", torch.float64)
+    labels_B1 = labels_B[:, None]
+    margins_BK = logits_BK - logits_BK.gather(1, labels_B1)
+    margins_BK.scatter_(1, labels_B1, -math.inf)
+    return softplus(margins_BK.logsumexp(1)).numpy()
+
+
+def selection_order(labels: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Per class, its image indices in the seeded order in which the pool takes them."""
+    index = np.arange(len(labels))
+    rank = uniform_numpy(seed, Draw.SELECTION, index, 0, 1)[:, 0]
+    order = np.lexsort((index, rank, labels))
+    return np.split(order, np.flatnonzero(np.diff(labels)) + 1)
+
+
+def select_patches(
+    images: ImageSet,
+    teacher: TeacherFn | None,
+    *,
+    ipc: int,
+    factor: int,
+    image_size_px: int,
+    crops: int = 5,
+    pool_per_class: int = 300,
+    seed: int,
+    batch: int = 64,
+    method: Method = "lowest-loss",
+    canvas_rgb: Sequence[int] = IMAGENET_MEAN_RGB,
+    device: str = "cpu",
+    threads: int | None = None,
+    skip_corrupt: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> PatchSelection:
+    """Choose ipc · factor² patches of image_size_px // factor pixels for every class.
+
+    "lowest-loss": the ``pool_per_class`` first decodable images of each class in the seeded order
+    (at least as many as patches are needed), ``crops`` crops of each, chosen by the teacher.
+    "random": the first ipc · factor² images of that order, one crop of each; a teacher, if given,
+    only reports their losses.
+
+    The teacher is always called on batch · crops canvases of image_size_px (the last batch is
+    padded). ``canvas_rgb`` is what surrounds the patch: the teacher's mean colour. ``progress`` is
+    told (images done, images in all). Raises InputError, saying what to do, for sizes that do not
+    fit, classes with too few images, undecodable files (see ``stream_crops``) and a teacher with
+    another number of classes.
+    """
+    patch_px, per_class = _sizes(ipc, factor, image_size_px)
+    if method == "random":
+        crops, pool_per_class = 1, per_class
+    elif teacher is None:
+        raise ValueError(f"method {method}: expected a teacher, got None")
+    ranked = selection_order(images.labels, seed)
+    _require_enough(images, [len(order) for order in ranked], per_class, "images")
+    taken = [min(len(order), max(pool_per_class, per_class)) for order in ranked]
+    pending = np.concatenate([order[:n] for order, n in zip(ranked, taken, strict=True)])
+    boxes = RandomResizedCrops(crops=crops, seed=seed, draw=Draw.SCORING_CROP, ratio=(1.0, 1.0))
+    scorer = _Scorer(teacher, len(images.class_ids), image_size_px, batch * crops, canvas_rgb)
+    best = BestPatches(len(images.class_ids), per_class, patch_px)
+    skipped: list[int] = []
+    done, total = 0, len(pending)
+    while len(pending):
+        stream = stream_crops(
+            images,
+            pending,
+            boxes,
+            crops=crops,
+            size_px=patch_px,
+            batch=batch,
+            device=device,
+            threads=threads,
+            skip_corrupt=skip_corrupt,
+        )
+        for crop_batch in stream:
+            labels_B, index_B = crop_batch.labels_B.tolist(), crop_batch.index_B.tolist()
+            losses_BP = scorer(crop_batch.pixels_BPHWC, crop_batch.labels_B)
+            best_B = losses_BP.argmin(axis=1)  # The first of equal ones, which torch leaves open.
+            for b, crop in enumerate(best_B.tolist()):
+                loss = float(losses_BP[b, crop])
+                best.offer(
+                    labels_B[b],
+                    0.0 if method == "random" else loss,
+                    index_B[b],
+                    crop_batch.pixels_BPHWC[b, crop],
+                    loss,
+                    crop_batch.boxes_BP4[b, crop],
+                )
+            done += len(index_B)
+            if progress:
+                progress(done, total)
+        skipped += stream.skipped
+        pending = _replacements(ranked, taken, images.labels[stream.skipped])
+    _require_enough(images, best.counts(), per_class, "decodable images")
+    best.sort()
+    return PatchSelection(
+        patches_NHWC=best.patches_KNHWC.flatten(0, 1),
+        labels_N=torch.arange(len(images.class_ids)).repeat_interleave(per_class),
+        losses_N=best.losses_KN.flatten(),
+        source_index_N=best.source_index_KN.flatten(),
+        boxes_N4=best.boxes_KN4.flatten(0, 1),
+        skipped=tuple(images.paths[index] for index in skipped),
+    )
+
+
+class _Scorer:
+    """Teacher losses of crops, each centred on a canvas; buffers are allocated once."""
+
+    def __init__(
+        self,
+        teacher: TeacherFn | None,
+        classes: int,
+        image_size_px: int,
+        canvases: int,
+        canvas_rgb: Sequence[int],
+    ) -> None:
+        self.teacher, self.classes = teacher, classes
+        self.rgb = torch.tensor(canvas_rgb, dtype=torch.uint8)
+        self.shape = (canvases, image_size_px, image_size_px, 3)
+        self.canvas_NHWC: torch.Tensor | None = None
+
+    def __call__(self, pixels_BPHWC: torch.Tensor, labels_B: torch.Tensor) -> np.ndarray:
+        """float64 [B, P], in nats; NaN without a teacher."""
+        images, crops, patch_px = pixels_BPHWC.shape[:3]
+        if self.teacher is None:
+            return np.full((images, crops), np.nan)
+        if self.canvas_NHWC is None:
+            self.canvas_NHWC = self.rgb.to(pixels_BPHWC.device).expand(self.shape).contiguous()
+        used, first = images * crops, (self.shape[1] - patch_px) // 2
+        inner = slice(first, first + patch_px)
+        self.canvas_NHWC[:used, inner, inner] = pixels_BPHWC.flatten(0, 1)
+        with torch.inference_mode():
+            logits = self.teacher(self.canvas_NHWC)
+        if logits.shape != (len(self.canvas_NHWC), self.classes):
+            raise InputError(
+                f"teacher: expected logits of {self.classes} classes, got shape "
+                f"{tuple(logits.shape)}; use a teacher trained on these classes"
+            )
+        losses = cross_entropy(logits[:used], labels_B.repeat_interleave(crops))
+        if not np.isfinite(losses).all():
+            raise InputError("teacher: expected finite losses, got NaN or infinity; retrain it")
+        return losses.reshape(images, crops)
+
+
+def _sizes(ipc: int, factor: int, image_size_px: int) -> tuple[int, int]:
+    """(patch_px, patches per class), or InputError."""
+    if ipc < 1:
+        raise InputError(f"ipc: expected at least 1, got {ipc}")
+    if not 1 <= factor <= image_size_px or image_size_px % factor:
+        raise InputError(
+            f"factor: expected a divisor of the image size of {image_size_px} px, got {factor}"
+        )
+    return image_size_px // factor, ipc * factor**2
+
+
+def _require_enough(images: ImageSet, counts: Sequence[int], needed: int, what: str) -> None:
+    short = [
+        f"{class_id} has {count}"
+        for class_id, count in zip(images.class_ids, counts, strict=True)
+        if count < needed
+    ]
+    if short:
+        more = f" and {len(short) - 3} more classes" if len(short) > 3 else ""
+        raise InputError(
+            f"{images.root}: class {', '.join(short[:3])}{more}; expected at least {needed} {what} "
+            "in every class (ipc * factor^2); lower --ipc or --factor, or add images"
+        )
+
+
+def _replacements(
+    ranked: list[np.ndarray], taken: list[int], skipped_labels: np.ndarray
+) -> np.ndarray:
+    """The next images in the seeded order, for undecodable ones; moves ``taken`` on."""
+    chosen = []
+    for label, count in zip(*np.unique(skipped_labels, return_counts=True), strict=True):
+        chosen.append(ranked[label][taken[label] : taken[label] + count])
+        taken[label] += len(chosen[-1])
+    return np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
