@@ -32,7 +32,6 @@ from torch import Tensor
 from .durable import full_disk_explained, replace_file, replacing, write_durably
 from .manifest import (
     LABELS,
-    LEFTOVERS,
     MANIFEST,
     NOISE_SCHEME,
     PATCHES,
@@ -46,6 +45,7 @@ from .manifest import (
     read_manifest,
     seal,
     spelled,
+    strays,
 )
 from .soft_labels import LabelBlock, SoftLabels
 
@@ -295,22 +295,27 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         raise CoresetError(
             f"{folder} is not empty: choose another --out, or --overwrite to replace a coreset"
         )
-    foreign = sorted({entry.name for entry in folder.iterdir()} - {MANIFEST, PATCHES, *LEFTOVERS})
-    if foreign or not _is_coreset(folder / MANIFEST):
-        found = f"it holds {foreign[0]!r}" if foreign else f"it has no {MANIFEST} of ours"
+    manifest = _any_manifest(folder / MANIFEST)
+    if manifest is None:
         raise CoresetError(
-            f"{folder} is not a coreset ({found}), and --overwrite replaces nothing else: "
+            f"{folder} is not a coreset, and --overwrite replaces nothing else: "
             "choose another --out"
+        )
+    for path in strays(folder, manifest):
+        raise CoresetError(
+            f"{path} is not part of the coreset that --overwrite would replace: "
+            "move it elsewhere, or choose another --out"
         )
 
 
-def _is_coreset(manifest: Path) -> bool:
-    """Whether this manifest is one of ours, intact or not."""
+def _any_manifest(path: Path) -> dict[str, Any] | None:
+    """A manifest of ours of any version, even of a damaged coreset; None if it is not one."""
     try:
-        schema = json.loads(manifest.read_bytes())["schema"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return isinstance(schema, str) and schema.startswith("patchbloom.coreset/")
+        manifest = json.loads(path.read_bytes())
+        ours = manifest["schema"].startswith("patchbloom.coreset/") and set(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if ours else None
 
 
 def _write_png(path: Path, patch_HWC: np.ndarray) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,17 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
                 f"{path} was changed: expected sha256 {entry['sha256'][:16]}…, "
                 f"found {found['sha256'][:16]}…: {_AGAIN}"
             )
+    for path in strays(folder, manifest):
+        raise CoresetError(f"{path} is not part of this coreset: move it elsewhere")
+
+
+def strays(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """What lies in the folder and is neither listed, nor above a listed file, nor a leftover."""
     listed = {*manifest["files"], MANIFEST, *LEFTOVERS}
+    listed |= {Path(name).parent.as_posix() for name in manifest["files"]} | {PATCHES}
     for path in sorted(folder.rglob("*")):
-        if not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
-            raise CoresetError(f"{path} is not part of this coreset: move it elsewhere")
+        if path.relative_to(folder).as_posix() not in listed:
+            yield path
 
 
 _AGAIN = "restore the file, or make the coreset again with --overwrite"

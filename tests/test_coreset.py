@@ -145,6 +145,15 @@ def test_a_stray_file_is_refused(tmp_path: Path) -> None:
         open_coreset(folder)
 
 
+def test_a_stray_class_folder_is_refused(tmp_path: Path) -> None:
+    """An empty one already shifts the class indices of an ImageFolder."""
+    folder = tmp_path / "c"
+    _write(folder)
+    (folder / "patches" / "aardvark").mkdir()
+    with pytest.raises(CoresetError, match="aardvark is not part of this coreset"):
+        open_coreset(folder)
+
+
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     with pytest.raises(CoresetError, match="cannot be a folder name"):
         _write(tmp_path / "c", class_ids=("../a", "b", "c"))
@@ -182,6 +191,14 @@ def test_overwrite_replaces_a_coreset_and_nothing_else(tmp_path: Path) -> None:
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(CoresetError, match=r"thesis\.tex"):
         _write(folder, overwrite=True)
+    (folder / "thesis.tex").rename(folder / "patches" / "zebra" / "my zebra.png")
+    with pytest.raises(CoresetError, match=r"my zebra\.png"):
+        _write(folder, overwrite=True)
+    (folder / "patches" / "zebra" / "my zebra.png").unlink()
+    damaged = folder / "patches" / "zebra" / "000000.png"
+    damaged.write_bytes(b"")
+    _write(folder, overwrite=True)
+    assert damaged.stat().st_size
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "manifest.json").write_text("{}")
