@@ -1,4 +1,4 @@
-"""Options → what will be done: the sets, the recipe with its numbers filled in, model and device."""
+"""Options → what will be done: the sets, the recipe with all numbers filled in, model, device."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         options=options,
         train=train,
         val=val,
-        data_sha256=_names_and_sizes_sha256(train, val),
+        data_sha256=images_sha256(train, val),
         class_names=class_names,
         device=device,
         model=model,
@@ -162,8 +162,10 @@ def _choose_recipe(
 
 
 def _native_px(model: ModelSource | None, recipe: Recipe) -> int | None:
-    """The model's own size under the recipe `small`: such models make nothing else."""
-    return model_px(model) if model is not None and recipe.name == "small" else None
+    """The model's own size under the recipe `small`, whose models make nothing else well."""
+    if model is None or recipe.name != "small" or model_px(model) > SMALL_MODEL_PX:
+        return None
+    return model_px(model)
 
 
 def model_px(model: ModelSource) -> int:
@@ -184,7 +186,8 @@ def _check_images_per_class(train: ImageSet, needed: int) -> None:
         )
 
 
-def _names_and_sizes_sha256(*sets: ImageSet) -> str:
+def images_sha256(*sets: ImageSet) -> str:
+    """One name for the images of these sets: of their names and sizes, not of their place."""
     digest = hashlib.sha256()
     for images in sets:
         for path in images.paths:

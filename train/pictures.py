@@ -1,0 +1,96 @@
+"""Pictures of a run: what the patches are, what becomes of them, how the networks learnt.
+
+Legend: N pictures of one row, H = W their size in pixels, C = 3.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..engine.contact_sheet import contact_sheet
+from ..engine.coreset import Coreset
+from ..engine.turbo import Expander
+from ..kernels.pixels import upsample_patches
+
+RHOS = (0.2, 0.4, 0.6, 0.8, 1.0)
+MOST_CLASSES = 10  # rows of the coreset's sheet, columns of the others
+MOST_PATCHES = 10  # of a class in the coreset's sheet
+
+
+def coreset_sheet(coreset: Coreset) -> Image.Image:
+    """A row of patches per class, of the first classes."""
+    patches, labels = coreset.patches().numpy(), coreset.labels_N.numpy()
+    return contact_sheet(
+        [
+            (name, patches[labels == index][:MOST_PATCHES])
+            for index, name in enumerate(coreset.class_names[:MOST_CLASSES])
+        ]
+    )
+
+
+def one_sample_per_class(labels_N: Tensor) -> list[int]:
+    """The first sample of each of the first classes."""
+    labels = labels_N.tolist()
+    return [labels.index(label) for label in sorted(set(labels))[:MOST_CLASSES]]
+
+
+def expansion_sheet(
+    expander: Expander, patches_NHWC: Tensor, samples: Sequence[int]
+) -> Image.Image:
+    """The same patches, a column each: upsampled, at every rho, with mixup, from noise alone.
+
+    Rows at a rho whose evaluations round to 0 are left out.
+    """
+    size_px, steps = expander.config.size_px, expander.config.steps
+    patches = upsample_patches(
+        patches_NHWC[list(samples)], size_px, mode="bicubic", dtype=torch.float32
+    )
+    rows = [("patch", as_uint8(patches))]
+    variants = [
+        (f"rho {rho:g}", {"rho": rho, "mixup": False}) for rho in RHOS if int(steps * rho) >= 1
+    ]
+    variants.append((f"rho {expander.config.rho:g}, mixup", {"mixup": True}))
+    variants.append(("text only", {"start": "noise"}))
+    for name, changes in variants:
+        rows.append((name, as_uint8(expander.varied(**changes).expand(samples, epoch=0))))
+    return contact_sheet(rows)
+
+
+def as_uint8(images_NCHW: Tensor) -> np.ndarray:
+    """Images in [-1, 1] → uint8 NHWC."""
+    pixels = (images_NCHW.float().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> bytes:
+    """A PNG with a panel per entry: {title: {curve: [(epoch, value), …]}}."""
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
+    for axes, (title, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch", fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelsize=8)
+        if len(lines) > 1:
+            axes.legend(fontsize=8)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
+    return png.getvalue()
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    return png.getvalue()

@@ -1,0 +1,117 @@
+"""`train prior`: an image folder in, a model folder for --model out.
+
+All training images lie in memory as uint8 while it runs: at most MOST_GIB.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine.class_names import display_names
+from ..engine.durable import full_disk_explained, replace_file
+from ..engine.images import ImageSet, open_image_set, stream_center
+from ..export.models import ModelSource, weights_sha256
+from .commands import TrainPrior
+from .plan import data_folder, images_sha256
+from .prior import PriorTraining
+from .record import Record, Report
+from .stages import RunError
+
+MOST_GIB = 4.0
+NEEDED_BYTES = 400 * 2**20  # weights, and checkpoints with their averages and optimiser states
+WORK, SETTINGS, CARD = ".work", "settings.json", "model_card.json"
+
+
+def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
+    """Train the model and return what it became; `line` is the command for its card."""
+    with Record() as report:
+        images = open_image_set(
+            data_folder(command.data, command.shapes_per_class, report), "train"
+        )
+        names = display_names(images.class_ids, command.class_names)
+        _check_memory(images, command.prior.image_size)
+        settings = {**command.prior.as_dict(), "data": images_sha256(images), "classes": names}
+        with full_disk_explained(command.out, NEEDED_BYTES):
+            _prepare_out(command, json.loads(json.dumps(settings)))
+            pixels_NHWC, labels_N, skipped = _load(images, command, report)
+            training = PriorTraining(
+                command.prior, pixels_NHWC, labels_N, names, command.out, report=report.say
+            )
+            folder = training.run(data=_said_name(command), command=line)
+    source = ModelSource(folder.name, folder, folder / "vae")
+    return {
+        "model": str(folder),
+        "weights_sha256": weights_sha256(source),
+        "images": len(labels_N),
+        "skipped": skipped,
+        "classes": len(names),
+        "card": json.loads((folder / CARD).read_text()),
+    }
+
+
+def _said_name(command: TrainPrior) -> str:
+    """The data as the card names it: no path of this machine."""
+    if command.data == "shapes":
+        return f"shapes, {command.shapes_per_class} images per class"
+    return Path(command.data).expanduser().resolve().name
+
+
+def _check_memory(images: ImageSet, size_px: int) -> None:
+    needed_gib = len(images) * size_px**2 * 3 / 2**30
+    if needed_gib > MOST_GIB:
+        most = int(MOST_GIB * 2**30 / (size_px**2 * 3))
+        raise ValueError(
+            f"{len(images)} images of {size_px} px take {needed_gib:.1f} GiB, at most "
+            f"{MOST_GIB:g} are kept in memory: give a folder of at most {most} images, "
+            "or a smaller --image-size"
+        )
+
+
+def _prepare_out(command: TrainPrior, settings: dict[str, Any]) -> None:
+    """Make the folder, or accept the one that is to be resumed or replaced."""
+    out, record = command.out, command.out / WORK / SETTINGS
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} exists and is not a folder: choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        ours = record.is_file() or (out / CARD).is_file()
+        if not ours or not (command.resume or command.overwrite):
+            what = "--resume or --overwrite the model there, or choose" if ours else "choose"
+            raise RunError(f"--out {out} is not empty: {what} another --out")
+        if command.overwrite:
+            shutil.rmtree(out)
+        elif record.is_file():
+            _check_settings(out, json.loads(record.read_text()), settings)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(record, (json.dumps(settings, indent=1) + "\n").encode())
+
+
+def _check_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key in now:
+        if before.get(key) != now[key]:
+            raise RunError(
+                f"{out} was begun with --{key.replace('_', '-')} {before.get(key)}, now "
+                f"{now[key]}: give the same options to --resume, or choose another --out"
+            )
+
+
+def _load(
+    images: ImageSet, command: TrainPrior, report: Report
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """All images, centre-cropped: uint8 [N, H, W, 3], their classes, and how many were skipped."""
+    size_px = command.prior.image_size
+    stream = stream_center(images, size_px=size_px, skip_corrupt=command.skip_corrupt)
+    pixels_NHWC = torch.empty(len(images), size_px, size_px, 3, dtype=torch.uint8)
+    labels_N = torch.empty(len(images), dtype=torch.int64)
+    count = 0
+    for batch in stream:
+        end = count + len(batch.labels_B)
+        pixels_NHWC[count:end] = batch.pixels_BPHWC[:, 0]
+        labels_N[count:end] = batch.labels_B
+        count = end
+        report.progress("decode", end, len(images), "images")
+    return pixels_NHWC[:count], labels_N[:count], len(images) - count
