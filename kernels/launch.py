@@ -57,8 +57,10 @@ def launch(
 ) -> None:
     """Run a Triton kernel on ``out``'s device; nothing when ``out`` is empty.
 
-    ``kernel`` is untyped because Triton's decorator keeps the signature of the device code.
+    Multiply-adds are not fused, whatever Triton's version does by default: results then round as
+    the reference's do, and these kernels wait for memory. ``kernel`` is untyped because Triton's
+    decorator keeps the signature of the device code.
     """
     if out.numel():
         with torch.cuda.device_of(out):
-            kernel[grid](out, *args, **constants)
+            kernel[grid](out, *args, **constants, enable_fp_fusion=False)

@@ -126,6 +126,7 @@ def test_a_number_ignores_its_neighbours():
         assert torch.equal(normal(1, Draw.START, sample[None], 7, (4, 5, 7))[0], together[row])
     longer = normal(1, Draw.START, samples, 7, (200,))
     assert torch.equal(longer[:, :140], together.flatten(1))
+    assert normal(1, Draw.START, samples, 7, (3, 5, 7)).is_contiguous()
     many = normal(1, Draw.START, torch.arange(1000), 7, (4, 5, 7))
     assert torch.equal(many[17], together[2])
 

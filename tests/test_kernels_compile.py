@@ -1,0 +1,124 @@
+"""Every Triton kernel compiles for sm_80, sm_86 and sm_90 and spills nothing; no GPU needed.
+
+Compilation runs in a process of its own, because ``TRITON_INTERPRET`` or a GPU driver would change
+what Triton does: this file is also that program (``python tests/test_kernels_compile.py 90``). Its
+cuobjdump, from Triton's wheel, reads registers, stack and shared memory out of the cubin.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from patchbloom.kernels.latents import start_state_kernel
+from patchbloom.kernels.mosaic import mosaic_kernel
+from patchbloom.kernels.noise import noise_kernel
+from patchbloom.kernels.pixels import student_input_kernel, upsample_kernel
+from patchbloom.kernels.sampler import euler_ancestral_step_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+WORDS = {"epoch": "i32", "seed_lo": "i32", "seed_hi": "i32"}
+SIDES = {"height": "i32", "width": "i32", "size": "i32"}
+INDICES = ("rows_ptr", "samples_ptr", "class_first_ptr", "class_count_ptr")
+START = {
+    "state_ptr": "*fp32", "input_ptr": "*fp16", "bank_ptr": "*fp16",
+    **dict.fromkeys(INDICES, "*i64"), "numel": "i32", "sigma": "fp32", "model_scale": "fp32",
+    **WORDS, "START": 0, "PARTNER": 2, "WEIGHT": 3, "GROUPS": 128,
+}  # fmt: skip
+STEP = {
+    "next_state_ptr": "*fp32", "next_input_ptr": "*fp16", "state_ptr": "*fp32", "eps_ptr": "*fp16",
+    "samples_ptr": "*i64", "numel": "i32", "slope": "fp32", "sigma_up": "fp32",
+    "next_scale": "fp32", "draw": "i32", **WORDS, "GROUPS": 128,
+}  # fmt: skip
+NOISE = {
+    "out_ptr": "*fp32", "samples_ptr": "*i64", "count": "i32", "draw": "i32", **WORDS,
+    "GROUPS": 256, "ROUNDS": 10,
+}  # fmt: skip
+UPSAMPLE = {
+    "out_ptr": "*fp16", "patches_ptr": "*u8", **SIDES, "scale_y": "fp32", "scale_x": "fp32",
+    "CHANNELS": 3, "BLOCK": 256,
+}  # fmt: skip
+STUDENT = {
+    "out_ptr": "*fp16", "images_ptr": "*fp16", "boxes_ptr": "*fp32", "flips_ptr": "*i1",
+    "scale_ptr": "*fp32", "shift_ptr": "*fp32", **SIDES, "CHANNELS": 3, "BLOCK": 256,
+}  # fmt: skip
+MOSAIC = {
+    "out_ptr": "*u8", "patches_ptr": "*u8", "rows_ptr": "*i64",
+    "R": 2, "SIDE": 112, "CHANNELS": 3, "BLOCK": 1024,
+}  # fmt: skip
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "noise, normals": (noise_kernel, {**NOISE, "NORMAL": True}),
+    "noise, uniforms": (noise_kernel, {**NOISE, "NORMAL": False}),
+    "start_state, mixup": (start_state_kernel, {**START, "MIXUP": True}),
+    "start_state": (start_state_kernel, {**START, "MIXUP": False}),
+    "euler_ancestral_step": (euler_ancestral_step_kernel, {**STEP, "NOISE": True}),
+    "upsample, bicubic": (upsample_kernel, {**UPSAMPLE, "BICUBIC": True}),
+    "upsample, bilinear": (upsample_kernel, {**UPSAMPLE, "BICUBIC": False}),
+    "student_input": (student_input_kernel, STUDENT),
+    "mosaic": (mosaic_kernel, MOSAIC),
+}
+ALIGNED = ("count", "numel")
+"""Sizes that are multiples of 16 in use: the launcher tells Triton, and stores become vectors."""
+
+
+def resources(kernel: Any, arguments: dict[str, Any], capability: int, **options: int) -> dict:
+    """Registers, stack and local bytes (a spill shows as stack), shared bytes of one kernel."""
+    signature = {
+        name: arguments[name] if isinstance(arguments[name], str) else "constexpr"
+        for name in kernel.arg_names
+    }
+    constants = {n: v for n, v in arguments.items() if not isinstance(v, str)}
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in ALIGNED]
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    cubin = triton.compile(
+        source, target=target, options={**options, "enable_fp_fusion": False}
+    ).asm["cubin"]
+    path = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [str(tool), "-res-usage", str(path)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    return {name: int(number) for name, number in found.items()}
+
+
+def compile_all(capability: int) -> None:
+    """Print {kernel: resources} as one JSON line, with a starved kernel as the negative control."""
+    report = {
+        name: resources(kernel, arguments, capability)
+        for name, (kernel, arguments) in KERNELS.items()
+    }
+    starved = resources(*KERNELS["upsample, bicubic"], capability, maxnreg=24)
+    print(json.dumps({"kernels": report, "starved": starved}))
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_kernels_compile_and_spill_nothing(capability: int, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__)), str(capability)],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout.splitlines()[-1])
+    print(f"sm_{capability}")
+    for name, used in result["kernels"].items():
+        print(f"  {name:22} {used['REG']:3} registers, {used['SHARED']:5} bytes shared")
+    assert list(result["kernels"]) == list(KERNELS)
+    spilled = {n: used for n, used in result["kernels"].items() if used["STACK"] or used["LOCAL"]}
+    assert not spilled
+    assert result["starved"]["STACK"] > 0, "cuobjdump must show the spill of 24 registers"
+
+
+if __name__ == "__main__":
+    compile_all(int(sys.argv[1]))

@@ -1,0 +1,284 @@
+"""The Triton kernels against their references: in Triton's interpreter, and on a GPU if any.
+
+Each case calls the public launchers on a device and compares with the reference on the CPU.
+Uninitialised memory is filled with NaN (255 in uint8) first, so that a number that was not written
+shows. The interpreter is chosen before ``import triton``, so the cases run in a process of their
+own: this file is also that program (``TRITON_INTERPRET=1 python tests/test_kernels_triton.py``).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from patchbloom.kernels.latents import start_state, start_state_reference
+from patchbloom.kernels.launch import runs_kernel
+from patchbloom.kernels.mosaic import mosaic, mosaic_reference
+from patchbloom.kernels.noise import (
+    normal,
+    normal_reference,
+    philox_block,
+    philox_reference,
+    uniform,
+    uniform_reference,
+    unit_of,
+    unit_reference,
+)
+from patchbloom.kernels.pixels import (
+    student_input,
+    student_input_reference,
+    upsample_patches,
+    upsample_patches_reference,
+)
+from patchbloom.kernels.sampler import euler_ancestral_step, euler_ancestral_step_reference
+
+Case = Callable[[str], None]
+CASES: dict[str, Case] = {}
+SEED, EPOCH = 2**64 - 5, 2**32 - 1
+SAMPLES = torch.tensor([0, 3, 2**31, 2**32 - 1, 17])
+HALF = {"rtol": 1e-3, "atol": 1e-5}
+EXACT = {"rtol": 0.0, "atol": 0.0}
+NOISE = {"rtol": 0.0, "atol": 2e-6}
+
+
+def case(function: Case) -> Case:
+    CASES[function.__name__] = function
+    return function
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, *, rtol: float, atol: float) -> None:
+    torch.testing.assert_close(actual.cpu(), expected.to(actual.dtype), rtol=rtol, atol=atol)
+
+
+def draws(count: int, *shape: int) -> torch.Tensor:
+    """Test data, the same in every process."""
+    return normal_reference(77, 0, torch.arange(count), 0, shape)
+
+
+@triton.jit
+def words_kernel(words_ptr, units_ptr, name_ptr, ROUNDS: tl.constexpr):
+    """The four Philox words, and their u, of the counter and key in name_ptr[0:6]."""
+    c0 = tl.load(name_ptr + tl.arange(0, 1))
+    c1, c2, c3 = tl.load(name_ptr + 1), tl.load(name_ptr + 2), tl.load(name_ptr + 3)
+    key_0, key_1 = tl.load(name_ptr + 4), tl.load(name_ptr + 5)
+    w0, w1, w2, w3 = philox_block(c0, c1, c2, c3, key_0, key_1, ROUNDS)
+    lane = tl.arange(0, 1)
+    tl.store(words_ptr + lane, w0.to(tl.int64))
+    tl.store(words_ptr + 1 + lane, w1.to(tl.int64))
+    tl.store(words_ptr + 2 + lane, w2.to(tl.int64))
+    tl.store(words_ptr + 3 + lane, w3.to(tl.int64))
+    tl.store(units_ptr + lane, unit_of(w0))
+    tl.store(units_ptr + 1 + lane, unit_of(w1))
+    tl.store(units_ptr + 2 + lane, unit_of(w2))
+    tl.store(units_ptr + 3 + lane, unit_of(w3))
+
+
+@triton.jit
+def units_kernel(units_ptr, words_ptr, COUNT: tl.constexpr):
+    """u of given words."""
+    lane = tl.arange(0, COUNT)
+    tl.store(units_ptr + lane, unit_of(tl.load(words_ptr + lane).to(tl.uint32)))
+
+
+def check_known_answers(device: str, rounds: int) -> None:
+    """Random123's vectors for Philox 4x32-10, through the device code, with ``rounds`` rounds."""
+    known = [
+        ("00000000 00000000 00000000 00000000 00000000 00000000",
+         "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff",
+         "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0",
+         "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ]  # fmt: skip
+    for name, answer in known:
+        name_words = torch.tensor([int(word, 16) for word in name.split()], device=device)
+        expected = torch.tensor([int(word, 16) for word in answer.split()])
+        words = torch.full((4,), -1, device=device)
+        units = torch.full((4,), torch.nan, device=device)
+        words_kernel[(1,)](words, units, name_words, ROUNDS=rounds)  # pyright: ignore
+        close(words, expected, **EXACT)
+        close(units, unit_reference(expected), **EXACT)
+
+
+@case
+def philox_known_answers(device: str) -> None:
+    check_known_answers(device, 10)
+
+
+@case
+def nine_rounds_fail_the_known_answers(device: str) -> None:
+    """A deliberately wrong kernel must not pass."""
+    with pytest.raises(AssertionError):
+        check_known_answers(device, 9)
+
+
+@case
+def uniforms_of_edge_words(device: str) -> None:
+    edges = [0, 1, 2**24 + 1, 2**31, 2**32 - 257, 2**32 - 129, 2**32 - 128, 2**32 - 1]
+    words = torch.tensor(edges)
+    units = torch.full((8,), torch.nan, device=device)
+    units_kernel[(1,)](units, words.to(device), COUNT=8)  # pyright: ignore
+    close(units, unit_reference(words), **EXACT)
+
+
+@case
+def uniforms_are_the_reference_bit_for_bit(device: str) -> None:
+    for count in (1, 5, 1029):
+        actual = uniform(SEED, 67, SAMPLES.to(device), EPOCH, count)
+        close(actual, uniform_reference(SEED, 67, SAMPLES, EPOCH, count), **EXACT)
+    words = philox_reference(1, torch.arange(1), 1, torch.tensor([[1]]), 1)
+    expected = unit_reference(torch.stack(words, -1)).reshape(1, 4)
+    close(uniform(1, 1, torch.tensor([1], device=device), 1, 4), expected, **EXACT)
+
+
+@case
+def normals_of_odd_shapes(device: str) -> None:
+    for shape in ((1,), (3, 5, 7), (4, 16, 17), (2, 512)):
+        expected = normal_reference(SEED, 3, SAMPLES, EPOCH, shape)
+        close(normal(SEED, 3, SAMPLES.to(device), EPOCH, shape), expected, **NOISE)
+        half = normal(SEED, 3, SAMPLES.to(device), EPOCH, shape, dtype=torch.float16)
+        close(half, expected, **HALF)
+    assert normal(1, 0, SAMPLES[:0].to(device), 0, (5,)).shape == (0, 5)
+
+
+@case
+def normals_ignore_their_neighbours(device: str) -> None:
+    together = normal(4, 0, SAMPLES.to(device), 2, (3, 5, 7))
+    order = torch.tensor([4, 0, 3], device=device)
+    close(normal(4, 0, SAMPLES.to(device)[order], 2, (3, 5, 7)), together[order].cpu(), **EXACT)
+
+
+@case
+def start_states(device: str) -> None:
+    rows = torch.tensor([8, 0, 3, 3, 5])
+    first, count = torch.tensor([6, 0, 3, 3, 3]), torch.tensor([3, 3, 3, 3, 1])
+    names = (rows, SAMPLES, first, count)
+    settings = {"seed": SEED, "epoch": EPOCH, "sigma": 1.7, "model_scale": 0.51}
+    for dtype in (torch.float32, torch.float16):
+        for shape in ((3, 5, 7), (4, 16, 16)):
+            bank = draws(9, *shape).to(dtype)
+            for mixup in (False, True):
+                expected = start_state_reference(bank, *names, mixup=mixup, **settings)
+                state, model_input = start_state(
+                    *(tensor.to(device) for tensor in (bank, *names)),
+                    mixup=mixup,
+                    dtype=dtype,
+                    **settings,
+                )
+                close(state, expected[0], rtol=1e-6, atol=5e-6)
+                assert model_input.dtype == dtype
+                close(model_input, expected[1], **HALF)
+
+
+@case
+def euler_steps(device: str) -> None:
+    settings = {"sigma": 1.6, "sigma_down": 0.4, "next_scale": 0.7, "seed": 6, "epoch": 2}
+    for shape in ((3, 5, 7), (4, 16, 16)):
+        state, eps = draws(10, *shape).split(5)
+        for dtype in (torch.float32, torch.float16):
+            for sigma_up in (0.0, 0.8):
+                more = {"sigma_up": sigma_up, "step": 3, **settings}
+                expected = euler_ancestral_step_reference(state, eps.to(dtype), SAMPLES, **more)
+                ours = [state.to(device, copy=True), eps.to(device, dtype), SAMPLES.to(device)]
+                actual = euler_ancestral_step(*ours, **more)
+                close(actual[0], expected[0], rtol=1e-6, atol=5e-6)
+                assert actual[1].dtype == dtype
+                close(actual[1], expected[1], **HALF)
+                euler_ancestral_step(*ours, **more, out=(ours[0], actual[1]))
+                close(ours[0], actual[0].cpu(), **EXACT)
+
+
+@case
+def upsampled_patches(device: str) -> None:
+    for height, width, size in ((13, 13, 29), (8, 8, 8), (1, 1, 4), (9, 6, 5)):
+        patches = (draws(2, height, width, 3) * 90 + 128).clamp(0, 255).byte()
+        for mode in ("bicubic", "bilinear"):
+            expected = upsample_patches_reference(patches, size, mode=mode)
+            actual = upsample_patches(patches.to(device), size, mode=mode)
+            close(actual, expected, rtol=0.0, atol=1e-5)
+            half = upsample_patches(patches.to(device), size, mode=mode, dtype=torch.float16)
+            close(half, expected, rtol=1e-3, atol=1e-4)
+
+
+@case
+def student_inputs(device: str) -> None:
+    images = draws(4, 3, 33, 47) * 0.8
+    boxes = torch.tensor([[0, 0, 33, 47], [3, 4, 20, 10], [10.25, 30.5, 5.5, 9], [32, 46, 1, 1]])
+    flips = torch.tensor([False, True, True, False])
+    moments = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for size in (7, 24):
+        expected = student_input_reference(images, boxes, flips, size, *moments)
+        ours = images.to(device), boxes.to(device), flips.to(device)
+        actual = student_input(*ours, size, *moments)
+        assert actual.is_contiguous(memory_format=torch.channels_last)
+        close(actual, expected, rtol=0.0, atol=1e-3)
+        half = student_input(ours[0].half(), *ours[1:], size, *moments, dtype=torch.float16)
+        close(half, expected, rtol=1e-3, atol=1e-2)
+
+
+@case
+def mosaics(device: str) -> None:
+    patches = (draws(11, 5, 5, 3) * 90 + 128).clamp(0, 255).byte()
+    for r, rows in ((1, [[10], [0]]), (2, [[0, 1, 2, 3], [10, 4, 4, 7]]), (3, [[*range(9)]])):
+        chosen = torch.tensor(rows)
+        actual = mosaic(patches.to(device), chosen.to(device), r)
+        close(actual, mosaic_reference(patches, chosen, r), **EXACT)
+
+
+def run_case(name: str, device: str) -> None:
+    """One case, on memory poisoned by torch's own debugging switch."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN or the maximum
+    try:
+        CASES[name](device)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def interpret() -> None:
+    """Run every case on the CPU and print {case: traceback or null} as one JSON line."""
+    assert runs_kernel(SAMPLES), "TRITON_INTERPRET is not set: this would test the reference"
+    results: dict[str, str | None] = {}
+    for name in CASES:
+        try:
+            run_case(name, "cpu")
+            results[name] = None
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str | None]:
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_the_interpreter(name: str, interpreted: dict[str, str | None]) -> None:
+    if interpreted[name] is not None:
+        pytest.fail(str(interpreted[name]), pytrace=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_on_the_gpu(name: str) -> None:
+    run_case(name, "cuda")
+
+
+if __name__ == "__main__":
+    interpret()
