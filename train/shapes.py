@@ -39,7 +39,9 @@ SPLITS = {"train": 0, "val": 1}
 JPEG_QUALITY = 95
 
 Array = np.ndarray
-_EDGE_PER_UNIT = 24.0  # a signed distance times this is coverage: about 1.3 px of anti-aliasing at 64 px
+_EDGE_PER_UNIT = (
+    24.0  # a signed distance times this is coverage: about 1.3 px of anti-aliasing at 64 px
+)
 _axis = ((np.arange(SIZE_PX) + 0.5) / SIZE_PX * 2 - 1).astype(np.float32)
 _X, _Y = np.meshgrid(_axis, _axis)
 

@@ -1,0 +1,147 @@
+"""`train prior`: its folder opens as SDXL, its maths is the sampler's, and a stop loses nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+
+from patchbloom.train import prior_phases
+from patchbloom.train.config import PriorConfig
+from patchbloom.train.prior import PriorTraining
+from patchbloom.train.prior_model import POSTERIOR_STD, new_parts, prompt_embeddings, save_parts
+
+TINY = PriorConfig(
+    image_size=32,
+    vae_steps=3,
+    vae_batch=4,
+    unet_steps=3,
+    unet_batch=4,
+    guidance_steps=2,
+    few_step_steps=2,
+    substeps=2,
+)
+
+
+def _training(out: Path) -> PriorTraining:
+    generator = torch.Generator().manual_seed(5)
+    pixels = torch.randint(0, 256, (8, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(8) // 4
+    return PriorTraining(TINY, pixels, labels, ["disc", "ring"], out, report=lambda line: None)
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("*/*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prior") / "model"
+    return _training(out).run(data="noise", command="train prior")
+
+
+def test_the_folder_opens_in_diffusers_and_says_how_it_was_made(trained: Path) -> None:
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(trained)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        prompt=["A photo of a disc"] * 2,
+        image=torch.rand(2, 3, 32, 32),
+        strength=0.8,
+        num_inference_steps=5,
+        guidance_scale=0.0,
+        output_type="np",
+    ).images
+    assert images.shape == (2, 32, 32, 3)
+    card = json.loads((trained / "model_card.json").read_text())
+    assert card["class_names"] == ["disc", "ring"]
+    assert card["phases"]["few_step"]["steps"] == 2
+    assert card["config"]["guidance"] == 3.0
+    assert (trained / "samples.png").is_file()
+
+
+def test_latents_have_unit_variance_and_the_posterior_its_width(trained: Path) -> None:
+    training = _training(trained.parent / "other")
+    training.train_vae()
+    bank = training.encode_bank()
+    assert len(bank.labels_N) == 8 * 4
+    assert float(bank.latents_N4hw[:8].std()) == pytest.approx(1.0, abs=0.05)
+    moments = training.parts.vae.encode(torch.zeros(1, 3, 32, 32)).latent_dist
+    torch.testing.assert_close(moments.std, torch.full_like(moments.std, POSTERIOR_STD))
+
+
+@pytest.mark.parametrize("stopped_in", ["vae", "denoiser", "few_step"])
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    trained: Path, stopped_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = prior_phases.torch.save
+
+    class Stopped(Exception):
+        pass
+
+    def save_then_stop(state: dict, path: Path) -> None:
+        real(state, path)
+        if path.stem == stopped_in:
+            path.replace(path.with_suffix(".pt"))
+            raise Stopped
+
+    monkeypatch.setattr(prior_phases, "CHECKPOINT_EVERY_S", -1.0)
+    monkeypatch.setattr(prior_phases.torch, "save", save_then_stop)
+    with pytest.raises(Stopped):
+        _training(tmp_path / "model").run(data="noise", command="train prior")
+    monkeypatch.undo()
+    resumed = _training(tmp_path / "model").run(data="noise", command="train prior")
+    assert _weights(resumed) == _weights(trained)
+
+
+def test_sampled_steps_are_the_schedulers_own() -> None:
+    """One Euler-ancestral step of diffusers with a known epsilon lands on our sigma_down."""
+    scheduler = EulerAncestralDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+    )
+    steps = prior_phases.sampled_steps(scheduler, 5)
+    assert steps.timesteps.tolist() == [999, 799, 599, 399, 199]
+    scheduler.set_timesteps(5)
+    state, eps = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    for k, t in enumerate(scheduler.timesteps):
+        generator = torch.Generator().manual_seed(k)
+        after = scheduler.step(eps, t, state, generator=generator).prev_sample
+        noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(k))
+        high, low = scheduler.sigmas[k], scheduler.sigmas[k + 1]
+        up = (low**2 - steps.sigmas_down[k] ** 2).clamp(min=0).sqrt()
+        expected = state + eps * (steps.sigmas_down[k] - high) + up * noise
+        torch.testing.assert_close(after, expected)
+
+
+def test_timesteps_of_sigmas_invert_the_table() -> None:
+    table = prior_phases.sigma_table(
+        EulerAncestralDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+        )
+    )
+    for t in (0, 1, 199, 598, 999):
+        assert float(prior_phases._timestep_of(table[t : t + 1], table)) == pytest.approx(
+            t, abs=0.01
+        )
+
+
+def test_every_prompt_has_its_own_embedding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parts = new_parts(32, tmp_path / "tokenizer")
+    states, pooled = prompt_embeddings(
+        parts, ["A photo of a disc", "A photo of a ring", "", "épée"]
+    )
+    assert states.shape == (4, 77, 64)
+    assert pooled.shape == (4, 32)
+    gaps = torch.cdist(pooled, pooled) + 10 * torch.eye(4)
+    assert float(gaps.min()) > 0.1
+    ids = parts.tokenizer("naïve Ünïcode ☂").input_ids
+    assert parts.tokenizer.unk_token_id not in ids[1:-1]
+    save_parts(parts, tmp_path / "model")
+    size = sum(p.stat().st_size for p in (tmp_path / "model").rglob("*.safetensors"))
+    assert size < 12e6

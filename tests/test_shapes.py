@@ -1,0 +1,74 @@
+"""The generated set: the same pictures everywhere, learnable, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchbloom.train import shapes
+
+
+def test_an_image_is_a_function_of_its_name() -> None:
+    first = shapes.image(0, "train", 4, 17)
+    assert first.shape == (64, 64, 3)
+    assert first.dtype == np.uint8
+    np.testing.assert_array_equal(first, shapes.image(0, "train", 4, 17))
+    for other in [(1, "train", 4, 17), (0, "val", 4, 17), (0, "train", 5, 17), (0, "train", 4, 18)]:
+        assert not np.array_equal(first, shapes.image(*other))
+
+
+def test_the_outlines_are_where_they_should_be() -> None:
+    """Signed distances are negative inside: each object covers a plausible part of its square."""
+    axis = ((np.arange(64) + 0.5) / 32 - 1).astype(np.float32)
+    u, v = np.meshgrid(axis, axis)
+    covered = {name: float((f(u, v, 0.0) < 0).mean()) for name, f in shapes.OUTLINES.items()}
+    assert set(covered) == set(shapes.CLASS_NAMES)
+    assert all(0.15 < share < 0.75 for share in covered.values()), covered
+    assert shapes.OUTLINES["ring"](np.zeros(1), np.zeros(1), 0.0) > 0  # a hole in the middle
+    assert shapes.OUTLINES["star"](np.zeros(1), np.zeros(1), 0.0) < 0
+    disc = np.pi * 0.88**2 / 4
+    assert covered["disc"] == pytest.approx(disc, abs=0.02)
+
+
+def test_hsv_matches_the_standard_conversion() -> None:
+    import colorsys
+
+    for h, s, v in [(0.0, 1, 1), (0.1, 0.5, 0.9), (0.49, 0.3, 0.2), (0.84, 0.8, 0.7), (1.3, 1, 1)]:
+        expected = colorsys.hsv_to_rgb(h % 1, s, v)
+        np.testing.assert_allclose(shapes._hsv(h, s, v), expected, atol=1e-6)
+
+
+def _tree_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def test_write_shapes_is_an_image_folder_and_idempotent(tmp_path: Path) -> None:
+    folder = shapes.write_shapes(tmp_path / "set", train_per_class=3, val_per_class=2)
+    assert sorted(p.name for p in (folder / "train").iterdir()) == sorted(shapes.CLASS_NAMES)
+    assert len(list(folder.glob("train/*/*.jpg"))) == 30
+    assert len(list(folder.glob("val/*/*.jpg"))) == 20
+    decoded = np.asarray(Image.open(folder / "train" / "heart" / "00001.jpg"), np.float32)
+    drawn = shapes.image(0, "train", shapes.CLASS_NAMES.index("heart"), 1).astype(np.float32)
+    assert np.abs(decoded - drawn).mean() < 4  # JPEG loss only
+    before = _tree_hash(folder)
+    shapes.write_shapes(folder, train_per_class=3, val_per_class=2)
+    again = shapes.write_shapes(tmp_path / "again", train_per_class=3, val_per_class=2)
+    assert _tree_hash(folder) == before == _tree_hash(again)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "set"]
+
+
+def test_write_shapes_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(FileExistsError, match="is not the shapes set"):
+        shapes.write_shapes(tmp_path / "mine", train_per_class=1, val_per_class=1)
+    shapes.write_shapes(tmp_path / "set", train_per_class=1, val_per_class=1)
+    with pytest.raises(FileExistsError, match="remove it or choose another"):
+        shapes.write_shapes(tmp_path / "set", train_per_class=2, val_per_class=1)

@@ -1,0 +1,290 @@
+"""`train prior`: a small few-step latent diffusion model in SDXL's shape, from an image folder.
+
+The result is a folder that diffusers, and everything here that takes `--model`, opens like SDXL-Turbo:
+four evals, no guidance. Beside the weights it holds `model_card.json` (command, seed, data, losses,
+times, class names, reconstruction error) and `samples.png`. All of the work can be stopped at any
+point and goes on from the last checkpoint in `OUT/.work`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..kernels.noise import Draw, uniform
+from ..kernels.pixels import student_input
+from .config import PriorConfig
+from .prior_model import ModelParts, new_parts, prompt_embeddings, save_parts
+from .prior_phases import (
+    Conditioning,
+    LatentBank,
+    Phase,
+    denoiser_loss,
+    few_step_loss,
+    fix_posterior_width,
+    guidance_loss,
+    predict,
+    run_phase,
+    sampled_steps,
+    sigma_table,
+    vae_loss,
+)
+
+PROMPT = "A photo of a {name}"
+CROPS_PER_IMAGE = 2  # beside the image itself and its mirror image
+HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
+
+
+def to_unit(pixels_BHWC: Tensor) -> Tensor:
+    """uint8 NHWC → float NCHW in [-1, 1]."""
+    return (pixels_BHWC.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+
+
+class PriorTraining:
+    """The state of one `train prior` run: data in memory, parts, and the folder it fills."""
+
+    def __init__(
+        self,
+        config: PriorConfig,
+        pixels_NHWC: Tensor,
+        labels_N: Tensor,
+        class_names: Sequence[str],
+        out: Path,
+        report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    ) -> None:
+        if pixels_NHWC.shape[1:] != (config.image_size, config.image_size, 3):
+            raise ValueError(
+                f"expected images of {config.image_size} px, got {tuple(pixels_NHWC.shape[1:])}"
+            )
+        self.config, self.out, self.report = config, out, report
+        self.work = out / ".work"
+        self.pixels_NHWC, self.labels_N = pixels_NHWC, labels_N
+        self.class_names = tuple(class_names)
+        torch.manual_seed(config.seed)
+        self.parts: ModelParts = new_parts(config.image_size, self.work / "tokenizer")
+        prompts = [PROMPT.format(name=name) for name in self.class_names] + [""]
+        self.conditioning = Conditioning(*prompt_embeddings(self.parts, prompts))
+        self.sigmas = sigma_table(self.parts.scheduler)
+        self.phases: list[Phase] = []
+
+    def _run(self, name: str, module, steps: int, learning_rate: float, loss_of):
+        phase = Phase(name=name, module=module, steps=steps, learning_rate=learning_rate)
+        self.phases.append(phase)
+        checkpoint = self.work / f"{name}.pt"
+        return run_phase(
+            phase, loss_of, seed=self.config.seed, checkpoint=checkpoint, report=self.report
+        )
+
+    def train_vae(self) -> None:
+        """Phase 1; sets the scaling factor to 1 / std of the latents' means."""
+        fix_posterior_width(self.parts.vae)
+        batch = self.config.vae_batch
+
+        def loss_of(vae, generator):
+            rows = torch.randint(len(self.pixels_NHWC), (batch,), generator=generator)
+            images = to_unit(self.pixels_NHWC[rows])
+            if torch.rand((), generator=generator) < 0.5:
+                images = images.flip(-1)
+            return vae_loss(vae, images, generator)
+
+        vae = self._run("vae", self.parts.vae, self.config.vae_steps, 1e-3, loss_of)
+        fix_posterior_width(vae)  # the optimiser's weight decay must not move it
+        vae.register_to_config(scaling_factor=1 / self._latent_std(vae))
+        self.parts.vae = vae.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _latent_std(self, vae) -> float:
+        rows = torch.arange(0, len(self.pixels_NHWC), max(1, len(self.pixels_NHWC) // 1024))
+        means = [
+            vae.encode(to_unit(self.pixels_NHWC[part])).latent_dist.mean for part in rows.split(128)
+        ]
+        return float(torch.cat(means).std())
+
+    @torch.no_grad()
+    def _encode(self, images_BCHW: Tensor) -> Tensor:
+        mean = self.parts.vae.encode(images_BCHW).latent_dist.mean
+        return mean * self.parts.vae.config["scaling_factor"]
+
+    @torch.no_grad()
+    def decode(self, latents_B4hw: Tensor) -> Tensor:
+        """Latents of unit variance → images in [-1, 1]."""
+        scale = self.parts.vae.config["scaling_factor"]
+        return self.parts.vae.decode(latents_B4hw / scale).sample.clamp(-1, 1)
+
+    def encode_bank(self) -> LatentBank:
+        """Encode each image, its mirror image and `CROPS_PER_IMAGE` square crops of 30–100 % area.
+
+        A crop's micro-conditioning is SDXL's: its size before enlarging, its corner after.
+        """
+        size, seed = self.config.image_size, self.config.seed
+        latents, labels, time_ids = [], [], []
+        for rows in torch.arange(len(self.labels_N)).split(256):
+            images = to_unit(self.pixels_NHWC[rows])
+            whole = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32)
+            for view in (images, images.flip(-1)):
+                latents.append(self._encode(view))
+                time_ids.append(whole.repeat(len(rows), 1))
+            for crop in range(CROPS_PER_IMAGE):
+                u = uniform(seed, Draw.PRIOR, rows, crop, 4)
+                side = size * (0.3 + 0.7 * u[:, 0]).sqrt()
+                corner = u[:, 1:3] * (size - side)[:, None]
+                boxes = torch.cat([corner, side[:, None], side[:, None]], dim=1)
+                view = student_input(images, boxes, u[:, 3] < 0.5, size, HALF_UNIT, HALF_UNIT)
+                latents.append(self._encode(view.contiguous()))
+                enlarged = size / side[:, None]
+                target = torch.full((len(rows), 2), float(size))
+                ids = [side[:, None], side[:, None], corner * enlarged, target]
+                time_ids.append(torch.cat(ids, dim=1))
+            labels.append(self.labels_N[rows].repeat(2 + CROPS_PER_IMAGE))
+        return LatentBank(torch.cat(latents), torch.cat(labels), torch.cat(time_ids))
+
+    def train_denoiser(self, bank: LatentBank) -> None:
+        """Phases 2, 3 and 4; leaves the few-step UNet in `parts`."""
+        config, batch = self.config, self.config.unet_batch
+        shared = {"bank": bank, "conditioning": self.conditioning, "sigmas": self.sigmas}
+
+        unet = self._run(
+            "denoiser",
+            self.parts.unet,
+            config.unet_steps,
+            8e-4,
+            lambda unet, generator: denoiser_loss(unet, **shared, batch=batch, generator=generator),
+        )
+        student = self._trainable_copy(unet)
+        guided = self._run(
+            "guidance",
+            student,
+            config.guidance_steps,
+            4e-4,
+            lambda module, generator: guidance_loss(
+                module, unet, **shared, guidance=config.guidance, batch=batch, generator=generator
+            ),
+        )
+        visited = sampled_steps(self.parts.scheduler, config.steps)
+        self.parts.unet = self._run(
+            "few_step",
+            self._trainable_copy(guided),
+            config.few_step_steps,
+            4e-4,
+            lambda module, generator: few_step_loss(
+                module,
+                guided,
+                **shared,
+                visited=visited,
+                substeps=config.substeps,
+                batch=batch,
+                generator=generator,
+            ),
+        )
+
+    @staticmethod
+    def _trainable_copy(unet):
+        copy = type(unet).from_config(unet.config)
+        copy.load_state_dict(unet.state_dict())
+        return copy
+
+    @torch.no_grad()
+    def sample_sheet(self, bank: LatentBank, columns: int = 12) -> Image.Image:
+        """Per class a row: reconstruction, then samples from rho 0.8 of real images, then pure noise."""
+        steps = sampled_steps(self.parts.scheduler, self.config.steps)
+        sigmas_up = self.parts.scheduler.sigmas[1:].float().square() - steps.sigmas_down.square()
+        rows = []
+        for label in range(len(self.class_names)):
+            of_class = torch.nonzero(self.labels_N == label).flatten()[: columns // 2]
+            real = self._encode(to_unit(self.pixels_NHWC[of_class]))
+            half = len(real)
+            draw = torch.Generator().manual_seed(self.config.seed + label)
+
+            def noise(like, draw=draw):
+                return torch.randn(like.shape, generator=draw)
+
+            states = torch.cat(
+                [real + steps.sigmas[1] * noise(real), noise(real) * steps.sigmas[0]]
+            )
+            prompts = torch.full((2 * half,), label)
+            whole = torch.tensor(
+                [self.config.image_size] * 2 + [0, 0] + [self.config.image_size] * 2
+            )
+            ids = whole.float().repeat(2 * half, 1)
+            for k, (t, high, down) in enumerate(
+                zip(steps.timesteps, steps.sigmas, steps.sigmas_down, strict=True)
+            ):
+                active = slice(half, None) if k == 0 else slice(None)
+                part = states[active]
+                count = len(part)
+                eps = predict(
+                    self.parts.unet,
+                    part,
+                    high.repeat(count),
+                    t.repeat(count),
+                    prompts[:count],
+                    ids[:count],
+                    self.conditioning,
+                )
+                part = part + eps * (down - high) + sigmas_up[k].clamp(min=0).sqrt() * noise(part)
+                states = torch.cat([states[:half], part]) if k == 0 else part
+            tiles = self.decode(torch.cat([real[:2], states]))
+            rows.append(torch.cat(list(tiles), dim=2))
+        sheet = torch.cat(rows, dim=1).permute(1, 2, 0)
+        return Image.fromarray(((sheet + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+
+    @torch.no_grad()
+    def reconstruction_psnr_db(self, count: int = 512) -> float:
+        """PSNR of the autoencoder's reconstructions of the first training images of every class."""
+        every = max(1, len(self.pixels_NHWC) // count)
+        images = to_unit(self.pixels_NHWC[::every])
+        error = [(self.decode(self._encode(x)) - x).square().mean() for x in images.split(128)]
+        return float(-10 * torch.log10(torch.stack(error).mean() / 4))
+
+    def card(self, data: str, command: str) -> dict:
+        """The model card: everything needed to make these weights again, and how they did."""
+        return {
+            "made_by": command,
+            "data": data,
+            "images": len(self.labels_N),
+            "class_names": list(self.class_names),
+            "prompt": PROMPT,
+            "image_size_px": self.config.image_size,
+            "seed": self.config.seed,
+            "config": self.config.as_dict(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "reconstruction_psnr_db": round(self.reconstruction_psnr_db(), 2),
+            "phases": {
+                p.name: {"steps": p.steps, "seconds": round(p.seconds, 1), "losses": p.losses}
+                for p in self.phases
+            },
+        }
+
+    def run(self, *, data: str, command: str) -> Path:
+        """Run all phases and write the model folder; return it."""
+        began = time.monotonic()
+        self.train_vae()
+        bank = self.encode_bank()
+        self.report(f"encoded {len(bank.labels_N)} latents of {len(self.labels_N)} images")
+        self.train_denoiser(bank)
+        building = self.out / ".building"
+        shutil.rmtree(building, ignore_errors=True)
+        save_parts(self.parts, building)
+        self.sample_sheet(bank).save(building / "samples.png")
+        card = self.card(data, command)
+        card["seconds_of_this_session"] = round(time.monotonic() - began, 1)
+        (building / "model_card.json").write_text(json.dumps(card, indent=1) + "\n")
+        for item in building.iterdir():
+            target = self.out / item.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            item.replace(target)
+        building.rmdir()
+        if not all(math.isfinite(loss) for p in self.phases for _, loss in p.losses):
+            raise ValueError("the prior diverged: a loss is not finite; try another --seed")
+        return self.out

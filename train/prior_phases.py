@@ -1,0 +1,359 @@
+"""The four training phases of a small latent diffusion prior, each a resumable loop of pure steps.
+
+1. `vae`        autoencoder: L1 on pixels and on their gradients, posterior of fixed width.
+2. `denoiser`   epsilon prediction, weighted (1 + sigma²) so that errors count alike at every noise level
+                (the v-prediction loss of Salimans & Ho 2022), prompt dropped for 10 % of the samples.
+3. `guidance`   the guided prediction u + w·(c - u) regressed into one unguided eval (Meng et al. 2023).
+4. `few_step`   at the timesteps that the sampler really visits, one eval regressed onto what the model of
+                phase 3 reaches in several small deterministic steps (progressive distillation, Salimans & Ho).
+
+Shapes: B batch, latents z_B4hw scaled to unit variance, states x = z + sigma·n (diffusers' convention),
+UNet input x / sqrt(sigma² + 1). Every step draws from a generator seeded by (seed, phase, step), so a
+resumed run takes the same steps as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from .prior_model import POSTERIOR_STD
+
+WEIGHT_CAP = 30.0  # of 1 + sigma²: reached at t = 820; beyond it the prediction is the class mean
+CHECKPOINT_EVERY_S = 120.0
+
+
+@dataclass
+class Phase:
+    """One training loop: what it optimises, for how long, and the losses it saw."""
+
+    name: str
+    module: nn.Module
+    steps: int
+    learning_rate: float
+    ema_decay: float = 0.999
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def _learning_rate_scale(step: int, steps: int, warmup: int = 200) -> float:
+    """Linear warm-up, then a cosine down to 2 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * progress))
+
+
+def step_generator(seed: int, phase: str, step: int) -> torch.Generator:
+    """The random stream of one step: a function of its name, not of what ran before."""
+    words = f"{seed}/{phase}/{step}".encode()
+    return torch.Generator().manual_seed(int.from_bytes(words, "big") % (2**63 - 25))
+
+
+def run_phase(
+    phase: Phase,
+    loss_of: Callable[[nn.Module, torch.Generator], Tensor],
+    *,
+    seed: int,
+    checkpoint: Path,
+    report: Callable[[str], None],
+) -> nn.Module:
+    """Run `phase` to its end, from `checkpoint` when there is one; return the averaged module.
+
+    `loss_of(module, generator)` draws a batch and returns a scalar loss. The checkpoint holds
+    module, average, optimiser and step; it is written every two minutes and at the end.
+    """
+    module, average = phase.module.train(), copy.deepcopy(phase.module).eval()
+    average.requires_grad_(False)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(
+        trained, lr=phase.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    first = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        module.load_state_dict(saved["module"])
+        average.load_state_dict(saved["average"])
+        optimiser.load_state_dict(saved["optimiser"])
+        first, phase.losses, phase.seconds = saved["step"], saved["losses"], saved["seconds"]
+    began, spent, written = time.monotonic(), phase.seconds, time.monotonic()
+    running, since = 0.0, 0
+    for step in range(first, phase.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = phase.learning_rate * _learning_rate_scale(step, phase.steps)
+        loss = loss_of(module, step_generator(seed, phase.name, step))
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        decay = min(phase.ema_decay, (1 + step) / (10 + step))
+        _average_into(average, module, decay)
+        running, since = running + loss.item(), since + 1
+        now = time.monotonic()
+        phase.seconds = spent + now - began
+        last = step + 1 == phase.steps
+        if (step + 1) % 100 == 0 or last:
+            phase.losses.append((step + 1, running / since))
+            rate = (step + 1 - first) / (now - began)
+            left = (phase.steps - step - 1) / rate
+            report(
+                f"{phase.name} {step + 1}/{phase.steps}  loss {running / since:.4f}  "
+                f"{rate:.2f} steps/s  {left / 60:.1f} min left"
+            )
+            running, since = 0.0, 0
+        if now - written > CHECKPOINT_EVERY_S or last:
+            _write_checkpoint(checkpoint, phase, module, average, optimiser, step + 1)
+            written = now
+    return average
+
+
+def _average_into(average: nn.Module, module: nn.Module, decay: float) -> None:
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+
+
+def _write_checkpoint(
+    path: Path,
+    phase: Phase,
+    module: nn.Module,
+    average: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    step: int,
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    torch.save(
+        {
+            "module": module.state_dict(),
+            "average": average.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "step": step,
+            "losses": phase.losses,
+            "seconds": phase.seconds,
+        },
+        temporary,
+    )
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------- phase 1: the autoencoder
+
+
+def fix_posterior_width(vae: AutoencoderKL) -> None:
+    """Make the posterior's log-variance a constant: 2·ln(POSTERIOR_STD), in the means' own units."""
+    assert vae.quant_conv is not None
+    channels = vae.config["latent_channels"]
+    with torch.no_grad():
+        vae.quant_conv.weight[channels:] = 0.0
+        vae.quant_conv.bias[channels:] = 2 * math.log(POSTERIOR_STD)
+
+
+def _gradients(images_BCHW: Tensor) -> Iterable[Tensor]:
+    yield images_BCHW[..., 1:] - images_BCHW[..., :-1]
+    yield images_BCHW[..., 1:, :] - images_BCHW[..., :-1, :]
+
+
+def vae_loss(vae: AutoencoderKL, images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """L1 + 0.5 · L1 of gradients + 1e-4 · mean²; images in [-1, 1]; the decoder sees posterior samples.
+
+    bf16 autocast: 0.38 s instead of 1.1 s for a step of 32 images on one core with AMX.
+    """
+    channels = vae.config["latent_channels"]
+    with torch.autocast("cpu", torch.bfloat16):
+        mean = vae.quant_conv(vae.encoder(images_BCHW))[:, :channels].float()  # pyright: ignore
+        noise = torch.randn(mean.shape, generator=generator)
+        sample = vae.post_quant_conv(mean + POSTERIOR_STD * noise)  # pyright: ignore
+        decoded = vae.decoder(sample).float()
+    loss = F.l1_loss(decoded, images_BCHW) + 1e-4 * mean.square().mean()
+    pairs = zip(_gradients(decoded), _gradients(images_BCHW), strict=True)
+    return loss + 0.5 * sum((F.l1_loss(a, b) for a, b in pairs), torch.zeros(()))
+
+
+# ---------------------------------------------------------------- phases 2–4: the denoiser
+
+
+@dataclass(frozen=True)
+class LatentBank:
+    """What the denoiser learns from: latents, their class, and SDXL's micro-conditioning per row."""
+
+    latents_N4hw: Tensor  # unit variance
+    labels_N: Tensor  # int64
+    time_ids_N6: Tensor  # original h, w; crop top, left; target h, w
+
+    def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.randint(len(self.labels_N), (batch,), generator=generator)
+        return self.latents_N4hw[rows], self.labels_N[rows], self.time_ids_N6[rows]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Prompt embeddings by class; the last row is the empty prompt."""
+
+    states_GLD: Tensor
+    pooled_GD: Tensor
+
+    @property
+    def empty(self) -> int:
+        return len(self.states_GLD) - 1
+
+
+def sigma_table(scheduler) -> Tensor:
+    """sigma(t) = sqrt((1 - alpha_bar) / alpha_bar) for t = 0 … T-1, of a diffusers scheduler."""
+    alpha_bar = scheduler.alphas_cumprod.double()
+    return ((1 - alpha_bar) / alpha_bar).sqrt().float()
+
+
+def predict(
+    unet: nn.Module,
+    states_B4hw: Tensor,
+    sigmas_B: Tensor,
+    timesteps_B: Tensor,
+    prompts_B: Tensor,
+    time_ids_B6: Tensor,
+    conditioning: Conditioning,
+    *,
+    half: bool = False,
+) -> Tensor:
+    """Predict the noise in `states`; bf16 autocast when `half` (frozen models only: it is 1.7 × faster)."""
+    scaled = states_B4hw / (sigmas_B.square() + 1).sqrt()[:, None, None, None]
+    added = {"text_embeds": conditioning.pooled_GD[prompts_B], "time_ids": time_ids_B6}
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        eps = unet(
+            scaled,
+            timesteps_B,
+            conditioning.states_GLD[prompts_B],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+    return eps.float()
+
+
+def _weighted_error(prediction: Tensor, target: Tensor, sigmas_B: Tensor) -> Tensor:
+    weight = (1 + sigmas_B.square()).clamp(max=WEIGHT_CAP)[:, None, None, None]
+    return (weight * (prediction - target).square()).mean()
+
+
+def _noised(
+    bank: LatentBank, batch: int, timesteps_B: Tensor, sigmas: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    latents, labels, time_ids = bank.draw(batch, generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    sigmas_B = sigmas[timesteps_B]
+    return latents + sigmas_B[:, None, None, None] * noise, noise, sigmas_B, labels, time_ids
+
+
+def denoiser_loss(
+    unet: UNet2DConditionModel,
+    bank: LatentBank,
+    conditioning: Conditioning,
+    sigmas: Tensor,
+    batch: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Phase 2 on one drawn batch."""
+    timesteps = torch.randint(len(sigmas), (batch,), generator=generator)
+    states, noise, sigmas_B, prompts, time_ids = _noised(bank, batch, timesteps, sigmas, generator)
+    dropped = torch.rand(batch, generator=generator) < 0.1
+    prompts = torch.where(dropped, conditioning.empty, prompts)
+    eps = predict(unet, states, sigmas_B, timesteps, prompts, time_ids, conditioning)
+    return _weighted_error(eps, noise, sigmas_B)
+
+
+def guidance_loss(
+    unet: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    bank: LatentBank,
+    conditioning: Conditioning,
+    sigmas: Tensor,
+    guidance: float,
+    batch: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Phase 3 on one drawn batch: the teacher's guided prediction is the target."""
+    timesteps = torch.randint(len(sigmas), (batch,), generator=generator)
+    states, _, sigmas_B, prompts, time_ids = _noised(bank, batch, timesteps, sigmas, generator)
+    with torch.no_grad():
+        both = predict(
+            teacher,
+            states.repeat(2, 1, 1, 1),
+            sigmas_B.repeat(2),
+            timesteps.repeat(2),
+            torch.cat([prompts, torch.full_like(prompts, conditioning.empty)]),
+            time_ids.repeat(2, 1),
+            conditioning,
+            half=True,
+        )
+        with_prompt, without = both.chunk(2)
+        target = without + guidance * (with_prompt - without)
+    eps = predict(unet, states, sigmas_B, timesteps, prompts, time_ids, conditioning)
+    return _weighted_error(eps, target, sigmas_B)
+
+
+@dataclass(frozen=True)
+class SampledSteps:
+    """The sampler's evals: timestep, sigma, and the sigma that its deterministic part goes down to."""
+
+    timesteps: Tensor  # int64 [S]
+    sigmas: Tensor  # [S]
+    sigmas_down: Tensor  # [S]
+
+
+def sampled_steps(scheduler, steps: int) -> SampledSteps:
+    """Read the evals of `steps` Euler-ancestral steps off the scheduler (k-diffusion's eta = 1)."""
+    scheduler.set_timesteps(steps)
+    high, low = scheduler.sigmas[:-1].float(), scheduler.sigmas[1:].float()
+    return SampledSteps(scheduler.timesteps.long().clone(), high, low.square() / high)
+
+
+def few_step_loss(
+    unet: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    bank: LatentBank,
+    conditioning: Conditioning,
+    sigmas: Tensor,
+    visited: SampledSteps,
+    substeps: int,
+    batch: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Phase 4 on one drawn batch: one eval must land where the teacher's `substeps` Euler steps land.
+
+    The target of a state x at sigma is the slope (x - x_down) / (sigma - sigma_down), where x_down is
+    the teacher's solution of the probability-flow ODE at sigma_down.
+    """
+    which = torch.randint(len(visited.timesteps), (batch,), generator=generator)
+    timesteps, down = visited.timesteps[which], visited.sigmas_down[which]
+    states, _, high, prompts, time_ids = _noised(bank, batch, timesteps, sigmas, generator)
+    with torch.no_grad():
+        solution, now = states, high
+        floor = torch.maximum(down, sigmas[0].expand_as(down))
+        for k in range(1, substeps + 1):
+            after = high * (floor / high) ** (k / substeps)
+            if k == substeps:
+                after = down
+            nearest = _timestep_of(now, sigmas)
+            eps = predict(
+                teacher, solution, now, nearest, prompts, time_ids, conditioning, half=True
+            )
+            solution = solution + eps * (after - now)[:, None, None, None]
+            now = after
+        target = (states - solution) / (high - down)[:, None, None, None]
+    eps = predict(unet, states, high, timesteps, prompts, time_ids, conditioning)
+    return _weighted_error(eps, target, high)
+
+
+def _timestep_of(sigmas_B: Tensor, table: Tensor) -> Tensor:
+    """Fractional timestep of a sigma, linear in log sigma; the UNet's sinusoidal embedding takes it."""
+    log_table, log_sigma = table.log(), sigmas_B.clamp(min=float(table[0])).log()
+    above = torch.searchsorted(log_table, log_sigma).clamp(1, len(table) - 1)
+    low, high = log_table[above - 1], log_table[above]
+    return (above - 1) + ((log_sigma - low) / (high - low)).clamp(0, 1)
