@@ -214,7 +214,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         "full cosine, no CutMix",
         image_size=64,
         teacher=TeacherConfig(
-            network="convnet-d4",
+            network="convnet-d4-w32to128",
             size_px=64,
             epochs=12,
             batch=64,
@@ -222,7 +222,7 @@ RECIPES: dict[RecipeName, Recipe] = {
             crop_scale=(0.5, 1.0),
         ),
         student=StudentConfig(
-            network="convnet-d4",
+            network="convnet-d4-w24to96",
             size_px=64,
             epochs=100,
             batch=10,

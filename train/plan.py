@@ -71,10 +71,10 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     recipe = _choose_recipe(options, device, model, report)
     image_size = options.image_size or _native_px(model, recipe) or recipe.image_size
     factor = options.factor or recipe.factor
-    if factor > image_size:
+    if image_size % factor:
         raise ValueError(
-            f"--factor {factor}: expected at most the image size, {image_size}: "
-            "patches would be smaller than a pixel"
+            f"--factor {factor}: expected a divisor of the image size, {image_size} px: "
+            "patches are image size / factor wide"
         )
     _check_images_per_class(train, options.ipc * factor**2)
     student = recipe.student_for(
