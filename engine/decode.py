@@ -29,7 +29,7 @@ from torch.nn.functional import interpolate
 
 PREFETCH = 2
 """Batches that DALI works on ahead of the one that is handed out."""
-NO_HEADER = "its header is not that of a JPEG, PNG, WebP, BMP or TIFF image"
+NO_HEADER = "it is no JPEG, PNG, WebP, BMP or TIFF image, or one cut short"
 NO_PIXELS = "its pixel data is cut short or damaged"
 
 
@@ -136,7 +136,7 @@ def _decode(
             yield kept, boxes_BP4.astype(np.int32)
 
     on_gpu = request.device != "cpu"
-    pipeline = (_gpu_pipeline if on_gpu else _cpu_pipeline)(source(), request)
+    pipeline = (_crop_pipeline if on_gpu else _image_pipeline)(source(), request)
     waiting: deque[Callable[[], torch.Tensor]] = deque()
 
     def finish() -> tuple[int, Crops]:
@@ -195,7 +195,7 @@ def _decoded(encoded: DataNode, device: str) -> DataNode:
     )
 
 
-def _cpu_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
+def _image_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
     """Decoded images, uint8 [H, W, 3] of any size. The boxes stay on this side."""
     images = (encoded for encoded, _ in source)
     pipeline = Pipeline(request.batch, request.threads, None, prefetch_queue_depth=PREFETCH)
@@ -206,8 +206,8 @@ def _cpu_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
     return pipeline
 
 
-def _gpu_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
-    """Crops on the GPU, uint8 [P, H, W, 3]."""
+def _crop_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
+    """Crops, uint8 [P, H, W, 3], made where the images are decoded."""
     size = [request.size_px, request.size_px]
     device_id = _device_id(request.device)
     pipeline = Pipeline(request.batch, request.threads, device_id, prefetch_queue_depth=PREFETCH)
@@ -229,9 +229,11 @@ def _gpu_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
     return pipeline
 
 
-def _gpu_tensor(decoded) -> Callable[[], torch.Tensor]:
-    tensor = torch.from_dlpack(decoded.as_tensor()).clone()
-    return lambda: tensor
+def _gpu_tensor(crops) -> Callable[[], torch.Tensor]:
+    pixels_BPHWC = torch.from_dlpack(crops.as_tensor()).clone()
+    # DALI reuses its buffer on its own stream as soon as `crops` is gone: the copy must be done.
+    torch.cuda.current_stream(pixels_BPHWC.device).synchronize()
+    return lambda: pixels_BPHWC
 
 
 def _resize(

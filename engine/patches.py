@@ -21,17 +21,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.functional import softplus
 
 from ..kernels.noise import Draw, uniform_numpy
 from .images import ImageSet, InputError, stream_crops
+from .patch_scores import IMAGENET_MEAN_RGB, PatchScorer, TeacherFn
 
 TRIES = 10
-IMAGENET_MEAN_RGB = (124, 116, 104)
-"""(0.485, 0.456, 0.406) · 255, rounded."""
 Method = Literal["lowest-loss", "random"]
-TeacherFn = Callable[[torch.Tensor], torch.Tensor]
-"""uint8 [B, H, W, 3] of the full image size → logits [B, K]."""
 
 
 def resized_crop_boxes(
@@ -178,19 +174,6 @@ class BestPatches:
             heap.clear()
 
 
-def cross_entropy(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> np.ndarray:
-    """-log softmax(logits)[label] in nats, float64 [B], as log(1 + Σ_{j≠y} exp(z_j - z_y)).
-
-    In this form the losses of confident answers (1e-6 and below, where fp32 log-softmax has a few
-    steps left) keep their order.
-    """
-    logits_BK = logits_BK.detach().to("cpu", torch.float64)
-    labels_B1 = labels_B[:, None]
-    margins_BK = logits_BK - logits_BK.gather(1, labels_B1)
-    margins_BK.scatter_(1, labels_B1, -math.inf)
-    return softplus(margins_BK.logsumexp(1)).numpy()
-
-
 def selection_order(labels: np.ndarray, seed: int) -> list[np.ndarray]:
     """Per class, its image indices in the seeded order in which the pool takes them."""
     index = np.arange(len(labels))
@@ -240,7 +223,7 @@ def select_patches(
     taken = [min(len(order), max(pool_per_class, per_class)) for order in ranked]
     pending = np.concatenate([order[:n] for order, n in zip(ranked, taken, strict=True)])
     boxes = RandomResizedCrops(crops=crops, seed=seed, draw=Draw.SCORING_CROP, ratio=(1.0, 1.0))
-    scorer = _Scorer(teacher, len(images.class_ids), image_size_px, batch * crops, canvas_rgb)
+    scorer = PatchScorer(teacher, len(images.class_ids), image_size_px, batch * crops, canvas_rgb)
     best = BestPatches(len(images.class_ids), per_class, patch_px)
     skipped: list[int] = []
     done, total = 0, len(pending)
@@ -285,45 +268,6 @@ def select_patches(
         boxes_N4=best.boxes_KN4.flatten(0, 1),
         skipped=tuple(images.paths[index] for index in skipped),
     )
-
-
-class _Scorer:
-    """Teacher losses of crops, each centred on a canvas; buffers are allocated once."""
-
-    def __init__(
-        self,
-        teacher: TeacherFn | None,
-        classes: int,
-        image_size_px: int,
-        canvases: int,
-        canvas_rgb: Sequence[int],
-    ) -> None:
-        self.teacher, self.classes = teacher, classes
-        self.rgb = torch.tensor(canvas_rgb, dtype=torch.uint8)
-        self.shape = (canvases, image_size_px, image_size_px, 3)
-        self.canvas_NHWC: torch.Tensor | None = None
-
-    def __call__(self, pixels_BPHWC: torch.Tensor, labels_B: torch.Tensor) -> np.ndarray:
-        """float64 [B, P], in nats; NaN without a teacher."""
-        images, crops, patch_px = pixels_BPHWC.shape[:3]
-        if self.teacher is None:
-            return np.full((images, crops), np.nan)
-        if self.canvas_NHWC is None:
-            self.canvas_NHWC = self.rgb.to(pixels_BPHWC.device).expand(self.shape).contiguous()
-        used, first = images * crops, (self.shape[1] - patch_px) // 2
-        inner = slice(first, first + patch_px)
-        self.canvas_NHWC[:used, inner, inner] = pixels_BPHWC.flatten(0, 1)
-        with torch.inference_mode():
-            logits = self.teacher(self.canvas_NHWC)
-        if logits.shape != (len(self.canvas_NHWC), self.classes):
-            raise InputError(
-                f"teacher: expected logits of {self.classes} classes, got shape "
-                f"{tuple(logits.shape)}; use a teacher trained on these classes"
-            )
-        losses = cross_entropy(logits[:used], labels_B.repeat_interleave(crops))
-        if not np.isfinite(losses).all():
-            raise InputError("teacher: expected finite losses, got NaN or infinity; retrain it")
-        return losses.reshape(images, crops)
 
 
 def _sizes(ipc: int, factor: int, image_size_px: int) -> tuple[int, int]:
