@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ..engine.backends import resolve_device
 from ..engine.class_names import display_names
 from ..engine.config import ExpandConfig
@@ -16,6 +18,7 @@ from ..engine.prompts import unseen_classes
 from ..export.models import ModelSource, find_model
 from .commands import RunOptions
 from .config import RECIPES, Recipe, StudentConfig, TeacherConfig
+from .networks import TORCHVISION, build_network
 from .record import Report
 from .shapes import GENERATOR_VERSION, write_shapes
 
@@ -38,6 +41,9 @@ class Plan:
     recipe: Recipe
     factor: int
     teacher: TeacherConfig
+    """Of a teacher that is trained here."""
+    teacher_source: str | None
+    """torchvision:NAME or a file; None when the teacher is trained here."""
     student: StudentConfig
     expand: ExpandConfig
 
@@ -80,6 +86,9 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     student = recipe.student_for(
         ipc=options.ipc, factor=factor, classes=len(train.class_ids), network=options.student
     )
+    teacher_source, teacher_network = _choose_teacher(options.teacher, recipe)
+    for option, network in (("--teacher", teacher_network), ("--student", student.network)):
+        _check_network(option, network, len(train.class_ids), image_size)
     plan = Plan(
         options=options,
         train=train,
@@ -92,11 +101,13 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         factor=factor,
         teacher=replace(
             recipe.teacher,
+            network=teacher_network,
             size_px=image_size,
             epochs=options.teacher_epochs or recipe.teacher.epochs,
             seed=options.seed,
             device=device,
         ),
+        teacher_source=teacher_source,
         student=replace(
             student,
             size_px=image_size,
@@ -159,6 +170,26 @@ def _choose_recipe(
     recipe = RECIPES["small" if small else "dace"]
     report.say(f"recipe: {recipe.name} ({recipe.about})")
     return recipe
+
+
+def _choose_teacher(given: str | None, recipe: Recipe) -> tuple[str | None, str]:
+    """What to load, if anything, and the network that is trained, or that a state dict is of."""
+    network = recipe.teacher.network
+    if given is None:
+        return None, network
+    if given.startswith(TORCHVISION) or Path(given).expanduser().is_file():
+        return given, network
+    return None, given
+
+
+def _check_network(option: str, name: str, classes: int, size_px: int) -> None:
+    """Build it without memory, so that a wrong name is told before anything is trained."""
+    try:
+        with torch.device("meta"):
+            build_network(name, classes, size_px)
+    except ValueError as error:
+        hint = " or a file of weights" if option == "--teacher" else ""
+        raise ValueError(f"{option} {name}: {error}{hint}") from None
 
 
 def _native_px(model: ModelSource | None, recipe: Recipe) -> int | None:

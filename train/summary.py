@@ -1,0 +1,139 @@
+"""RUN/summary.json: every number of a run, and where it comes from."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from .plan import Plan
+
+SCHEMA = "patchbloom.summary/1"
+REAL = "real"  # the ceiling's students: fresh real images, no distillation
+_VERSIONS = (
+    "patchbloom",
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "onnxruntime",
+    "nvidia-dali-cuda130",
+    "pillow",
+)
+
+
+def mean_and_std(accuracies: Sequence[float]) -> list[float | None]:
+    """Mean and sample standard deviation; None with a single student."""
+    std = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+    return [statistics.fmean(accuracies), std]
+
+
+def make_summary(
+    plan: Plan,
+    *,
+    command: str,
+    teacher: Mapping[str, Any],
+    students: Mapping[str, Mapping[str, Any]],
+    coresets: Mapping[str, Mapping[str, Any]],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The summary. `students`: results of the student stages by method, `real` among them."""
+    options = plan.options
+    accuracy = {m: mean_and_std(students[m]["accuracies"]) for m in options.methods}
+    ceiling = mean_and_std(students[REAL]["accuracies"]) if REAL in students else None
+    shares = {}
+    if ceiling is not None and ceiling[0]:
+        shares = {m: 100 * value[0] / ceiling[0] for m, value in accuracy.items() if value[0]}
+    samples = len(plan.class_names) * options.ipc * plan.factor**2
+    return {
+        "schema": SCHEMA,
+        "accuracy": accuracy,
+        "ceiling": ceiling,
+        "share_of_ceiling": shares,
+        "seconds": dict(seconds),
+        "images_per_s": {m: students[m]["images_per_s"] for m in options.methods},
+        "evals_per_image": {m: coresets[m]["evals"] for m in options.methods},
+        "bytes": {m: coresets[m]["bytes"] for m in options.methods},
+        "content_sha256": {m: coresets[m]["content_sha256"] for m in options.methods},
+        "skipped_images": {m: coresets[m]["skipped"] for m in options.methods},
+        "students": {name: dict(result) for name, result in students.items()},
+        "teacher": dict(teacher),
+        "data": {
+            "name": options.data.rstrip("/").rsplit("/", 1)[-1],
+            "sha256": plan.data_sha256,
+            "classes": len(plan.class_names),
+            "training_images": len(plan.train),
+            "validation_images": len(plan.val),
+        },
+        "settings": {
+            "recipe": plan.recipe.name,
+            "about": plan.recipe.about,
+            "ipc": options.ipc,
+            "factor": plan.factor,
+            "patch_px": plan.patch_px,
+            "image_size": plan.image_size,
+            "model": plan.model.name if plan.model is not None else None,
+            "steps": options.steps,
+            "rho": options.rho,
+            "mixup": options.mixup,
+            "start": options.start,
+            "precision": plan.expand.precision,
+            "backend": options.backend,
+            "labels": options.labels,
+            "student": plan.student.network,
+            "epochs": plan.student.epochs,
+            "batch": plan.student.batch,
+            "student_steps": plan.student.epochs * -(-samples // plan.student.batch),
+            "temperature": plan.student.temperature,
+            "cutmix": plan.student.cutmix,
+            "seed": options.seed,
+            "seeds": options.seeds,
+        },
+        "notes": _notes(plan),
+        "provenance": provenance(command, plan.device),
+    }
+
+
+def provenance(command: str, device: str) -> dict[str, Any]:
+    """Who made it, with what: nothing of it names the content."""
+    return {
+        "command": command,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "world_size": 1,
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _VERSIONS}
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = [
+        "One recipe and one number of student steps for all methods; accuracies are of the last "
+        "epoch, never of the best."
+    ]
+    model = plan.model
+    if model is not None and model.name == "sdxl-tiny" and plan.options.data == "shapes":
+        notes.append(
+            "sdxl-tiny was trained on all training images of shapes: part of dace's gain here "
+            "is what the model remembers of images that are not in the coreset."
+        )
+    return notes
