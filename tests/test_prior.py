@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
-
 from patchbloom.train import prior_phases
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.prior import PriorTraining
@@ -78,18 +77,18 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 ) -> None:
     real = prior_phases.torch.save
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def save_then_stop(state: dict, path: Path) -> None:
         real(state, path)
         if path.stem == stopped_in:
             path.replace(path.with_suffix(".pt"))
-            raise Stopped
+            raise StoppedError
 
     monkeypatch.setattr(prior_phases, "CHECKPOINT_EVERY_S", -1.0)
     monkeypatch.setattr(prior_phases.torch, "save", save_then_stop)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         _training(tmp_path / "model").run(data="noise", command="train prior")
     monkeypatch.undo()
     resumed = _training(tmp_path / "model").run(data="noise", command="train prior")

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from patchbloom.train import shapes
+from PIL import Image
 
 
 def test_an_image_is_a_function_of_its_name() -> None:

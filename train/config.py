@@ -43,13 +43,13 @@ class PriorConfig:
     """Optimiser steps of the autoencoder."""
     vae_batch: int = 32
     """Images per autoencoder step."""
-    unet_steps: int = 6000
+    unet_steps: int = 4500
     """Optimiser steps of the denoiser."""
     unet_batch: int = 64
     """Latents per denoiser step, in all three denoiser phases."""
-    guidance_steps: int = 600
+    guidance_steps: int = 500
     """Steps that distil guidance."""
-    few_step_steps: int = 1500
+    few_step_steps: int = 1000
     """Steps that distil several small sampler steps into one."""
     substeps: int = 5
     """Small deterministic steps of the teacher that one student eval learns to match."""

@@ -1,9 +1,9 @@
 """`train prior`: a small few-step latent diffusion model in SDXL's shape, from an image folder.
 
-The result is a folder that diffusers, and everything here that takes `--model`, opens like SDXL-Turbo:
-four evals, no guidance. Beside the weights it holds `model_card.json` (command, seed, data, losses,
-times, class names, reconstruction error) and `samples.png`. All of the work can be stopped at any
-point and goes on from the last checkpoint in `OUT/.work`.
+The result is a folder that diffusers, and everything here that takes `--model`, opens like
+SDXL-Turbo: four evals, no guidance. Beside the weights it holds `model_card.json` (command, seed,
+data, losses, times, class names, reconstruction error) and `samples.png`. All of the work can be
+stopped at any point and goes on from the last checkpoint in `OUT/.work`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from .prior_model import ModelParts, new_parts, prompt_embeddings, save_parts
 from .prior_phases import (
     Conditioning,
     LatentBank,
+    M,
     Phase,
     denoiser_loss,
     few_step_loss,
@@ -47,6 +50,12 @@ HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
 def to_unit(pixels_BHWC: Tensor) -> Tensor:
     """uint8 NHWC → float NCHW in [-1, 1]."""
     return (pixels_BHWC.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+
+
+def latent_means(vae: AutoencoderKL, images_BCHW: Tensor) -> Tensor:
+    """The posterior's means of images in [-1, 1], unscaled."""
+    posterior: Any = vae.encode(images_BCHW, return_dict=False)[0]
+    return posterior.mean
 
 
 class PriorTraining:
@@ -74,9 +83,16 @@ class PriorTraining:
         prompts = [PROMPT.format(name=name) for name in self.class_names] + [""]
         self.conditioning = Conditioning(*prompt_embeddings(self.parts, prompts))
         self.sigmas = sigma_table(self.parts.scheduler)
-        self.phases: list[Phase] = []
+        self.phases: list[Phase[Any]] = []
 
-    def _run(self, name: str, module, steps: int, learning_rate: float, loss_of):
+    def _run(
+        self,
+        name: str,
+        module: M,
+        steps: int,
+        learning_rate: float,
+        loss_of: Callable[[M, torch.Generator], Tensor],
+    ) -> M:
         phase = Phase(name=name, module=module, steps=steps, learning_rate=learning_rate)
         self.phases.append(phase)
         checkpoint = self.work / f"{name}.pt"
@@ -89,7 +105,7 @@ class PriorTraining:
         fix_posterior_width(self.parts.vae)
         batch = self.config.vae_batch
 
-        def loss_of(vae, generator):
+        def loss_of(vae: AutoencoderKL, generator: torch.Generator) -> Tensor:
             rows = torch.randint(len(self.pixels_NHWC), (batch,), generator=generator)
             images = to_unit(self.pixels_NHWC[rows])
             if torch.rand((), generator=generator) < 0.5:
@@ -102,23 +118,22 @@ class PriorTraining:
         self.parts.vae = vae.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def _latent_std(self, vae) -> float:
+    def _latent_std(self, vae: AutoencoderKL) -> float:
         rows = torch.arange(0, len(self.pixels_NHWC), max(1, len(self.pixels_NHWC) // 1024))
-        means = [
-            vae.encode(to_unit(self.pixels_NHWC[part])).latent_dist.mean for part in rows.split(128)
-        ]
+        means = [latent_means(vae, to_unit(self.pixels_NHWC[part])) for part in rows.split(128)]
         return float(torch.cat(means).std())
 
     @torch.no_grad()
     def _encode(self, images_BCHW: Tensor) -> Tensor:
-        mean = self.parts.vae.encode(images_BCHW).latent_dist.mean
+        mean = latent_means(self.parts.vae, images_BCHW)
         return mean * self.parts.vae.config["scaling_factor"]
 
     @torch.no_grad()
     def decode(self, latents_B4hw: Tensor) -> Tensor:
         """Latents of unit variance → images in [-1, 1]."""
         scale = self.parts.vae.config["scaling_factor"]
-        return self.parts.vae.decode(latents_B4hw / scale).sample.clamp(-1, 1)
+        decoded = self.parts.vae.decode(latents_B4hw / scale, return_dict=False)[0]
+        return decoded.clamp(-1, 1)
 
     def encode_bank(self) -> LatentBank:
         """Encode each image, its mirror image and `CROPS_PER_IMAGE` square crops of 30–100 % area.
@@ -187,14 +202,14 @@ class PriorTraining:
         )
 
     @staticmethod
-    def _trainable_copy(unet):
-        copy = type(unet).from_config(unet.config)
+    def _trainable_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+        copy: Any = UNet2DConditionModel.from_config(unet.config)
         copy.load_state_dict(unet.state_dict())
         return copy
 
     @torch.no_grad()
     def sample_sheet(self, bank: LatentBank, columns: int = 12) -> Image.Image:
-        """Per class a row: reconstruction, then samples from rho 0.8 of real images, then pure noise."""
+        """Per class a row: 2 reconstructions, samples from real images at rho 0.8, from noise."""
         steps = sampled_steps(self.parts.scheduler, self.config.steps)
         sigmas_up = self.parts.scheduler.sigmas[1:].float().square() - steps.sigmas_down.square()
         rows = []

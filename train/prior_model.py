@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -19,6 +20,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -61,6 +63,11 @@ def byte_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    ends: Any = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -69,9 +76,7 @@ def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ends,
     )
 
 
@@ -84,41 +89,43 @@ def new_parts(
 ) -> ModelParts:
     """Build freshly initialised parts for images of `size_px` (a multiple of 4 · 2^levels).
 
-    The VAE's factor is 2^(len(vae_channels) - 1). Initialisation draws from torch's global generator:
-    seed it first.
+    The VAE's factor is 2^(len(vae_channels) - 1). Initialisation draws from torch's global
+    generator: seed it first.
     """
     tokenizer = byte_tokenizer(tokenizer_folder)
     text = _text_config(tokenizer)
     factor = 2 ** (len(vae_channels) - 1)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(vae_channels),
-        up_block_types=("UpDecoderBlock2D",) * len(vae_channels),
-        block_out_channels=vae_channels,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=size_px,
-        mid_block_add_attention=False,
-        force_upcast=False,
-        scaling_factor=1.0,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=size_px // factor,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=unet_channels,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(1, 2, 4),
-        transformer_layers_per_block=(1, 1, 1),
-        use_linear_projection=True,
-        cross_attention_dim=2 * TEXT_WIDTH,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=TIME_ID_WIDTH,
-        projection_class_embeddings_input_dim=TIME_IDS * TIME_ID_WIDTH + TEXT_WIDTH,
-        norm_num_groups=16,
-    )
+    # as dictionaries: diffusers annotates its tuples as tuples of one
+    vae_settings: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(vae_channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(vae_channels),
+        "block_out_channels": vae_channels,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "sample_size": size_px,
+        "mid_block_add_attention": False,
+        "force_upcast": False,
+        "scaling_factor": 1.0,
+    }
+    unet_settings: dict[str, Any] = {
+        "sample_size": size_px // factor,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": unet_channels,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (1, 2, 4),
+        "transformer_layers_per_block": (1, 1, 1),
+        "use_linear_projection": True,
+        "cross_attention_dim": 2 * TEXT_WIDTH,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": TIME_ID_WIDTH,
+        "projection_class_embeddings_input_dim": TIME_IDS * TIME_ID_WIDTH + TEXT_WIDTH,
+        "norm_num_groups": 16,
+    }
+    vae, unet = AutoencoderKL(**vae_settings), UNet2DConditionModel(**unet_settings)
     scheduler = EulerAncestralDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -150,15 +157,18 @@ def save_parts(parts: ModelParts, folder: Path, *, half: bool = True) -> None:
         tokenizer=parts.tokenizer,
         tokenizer_2=parts.tokenizer,
         unet=parts.unet,
-        scheduler=parts.scheduler,
+        scheduler=parts.scheduler,  # pyright: ignore[reportArgumentType]
         add_watermarker=False,
     )
     dtype = parts.unet.dtype
-    for part in (parts.unet, parts.vae):
-        part.to(torch.float16 if half else dtype)
+    _cast(parts.unet, parts.vae, dtype=torch.float16 if half else dtype)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    for part in (parts.unet, parts.vae):
-        part.to(dtype)
+    _cast(parts.unet, parts.vae, dtype=dtype)
+
+
+def _cast(*modules: nn.Module, dtype: torch.dtype) -> None:
+    for module in modules:
+        module.to(dtype)
 
 
 @torch.no_grad()

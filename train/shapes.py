@@ -1,9 +1,9 @@
-"""The generated data set `shapes`: ten classes of textured shapes, written once as an ImageFolder of JPEGs.
+"""The generated data set `shapes`: ten classes of textured shapes, as an ImageFolder of JPEGs.
 
-Every image is a pure function of (seed, split, class, number). A scene is: a two-colour background with
-slow texture and clutter, one object of the class with pose and a class-typical texture, an optional
-outline, occluders, a lighting gradient and sensor noise. Colours lean towards a class-typical hue but
-do not give the class away; the texture and the outline of the object do.
+Every image is a pure function of (seed, split, class, number). A scene is: a two-colour background
+with slow texture and clutter, one object of the class with pose and a class-typical texture, an
+optional outline, occluders, a lighting gradient and sensor noise. Colours lean towards a
+class-typical hue but do not give the class away; the texture and the outline of the object do.
 
 Coordinates: the canvas spans [-1, 1] in x and y, y downwards. A signed distance is negative inside.
 """
@@ -198,7 +198,7 @@ def _rotated(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
 
 
 def _paint_scraps(rng: np.random.Generator, canvas: Array, count: int, reach: float) -> Array:
-    """Paint `count` small dots, bars and tiles of any colour: clutter behind, occluders in front."""
+    """Paint `count` small dots, bars and tiles: clutter behind the object, occluders before it."""
     for _ in range(count):
         x, y = rng.uniform(-reach, reach, 2)
         u, v = _rotated(_X - x, _Y - y, rng.uniform(0, np.pi))
@@ -266,10 +266,11 @@ def _write_class(folder: Path, seed: int, split: str, class_index: int, count: i
 def write_shapes(
     folder: Path, *, seed: int = 0, train_per_class: int = 1000, val_per_class: int = 200
 ) -> Path:
-    """Write the set as `folder/{train,val}/<class>/*.jpg` unless it is there already; return `folder`.
+    """Write the set as `folder/{train,val}/<class>/*.jpg` unless it is there; return `folder`.
 
     The folder is made under a temporary name and renamed when it is complete, so an interrupted
-    call leaves nothing that looks finished. Raises FileExistsError when `folder` holds something else.
+    call leaves nothing that looks finished. Raises FileExistsError when `folder` holds something
+    else.
     """
     recipe = {
         "generator_version": GENERATOR_VERSION,
@@ -282,7 +283,8 @@ def write_shapes(
         return folder
     if folder.exists():
         raise FileExistsError(
-            f"{folder} exists but is not the shapes set of {recipe}: remove it or choose another folder"
+            f"{folder} exists but is not the shapes set of {recipe}: "
+            "remove it or choose another folder"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
