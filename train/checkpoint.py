@@ -1,0 +1,82 @@
+"""Where a training stands, as one safetensors file that is there whole or not at all.
+
+The file's metadata holds the config that decides the result; another one is refused, and the
+message names what differs. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..engine.durable import full_disk_explained, replace_file
+
+Tensors = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or weights file that cannot be used: expected, found, what to do."""
+
+
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, Any]) -> None:
+    """Write `tensors` and plain JSON `metadata` to `path` atomically; OSError on a full disk."""
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(kept, {name: json.dumps(value) for name, value in metadata.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with full_disk_explained(path, len(data)):
+        replace_file(path, data)
+
+
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """What `write_tensors` wrote; CheckpointError for a file that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no weights file of ours, or is damaged ({error}): remove or replace it"
+        ) from None
+
+
+def require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """CheckpointError, naming the first key that differs, unless both configs are the same."""
+    now = json.loads(json.dumps(now))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise CheckpointError(
+                f"{path} was begun with {key} = {before.get(key)}, now it is {now.get(key)}: "
+                "give the same options to resume, or begin anew in another folder"
+            )
+
+
+def training_state(network: nn.Module, optimizer: torch.optim.Optimizer, prefix: str) -> Tensors:
+    """Weights, buffers and the optimiser's moments, as tensors whose names begin with `prefix`."""
+    tensors = {f"{prefix}net.{name}": value for name, value in network.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        for name, value in moments.items():
+            tensors[f"{prefix}opt.{index}.{name}"] = value
+    return tensors
+
+
+def restore_training(
+    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors, prefix: str
+) -> None:
+    """Put back what `training_state` took."""
+    net, opt = f"{prefix}net.", f"{prefix}opt."
+    network.load_state_dict(
+        {k.removeprefix(net): v for k, v in tensors.items() if k.startswith(net)}
+    )
+    state: dict[int, Tensors] = {}
+    for key, value in tensors.items():
+        if key.startswith(opt):
+            index, name = key.removeprefix(opt).split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

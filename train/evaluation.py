@@ -1,0 +1,46 @@
+"""Accuracy on a whole split: every network answers the same pass over the files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.images import ImageSet, stream_center
+from .normalisation import IMAGENET, Normalisation
+
+BATCH = 100  # images a forward pass; larger ones leave the cache of a CPU core
+
+
+@torch.inference_mode()
+def accuracies(
+    networks: Sequence[nn.Module],
+    images: ImageSet,
+    *,
+    size_px: int,
+    device: torch.device,
+    normalisation: Normalisation = IMAGENET,
+    skip_corrupt: bool = False,
+) -> list[float]:
+    """Top-1 accuracy of each network in percent (0-100); resize 8/7 and centre crop.
+
+    The networks are left in eval mode. Files that cannot be decoded are refused, or left out.
+    """
+    for network in networks:
+        network.eval()
+    right = torch.zeros(len(networks), dtype=torch.int64)
+    seen = 0
+    stream = stream_center(
+        images, size_px=size_px, batch=BATCH, device=str(device), skip_corrupt=skip_corrupt
+    )
+    for batch in stream:
+        inputs_BCHW = normalisation.of_uint8(batch.pixels_BPHWC[:, 0])
+        answers = [network(inputs_BCHW).argmax(1).cpu() for network in networks]
+        right += torch.stack([_matches(answer_B, batch.labels_B) for answer_B in answers])
+        seen += len(batch.labels_B)
+    return [100.0 * int(count) / seen for count in right]
+
+
+def _matches(answer_B: Tensor, labels_B: Tensor) -> Tensor:
+    return (answer_B == labels_B).sum()

@@ -1,0 +1,177 @@
+"""Teachers and students by name: nets for small images, and every classifier of torchvision.
+
+convnet-d{D}[-w{W}|-w{A}to{B}][-{norm}]
+    the ConvNet of the distillation literature (Gidaris & Komodakis 2018; Zhao et al., ICLR 2021): D
+    blocks of 3×3 convolution, norm, ReLU and 2×2 average pooling, then one linear layer on what is
+    left. W channels in every block (128), or from A to B in equal steps; norm is bn (batch, the
+    default), in (instance) or none.
+resnet18, resnet50
+    torchvision's; at 96 px or less with RDED's stem for small ones: 3×3, stride 1,
+    no max-pool.
+vgg11, alexnet
+    the small-image variants of the same literature: batch norm and one linear layer in VGG, no
+    dropout in either; global average pooling makes them fit any size.
+vit-s
+    ViT-S (Touvron et al. 2021: 12 layers, width 384, 6 heads), patches of 4, 8 or 16 px, so that
+    49 to 256 of them cover the image.
+torchvision:NAME
+    any torchvision classifier, as it is, with random weights.
+
+All take images [B, 3, size_px, size_px] and give logits [B, K].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+SMALL_IMAGE_PX = 96
+"""Up to here a ResNet keeps the full resolution in its stem."""
+TORCHVISION = "torchvision:"
+CONVNET = re.compile(r"convnet-d([345])(?:-w(\d+)(?:to(\d+))?)?(?:-(bn|in|none))?")
+NAMES = ("convnet-d{3,4,5}", "resnet18", "resnet50", "vgg11", "alexnet", "vit-s")
+
+
+def build_network(name: str, classes: int, size_px: int) -> nn.Module:
+    """A net with random weights, drawn from torch's default generator, in channels_last layout.
+
+    Raises ValueError, one line, for a name that is unknown or a size that the net cannot take.
+    """
+    if name.startswith(TORCHVISION):
+        network = _torchvision(name.removeprefix(TORCHVISION), classes, size_px)
+    elif match := CONVNET.fullmatch(name):
+        network = _convnet(match, classes, size_px)
+    elif name in _BUILDERS:
+        network = _BUILDERS[name](classes, size_px)
+    else:
+        raise ValueError(
+            f"network {name!r} is unknown: expected {', '.join(NAMES)} (a ConvNet may add its "
+            "width and norm: convnet-d4-w24to96-bn) or torchvision:NAME"
+        )
+    return network.to(memory_format=torch.channels_last)
+
+
+def draws_in_training(network: nn.Module) -> bool:
+    """Whether a training step draws random numbers: dropout or stochastic depth."""
+    rates = (getattr(m, name, 0.0) for m in network.modules() for name in ("p", "dropout"))
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _convnet(match: re.Match[str], classes: int, size_px: int) -> nn.Module:
+    depth, first = int(match[1]), int(match[2] or 128)
+    last = int(match[3] or first)
+    side = size_px >> depth
+    if side < 1 or min(first, last) < 1:
+        raise ValueError(
+            f"network {match[0]}: expected images of at least {1 << depth} px and a width of at "
+            f"least 1, got {size_px} px and {min(first, last)}"
+        )
+    widths = [round(first + (last - first) * block / (depth - 1)) for block in range(depth)]
+    norm = _NORMS[match[4] or "bn"]
+    layers: list[nn.Module] = []
+    for channels, width in zip([3, *widths], widths, strict=False):
+        layers += [
+            nn.Conv2d(channels, width, 3, padding=1, bias=norm is nn.Identity),
+            norm(width),
+            nn.ReLU(inplace=True),
+            nn.AvgPool2d(2),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * side**2, classes))
+
+
+def _instance_norm(width: int) -> nn.Module:
+    return nn.GroupNorm(width, width)
+
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "bn": nn.BatchNorm2d,
+    "in": _instance_norm,
+    "none": nn.Identity,
+}
+
+
+def _resnet(name: str, classes: int, size_px: int) -> nn.Module:
+    import torchvision
+
+    network = torchvision.models.get_model(name, num_classes=classes)
+    if size_px <= SMALL_IMAGE_PX:
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return network
+
+
+def _vgg11(classes: int, size_px: int) -> nn.Module:
+    if size_px < 32:
+        raise ValueError(f"network vgg11: expected images of at least 32 px, got {size_px}")
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, pools in (
+        (64, 1),
+        (128, 1),
+        (256, 0),
+        (256, 1),
+        (512, 0),
+        (512, 1),
+        (512, 0),
+        (512, 1),
+    ):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(True)]
+        layers += [nn.MaxPool2d(2)] * pools
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+
+
+def _alexnet(classes: int, size_px: int) -> nn.Module:
+    if size_px < 16:
+        raise ValueError(f"network alexnet: expected images of at least 16 px, got {size_px}")
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, kernel, pools in ((128, 5, 1), (192, 5, 1), (256, 3, 0), (192, 3, 0), (192, 3, 1)):
+        layers += [nn.Conv2d(channels, width, kernel, padding=kernel // 2), nn.ReLU(True)]
+        layers += [nn.MaxPool2d(2)] * pools
+        channels = width
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(192 * 16, classes)
+    )
+
+
+def _vit_small(classes: int, size_px: int) -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    patch_px = 4 if size_px < 56 else 8 if size_px <= 128 else 16
+    if size_px % patch_px:
+        raise ValueError(f"network vit-s: expected a multiple of {patch_px} px, got {size_px}")
+    return VisionTransformer(size_px, patch_px, 12, 6, 384, 1536, num_classes=classes)
+
+
+_BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet18": lambda classes, size_px: _resnet("resnet18", classes, size_px),
+    "resnet50": lambda classes, size_px: _resnet("resnet50", classes, size_px),
+    "vgg11": _vgg11,
+    "alexnet": _alexnet,
+    "vit-s": _vit_small,
+}
+
+
+def _torchvision(name: str, classes: int, size_px: int) -> nn.Module:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ValueError(
+            f"network {TORCHVISION}{name} is unknown: expected one of {', '.join(sorted(known))}"
+        )
+    options: dict[str, Any] = {}
+    if name.startswith("vit_"):
+        options = {"image_size": size_px}
+    elif name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}
+    try:
+        return torchvision.models.get_model(name, num_classes=classes, **options)
+    except (ValueError, RuntimeError) as error:  # vit_*: a size that is no multiple of the patch
+        raise ValueError(f"network {TORCHVISION}{name} at {size_px} px: {error}") from None
