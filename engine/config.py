@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from ..export.config import BackendName, DeviceName, Precision
@@ -13,7 +14,7 @@ Posterior = Literal["mean", "sample"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExpandConfig:
-    """How patches become images; all but batch, backend and device is part of an image's name."""
+    """How patches become images; what says where it runs is no part of an image's name."""
 
     size_px: int
     """Height and width of the images made."""
@@ -41,6 +42,8 @@ class ExpandConfig:
     """What runs the networks; `auto` takes the fastest that works here and says which."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
+    bundles: Path | None = None
+    """Folder of built engines; None: patchbloom/bundles in the user's cache."""
 
     def __post_init__(self) -> None:
         for field, choices in (

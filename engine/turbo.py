@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..export.bundle import default_bundles_folder
 from ..export.config import EngineSpec
 from ..export.models import ModelParts, ModelSource, load_parts, weights_sha256
 from ..kernels.latents import start_state
@@ -77,7 +78,12 @@ class Expander:
         )
         self._added_KD, self._kv_KP = prompts.added_KD, prompts.kv_KP
         self.backend: Backend = open_backend(
-            config.backend, parts, self.spec, tokens=prompts.tokens
+            config.backend,
+            model,
+            parts,
+            self.spec,
+            tokens=prompts.tokens,
+            bundles=config.bundles or default_bundles_folder(),
         )
         del parts, text
         gc.collect()

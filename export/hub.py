@@ -31,7 +31,7 @@ LICENCE_NOTE = (
 )
 
 
-class DownloadError(RuntimeError):
+class DownloadError(OSError):
     """The hub could not be reached, or a download stopped; what arrived is kept."""
 
 
