@@ -1,0 +1,117 @@
+"""What a student sees of (sample, epoch): crop, flip and CutMix, pure functions of the seed.
+
+An epoch's samples are permuted (Draw.ORDER) and cut into pools. A view is a random resized crop of
+the sample's image, half of them mirrored; with CutMix a box of a partner's view is pasted in. The
+partner is a sample of the same pool. So the teacher's answer to a view holds for every student,
+whatever its own seed, and can be stored.
+
+CutMix (Yun et al. 2019, as RDED uses it, but drawn per sample and not per batch), u = Draw.CUTMIX:
+
+    partner = floor(u0 · P),   lambda = u1 (Beta(1, 1)),   side = size · sqrt(1 - lambda)
+    centre = floor(u2 · size), floor(u3 · size);   the box is clipped to the image
+
+Shapes: N samples in all, P samples of a pool, H = W = size_px.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.patches import RandomResizedCrops
+from ..kernels.noise import Draw, uniform
+from ..kernels.pixels import student_input
+from .config import StudentConfig
+from .normalisation import IMAGENET, Normalisation
+
+
+def pools(config: StudentConfig, samples: int, epoch: int) -> list[Tensor]:
+    """The pools of an epoch: int64 sample numbers, each sample once.
+
+    A pool is `config.pool` samples rounded down to whole batches, so that its size costs no step.
+    """
+    samples_N = torch.arange(samples)
+    rank_N = uniform(config.seed, Draw.ORDER, samples_N, epoch, 1)[:, 0]
+    return list(torch.argsort(rank_N, stable=True).split(pool_size(config)))
+
+
+def pool_size(config: StudentConfig) -> int:
+    """Samples of a full pool."""
+    return max(config.pool // config.batch, 1) * config.batch
+
+
+def make_views(
+    images_PCHW: Tensor,
+    samples_P: Tensor,
+    epoch: int,
+    config: StudentConfig,
+    normalisation: Normalisation = IMAGENET,
+) -> Tensor:
+    """Images of a whole pool, in [-1, 1], to normalised inputs [P, 3, size_px, size_px].
+
+    The result is fp32, channels_last, on the images' device.
+    """
+    device, size_px = images_PCHW.device, config.size_px
+    count, _, height, width = images_PCHW.shape
+    crops = RandomResizedCrops(
+        crops=1, seed=config.seed, draw=Draw.STUDENT_CROP, scale=config.crop_scale
+    )
+    heights_P, widths_P = np.full(count, height), np.full(count, width)
+    boxes_P14 = crops(samples_P.numpy(), heights_P, widths_P, epoch)
+    boxes_P4 = torch.from_numpy(boxes_P14[:, 0]).float()
+    flips_P = torch.zeros(count, dtype=torch.bool)
+    if config.flip:
+        flips_P = uniform(config.seed, Draw.FLIP, samples_P, epoch, 1)[:, 0] < 0.5
+    views_PCHW = student_input(
+        images_PCHW.contiguous(),
+        boxes_P4.to(device),
+        flips_P.to(device),
+        size_px,
+        normalisation.mean,
+        normalisation.std,
+    )
+    if not config.cutmix:
+        return views_PCHW
+    partners_P, inside_PHW = _cutmix(samples_P, epoch, config)
+    inside_P1HW = inside_PHW[:, None].to(device)
+    mixed_PCHW = torch.where(inside_P1HW, views_PCHW[partners_P.to(device)], views_PCHW)
+    return mixed_PCHW.contiguous(memory_format=torch.channels_last)
+
+
+def _cutmix(samples_P: Tensor, epoch: int, config: StudentConfig) -> tuple[Tensor, Tensor]:
+    """Each sample's partner (its position in the pool), and where it shows: bool [P, H, W]."""
+    size_px = config.size_px
+    u_P4 = uniform(config.seed, Draw.CUTMIX, samples_P, epoch, 4)
+    partners_P = (u_P4[:, 0] * len(samples_P)).long()
+    half_P = ((1 - u_P4[:, 1]).sqrt() * size_px).floor() // 2
+    centre_P2 = (u_P4[:, 2:] * size_px).floor()
+    along = torch.arange(size_px)
+    low_P2, high_P2 = centre_P2 - half_P[:, None], centre_P2 + half_P[:, None]
+    rows_PH, columns_PW = (
+        (along >= low_P2[:, axis, None]) & (along < high_P2[:, axis, None]) for axis in (0, 1)
+    )
+    return partners_P, rows_PH[:, :, None] & columns_PW[:, None, :]
+
+
+def describe_views(config: StudentConfig) -> dict[str, Any]:
+    """All that decides the view of an image, and so its label: part of stored labels' settings."""
+    described: dict[str, Any] = {
+        "seed": config.seed,
+        "size_px": config.size_px,
+        "crop_scale": list(config.crop_scale),
+        "flip": config.flip,
+        "cutmix": config.cutmix,
+    }
+    if config.cutmix:
+        described["pool"] = pool_size(config)
+    return described
+
+
+def learning_rate(config: StudentConfig, epoch: int) -> float:
+    """Rate of an epoch: a cosine from `learning_rate` towards `final_lr_fraction` of it."""
+    angle = math.acos(2 * config.final_lr_fraction - 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(angle * epoch / config.epochs))
