@@ -177,7 +177,7 @@ class CropStream:
             )
 
     def _read(self, index: int) -> np.ndarray:
-        return np.fromfile(self.images.root / self.images.paths[index], np.uint8)
+        return np.fromfile(f"{self.images.root}/{self.images.paths[index]}", np.uint8)
 
     def _leave_out(self, index: int, reason: str) -> None:
         path = self.images.root / self.images.paths[index]

@@ -1,0 +1,180 @@
+"""How fast the loader feeds patch scoring: one decode and P random resized crops per image.
+
+    python bench/bench_score.py --data DIR --peers torchvision --images 1600 --json
+
+The loader alone, no teacher. Every peer reads the same files, decodes each once, cuts ``crops``
+square crops of 8 to 100 % of the area, resizes them to size // 2 px with antialiasing and hands out
+uint8 batches. ``threads`` is torchvision's worker processes, and for us the threads that decode and
+those that resize: more run at once where there are more than 2 cores. Building our pipelines is
+inside the clock of every pass; torchvision's workers are started before it.
+
+Peers: ``torchvision`` is ImageFolder + DataLoader with Pillow images, as the field does it;
+``torchvision-tensor`` crops uint8 tensors instead, which is faster.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from measure import append_row, environment, measure_rates, ratios
+from patchbloom.engine.images import ImageSet, InputError, open_image_set, stream_crops
+from patchbloom.engine.patches import RandomResizedCrops
+from patchbloom.kernels.noise import Draw
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+SCALE, RATIO = (0.08, 1.0), (1.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Decode + random resized crops, images per second."""
+
+    data: Path
+    """An ImageFolder with train/, or a plain one."""
+    peers: tuple[Literal["torchvision", "torchvision-tensor"], ...] = ()
+    """What to compare with."""
+    images: int = 1600
+    """Files of one pass, spread evenly over the set."""
+    crops: int = 5
+    size: int = 224
+    """Image size in px; crops have half of it."""
+    batch: int = 64
+    threads: int = 2
+    rounds: int = 5
+    device: str = "cpu"
+    """Where DALI decodes: cpu or cuda."""
+    seed: int = 0
+    json: bool = False
+    """Print the row as the last line."""
+    record: bool = True
+    """Append the row to bench/results/."""
+
+
+def dali_pass(options: Options, images: ImageSet, order: np.ndarray) -> Callable[[], int]:
+    """Our loader."""
+    boxes = RandomResizedCrops(
+        crops=options.crops, seed=options.seed, draw=Draw.SCORING_CROP, scale=SCALE, ratio=RATIO
+    )
+
+    def one_pass() -> int:
+        stream = stream_crops(
+            images,
+            order,
+            boxes,
+            crops=options.crops,
+            size_px=options.size // 2,
+            batch=options.batch,
+            device=options.device,
+            threads=options.threads,
+        )
+        return sum(len(batch.pixels_BPHWC) for batch in stream)
+
+    return one_pass
+
+
+class ManyCrops:
+    """A transform: Pillow image → uint8 [P, 3, H, W]. A class, so that workers can unpickle it."""
+
+    def __init__(self, crops: int, size_px: int, on_tensor: bool) -> None:
+        self.crops, self.on_tensor = crops, on_tensor
+        self.crop = v2.RandomResizedCrop(size_px, scale=SCALE, ratio=RATIO, antialias=True)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        if self.on_tensor:
+            pixels = v2.functional.pil_to_tensor(image)
+            return torch.stack([self.crop(pixels) for _ in range(self.crops)])
+        crops = [v2.functional.pil_to_tensor(self.crop(image)) for _ in range(self.crops)]
+        return torch.stack(crops)
+
+
+def torchvision_pass(
+    options: Options, images: ImageSet, order: np.ndarray, *, on_tensor: bool
+) -> Callable[[], int]:
+    """torchvision's loader over the same files."""
+    transform = ManyCrops(options.crops, options.size // 2, on_tensor)
+    folder = ImageFolder(str(images.root), transform)
+    if [sample[0] for sample in folder.samples] != [str(images.root / p) for p in images.paths]:
+        raise RuntimeError(f"{images.root}: torchvision lists other files than we do")
+    loader = DataLoader(
+        Subset(folder, order.tolist()),
+        batch_size=options.batch,
+        num_workers=options.threads,
+        persistent_workers=True,
+    )
+    return lambda: sum(len(pixels) for pixels, _ in loader)
+
+
+def check_crops(options: Options, images: ImageSet, order: np.ndarray) -> int:
+    """Compare our crops of a few images with Pillow's of the same boxes; the largest difference."""
+    boxes = RandomResizedCrops(
+        crops=options.crops, seed=options.seed, draw=Draw.SCORING_CROP, scale=SCALE, ratio=RATIO
+    )
+    size_px = options.size // 2
+    worst = 0
+    for batch in stream_crops(images, order[:8], boxes, crops=options.crops, size_px=size_px):
+        for b, index in enumerate(batch.index_B.tolist()):
+            path = images.root / images.paths[index]
+            upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            for p, (top, left, height, width) in enumerate(batch.boxes_BP4[b].tolist()):
+                crop = upright.crop((left, top, left + width, top + height))
+                expected = np.asarray(crop.resize((size_px, size_px), Image.Resampling.BILINEAR))
+                difference = batch.pixels_BPHWC[b, p].numpy().astype(int) - expected
+                worst = max(worst, int(np.abs(difference).max()))
+    if worst > 2:
+        raise RuntimeError(f"our crops differ from Pillow's by {worst}/255; no speed is reported")
+    return worst
+
+
+def main(options: Options) -> None:
+    """Gate, measure, report."""
+    images = open_image_set(options.data, "train")
+    count = min(options.images, len(images))
+    order = np.linspace(0, len(images) - 1, count).astype(np.int64)
+    difference = check_crops(options, images, order)
+    passes = {"dali": dali_pass(options, images, order)}
+    for peer in options.peers:
+        passes[peer] = torchvision_pass(
+            options, images, order, on_tensor=peer == "torchvision-tensor"
+        )
+    rates = measure_rates(passes, rounds=options.rounds)
+    speedups = {name: ratios(rates["dali"], rates[name]) for name in options.peers}
+    for name, rate in rates.items():
+        low, middle, high = (rate.row()[p] for p in ("p20", "p50", "p80"))
+        print(
+            f"{name:20} {middle:8.0f} images/s   p20 {low:.0f}  p80 {high:.0f}  n {options.rounds}"
+        )
+    row = environment(options.device) | {
+        "benchmark": "score",
+        "images_per_s": {name: round(rate.p50, 1) for name, rate in rates.items()},
+        "spread": {name: rate.row() for name, rate in rates.items()},
+        "speedup": {name: round(speedup.p50, 2) for name, speedup in speedups.items()},
+        "speedup_spread": {name: speedup.row() for name, speedup in speedups.items()},
+        "images": count,
+        "crops": options.crops,
+        "crop_px": options.size // 2,
+        "batch": options.batch,
+        "threads": options.threads,
+        "max_difference_from_pillow": difference,
+    }
+    if options.record:
+        print(f"appended to {append_row('score', row)}")
+    if options.json:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except (InputError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,84 @@
+"""The benchmarks' own code: rates, rows on disk, and the loader's benchmark on a few files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(scope="module")
+def measure():
+    spec = importlib.util.spec_from_file_location("measure", BENCH / "measure.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["measure"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["measure"]
+
+
+def test_rates_count_what_is_timed(measure):
+    calls = []
+
+    def one_pass(name: str, seconds: float) -> int:
+        calls.append(name)
+        time.sleep(seconds)
+        return 10
+
+    peers = {"slow": lambda: one_pass("slow", 0.04), "fast": lambda: one_pass("fast", 0.01)}
+    rates = measure.measure_rates(peers, rounds=3, warmup=1)
+    assert calls == ["slow", "fast"] * 4
+    assert all(len(rate.rounds) == 3 for rate in rates.values())
+    assert 25 < rates["slow"].p50 <= 250
+    assert measure.ratios(rates["fast"], rates["slow"]).p50 > 1.5
+    assert measure.Rate((1.0, 2.0, 3.0)).row() == {"p20": 1.4, "p50": 2.0, "p80": 2.6, "n": 3}
+
+
+def test_rows_are_appended(measure, tmp_path: Path):
+    row = measure.environment()
+    assert {"time", "device", "cores", "versions", "commit"} <= row.keys()
+    for n in range(2):
+        path = measure.append_row("trial", row | {"n": n}, tmp_path)
+    assert path.parent.parent == tmp_path
+    assert path.parent.name.replace("-", "").isalnum()
+    assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def run_bench_score(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / "bench_score.py"), "--no-record", "--json", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_bench_score(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for n in range(12):
+        folder = tmp_path / "train" / "ab"[n % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (60, 40 + n, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.jpg")
+    options = ("--images", "10", "--rounds", "1", "--size", "32", "--batch", "4")
+    done = run_bench_score("--data", str(tmp_path), "--peers", "torchvision", *options)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert set(row["images_per_s"]) == {"dali", "torchvision"}
+    assert all(rate > 0 for rate in row["images_per_s"].values())
+    assert row["images"] == 10
+    assert row["max_difference_from_pillow"] <= 2
+
+
+def test_bench_score_without_data(tmp_path: Path):
+    done = run_bench_score("--data", str(tmp_path / "nowhere"))
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: data folder")
+    assert len(done.stderr.splitlines()) == 1
