@@ -184,6 +184,12 @@ def weights_sha256(source: ModelSource) -> str:
     return digest.hexdigest()
 
 
+def weights_bytes(source: ModelSource) -> int:
+    """Bytes on disk of all weights: what a coreset's images need beside the coreset."""
+    parts = _weights_by_part()
+    return sum(path.stat().st_size for part in parts for path in _weight_files(source, part)[1])
+
+
 def _file_sha256(path: Path) -> str:
     status = os.stat(path)
     return _hash_once(str(path.resolve()), status.st_size, status.st_mtime_ns)

@@ -128,7 +128,7 @@ def names(kind: type) -> list[str]:
 
 
 def test_the_options_are_frozen() -> None:
-    """An option added, renamed or removed changes what scripts say: if it must be, change it here."""
+    """An option added, renamed or removed changes what scripts say: then change it here."""
     assert names(RunOptions) == RUN_OPTIONS
     for name in ("teacher", "coreset", "labels", "student"):
         assert names(STAGES[name]) == RUN_OPTIONS

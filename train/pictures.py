@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,11 +16,15 @@ from torch import Tensor
 
 from ..engine.contact_sheet import contact_sheet
 from ..engine.coreset import Coreset
+from ..engine.durable import replace_file
 from ..engine.turbo import Expander
 from ..kernels.pixels import upsample_patches
+from .methods import ImageSource, render_all
+from .report import PICTURES
 
 RHOS = (0.2, 0.4, 0.6, 0.8, 1.0)
 MOST_CLASSES = 10  # rows of the coreset's sheet, columns of the others
+SHOWN_EPOCHS = 3
 MOST_PATCHES = 10  # of a class in the coreset's sheet
 
 
@@ -62,6 +67,16 @@ def expansion_sheet(
     return contact_sheet(rows)
 
 
+def rendered_sheet(source: ImageSource, samples: Sequence[int]) -> Image.Image:
+    """What students see before it is cropped: the same samples, a column each, in three epochs."""
+    return contact_sheet(
+        [
+            (f"epoch {epoch}", as_uint8(render_all(source, epoch, samples)))
+            for epoch in range(SHOWN_EPOCHS)
+        ]
+    )
+
+
 def as_uint8(images_NCHW: Tensor) -> np.ndarray:
     """Images in [-1, 1] → uint8 NHWC."""
     pixels = (images_NCHW.float().clamp(-1, 1) + 1) * 127.5
@@ -89,8 +104,9 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) ->
     return png.getvalue()
 
 
-def png_bytes(picture: Image.Image) -> bytes:
-    """The picture as a PNG file."""
+def write_picture(run: Path, name: str, picture: Image.Image) -> None:
+    """Write RUN/pictures/NAME.png, whole or not at all."""
     png = io.BytesIO()
     picture.save(png, "PNG")
-    return png.getvalue()
+    (run / PICTURES).mkdir(parents=True, exist_ok=True)
+    replace_file(run / PICTURES / f"{name}.png", png.getvalue())

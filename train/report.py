@@ -15,9 +15,9 @@ SUMMARY, REPORT, PICTURES = "summary.json", "report.html", "pictures"
 CAPTIONS = {
     "coreset.png": "The coreset: patches of the first classes, a row each, pixels kept square.",
     "expansions.png": "The same patches, a column each, expanded with more and more noise.",
-    "methods.png": "What students see in one epoch: the same samples under every method.",
-    "curves.png": "Training curves; accuracy in percent.",
+    "curves.png": "Training curves.",
 }
+RENDERED = "rendered-*.png"  # one per method
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
        padding: 0 1rem }
@@ -129,7 +129,11 @@ def _amount(size_bytes: int | None) -> str:
 
 def _figures(folder: Path) -> list[str]:
     figures = []
-    for name, caption in CAPTIONS.items():
+    captions = dict(CAPTIONS)
+    for path in sorted(folder.glob(RENDERED)):
+        method = path.stem.removeprefix("rendered-")
+        captions[path.name] = f"{method}: what its students see of the same samples, three epochs."
+    for name, caption in captions.items():
         if (folder / name).is_file():
             inlined = base64.b64encode((folder / name).read_bytes()).decode()
             figures.append(

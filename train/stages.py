@@ -28,6 +28,26 @@ from .record import Report
 
 SCHEMA = "patchbloom.run/1"
 MARK, STAGES = "run.json", "stages"
+OPTION_OF = {
+    "teacher.network": "--teacher",
+    "teacher.epochs": "--teacher-epochs",
+    "teacher.size_px": "--image-size",
+    "teacher.seed": "--seed",
+    "teacher.device": "--device",
+    "student.network": "--student",
+    "student.epochs": "--epochs",
+    "student.batch": "--batch",
+    "student.size_px": "--image-size",
+    "student.seed": "--seed",
+    "student.device": "--device",
+    "model.name": "--model",
+    "model.start": "--start",
+    "model.steps": "--steps",
+    "model.rho": "--rho",
+    "model.mixup": "--mixup",
+    "model.precision": "--precision",
+}
+"""Settings that an option decides; the others follow from --recipe and from these."""
 _OURS = re.compile(
     r"run\.json|summary\.json|report\.html|stages|teacher|students|pictures|tensorboard|"
     r"coreset(-[a-z]+)?|\.coreset.*|.*\.partial"
@@ -142,25 +162,23 @@ class RunFolder(AbstractContextManager["RunFolder"]):
             )
 
 
-def check_out(folder: Path, *, resume: bool, overwrite: bool, report: Report) -> None:
-    """Refuse a folder that is not empty, unless a run of ours is to be resumed or replaced.
+def settings_by_option(part: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings under the option that decides them, or else under `part.name`."""
+    return {OPTION_OF.get(f"{part}.{name}", f"{part}.{name}"): v for name, v in settings.items()}
 
-    `overwrite` removes the run; a folder that holds anything else is left alone.
-    """
+
+def check_out(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that is not empty, unless a run of ours is to be resumed or replaced."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RunError(f"--out {folder} exists and is not a folder: choose another --out")
     names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
     if names in ([], [f"{MARK}.partial"]):  # the second: killed in its first millisecond
-        if resume:
-            report.say(f"--resume: nothing in {folder} yet, starting anew")
         return
     foreign = [name for name in names if not _OURS.fullmatch(name)]
     if foreign or not _is_run(folder / MARK):
         found = f"it holds {foreign[0]!r}" if foreign else f"it has no {MARK} of ours"
         raise RunError(f"--out {folder} is not empty and no run ({found}): choose another --out")
-    if overwrite:
-        _remove(folder)
-    elif not resume:
+    if not (overwrite or resume):
         raise RunError(
             f"--out {folder} is not empty: --resume goes on with that run, --overwrite replaces "
             "it, or choose another --out"
@@ -180,8 +198,10 @@ def _is_run(mark: Path) -> bool:
         return False
 
 
-def _remove(folder: Path) -> None:
-    """Remove a run, its mark last, so that a removal that was stopped can be taken up again."""
+def remove_run(folder: Path) -> None:
+    """Remove the run that `check_out` found there, its mark last: a stopped removal goes on."""
+    if not folder.exists():
+        return
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == MARK):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 

@@ -1,0 +1,301 @@
+"""The stages' work: one teacher, a coreset per method, its labels, its students.
+
+RUN/teacher/, RUN/coreset/ of the primary method (dace, if it is among them, else the first) and
+RUN/coreset-METHOD/ of the others, RUN/students/METHOD-seedS.safetensors, RUN/pictures/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..engine.coreset import Coreset, attach_labels, open_coreset, write_coreset
+from ..engine.manifest import canonical
+from ..engine.patches import PatchSelection, select_patches
+from .labels import Labels, OnlineLabels, RecordedLabels, StoredLabels, record_labels
+from .loop import train_students
+from .methods import Expansions, ImageSource
+from .normalisation import IMAGENET
+from .pictures import (
+    coreset_sheet,
+    expansion_sheet,
+    one_sample_per_class,
+    rendered_sheet,
+    write_picture,
+)
+from .plan import Plan
+from .record import Record
+from .sources import describe_model, open_source, rendering_rate
+from .stages import RunFolder, StageResult, settings_by_option
+from .summary import REAL, provenance
+from .teacher import Teacher, load_teacher
+from .teacher_training import TEACHER, train_teacher
+
+TOP_K = 10
+
+
+class Distillation:
+    """One run: what was planned, the folder it fills, and who is told."""
+
+    def __init__(self, plan: Plan, run: RunFolder, report: Record, line: str) -> None:
+        self.plan, self.run, self.report, self.line = plan, run, report, line
+
+    def teacher_stage(self) -> dict[str, Any]:
+        """Train or load the teacher; returns its description."""
+        plan = self.plan
+        config = {
+            "--data": plan.data_sha256,
+            "--skip-corrupt": plan.options.skip_corrupt,
+            **settings_by_option("teacher", asdict(plan.teacher)),
+        }
+        if plan.teacher_source is not None:
+            config["--teacher"] = _named(plan.teacher_source)
+        return self.run.stage("teacher", config, self._make_teacher)
+
+    def _make_teacher(self) -> StageResult:
+        plan, folder = self.plan, self.run.folder / "teacher"
+        if plan.teacher_source is not None:
+            return StageResult(self.teacher.describe())
+        skip = plan.options.skip_corrupt
+        teacher = train_teacher(
+            plan.train, plan.val, plan.teacher, folder, self.report, skip_corrupt=skip
+        )
+        losses = self.report.curves.get("teacher/loss", [])
+        return StageResult({**teacher.describe(), "losses": losses}, [folder / TEACHER])
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The run's teacher, in memory."""
+        plan = self.plan
+        return load_teacher(
+            plan.teacher_source or str(self.run.folder / "teacher" / TEACHER),
+            plan.train.class_ids,
+            network=plan.teacher.network,
+            size_px=plan.image_size,
+            device=plan.device,
+        )
+
+    def coreset_folder(self, method: str) -> Path:
+        """Where the coreset of a method lies."""
+        methods = self.plan.options.methods
+        primary = "dace" if "dace" in methods else methods[0]
+        return self.run.folder / ("coreset" if method == primary else f"coreset-{method}")
+
+    def coreset_stage(self) -> dict[str, Any]:
+        """Write a coreset per method, without labels; returns {method: what it holds}."""
+        plan = self.plan
+        config = {
+            "--data": plan.data_sha256,
+            "--method": list(plan.options.methods),
+            "--class-names": list(plan.class_names),
+            "--skip-corrupt": plan.options.skip_corrupt,
+            "teacher": self.teacher_stage()["sha256"],
+            **{f"--{name.replace('_', '-')}": value for name, value in self._sizes().items()},
+            **self._model_settings(),
+        }
+        return self.run.stage("coreset", config, self._make_coresets)
+
+    def _sizes(self) -> dict[str, Any]:
+        """Settings that all methods share, as options name them."""
+        plan = self.plan
+        return {
+            "seed": plan.options.seed,
+            "ipc": plan.options.ipc,
+            "factor": plan.factor,
+            "image_size": plan.image_size,
+            "crops": plan.recipe.crops,
+            "pool_per_class": plan.recipe.pool_per_class,
+        }
+
+    def _model_settings(self) -> dict[str, Any]:
+        model = describe_model(self.plan)
+        return {} if model is None else settings_by_option("model", model)
+
+    def _make_coresets(self) -> StageResult:
+        result: dict[str, Any] = {}
+        outputs: list[Path] = []
+        selections: dict[str, PatchSelection] = {}
+        for method in self.plan.options.methods:
+            kind = "random" if method == "random" else "lowest-loss"
+            if kind not in selections:
+                selections[kind] = self._select(kind)
+            coreset = self._write(method, kind, selections[kind])
+            patches = {k: v for k, v in coreset.manifest["files"].items() if k.endswith(".png")}
+            outputs += [coreset.folder / name for name in patches]
+            result[method] = {
+                "patches_sha256": hashlib.sha256(canonical(patches)).hexdigest(),
+                "skipped": len(selections[kind].skipped),
+                "evals": coreset.manifest["model"]["evals"] if method == "dace" else 0,
+            }
+        shown = open_coreset(self.run.folder / "coreset", verify=False)
+        write_picture(self.run.folder, "coreset", coreset_sheet(shown))
+        return StageResult(result, outputs)
+
+    def _select(self, kind: Any) -> PatchSelection:
+        plan = self.plan
+        teacher = None if kind == "random" else self.teacher
+        selection = select_patches(
+            plan.train,
+            None if teacher is None else teacher.logits_from_uint8,
+            ipc=plan.options.ipc,
+            factor=plan.factor,
+            image_size_px=plan.image_size,
+            crops=plan.recipe.crops,
+            pool_per_class=plan.recipe.pool_per_class,
+            seed=plan.options.seed,
+            method=kind,
+            device=plan.device,
+            skip_corrupt=plan.options.skip_corrupt,
+            progress=lambda done, total: self.report.progress(
+                f"patches, {kind}", done, total, "images"
+            ),
+            canvas_rgb=(IMAGENET if teacher is None else teacher.normalisation).rgb(),
+        )
+        for path in selection.skipped:
+            self.report.say(f"skipped, it cannot be decoded: {plan.train.root / path}")
+        return selection
+
+    def _write(self, method: str, kind: str, selection: PatchSelection) -> Coreset:
+        plan, sizes = self.plan, self._sizes()
+        return write_coreset(
+            self.coreset_folder(method),
+            patches_NHWC=selection.patches_NHWC,
+            labels_N=selection.labels_N,
+            class_ids=plan.train.class_ids,
+            class_names=plan.class_names,
+            settings={
+                "method": method,
+                "seed": sizes["seed"],
+                "image_size_px": sizes["image_size"],
+                "factor": sizes["factor"],
+                "patch_px": plan.patch_px,
+                "ipc": sizes["ipc"],
+                "data_sha256": plan.data_sha256,
+                "selection": kind,
+                "crops": 1 if kind == "random" else sizes["crops"],
+                "pool_per_class": None if kind == "random" else sizes["pool_per_class"],
+            },
+            model=describe_model(plan) if method == "dace" else None,
+            teacher=self.teacher.describe(),
+            provenance=provenance(self.line, plan.device),
+            overwrite=True,  # of what a killed run left: the folder of a run is ours
+        )
+
+    def coresets(self) -> dict[str, Any]:
+        """{method: what its coreset holds, its size and its name}, labels included."""
+        described = {}
+        for method, result in self.coreset_stage().items():
+            coreset = open_coreset(self.coreset_folder(method))
+            described[method] = {
+                **result,
+                "folder": coreset.folder.name,
+                "content_sha256": coreset.content_sha256,
+                "bytes": coreset.bytes(),
+            }
+        return described
+
+    def labels_stage(self, method: str) -> dict[str, Any]:
+        """Store the teacher's answers to every view of every epoch, and train nobody."""
+        return self.run.stage(
+            f"labels-{method}", self._student_settings(method), lambda: self._make_labels(method)
+        )
+
+    def _make_labels(self, method: str) -> StageResult:
+        with open_source(self.plan, method, self._coreset(method)) as source:
+            labels = self._recorded(method, source)
+            record_labels(source, labels, self.plan.student, self.report)
+            coreset = self._attach(method, labels)
+        return StageResult({"content_sha256": coreset.content_sha256})
+
+    def _recorded(self, method: str, source: ImageSource) -> RecordedLabels:
+        path = self.run.folder / "students" / f"{method}.labels.partial"
+        return RecordedLabels(self.teacher, source, self.plan.student, path)
+
+    def _attach(self, method: str, labels: RecordedLabels) -> Coreset:
+        codec = "topk" if self.plan.options.labels == "topk" else "dense"
+        coreset = attach_labels(self.coreset_folder(method), labels.block(codec, TOP_K))
+        labels.discard()
+        return coreset
+
+    def student_stage(self, method: str) -> dict[str, Any]:
+        """Train the students of a method, or `real` ones; returns their accuracies and losses."""
+        return self.run.stage(
+            f"student-{method}",
+            {**self._student_settings(method), "--seeds": list(self.plan.student_seeds)},
+            lambda: self._make_students(method),
+        )
+
+    def _student_settings(self, method: str) -> dict[str, Any]:
+        """All that decides labels and students of a method."""
+        plan = self.plan
+        student = {k: v for k, v in asdict(plan.student).items() if k != "checkpoint_every"}
+        settings = {
+            "--data": plan.data_sha256,
+            "--labels": plan.options.labels,
+            "teacher": self.teacher_stage()["sha256"],
+            **settings_by_option("student", student),
+        }
+        if method != REAL:
+            settings["patches"] = self.coreset_stage()[method]["patches_sha256"]
+        return settings | (self._model_settings() if method == "dace" else {})
+
+    def _make_students(self, method: str) -> StageResult:
+        plan, folder = self.plan, self.run.folder / "students"
+        coreset = None if method == REAL else self._coreset(method)
+        with open_source(plan, method, coreset) as source:
+            rate = rendering_rate(source)
+            self._draw(method, source, coreset)
+            labels = self._labels(method, source, coreset)
+            results = train_students(
+                source,
+                labels,
+                plan.student,
+                seeds=plan.student_seeds,
+                val_set=plan.val,
+                folder=folder,
+                report=self.report,
+                name=method,
+                skip_corrupt=plan.options.skip_corrupt,
+            )
+            if isinstance(labels, RecordedLabels):
+                self._attach(method, labels)
+        described = {
+            "accuracies": [result.accuracy for result in results],
+            "losses": [list(result.losses) for result in results],
+            "seeds": [result.seed for result in results],
+            "images_per_s": rate,
+            "render": source.describe(),
+        }
+        return StageResult(described, [result.path for result in results])
+
+    def _labels(self, method: str, source: ImageSource, coreset: Coreset | None) -> Labels:
+        """Stored ones where the coreset has them, else the teacher's, kept if that is asked for."""
+        student = self.plan.student
+        if coreset is None or self.plan.options.labels == "online":
+            return OnlineLabels(self.teacher, student.temperature)
+        stored = coreset.soft_labels()
+        if stored is not None:
+            return StoredLabels(stored, source, student)
+        return self._recorded(method, source)
+
+    def _draw(self, method: str, source: ImageSource, coreset: Coreset | None) -> None:
+        samples = one_sample_per_class(source.labels_N)
+        write_picture(self.run.folder, f"rendered-{method}", rendered_sheet(source, samples))
+        if coreset is not None and isinstance(source, Expansions):
+            sheet = expansion_sheet(source.expander, coreset.patches(), samples)
+            write_picture(self.run.folder, "expansions", sheet)
+
+    def _coreset(self, method: str) -> Coreset:
+        return open_coreset(self.coreset_folder(method))
+
+
+def _named(teacher_source: str) -> str:
+    """torchvision:NAME as it is; a file by its content."""
+    path = Path(teacher_source).expanduser()
+    if not path.is_file():
+        return teacher_source
+    with path.open("rb") as stream:
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"

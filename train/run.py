@@ -1,0 +1,108 @@
+"""The run: teacher → coresets → labels → students → report, each a stage that resumes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..engine.durable import full_disk_explained, replace_file
+from ..export.hub import DownloadError
+from ..export.models import Unavailable
+from .commands import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
+from .distil import Distillation
+from .pictures import curves
+from .plan import make_plan
+from .record import Record
+from .report import PICTURES, SUMMARY, accuracy_rows, write_report
+from .stages import RunFolder, StageResult, check_out, remove_run
+from .summary import REAL, make_summary
+
+NEEDED_BYTES = 64 * 2**20  # of a run's small files; labels and weights say their own need
+
+
+def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
+    """Do what one command asks for; `line` is that command, for the provenance.
+
+    A sub-command goes on in its run folder; `train` does so when told to --resume. Returns the
+    command's result, plain JSON. Raises ValueError or OSError, one clear line, for bad input.
+    """
+    goes_on = options.resume or not (isinstance(options, Train) or options.overwrite)
+    try:
+        with Record(options.out / "tensorboard") as report:
+            check_out(options.out, resume=goes_on, overwrite=options.overwrite)
+            plan = make_plan(options, report)
+            if options.overwrite:
+                remove_run(options.out)
+            with (
+                full_disk_explained(options.out, NEEDED_BYTES),
+                RunFolder(options.out, report) as run,
+            ):
+                return _run(Distillation(plan, run, report, line), options)
+    except (DownloadError, Unavailable) as error:
+        raise ValueError(str(error)) from error
+
+
+def _run(job: Distillation, options: RunOptions) -> dict[str, Any]:
+    out = {"run": str(options.out)}
+    teacher = job.teacher_stage()
+    if isinstance(options, TrainTeacher):
+        return {**out, "teacher": teacher}
+    job.coreset_stage()
+    if isinstance(options, TrainLabels) or options.labels == "topk":
+        for method in options.methods:
+            job.labels_stage(method)
+    if isinstance(options, TrainCoreset | TrainLabels):
+        return {**out, "coresets": job.coresets()}
+    students = {method: job.student_stage(method) for method in options.methods}
+    if options.ceiling:
+        students[REAL] = job.student_stage(REAL)
+    if isinstance(options, Train):
+        return _report(job, students)
+    return {**out, "students": students}
+
+
+def _report(job: Distillation, students: dict[str, Any]) -> dict[str, Any]:
+    """The last stage: summary.json, curves, report.html; returns what people look for first."""
+    folder = job.run.folder
+
+    def work() -> StageResult:
+        summary = make_summary(
+            job.plan,
+            command=job.line,
+            teacher=job.teacher_stage(),
+            students=students,
+            coresets=job.coresets(),
+            seconds=job.run.seconds(),
+        )
+        losses = {name: list(enumerate(_mean_losses(result))) for name, result in students.items()}
+        panels = {"students: KL to the teacher": losses}
+        if summary["teacher"].get("losses"):
+            panels["teacher: cross-entropy"] = {"teacher": summary["teacher"]["losses"]}
+        (folder / PICTURES).mkdir(exist_ok=True)
+        replace_file(folder / PICTURES / "curves.png", curves(panels))
+        replace_file(folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+        write_report(folder)
+        return StageResult(summary)
+
+    summary = job.run.stage("report", {"students": students}, work)
+    print(_table(accuracy_rows(summary)))
+    first = ("accuracy", "ceiling", "share_of_ceiling", "seconds", "images_per_s", "bytes")
+    return {
+        "run": str(folder),
+        "report": str(folder / "report.html"),
+        **{key: summary[key] for key in (*first, "content_sha256")},
+    }
+
+
+def _mean_losses(result: dict[str, Any]) -> list[float]:
+    """Of every epoch, over the students."""
+    return [sum(losses) / len(losses) for losses in zip(*result["losses"], strict=True)]
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    heads = ("method", "accuracy, %", "share of ceiling")
+    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(3)]
+    return "\n".join(
+        f"{name:{widths[0]}}  {accuracy:>{widths[1]}}  {share:>{widths[2]}}"
+        for name, accuracy, share in [heads, *rows]
+    )

@@ -1,0 +1,113 @@
+"""Open what renders a method's images: patches, with or without the model, or real images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..engine.coreset import Coreset
+from ..engine.prompts import TEMPLATE, class_prompts
+from ..engine.schedule import make_schedule
+from ..engine.turbo import Expander
+from ..export.models import weights_bytes, weights_sha256
+from .methods import Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
+from .plan import Plan
+
+MEASURED_IMAGES = 256
+
+
+@contextmanager
+def open_source(plan: Plan, method: str, coreset: Coreset | None) -> Iterator[ImageSource]:
+    """The images of `method`; a coreset for all but `real`. Frees the model at the end."""
+    if coreset is None:
+        samples = plan.options.ipc * plan.factor**2
+        yield RealImages(
+            images=plan.train,
+            labels_N=torch.arange(len(plan.class_names)).repeat_interleave(samples),
+            size_px=plan.image_size,
+            seed=plan.options.seed,
+            device=plan.device,
+            skip_corrupt=plan.options.skip_corrupt,
+        )
+        return
+    patches_NHWC, labels_N = coreset.patches(), coreset.labels_N
+    if method == "dace":
+        if plan.model is None:
+            raise ValueError("method dace: expected a model in the plan, got none")
+        expander = Expander(
+            plan.model,
+            plan.expand,
+            patches_NHWC=patches_NHWC,
+            labels_N=labels_N,
+            prompts_K=class_prompts(coreset.class_names),
+        )
+        try:
+            yield Expansions(expander=expander, labels_N=labels_N, class_ids=coreset.class_ids)
+        finally:
+            expander.close()
+        return
+    patches_NHWC = patches_NHWC.to(plan.device)
+    if method == "rded":
+        yield Mosaics(
+            patches_NHWC=patches_NHWC,
+            labels_N=labels_N,
+            class_ids=coreset.class_ids,
+            factor=plan.factor,
+            seed=plan.options.seed,
+        )
+        return
+    yield UpsampledPatches(
+        method=method,
+        patches_NHWC=patches_NHWC,
+        labels_N=labels_N,
+        class_ids=coreset.class_ids,
+        size_px=plan.image_size,
+    )
+
+
+def describe_model(plan: Plan) -> dict[str, Any] | None:
+    """What of the model names the images, for a manifest; None when nothing renders with one."""
+    if plan.model is None:
+        return None
+    model, expand = plan.model, plan.expand
+    schedule = make_schedule(
+        model.scheduler_config(), steps=expand.steps, rho=expand.rho, start=expand.start
+    )
+    from_patch = expand.start == "image"
+    return {
+        "name": model.name,
+        "revision": model.revision,
+        "weights_sha256": weights_sha256(model),
+        "weights_bytes": weights_bytes(model),
+        "vae": model.vae_name or "model's own",
+        "scheduler": model.scheduler_config().get("_class_name"),
+        "prompt": TEMPLATE,
+        "start": expand.start,
+        "steps": expand.steps,
+        "rho": expand.rho if from_patch else None,
+        "evals": schedule.evals,
+        "mixup": expand.mixup and from_patch,
+        "posterior": expand.posterior,
+        "conditioning_px": expand.conditioning_px or expand.size_px,
+        "precision": expand.precision,
+    }
+
+
+def rendering_rate(source: ImageSource) -> float:
+    """Images per second, rendered alone, after one rendering that is not counted."""
+    samples_P = torch.arange(min(source.samples, MEASURED_IMAGES))
+    source.render(samples_P, 0)
+    _wait_for_gpu()
+    began = time.perf_counter()
+    source.render(samples_P, 0)
+    _wait_for_gpu()
+    return len(samples_P) / (time.perf_counter() - began)
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
