@@ -1,0 +1,54 @@
+"""Diffusers' own SDXL pipelines, and how to feed them with our noise so that pictures compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
+from diffusers.schedulers import scheduling_euler_ancestral_discrete
+from patchbloom.kernels.noise import Draw, normal
+from torch import Tensor
+
+
+def open_pipeline(folder: Path, *, device: str = "cpu") -> Any:
+    """Img2img pipeline of a model folder in fp32, silent."""
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+class OurNoise:
+    """Stands in for diffusers' `randn_tensor`: the start noise first, then a draw per step."""
+
+    def __init__(self, samples: Tensor, *, seed: int, epoch: int) -> None:
+        self.samples, self.seed, self.epoch, self.draws = samples, seed, epoch, 0
+
+    def __call__(self, shape: Sequence[int], *_: Any, **__: Any) -> Tensor:
+        draw = Draw.ANCESTRAL + self.draws - 1 if self.draws else Draw.START
+        self.draws += 1
+        if shape[0] != len(self.samples):
+            raise ValueError(f"noise asked for {shape[0]} images, fed for {len(self.samples)}")
+        return normal(self.seed, draw, self.samples, self.epoch, tuple(shape[1:]))
+
+
+@contextmanager
+def noise_of_ours(pipeline: Any, samples: Tensor, *, seed: int, epoch: int) -> Iterator[OurNoise]:
+    """Within the block the pipeline and its scheduler draw our noise for `samples`."""
+    noise = OurNoise(samples, seed=seed, epoch=epoch)
+    with (
+        mock.patch(f"{type(pipeline).__module__}.randn_tensor", noise),
+        mock.patch.object(scheduling_euler_ancestral_discrete, "randn_tensor", noise),
+    ):
+        yield noise
+
+
+@torch.no_grad()
+def run_pipeline(pipeline: Any, prompts: Sequence[str], **call: Any) -> Tensor:
+    """The pipeline as a user calls SDXL-Turbo, without guidance; images fp32 in [-1, 1]."""
+    images = pipeline(list(prompts), guidance_scale=0.0, output_type="pt", **call).images
+    return images.float() * 2 - 1

@@ -1,0 +1,313 @@
+"""The Expander against diffusers' own pipeline, and the claims on which images depend on what."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from patchbloom.engine.batches import images_per_prompt, plan_batches
+from patchbloom.engine.config import ExpandConfig
+from patchbloom.engine.schedule import make_schedule
+from patchbloom.engine.turbo import Expander
+from patchbloom.export.models import ModelSource, Unavailable, find_model
+from patchbloom.kernels.noise import Draw, normal, uniform
+from patchbloom.train.prior_model import new_parts, save_parts
+
+TOLERANCE = 1e-4
+SEED, EPOCH = 11, 3
+PROMPTS = ("A photo of a disc", "A photo of a star", "A photo of a cross")
+LABELS_N = np.repeat(np.arange(3), 4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """A model of sdxl-tiny's shape, smaller, with random weights that prompts do move."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    parts = new_parts(
+        32, folder / "spelling", unet_channels=(16, 32, 64), vae_channels=(8, 16, 32)
+    )
+    for name, weight in parts.unet.named_parameters():
+        if "attn2" in name or "add_embedding" in name:
+            weight.data.mul_(4.0)
+    save_parts(parts, folder / "model")
+    return find_model(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def patches() -> Tensor:
+    draws = uniform(0, Draw.ORDER, torch.arange(12), 0, 16 * 16 * 3)
+    return (draws * 255).round().to(torch.uint8).view(12, 16, 16, 3)
+
+
+@pytest.fixture(scope="module")
+def expander(
+    model: ModelSource, patches: Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Expander]:
+    """Make an Expander; equal settings give the same one again."""
+    made: dict[tuple, Expander] = {}
+    bundles = tmp_path_factory.mktemp("bundles")
+
+    def make(prompts: tuple[str, ...] = PROMPTS, **settings: object) -> Expander:
+        fields = {"size_px": 32, "batch": 8, "seed": SEED, "backend": "eager", "device": "cpu"}
+        fields |= settings
+        key = (prompts, *sorted(fields.items()))
+        if key not in made:
+            made[key] = Expander(
+                model,
+                ExpandConfig(bundles=bundles, **fields),  # type: ignore[arg-type]
+                patches_NHWC=patches,
+                labels_N=LABELS_N,
+                prompts_K=prompts,
+            )
+        return made[key]
+
+    return make
+
+
+class Noise:
+    """Our noise in place of torch's: start noise first, then one draw per sampler step."""
+
+    def __init__(self, samples: Tensor, seed: int = SEED) -> None:
+        self.samples, self.seed, self.calls = samples, seed, 0
+
+    def __call__(self, shape: tuple[int, ...], **_: object) -> Tensor:
+        draw = Draw.START if self.calls == 0 else Draw.ANCESTRAL + self.calls - 1
+        self.calls += 1
+        assert shape[0] == len(self.samples)
+        return normal(self.seed, draw, self.samples, EPOCH, tuple(shape[1:]))
+
+
+@pytest.fixture(scope="module")
+def pipelines(model: ModelSource) -> tuple:
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+    image_to_image = StableDiffusionXLImg2ImgPipeline.from_pretrained(
+        model.folder, add_watermarker=False
+    )
+    text_to_image = StableDiffusionXLPipeline(**image_to_image.components, add_watermarker=False)
+    for pipeline in (image_to_image, text_to_image):
+        pipeline.set_progress_bar_config(disable=True)
+    return image_to_image, text_to_image
+
+
+def run_pipeline(pipeline, samples: Tensor, monkeypatch: pytest.MonkeyPatch, **call) -> Tensor:
+    """Diffusers' images [-1, 1] with our noise in the pipeline's and the scheduler's hands."""
+    from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduler
+
+    noise = Noise(samples)
+    monkeypatch.setattr(scheduler, "randn_tensor", noise)
+    monkeypatch.setattr(f"{type(pipeline).__module__}.randn_tensor", noise)
+    prompts = [PROMPTS[LABELS_N[sample]] for sample in samples]
+    with torch.no_grad():
+        images = pipeline(prompts, guidance_scale=0.0, output_type="pt", **call).images
+    return images.float() * 2 - 1
+
+
+def max_error(images: Tensor, reference: Tensor) -> float:
+    return float((images - reference).abs().max())
+
+
+SAMPLES = torch.tensor([7, 0, 3, 11, 4, 5, 8])
+
+
+@pytest.mark.parametrize("rho", [0.4, 0.8, 1.0])
+@pytest.mark.parametrize("steps", [1, 4, 5])
+@pytest.mark.parametrize("backend", ["eager", "ort"])
+def test_equals_diffusers(expander, pipelines, monkeypatch, backend, steps, rho):
+    if int(steps * rho) == 0:
+        with pytest.raises(ValueError, match="rounds to 0 evaluations: rho must be at least 1"):
+            expander(steps=steps, rho=rho, backend=backend)
+        return
+    ours = expander(steps=steps, rho=rho, mixup=False, backend=backend)
+    images = ours.expand(SAMPLES, EPOCH)
+    reference = run_pipeline(
+        pipelines[0],
+        SAMPLES,
+        monkeypatch,
+        image=ours.latents()[SAMPLES],
+        strength=rho,
+        num_inference_steps=steps,
+    )
+    assert ours.schedule.evals == int(steps * rho)
+    assert float(reference.std()) > 0.05
+    assert max_error(images, reference) <= TOLERANCE
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_mixup_follows_the_formula(expander, pipelines, monkeypatch, posterior):
+    ours = expander(posterior=posterior)
+    bank = ours.latents(EPOCH)
+    first = torch.from_numpy(LABELS_N[SAMPLES] * 4)
+    draw = uniform(SEED, Draw.MIXUP_PARTNER, SAMPLES, EPOCH, 1)[:, 0]
+    partner = first + (draw * 4).floor().long().clamp(max=3)
+    weight = uniform(SEED, Draw.MIXUP_WEIGHT, SAMPLES, EPOCH, 1).view(-1, 1, 1, 1)
+    mixed = weight * bank[SAMPLES] + (1 - weight) * bank[partner]
+    reference = run_pipeline(
+        pipelines[0], SAMPLES, monkeypatch, image=mixed, strength=0.8, num_inference_steps=5
+    )
+    assert max_error(ours.expand(SAMPLES, EPOCH), reference) <= TOLERANCE
+
+
+def test_start_from_noise_equals_text_to_image(expander, pipelines, monkeypatch):
+    ours = expander(start="noise", steps=1)
+    noise = Noise(SAMPLES)
+    latents = noise((len(SAMPLES), 4, 8, 8))
+    from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduler
+
+    monkeypatch.setattr(scheduler, "randn_tensor", noise)
+    prompts = [PROMPTS[LABELS_N[sample]] for sample in SAMPLES]
+    with torch.no_grad():
+        images = pipelines[1](
+            prompts,
+            latents=latents,
+            height=32,
+            width=32,
+            num_inference_steps=1,
+            guidance_scale=0.0,
+            output_type="pt",
+        ).images
+    assert max_error(ours.expand(SAMPLES, EPOCH), images * 2 - 1) <= TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["eager", "ort"])
+def test_wrong_prompt_and_wrong_timestep_fail_the_same_gate(expander, backend):
+    right = expander(mixup=False, backend=backend)
+    images = right.expand(SAMPLES, EPOCH)
+    swapped = expander((PROMPTS[1], PROMPTS[2], PROMPTS[0]), mixup=False, backend=backend)
+    assert max_error(swapped.expand(SAMPLES, EPOCH), images) > 10 * TOLERANCE
+    timesteps = right._timesteps_1
+    try:
+        right._timesteps_1 = [t - 50 for t in timesteps]
+        assert max_error(right.expand(SAMPLES, EPOCH), images) > 10 * TOLERANCE
+    finally:
+        right._timesteps_1 = timesteps
+
+
+@pytest.mark.parametrize("backend", ["eager", "ort"])
+def test_an_image_does_not_depend_on_order_or_neighbours(expander, backend):
+    ours = expander(backend=backend)
+    whole = ours.expand(range(12), EPOCH)
+    order = torch.tensor([5, 11, 0, 8, 3, 7, 1, 10, 2, 9, 6, 4])
+    assert torch.equal(ours.expand(order, EPOCH), whole[order])
+    for sample in range(12):
+        assert torch.equal(ours.expand([sample], EPOCH)[0], whole[sample])
+    assert torch.equal(ours.expand([3, 3, 9], EPOCH), whole[[3, 3, 9]])
+
+
+@pytest.mark.parametrize(
+    ("backend", "batch"), [("eager", 1), ("eager", 3), ("eager", 70), ("ort", 3)]
+)
+def test_engine_batches_agree(expander, backend, batch):
+    whole = expander(backend=backend).expand(range(12), EPOCH)
+    assert max_error(expander(backend=backend, batch=batch).expand(range(12), EPOCH), whole) <= TOLERANCE
+
+
+def test_seed_and_epoch_make_other_images(expander):
+    images = expander().expand(SAMPLES, EPOCH)
+    assert max_error(expander().expand(SAMPLES, EPOCH + 1), images) > 0.05
+    assert max_error(expander(seed=SEED + 1).expand(SAMPLES, EPOCH), images) > 0.05
+
+
+def test_out_is_filled_and_checked(expander):
+    ours = expander()
+    out = torch.full((7, 3, 32, 32), torch.nan)
+    assert ours.expand(SAMPLES, EPOCH, out=out) is out
+    assert torch.equal(out, ours.expand(SAMPLES, EPOCH))
+    with pytest.raises(ValueError, match="out must be fp32"):
+        ours.expand(SAMPLES, EPOCH, out=out[:3])
+    with pytest.raises(ValueError, match=r"samples must lie in \[0, 12\)"):
+        ours.expand([12], EPOCH)
+    assert ours.expand([], EPOCH).shape == (0, 3, 32, 32)
+
+
+def test_posterior_sample_is_mean_plus_noise(expander, patches):
+    mean, sampled = expander().latents(), expander(posterior="sample")
+    noise = normal(SEED, Draw.POSTERIOR, torch.arange(12), EPOCH, (4, 8, 8))
+    std = (sampled.latents(EPOCH) - mean) / noise
+    other = (sampled.latents(EPOCH + 1) - mean) / normal(
+        SEED, Draw.POSTERIOR, torch.arange(12), EPOCH + 1, (4, 8, 8)
+    )
+    assert float(std.min()) > 0
+    torch.testing.assert_close(std, other, rtol=1e-2, atol=1e-3)
+
+
+def test_bad_coresets_are_refused(model, patches):
+    config = ExpandConfig(size_px=32, backend="eager", device="cpu")
+
+    def open_with(**changes: object) -> Expander:
+        fields = {"patches_NHWC": patches, "labels_N": LABELS_N, "prompts_K": PROMPTS}
+        return Expander(model, config, **(fields | changes))  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="one prompt per class"):
+        open_with(prompts_K=PROMPTS[:2])
+    with pytest.raises(ValueError, match="sorted"):
+        open_with(labels_N=LABELS_N[::-1])
+    with pytest.raises(ValueError, match="uint8"):
+        open_with(patches_NHWC=patches.float())
+    with pytest.raises(ValueError, match="11 patches but 12 labels"):
+        open_with(patches_NHWC=patches[:11])
+    with pytest.raises(ValueError, match="multiple of 4 px"):
+        Expander(
+            model,
+            dataclasses.replace(config, size_px=30),
+            patches_NHWC=patches,
+            labels_N=LABELS_N,
+            prompts_K=PROMPTS,
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_and_trt_are_refused_where_there_is_none(expander):
+    with pytest.raises(Unavailable, match="no CUDA GPU here"):
+        expander(device="cuda")
+    with pytest.raises(Unavailable, match="the trt backend needs an NVIDIA GPU"):
+        expander(backend="trt")
+
+
+def test_schedule_is_the_papers():
+    config = {
+        "_class_name": "EulerAncestralDiscreteScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "timestep_spacing": "trailing",
+    }
+    schedule = make_schedule(config, steps=5, rho=0.8)
+    assert schedule.timesteps == (799, 599, 399, 199)
+    assert schedule.sigmas_up[-1] == 0 and schedule.sigmas_down[-1] == 0
+    assert schedule.model_scales[0] == pytest.approx(0.193, abs=1e-3)
+    assert make_schedule(config, steps=5, rho=0.5) == make_schedule(config, steps=5, rho=0.4)
+    with pytest.raises(ValueError, match="epsilon"):
+        make_schedule(config | {"prediction_type": "v_prediction"}, steps=5, rho=0.8)
+
+
+def test_plans_cover_every_sample_once():
+    labels = np.repeat(np.arange(4), [4, 8, 0, 12]).astype(np.int64)
+    assert images_per_prompt(16, np.bincount(labels)) == 4
+    samples = np.random.default_rng(0).permutation(24)[:13].astype(np.int64)
+    for prompts, images in ((4, 4), (8, 2), (1, 8), (5, 1)):
+        found = np.full(13, -1)
+        for plan in plan_batches(samples, labels, prompts=prompts, images_per_prompt=images):
+            assert plan.samples_B.shape == (prompts * images,)
+            assert np.array_equal(labels[plan.samples_B], np.repeat(plan.classes_G, images))
+            kept = plan.targets_B >= 0
+            assert np.all(found[plan.targets_B[kept]] == -1)
+            found[plan.targets_B[kept]] = plan.samples_B[kept]
+        assert np.array_equal(found, samples)
+
+
+def test_model_folder_is_all_that_matters(model: ModelSource, tmp_path: Path):
+    """A folder under another name is the same model."""
+    import shutil
+
+    from patchbloom.export.models import weights_sha256
+
+    copy = shutil.copytree(model.folder, tmp_path / "elsewhere")
+    assert weights_sha256(find_model(copy)) == weights_sha256(model)
