@@ -72,6 +72,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
     def __init__(self, folder: Path, report: Report) -> None:
         self.folder, self._report = folder, report
+        self._results: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARK).exists():
             _write_json(folder / MARK, {"schema": SCHEMA})
@@ -95,7 +96,14 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         options ("--rho") where there is one, because they appear in the message of a refusal.
         Raises RunError when the stage was begun with another config or its outputs changed.
         """
-        config = json.loads(json.dumps(config))
+        if name in self._results:
+            return self._results[name]
+        self._results[name] = self._run(name, json.loads(json.dumps(config)), work)
+        return self._results[name]
+
+    def _run(
+        self, name: str, config: dict[str, Any], work: Callable[[], StageResult]
+    ) -> dict[str, Any]:
         record = self.read(name)
         if record is not None:
             self._check_config(name, record["config"], config)
@@ -127,12 +135,14 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         return json.loads(path.read_bytes()) if path.is_file() else None
 
     def seconds(self) -> dict[str, float]:
-        """Wall-clock seconds of each stage that is done; of the last session, if it was resumed."""
-        records = {path.stem: self.read(path.stem) for path in self.folder.glob(f"{STAGES}/*.json")}
+        """Wall-clock seconds of each stage that is done, in the order in which they ended.
+
+        Of a stage that was stopped and resumed, those of its last session.
+        """
+        files = sorted((self.folder / STAGES).glob("*.json"), key=lambda path: path.stat().st_mtime)
+        records = {path.stem: json.loads(path.read_bytes()) for path in files}
         return {
-            name: record["seconds"]
-            for name, record in sorted(records.items())
-            if record is not None and record["state"] == "done"
+            name: record["seconds"] for name, record in records.items() if record["state"] == "done"
         }
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
