@@ -68,7 +68,11 @@ def training_state(network: nn.Module, optimizer: torch.optim.Optimizer, prefix:
 def restore_training(
     network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors, prefix: str
 ) -> None:
-    """Put back what `training_state` took."""
+    """Put back what `training_state` took.
+
+    Moments get the memory layout of their parameter: the fused optimiser pairs the two by address,
+    and a file keeps no layout.
+    """
     net, opt = f"{prefix}net.", f"{prefix}opt."
     network.load_state_dict(
         {k.removeprefix(net): v for k, v in tensors.items() if k.startswith(net)}
@@ -80,3 +84,7 @@ def restore_training(
             state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter.detach()).copy_(value)
