@@ -60,7 +60,7 @@ class OnlineLabels:
         pass
 
     def describe(self) -> dict[str, Any]:
-        return {"teacher": self.teacher.sha256, "temperature": self.temperature, "rounded": False}
+        return {"teacher": self.teacher.sha256, "temperature": self.temperature, "codec": "none"}
 
 
 class RecordedLabels:
@@ -78,7 +78,7 @@ class RecordedLabels:
         path: Path,
     ) -> None:
         self.teacher, self.temperature, self.path = teacher, config.temperature, path
-        self.settings = label_settings(source, config)
+        self.settings = {**label_settings(source, config), "teacher": teacher.sha256}
         shape = (config.epochs, source.samples, len(teacher.class_ids))
         count = shape[0] * shape[1] * shape[2]
         if not path.is_file() or path.stat().st_size != 2 * count:
@@ -99,7 +99,7 @@ class RecordedLabels:
             os.close(descriptor)
 
     def describe(self) -> dict[str, Any]:
-        return {"teacher": self.teacher.sha256, "temperature": self.temperature, "rounded": True}
+        return {"teacher": self.teacher.sha256, "temperature": self.temperature, "codec": "dense"}
 
     def block(self, codec: Codec = "dense", k: int = 10) -> LabelBlock:
         """Everything recorded, for engine.coreset.attach_labels.
@@ -156,7 +156,10 @@ class StoredLabels:
         pass
 
     def describe(self) -> dict[str, Any]:
-        return {"stored": self.stored.codec, "temperature": self.temperature}
+        """The same as of the RecordedLabels that they came from, if they are dense."""
+        teacher = self.stored.settings.get("teacher")
+        codec = self.stored.codec
+        return {"teacher": teacher, "temperature": self.temperature, "codec": codec}
 
 
 def label_settings(source: ImageSource, config: StudentConfig) -> dict[str, Any]:

@@ -220,7 +220,7 @@ class _Training:
                 f"({self.config.learning_rate})"
             )
         report.scalar(f"{name}/loss", epoch, loss)
-        report.progress(name, epoch + 1, self.config.epochs, "epochs", f"loss {loss:.3f}")
+        report.progress(name, epoch + 1, self.config.epochs, "epochs", f"loss {loss:.3g}")
 
     def _save(self) -> None:
         self.labels.flush()

@@ -20,7 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.images import STANDARD_RESIZE_RATIO, ImageSet, center_boxes, stream_crops
+from ..engine.images import (
+    STANDARD_RESIZE_RATIO,
+    ImageSet,
+    InputError,
+    center_boxes,
+    stream_crops,
+)
 from ..engine.turbo import Expander
 from ..kernels.mosaic import mosaic
 from ..kernels.noise import Draw, uniform, uniform_numpy
@@ -126,7 +132,7 @@ class Mosaics:
         rows_PT = first_P[:, None] + torch.argsort(keys_PT, dim=1, stable=True)
         rows_PT = rows_PT.to(self.patches_NHWC.device)
         canvas_PHWC = mosaic(self.patches_NHWC, rows_PT, self.factor)
-        return canvas_PHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+        return to_unit(canvas_PHWC)
 
     def describe(self) -> dict[str, Any]:
         size_px = self.factor * self.patches_NHWC.shape[1]
@@ -148,6 +154,7 @@ class RealImages:
     skip_corrupt: bool = False
     _first_K: np.ndarray = field(init=False, repr=False)
     _count_K: np.ndarray = field(init=False, repr=False)
+    _undecodable: set[int] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self._count_K = np.bincount(self.images.labels, minlength=len(self.class_ids))
@@ -162,17 +169,43 @@ class RealImages:
         return len(self.labels_N)
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
-        stream = stream_crops(
-            self.images,
-            self.drawn(samples_P.numpy(), epoch),
-            center_boxes(STANDARD_RESIZE_RATIO, self.size_px),
-            crops=1,
-            size_px=self.size_px,
-            batch=min(64, len(samples_P)),
-            device=self.device,
-        )
-        pixels_PHWC = torch.cat([crops.pixels_BPHWC[:, 0] for crops in stream])
-        return pixels_PHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+        index_P = self.drawn(samples_P.numpy(), epoch)
+        size_px, count = self.size_px, len(index_P)
+        images_PCHW = torch.empty(count, 3, size_px, size_px, device=self.device)
+        pending = np.arange(count)
+        while len(pending):
+            stream = stream_crops(
+                self.images,
+                index_P[pending],
+                center_boxes(STANDARD_RESIZE_RATIO, size_px),
+                crops=1,
+                size_px=size_px,
+                batch=min(64, len(pending)),
+                device=self.device,
+                skip_corrupt=self.skip_corrupt,
+            )
+            pixels = [crops.pixels_BPHWC[:, 0] for crops in stream]
+            left_out = np.isin(index_P[pending], stream.skipped)
+            if pixels:
+                found = torch.from_numpy(pending[~left_out]).to(self.device)
+                images_PCHW[found] = to_unit(torch.cat(pixels))
+            pending = pending[left_out]
+            index_P[pending] = self._next_of_class(index_P[pending], stream.skipped)
+        return images_PCHW
+
+    def _next_of_class(self, index_B: np.ndarray, skipped: list[int]) -> np.ndarray:
+        """The images that stand in for undecodable ones: their neighbours in the class."""
+        self._undecodable |= set(skipped)
+        classes_B = self.images.labels[index_B]
+        for class_index in np.unique(classes_B):
+            first = self._first_K[class_index]
+            if self._undecodable.issuperset(range(first, first + self._count_K[class_index])):
+                raise InputError(
+                    f"{self.images.root}: no image of class {self.class_ids[class_index]} can be "
+                    "decoded; replace its files or remove the class"
+                )
+        first_B, count_B = self._first_K[classes_B], self._count_K[classes_B]
+        return first_B + (index_B - first_B + 1) % count_B
 
     def drawn(self, samples: np.ndarray, epoch: int) -> np.ndarray:
         """Which image of the split each sample is at `epoch`: indices of `images.paths`."""
@@ -184,6 +217,11 @@ class RealImages:
     def describe(self) -> dict[str, Any]:
         described = {"method": "real", "images": len(self.images)}
         return {**described, "seed": self.seed, "size_px": self.size_px}
+
+
+def to_unit(images_NHWC: Tensor) -> Tensor:
+    """uint8 [N, H, W, 3] → contiguous fp32 [N, 3, H, W] in [-1, 1]."""
+    return images_NHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
 def render_all(source: ImageSource, epoch: int, samples: Sequence[int] | Tensor) -> Tensor:

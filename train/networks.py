@@ -173,5 +173,5 @@ def _torchvision(name: str, classes: int, size_px: int) -> nn.Module:
         options = {"aux_logits": False, "init_weights": True}
     try:
         return torchvision.models.get_model(name, num_classes=classes, **options)
-    except (ValueError, RuntimeError) as error:  # vit_*: a size that is no multiple of the patch
+    except (AssertionError, ValueError) as error:  # vit_*: the size is no multiple of its patch
         raise ValueError(f"network {TORCHVISION}{name} at {size_px} px: {error}") from None
