@@ -93,16 +93,18 @@ def _is_complete(folder: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def _check_against_hub(folder: Path, repository: str, revision: str) -> None:
-    """Compare size and sha256 of every large file with the hub's own record."""
+    """Compare every large file with the sha256 in the hub's own listing."""
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
-    record = HfApi().model_info(repository, revision=revision, files_metadata=True)
-    for entry in record.siblings or ():
-        path = folder / entry.rfilename
-        if entry.lfs is None or not path.is_file():
+    for entry in HfApi().list_repo_tree(repository, revision=revision, recursive=True):
+        if not isinstance(entry, RepoFile) or entry.lfs is None:
+            continue
+        path = folder / entry.path
+        if not path.is_file():
             continue
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != entry.lfs.sha256:
             path.resolve().unlink()
-            raise OSError(f"{entry.rfilename} has sha256 {found}, the hub says {entry.lfs.sha256}")
+            raise OSError(f"{entry.path} has sha256 {found}, the hub says {entry.lfs.sha256}")

@@ -35,10 +35,7 @@ class OrtSession:
     """One graph on one provider, with its output buffer; inputs and output are torch tensors."""
 
     def __init__(self, path: Path, device: str) -> None:
-        import onnxruntime
-
-        provider = _PROVIDERS[device]
-        require_ort(device)
+        onnxruntime, provider = require_ort(device), _PROVIDERS[device]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
@@ -90,17 +87,22 @@ class OrtSession:
         )
 
 
-def require_ort(device: str) -> None:
-    """Unavailable when ONNX Runtime, or its provider for the device, is not installed."""
+def require_ort(device: str) -> Any:
+    """The onnxruntime module, its telemetry off.
+
+    Unavailable when it, or its provider for the device, is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:
         raise Unavailable("the ort backend needs ONNX Runtime: pip install onnxruntime") from error
+    onnxruntime.disable_telemetry_events()
     if _PROVIDERS[device] not in onnxruntime.get_available_providers():
         raise Unavailable(
             f"this ONNX Runtime has no {_PROVIDERS[device]}: pip install onnxruntime-gpu in place "
             "of onnxruntime, or use --device cpu"
         )
+    return onnxruntime
 
 
 def bundle_key(model: ModelSource, spec: EngineSpec, *, tokens: int) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
 from patchbloom.engine.batches import images_per_prompt, plan_batches
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.schedule import make_schedule
@@ -18,6 +16,7 @@ from patchbloom.engine.turbo import Expander
 from patchbloom.export.models import ModelSource, Unavailable, find_model
 from patchbloom.kernels.noise import Draw, normal, uniform
 from patchbloom.train.prior_model import new_parts, save_parts
+from torch import Tensor
 
 TOLERANCE = 1e-4
 SEED, EPOCH = 11, 3
@@ -30,9 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     """A model of sdxl-tiny's shape, smaller, with random weights that prompts do move."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    parts = new_parts(
-        32, folder / "spelling", unet_channels=(16, 32, 64), vae_channels=(8, 16, 32)
-    )
+    parts = new_parts(32, folder / "spelling", unet_channels=(16, 32, 64), vae_channels=(8, 16, 32))
     for name, weight in parts.unet.named_parameters():
         if "attn2" in name or "add_embedding" in name:
             weight.data.mul_(4.0)
@@ -206,7 +203,10 @@ def test_an_image_does_not_depend_on_order_or_neighbours(expander, backend):
 )
 def test_engine_batches_agree(expander, backend, batch):
     whole = expander(backend=backend).expand(range(12), EPOCH)
-    assert max_error(expander(backend=backend, batch=batch).expand(range(12), EPOCH), whole) <= TOLERANCE
+    assert (
+        max_error(expander(backend=backend, batch=batch).expand(range(12), EPOCH), whole)
+        <= TOLERANCE
+    )
 
 
 def test_seed_and_epoch_make_other_images(expander):
@@ -281,7 +281,8 @@ def test_schedule_is_the_papers():
     }
     schedule = make_schedule(config, steps=5, rho=0.8)
     assert schedule.timesteps == (799, 599, 399, 199)
-    assert schedule.sigmas_up[-1] == 0 and schedule.sigmas_down[-1] == 0
+    assert schedule.sigmas_up[-1] == 0
+    assert schedule.sigmas_down[-1] == 0
     assert schedule.model_scales[0] == pytest.approx(0.193, abs=1e-3)
     assert make_schedule(config, steps=5, rho=0.5) == make_schedule(config, steps=5, rho=0.4)
     with pytest.raises(ValueError, match="epsilon"):

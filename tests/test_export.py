@@ -1,0 +1,260 @@
+"""Export modules, ONNX graphs and bundles: right, whole, and never taken for another."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from patchbloom.export.bundle import BundleError, bundle_name, find_or_build, open_bundle
+from patchbloom.export.config import EngineSpec
+from patchbloom.export.models import ModelParts, Unavailable
+from patchbloom.export.modules import Denoiser, PromptProjector
+from patchbloom.export.to_onnx import Graph, export_onnx, make_graphs
+from patchbloom.export.to_ort import OrtSession, measure_parity, open_ort_bundle
+from patchbloom.train.prior_model import new_parts
+from torch.utils.flop_counter import FlopCounterMode
+
+KEY = {
+    "backend": "ort",
+    "model": "m",
+    "device": "cpu",
+    "precision": "fp32",
+    "size_px": 64,
+    "batch": 32,
+    "images_per_prompt": 8,
+    "gpu": None,
+    "libraries": {"torch": "2.11"},
+}
+SDXL_UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def small_parts(folder: Path) -> ModelParts:
+    torch.manual_seed(0)
+    parts = new_parts(32, folder, unet_channels=(16, 32, 64), vae_channels=(8, 16, 32))
+    return ModelParts(parts.unet.eval(), parts.vae.eval())
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> Graph:
+    spec = EngineSpec(size_px=32, batch=4, images_per_prompt=2)
+    return make_graphs(small_parts(tmp_path / "spelling"), spec, tokens=77)[2]
+
+
+@torch.no_grad()
+def test_grouped_denoiser_equals_the_stock_unet(tmp_path: Path):
+    unet = small_parts(tmp_path).unet
+    prompts, images = 3, 2
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(prompts, 77, 64, generator=generator)
+    pooled = torch.randn(prompts, 32, generator=generator)
+    x = torch.randn(prompts * images, 4, 8, 8, generator=generator)
+    time_ids, timestep = torch.tensor([32.0, 32, 0, 0, 32, 32]), torch.tensor([599.0])
+    each = [index for index in range(prompts) for _ in range(images)]
+    conditions = {"text_embeds": pooled[each], "time_ids": time_ids.expand(len(each), -1)}
+    expected = unet(x, timestep, encoder_hidden_states=text[each], added_cond_kwargs=conditions)
+    added, keys_values = PromptProjector(unet)(text, pooled, time_ids)
+    found = Denoiser(unet, 77)(x, timestep, added, keys_values)
+    torch.testing.assert_close(found, expected.sample, rtol=1e-5, atol=1e-5)
+    other = Denoiser(unet, 77)(x, timestep, added, keys_values.roll(1, dims=0))
+    assert float((other - found).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_full_size_shapes_and_flops():
+    """SDXL-Turbo's own configuration at 224 px, on the meta device: no weights, no arithmetic."""
+    from diffusers import UNet2DConditionModel
+
+    batch, prompts = 4, 2
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL_UNET)
+        x, timestep = torch.empty(batch, 4, 28, 28), torch.empty(1)
+        conditions = {"text_embeds": torch.empty(batch, 1280), "time_ids": torch.empty(batch, 6)}
+        with FlopCounterMode(display=False) as stock:
+            text = torch.empty(batch, 77, 2048)
+            unet(x, timestep, encoder_hidden_states=text, added_cond_kwargs=conditions)
+        added, keys_values = PromptProjector(unet)(
+            torch.empty(prompts, 77, 2048), torch.empty(prompts, 1280), torch.empty(6)
+        )
+        with FlopCounterMode(display=False) as ours:
+            noise = Denoiser(unet, 77)(x, timestep, added, keys_values)
+    assert noise.shape == x.shape
+    assert added.shape == (prompts, 1280)
+    assert keys_values.shape[1] * 2 / 1e6 == pytest.approx(25.6, abs=0.1)  # MB in fp16
+    assert ours.get_total_flops() < 0.85 * stock.get_total_flops()
+
+
+def test_a_unet_of_another_kind_is_refused(tmp_path: Path):
+    unet = small_parts(tmp_path).unet
+    unet.register_to_config(addition_embed_type=None)
+    with pytest.raises(ValueError, match="SDXL's text_time conditioning"):
+        Denoiser(unet, 77)
+
+
+def test_graph_is_what_was_specified(decoder: Graph, tmp_path: Path):
+    import onnx
+
+    path = tmp_path / "decoder.onnx"
+    export_onnx(decoder, path, native_group_norm=True)
+    operators = {node.op_type for node in onnx.load(path).graph.node}
+    assert "GroupNormalization" in operators
+    export_onnx(decoder, path, native_group_norm=False)
+    operators = {node.op_type for node in onnx.load(path).graph.node}
+    assert "GroupNormalization" not in operators
+    assert measure_parity(decoder, path, EngineSpec(size_px=32, batch=4))["max_abs"] < 1e-4
+    session = OrtSession(path, "cpu")
+    with pytest.raises(ValueError, match=r"latents must be \[4, 4, 8, 8\]"):
+        session.run(torch.zeros(5, 4, 8, 8))
+
+    wrong = dataclasses.replace(decoder.output, shape=(4, 3, 64, 64))
+    with pytest.raises(RuntimeError, match="expected"):
+        export_onnx(dataclasses.replace(decoder, output=wrong), path, native_group_norm=False)
+
+    weight = next(decoder.module.parameters())
+    weight.data[0, 0] += 0.5
+    with pytest.raises(BundleError, match="differs from torch"):
+        measure_parity(decoder, path, EngineSpec(size_px=32, batch=4))
+    weight.data[0, 0] = torch.nan
+    export_onnx(decoder, path, native_group_norm=False)
+    with pytest.raises(BundleError, match="NaN or infinite"):
+        measure_parity(decoder, path, EngineSpec(size_px=32, batch=4))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_ort_on_the_cpu_is_fp32_only(tmp_path: Path, precision: Any):
+    spec = EngineSpec(size_px=32, precision=precision)
+    with pytest.raises(Unavailable, match="--precision fp32"):
+        open_ort_bundle(None, None, spec, tokens=77, bundles=tmp_path)  # type: ignore[arg-type]
+
+
+def fill(folder: Path) -> dict[str, Any]:
+    """Stands in for a build."""
+    (folder / "graph.onnx").write_bytes(b"0123456789")
+    return {"parity": {}}
+
+
+def test_a_bundle_is_built_once_and_then_found(tmp_path: Path):
+    first = find_or_build(tmp_path, KEY, fill)
+    assert first.built
+    assert first.size_bytes == 10
+    second = find_or_build(tmp_path, KEY, fail)
+    assert not second.built
+    assert second.manifest == first.manifest
+    other = KEY | {"libraries": {"torch": "2.12"}}
+    assert bundle_name(other) != bundle_name(KEY)
+    assert find_or_build(tmp_path, other, fill).built
+
+
+def fail(folder: Path) -> dict[str, Any]:
+    raise AssertionError(f"built again in {folder}")
+
+
+def test_damage_is_named(tmp_path: Path):
+    folder = find_or_build(tmp_path, KEY, fill).folder
+    graph, manifest = folder / "graph.onnx", folder / "manifest.json"
+    graph.write_bytes(b"01234")
+    with pytest.raises(BundleError, match=r"graph\.onnx has 5 bytes, expected 10: remove"):
+        find_or_build(tmp_path, KEY, fail)
+    graph.write_bytes(b"0123456780")
+    with pytest.raises(BundleError, match=r"graph\.onnx was changed"):
+        find_or_build(tmp_path, KEY, fail)
+    graph.unlink()
+    with pytest.raises(BundleError, match=r"graph\.onnx is missing"):
+        open_bundle(folder)
+    graph.write_bytes(b"0123456789")
+    assert open_bundle(folder, KEY).size_bytes == 10
+
+    content = json.loads(manifest.read_text())
+    content["key"]["batch"] = 64
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=r"manifest\.json was changed"):
+        open_bundle(folder)
+    manifest.write_text("{")
+    with pytest.raises(BundleError, match=r"manifest\.json was changed"):
+        open_bundle(folder)
+    manifest.unlink()
+    with pytest.raises(BundleError, match="is no bundle"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("gpu", "NVIDIA H100"), ("libraries", {"torch": "2.12"}), ("batch", 16), ("size_px", 224)],
+)
+def test_another_key_is_never_loaded(tmp_path: Path, field: str, value: Any):
+    folder = find_or_build(tmp_path, KEY, fill).folder
+    with pytest.raises(BundleError, match=f"was built for {field}"):
+        open_bundle(folder, KEY | {field: value})
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path):
+    def full_disk(folder: Path) -> dict[str, Any]:
+        fill(folder)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(BundleError, match=r"No space left on device.*--bundles"):
+        find_or_build(tmp_path, KEY, full_disk)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert find_or_build(tmp_path, KEY, fill).built
+
+
+def slow_fill(folder: Path) -> dict[str, Any]:
+    fill(folder)
+    (folder.parent / "started").touch()
+    time.sleep(1.0)
+    return {"parity": {}}
+
+
+def build_slowly(bundles: Path, results: Any) -> None:
+    results.put(find_or_build(bundles, KEY, slow_fill).built)
+
+
+def start_builder(bundles: Path, results: Any) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(
+        target=build_slowly, args=(bundles, results)
+    )
+    process.start()
+    return process  # type: ignore[return-value]
+
+
+def test_two_builders_at_once_make_one_bundle(tmp_path: Path):
+    results = multiprocessing.get_context("fork").Queue()
+    builders = [start_builder(tmp_path, results) for _ in range(2)]
+    assert sorted(results.get(timeout=30) for _ in builders) == [False, True]
+    for builder in builders:
+        builder.join()
+
+
+def test_a_killed_build_is_recovered_from(tmp_path: Path):
+    builder = start_builder(tmp_path, multiprocessing.get_context("fork").Queue())
+    while not (tmp_path / "started").exists():
+        time.sleep(0.01)
+    assert builder.pid is not None
+    os.kill(builder.pid, signal.SIGKILL)
+    builder.join()
+    assert not (tmp_path / bundle_name(KEY)).exists()
+    assert find_or_build(tmp_path, KEY, fill).built
+    assert not list(tmp_path.glob(".*.partial"))
