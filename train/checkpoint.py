@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..engine.durable import full_disk_explained, replace_file
 
 Tensors = dict[str, Tensor]
+METADATA = "patchbloom"
 
 
 class CheckpointError(ValueError):
@@ -27,7 +28,8 @@ class CheckpointError(ValueError):
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, Any]) -> None:
     """Write `tensors` and plain JSON `metadata` to `path` atomically; OSError on a full disk."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(kept, {name: json.dumps(value) for name, value in metadata.items()})
+    # One key: safetensors writes several in random order, and equal content shall be equal bytes.
+    data = save(kept, {METADATA: json.dumps(metadata, sort_keys=True)})
     path.parent.mkdir(parents=True, exist_ok=True)
     with full_disk_explained(path, len(data)):
         replace_file(path, data)
@@ -37,7 +39,7 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """What `write_tensors` wrote; CheckpointError for a file that is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
