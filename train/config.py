@@ -214,10 +214,10 @@ RECIPES: dict[RecipeName, Recipe] = {
         "full cosine, no CutMix",
         image_size=64,
         teacher=TeacherConfig(
-            network="convnet-d4-w32to128",
+            network="convnet-d4-w24to96",
             size_px=64,
-            epochs=12,
-            batch=64,
+            epochs=4,
+            batch=32,
             learning_rate=2e-3,
             crop_scale=(0.5, 1.0),
         ),

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from ..engine.images import ImageSet, stream_center
 from .normalisation import IMAGENET, Normalisation
 
-BATCH = 100  # images a forward pass; larger ones leave the cache of a CPU core
+FORWARD_BATCH = {"cpu": 32, "cuda": 256}
+"""Images per forward pass. CPU, convnet-d4-w24to96 at 64 px, one core: 0.80 ms an image at 32,
+1.06 at 64, 1.25 at 128, where the activations leave the cache."""
 
 
 @torch.inference_mode()
@@ -32,7 +34,11 @@ def accuracies(
     right = torch.zeros(len(networks), dtype=torch.int64)
     seen = 0
     stream = stream_center(
-        images, size_px=size_px, batch=BATCH, device=str(device), skip_corrupt=skip_corrupt
+        images,
+        size_px=size_px,
+        batch=FORWARD_BATCH[device.type],
+        device=str(device),
+        skip_corrupt=skip_corrupt,
     )
     for batch in stream:
         inputs_BCHW = normalisation.of_uint8(batch.pixels_BPHWC[:, 0])

@@ -23,12 +23,11 @@ from torch.nn.functional import interpolate
 from ..engine.backends import resolve_device
 from ..engine.class_names import imagenet_names
 from .checkpoint import CheckpointError, Tensors, read_tensors, write_tensors
+from .evaluation import FORWARD_BATCH
 from .networks import TORCHVISION, build_network
 from .normalisation import IMAGENET, Normalisation
 
 SCHEMA = "patchbloom.teacher/1"
-BATCH = 128
-"""Images per forward pass when many are asked about at once."""
 
 
 class Teacher:
@@ -62,7 +61,7 @@ class Teacher:
         Images of another size than the teacher's are resized (bilinear, antialiased).
         """
         answers = []
-        for part_BCHW in inputs_BCHW.split(BATCH):
+        for part_BCHW in inputs_BCHW.split(FORWARD_BATCH[self.device.type]):
             images = self.normalisation.from_other(part_BCHW.to(self.device), normalisation)
             if images.shape[-2:] != (self.size_px, self.size_px):
                 size = (self.size_px, self.size_px)
@@ -73,8 +72,9 @@ class Teacher:
 
     def logits_from_uint8(self, images_NHWC: Tensor) -> Tensor:
         """fp32 [N, K] for uint8 images [N, H, W, 3]."""
-        parts = (self.normalisation.of_uint8(part) for part in images_NHWC.split(BATCH))
-        return torch.cat([self.logits(part, self.normalisation) for part in parts])
+        parts = images_NHWC.split(FORWARD_BATCH[self.device.type])
+        own = self.normalisation
+        return torch.cat([self.logits(own.of_uint8(part), own) for part in parts])
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says about it."""
