@@ -16,7 +16,10 @@ from typing import Any, TypeVar
 
 Parsed = TypeVar("Parsed")
 # tyro draws a box around a usage error, and closes it with a hint that we give ourselves.
-_BOX = re.compile(r"[│╭╮╰╯─]+|For full helptext,.*|Error parsing [^:]*:|\(required\)")
+_BOX = re.compile(r"[│╭╮╰╯─]+|-{5,}|For full helptext,.*|Error parsing [^:]*:|\(required\)")
+_BAD_VALUE = re.compile(
+    r"Error parsing (\S+): .*?'([^']*)'.* Argument helptext: \S+ (?:\{None\}\|)?([A-Z]+) "
+)
 
 
 def run_command(
@@ -43,6 +46,10 @@ def _parse_in_one_line(program: str, parse: Callable[[], Parsed]) -> Parsed:
     except SystemExit as end:
         if end.code in (0, None):
             raise
+    bad = _BAD_VALUE.search(" ".join(re.sub(r"[│─]+|-{5,}", "", boxed.getvalue()).split()))
+    if bad is not None:
+        option, value, kind = bad.groups()
+        raise ValueError(f"{option}: expected {kind}, got {value!r} (see {program} --help)")
     lines = [_BOX.sub("", line) for line in boxed.getvalue().splitlines()[1:]]
     told = " ".join(" ".join(lines).split()) or "the command line cannot be parsed"
     raise ValueError(f"{told} (see {program} --help)")
