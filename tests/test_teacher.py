@@ -31,14 +31,14 @@ IDS = ("a", "b", "c")
 
 
 class Silent:
-    """A Report that keeps the curves, and stops the training after `stop_after` epochs."""
+    """A Report that keeps the curves, and stops the training in step `stop_at`."""
 
-    def __init__(self, stop_after: int | None = None) -> None:
+    def __init__(self, stop_at: int | None = None) -> None:
         self.curves: dict[str, list[float]] = {}
-        self.stop_after = stop_after
+        self.stop_at = stop_at
 
     def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
-        if done == self.stop_after:
+        if self.stop_at is not None and done == self.stop_at * CONFIG.batch:
             raise KeyboardInterrupt
 
     def scalar(self, tag: str, step: int, value: float) -> None:
@@ -145,9 +145,10 @@ def test_training_learns_and_tells(sets, tmp_path: Path) -> None:
 
 def test_a_killed_training_resumes_to_the_same_weights(sets, tmp_path: Path) -> None:
     whole = train_teacher(*sets, CONFIG, tmp_path / "whole", Silent())
-    for stop_after in (1, 2):
+    steps = len(sets[0]) // CONFIG.batch
+    for stop_at in (2, steps + 2, 3 * steps):
         with pytest.raises(KeyboardInterrupt):
-            train_teacher(*sets, CONFIG, tmp_path / "killed", Silent(stop_after))
+            train_teacher(*sets, CONFIG, tmp_path / "killed", Silent(stop_at))
     resumed = train_teacher(*sets, CONFIG, tmp_path / "killed", Silent())
     assert resumed.sha256 == whole.sha256
     assert resumed.accuracy == whole.accuracy

@@ -57,8 +57,7 @@ def train_teacher(
         return load_teacher(str(final), train_set.class_ids, device=config.device)
     training = _TeacherTraining(train_set, config, folder / CHECKPOINT, identity, skip_corrupt)
     for epoch in range(training.epoch, config.epochs):
-        report.progress("teacher", epoch, config.epochs, "epochs")
-        report.scalar("teacher/loss", epoch, training.train_epoch(epoch))
+        report.scalar("teacher/loss", epoch, training.train_epoch(epoch, report))
         if epoch + 1 < config.epochs:
             training.save(epoch + 1)
     size_px, device = config.size_px, training.device
@@ -76,7 +75,7 @@ def train_teacher(
     teacher.save(final, config=identity)
     training.checkpoint.unlink(missing_ok=True)
     report.scalar("teacher/accuracy", config.epochs, accuracy)
-    report.progress("teacher", config.epochs, config.epochs, "epochs", f"accuracy {accuracy:.1f} %")
+    report.say(f"teacher: {accuracy:.1f} % of {len(val_set)} validation images")
     return teacher
 
 
@@ -117,21 +116,20 @@ class _TeacherTraining:
         state = training_state(self.network, self.optimizer, "")
         write_tensors(self.checkpoint, state, {"config": self.identity, "epoch": epoch})
 
-    def train_epoch(self, epoch: int) -> float:
+    def train_epoch(self, epoch: int, report: Report) -> float:
         """One pass over the images in a new order; the mean loss."""
         config, steps = self.config, self._steps()
         self.network.train()
-        torch.manual_seed(config.seed + epoch)  # of dropout, where there is any
         total = torch.zeros((), device=self.device)
-        for step, (inputs_BCHW, labels_B) in enumerate(self._batches(epoch)):
-            rate = _learning_rate(config, epoch + step / steps, 1 / steps)
-            set_learning_rate(self.optimizer, rate)
-            logits_BK = self.network(inputs_BCHW)
-            loss = cross_entropy(logits_BK, labels_B, label_smoothing=config.label_smoothing)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            total += loss.detach()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(config.seed + epoch)  # of dropout, where there is any
+            for step, (inputs_BCHW, labels_B) in enumerate(self._batches(epoch)):
+                rate = _learning_rate(config, epoch + step / steps, 1 / steps)
+                set_learning_rate(self.optimizer, rate)
+                total += self._step(inputs_BCHW, labels_B)
+                done = epoch * steps + step + 1
+                images, last = done * config.batch, config.epochs * steps * config.batch
+                report.progress("teacher", images, last, "images")
         mean = float(total) / steps
         if not math.isfinite(mean):
             raise ValueError(
@@ -139,6 +137,15 @@ class _TeacherTraining:
                 f"({config.learning_rate})"
             )
         return mean
+
+    def _step(self, inputs_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        logits_BK = self.network(inputs_BCHW)
+        smoothing = self.config.label_smoothing
+        loss = cross_entropy(logits_BK, labels_B, label_smoothing=smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
 
     def _steps(self) -> int:
         return max(1, len(self.images) // self.config.batch)
