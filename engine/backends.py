@@ -160,22 +160,27 @@ def open_backend(
 
     Unavailable: what it needs is missing. BundleError: a bundle that is damaged or cannot be built.
     """
+    require_backend(name)
     if name == "auto":
         name = choose_backend(spec)
         print(f"backend: {name} on {spec.device}", file=sys.stderr)
     if name == "eager":
         return EagerBackend(parts, spec, tokens=tokens)
-    if name == "ort":
-        bundle = open_ort_bundle(model, parts, spec, tokens=tokens, bundles=bundles)
-        if bundle.built:
-            seconds, size_mb = bundle.manifest["report"]["seconds"], bundle.size_bytes / 1e6
-            print(f"built {bundle.folder} ({size_mb:.0f} MB) in {seconds:.0f} s", file=sys.stderr)
-        return OrtBackend(bundle, spec)
+    bundle = open_ort_bundle(model, parts, spec, tokens=tokens, bundles=bundles)
+    if bundle.built:
+        seconds, size_mb = bundle.manifest["report"]["seconds"], bundle.size_bytes / 1e6
+        print(f"built {bundle.folder} ({size_mb:.0f} MB) in {seconds:.0f} s", file=sys.stderr)
+    return OrtBackend(bundle, spec)
+
+
+def require_backend(name: BackendName) -> None:
+    """Unavailable unless the backend can run here; asked at once, before hours of other work."""
     if name == "trt":
         raise Unavailable(_why_no_tensorrt())
-    raise Unavailable(
-        f"the {name} backend is not part of this version: use --backend ort or --backend eager"
-    )
+    if name == "inductor":
+        raise Unavailable(
+            "the inductor backend is not part of this version: use --backend ort or --backend eager"
+        )
 
 
 def _why_no_tensorrt() -> str:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from patchbloom.engine import coreset, durable
 from patchbloom.train import cli
 from patchbloom.train.commands import STAGES, RunOptions, TrainPrior, TrainReport
 from patchbloom.train.config import PriorConfig
+from patchbloom.train.record import Record
 from patchbloom.train.shapes import write_shapes
+from patchbloom.train.stages import RunFolder
 
 RUN_OPTIONS = [
     "data",
@@ -71,6 +76,12 @@ PRIOR_CONFIG = [
     "substeps",
     "seed",
 ]
+
+SMALL = (
+    *("--recipe", "small", "--image-size", "32", "--seeds", "1"),
+    *("--teacher", "convnet-d3-w8", "--student", "convnet-d3-w8"),
+    *("--teacher-epochs", "1", "--epochs", "1"),
+)
 
 
 @dataclass
@@ -169,7 +180,7 @@ def test_help_is_quick_and_imports_no_heavy_library(stage: str) -> None:
         (["--rho", "1.2"], "--rho 1.2: expected more than 0, and 1 at most"),
         (["--factor", "0"], "--factor 0: expected 1 or more"),
         (["--ipc", "0"], "--ipc 0: expected 1 or more"),
-        (["--epochs", "ten"], "invalid choice 'ten' for argument '--epochs'"),
+        (["--epochs", "ten"], "--epochs: expected INT, got 'ten'"),
         (["--recipe", "large"], "invalid choice 'large' for argument '--recipe'"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--colour", "red"], "--colour"),
@@ -245,19 +256,133 @@ def test_an_unknown_network(train: Command, shapes: Path, tmp_path: Path, option
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_that_would_be_no_smaller(train: Command, shapes: Path, tmp_path: Path) -> None:
+    options = ("--method", "rded", "--labels", "topk")
+    error = train("--data", shapes, "--out", tmp_path / "run", *options).error
+    assert "--labels topk keeps 10 of 10 probabilities, no less than dense" in error
+
+
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--device", "cuda"], "torch finds no CUDA GPU here"),
-        (["--backend", "trt"], "trt"),
+        (["--device", "cuda"], "torch finds no CUDA GPU here: run on a machine with an NVIDIA GPU"),
+        (["--backend", "trt"], "the trt backend needs an NVIDIA GPU, and torch finds none here"),
+        (["--backend", "inductor"], "the inductor backend is not part of this version"),
     ],
 )
-def test_what_this_machine_lacks(
+def test_what_this_machine_lacks_is_told_before_anything_is_trained(
     train: Command, shapes: Path, tmp_path: Path, options: list[str], told: str
 ) -> None:
-    error = train("--data", shapes, "--out", tmp_path / "run", *options).error
-    assert told in error
+    assert told in train("--data", shapes, "--out", tmp_path / "run", *options).error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "text"])
+def test_an_image_that_cannot_be_decoded_is_named(
+    train: Command, data: Path, tmp_path: Path, damage: str
+) -> None:
+    path = sorted((data / "train" / "star").iterdir())[2]
+    path.write_bytes(path.read_bytes()[:700] if damage == "cut" else b"this is no picture\n")
+    options = ("--method", "rded", *SMALL)
+    error = train("teacher", "--data", data, "--out", tmp_path / "run", *options).error
+    assert str(path) in error
+    assert "--skip-corrupt" in error
+
+
+def test_skip_corrupt_goes_on_and_counts(train: Command, data: Path, tmp_path: Path) -> None:
+    damaged = [sorted((data / "train" / name).iterdir())[0] for name in ("star", "disc")]
+    damaged.append(next((data / "val" / "ring").iterdir()))
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:700])
+    options = ("--skip-corrupt", "--method", "rded", *SMALL)
+    outcome = train("coreset", "--data", data, "--out", tmp_path / "run", *options)
+    assert outcome.result["skipped_images"] == {"train": 2, "val": 1}
+    for path in damaged:
+        assert f"skipped, it cannot be decoded: {path}" in outcome.err
+    path = sorted((data / "train" / "star").iterdir())[1]
+    path.write_bytes(b"")
+    path.with_name("00002.jpg").write_bytes(b"")
+    error = train("coreset", "--data", data, "--out", tmp_path / "again", *options).error
+    assert "class 'star' has 3 training images, but ipc · factor² = 4 patches are wanted" in error
+
+
+def test_a_changed_byte_in_a_coreset(train: Command, shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--data", shapes, "--out", out, "--method", "random", *SMALL)
+    train("coreset", *options).result  # noqa: B018
+    path = out / "coreset" / "patches" / "star" / "000001.png"
+    path.write_bytes(path.read_bytes()[:-9] + b"x" + path.read_bytes()[-8:])
+    error = train("student", *options).error
+    assert f"{path} is not as the coreset stage left it (it was changed)" in error
+    path.unlink()
+    error = train("student", *options).error
+    assert "(it is missing)" in error
+    assert "restore it, or start again with --overwrite" in error
+
+
+def test_other_options_than_before_are_refused(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    options = ("--data", shapes, "--out", tmp_path / "run", "--method", "random", *SMALL)
+    first = train("teacher", *options).result
+    assert first == train("teacher", *options).result
+    error = train("teacher", *options, "--seed", "7").error
+    assert "was run with --seed = 0, now asked for 7: give the same options" in error
+    error = train("teacher", *options, "--teacher-epochs", "3").error
+    assert "was run with --teacher-epochs = 1, now asked for 3" in error
+    again = train("teacher", *options, "--seed", "7", "--overwrite").result
+    assert again["teacher"]["sha256"] != first["teacher"]["sha256"]
+
+
+def test_another_process_at_work_in_the_folder(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    options = ("--data", shapes, "--out", tmp_path / "run", "--method", "rded", *SMALL)
+    with Record() as record, RunFolder(tmp_path / "run", record):
+        error = train(*options, "--resume").error
+    assert f"another process works in {tmp_path / 'run'}" in error
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes more rights than this user has")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk(train: Command, shapes: Path, small_disk: Path) -> None:
+    options = ("--data", shapes, "--method", "rded", *SMALL, "--teacher", "convnet-d3-w64")
+    error = train("--out", small_disk / "run", *options).error
+    assert f"no space left for {small_disk / 'run'}" in error
+    assert "free some, or choose an --out on another disk" in error
+
+
+@pytest.mark.parametrize("full", ["teacher", "coreset", "students", "stages"])
+def test_a_disk_that_is_full_at_any_moment_and_resumed(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """As the small disk, at every writer and for every user: the kernel's error, then --resume."""
+    out = tmp_path / "run"
+
+    def refuse(path: Path, data: bytes) -> None:
+        if full in path.parts[len(out.parts) :]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, data)
+
+    write = durable.write_durably
+    with monkeypatch.context() as patch:
+        for module in (durable, coreset):
+            patch.setattr(module, "write_durably", refuse)
+        options = ("--data", shapes, "--out", out, "--method", "random", "--no-ceiling", *SMALL)
+        error = train(*options).error
+    assert f"no space left for {out}" in error
+    assert set(train(*options, "--resume").result["accuracy"]) == {"random"}
 
 
 def test_an_interrupted_download(

@@ -26,15 +26,13 @@ from .pictures import (
     rendered_sheet,
     write_picture,
 )
-from .plan import Plan
+from .plan import TOP_K, Plan
 from .record import Record
 from .sources import describe_model, open_source, rendering_rate
 from .stages import RunFolder, StageResult, settings_by_option
 from .summary import REAL, provenance
 from .teacher import Teacher, load_teacher
 from .teacher_training import TEACHER, train_teacher
-
-TOP_K = 10
 
 
 class Distillation:
@@ -48,7 +46,6 @@ class Distillation:
         plan = self.plan
         config = {
             "--data": plan.data_sha256,
-            "--skip-corrupt": plan.options.skip_corrupt,
             **settings_by_option("teacher", asdict(plan.teacher)),
         }
         if plan.teacher_source is not None:
@@ -59,10 +56,7 @@ class Distillation:
         plan, folder = self.plan, self.run.folder / "teacher"
         if plan.teacher_source is not None:
             return StageResult(self.teacher.describe())
-        skip = plan.options.skip_corrupt
-        teacher = train_teacher(
-            plan.train, plan.val, plan.teacher, folder, self.report, skip_corrupt=skip
-        )
+        teacher = train_teacher(plan.train, plan.val, plan.teacher, folder, self.report)
         losses = self.report.curves.get("teacher/loss", [])
         return StageResult({**teacher.describe(), "losses": losses}, [folder / TEACHER])
 
@@ -91,7 +85,6 @@ class Distillation:
             "--data": plan.data_sha256,
             "--method": list(plan.options.methods),
             "--class-names": list(plan.class_names),
-            "--skip-corrupt": plan.options.skip_corrupt,
             "teacher": self.teacher_stage()["sha256"],
             **{f"--{name.replace('_', '-')}": value for name, value in self._sizes().items()},
             **self._model_settings(),
@@ -127,7 +120,6 @@ class Distillation:
             outputs += [coreset.folder / name for name in patches]
             result[method] = {
                 "patches_sha256": hashlib.sha256(canonical(patches)).hexdigest(),
-                "skipped": len(selections[kind].skipped),
                 "evals": coreset.manifest["model"]["evals"] if method == "dace" else 0,
             }
         shown = open_coreset(self.run.folder / "coreset", verify=False)
@@ -137,7 +129,7 @@ class Distillation:
     def _select(self, kind: Any) -> PatchSelection:
         plan = self.plan
         teacher = None if kind == "random" else self.teacher
-        selection = select_patches(
+        return select_patches(
             plan.train,
             None if teacher is None else teacher.logits_from_uint8,
             ipc=plan.options.ipc,
@@ -148,15 +140,11 @@ class Distillation:
             seed=plan.options.seed,
             method=kind,
             device=plan.device,
-            skip_corrupt=plan.options.skip_corrupt,
             progress=lambda done, total: self.report.progress(
                 f"patches, {kind}", done, total, "images"
             ),
             canvas_rgb=(IMAGENET if teacher is None else teacher.normalisation).rgb(),
         )
-        for path in selection.skipped:
-            self.report.say(f"skipped, it cannot be decoded: {plan.train.root / path}")
-        return selection
 
     def _write(self, method: str, kind: str, selection: PatchSelection) -> Coreset:
         plan, sizes = self.plan, self._sizes()
@@ -258,7 +246,6 @@ class Distillation:
                 folder=folder,
                 report=self.report,
                 name=method,
-                skip_corrupt=plan.options.skip_corrupt,
             )
             if isinstance(labels, RecordedLabels):
                 self._attach(method, labels)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..engine.backends import resolve_device
+from ..engine.backends import require_backend, resolve_device
 from ..engine.class_names import display_names
 from ..engine.config import ExpandConfig
 from ..engine.images import ImageSet, check_same_classes, open_image_set
@@ -22,6 +22,7 @@ from .networks import TORCHVISION, build_network
 from .record import Report
 from .shapes import GENERATOR_VERSION, write_shapes
 
+TOP_K = 10  # probabilities that --labels topk keeps
 SMALL_MODEL_PX = 128  # models up to this size are toys: the `small` recipe fits them
 
 
@@ -69,6 +70,8 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     Raises ValueError or OSError, one clear line each, for what does not fit together.
     """
     device = resolve_device(options.device)
+    if "dace" in options.methods:
+        require_backend(options.backend)
     data = data_folder(options.data, options.shapes_per_class, report)
     train, val = open_image_set(data, "train"), open_image_set(data, "val")
     check_same_classes(train, val)
@@ -82,7 +85,8 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             f"--factor {factor}: expected a divisor of the image size, {image_size} px: "
             "patches are image size / factor wide"
         )
-    _check_images_per_class(train, options.ipc * factor**2)
+    _check_labels(options, len(train.class_ids))
+    check_images_per_class(train, options.ipc * factor**2)
     student = recipe.student_for(
         ipc=options.ipc, factor=factor, classes=len(train.class_ids), network=options.student
     )
@@ -172,6 +176,14 @@ def _choose_recipe(
     return recipe
 
 
+def _check_labels(options: RunOptions, classes: int) -> None:
+    if options.labels == "topk" and classes <= 2 * TOP_K:
+        raise ValueError(
+            f"--labels topk keeps {TOP_K} of {classes} probabilities, no less than dense: "
+            "give --labels dense"
+        )
+
+
 def _choose_teacher(given: str | None, recipe: Recipe) -> tuple[str | None, str]:
     """What to load, if anything, and the network that is trained, or that a state dict is of."""
     network = recipe.teacher.network
@@ -206,7 +218,8 @@ def model_px(model: ModelSource) -> int:
     return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def _check_images_per_class(train: ImageSet, needed: int) -> None:
+def check_images_per_class(train: ImageSet, needed: int) -> None:
+    """ValueError when a class has fewer than `needed` images: a patch is taken of each."""
     counts = [int((train.labels == index).sum()) for index in range(len(train.class_ids))]
     fewest = min(range(len(counts)), key=counts.__getitem__)
     if counts[fewest] < needed:

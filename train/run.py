@@ -9,6 +9,7 @@ from ..engine.durable import full_disk_explained, replace_file
 from ..export.hub import DownloadError
 from ..export.models import Unavailable
 from .commands import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
+from .damaged import leave_out_damaged
 from .distil import Distillation
 from .pictures import curves
 from .plan import make_plan
@@ -37,13 +38,16 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
                 full_disk_explained(options.out, NEEDED_BYTES),
                 RunFolder(options.out, report) as run,
             ):
-                return _run(Distillation(plan, run, report, line), options)
+                skipped: dict[str, int] = {}
+                if options.skip_corrupt:
+                    plan, skipped = leave_out_damaged(plan, run, report)
+                return _run(Distillation(plan, run, report, line), options, skipped)
     except (DownloadError, Unavailable) as error:
         raise ValueError(str(error)) from error
 
 
-def _run(job: Distillation, options: RunOptions) -> dict[str, Any]:
-    out = {"run": str(options.out)}
+def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dict[str, Any]:
+    out = {"run": str(options.out), "skipped_images": skipped}
     teacher = job.teacher_stage()
     if isinstance(options, TrainTeacher):
         return {**out, "teacher": teacher}
@@ -57,11 +61,11 @@ def _run(job: Distillation, options: RunOptions) -> dict[str, Any]:
     if options.ceiling:
         students[REAL] = job.student_stage(REAL)
     if isinstance(options, Train):
-        return _report(job, students)
+        return _report(job, students, skipped)
     return {**out, "students": students}
 
 
-def _report(job: Distillation, students: dict[str, Any]) -> dict[str, Any]:
+def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]) -> dict[str, Any]:
     """The last stage: summary.json, curves, report.html; returns what people look for first."""
     folder = job.run.folder
 
@@ -73,6 +77,7 @@ def _report(job: Distillation, students: dict[str, Any]) -> dict[str, Any]:
             students=students,
             coresets=job.coresets(),
             seconds=job.run.seconds(),
+            skipped=skipped,
         )
         losses = {name: list(enumerate(_mean_losses(result))) for name, result in students.items()}
         panels = {"students: KL to the teacher": losses}
@@ -90,7 +95,7 @@ def _report(job: Distillation, students: dict[str, Any]) -> dict[str, Any]:
     return {
         "run": str(folder),
         "report": str(folder / "report.html"),
-        **{key: summary[key] for key in (*first, "content_sha256")},
+        **{key: summary[key] for key in (*first, "content_sha256", "skipped_images")},
     }
 
 

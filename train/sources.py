@@ -31,7 +31,6 @@ def open_source(plan: Plan, method: str, coreset: Coreset | None) -> Iterator[Im
             size_px=plan.image_size,
             seed=plan.options.seed,
             device=plan.device,
-            skip_corrupt=plan.options.skip_corrupt,
         )
         return
     patches_NHWC, labels_N = coreset.patches(), coreset.labels_N

@@ -42,6 +42,7 @@ def make_summary(
     students: Mapping[str, Mapping[str, Any]],
     coresets: Mapping[str, Mapping[str, Any]],
     seconds: Mapping[str, float],
+    skipped: Mapping[str, int],
 ) -> dict[str, Any]:
     """The summary. `students`: results of the student stages by method, `real` among them."""
     options = plan.options
@@ -61,7 +62,7 @@ def make_summary(
         "evals_per_image": {m: coresets[m]["evals"] for m in options.methods},
         "bytes": {m: coresets[m]["bytes"] for m in options.methods},
         "content_sha256": {m: coresets[m]["content_sha256"] for m in options.methods},
-        "skipped_images": {m: coresets[m]["skipped"] for m in options.methods},
+        "skipped_images": dict(skipped),
         "students": {name: dict(result) for name, result in students.items()},
         "teacher": dict(teacher),
         "data": {

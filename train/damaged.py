@@ -1,0 +1,55 @@
+"""--skip-corrupt: images that cannot be decoded are found, named, counted and left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ..engine.images import ImageSet, InputError, stream_center
+from .plan import Plan, check_images_per_class, images_sha256
+from .record import Report
+from .stages import RunFolder, StageResult
+
+
+def leave_out_damaged(plan: Plan, run: RunFolder, report: Report) -> tuple[Plan, dict[str, int]]:
+    """The plan without such images, and how many of each split were left out.
+
+    Every file is decoded once, in a stage of its own: what comes after sees whole images only.
+    Raises InputError when a class has none left, ValueError when it has too few.
+    """
+
+    def find() -> StageResult:
+        return StageResult({s.split: _damaged(s, plan, report) for s in (plan.train, plan.val)})
+
+    found = run.stage("data", {"--data": plan.data_sha256}, find)
+    train, val = (_without(images, found[images.split]) for images in (plan.train, plan.val))
+    check_images_per_class(train, plan.options.ipc * plan.factor**2)
+    left = replace(plan, train=train, val=val, data_sha256=images_sha256(train, val))
+    return left, {split: len(paths) for split, paths in found.items()}
+
+
+def _damaged(images: ImageSet, plan: Plan, report: Report) -> list[str]:
+    stream = stream_center(images, size_px=plan.image_size, device=plan.device, skip_corrupt=True)
+    done = 0
+    for batch in stream:
+        done += len(batch.labels_B)
+        report.progress(f"decode {images.split}", done, len(images), "images")
+    paths = sorted(images.paths[index] for index in stream.skipped)
+    for path in paths:
+        report.say(f"skipped, it cannot be decoded: {images.root / path}")
+    return paths
+
+
+def _without(images: ImageSet, paths: list[str]) -> ImageSet:
+    left_out = set(paths)
+    kept = np.array([path not in left_out for path in images.paths])
+    labels = images.labels[kept]
+    for index, class_id in enumerate(images.class_ids):
+        if not (labels == index).any():
+            raise InputError(
+                f"{images.root / class_id}: not one image in it can be decoded: "
+                "add images or remove the folder"
+            )
+    whole = tuple(path for path in images.paths if path not in left_out)
+    return replace(images, paths=whole, labels=labels)
