@@ -285,7 +285,7 @@ def test_an_image_that_cannot_be_decoded_is_named(
     path = sorted((data / "train" / "star").iterdir())[2]
     path.write_bytes(path.read_bytes()[:700] if damage == "cut" else b"this is no picture\n")
     options = ("--method", "rded", *SMALL)
-    error = train("teacher", "--data", data, "--out", tmp_path / "run", *options).error
+    error = train("coreset", "--data", data, "--out", tmp_path / "run", *options).error
     assert str(path) in error
     assert "--skip-corrupt" in error
 
