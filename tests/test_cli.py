@@ -17,6 +17,7 @@ from patchbloom.engine import coreset, durable
 from patchbloom.train import cli
 from patchbloom.train.commands import STAGES, RunOptions, TrainPrior, TrainReport
 from patchbloom.train.config import PriorConfig
+from patchbloom.train.prior_model import new_parts, save_parts
 from patchbloom.train.record import Record
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.stages import RunFolder
@@ -238,6 +239,15 @@ def test_a_factor_that_does_not_fit_the_image(
     assert f"--factor {factor}: expected a divisor of the image size, 64 px" in error
 
 
+def test_an_image_size_that_the_model_cannot_make(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    save_parts(new_parts(32, tmp_path / "tokenizer"), tmp_path / "model")
+    options = ("--model", tmp_path / "model", "--image-size", "34")
+    error = train("--data", shapes, "--out", tmp_path / "run", *options).error
+    assert "--image-size 34: expected a multiple of 4, by which the VAE of model makes" in error
+
+
 def test_an_unknown_model(train: Command, shapes: Path, tmp_path: Path) -> None:
     error = train("--data", shapes, "--out", tmp_path / "run", "--model", "sdxl-huge").error
     assert "unknown model 'sdxl-huge': it is neither a folder nor one of sdxl-turbo" in error
@@ -432,3 +442,71 @@ def test_a_run_is_neither_resumed_nor_replaced_unasked(
 def test_a_report_without_a_run(train: Command, tmp_path: Path) -> None:
     error = train("report", tmp_path).error
     assert "has no summary.json: give the folder of a finished run" in error
+
+
+def test_the_main_job_leaves_numbers_pictures_and_one_page(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    outcome = train("--data", shapes, "--out", out, "--method", "random,rded", *SMALL)
+    result = outcome.result
+    assert list(result["accuracy"]) == list(result["images_per_s"]) == ["random", "rded"]
+    for mean, std in [*result["accuracy"].values(), result["ceiling"]]:
+        assert 0 <= mean <= 100
+        assert std is None  # of one student
+    assert result["bytes"]["rded"]["with_labels"] > result["bytes"]["rded"]["without_labels"] > 0
+    stages = ["teacher", "coreset", "student-random", "student-rded", "student-real"]
+    assert list(result["seconds"]) == stages
+    assert "fresh real images (ceiling)" in outcome.out
+    assert len(list(out.glob("coreset/patches/*/*.png"))) == 40
+    assert len(list(out.glob("coreset-rded/patches/*/*.png"))) == 40
+    assert list(out.glob("tensorboard/events.*"))
+    pictures = {path.stem for path in out.glob("pictures/*.png")}
+    assert pictures == {
+        *("coreset", "curves", "rendered-random", "rendered-rded", "rendered-real"),
+    }
+    page = (out / "report.html").read_text()
+    assert page.count("src='data:image/png;base64,") == len(pictures)
+    assert "http" not in page.replace(str(tmp_path), "")
+    (out / "report.html").unlink()
+    train("report", out).result  # noqa: B018
+    assert (out / "report.html").read_text() == page
+
+
+def test_the_generated_set_is_written_once(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = ("--data", "shapes", "--shapes-per-class", "5", "--method", "random", *SMALL)
+    first = train("coreset", *options, "--out", tmp_path / "a")
+    assert "writing the generated set" in first.err
+    again = train("coreset", *options, "--out", tmp_path / "b")
+    assert "writing the generated set" not in again.err
+    names = [o.result["coresets"]["random"]["content_sha256"] for o in (first, again)]
+    assert names[0] == names[1]
+    (folder,) = (tmp_path / "cache" / "patchbloom").iterdir()
+    assert len(list(folder.glob("train/*/*.jpg"))) == 50
+    assert len(list(folder.glob("val/*/*.jpg"))) == 10
+
+
+def test_a_prior_is_made_resumed_and_not_mixed(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    steps = [f"--{name.replace('_', '-')}" for name in PRIOR_CONFIG if name.endswith("_steps")]
+    batches = ("--vae-batch", "2", "--unet-batch", "2", "--substeps", "1", "--image-size", "32")
+    options = ("--data", shapes, "--out", out, *batches, *(w for s in steps for w in (s, "1")))
+    result = train("prior", *options).result
+    assert result["images"] == 60
+    assert result["card"]["class_names"] == sorted(p.name for p in (shapes / "train").iterdir())
+    assert str(tmp_path) not in json.dumps({**result["card"], "made_by": ""})
+    assert "is not empty: --resume or --overwrite the model there" in train("prior", *options).error
+    again = train("prior", *options, "--resume").result
+    assert again["weights_sha256"] == result["weights_sha256"]
+    error = train("prior", *options, "--resume", "--seed", "3").error
+    assert "was begun with --seed 0, now 3: give the same options to --resume" in error
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    for option in ("--overwrite", "--resume"):
+        error = train("prior", *options, option, "--out", tmp_path / "other").error
+        assert "is not empty: choose another --out" in error

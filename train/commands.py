@@ -148,7 +148,7 @@ class TrainStudent(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """Draw the pictures and write the report of a finished run again."""
+    """Write the report of a finished run again, from its summary and pictures."""
 
     run: Positional[Path]
     """The run folder: the one with summary.json in it."""

@@ -196,7 +196,7 @@ def _require_fit(
                 )
 
 
-_AGAIN = "label anew with --labels record, or ask the teacher with --labels online"
+_AGAIN = "label anew in another --out, or ask the teacher with --labels online"
 
 
 def record_labels(

@@ -80,6 +80,11 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     recipe = _choose_recipe(options, device, model, report)
     image_size = options.image_size or _native_px(model, recipe) or recipe.image_size
     factor = options.factor or recipe.factor
+    if model is not None and image_size % _vae_factor(model):
+        raise ValueError(
+            f"--image-size {image_size}: expected a multiple of {_vae_factor(model)}, by which "
+            f"the VAE of {model.name} makes images smaller"
+        )
     if image_size % factor:
         raise ValueError(
             f"--factor {factor}: expected a divisor of the image size, {image_size} px: "
@@ -214,8 +219,12 @@ def _native_px(model: ModelSource | None, recipe: Recipe) -> int | None:
 def model_px(model: ModelSource) -> int:
     """Side of the images that a model was trained at, from its configuration."""
     unet = json.loads((model.part("unet") / "config.json").read_text())
+    return unet["sample_size"] * _vae_factor(model)
+
+
+def _vae_factor(model: ModelSource) -> int:
     vae = json.loads((model.part("vae") / "config.json").read_text())
-    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def check_images_per_class(train: ImageSet, needed: int) -> None:

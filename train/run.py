@@ -6,8 +6,6 @@ import json
 from typing import Any
 
 from ..engine.durable import full_disk_explained, replace_file
-from ..export.hub import DownloadError
-from ..export.models import Unavailable
 from .commands import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from .damaged import leave_out_damaged
 from .distil import Distillation
@@ -28,22 +26,16 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
     command's result, plain JSON. Raises ValueError or OSError, one clear line, for bad input.
     """
     goes_on = options.resume or not (isinstance(options, Train) or options.overwrite)
-    try:
-        with Record(options.out / "tensorboard") as report:
-            check_out(options.out, resume=goes_on, overwrite=options.overwrite)
-            plan = make_plan(options, report)
-            if options.overwrite:
-                remove_run(options.out)
-            with (
-                full_disk_explained(options.out, NEEDED_BYTES),
-                RunFolder(options.out, report) as run,
-            ):
-                skipped: dict[str, int] = {}
-                if options.skip_corrupt:
-                    plan, skipped = leave_out_damaged(plan, run, report)
-                return _run(Distillation(plan, run, report, line), options, skipped)
-    except (DownloadError, Unavailable) as error:
-        raise ValueError(str(error)) from error
+    with Record(options.out / "tensorboard") as report:
+        check_out(options.out, resume=goes_on, overwrite=options.overwrite)
+        plan = make_plan(options, report)
+        if options.overwrite:
+            remove_run(options.out)
+        with full_disk_explained(options.out, NEEDED_BYTES), RunFolder(options.out, report) as run:
+            skipped: dict[str, int] = {}
+            if options.skip_corrupt:
+                plan, skipped = leave_out_damaged(plan, run, report)
+            return _run(Distillation(plan, run, report, line), options, skipped)
 
 
 def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dict[str, Any]:
