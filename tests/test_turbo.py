@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import importlib.util
+import json
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from patchbloom.engine import prompts as prompts_module
+from patchbloom.engine import turbo as turbo_module
 from patchbloom.engine.batches import images_per_prompt, plan_batches
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.schedule import make_schedule
 from patchbloom.engine.turbo import Expander
-from patchbloom.export.models import ModelSource, Unavailable, find_model
+from patchbloom.export.models import ModelSource, Unavailable, find_model, weights_sha256
+from patchbloom.export.modules import PromptProjector
 from patchbloom.kernels.noise import Draw, normal, uniform
 from patchbloom.train.prior_model import new_parts, save_parts
 from torch import Tensor
@@ -68,43 +77,38 @@ def expander(
     return make
 
 
-class Noise:
-    """Our noise in place of torch's: start noise first, then one draw per sampler step."""
-
-    def __init__(self, samples: Tensor, seed: int = SEED) -> None:
-        self.samples, self.seed, self.calls = samples, seed, 0
-
-    def __call__(self, shape: tuple[int, ...], **_: object) -> Tensor:
-        draw = Draw.START if self.calls == 0 else Draw.ANCESTRAL + self.calls - 1
-        self.calls += 1
-        assert shape[0] == len(self.samples)
-        return normal(self.seed, draw, self.samples, EPOCH, tuple(shape[1:]))
+@pytest.fixture(scope="module")
+def peer():
+    """bench/diffusers_peer.py: diffusers' pipelines with our noise in their hands."""
+    path = Path(__file__).parents[1] / "bench" / "diffusers_peer.py"
+    spec = importlib.util.spec_from_file_location("diffusers_peer", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
-def pipelines(model: ModelSource) -> tuple:
-    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+def diffusers_images(model: ModelSource, peer) -> Callable[..., Tensor]:
+    """Images of diffusers' img2img pipeline for latents, with the noise of `samples`."""
+    pipeline = peer.open_pipeline(model.folder)
 
-    image_to_image = StableDiffusionXLImg2ImgPipeline.from_pretrained(
-        model.folder, add_watermarker=False
-    )
-    text_to_image = StableDiffusionXLPipeline(**image_to_image.components, add_watermarker=False)
-    for pipeline in (image_to_image, text_to_image):
-        pipeline.set_progress_bar_config(disable=True)
-    return image_to_image, text_to_image
+    def make(samples: Tensor, latents: Tensor, *, steps: int, rho: float) -> Tensor:
+        with peer.noise_of_ours(pipeline, samples, seed=SEED, epoch=EPOCH):
+            return peer.run_pipeline(
+                pipeline,
+                prompts_of(samples),
+                image=latents,
+                strength=rho,
+                num_inference_steps=steps,
+            )
+
+    return make
 
 
-def run_pipeline(pipeline, samples: Tensor, monkeypatch: pytest.MonkeyPatch, **call) -> Tensor:
-    """Diffusers' images [-1, 1] with our noise in the pipeline's and the scheduler's hands."""
-    from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduler
-
-    noise = Noise(samples)
-    monkeypatch.setattr(scheduler, "randn_tensor", noise)
-    monkeypatch.setattr(f"{type(pipeline).__module__}.randn_tensor", noise)
-    prompts = [PROMPTS[LABELS_N[sample]] for sample in samples]
-    with torch.no_grad():
-        images = pipeline(prompts, guidance_scale=0.0, output_type="pt", **call).images
-    return images.float() * 2 - 1
+def prompts_of(samples: Tensor) -> list[str]:
+    return [PROMPTS[LABELS_N[sample]] for sample in samples]
 
 
 def max_error(images: Tensor, reference: Tensor) -> float:
@@ -117,28 +121,20 @@ SAMPLES = torch.tensor([7, 0, 3, 11, 4, 5, 8])
 @pytest.mark.parametrize("rho", [0.4, 0.8, 1.0])
 @pytest.mark.parametrize("steps", [1, 4, 5])
 @pytest.mark.parametrize("backend", ["eager", "ort"])
-def test_equals_diffusers(expander, pipelines, monkeypatch, backend, steps, rho):
+def test_equals_diffusers(expander, diffusers_images, backend, steps, rho):
     if int(steps * rho) == 0:
         with pytest.raises(ValueError, match="rounds to 0 evaluations: rho must be at least 1"):
             expander(steps=steps, rho=rho, backend=backend)
         return
     ours = expander(steps=steps, rho=rho, mixup=False, backend=backend)
-    images = ours.expand(SAMPLES, EPOCH)
-    reference = run_pipeline(
-        pipelines[0],
-        SAMPLES,
-        monkeypatch,
-        image=ours.latents()[SAMPLES],
-        strength=rho,
-        num_inference_steps=steps,
-    )
+    reference = diffusers_images(SAMPLES, ours.latents()[SAMPLES], steps=steps, rho=rho)
     assert ours.schedule.evals == int(steps * rho)
     assert float(reference.std()) > 0.05
-    assert max_error(images, reference) <= TOLERANCE
+    assert max_error(ours.expand(SAMPLES, EPOCH), reference) <= TOLERANCE
 
 
 @pytest.mark.parametrize("posterior", ["mean", "sample"])
-def test_mixup_follows_the_formula(expander, pipelines, monkeypatch, posterior):
+def test_mixup_follows_the_formula(expander, diffusers_images, posterior):
     ours = expander(posterior=posterior)
     bank = ours.latents(EPOCH)
     first = torch.from_numpy(LABELS_N[SAMPLES] * 4)
@@ -146,31 +142,23 @@ def test_mixup_follows_the_formula(expander, pipelines, monkeypatch, posterior):
     partner = first + (draw * 4).floor().long().clamp(max=3)
     weight = uniform(SEED, Draw.MIXUP_WEIGHT, SAMPLES, EPOCH, 1).view(-1, 1, 1, 1)
     mixed = weight * bank[SAMPLES] + (1 - weight) * bank[partner]
-    reference = run_pipeline(
-        pipelines[0], SAMPLES, monkeypatch, image=mixed, strength=0.8, num_inference_steps=5
-    )
+    reference = diffusers_images(SAMPLES, mixed, steps=5, rho=0.8)
     assert max_error(ours.expand(SAMPLES, EPOCH), reference) <= TOLERANCE
 
 
-def test_start_from_noise_equals_text_to_image(expander, pipelines, monkeypatch):
-    ours = expander(start="noise", steps=1)
-    noise = Noise(SAMPLES)
-    latents = noise((len(SAMPLES), 4, 8, 8))
-    from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduler
+@pytest.mark.parametrize("steps", [1, 4])
+def test_start_from_noise_equals_text_to_image(expander, model, peer, steps):
+    from diffusers import StableDiffusionXLPipeline
 
-    monkeypatch.setattr(scheduler, "randn_tensor", noise)
-    prompts = [PROMPTS[LABELS_N[sample]] for sample in SAMPLES]
-    with torch.no_grad():
-        images = pipelines[1](
-            prompts,
-            latents=latents,
-            height=32,
-            width=32,
-            num_inference_steps=1,
-            guidance_scale=0.0,
-            output_type="pt",
-        ).images
-    assert max_error(ours.expand(SAMPLES, EPOCH), images * 2 - 1) <= TOLERANCE
+    parts = peer.open_pipeline(model.folder).components
+    pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    with peer.noise_of_ours(pipeline, SAMPLES, seed=SEED, epoch=EPOCH):
+        reference = peer.run_pipeline(
+            pipeline, prompts_of(SAMPLES), height=32, width=32, num_inference_steps=steps
+        )
+    images = expander(start="noise", steps=steps).expand(SAMPLES, EPOCH)
+    assert max_error(images, reference) <= TOLERANCE
 
 
 @pytest.mark.parametrize("backend", ["eager", "ort"])
@@ -304,11 +292,72 @@ def test_plans_cover_every_sample_once():
         assert np.array_equal(found, samples)
 
 
-def test_model_folder_is_all_that_matters(model: ModelSource, tmp_path: Path):
-    """A folder under another name is the same model."""
-    import shutil
+def test_varied_settings_share_the_networks(expander):
+    ours = expander()
+    other = ours.varied(rho=0.4, mixup=False)
+    assert other.backend is ours.backend
+    same = expander(rho=0.4, mixup=False)
+    assert torch.equal(other.expand(SAMPLES, EPOCH), same.expand(SAMPLES, EPOCH))
+    with pytest.raises(ValueError, match="cannot vary size_px"):
+        ours.varied(size_px=64)
 
-    from patchbloom.export.models import weights_sha256
 
-    copy = shutil.copytree(model.folder, tmp_path / "elsewhere")
-    assert weights_sha256(find_model(copy)) == weights_sha256(model)
+def test_description_names_the_images(expander, model):
+    described = expander(backend="ort").describe()
+    assert described["weights_sha256"] == weights_sha256(model)
+    assert described["evals"] == 4
+    assert described["backend"] == "ort"
+    assert json.loads(json.dumps(described)) == described
+    assert expander(start="noise", steps=1).describe()["rho"] is None
+
+
+def test_what_does_not_change_is_computed_once(expander, model, patches, monkeypatch):
+    """Text encoders are gone before a UNet is loaded; nothing is encoded again to expand."""
+    alive: list[weakref.ref] = []
+    load_encoder, load_networks = prompts_module.load_text_encoder, turbo_module.load_parts
+
+    def load_text(*arguments, **options):
+        tokenizer, encoder = load_encoder(*arguments, **options)
+        alive.append(weakref.ref(encoder))
+        return tokenizer, encoder
+
+    def load_parts(*arguments, **options):
+        gc.collect()
+        assert [reference() for reference in alive] == [None, None]
+        return load_networks(*arguments, **options)
+
+    monkeypatch.setattr(prompts_module, "load_text_encoder", load_text)
+    monkeypatch.setattr(turbo_module, "load_parts", load_parts)
+    ours = Expander(
+        model,
+        ExpandConfig(size_px=32, batch=8, backend="eager", device="cpu"),
+        patches_NHWC=patches,
+        labels_N=LABELS_N,
+        prompts_K=PROMPTS,
+    )
+    calls = []
+    denoise = ours.backend.denoise
+    monkeypatch.setattr(ours.backend, "encode_moments", None)
+    monkeypatch.setattr(PromptProjector, "forward", None)
+    monkeypatch.setattr(ours.backend, "denoise", lambda *a: (calls.append(a), denoise(*a))[1])
+    ours.expand(range(12), 0)
+    assert len(calls) == 2 * 4  # two batches of 8 hold 12 samples; 4 evaluations each
+    assert calls[0][3].shape[0] == 2  # keys and values of 2 prompts for 8 images, not of 8
+
+
+def test_bench_reports_no_speed_without_the_same_pictures(model, tmp_path):
+    bench = Path(__file__).parents[1] / "bench" / "bench_expand.py"
+    options = ["--backends", "diffusers", "eager", "--batch", "4", "--images", "4", "--size", "32"]
+    options += ["--classes", "2", "--patches-per-class", "4", "--rounds", "1", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, bench, "--model", model.folder, "--no-record", "--json", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["images_per_s"].keys() == {"diffusers", "eager"}
+    assert row["errors"]["eager"]["same_max_abs"] <= TOLERANCE
+    assert row["errors"]["eager"]["wrong_prompt_max_abs"] > TOLERANCE
