@@ -219,6 +219,7 @@ RECIPES: dict[RecipeName, Recipe] = {
             epochs=4,
             batch=32,
             learning_rate=2e-3,
+            warmup_epochs=0.4,
             crop_scale=(0.5, 1.0),
         ),
         student=StudentConfig(
