@@ -17,7 +17,7 @@ import pytest
 import torch
 from patchbloom.engine import prompts as prompts_module
 from patchbloom.engine import turbo as turbo_module
-from patchbloom.engine.batches import images_per_prompt, plan_batches
+from patchbloom.engine.batches import fitting_batch, images_per_prompt, plan_batches
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.schedule import make_schedule
 from patchbloom.engine.turbo import Expander
@@ -203,6 +203,13 @@ def test_seed_and_epoch_make_other_images(expander):
     assert max_error(expander(seed=SEED + 1).expand(SAMPLES, EPOCH), images) > 0.05
 
 
+@pytest.mark.parametrize(("precision", "limit"), [("fp16", 0.05), ("bf16", 0.3)])
+def test_half_precision_stays_near(expander, precision, limit):
+    images = expander(precision=precision).expand(SAMPLES, EPOCH)
+    assert images.dtype == torch.float32
+    assert 0 < max_error(images, expander().expand(SAMPLES, EPOCH)) < limit
+
+
 def test_out_is_filled_and_checked(expander):
     ours = expander()
     out = torch.full((7, 3, 32, 32), torch.nan)
@@ -361,3 +368,10 @@ def test_bench_reports_no_speed_without_the_same_pictures(model, tmp_path):
     assert row["images_per_s"].keys() == {"diffusers", "eager"}
     assert row["errors"]["eager"]["same_max_abs"] <= TOLERANCE
     assert row["errors"]["eager"]["wrong_prompt_max_abs"] > TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch"), [(40, 20), (400, 25), (32, 32), (148, 32), (31, 31), (7, 7), (74, 32)]
+)
+def test_the_engine_batch_divides_an_epoch_where_it_can(samples: int, batch: int) -> None:
+    assert fitting_batch(samples) == batch

@@ -51,8 +51,9 @@ class RunOptions:
     """`noise` starts from pure noise: patches, rho and mixup then play no part."""
     precision: Precision | None = None
     """Of the model's weights. Left out: fp16 on cuda, fp32 on the CPU."""
-    engine_batch: int = 32
-    """Images per call of the model; pictures differ by rounding at most."""
+    engine_batch: int | None = None
+    """Images per call of the model; pictures differ by rounding at most. Left out: the divisor of
+    an epoch's images that is nearest to 32 from below, or 32."""
     recipe: RecipeName | None = None
     """How teacher and students are trained. Left out: `small` for models of 128 px and less and
     on a CPU, `dace` elsewhere."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..engine.backends import require_backend, resolve_device
+from ..engine.batches import fitting_batch
 from ..engine.class_names import display_names
 from ..engine.config import ExpandConfig
 from ..engine.images import ImageSet, check_same_classes, open_image_set
@@ -133,7 +134,8 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             start=options.start,
             seed=options.seed,
             precision=options.precision or ("fp16" if device == "cuda" else "fp32"),
-            batch=options.engine_batch,
+            batch=options.engine_batch
+            or fitting_batch(len(train.class_ids) * options.ipc * factor**2),
             backend=options.backend,
             device=device,
         ),
