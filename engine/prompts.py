@@ -76,7 +76,7 @@ def project_prompts(parts: ModelParts, text: TextEmbeddings, *, conditioning_px:
     original and target size, with no crop."""
     projector, dtype, device = PromptProjector(parts.unet), parts.unet.dtype, parts.unet.device
     size = float(conditioning_px)
-    time_ids_6 = torch.tensor([size, size, 0, 0, size, size], dtype=dtype, device=device)
+    time_ids_6 = torch.tensor([size, size, 0, 0, size, size], device=device)
     added, kv = [], []
     for text_GLD, pooled_GD in zip(
         text.text_KLD.split(CHUNK), text.pooled_KD.split(CHUNK), strict=True
