@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	  --out $(DEMO_OUT) --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is loaded: test processes run side by side, one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _GPU_TESTS_RUN = pytest.StashKey[int]()
 
