@@ -27,6 +27,8 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 from torch.nn.functional import interpolate
 
+from .workers import single_threaded_workers
+
 PREFETCH = 2
 """Batches that DALI works on ahead of the one that is handed out."""
 NO_HEADER = "it is no JPEG, PNG, WebP, BMP or TIFF image, or one cut short"
@@ -46,6 +48,7 @@ class CropRequest:
     device: str
     """``cpu``, or ``cuda[:n]``: decoded, cropped and left there."""
     threads: int
+    """Decoding and resizing together; on the CPU at least one for each."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def _decode(
         pixels_BPHWC, batch = waiting.popleft()(), in_flight.popleft()
         return batch.end, Crops(pixels_BPHWC, batch.index_B, batch.boxes_BP4)
 
-    with ThreadPoolExecutor(request.threads, "crop") as pool:
+    with single_threaded_workers(_resizers(request), "crop") as pool:
         for decoded in _outputs(pipeline):
             batch = in_flight[len(waiting)]
             waiting.append(
@@ -153,6 +156,15 @@ def _decode(
                 yield finish()
         if waiting:
             yield finish()
+
+
+def _decoders(request: CropRequest) -> int:
+    """DALI's share of the threads: on a CPU, five crops take as long as one decode."""
+    return request.threads if request.device != "cpu" else (request.threads + 1) // 2
+
+
+def _resizers(request: CropRequest) -> int:
+    return max(request.threads - _decoders(request), 1)
 
 
 def _outputs(pipeline: Pipeline) -> Iterator:
@@ -198,7 +210,7 @@ def _decoded(encoded: DataNode, device: str) -> DataNode:
 def _image_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
     """Decoded images, uint8 [H, W, 3] of any size. The boxes stay on this side."""
     images = (encoded for encoded, _ in source)
-    pipeline = Pipeline(request.batch, request.threads, None, prefetch_queue_depth=PREFETCH)
+    pipeline = Pipeline(request.batch, _decoders(request), None, prefetch_queue_depth=PREFETCH)
     with pipeline:
         encoded = fn.external_source(source=images, dtype=types.DALIDataType.UINT8, ndim=1)
         pipeline.set_outputs(_decoded(encoded, request.device))
@@ -210,7 +222,7 @@ def _crop_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
     """Crops, uint8 [P, H, W, 3], made where the images are decoded."""
     size = [request.size_px, request.size_px]
     device_id = _device_id(request.device)
-    pipeline = Pipeline(request.batch, request.threads, device_id, prefetch_queue_depth=PREFETCH)
+    pipeline = Pipeline(request.batch, _decoders(request), device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
         encoded, boxes = fn.external_source(
             source=source,
@@ -240,14 +252,14 @@ def _resize(
     pool: ThreadPoolExecutor, decoded, batch: _InFlight, request: CropRequest
 ) -> Callable[[], torch.Tensor]:
     """Start resizing a batch's crops in the pool; call the answer for uint8 [B, P, H, W, 3]."""
-    count, size = len(batch.index_B), request.size_px
+    count, size, workers = len(batch.index_B), request.size_px, _resizers(request)
     pixels_BPHWC = torch.empty((count, request.crops, size, size, 3), dtype=torch.uint8)
 
     def work(first: int) -> None:
-        for b in range(first, count, request.threads):
+        for b in range(first, count, workers):
             resize_crops(np.asarray(decoded[b]), batch.boxes_BP4[b], pixels_BPHWC[b])
 
-    futures = [pool.submit(work, first) for first in range(request.threads)]
+    futures = [pool.submit(work, first) for first in range(workers)]
 
     def wait() -> torch.Tensor:
         for future in futures:

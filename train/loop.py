@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..engine.backends import resolve_device
 from ..engine.images import ImageSet
+from ..engine.workers import single_threaded_workers
 from .checkpoint import CheckpointError, read_tensors, require_same, write_tensors
 from .config import StudentConfig
 from .evaluation import accuracies
@@ -150,17 +151,13 @@ class _Training:
     def run(self, name: str, report: Report) -> None:
         """Train from the epoch reached to the last, writing checkpoints."""
         every, last = self.config.checkpoint_every, self.config.epochs
-        threads = torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(self._workers(), initializer=_compute_in_one_thread) as workers:
-                while self.epoch < last:
-                    until = min((self.epoch // every + 1) * every, last)
-                    for epoch in self._train(range(self.epoch, until), workers):
-                        self._tell(epoch, name, report)
-                    self.epoch = until
-                    self._save()
-        finally:
-            torch.set_num_threads(threads)  # torch gives the workers' number to later threads
+        with single_threaded_workers(self._workers(), "student") as workers:
+            while self.epoch < last:
+                until = min((self.epoch // every + 1) * every, last)
+                for epoch in self._train(range(self.epoch, until), workers):
+                    self._tell(epoch, name, report)
+                self.epoch = until
+                self._save()
 
     def _workers(self) -> int:
         """Students that compute at a time."""
@@ -258,7 +255,3 @@ def _identity(
         "labels": labels.describe(),
         "views": describe_views(config),
     }
-
-
-def _compute_in_one_thread() -> None:
-    torch.set_num_threads(1)
