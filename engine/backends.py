@@ -1,4 +1,4 @@
-"""One call for every way to run the networks; today `eager` and `ort`.
+"""One call for every way to run the networks: eager, and what was compiled for ort, inductor, trt.
 
 What is asked for runs, or fails with what is missing and how to get it: there is no fallback.
 Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W image size.
@@ -7,7 +7,6 @@ Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W 
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..export.bundle import Bundle
-from ..export.config import BackendName, DeviceName, EngineSpec
+from ..export.config import BackendName, DeviceName, EngineSpec, Precision
+from ..export.engines import exporter, open_engine, open_sessions
 from ..export.models import ModelParts, ModelSource, Unavailable
 from ..export.modules import Denoiser, LatentDecoder, LatentEncoder
-from ..export.to_ort import GRAPHS, OrtSession, open_ort_bundle
 
 
 class Backend(Protocol):
@@ -88,27 +87,23 @@ class EagerBackend:
         del self._denoiser, self._encoder, self._decoder
 
 
-class OrtBackend:
-    """ONNX Runtime on the graphs of a bundle."""
-
-    name = "ort"
+class CompiledBackend:
+    """A bundle's three sessions."""
 
     def __init__(self, bundle: Bundle, spec: EngineSpec) -> None:
-        self.spec, self._bundle = spec, bundle
-        self._encoder, self._denoiser, self._decoder = (
-            OrtSession(bundle.file(f"{graph}.onnx"), spec.device) for graph in GRAPHS
-        )
+        self.name, self.spec = bundle.manifest["key"]["backend"], spec
+        self._bundle, self._sessions = bundle, open_sessions(bundle, spec)
 
     def encode_moments(self, images_BCHW: Tensor) -> Tensor:
-        return self._encoder.run(images_BCHW).float()
+        return self._sessions["encoder"].run(images_BCHW).float()
 
     def denoise(
         self, x_BCHW: Tensor, timestep_1: Tensor, added_GD: Tensor, kv_GP: Tensor
     ) -> Tensor:
-        return self._denoiser.run(x_BCHW, timestep_1, added_GD, kv_GP).float()
+        return self._sessions["denoiser"].run(x_BCHW, timestep_1, added_GD, kv_GP).float()
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self._decoder.run(latents_BCHW).float()
+        return self._sessions["decoder"].run(latents_BCHW).float()
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -119,7 +114,8 @@ class OrtBackend:
         }
 
     def close(self) -> None:
-        del self._encoder, self._denoiser, self._decoder
+        for session in self._sessions.values():
+            session.close()
 
 
 def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
@@ -160,37 +156,23 @@ def open_backend(
 
     Unavailable: what it needs is missing. BundleError: a bundle that is damaged or cannot be built.
     """
-    require_backend(name)
     if name == "auto":
         name = choose_backend(spec)
-        print(f"backend: {name} on {spec.device}", file=sys.stderr)
+        _say(f"backend: {name} on {spec.device}")
     if name == "eager":
         return EagerBackend(parts, spec, tokens=tokens)
-    bundle = open_ort_bundle(model, parts, spec, tokens=tokens, bundles=bundles)
+    bundle = open_engine(name, model, parts, spec, tokens=tokens, bundles=bundles, say=_say)
     if bundle.built:
         seconds, size_mb = bundle.manifest["report"]["seconds"], bundle.size_bytes / 1e6
-        print(f"built {bundle.folder} ({size_mb:.0f} MB) in {seconds:.0f} s", file=sys.stderr)
-    return OrtBackend(bundle, spec)
+        _say(f"built {bundle.folder} ({size_mb:.0f} MB) in {seconds:.0f} s")
+    return CompiledBackend(bundle, spec)
 
 
-def require_backend(name: BackendName) -> None:
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def require_backend(name: BackendName, precision: Precision, device: str) -> None:
     """Unavailable unless the backend can run here; asked at once, before hours of other work."""
-    if name == "trt":
-        raise Unavailable(_why_no_tensorrt())
-    if name == "inductor":
-        raise Unavailable(
-            "the inductor backend is not part of this version: use --backend ort or --backend eager"
-        )
-
-
-def _why_no_tensorrt() -> str:
-    if not torch.cuda.is_available():
-        return (
-            "the trt backend needs an NVIDIA GPU, and torch finds none here: run on a machine with "
-            "one and `pip install 'patchbloom[trt]'`, or use --backend ort"
-        )
-    if find_spec("tensorrt") is None:
-        return (
-            "the trt backend needs TensorRT: pip install 'patchbloom[trt]', or use --backend eager"
-        )
-    return "the trt backend is not part of this version: use --backend ort or --backend eager"
+    if name not in ("auto", "eager"):
+        exporter(name).require(precision, device)

@@ -5,14 +5,16 @@ Legend: K classes, L tokens, D embedding width, P keys and values of one prompt 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..export.models import ModelParts, ModelSource, load_text_encoder, seen_classes
+from ..export.models import TOKENS, ModelParts, ModelSource, load_text_encoder, seen_classes
 from ..export.modules import PromptProjector
+from ..kernels.noise import Draw, normal
 
 TEMPLATE = "A photo of a {name}"
 CHUNK = 32  # prompts at a time: SDXL's second encoder keeps 33 states of 0.4 MB for each
@@ -50,7 +52,13 @@ def unseen_classes(model: ModelSource, names: Sequence[str]) -> tuple[str, ...]:
 
 @torch.no_grad()
 def encode_prompts(model: ModelSource, prompts: Sequence[str], *, device: str) -> TextEmbeddings:
-    """Encode as SDXL does: penultimate states of both encoders, pooled states of the second."""
+    """Encode as SDXL does: penultimate states of both encoders, pooled states of the second.
+
+    A model of random weights has no text encoders: its embeddings are normal numbers that depend on
+    the prompt alone.
+    """
+    if model.weights == "random":
+        return _random_text(model, prompts, device)
     states, pooled = [], []
     for part in ("text_encoder", "text_encoder_2"):
         tokenizer, encoder = load_text_encoder(model, part, device=device)
@@ -68,6 +76,17 @@ def encode_prompts(model: ModelSource, prompts: Sequence[str], *, device: str) -
             pooled.append(output[0])
         states.append(torch.cat(penultimate))
     return TextEmbeddings(torch.cat(states, dim=-1), torch.cat(pooled))
+
+
+def _random_text(model: ModelSource, prompts: Sequence[str], device: str) -> TextEmbeddings:
+    width, pooled_width = model.text_widths()
+    text, pooled = [], []
+    for prompt in prompts:
+        seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8])
+        sample = torch.zeros(1, dtype=torch.int64, device=device)
+        text.append(normal(seed, Draw.PRIOR, sample, 0, (TOKENS, width)))
+        pooled.append(normal(seed, Draw.PRIOR, sample, 1, (pooled_width,)))
+    return TextEmbeddings(torch.cat(text), torch.cat(pooled))
 
 
 @torch.no_grad()

@@ -60,14 +60,19 @@ def default_bundles_folder() -> Path:
 def bundle_name(key: Mapping[str, Any]) -> str:
     """A readable folder name that ends in a hash of the whole key."""
     readable = [key[field] for field in ("model", "backend", "device", "precision")]
+    if key["weights"] == "random":
+        readable[0] += "-random"
     shape = f"{key['size_px']}px-{key['batch'] // key['images_per_prompt']}x"
     return "-".join([*readable, f"{shape}{key['images_per_prompt']}", _hash_json(key)[:12]])
 
 
 def find_or_build(
-    bundles: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]
+    bundles: Path,
+    key: Mapping[str, Any],
+    build: Callable[[Path], dict[str, Any]],
+    say: Callable[[str], None] = lambda line: None,
 ) -> Bundle:
-    """Open the bundle of `key`, building it first when there is none.
+    """Open the bundle of `key`, building it first when there is none; `say` is told why.
 
     `build` fills an empty folder and returns its report (parity, seconds); what it raises passes
     through, and nothing of a failed build stays. BundleError: damaged, or the disk is full.
@@ -80,6 +85,8 @@ def find_or_build(
         with _locked(bundles / f".{folder.name}.lock"):
             if (folder / MANIFEST).is_file():
                 return open_bundle(folder, key)
+            nearest = nearest_bundle(bundles, key)
+            say(f"no engine for these settings yet{f'; {nearest}' if nearest else ''}")
             return _build(folder, key, build)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -111,6 +118,72 @@ def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[st
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return Bundle(folder, manifest, built=True)
+
+
+def build_command(key: Mapping[str, Any]) -> str:
+    """The command line that builds the engine of a key."""
+    command = f"engine build --model {key['model']} --backend {key['backend']}"
+    if key["weights"] == "random":
+        command += " --weights random"
+    for option in ("size_px", "batch", "images_per_prompt", "precision", "device"):
+        name = option.removesuffix("_px").replace("_", "-")
+        command += f" --{name} {key[option]}"
+    return command
+
+
+def find_bundles(bundles: Path) -> list[Path]:
+    """Folders of finished bundles, sorted by name."""
+    return sorted(path.parent for path in bundles.glob(f"[!.]*/{MANIFEST}"))
+
+
+def read_key(folder: Path) -> dict[str, Any]:
+    """The key in a bundle's manifest, its files unread; {} when it cannot be read."""
+    try:
+        return dict(json.loads((folder / MANIFEST).read_text())["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def why_not(found: Mapping[str, Any], needed: Mapping[str, Any]) -> list[str]:
+    """The fields in which two keys differ, as "libraries.torch 2.11 (here 2.12)"."""
+    before, now = _flat(found), _flat(needed)
+    fields = sorted(before.keys() | now.keys())
+    return [
+        f"{field} {before.get(field)} (here {now.get(field)})"
+        for field in fields
+        if before.get(field) != now.get(field)
+    ]
+
+
+def _flat(key: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for field, value in key.items():
+        inner = value if isinstance(value, Mapping) else {}
+        flat |= {f"{field}.{name}": entry for name, entry in inner.items()} or {field: value}
+    return flat
+
+
+def nearest_bundle(bundles: Path, key: Mapping[str, Any]) -> str | None:
+    """The stored bundle of this model and backend that differs in the fewest fields, and how."""
+    candidates = []
+    for folder in find_bundles(bundles):
+        found = read_key(folder)
+        if all(found.get(field) == key[field] for field in ("model", "backend")):
+            candidates.append((why_not(found, key), folder.name))
+    if not candidates:
+        return None
+    differences, name = min(candidates, key=lambda candidate: len(candidate[0]))
+    return f"the nearest one, {name}, differs in " + ", ".join(differences)
+
+
+def remove_bundle(folder: Path) -> int:
+    """Delete a bundle; returns the bytes freed. A process that has it open keeps what it mapped."""
+    freed = sum(path.stat().st_size for path in folder.iterdir())
+    doomed = folder.with_name(f".{folder.name}.removed")
+    os.rename(folder, doomed)  # gone at once, even if the deletion is interrupted
+    shutil.rmtree(doomed)
+    folder.with_name(f".{folder.name}.lock").unlink(missing_ok=True)
+    return freed
 
 
 def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
@@ -145,13 +218,13 @@ def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
     return Bundle(folder, manifest)
 
 
-def _check_key(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    for field in sorted(found.keys() | expected.keys()):
-        if found.get(field) != expected.get(field):
-            raise BundleError(
-                f"{folder} was built for {field} {found.get(field)!r}, but "
-                f"{expected.get(field)!r} is needed here: build one for this machine and setting"
-            )
+def _check_key(folder: Path, found: dict[str, Any], needed: dict[str, Any]) -> None:
+    differences = why_not(found, needed)
+    if differences:
+        raise BundleError(
+            f"{folder} was built for {', '.join(differences)}: `{build_command(needed)}` builds "
+            "the right one"
+        )
 
 
 @contextmanager

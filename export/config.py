@@ -8,6 +8,7 @@ from typing import Literal, get_args
 Precision = Literal["fp32", "fp16", "bf16"]
 BackendName = Literal["auto", "trt", "ort", "inductor", "eager"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+Weights = Literal["pretrained", "random"]
 
 DEFAULT_OPSET = 21  # gives a native GroupNormalization
 

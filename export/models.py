@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from .config import Precision
+from .config import Precision, Weights
 from .hub import fetch_sdxl_turbo
 
 TINY_FOLDER = Path(__file__).parent / "sdxl_tiny"
+TURBO_CONFIGURATION = Path(__file__).parent / "sdxl_turbo"
+"""SDXL-Turbo's architecture as it is published, with the configuration of its fp16-fix VAE."""
+TOKENS = 77  # of a CLIP prompt
 NAMES = ("sdxl-turbo", "sdxl-tiny")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DIFFUSERS_WEIGHTS, _TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
@@ -50,6 +53,8 @@ class ModelSource:
     """Commit on the hub, when it came from there."""
     vae_name: str | None = None
     """Hub id and revision of the VAE, when it is not the model's own."""
+    weights: Weights = "pretrained"
+    """`random`: the architecture alone, for export, memory and speed. Its pictures show nothing."""
 
     def part(self, name: str) -> Path:
         """Folder of unet, vae, text_encoder, …"""
@@ -58,6 +63,12 @@ class ModelSource:
     def scheduler_config(self) -> dict[str, Any]:
         """The scheduler's configuration as written in the folder."""
         return _read_json(self.folder / "scheduler" / "scheduler_config.json")
+
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of a token's embedding and of the pooled one, as the UNet takes them."""
+        unet = _read_json(self.part("unet") / "config.json")
+        times = 6 * unet["addition_time_embed_dim"]
+        return unet["cross_attention_dim"], unet["projection_class_embeddings_input_dim"] - times
 
 
 @dataclass
@@ -68,14 +79,17 @@ class ModelParts:
     vae: AutoencoderKL
 
 
-def find_model(name_or_folder: str | Path) -> ModelSource:
+def find_model(name_or_folder: str | Path, weights: Weights = "pretrained") -> ModelSource:
     """Resolve a model's name or folder; `sdxl-turbo` is downloaded when it is not in the cache.
 
+    With random weights nothing is downloaded, and only the configurations have to be there.
     ModelError: no such name or folder, or a folder that lacks a part. The download's own errors are
     those of `hub.fetch_sdxl_turbo`.
     """
     name = str(name_or_folder)
-    if name == "sdxl-turbo":
+    if name == "sdxl-turbo" and weights == "random":
+        source = ModelSource(name, TURBO_CONFIGURATION, TURBO_CONFIGURATION / "vae")
+    elif name == "sdxl-turbo":
         folders = fetch_sdxl_turbo()
         source = ModelSource(
             name, folders.model, folders.vae, folders.revision, vae_name=folders.vae_name
@@ -89,21 +103,27 @@ def find_model(name_or_folder: str | Path) -> ModelSource:
                 f"unknown model {name!r}: it is neither a folder nor one of {', '.join(NAMES)}"
             )
         source = ModelSource(folder.resolve().name, folder.resolve(), folder.resolve() / "vae")
+    source = replace(source, weights=weights)
     _check_parts(source)
     return source
 
 
 def _check_parts(source: ModelSource) -> None:
     expected = [source.folder / "scheduler" / "scheduler_config.json"]
-    expected += [source.part(part) / "config.json" for part in _weights_by_part()]
+    expected += [source.part(part) / "config.json" for part in _needed_parts(source)]
     for path in expected:
         if not path.is_file():
             raise ModelError(
                 f"{source.folder} is no model in diffusers' SDXL layout: {path} is missing; "
                 "expected what StableDiffusionXLImg2ImgPipeline.save_pretrained writes"
             )
-    for part in _weights_by_part():
-        _weight_files(source, part)
+    if source.weights == "pretrained":
+        for part in _weights_by_part():
+            _weight_files(source, part)
+
+
+def _needed_parts(source: ModelSource) -> tuple[str, ...]:
+    return tuple(_weights_by_part()) if source.weights == "pretrained" else ("unet", "vae")
 
 
 def _weights_by_part() -> dict[str, str]:
@@ -131,10 +151,31 @@ def load_parts(source: ModelSource, *, precision: Precision, device: str) -> Mod
     in half precision, its fp16-fix does not.
     """
     dtype = DTYPES[precision]
+    if source.weights == "random":
+        return _random_parts(source, dtype, device)
     upcast = _read_json(source.part("vae") / "config.json").get("force_upcast", True)
     vae_dtype = torch.float32 if upcast and precision == "fp16" else dtype
     unet = _load(UNet2DConditionModel, source, "unet", device, torch_dtype=dtype)
     return ModelParts(unet, _load(AutoencoderKL, source, "vae", device, torch_dtype=vae_dtype))
+
+
+def _random_parts(source: ModelSource, dtype: torch.dtype, device: str) -> ModelParts:
+    """Both networks with torch's own initialisation, seeded; made where and as they are used."""
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        try:
+            unet = UNet2DConditionModel(**_arguments(source, "unet"))
+            vae = AutoencoderKL(**_arguments(source, "vae"))
+        finally:
+            torch.set_default_dtype(before)
+    return ModelParts(unet.eval().requires_grad_(False), vae.eval().requires_grad_(False))
+
+
+def _arguments(source: ModelSource, part: str) -> dict[str, Any]:
+    config = _read_json(source.part(part) / "config.json")
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _load(kind: type, source: ModelSource, part: str, device: str, **dtype: torch.dtype) -> Any:
@@ -176,8 +217,15 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def weights_sha256(source: ModelSource) -> str:
-    """One hash over the weights and configurations of all parts: the model's identity."""
+    """One hash over the weights and configurations of all parts: the model's identity.
+
+    Of random weights it covers the configurations.
+    """
     digest = hashlib.sha256()
+    if source.weights == "random":
+        for part in _needed_parts(source):
+            digest.update((source.part(part) / "config.json").read_bytes())
+        return digest.hexdigest()
     for part in sorted(_weights_by_part()):
         for path in [source.part(part) / "config.json", *_weight_files(source, part)[1]]:
             digest.update(f"{part}/{path.name} {_file_sha256(path)}\n".encode())
@@ -185,7 +233,12 @@ def weights_sha256(source: ModelSource) -> str:
 
 
 def weights_bytes(source: ModelSource) -> int:
-    """Bytes on disk of all weights: what a coreset's images need beside the coreset."""
+    """Bytes on disk of all weights: what a coreset's images need beside the coreset.
+
+    0 for random weights.
+    """
+    if source.weights == "random":
+        return 0
     parts = _weights_by_part()
     return sum(path.stat().st_size for part in parts for path in _weight_files(source, part)[1])
 

@@ -1,13 +1,7 @@
-"""ONNX graphs → ONNX Runtime: sessions that run where they were asked to, and bundles of three.
-
-A bundle is stored only after its graphs matched torch on random inputs (max abs error at most
-PARITY_TOLERANCE times the largest value) and made no NaN or infinity.
-"""
+"""ONNX graphs → ONNX Runtime: sessions that run where they were asked to, or not at all."""
 
 from __future__ import annotations
 
-import hashlib
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,19 +10,58 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bundle import Bundle, BundleError, find_or_build
-from .config import DEFAULT_OPSET, EngineSpec
-from .models import ModelParts, ModelSource, Unavailable, weights_sha256
-from .to_onnx import Graph, export_onnx, make_graphs
+from .config import DEFAULT_OPSET, EngineSpec, Precision
+from .graphs import GRAPHS, Graph
+from .models import Unavailable
+from .to_onnx import export_onnx
 
-GRAPHS = ("encoder", "denoiser", "decoder")
-PARITY_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
-LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
+_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ELEMENTS = {
     "tensor(float)": (torch.float32, np.float32),
     "tensor(float16)": (torch.float16, np.float16),
 }
+
+
+def require(precision: Precision, device: str) -> None:
+    """Unavailable: no ONNX Runtime or provider here, or a precision that it does not run."""
+    require_ort(device)
+    if precision == "bf16" or (device == "cpu" and precision != "fp32"):
+        raise Unavailable(
+            f"the ort backend runs fp32 on the CPU, fp32 or fp16 on a GPU, not {precision} on "
+            f"{device}: use --precision fp32, or --backend eager"
+        )
+
+
+def libraries() -> dict[str, str]:
+    """Versions that an engine depends on."""
+    return {name: version(name) for name in _LIBRARIES}
+
+
+def flags(spec: EngineSpec) -> dict[str, Any]:
+    """How the graphs are written."""
+    return {"opset": DEFAULT_OPSET, "native_group_norm": spec.device == "cuda"}
+
+
+def export_graph(graph: Graph, folder: Path, spec: EngineSpec) -> None:
+    """Write `<graph>.onnx`."""
+    settings = flags(spec)
+    export_onnx(
+        graph,
+        folder / f"{graph.name}.onnx",
+        opset=settings["opset"],
+        native_group_norm=settings["native_group_norm"],
+    )
+
+
+def compile_graphs(folder: Path, spec: EngineSpec, say: Any) -> dict[str, Any]:
+    """Nothing to do: ONNX Runtime optimises a graph when it opens it."""
+    return {}
+
+
+def open_sessions(folder: Path, spec: EngineSpec) -> dict[str, OrtSession]:
+    """A session for each graph."""
+    return {name: OrtSession(folder / f"{name}.onnx", spec.device) for name in GRAPHS}
 
 
 class OrtSession:
@@ -77,6 +110,10 @@ class OrtSession:
         self._session.run_with_iobinding(self._binding)
         return self._output
 
+    def close(self) -> None:
+        """Free the session and its buffers."""
+        del self._binding, self._session, self._output
+
     def _bind(self, bind: Any, port: Any, value: Tensor) -> None:
         bind(
             name=port.name,
@@ -104,80 +141,3 @@ def require_ort(device: str) -> Any:
             "of onnxruntime, or use --device cpu"
         )
     return onnxruntime
-
-
-def bundle_key(model: ModelSource, spec: EngineSpec, *, tokens: int) -> dict[str, Any]:
-    """All that a bundle of the ort backend depends on."""
-    code = hashlib.sha256()
-    for name in ("modules.py", "to_onnx.py"):
-        code.update((Path(__file__).parent / name).read_bytes())
-    return {
-        "backend": "ort",
-        "model": model.name,
-        "weights_sha256": weights_sha256(model),
-        "exporter_sha256": code.hexdigest(),
-        "libraries": {name: version(name) for name in LIBRARIES},
-        "gpu": torch.cuda.get_device_name() if spec.device == "cuda" else None,
-        "tokens": tokens,
-        "flags": {"opset": DEFAULT_OPSET, "native_group_norm": spec.device == "cuda"},
-        **spec.as_dict(),
-    }
-
-
-def open_ort_bundle(
-    model: ModelSource, parts: ModelParts, spec: EngineSpec, *, tokens: int, bundles: Path
-) -> Bundle:
-    """Find the bundle for these settings, or build it from the parts, which are then taken over.
-
-    Unavailable: a precision or provider that ONNX Runtime does not have here. BundleError: a
-    damaged bundle, or graphs that do not match torch.
-    """
-    require_ort(spec.device)
-    if spec.precision == "bf16" or (spec.device == "cpu" and spec.precision != "fp32"):
-        raise Unavailable(
-            f"the ort backend runs fp32 on the CPU, fp32 or fp16 on a GPU, not {spec.precision} on "
-            f"{spec.device}: use --precision fp32, or --backend eager"
-        )
-    key = bundle_key(model, spec, tokens=tokens)
-    flags = key["flags"]
-
-    def build(folder: Path) -> dict[str, Any]:
-        started, parity = time.perf_counter(), {}
-        for graph in make_graphs(parts, spec, tokens=tokens):
-            path = folder / f"{graph.name}.onnx"
-            export_onnx(
-                graph, path, opset=flags["opset"], native_group_norm=flags["native_group_norm"]
-            )
-            parity[graph.name] = measure_parity(graph, path, spec)
-        return {"parity": parity, "seconds": round(time.perf_counter() - started, 1)}
-
-    return find_or_build(bundles, key, build)
-
-
-@torch.no_grad()
-def measure_parity(graph: Graph, path: Path, spec: EngineSpec) -> dict[str, float]:
-    """Compare a written graph with its module on random inputs.
-
-    Returns max_abs and relative_l2 errors. BundleError: beyond the tolerance, NaN or infinite.
-    """
-    inputs = graph.random_inputs(seed=1)
-    expected = graph.module(*inputs).float()
-    found = OrtSession(path, spec.device).run(*inputs).float()
-    if not bool(torch.isfinite(found).all()):
-        raise BundleError(
-            f"the {graph.name} makes NaN or infinite values in {spec.precision}, so it was not "
-            "stored: check the weights, or use a higher precision"
-        )
-    difference = found - expected
-    error = float(difference.abs().max())
-    limit = PARITY_TOLERANCE[spec.precision] * max(1.0, float(expected.abs().max()))
-    if not error <= limit:
-        raise BundleError(
-            f"the {graph.name} differs from torch by {error:.2e}, more than {limit:.2e}, so it was "
-            "not stored: report the versions that `pip list` shows"
-        )
-    return {
-        "max_abs": error,
-        "relative_l2": float(difference.norm() / expected.norm()),
-        "limit": limit,
-    }

@@ -16,16 +16,19 @@ import pytest
 import torch
 from patchbloom.export.bundle import BundleError, bundle_name, find_or_build, open_bundle
 from patchbloom.export.config import EngineSpec
+from patchbloom.export.graphs import Graph, make_graphs
 from patchbloom.export.models import ModelParts, Unavailable
 from patchbloom.export.modules import Denoiser, PromptProjector
-from patchbloom.export.to_onnx import Graph, export_onnx, make_graphs
-from patchbloom.export.to_ort import OrtSession, measure_parity, open_ort_bundle
+from patchbloom.export.parity import check_parity, make_reference
+from patchbloom.export.to_onnx import export_onnx
+from patchbloom.export.to_ort import OrtSession, require
 from patchbloom.train.prior_model import new_parts
 from torch.utils.flop_counter import FlopCounterMode
 
 KEY = {
     "backend": "ort",
     "model": "m",
+    "weights": "pretrained",
     "device": "cpu",
     "precision": "fp32",
     "size_px": 64,
@@ -124,8 +127,8 @@ def test_graph_is_what_was_specified(decoder: Graph, tmp_path: Path):
     export_onnx(decoder, path, native_group_norm=False)
     operators = {node.op_type for node in onnx.load(path).graph.node}
     assert "GroupNormalization" not in operators
-    assert measure_parity(decoder, path, EngineSpec(size_px=32, batch=4))["max_abs"] < 1e-4
     session = OrtSession(path, "cpu")
+    assert check_parity(make_reference(decoder), session.run, "fp32")["max_abs"] < 1e-4
     with pytest.raises(ValueError, match=r"latents must be \[4, 4, 8, 8\]"):
         session.run(torch.zeros(5, 4, 8, 8))
 
@@ -135,19 +138,21 @@ def test_graph_is_what_was_specified(decoder: Graph, tmp_path: Path):
 
     weight = next(decoder.module.parameters())
     weight.data[0, 0] += 0.5
+    reference = make_reference(decoder)
     with pytest.raises(BundleError, match="differs from torch"):
-        measure_parity(decoder, path, EngineSpec(size_px=32, batch=4))
+        check_parity(reference, session.run, "fp32")
     weight.data[0, 0] = torch.nan
+    with pytest.raises(BundleError, match="torch's own decoder makes NaN"):
+        make_reference(decoder)
     export_onnx(decoder, path, native_group_norm=False)
-    with pytest.raises(BundleError, match="NaN or infinite"):
-        measure_parity(decoder, path, EngineSpec(size_px=32, batch=4))
+    with pytest.raises(BundleError, match="engine's decoder makes NaN or infinite"):
+        check_parity(reference, OrtSession(path, "cpu").run, "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_ort_on_the_cpu_is_fp32_only(tmp_path: Path, precision: Any):
-    spec = EngineSpec(size_px=32, precision=precision)
+def test_ort_on_the_cpu_is_fp32_only(precision: Any):
     with pytest.raises(Unavailable, match="--precision fp32"):
-        open_ort_bundle(None, None, spec, tokens=77, bundles=tmp_path)  # type: ignore[arg-type]
+        require(precision, "cpu")
 
 
 def fill(folder: Path) -> dict[str, Any]:

@@ -71,8 +71,9 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     Raises ValueError or OSError, one clear line each, for what does not fit together.
     """
     device = resolve_device(options.device)
+    precision = options.precision or ("fp16" if device == "cuda" else "fp32")
     if "dace" in options.methods:
-        require_backend(options.backend)
+        require_backend(options.backend, precision, device)
     data = data_folder(options.data, options.shapes_per_class, report)
     train, val = open_image_set(data, "train"), open_image_set(data, "val")
     check_same_classes(train, val)
@@ -133,7 +134,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             mixup=options.mixup,
             start=options.start,
             seed=options.seed,
-            precision=options.precision or ("fp16" if device == "cuda" else "fp32"),
+            precision=precision,
             batch=options.engine_batch
             or fitting_batch(len(train.class_ids) * options.ipc * factor**2),
             backend=options.backend,

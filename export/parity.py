@@ -1,0 +1,77 @@
+"""The gate of every engine: what torch makes of random inputs, and how far an engine may be off.
+
+An engine passes when it makes no NaN or infinity, and its max abs error is at most PARITY_TOLERANCE
+of its precision times the largest value (or 1, if that is larger).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bundle import BundleError
+from .config import Precision
+from .graphs import Graph
+
+PARITY_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""bf16 keeps 8 bits: sdxl-tiny's denoiser, compiled, is 3e-2 off its own eager run."""
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A graph's inputs, on its device, and torch's answer, fp32 on the CPU."""
+
+    graph: str
+    inputs: list[Tensor]
+    expected: Tensor
+
+
+@torch.no_grad()
+def make_reference(graph: Graph) -> Reference:
+    """Run the module on its random inputs. BundleError: the weights themselves make NaN."""
+    inputs = graph.random_inputs(SEED)
+    expected = graph.module(*inputs).float().cpu()
+    if not bool(torch.isfinite(expected).all()):
+        raise BundleError(
+            f"torch's own {graph.name} makes NaN or infinite values in {graph.output.dtype}: "
+            "check the weights, or use a higher precision"
+        )
+    return Reference(graph.name, inputs, expected)
+
+
+@torch.no_grad()
+def check_parity(
+    reference: Reference, run: Callable[..., Tensor], precision: Precision
+) -> dict[str, Any]:
+    """Compare an engine's answer with torch's: max_abs, relative_l2, psnr_db (decoder) and limit.
+
+    BundleError: beyond the tolerance, NaN or infinite.
+    """
+    found = run(*reference.inputs).float().cpu()
+    if not bool(torch.isfinite(found).all()):
+        raise BundleError(
+            f"the engine's {reference.graph} makes NaN or infinite values in {precision}: "
+            "use a higher precision"
+        )
+    difference = found - reference.expected
+    error = float(difference.abs().max())
+    limit = PARITY_TOLERANCE[precision] * max(1.0, float(reference.expected.abs().max()))
+    if not error <= limit:
+        raise BundleError(
+            f"the engine's {reference.graph} differs from torch by {error:.2e}, more than "
+            f"{limit:.2e}: report the versions that `pip list` shows"
+        )
+    measured = {
+        "max_abs": error,
+        "relative_l2": float(difference.norm() / reference.expected.norm()),
+        "limit": limit,
+    }
+    if reference.graph == "decoder":
+        squared = max(float(difference.square().mean()), 1e-20)
+        measured["psnr_db"] = 10 * float(torch.tensor(4.0 / squared).log10())  # images in [-1, 1]
+    return measured
