@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from patchbloom.export.config import EngineSpec
 from patchbloom.export.models import ModelParts, Unavailable
 from patchbloom.export.modules import Denoiser, PromptProjector
 from patchbloom.export.to_onnx import Graph, export_onnx, make_graphs
-from patchbloom.export.to_ort import OrtSession, measure_parity, open_ort_bundle
+from patchbloom.export.to_ort import OrtSession, cuda_settings, measure_parity, open_ort_bundle
 from patchbloom.train.prior_model import new_parts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -141,6 +142,34 @@ def test_graph_is_what_was_specified(decoder: Graph, tmp_path: Path):
     export_onnx(decoder, path, native_group_norm=False)
     with pytest.raises(BundleError, match="NaN or infinite"):
         measure_parity(decoder, path, EngineSpec(size_px=32, batch=4))
+
+
+def test_ort_computes_on_the_stream_and_device_it_is_given():
+    stream: Any = SimpleNamespace(cuda_stream=94, device_index=1)
+    settings = cuda_settings(stream)
+    assert settings == {"user_compute_stream": "94", "device_id": "1", "use_tf32": "0"}
+
+
+@pytest.mark.gpu
+def test_ort_waits_for_its_inputs(tmp_path: Path):
+    """Inputs that torch's stream fills late, behind long products, are read once filled."""
+    spec = EngineSpec(size_px=32, batch=4, images_per_prompt=2, device="cuda")
+    parts = small_parts(tmp_path / "spelling")
+    parts = ModelParts(parts.unet.cuda(), parts.vae.cuda())
+    decoder = make_graphs(parts, spec, tokens=77)[2]
+    path = tmp_path / "decoder.onnx"
+    export_onnx(decoder, path, native_group_norm=True)
+    session = OrtSession(path, "cuda")
+    (latents,) = decoder.random_inputs(seed=2)
+    expected = session.run(latents).clone()
+    long = torch.randn(8192, 8192, device="cuda")
+    for _ in range(3):
+        late = torch.full_like(latents, torch.nan)
+        torch.cuda.synchronize()
+        for _ in range(4):
+            long @ long
+        late.copy_(latents)
+        assert torch.equal(session.run(late), expected)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
