@@ -23,7 +23,7 @@ from .to_onnx import Graph, export_onnx, make_graphs
 
 GRAPHS = ("encoder", "denoiser", "decoder")
 PARITY_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
-LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
+LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ELEMENTS = {
     "tensor(float)": (torch.float32, np.float32),
@@ -137,7 +137,9 @@ def bundle_key(model: ModelSource, spec: EngineSpec, *, tokens: int) -> dict[str
         "model": model.name,
         "weights_sha256": weights_sha256(model),
         "exporter_sha256": code.hexdigest(),
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": {name: version(name) for name in LIBRARIES}
+        # Of the module: the distribution is onnxruntime, onnxruntime-gpu, ...
+        | {"onnxruntime": require_ort(spec.device).__version__},
         "gpu": torch.cuda.get_device_name() if spec.device == "cuda" else None,
         "tokens": tokens,
         "flags": {"opset": DEFAULT_OPSET, "native_group_norm": spec.device == "cuda"},

@@ -9,15 +9,18 @@ import multiprocessing
 import os
 import signal
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
+from patchbloom.export import to_ort
 from patchbloom.export.bundle import BundleError, bundle_name, find_or_build, open_bundle
 from patchbloom.export.config import EngineSpec
-from patchbloom.export.models import ModelParts, Unavailable
+from patchbloom.export.models import ModelParts, Unavailable, find_model
 from patchbloom.export.modules import Denoiser, PromptProjector
 from patchbloom.export.to_onnx import Graph, export_onnx, make_graphs
 from patchbloom.export.to_ort import OrtSession, cuda_settings, measure_parity, open_ort_bundle
@@ -177,6 +180,20 @@ def test_ort_on_the_cpu_is_fp32_only(tmp_path: Path, precision: Any):
     spec = EngineSpec(size_px=32, precision=precision)
     with pytest.raises(Unavailable, match="--precision fp32"):
         open_ort_bundle(None, None, spec, tokens=77, bundles=tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_key_does_not_ask_how_onnxruntime_was_installed(monkeypatch: pytest.MonkeyPatch):
+    """onnxruntime-gpu, which a GPU needs, brings the same module under another name."""
+    installed = to_ort.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(to_ort, "version", version)
+    key = to_ort.bundle_key(find_model("sdxl-tiny"), EngineSpec(size_px=64), tokens=77)
+    assert key["libraries"]["onnxruntime"] == onnxruntime.__version__
 
 
 def fill(folder: Path) -> dict[str, Any]:
