@@ -210,6 +210,20 @@ def test_half_precision_stays_near(expander, precision, limit):
     assert 0 < max_error(images, expander().expand(SAMPLES, EPOCH)) < limit
 
 
+def test_images_of_nan_are_refused(expander, monkeypatch):
+    ours = expander()
+    decode = ours.backend.decode
+
+    def overflow(latents_BCHW: Tensor) -> Tensor:
+        images_BCHW = decode(latents_BCHW).clone()
+        images_BCHW[1, 0, 0, 0] = torch.nan
+        return images_BCHW
+
+    monkeypatch.setattr(ours.backend, "decode", overflow)
+    with pytest.raises(ValueError, match="makes NaN in fp32: use --precision bf16"):
+        ours.expand(SAMPLES, EPOCH)
+
+
 def test_out_is_filled_and_checked(expander):
     ours = expander()
     out = torch.full((7, 3, 32, 32), torch.nan)
