@@ -304,6 +304,19 @@ def test_schedule_is_the_papers():
         make_schedule(config | {"prediction_type": "v_prediction"}, steps=5, rho=0.8)
 
 
+@pytest.mark.parametrize(("steps", "rho"), [(1, 0.5), (3, 0.1), (7, 0.1), (2, 0.25), (6, 0.01)])
+def test_what_a_refused_rho_is_told_works(steps: int, rho: float):
+    config = {"timestep_spacing": "trailing"}
+    with pytest.raises(ValueError, match="rounds to 0 evaluations") as refused:
+        make_schedule(config, steps=steps, rho=rho)
+    enough = [float(word.rstrip(",")) for word in str(refused.value).split() if word[0].isdigit()]
+    assert enough[:2] == [rho, steps]
+    assert make_schedule(config, steps=steps, rho=enough[-2]).evals == 1
+    assert make_schedule(config, steps=int(enough[-1]), rho=rho).evals == 1
+    with pytest.raises(ValueError, match="rounds to 0 evaluations"):
+        make_schedule(config, steps=int(enough[-1]) - 1, rho=rho)
+
+
 def test_plans_cover_every_sample_once():
     labels = np.repeat(np.arange(4), [4, 8, 0, 12]).astype(np.int64)
     assert images_per_prompt(16, np.bincount(labels)) == 4
