@@ -191,7 +191,11 @@ def _check_boxes(boxes_BP4: np.ndarray, sizes_B2: np.ndarray, crops: int) -> Non
 
 
 def _device_id(device: str) -> int | None:
-    return None if device == "cpu" else torch.device(device).index or 0
+    """DALI's number of the device; plain "cuda" is the current one, as everywhere in torch."""
+    if device == "cpu":
+        return None
+    index = torch.device(device).index
+    return torch.cuda.current_device() if index is None else index
 
 
 def _decoded(encoded: DataNode, device: str) -> DataNode:

@@ -17,7 +17,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well."""
+    """A temporary folder beside `folder` that takes its place when the block ends well.
+
+    FileExistsError when another process filled `folder` meanwhile; what it wrote stays.
+    """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = f"{socket.gethostname()}-{os.getpid()}"
@@ -29,7 +32,7 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         if overwrite and folder.exists():
             os.rename(folder, replaced)
-        os.rename(partial, folder)
+        _rename_into_place(partial, folder)
         _sync_folder(folder.parent)
     except BaseException:
         if replaced.exists() and not folder.exists():
@@ -40,6 +43,18 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(replaced)
 
 
+def _rename_into_place(partial: Path, folder: Path) -> None:
+    try:
+        os.rename(partial, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise FileExistsError(
+            f"{folder} was free at first and is not now: another process wrote it; "
+            "use what it wrote, or choose another --out"
+        ) from error
+
+
 def _remove_abandoned(folder: Path) -> None:
     """Remove what a killed process of this machine left while writing this folder."""
     for state in ("partial", "replaced"):
@@ -47,7 +62,7 @@ def _remove_abandoned(folder: Path) -> None:
         for path in folder.parent.iterdir():
             pid = path.name.removeprefix(prefix)
             if path.name.startswith(prefix) and pid.isdigit() and not _is_other_alive(int(pid)):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # another writer may be at it too
 
 
 def _is_other_alive(pid: int) -> bool:

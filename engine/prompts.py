@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..export.models import TOKENS, ModelParts, ModelSource, load_text_encoder, seen_classes
-from ..export.modules import PromptProjector
+from ..export.modules import PromptProjector, key_value_slots
 from ..kernels.noise import Draw, normal
 
 TEMPLATE = "A photo of a {name}"
@@ -96,13 +96,19 @@ def project_prompts(parts: ModelParts, text: TextEmbeddings, *, conditioning_px:
     projector, dtype, device = PromptProjector(parts.unet), parts.unet.dtype, parts.unet.device
     size = float(conditioning_px)
     time_ids_6 = torch.tensor([size, size, 0, 0, size, size], device=device)
-    added, kv = [], []
-    for text_GLD, pooled_GD in zip(
-        text.text_KLD.split(CHUNK), text.pooled_KD.split(CHUNK), strict=True
+    prompts, tokens = text.text_KLD.shape[:2]
+    width = 2 * sum(slot.size for slot in key_value_slots(parts.unet, tokens))
+    added = []
+    # Filled in place: 1000 classes of SDXL-Turbo are 25.6 GB in fp16, which must not lie there
+    # twice.
+    kv_KP = torch.empty(prompts, width, dtype=dtype, device=device)
+    for text_GLD, pooled_GD, out_GP in zip(
+        text.text_KLD.split(CHUNK), text.pooled_KD.split(CHUNK), kv_KP.split(CHUNK), strict=True
     ):
         added_GD, kv_GP = projector(
             text_GLD.to(device, dtype), pooled_GD.to(device, dtype), time_ids_6
         )
         added.append(added_GD)
-        kv.append(kv_GP)
-    return PromptBank(torch.cat(added), torch.cat(kv), tokens=text.text_KLD.shape[1])
+        out_GP.copy_(kv_GP)
+        del kv_GP
+    return PromptBank(torch.cat(added), kv_KP, tokens=tokens)

@@ -11,6 +11,7 @@ img2img pipeline does: of S steps the last int(S · rho) are run. S = 5, rho = 0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,8 @@ def make_schedule(
     if evals < 1:
         raise ValueError(
             f"rho {rho:g} of {steps} steps rounds to 0 evaluations: "
-            f"rho must be at least {1 / steps:g}, or the steps at least {int(1 / rho) + 1}"
+            f"rho must be at least {math.ceil(1e4 / steps) / 1e4:g}, "
+            f"or the steps at least {math.ceil(1 / rho)}"
         )
     scheduler: Any = EulerAncestralDiscreteScheduler.from_config(dict(scheduler_config))
     scheduler.set_timesteps(steps)

@@ -171,6 +171,7 @@ class Expander:
         """Images of `samples` (rows of the coreset, any order, repeats allowed) at `epoch`.
 
         Returns fp32 [len(samples), 3, H, W] in [-1, 1] in the order asked, in `out` if given.
+        ValueError: samples or an `out` that do not fit, or networks that overflow to NaN.
         """
         rows = np.asarray(samples, dtype=np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self._labels_N)):
@@ -194,6 +195,13 @@ class Expander:
             targets = torch.from_numpy(plan.targets_B[slots]).to(out.device)
             kept = images_BCHW[torch.from_numpy(slots).to(self._device)]
             out[targets] = kept.to(out.device)
+        # Once a call, not once a batch: the answer waits for the GPU. Later kernels clamp, and
+        # would make black pixels of NaN that a teacher labels without complaint.
+        if bool(out.isnan().any()):
+            raise ValueError(
+                f"{self.model.name} makes NaN in {self.config.precision}: use --precision bf16 or "
+                "fp32, a VAE made for fp16 (sdxl-vae-fp16-fix), or weights that are not damaged"
+            )
         return out
 
     def _expand_batch(self, plan: BatchPlan, epoch: int) -> Tensor:

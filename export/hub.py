@@ -23,6 +23,8 @@ MODEL_FILES = (
     "unet/config.json",
     "unet/diffusion_pytorch_model.fp16.safetensors",
 )
+TOKENIZER_FILES = ("merges.txt", "tokenizer_config.json", "vocab.json")
+"""Without tokenizer_config.json, transformers pads prompts otherwise and says nothing."""
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 LICENCE_NOTE = (
     "SDXL-Turbo is Stability AI's, under its non-commercial research licence: "
@@ -89,7 +91,11 @@ def _snapshot(repository: str, revision: str, patterns: tuple[str, ...]) -> Path
 
 
 def _is_complete(folder: Path, patterns: tuple[str, ...]) -> bool:
-    return all(any(folder.glob(pattern)) for pattern in patterns)
+    """Whether a cached snapshot has every file; a link whose target is gone is no file."""
+    names = [pattern for pattern in patterns if not pattern.endswith("/*")]
+    for pattern in set(patterns) - set(names):
+        names += [pattern.replace("*", name) for name in TOKENIZER_FILES]
+    return all((folder / name).is_file() for name in names)
 
 
 def _check_against_hub(folder: Path, repository: str, revision: str) -> None:

@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,25 @@ def test_a_full_disk_while_replacing_keeps_the_old_coreset(
     with pytest.raises(OSError, match="no space left"):
         attach_labels(tmp_path / "c", LabelBlock(codec="dense", logits=_logits()))
     assert open_coreset(tmp_path / "c").content_sha256 == old.content_sha256
+
+
+def test_the_second_of_two_writers_leaves_the_first_ones_coreset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_png, wrote = coreset_module._write_png, []
+
+    def write_after_another(path: Path, patch_HWC: np.ndarray) -> None:
+        if not wrote:
+            wrote.append(path)
+            shutil.copytree(other, tmp_path / "c")
+        write_png(path, patch_HWC)
+
+    other = _write(tmp_path / "other", settings={**SETTINGS, "seed": 4}).folder
+    monkeypatch.setattr(coreset_module, "_write_png", write_after_another)
+    with pytest.raises(FileExistsError, match="another process wrote it; use what it wrote, or"):
+        _write(tmp_path / "c")
+    assert open_coreset(tmp_path / "c").settings["seed"] == 4
+    assert sorted(os.listdir(tmp_path)) == ["c", "other"]
 
 
 KILLED_WRITES = """

@@ -9,19 +9,24 @@ import multiprocessing
 import os
 import signal
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
+from patchbloom.export import to_ort
 from patchbloom.export.bundle import BundleError, bundle_name, find_or_build, open_bundle
 from patchbloom.export.config import EngineSpec
+from patchbloom.export.engines import engine_key
 from patchbloom.export.graphs import Graph, make_graphs
-from patchbloom.export.models import ModelParts, Unavailable
+from patchbloom.export.models import ModelParts, Unavailable, find_model
 from patchbloom.export.modules import Denoiser, PromptProjector
 from patchbloom.export.parity import check_parity, make_reference
 from patchbloom.export.to_onnx import export_onnx
-from patchbloom.export.to_ort import OrtSession, require
+from patchbloom.export.to_ort import OrtSession, cuda_settings, require
 from patchbloom.train.prior_model import new_parts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -149,10 +154,52 @@ def test_graph_is_what_was_specified(decoder: Graph, tmp_path: Path):
         check_parity(reference, OrtSession(path, "cpu").run, "fp32")
 
 
+def test_ort_computes_on_the_stream_and_device_it_is_given():
+    stream: Any = SimpleNamespace(cuda_stream=94, device_index=1)
+    settings = cuda_settings(stream)
+    assert settings == {"user_compute_stream": "94", "device_id": "1", "use_tf32": "0"}
+
+
+@pytest.mark.gpu
+def test_ort_waits_for_its_inputs(tmp_path: Path):
+    """Inputs that torch's stream fills late, behind long products, are read once filled."""
+    spec = EngineSpec(size_px=32, batch=4, images_per_prompt=2, device="cuda")
+    parts = small_parts(tmp_path / "spelling")
+    parts = ModelParts(parts.unet.cuda(), parts.vae.cuda())
+    decoder = make_graphs(parts, spec, tokens=77)[2]
+    path = tmp_path / "decoder.onnx"
+    export_onnx(decoder, path, native_group_norm=True)
+    session = OrtSession(path, "cuda")
+    (latents,) = decoder.random_inputs(seed=2)
+    expected = session.run(latents).clone()
+    long = torch.randn(8192, 8192, device="cuda")
+    for _ in range(3):
+        late = torch.full_like(latents, torch.nan)
+        torch.cuda.synchronize()
+        for _ in range(4):
+            long @ long
+        late.copy_(latents)
+        assert torch.equal(session.run(late), expected)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_ort_on_the_cpu_is_fp32_only(precision: Any):
     with pytest.raises(Unavailable, match="--precision fp32"):
         require(precision, "cpu")
+
+
+def test_a_key_does_not_ask_how_onnxruntime_was_installed(monkeypatch: pytest.MonkeyPatch):
+    """onnxruntime-gpu, which a GPU needs, brings the same module under another name."""
+    installed = to_ort.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(to_ort, "version", version)
+    key = engine_key("ort", find_model("sdxl-tiny"), EngineSpec(size_px=64), tokens=77)
+    assert key["libraries"]["onnxruntime"] == onnxruntime.__version__
 
 
 def fill(folder: Path) -> dict[str, Any]:

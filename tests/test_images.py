@@ -260,6 +260,12 @@ def test_the_crop_graph_of_the_gpu_agrees(even_set: ImageSet, monkeypatch: pytes
     assert difference.max() <= 16  # at edges between random colours; DALI's filter is a table
 
 
+def test_cuda_is_the_current_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    devices = {name: decode._device_id(name) for name in ("cpu", "cuda", "cuda:0", "cuda:2")}
+    assert devices == {"cpu": None, "cuda": 1, "cuda:0": 0, "cuda:2": 2}
+
+
 @pytest.mark.gpu
 def test_gpu_decoding(even_set: ImageSet):
     """Close to the CPU's pixels; the same at any batch size."""

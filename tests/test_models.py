@@ -104,7 +104,11 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.cut, self.ranges = False, []
         self.files = {
-            hub.MODEL_ID: {name.replace("*", "vocab.json"): b"{}" for name in hub.MODEL_FILES},
+            hub.MODEL_ID: {
+                pattern.replace("*", name): b"{}"
+                for pattern in hub.MODEL_FILES
+                for name in hub.TOKENIZER_FILES
+            },
             hub.VAE_ID: {name: name.encode() for name in hub.VAE_FILES},
         }
         self.files[hub.MODEL_ID]["unet/diffusion_pytorch_model.fp16.safetensors"] = bytes(
@@ -227,6 +231,25 @@ def test_an_interrupted_download_says_so_and_goes_on(server: Hub, tmp_path: Path
     cached = fetch(server, tmp_path, HF_HUB_OFFLINE="1")
     assert cached.stdout == done.stdout, cached.stderr
     assert hub.LICENCE_NOTE not in cached.stderr
+
+
+@pytest.mark.parametrize(
+    "missing", ["tokenizer_2/tokenizer_config.json", "unet/config.json", "dangling"]
+)
+def test_a_cache_that_lacks_a_file_is_not_complete(tmp_path: Path, missing: str):
+    for pattern in hub.MODEL_FILES:
+        for name in hub.TOKENIZER_FILES:
+            path = tmp_path / pattern.replace("*", name)
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+    assert hub._is_complete(tmp_path, hub.MODEL_FILES)
+    weights = tmp_path / "unet/diffusion_pytorch_model.fp16.safetensors"
+    if missing == "dangling":  # what is left of a file whose sha256 was wrong
+        weights.unlink()
+        weights.symlink_to(tmp_path / "blob")
+    else:
+        (tmp_path / missing).unlink()
+    assert not hub._is_complete(tmp_path, hub.MODEL_FILES)
 
 
 def test_no_network_is_one_line(server: Hub, tmp_path: Path):

@@ -21,7 +21,13 @@ from patchbloom.engine.batches import fitting_batch, images_per_prompt, plan_bat
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.schedule import make_schedule
 from patchbloom.engine.turbo import Expander
-from patchbloom.export.models import ModelSource, Unavailable, find_model, weights_sha256
+from patchbloom.export.models import (
+    ModelSource,
+    Unavailable,
+    find_model,
+    load_parts,
+    weights_sha256,
+)
 from patchbloom.export.modules import PromptProjector
 from patchbloom.kernels.noise import Draw, normal, uniform
 from patchbloom.train.prior_model import new_parts, save_parts
@@ -210,6 +216,20 @@ def test_half_precision_stays_near(expander, precision, limit):
     assert 0 < max_error(images, expander().expand(SAMPLES, EPOCH)) < limit
 
 
+def test_images_of_nan_are_refused(expander, monkeypatch):
+    ours = expander()
+    decode = ours.backend.decode
+
+    def overflow(latents_BCHW: Tensor) -> Tensor:
+        images_BCHW = decode(latents_BCHW).clone()
+        images_BCHW[1, 0, 0, 0] = torch.nan
+        return images_BCHW
+
+    monkeypatch.setattr(ours.backend, "decode", overflow)
+    with pytest.raises(ValueError, match="makes NaN in fp32: use --precision bf16"):
+        ours.expand(SAMPLES, EPOCH)
+
+
 def test_out_is_filled_and_checked(expander):
     ours = expander()
     out = torch.full((7, 3, 32, 32), torch.nan)
@@ -284,6 +304,19 @@ def test_schedule_is_the_papers():
         make_schedule(config | {"prediction_type": "v_prediction"}, steps=5, rho=0.8)
 
 
+@pytest.mark.parametrize(("steps", "rho"), [(1, 0.5), (3, 0.1), (7, 0.1), (2, 0.25), (6, 0.01)])
+def test_what_a_refused_rho_is_told_works(steps: int, rho: float):
+    config = {"timestep_spacing": "trailing"}
+    with pytest.raises(ValueError, match="rounds to 0 evaluations") as refused:
+        make_schedule(config, steps=steps, rho=rho)
+    enough = [float(word.rstrip(",")) for word in str(refused.value).split() if word[0].isdigit()]
+    assert enough[:2] == [rho, steps]
+    assert make_schedule(config, steps=steps, rho=enough[-2]).evals == 1
+    assert make_schedule(config, steps=int(enough[-1]), rho=rho).evals == 1
+    with pytest.raises(ValueError, match="rounds to 0 evaluations"):
+        make_schedule(config, steps=int(enough[-1]) - 1, rho=rho)
+
+
 def test_plans_cover_every_sample_once():
     labels = np.repeat(np.arange(4), [4, 8, 0, 12]).astype(np.int64)
     assert images_per_prompt(16, np.bincount(labels)) == 4
@@ -350,6 +383,28 @@ def test_what_does_not_change_is_computed_once(expander, model, patches, monkeyp
     ours.expand(range(12), 0)
     assert len(calls) == 2 * 4  # two batches of 8 hold 12 samples; 4 evaluations each
     assert calls[0][3].shape[0] == 2  # keys and values of 2 prompts for 8 images, not of 8
+
+
+def test_keys_and_values_of_one_chunk_of_prompts_are_kept_once(model, monkeypatch):
+    """At 1000 classes they are most of a GPU's memory: no second copy while they are made."""
+    alive: list[weakref.ref] = []
+    project = PromptProjector.forward
+
+    def forward(self, *given):
+        assert [reference() for reference in alive] == [None] * len(alive)
+        added_GD, kv_GP = project(self, *given)
+        alive.append(weakref.ref(kv_GP))
+        return added_GD, kv_GP
+
+    parts = load_parts(model, precision="fp32", device="cpu")
+    text = prompts_module.encode_prompts(model, PROMPTS, device="cpu")
+    whole = prompts_module.project_prompts(parts, text, conditioning_px=32)
+    monkeypatch.setattr(PromptProjector, "forward", forward)
+    monkeypatch.setattr(prompts_module, "CHUNK", 1)
+    chunked = prompts_module.project_prompts(parts, text, conditioning_px=32)
+    assert len(alive) == len(PROMPTS)
+    torch.testing.assert_close(chunked.kv_KP, whole.kv_KP)
+    torch.testing.assert_close(chunked.added_KD, whole.added_KD)
 
 
 def test_bench_reports_no_speed_without_the_same_pictures(model, tmp_path):
