@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 Precision = Literal["fp32", "fp16", "bf16"]
+VaePrecision = Literal["auto", "fp16", "bf16", "fp32"]
+OnnxOpset = Literal[21, 23]
 BackendName = Literal["auto", "trt", "ort", "inductor", "eager"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 Weights = Literal["pretrained", "random"]
 
-DEFAULT_OPSET = 21  # gives a native GroupNormalization
+DEFAULT_OPSET: OnnxOpset = 21
+"""The first with a native GroupNormalization; 23 adds a native Attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +24,17 @@ class EngineSpec:
     """Height and width of the images; a multiple of the VAE's factor."""
     batch: int = 32
     """Images per call. Always full: a short batch is padded."""
+    min_batch: int | None = None
+    """Fewest images per call, of an engine for a range of batches; None: `batch` alone, which is
+    fastest. Both are whole numbers of prompts, `images_per_prompt` images each."""
     images_per_prompt: int = 1
     """n of a batch of G prompts × n images; divides `batch`."""
     precision: Precision = "fp32"
     """Of weights and activations; the sampler's state is fp32 in any case."""
+    vae_precision: VaePrecision = "auto"
+    """Of encoder and decoder; `auto` is `precision`, or fp32 for a VAE that overflows in fp16."""
+    opset: OnnxOpset = DEFAULT_OPSET
+    """Version of the ONNX operators, where a backend starts from ONNX."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where it runs."""
 
@@ -38,9 +48,24 @@ class EngineSpec:
                 f"images_per_prompt must divide the batch of {self.batch}, "
                 f"got {self.images_per_prompt}"
             )
-        if self.precision not in get_args(Precision):
+        if self.min_batch is not None:
+            self._check_range(self.min_batch)
+        for field, choices in (
+            ("precision", get_args(Precision)),
+            ("vae_precision", get_args(VaePrecision)),
+            ("opset", get_args(OnnxOpset)),
+        ):
+            if getattr(self, field) not in choices:
+                raise ValueError(
+                    f"{field} must be one of {', '.join(map(str, choices))}, "
+                    f"got {getattr(self, field)!r}"
+                )
+
+    def _check_range(self, least: int) -> None:
+        if not 1 <= least < self.batch or least % self.images_per_prompt:
             raise ValueError(
-                f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}"
+                f"min_batch must be a multiple of images_per_prompt, {self.images_per_prompt}, "
+                f"below the batch of {self.batch}, got {least}"
             )
 
     @property
@@ -48,6 +73,11 @@ class EngineSpec:
         """G: prompts per batch."""
         return self.batch // self.images_per_prompt
 
-    def as_dict(self) -> dict[str, int | str]:
+    @property
+    def min_prompts(self) -> int:
+        """Fewest prompts per batch: `prompts`, unless the engine is for a range."""
+        return (self.min_batch or self.batch) // self.images_per_prompt
+
+    def as_dict(self) -> dict[str, int | str | None]:
         """The fields, for keys and manifests."""
         return asdict(self)
