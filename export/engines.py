@@ -21,7 +21,13 @@ from torch import Tensor
 from .bundle import Bundle, find_or_build
 from .config import BackendName, EngineSpec, Precision
 from .graphs import GRAPHS, Graph, make_graphs
-from .models import ModelParts, ModelSource, weights_sha256
+from .models import (
+    ModelParts,
+    ModelSource,
+    Unavailable,
+    resolve_vae_precision,
+    weights_sha256,
+)
 from .parity import check_parity, make_reference
 
 Say = Callable[[str], None]
@@ -99,6 +105,7 @@ def engine_key(
         "tokens": tokens,
         "flags": exporter(backend).flags(spec),
         **spec.as_dict(),
+        "vae_precision": resolve_vae_precision(model, spec.precision, spec.vae_precision),
     }
 
 
@@ -119,6 +126,12 @@ def open_engine(
     """
     compiler = exporter(backend)
     compiler.require(spec.precision, spec.device)
+    compiler.require(resolve_vae_precision(model, spec.precision, spec.vae_precision), spec.device)
+    if spec.min_batch is not None and backend == "inductor":
+        raise Unavailable(
+            "the inductor backend compiles for one batch, not for a range: leave out the smallest "
+            "batch, or use --backend ort or trt"
+        )
     key = engine_key(backend, model, spec, tokens=tokens)
 
     def build(folder: Path) -> dict[str, Any]:
@@ -134,9 +147,7 @@ def open_engine(
         sessions = compiler.open_sessions(folder, spec)
         try:
             parity = {
-                reference.graph: check_parity(
-                    reference, sessions[reference.graph].run, spec.precision
-                )
+                reference.graph: check_parity(reference, sessions[reference.graph].run)
                 for reference in references
             }
         finally:

@@ -1,6 +1,7 @@
-"""What is compiled: encoder, denoiser and decoder of a model, with static borders.
+"""What is compiled: encoder, denoiser and decoder of a model, with borders of known shape.
 
-Every backend starts from these three modules; what it makes of them is held against them.
+Every backend starts from these three modules; what it makes of them is held against them. Height
+and width are static; the batch is too, or a range of prompts of n images each.
 Legend: B = G · n images of G prompts, C latent channels, h w latent size, P keys and values.
 """
 
@@ -25,7 +26,10 @@ class Port:
 
     name: str
     shape: tuple[int, ...]
+    """At the largest batch."""
     dtype: torch.dtype
+    per_prompt: int = 0
+    """Rows of the first dimension for each prompt; 0: it does not grow with the batch."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Graph:
     module: nn.Module
     inputs: tuple[Port, ...]
     output: Port
+    min_prompts: int | None = None
+    """Fewest prompts of a range of batches; None: the batch is static."""
 
     def random_inputs(self, seed: int) -> list[Tensor]:
         """Standard normal inputs, on the module's device; a timestep is drawn from the schedule."""
@@ -53,41 +59,41 @@ class Graph:
 def make_graphs(parts: ModelParts, spec: EngineSpec, *, tokens: int) -> tuple[Graph, Graph, Graph]:
     """Encoder, denoiser and decoder of a model at an engine's shapes; takes over the parts."""
     vae_config: Any = parts.vae.config
-    slots = key_value_slots(parts.unet, tokens)
-    channels, side = (
-        vae_config.latent_channels,
-        spec.size_px // 2 ** (len(vae_config.block_out_channels) - 1),
-    )
-    latents, images = (
-        (spec.batch, channels, side, side),
-        (spec.batch, 3, spec.size_px, spec.size_px),
-    )
+    channels, n = vae_config.latent_channels, spec.images_per_prompt
+    side = spec.size_px // 2 ** (len(vae_config.block_out_channels) - 1)
+    latents = (spec.batch, channels, side, side)
     moments = (spec.batch, 2 * channels, side, side)
+    images = (spec.batch, 3, spec.size_px, spec.size_px)
     width = parts.unet.time_embedding.linear_2.out_features
+    kv_width = 2 * sum(slot.size for slot in key_value_slots(parts.unet, tokens))
     unet_dtype, vae_dtype = parts.unet.dtype, parts.vae.dtype
     denoiser_inputs = (
-        Port("latents", latents, unet_dtype),
+        Port("latents", latents, unet_dtype, n),
         Port("timestep", (1,), torch.float32),
-        Port("added", (spec.prompts, width), unet_dtype),
-        Port("keys_values", (spec.prompts, 2 * sum(slot.size for slot in slots)), unet_dtype),
+        Port("added", (spec.prompts, width), unet_dtype, 1),
+        Port("keys_values", (spec.prompts, kv_width), unet_dtype, 1),
     )
+    min_prompts = spec.min_prompts if spec.min_batch else None
     return (
         Graph(
             "encoder",
             LatentEncoder(parts.vae).eval(),
-            (Port("images", images, vae_dtype),),
-            Port("moments", moments, vae_dtype),
+            (Port("images", images, vae_dtype, n),),
+            Port("moments", moments, vae_dtype, n),
+            min_prompts,
         ),
         Graph(
             "denoiser",
             Denoiser(parts.unet, tokens).eval(),
             denoiser_inputs,
-            Port("noise", latents, unet_dtype),
+            Port("noise", latents, unet_dtype, n),
+            min_prompts,
         ),
         Graph(
             "decoder",
             LatentDecoder(parts.vae).eval(),
-            (Port("latents", latents, vae_dtype),),
-            Port("images", images, vae_dtype),
+            (Port("latents", latents, vae_dtype, n),),
+            Port("images", images, vae_dtype, n),
+            min_prompts,
         ),
     )

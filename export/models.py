@@ -28,7 +28,11 @@ TURBO_CONFIGURATION = Path(__file__).parent / "sdxl_turbo"
 """SDXL-Turbo's architecture as it is published, with the configuration of its fp16-fix VAE."""
 TOKENS = 77  # of a CLIP prompt
 NAMES = ("sdxl-turbo", "sdxl-tiny")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 _DIFFUSERS_WEIGHTS, _TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
 
 
@@ -204,6 +208,11 @@ def _load(kind: type, source: ModelSource, part: str, device: str, **dtype: torc
         source.part(part), variant=variant, use_safetensors=True, **dtype
     )
     return module.to(device).eval().requires_grad_(False)
+
+
+def model_reference(source: ModelSource) -> str:
+    """What `--model` has to be given to find the model again."""
+    return source.name if source.name in NAMES else str(source.folder)
 
 
 def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 
@@ -89,11 +90,48 @@ class GroupedCrossAttention:
         return attn.to_out[0](mixed_GhQd.transpose(1, 2).reshape(images, pixels, width))
 
 
+INT32_MAX = 2**31 - 1
+
+
+class Upsampler(nn.Module):
+    """Nearest neighbours at twice the size or `output_size`, then a convolution: diffusers' own.
+
+    Without its branch on 64 images or more, by which an exported range of batches would end at 63.
+    What is left of it is the reason for it: torch's kernel for channels_last on CUDA counted
+    elements in 32 bits (pytorch issue 141831).
+    """
+
+    def __init__(self, stock: Upsample2D) -> None:
+        super().__init__()
+        if stock.norm is not None or stock.use_conv_transpose or not stock.interpolate:
+            raise ValueError(
+                "the upsampler must be SDXL's: nearest neighbours, then a convolution; "
+                "use an SDXL model"
+            )
+        self.conv = (stock.conv if stock.name == "conv" else stock.Conv2d_0) or nn.Identity()
+
+    def forward(self, x_BCHW: Tensor, output_size: Any = None) -> Tensor:
+        if not torch.compiler.is_exporting() and 4 * x_BCHW.numel() > INT32_MAX:
+            x_BCHW = x_BCHW.contiguous()
+        if output_size is not None:
+            return self.conv(F.interpolate(x_BCHW, size=output_size, mode="nearest"))
+        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+
+
+def _replace_upsamplers(network: nn.Module) -> None:
+    """Put an Upsampler, with the same weights, where diffusers has an Upsample2D."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Upsample2D):
+                setattr(parent, name, Upsampler(child))
+
+
 class Denoiser(nn.Module):
     """SDXL's UNet with the text side taken out: (x_BCHW, timestep_1, added_GD, kv_GP) → eps_BCHW.
 
     x is the scaled model input, timestep fp32, added_GD and kv_GP come from PromptProjector. Takes
-    over the UNet: its cross-attention processors are replaced. ValueError: not an SDXL UNet.
+    over the UNet: its cross-attention processors and upsamplers are replaced. ValueError: not an
+    SDXL UNet.
     """
 
     def __init__(self, unet: UNet2DConditionModel, tokens: int) -> None:
@@ -105,6 +143,7 @@ class Denoiser(nn.Module):
                 f"got {config.addition_embed_type}; use an SDXL model"
             )
         self.unet = unet
+        _replace_upsamplers(unet)
         slots = key_value_slots(unet, tokens)
         for layer, slot in zip(_cross_attentions(unet), slots, strict=True):
             layer.set_processor(GroupedCrossAttention(slot))
@@ -190,13 +229,17 @@ class LatentEncoder(nn.Module):
 
 
 class LatentDecoder(nn.Module):
-    """latents_BCHW in the UNet's units → images [B, 3, H, W], clamped to [-1, 1]."""
+    """latents_BCHW in the UNet's units → images [B, 3, H, W], clamped to [-1, 1].
+
+    Takes over the VAE's decoder: its upsamplers are replaced.
+    """
 
     shift: Tensor
     scale: Tensor
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
+        _replace_upsamplers(vae.decoder)
         self.decoder, self.conv = vae.decoder, vae.post_quant_conv or nn.Identity()
         shift, scale = _latent_statistics(vae)
         dtype, device = vae.dtype, vae.device

@@ -16,10 +16,14 @@ from torch import Tensor
 from .bundle import BundleError
 from .config import Precision
 from .graphs import Graph
+from .models import DTYPES
 
 PARITY_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """bf16 keeps 8 bits: sdxl-tiny's denoiser, compiled, is 3e-2 off its own eager run."""
 SEED = 1
+_PRECISIONS: dict[torch.dtype, Precision] = {
+    dtype: precision for precision, dtype in DTYPES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Reference:
     """A graph's inputs, on its device, and torch's answer, fp32 on the CPU."""
 
     graph: str
+    precision: Precision
+    """That the graph computes in: the VAE's may be another than the UNet's."""
     inputs: list[Tensor]
     expected: Tensor
 
@@ -38,18 +44,23 @@ def make_reference(graph: Graph) -> Reference:
     # By default cuDNN computes fp32 in TF32, whose 10 bits are not within PARITY_TOLERANCE.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = graph.module(*inputs).float().cpu()
+    precision = _PRECISIONS[graph.output.dtype]
     if not bool(torch.isfinite(expected).all()):
         raise BundleError(
-            f"torch's own {graph.name} makes NaN or infinite values in {graph.output.dtype}: "
-            "check the weights, or use a higher precision"
+            f"torch's own {graph.name} makes NaN or infinite values in {precision}: check its "
+            f"weights, or use {_remedy(graph.name)}"
         )
-    return Reference(graph.name, inputs, expected)
+    return Reference(graph.name, precision, inputs, expected)
+
+
+def _remedy(graph: str) -> str:
+    if graph == "denoiser":
+        return "--precision bf16 or fp32"
+    return "--vae-precision bf16 or fp32, or a VAE made for fp16 (sdxl-vae-fp16-fix)"
 
 
 @torch.no_grad()
-def check_parity(
-    reference: Reference, run: Callable[..., Tensor], precision: Precision
-) -> dict[str, Any]:
+def check_parity(reference: Reference, run: Callable[..., Tensor]) -> dict[str, Any]:
     """Compare an engine's answer with torch's: max_abs, relative_l2, psnr_db (decoder) and limit.
 
     BundleError: beyond the tolerance, NaN or infinite.
@@ -57,12 +68,12 @@ def check_parity(
     found = run(*reference.inputs).float().cpu()
     if not bool(torch.isfinite(found).all()):
         raise BundleError(
-            f"the engine's {reference.graph} makes NaN or infinite values in {precision}: "
-            "use a higher precision"
+            f"the engine's {reference.graph} makes NaN or infinite values in "
+            f"{reference.precision}, torch does not: use {_remedy(reference.graph)}"
         )
     difference = found - reference.expected
     error = float(difference.abs().max())
-    limit = PARITY_TOLERANCE[precision] * max(1.0, float(reference.expected.abs().max()))
+    limit = PARITY_TOLERANCE[reference.precision] * max(1.0, float(reference.expected.abs().max()))
     if not error <= limit:
         raise BundleError(
             f"the engine's {reference.graph} differs from torch by {error:.2e}, more than "

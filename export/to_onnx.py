@@ -1,6 +1,7 @@
-"""Torch modules → ONNX graphs with static shapes, checked as they are written.
+"""Torch modules → ONNX graphs with static shapes or a range of batches, checked as written.
 
-The dynamo exporter, opset 21, weights as initialisers (beside the graph when they pass 2 GB).
+The dynamo exporter, opset 21 or 23, weights as initialisers, beside the graph when they pass
+1.5 GB.
 GroupNormalization is native in opset 21, but ONNX Runtime has no CPU kernel for it and expands it
 to seven passes over the tensor; for the CPU it is therefore written as InstanceNormalization over
 the groups and one affine step, the same arithmetic (decoder of sdxl-tiny at batch 32, one thread:
@@ -19,12 +20,12 @@ from typing import Any
 
 import torch
 
-from .config import DEFAULT_OPSET
+from .config import DEFAULT_OPSET, OnnxOpset
 from .graphs import Graph, Port
 
 
 def export_onnx(
-    graph: Graph, path: Path, *, opset: int = DEFAULT_OPSET, native_group_norm: bool
+    graph: Graph, path: Path, *, opset: OnnxOpset = DEFAULT_OPSET, native_group_norm: bool
 ) -> None:
     """Write one graph to `path` and check it: onnx.checker, names, shapes, element types.
 
@@ -43,6 +44,7 @@ def export_onnx(
             output_names=[graph.output.name],
             opset_version=opset,
             custom_translation_table=replaced,
+            dynamic_shapes=_dynamic_shapes(graph),
             dynamo=True,
             verbose=False,
         )
@@ -53,11 +55,24 @@ def export_onnx(
     versions = [entry.version for entry in written.opset_import if entry.domain == ""]
     if versions != [opset]:
         raise RuntimeError(f"{path.name} should be of opset {opset}, but is of {versions}")
-    _check_ports(path.name, list(written.graph.input), graph.inputs)
-    _check_ports(path.name, list(written.graph.output), (graph.output,))
+    ranged = graph.min_prompts is not None
+    _check_ports(path.name, list(written.graph.input), graph.inputs, ranged)
+    _check_ports(path.name, list(written.graph.output), (graph.output,), ranged)
 
 
-def _check_ports(file: str, written: list[Any], specified: tuple[Port, ...]) -> None:
+def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any], ...] | None:
+    """Of each input, the dimension that grows with the batch; None when the batch is static."""
+    if graph.min_prompts is None:
+        return None
+    first = graph.inputs[0]
+    most = first.shape[0] // first.per_prompt
+    prompts = torch.export.Dim("prompts", min=graph.min_prompts, max=most)
+    rows = {0: {}, 1: {0: prompts}}
+    return tuple(rows.get(port.per_prompt, {0: port.per_prompt * prompts}) for port in graph.inputs)
+
+
+def _check_ports(file: str, written: list[Any], specified: tuple[Port, ...], ranged: bool) -> None:
+    """RuntimeError unless names, shapes and types are as specified; a range is told in prompts."""
     import onnx
 
     element_types = {
@@ -65,11 +80,16 @@ def _check_ports(file: str, written: list[Any], specified: tuple[Port, ...]) -> 
         torch.float16: onnx.TensorProto.FLOAT16,
         torch.bfloat16: onnx.TensorProto.BFLOAT16,
     }
-    expected = [(port.name, port.shape, element_types[port.dtype]) for port in specified]
+    expected = []
+    for port in specified:
+        rows: int | str = port.shape[0]
+        if ranged and port.per_prompt:
+            rows = "prompts" if port.per_prompt == 1 else f"{port.per_prompt}*prompts"
+        expected.append((port.name, (rows, *port.shape[1:]), element_types[port.dtype]))
     found = []
     for value in written:
         tensor = value.type.tensor_type
-        shape = tuple(dimension.dim_value for dimension in tensor.shape.dim)
+        shape = tuple(side.dim_param or side.dim_value for side in tensor.shape.dim)
         found.append((value.name, shape, tensor.elem_type))
     if found != expected:
         raise RuntimeError(f"the exporter wrote {found} into {file}, expected {expected}")
@@ -88,18 +108,19 @@ def _group_norm_by_instances(
 
     op: Any = onnxscript.opset21
 
-    shape = [int(size) for size in input.shape]
+    sides = [int(size) for size in input.shape[1:]]
     groups = (
         op.Constant(value_floats=[1.0] * num_groups),
         op.Constant(value_floats=[0.0] * num_groups),
     )
-    rest = math.prod(shape[1:]) // num_groups
-    grouped = op.Reshape(input, op.Constant(value_ints=[shape[0], num_groups, rest]))
+    rest = math.prod(sides) // num_groups
+    # 0 keeps the batch, which may be a range.
+    grouped = op.Reshape(input, op.Constant(value_ints=[0, num_groups, rest]))
     normal = op.InstanceNormalization(
         grouped, *(op.CastLike(value, input) for value in groups), epsilon=eps
     )
-    normal = op.Reshape(normal, op.Constant(value_ints=shape))
-    per_channel = op.Constant(value_ints=[shape[1]] + [1] * (len(shape) - 2))
+    normal = op.Reshape(normal, op.Constant(value_ints=[0, *sides]))
+    per_channel = op.Constant(value_ints=[sides[0]] + [1] * (len(sides) - 1))
     scaled = op.Mul(normal, op.Reshape(weight, per_channel))
     return op.Add(scaled, op.Reshape(bias, per_channel))
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import DEFAULT_OPSET, EngineSpec, Precision
+from .config import EngineSpec, Precision
 from .graphs import GRAPHS, Graph
 from .models import Unavailable
 from .to_onnx import export_onnx
@@ -41,19 +41,13 @@ def libraries() -> dict[str, str]:
 
 
 def flags(spec: EngineSpec) -> dict[str, Any]:
-    """How the graphs are written."""
-    return {"opset": DEFAULT_OPSET, "native_group_norm": spec.device == "cuda"}
+    """How the graphs are written: for the CPU where it runs them, which is in fp32 only."""
+    return {"native_group_norm": spec.device == "cuda" or spec.precision != "fp32"}
 
 
 def export_graph(graph: Graph, folder: Path, spec: EngineSpec) -> None:
     """Write `<graph>.onnx`."""
-    settings = flags(spec)
-    export_onnx(
-        graph,
-        folder / f"{graph.name}.onnx",
-        opset=settings["opset"],
-        native_group_norm=settings["native_group_norm"],
-    )
+    export_onnx(graph, folder / f"{graph.name}.onnx", opset=spec.opset, **flags(spec))
 
 
 def compile_graphs(folder: Path, spec: EngineSpec, say: Any) -> dict[str, Any]:
@@ -63,13 +57,17 @@ def compile_graphs(folder: Path, spec: EngineSpec, say: Any) -> dict[str, Any]:
 
 def open_sessions(folder: Path, spec: EngineSpec) -> dict[str, OrtSession]:
     """A session for each graph."""
-    return {name: OrtSession(folder / f"{name}.onnx", spec.device) for name in GRAPHS}
+    prompts = (spec.min_prompts, spec.prompts)
+    return {name: OrtSession(folder / f"{name}.onnx", spec.device, prompts) for name in GRAPHS}
 
 
 class OrtSession:
-    """One graph on one provider, with its output buffer; inputs and output are torch tensors."""
+    """One graph on one provider, with its output buffer; inputs and output are torch tensors.
 
-    def __init__(self, path: Path, device: str) -> None:
+    `prompts`: fewest and most prompts of a call, of a graph whose batch is a range.
+    """
+
+    def __init__(self, path: Path, device: str, prompts: tuple[int, int] = (1, 1)) -> None:
         onnxruntime, provider = require_ort(device), _PROVIDERS[device]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -90,34 +88,54 @@ class OrtSession:
                 "onnxruntime; onnxruntime.preload_dlls()'`"
             )
         self._device, self._binding = device, self._session.io_binding()
-        self._inputs = self._session.get_inputs()
-        result = self._session.get_outputs()[0]
-        self._output = torch.empty(result.shape, dtype=_ELEMENTS[result.type][0], device=device)
-        self._bind(self._binding.bind_output, result, self._output)
+        self._inputs, self._result = self._session.get_inputs(), self._session.get_outputs()[0]
+        self._fewest, self._most = prompts
+        self._output = torch.empty(
+            _shape(self._result, self._most), dtype=_ELEMENTS[self._result.type][0], device=device
+        )
+        self._bind(self._binding.bind_output, self._result, self._output)
 
     def run(self, *inputs: Tensor) -> Tensor:
         """Run the graph; the result is overwritten by the next call.
 
         Inputs are cast to the graph's types. ValueError: shapes that are not the graph's.
         """
+        output, prompts = self._output, self._most
+        if _per_prompt(self._result):
+            prompts = self._prompts_of(inputs[0])
+            output = self._output[: prompts * _per_prompt(self._result)]
+            self._bind(self._binding.bind_output, self._result, output)
         cast = []
         for port, value in zip(self._inputs, inputs, strict=True):
-            if list(value.shape) != port.shape:
+            shape = _shape(port, prompts)
+            if list(value.shape) != shape:
                 raise ValueError(
-                    f"{port.name} must be {port.shape}, the engine's shape, got {list(value.shape)}"
+                    f"{port.name} must be {shape}, the engine's shape, got {list(value.shape)}"
                 )
             cast.append(value.to(self._device, _ELEMENTS[port.type][0]).contiguous())
             self._bind(self._binding.bind_input, port, cast[-1])
         if self._stream is None:
             self._session.run_with_iobinding(self._binding)
-            return self._output
+            return output
         # ONNX Runtime waits for its own stream only, neither for the kernels that fill its inputs
         # nor for those that still read its last output.
         torchs = torch.cuda.current_stream()
         self._stream.wait_stream(torchs)
         self._session.run_with_iobinding(self._binding)
         torchs.wait_stream(self._stream)
-        return self._output
+        return output
+
+    def _prompts_of(self, first: Tensor) -> int:
+        """Prompts of a call to an engine for a range of batches, from its first input."""
+        port = self._inputs[0]
+        least, step = self._fewest * _per_prompt(port), _per_prompt(port)
+        prompts, rest = divmod(len(first), step)
+        if rest or not self._fewest <= prompts <= self._most:
+            raise ValueError(
+                f"{port.name} must have {least} to {self._most * step} rows in steps of {step}, "
+                f"the engine's batches, got {len(first)}"
+            )
+        return prompts
 
     def close(self) -> None:
         """Free the session and its buffers."""
@@ -132,6 +150,19 @@ class OrtSession:
             shape=tuple(value.shape),
             buffer_ptr=value.data_ptr(),
         )
+
+
+def _per_prompt(port: Any) -> int:
+    """Rows for each prompt of a port whose first side is "8*prompts"; 0 where it is static."""
+    side = port.shape[0]
+    if isinstance(side, int):
+        return 0
+    return int(side.split("*")[0]) if "*" in side else 1
+
+
+def _shape(port: Any, prompts: int) -> list[int]:
+    """A port's shape at this many prompts."""
+    return [_per_prompt(port) * prompts or port.shape[0], *port.shape[1:]]
 
 
 def cuda_settings(stream: torch.cuda.Stream) -> dict[str, str]:
