@@ -1,4 +1,4 @@
-"""Export modules, ONNX graphs and bundles: right, whole, and never taken for another."""
+"""ONNX graphs and bundles: right, whole, and never taken for another."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ from patchbloom.export.config import EngineSpec
 from patchbloom.export.engines import engine_key
 from patchbloom.export.graphs import Graph, make_graphs
 from patchbloom.export.models import ModelParts, Unavailable, find_model
-from patchbloom.export.modules import Denoiser, PromptProjector
 from patchbloom.export.parity import check_parity, make_reference
 from patchbloom.export.to_onnx import export_onnx
 from patchbloom.export.to_ort import OrtSession, cuda_settings, require
 from patchbloom.train.prior_model import new_parts
-from torch.utils.flop_counter import FlopCounterMode
 
 KEY = {
     "backend": "ort",
@@ -42,22 +40,6 @@ KEY = {
     "gpu": None,
     "libraries": {"torch": "2.11"},
 }
-SDXL_UNET = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def small_parts(folder: Path) -> ModelParts:
@@ -70,56 +52,6 @@ def small_parts(folder: Path) -> ModelParts:
 def decoder(tmp_path: Path) -> Graph:
     spec = EngineSpec(size_px=32, batch=4, images_per_prompt=2)
     return make_graphs(small_parts(tmp_path / "spelling"), spec, tokens=77)[2]
-
-
-@torch.no_grad()
-def test_grouped_denoiser_equals_the_stock_unet(tmp_path: Path):
-    unet = small_parts(tmp_path).unet
-    prompts, images = 3, 2
-    generator = torch.Generator().manual_seed(1)
-    text = torch.randn(prompts, 77, 64, generator=generator)
-    pooled = torch.randn(prompts, 32, generator=generator)
-    x = torch.randn(prompts * images, 4, 8, 8, generator=generator)
-    time_ids, timestep = torch.tensor([32.0, 32, 0, 0, 32, 32]), torch.tensor([599.0])
-    each = [index for index in range(prompts) for _ in range(images)]
-    conditions = {"text_embeds": pooled[each], "time_ids": time_ids.expand(len(each), -1)}
-    expected = unet(x, timestep, encoder_hidden_states=text[each], added_cond_kwargs=conditions)
-    added, keys_values = PromptProjector(unet)(text, pooled, time_ids)
-    found = Denoiser(unet, 77)(x, timestep, added, keys_values)
-    torch.testing.assert_close(found, expected.sample, rtol=1e-5, atol=1e-5)
-    other = Denoiser(unet, 77)(x, timestep, added, keys_values.roll(1, dims=0))
-    assert float((other - found).abs().max()) > 1e-3
-
-
-@torch.no_grad()
-def test_full_size_shapes_and_flops():
-    """SDXL-Turbo's own configuration at 224 px, on the meta device: no weights, no arithmetic."""
-    from diffusers import UNet2DConditionModel
-
-    batch, prompts = 4, 2
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL_UNET)
-        x, timestep = torch.empty(batch, 4, 28, 28), torch.empty(1)
-        conditions = {"text_embeds": torch.empty(batch, 1280), "time_ids": torch.empty(batch, 6)}
-        with FlopCounterMode(display=False) as stock:
-            text = torch.empty(batch, 77, 2048)
-            unet(x, timestep, encoder_hidden_states=text, added_cond_kwargs=conditions)
-        added, keys_values = PromptProjector(unet)(
-            torch.empty(prompts, 77, 2048), torch.empty(prompts, 1280), torch.empty(6)
-        )
-        with FlopCounterMode(display=False) as ours:
-            noise = Denoiser(unet, 77)(x, timestep, added, keys_values)
-    assert noise.shape == x.shape
-    assert added.shape == (prompts, 1280)
-    assert keys_values.shape[1] * 2 / 1e6 == pytest.approx(25.6, abs=0.1)  # MB in fp16
-    assert ours.get_total_flops() < 0.85 * stock.get_total_flops()
-
-
-def test_a_unet_of_another_kind_is_refused(tmp_path: Path):
-    unet = small_parts(tmp_path).unet
-    unet.register_to_config(addition_embed_type=None)
-    with pytest.raises(ValueError, match="SDXL's text_time conditioning"):
-        Denoiser(unet, 77)
 
 
 def test_graph_is_what_was_specified(decoder: Graph, tmp_path: Path):
