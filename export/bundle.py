@@ -4,28 +4,36 @@
         manifest.json   key, sha256 and size of every file, parity, and a hash over all of that
         *.onnx, …       what the backend made
 
-The folder's name ends in a hash of the key: model weights, our exporting code, library versions,
-shapes, batch, precision, device, flags. A bundle of another key is never loaded. Builds of one key
-take a lock: the second waits and reuses. A build that was killed leaves a hidden folder, which the
-next build of that key removes. Every file is verified when a bundle is opened.
+The folder's name ends in a hash of the key (bundle_key.py); a bundle of another key is never
+loaded. Builds of one key take a lock: the second waits and reuses. A process that was killed leaves
+hidden files only, `.<name>.partial|removed|lock`, which the next build, list or remove clears away.
+Every byte is verified when a bundle is opened.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .bundle_key import BUNDLE_NAME, build_command, bundle_name, hash_json, why_not
+from .bundle_lock import bytes_of, held, hidden, remove_leftovers, take_lock
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
+Say = Callable[[str], None]
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_BYTES = 1 << 20  # below this, a build that failed in whatever way failed for want of space
+_CHUNK_BYTES = 1 << 24
+_PATIENCE_S = 2.0  # of hashing in silence; SDXL-Turbo's 5 GB take 3 to 10 s
 
 
 class BundleError(OSError):
@@ -46,6 +54,11 @@ class Bundle:
         return self.folder / name
 
     @property
+    def key(self) -> dict[str, Any]:
+        """All that it depends on."""
+        return self.manifest["key"]
+
+    @property
     def size_bytes(self) -> int:
         """Of all files but the manifest."""
         return sum(entry["bytes"] for entry in self.manifest["files"].values())
@@ -57,20 +70,15 @@ def default_bundles_folder() -> Path:
     return Path(cache) / "patchbloom" / "bundles"
 
 
-def bundle_name(key: Mapping[str, Any]) -> str:
-    """A readable folder name that ends in a hash of the whole key."""
-    readable = [key[field] for field in ("model", "backend", "device", "precision")]
-    if key["weights"] == "random":
-        readable[0] += "-random"
-    shape = f"{key['size_px']}px-{key['batch'] // key['images_per_prompt']}x"
-    return "-".join([*readable, f"{shape}{key['images_per_prompt']}", _hash_json(key)[:12]])
+def _silent(line: str) -> None:
+    pass
 
 
 def find_or_build(
     bundles: Path,
     key: Mapping[str, Any],
     build: Callable[[Path], dict[str, Any]],
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = _silent,
 ) -> Bundle:
     """Open the bundle of `key`, building it first when there is none; `say` is told why.
 
@@ -78,96 +86,177 @@ def find_or_build(
     through, and nothing of a failed build stays. BundleError: damaged, or the disk is full.
     """
     folder = bundles / bundle_name(key)
-    if (folder / MANIFEST).is_file():
-        return open_bundle(folder, key)
-    try:
+    if folder.exists():
+        return open_bundle(folder, key, say)
+    with _place_faults_told(bundles):
         bundles.mkdir(parents=True, exist_ok=True)
-        with _locked(bundles / f".{folder.name}.lock"):
-            if (folder / MANIFEST).is_file():
-                return open_bundle(folder, key)
-            nearest = nearest_bundle(bundles, key)
-            say(f"no engine for these settings yet{f'; {nearest}' if nearest else ''}")
-            return _build(folder, key, build)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        raise BundleError(
-            f"the engine could not be written to {bundles} ({os.strerror(error.errno)}): free some "
-            "space there, or choose another folder with --bundles"
-        ) from error
+        lock = take_lock(folder)
+    if lock is None:
+        say("another process is building this engine: waiting for it")
+        lock = take_lock(folder, wait=True)
+    assert lock is not None
+    with held(folder, lock):
+        remove_leftovers(bundles)
+        if folder.exists():
+            return open_bundle(folder, key, say)
+        nearest = nearest_bundle(bundles, key)
+        say(f"no engine for these settings yet{f'; {nearest}' if nearest else ''}")
+        return _build(folder, key, build, say)
 
 
-def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> Bundle:
+def _build(
+    folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]], say: Say
+) -> Bundle:
     """Fill a hidden folder, write its manifest last, rename. Call with the lock held."""
-    partial = folder.parent / f".{folder.name}.partial"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
+    partial = hidden(folder, "partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
+        partial.mkdir()
         report = build(partial)
         manifest = {"schema": SCHEMA, "key": dict(key), "report": report, "files": {}}
-        for path in sorted(partial.iterdir()):
-            manifest["files"][path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        manifest["content_sha256"] = _hash_json(manifest)
-        with open(partial / MANIFEST, "w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        hashing = _Hashing(folder.name, sum(path.stat().st_size for path in files), say)
+        for path in files:
+            _sync(path)
+            manifest["files"][path.relative_to(partial).as_posix()] = {
+                "sha256": hashing.sha256(path),
+                "bytes": path.stat().st_size,
+            }
+        manifest["content_sha256"] = hash_json(manifest)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _sync(partial / MANIFEST)
         os.rename(partial, folder)
-    except BaseException:
+    except BaseException as error:
+        told = _space_fault(folder.parent, error)
         shutil.rmtree(partial, ignore_errors=True)
+        if told is not None:
+            raise told from error
         raise
     return Bundle(folder, manifest, built=True)
 
 
-def build_command(key: Mapping[str, Any]) -> str:
-    """The command line that builds the engine of a key."""
-    command = f"engine build --model {key['model']} --backend {key['backend']}"
-    if key["weights"] == "random":
-        command += " --weights random"
-    for option in ("size_px", "batch", "images_per_prompt", "precision", "device"):
-        name = option.removesuffix("_px").replace("_", "-")
-        command += f" --{name} {key[option]}"
-    return command
+def _sync(path: Path) -> None:
+    """Wait until a file is on the disk: only then is it known to have had room there."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _space_fault(bundles: Path, error: BaseException) -> BundleError | None:
+    """The one line for a disk that is full, or was when `error` came; None for another fault.
+
+    Libraries in C++ tell of a full disk in their own ways: then the disk itself is asked.
+    """
+    reason = None
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        reason = os.strerror(error.errno)
+    elif isinstance(error, Exception) and shutil.disk_usage(bundles).free < _FULL_BYTES:
+        reason = os.strerror(errno.ENOSPC)
+    if reason is None:
+        return None
+    return BundleError(
+        f"the engine could not be written to {bundles} ({reason}): free some space there, or "
+        "choose another folder with --bundles"
+    )
+
+
+@contextmanager
+def _place_faults_told(bundles: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise BundleError(
+            f"no engine can be stored in {bundles} ({reason}): choose another folder with --bundles"
+        ) from error
+
+
+def open_bundle(folder: Path, key: Mapping[str, Any] | None = None, say: Say = _silent) -> Bundle:
+    """Read a bundle and verify every byte of it, and that its key is `key` when one is given.
+
+    BundleError names the file or the field that is not as it should be.
+    """
+    remedy = f"remove it with `engine remove {folder.name}`, and it is built again"
+    manifest = read_manifest(folder)
+    sizes = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
+    for path, size_bytes in sizes.items():
+        if not path.is_file():
+            raise BundleError(f"{path} is missing: {remedy}")
+        if path.stat().st_size != size_bytes:
+            raise BundleError(
+                f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {remedy}"
+            )
+    if key is not None:
+        check_key(folder, manifest["key"], key)
+    hashing = _Hashing(folder.name, sum(sizes.values()), say)
+    for path, entry in zip(sizes, manifest["files"].values(), strict=True):
+        if hashing.sha256(path) != entry["sha256"]:
+            raise BundleError(f"{path} was changed after the build: {remedy}")
+    return Bundle(folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A bundle's manifest, verified against its own hash; the files themselves are not read.
+
+    BundleError: there is none, or it was changed.
+    """
+    remedy = f"remove it with `engine remove {folder.name}`, and it is built again"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        recorded = manifest.pop("content_sha256")
+        intact = manifest["schema"] == SCHEMA and hash_json(manifest) == recorded
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; {remedy}") from error
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact, manifest, recorded = False, {}, None
+    if not intact:
+        raise BundleError(f"{folder / MANIFEST} was changed after the build: {remedy}")
+    return {**manifest, "content_sha256": recorded}
+
+
+def check_key(folder: Path, found: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+    """BundleError unless the keys are the same: the fields that differ, and the right command."""
+    differences = why_not(found, needed)
+    if differences:
+        raise BundleError(
+            f"{folder} was built for {', '.join(differences)}: `{build_command(needed)}` builds "
+            "the right one"
+        )
 
 
 def find_bundles(bundles: Path) -> list[Path]:
-    """Folders of finished bundles, sorted by name."""
-    return sorted(path.parent for path in bundles.glob(f"[!.]*/{MANIFEST}"))
+    """Folders of stored bundles, damaged ones too, sorted by name."""
+    if not bundles.is_dir():
+        return []
+    return sorted(
+        path for path in bundles.iterdir() if path.is_dir() and BUNDLE_NAME.fullmatch(path.name)
+    )
 
 
-def read_key(folder: Path) -> dict[str, Any]:
-    """The key in a bundle's manifest, its files unread; {} when it cannot be read."""
-    try:
-        return dict(json.loads((folder / MANIFEST).read_text())["key"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def named_bundle(bundles: Path, name: str) -> Path:
+    """The bundle of this name or unique beginning of a name.
 
-
-def why_not(found: Mapping[str, Any], needed: Mapping[str, Any]) -> list[str]:
-    """The fields in which two keys differ, as "libraries.torch 2.11 (here 2.12)"."""
-    before, now = _flat(found), _flat(needed)
-    fields = sorted(before.keys() | now.keys())
-    return [
-        f"{field} {before.get(field)} (here {now.get(field)})"
-        for field in fields
-        if before.get(field) != now.get(field)
+    BundleError: none or several, and which there are.
+    """
+    stored = {folder.name: folder for folder in find_bundles(bundles)}
+    matches = [each for each in stored if each == name] or [
+        each for each in stored if each.startswith(name)
     ]
-
-
-def _flat(key: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for field, value in key.items():
-        inner = value if isinstance(value, Mapping) else {}
-        flat |= {f"{field}.{name}": entry for name, entry in inner.items()} or {field: value}
-    return flat
+    if len(matches) == 1:
+        return stored[matches[0]]
+    if matches:
+        raise BundleError(f"{name!r} begins several engines: {', '.join(matches)}")
+    there = ", ".join(stored) or "none"
+    raise BundleError(f"no engine in {bundles} is called {name!r}; there is: {there}")
 
 
 def nearest_bundle(bundles: Path, key: Mapping[str, Any]) -> str | None:
     """The stored bundle of this model and backend that differs in the fewest fields, and how."""
     candidates = []
     for folder in find_bundles(bundles):
-        found = read_key(folder)
+        try:
+            found = read_manifest(folder)["key"]
+        except BundleError:
+            continue  # told when it is asked for
         if all(found.get(field) == key[field] for field in ("model", "backend")):
             candidates.append((why_not(found, key), folder.name))
     if not candidates:
@@ -178,71 +267,34 @@ def nearest_bundle(bundles: Path, key: Mapping[str, Any]) -> str | None:
 
 def remove_bundle(folder: Path) -> int:
     """Delete a bundle; returns the bytes freed. A process that has it open keeps what it mapped."""
-    freed = sum(path.stat().st_size for path in folder.iterdir())
-    doomed = folder.with_name(f".{folder.name}.removed")
-    os.rename(folder, doomed)  # gone at once, even if the deletion is interrupted
-    shutil.rmtree(doomed)
-    folder.with_name(f".{folder.name}.lock").unlink(missing_ok=True)
+    lock = take_lock(folder, wait=True)
+    assert lock is not None
+    with held(folder, lock):
+        if not folder.exists():
+            return 0  # another process was faster
+        freed = bytes_of(folder)
+        doomed = hidden(folder, "removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)  # gone at once, even if the deletion is interrupted
+        shutil.rmtree(doomed)
     return freed
 
 
-def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
-    """Read a bundle and verify every byte of it, and that its key is `key` when one is given.
+class _Hashing:
+    """sha256 of a bundle's files, one after another, with a word when it takes long."""
 
-    BundleError names the file or the field that is not as it should be.
-    """
-    remedy = f"remove the folder {folder} and it is built again"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        recorded = manifest.pop("content_sha256")
-        intact = manifest["schema"] == SCHEMA and _hash_json(manifest) == recorded
-    except FileNotFoundError as error:
-        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}") from error
-    except (ValueError, KeyError, AttributeError, TypeError):
-        intact, manifest, recorded = False, {}, None
-    if not intact:
-        raise BundleError(f"{folder / MANIFEST} was changed after the build: {remedy}")
-    manifest["content_sha256"] = recorded
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise BundleError(f"{path} is missing: {remedy}")
-        if path.stat().st_size != entry["bytes"]:
-            raise BundleError(
-                f"{path} has {path.stat().st_size} bytes, expected {entry['bytes']}: {remedy}"
-            )
-        if _sha256(path) != entry["sha256"]:
-            raise BundleError(f"{path} was changed after the build: {remedy}")
-    if key is not None:
-        _check_key(folder, manifest["key"], dict(key))
-    return Bundle(folder, manifest)
+    def __init__(self, name: str, total_bytes: int, say: Say) -> None:
+        self._name, self._total_bytes, self._say = name, total_bytes, say
+        self._done_bytes, self._said_s = 0, time.monotonic()
 
-
-def _check_key(folder: Path, found: dict[str, Any], needed: dict[str, Any]) -> None:
-    differences = why_not(found, needed)
-    if differences:
-        raise BundleError(
-            f"{folder} was built for {', '.join(differences)}: `{build_command(needed)}` builds "
-            "the right one"
-        )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the system lets go of it when the process dies."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash_json(value: Mapping[str, Any]) -> str:
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    def sha256(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                self._done_bytes += len(chunk)
+                if time.monotonic() - self._said_s > _PATIENCE_S:
+                    self._said_s = time.monotonic()
+                    percent = 100 * self._done_bytes // self._total_bytes
+                    self._say(f"hashing {self._name}: {percent} % of {self._total_bytes:,} bytes")
+        return digest.hexdigest()

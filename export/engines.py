@@ -10,27 +10,31 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from .bundle import Bundle, find_or_build
+from .bundle import Bundle, BundleError, Say, find_or_build
+from .bundle_key import GRAPHS_ONLY
 from .config import BackendName, EngineSpec, Precision
 from .graphs import GRAPHS, Graph, make_graphs
+from .machine import gpu_identity, peak_host_bytes
 from .models import (
     ModelParts,
     ModelSource,
     Unavailable,
+    model_reference,
     resolve_vae_precision,
     weights_sha256,
 )
-from .parity import check_parity, make_reference
+from .parity import Reference, check_parity, make_reference
 
-Say = Callable[[str], None]
+_ONNX_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 _EXPORTERS = {"ort": "to_ort", "inductor": "to_inductor", "trt": "to_tensorrt"}
 
 
@@ -89,24 +93,55 @@ def engine_key(
     backend: BackendName, model: ModelSource, spec: EngineSpec, *, tokens: int
 ) -> dict[str, Any]:
     """All that an engine depends on. The graphs' bytes follow from it: weights, code, versions."""
-    code = hashlib.sha256()
-    for name in ("modules.py", "graphs.py", "to_onnx.py", f"{_EXPORTERS[backend]}.py"):
-        code.update((Path(__file__).parent / name).read_bytes())
-    gpu = torch.cuda.get_device_properties() if spec.device == "cuda" else None
+    return {**_model_key(model, spec, tokens), **machine_key(backend, spec)}
+
+
+def _model_key(model: ModelSource, spec: EngineSpec, tokens: int) -> dict[str, Any]:
+    """Of the model and the shapes; what `auto` comes to is in it, so that both are one engine."""
     return {
-        "backend": backend,
         "model": model.name,
         "weights": model.weights,
         "weights_sha256": weights_sha256(model),
-        "exporter_sha256": code.hexdigest(),
-        "libraries": exporter(backend).libraries(),
-        "gpu": gpu and gpu.name,
-        "sm_count": gpu and gpu.multi_processor_count,
         "tokens": tokens,
-        "flags": exporter(backend).flags(spec),
         **spec.as_dict(),
         "vae_precision": resolve_vae_precision(model, spec.precision, spec.vae_precision),
     }
+
+
+def machine_key(backend: BackendName, spec: EngineSpec) -> dict[str, Any]:
+    """The part of a key that follows from this machine and this code, whatever the model."""
+    return {
+        "backend": backend,
+        "exporter_sha256": _code_sha256(backend),
+        "libraries": exporter(backend).libraries(),
+        "flags": exporter(backend).flags(spec),
+        **gpu_identity(spec.device),
+    }
+
+
+def graphs_key(
+    backend: BackendName, model: ModelSource, spec: EngineSpec, *, tokens: int
+) -> dict[str, Any]:
+    """As engine_key, of the ONNX graphs alone: no runtime and no GPU has a part in them."""
+    return {**_model_key(model, spec, tokens), **graphs_machine_key(backend, spec)}
+
+
+def graphs_machine_key(backend: BackendName, spec: EngineSpec) -> dict[str, Any]:
+    """As machine_key, of the ONNX graphs alone."""
+    return {
+        "backend": GRAPHS_ONLY,
+        "exported_for": backend,
+        "exporter_sha256": _code_sha256(backend),
+        "libraries": {name: version(name) for name in _ONNX_LIBRARIES},
+        "flags": exporter(backend).flags(spec),
+    }
+
+
+def _code_sha256(backend: BackendName) -> str:
+    code = hashlib.sha256()
+    for name in ("modules.py", "graphs.py", "to_onnx.py", f"{_EXPORTERS[backend]}.py"):
+        code.update((Path(__file__).parent / name).read_bytes())
+    return code.hexdigest()
 
 
 def open_engine(
@@ -144,26 +179,93 @@ def open_engine(
         free_parts(parts)
         exported_s = time.perf_counter() - started
         report = compiler.compile_graphs(folder, spec, say)
-        sessions = compiler.open_sessions(folder, spec)
-        try:
-            parity = {
-                reference.graph: check_parity(reference, sessions[reference.graph].run)
-                for reference in references
-            }
-        finally:
-            for session in sessions.values():
-                session.close()
-        seconds = time.perf_counter() - started
-        return {
-            **report,
-            "parity": parity,
-            "export_seconds": round(exported_s, 1),
-            "seconds": round(seconds, 1),
-        }
+        parity = _measure(compiler.open_sessions(folder, spec), references)
+        return {**report, "parity": parity, **_provenance(model, started, exported_s)}
 
     bundle = find_or_build(bundles, key, build, say)
     free_parts(parts)
     return bundle
+
+
+def export_graphs(
+    backend: BackendName,
+    model: ModelSource,
+    parts: ModelParts,
+    spec: EngineSpec,
+    *,
+    tokens: int,
+    bundles: Path,
+    say: Say,
+) -> Bundle:
+    """Write and check the ONNX graphs that an engine is compiled from, and stop there.
+
+    Nothing is run: a full-size model takes neither a GPU nor its runtime. Unavailable: a backend
+    that starts from something else. BundleError: weights of NaN, a damaged bundle, a full disk.
+    """
+    if backend not in ("ort", "trt"):
+        raise Unavailable(
+            f"the {backend} backend is not made from ONNX graphs: export for --backend ort or trt"
+        )
+
+    def build(folder: Path) -> dict[str, Any]:
+        started = time.perf_counter()
+        _check_weights(parts)
+        for graph in make_graphs(parts, spec, tokens=tokens):
+            say(f"exporting the {graph.name}")
+            exporter(backend).export_graph(graph, folder, spec)
+        return _provenance(model, started, time.perf_counter() - started)
+
+    key = graphs_key(backend, model, spec, tokens=tokens)
+    bundle = find_or_build(bundles, key, build, say)
+    free_parts(parts)
+    return bundle
+
+
+def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec, say: Say) -> dict[str, Any]:
+    """Parity of an opened bundle against torch, measured anew; the parts are freed.
+
+    BundleError: beyond the tolerance, NaN or infinite.
+    """
+    references = []
+    for graph in make_graphs(parts, spec, tokens=bundle.key["tokens"]):
+        say(f"running torch's {graph.name}")
+        references.append(make_reference(graph))
+    del graph
+    free_parts(parts)
+    return _measure(open_sessions(bundle, spec), references)
+
+
+def _measure(sessions: dict[str, Session], references: list[Reference]) -> dict[str, Any]:
+    """Parity of each graph; closes the sessions."""
+    try:
+        return {
+            reference.graph: check_parity(reference, sessions[reference.graph].run)
+            for reference in references
+        }
+    finally:
+        for session in sessions.values():
+            session.close()
+
+
+def _provenance(model: ModelSource, started: float, exported_s: float) -> dict[str, Any]:
+    """What a bundle's report says beside its parity, outside the key."""
+    return {
+        "model": model_reference(model),
+        "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "export_seconds": round(exported_s, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_host_bytes": peak_host_bytes(),
+    }
+
+
+def _check_weights(parts: ModelParts) -> None:
+    for part in (parts.unet, parts.vae):
+        for name, values in part.named_parameters():
+            if not bool(torch.isfinite(values).all()):
+                raise BundleError(
+                    f"{type(part).__name__}'s {name} holds NaN or infinite values: check the "
+                    "weights, or use a higher precision"
+                )
 
 
 def free_parts(parts: ModelParts) -> None:

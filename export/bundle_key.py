@@ -1,0 +1,79 @@
+"""The key of a bundle: all that a built engine depends on, and what it says to people.
+
+A key is plain JSON (engines.engine_key makes it): backend, model, hashes of the weights and of our
+exporting code, library and driver versions, GPU name and SM count, flags, and the fields of
+EngineSpec. Graphs that were only exported are of backend "onnx"; `exported_for` is whose they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+BUNDLE_NAME = re.compile(r"[^.].*-\d+px-\d+x\d+-[0-9a-f]{12}")
+"""What bundle_name makes; a folder of another name is not ours to list or to remove."""
+GRAPHS_ONLY = "onnx"
+
+
+def bundle_name(key: Mapping[str, Any]) -> str:
+    """A readable folder name that ends in a hash of the whole key."""
+    readable = [key[field] for field in ("model", "backend", "device", "precision")]
+    if key["weights"] == "random":
+        readable[0] += "-random"
+    shape = f"{key['size_px']}px-{batch_shape(key)}"
+    return "-".join([*readable, shape, hash_json(key)[:12]])
+
+
+def batch_shape(key: Mapping[str, Any]) -> str:
+    """G prompts x n images, as "4x8"."""
+    return f"{key['batch'] // key['images_per_prompt']}x{key['images_per_prompt']}"
+
+
+def build_command(key: Mapping[str, Any], model: str | None = None) -> str:
+    """The command line that builds the engine of a key; `model`: the folder, when it is one."""
+    backend = key.get("exported_for", key["backend"])
+    command = f"engine build --model {shlex.quote(model or key['model'])} --backend {backend}"
+    if key["weights"] == "random":
+        command += " --weights random"
+    if key["backend"] == GRAPHS_ONLY:
+        command += " --export-only"
+    for option in (
+        *("size_px", "batch", "min_batch", "images_per_prompt"),
+        *("precision", "vae_precision", "opset", "device"),
+    ):
+        if key.get(option) is not None:
+            name = option.removesuffix("_px").replace("_", "-")
+            command += f" --{name} {key[option]}"
+    return command
+
+
+def why_not(found: Mapping[str, Any], needed: Mapping[str, Any]) -> list[str]:
+    """The fields in which two keys differ, as "libraries.torch 2.11 (here 2.12)"."""
+    before, now = _flat(found), _flat(needed)
+    return [
+        f"{field} {_short(field, before.get(field))} (here {_short(field, now.get(field))})"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+    ]
+
+
+def _flat(key: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for field, value in key.items():
+        inner = value if isinstance(value, Mapping) else {}
+        flat |= {f"{field}.{name}": entry for name, entry in inner.items()} or {field: value}
+    return flat
+
+
+def _short(field: str, value: Any) -> str:
+    return str(value)[:12] if field.endswith("sha256") else str(value)
+
+
+def hash_json(value: Mapping[str, Any]) -> str:
+    """sha256 of the canonical JSON."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,110 @@
+"""What this machine is and has: GPU, driver, memory; for keys, refusals and reports."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+POLL_S = 0.02  # cuBLAS's and TensorRT's workspaces live for longer than this
+
+
+def gpu_identity(device: str) -> dict[str, Any]:
+    """GPU name, SM count and driver version that an engine depends on; None each on the CPU."""
+    if device != "cuda":
+        return {"gpu": None, "sm_count": None, "driver": None}
+    import torch
+
+    gpu = torch.cuda.get_device_properties()
+    return {
+        "gpu": gpu.name,
+        "sm_count": gpu.multi_processor_count,
+        "driver": driver_version(),
+    }
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's driver, as its management library tells it; None without one."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    version = ctypes.create_string_buffer(80)
+    told = nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(version, 80) == 0
+    return version.value.decode() if told else None
+
+
+def free_gpu_bytes() -> int:
+    """Of the current GPU; what torch keeps for reuse counts as taken."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0]
+
+
+def free_host_bytes() -> int:
+    """What a process here can still take: the system's own estimate plus swap, or a container's
+    limit where that is lower."""
+    fields = _kilobytes(Path("/proc/meminfo"))
+    free = 1024 * (fields["MemAvailable"] + fields.get("SwapFree", 0))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        if (maximum := limit.read_text().strip()) != "max":
+            free = min(free, int(maximum) - int(used.read_text()) + _file_cache_bytes())
+    except (OSError, ValueError):
+        pass  # no container with a limit of its own
+    return free
+
+
+def _file_cache_bytes() -> int:
+    """Of the container: counted as used, but given up when memory is asked for."""
+    lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+def peak_host_bytes() -> int:
+    """The most that this process had in memory since it began, without its children.
+
+    Not getrusage's: that begins with what the parent had when it started us.
+    """
+    return 1024 * _kilobytes(Path(f"/proc/{os.getpid()}/status"))["VmHWM"]
+
+
+def _kilobytes(path: Path) -> dict[str, int]:
+    """The lines "Name: 123 kB" of a file of /proc."""
+    fields = {}
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            fields[name] = int(value.removesuffix(" kB"))
+    return fields
+
+
+class PeakGpuMemory:
+    """The most GPU memory taken while the block ran, whoever allocated it; 0 on the CPU.
+
+    Asked of the driver every POLL_S: torch's own count knows nothing of TensorRT's or ONNX
+    Runtime's memory. Other programs on the GPU count too.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.bytes = 0
+        self._poll = device == "cuda"
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakGpuMemory:
+        if self._poll:
+            self._before = free_gpu_bytes()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._poll:
+            self._done.set()
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(POLL_S):
+            self.bytes = max(self.bytes, self._before - free_gpu_bytes())
