@@ -68,6 +68,15 @@ class ModelSource:
         """The scheduler's configuration as written in the folder."""
         return _read_json(self.folder / "scheduler" / "scheduler_config.json")
 
+    def trained_px(self) -> int:
+        """Side of the images that it was trained at: 512 for sdxl-turbo, 64 for sdxl-tiny."""
+        return _read_json(self.part("unet") / "config.json")["sample_size"] * self.vae_factor()
+
+    def vae_factor(self) -> int:
+        """Image side / latent side."""
+        vae = _read_json(self.part("vae") / "config.json")
+        return 2 ** (len(vae["block_out_channels"]) - 1)
+
     def text_widths(self) -> tuple[int, int]:
         """Widths of a token's embedding and of the pooled one, as the UNet takes them."""
         unet = _read_json(self.part("unet") / "config.json")
@@ -211,8 +220,9 @@ def _load(kind: type, source: ModelSource, part: str, device: str, **dtype: torc
 
 
 def model_reference(source: ModelSource) -> str:
-    """What `--model` has to be given to find the model again."""
-    return source.name if source.name in NAMES else str(source.folder)
+    """What `--model` has to be given to find the model again, from any folder."""
+    embedded = source.folder in (TINY_FOLDER, TURBO_CONFIGURATION)
+    return source.name if embedded or source.revision else str(source.folder)
 
 
 def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[Any, Any]:

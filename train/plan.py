@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,9 +81,9 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     recipe = _choose_recipe(options, device, model, report)
     image_size = options.image_size or _native_px(model, recipe) or recipe.image_size
     factor = options.factor or recipe.factor
-    if model is not None and image_size % _vae_factor(model):
+    if model is not None and image_size % model.vae_factor():
         raise ValueError(
-            f"--image-size {image_size}: expected a multiple of {_vae_factor(model)}, by which "
+            f"--image-size {image_size}: expected a multiple of {model.vae_factor()}, by which "
             f"the VAE of {model.name} makes images smaller"
         )
     if image_size % factor:
@@ -177,7 +176,7 @@ def _choose_recipe(
 ) -> Recipe:
     if options.recipe is not None:
         return RECIPES[options.recipe]
-    native = model_px(model) if model is not None else None
+    native = model.trained_px() if model is not None else None
     small = native <= SMALL_MODEL_PX if native is not None else device == "cpu"
     recipe = RECIPES["small" if small else "dace"]
     report.say(f"recipe: {recipe.name} ({recipe.about})")
@@ -214,20 +213,9 @@ def _check_network(option: str, name: str, classes: int, size_px: int) -> None:
 
 def _native_px(model: ModelSource | None, recipe: Recipe) -> int | None:
     """The model's own size under the recipe `small`, whose models make nothing else well."""
-    if model is None or recipe.name != "small" or model_px(model) > SMALL_MODEL_PX:
+    if model is None or recipe.name != "small" or model.trained_px() > SMALL_MODEL_PX:
         return None
-    return model_px(model)
-
-
-def model_px(model: ModelSource) -> int:
-    """Side of the images that a model was trained at, from its configuration."""
-    unet = json.loads((model.part("unet") / "config.json").read_text())
-    return unet["sample_size"] * _vae_factor(model)
-
-
-def _vae_factor(model: ModelSource) -> int:
-    vae = json.loads((model.part("vae") / "config.json").read_text())
-    return 2 ** (len(vae["block_out_channels"]) - 1)
+    return model.trained_px()
 
 
 def check_images_per_class(train: ImageSet, needed: int) -> None:
