@@ -67,8 +67,12 @@ def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any], ...] | None:
     first = graph.inputs[0]
     most = first.shape[0] // first.per_prompt
     prompts = torch.export.Dim("prompts", min=graph.min_prompts, max=most)
-    rows = {0: {}, 1: {0: prompts}}
-    return tuple(rows.get(port.per_prompt, {0: port.per_prompt * prompts}) for port in graph.inputs)
+    return tuple(
+        {0: port.per_prompt * prompts if port.per_prompt > 1 else prompts}
+        if port.per_prompt
+        else {}
+        for port in graph.inputs
+    )
 
 
 def _check_ports(file: str, written: list[Any], specified: tuple[Port, ...], ranged: bool) -> None:
