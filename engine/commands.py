@@ -7,6 +7,16 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from ..export.config import (
+    DEFAULT_OPSET,
+    BackendName,
+    DeviceName,
+    OnnxOpset,
+    Precision,
+    VaePrecision,
+    Weights,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CoresetInfo:
@@ -48,3 +58,105 @@ class CoresetShow:
             )
         if self.out is not None and self.out.suffix.lower() != ".png":
             raise ValueError(f"--out: expected a name that ends in .png, got {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineBuild:
+    """Compile a model for a backend, hold it against torch, and store it; or find it stored."""
+
+    model: str | None = None
+    """sdxl-turbo, sdxl-tiny, or a folder in diffusers' SDXL layout. Left out: sdxl-turbo where
+    there is a CUDA device, sdxl-tiny elsewhere."""
+    backend: BackendName = "auto"
+    """What is built for; `auto` takes what `train --backend auto` does, and says which."""
+    size: int | None = None
+    """Side of the images in px. Left out: what the model was trained at (sdxl-turbo 512, sdxl-tiny
+    64); `train` makes the images of its recipe, 224 px for sdxl-turbo."""
+    batch: int = 32
+    """Images per call; a short batch is padded."""
+    min_batch: int | None = None
+    """Fewest images per call, for an engine of a range of batches. Left out: --batch alone, which
+    is fastest, and what `train` uses."""
+    images_per_prompt: int = 1
+    """n of a batch of G prompts x n images, a divisor of --batch; `train` takes the largest that
+    fits its coreset."""
+    precision: Precision | None = None
+    """Of weights and activations. Left out: fp16 on cuda and for --export-only, fp32 on the CPU."""
+    vae_precision: VaePrecision = "auto"
+    """Of encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows in fp16."""
+    opset: OnnxOpset = DEFAULT_OPSET
+    """Version of the ONNX operators, where a backend starts from ONNX."""
+    device: DeviceName = "auto"
+    """`auto` is cuda where there is one."""
+    weights: Weights = "pretrained"
+    """`random`: the architecture alone, nothing is downloaded; for memory and speed."""
+    export_only: bool = False
+    """Write and check the ONNX graphs, and stop: listed as `onnx`, never loaded as an engine."""
+    bundles: Path | None = None
+    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    json: bool = False
+    """Print nothing but the last line, the JSON object."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "batch", "min_batch", "images_per_prompt"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineVerify:
+    """Verify every byte of stored engines, and measure their parity against torch anew."""
+
+    names: Positional[tuple[str, ...]] = ()
+    """Names of engines, or unique beginnings of them; none or `all`: every engine."""
+    bundles: Path | None = None
+    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    json: bool = False
+    """Print nothing but the last line, the JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineList:
+    """List the stored engines: what they are for, their size, and whether they fit this machine."""
+
+    bundles: Path | None = None
+    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    json: bool = False
+    """Print nothing but the last line, the JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Say everything that is recorded of a stored engine, and the command that builds it."""
+
+    name: Positional[str]
+    """Name of an engine, or a unique beginning of it."""
+    bundles: Path | None = None
+    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    json: bool = False
+    """Print nothing but the last line, the JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRemove:
+    """Remove stored engines, and say how many bytes that frees."""
+
+    names: Positional[tuple[str, ...]] = ()
+    """Names of engines, or unique beginnings of them."""
+    all: bool = False
+    """Every engine in the folder."""
+    bundles: Path | None = None
+    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    json: bool = False
+    """Print nothing but the last line, the JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineDoctor:
+    """Say what this machine can run, what is missing for the rest, and what mends it."""
+
+    bundles: Path | None = None
+    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    json: bool = False
+    """Print nothing but the last line, the JSON object."""

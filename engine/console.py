@@ -55,6 +55,27 @@ def _parse_in_one_line(program: str, parse: Callable[[], Parsed]) -> Parsed:
     raise ValueError(f"{told} (see {program} --help)")
 
 
+def print_fields(result: dict[str, Any]) -> None:
+    """A result as people read it: a line per field, and per entry of a mapping."""
+    for key, value in result.items():
+        for line, text in enumerate(_lines(value)):
+            print(f"{'' if line else key:16}{text}")
+
+
+def _lines(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{key}: {entry}" for key, entry in value.items()] or ["-"]
+    return ["-" if value is None else str(value)]
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Columns, two spaces apart; the first row is their heading."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
 def _fail(program: str, message: str, code: int) -> int:
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code

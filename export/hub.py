@@ -1,11 +1,17 @@
-"""SDXL-Turbo from the Hugging Face hub: pinned revisions, the half-precision parts, its licence."""
+"""SDXL-Turbo from the Hugging Face hub: pinned revisions, the half-precision parts, its licence.
+
+Safetensors, JSON and the tokenizers' text only; every file is compared with the size and the hash
+that the hub's own listing has of it. Nothing is unpickled and no remote code is run.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 MODEL_ID = "stabilityai/sdxl-turbo"
 MODEL_REVISION = "71153311d3dbb46851df1931d3ca6e939de83304"
@@ -18,8 +24,10 @@ MODEL_FILES = (
     "text_encoder/model.fp16.safetensors",
     "text_encoder_2/config.json",
     "text_encoder_2/model.fp16.safetensors",
-    "tokenizer/*",
-    "tokenizer_2/*",
+    "tokenizer/*.json",
+    "tokenizer/*.txt",
+    "tokenizer_2/*.json",
+    "tokenizer_2/*.txt",
     "unet/config.json",
     "unet/diffusion_pytorch_model.fp16.safetensors",
 )
@@ -56,61 +64,117 @@ def fetch_sdxl_turbo() -> TurboFolders:
     return TurboFolders(model, _snapshot(VAE_ID, VAE_REVISION, VAE_FILES))
 
 
-def _snapshot(repository: str, revision: str, patterns: tuple[str, ...]) -> Path:
+def is_sdxl_turbo_cached() -> bool:
+    """Whether the hub's cache holds both snapshots whole; nothing is downloaded."""
+    return None not in (
+        _cached(MODEL_ID, MODEL_REVISION, MODEL_FILES),
+        _cached(VAE_ID, VAE_REVISION, VAE_FILES),
+    )
+
+
+def _cached(repository: str, revision: str, patterns: tuple[str, ...]) -> Path | None:
+    """The snapshot in the hub's cache, if all of it is there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def snapshot(local_files_only: bool) -> Path:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=list(patterns),
-                local_files_only=local_files_only,
-            )
-        )
-
     try:
-        cached = snapshot(local_files_only=True)
-        if _is_complete(cached, patterns):
-            return cached
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
-        pass
-    if repository == MODEL_ID:
-        print(LICENCE_NOTE, file=sys.stderr)
+        return None
+    return folder if _is_complete(folder, patterns) else None
+
+
+def _snapshot(repository: str, revision: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    cached = _cached(repository, revision, patterns)
+    if cached is not None:
+        return cached
     try:
-        folder = snapshot(local_files_only=False)
-        _check_against_hub(folder, repository, revision)
+        files = _listing(repository, revision, patterns)
+        size_gb = sum(entry.size for entry in files) / 1e9
+        if repository == MODEL_ID:
+            _say(LICENCE_NOTE)
+        _say(f"downloading {size_gb:.2f} GB of {repository}, revision {revision[:8]}")
+        names = [entry.path for entry in files]
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=names))
+        _say(f"comparing {len(files)} files with the hub's sizes and hashes")
+        for entry in files:
+            _check(folder / entry.path, entry)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DownloadError(
-            f"download of {repository} did not finish ({reason}): run the same command again "
-            "and it goes on where it stopped, or give --model a folder that holds the model"
+            f"download of {repository} did not finish ({reason}): {_remedy()}"
         ) from error
     return folder
 
 
-def _is_complete(folder: Path, patterns: tuple[str, ...]) -> bool:
-    """Whether a cached snapshot has every file; a link whose target is gone is no file."""
-    names = [pattern for pattern in patterns if not pattern.endswith("/*")]
-    for pattern in set(patterns) - set(names):
-        names += [pattern.replace("*", name) for name in TOKENIZER_FILES]
-    return all((folder / name).is_file() for name in names)
+def _remedy() -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    places = " and ".join(f"models--{name.replace('/', '--')}" for name in (MODEL_ID, VAE_ID))
+    return (
+        "run the same command again and it goes on where it stopped; without a network, put "
+        f"{places} of another machine's cache into {HF_HUB_CACHE} (HF_HOME moves it), or give "
+        "--model a folder with unet/, vae/, text_encoder/, text_encoder_2/, tokenizer/, "
+        "tokenizer_2/ and scheduler/, weights as safetensors (or .fp16.safetensors), in vae/ "
+        f"those of {VAE_ID}"
+    )
 
 
-def _check_against_hub(folder: Path, repository: str, revision: str) -> None:
-    """Compare every large file with the sha256 in the hub's own listing."""
+def _listing(repository: str, revision: str, patterns: tuple[str, ...]) -> list[Any]:
+    """What the hub says of each file that is wanted: path, size, git's hash, sha256 of large ones.
+
+    OSError: it lacks one.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    for entry in HfApi().list_repo_tree(repository, revision=revision, recursive=True):
-        if not isinstance(entry, RepoFile) or entry.lfs is None:
-            continue
-        path = folder / entry.path
-        if not path.is_file():
-            continue
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != entry.lfs.sha256:
-            path.resolve().unlink()
-            raise OSError(f"{entry.path} has sha256 {found}, the hub says {entry.lfs.sha256}")
+    tree = HfApi().list_repo_tree(repository, revision=revision, recursive=True)
+    files = [
+        entry
+        for entry in tree
+        if isinstance(entry, RepoFile) and any(fnmatch(entry.path, each) for each in patterns)
+    ]
+    lacking = sorted(set(_names(patterns)) - {entry.path for entry in files})
+    if lacking:
+        raise OSError(f"the hub has no {', '.join(lacking)} at revision {revision}")
+    return files
+
+
+def _names(patterns: tuple[str, ...]) -> list[str]:
+    """The files that have to be there."""
+    names = [pattern for pattern in patterns if "*" not in pattern]
+    for folder in {pattern.split("/")[0] for pattern in patterns if "*" in pattern}:
+        names += [f"{folder}/{name}" for name in TOKENIZER_FILES]
+    return names
+
+
+def _is_complete(folder: Path, patterns: tuple[str, ...]) -> bool:
+    """Whether a cached snapshot has every file; a link whose target is gone is no file."""
+    return all((folder / name).is_file() for name in _names(patterns))
+
+
+def _check(path: Path, entry: Any) -> None:
+    """OSError, and the file is removed, unless it has the hub's size and hash.
+
+    Large files are known to the hub by sha256, small ones by git's sha1 of a blob.
+    """
+    size_bytes = path.stat().st_size
+    if entry.lfs is None:
+        digest, expected = hashlib.sha1(b"blob %d\0" % size_bytes), entry.blob_id
+    else:
+        digest, expected = hashlib.sha256(), entry.lfs.sha256
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    if (size_bytes, digest.hexdigest()) != (entry.size, expected):
+        path.resolve().unlink()
+        raise OSError(
+            f"{entry.path} came with {size_bytes} bytes and {digest.name} {digest.hexdigest()}, "
+            f"the hub says {entry.size} and {expected}"
+        )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -36,11 +36,11 @@ def driver_version() -> str | None:
     return version.value.decode() if told else None
 
 
-def free_gpu_bytes() -> int:
-    """Of the current GPU; what torch keeps for reuse counts as taken."""
+def gpu_memory_bytes() -> tuple[int, int]:
+    """Free and in all, of the current GPU; what torch keeps for reuse counts as taken."""
     import torch
 
-    return torch.cuda.mem_get_info()[0]
+    return torch.cuda.mem_get_info()
 
 
 def free_host_bytes() -> int:
@@ -82,7 +82,7 @@ def _kilobytes(path: Path) -> dict[str, int]:
 
 
 class PeakGpuMemory:
-    """The most GPU memory taken while the block ran, whoever allocated it; 0 on the CPU.
+    """The most GPU memory in use while the block ran, whoever's it was; 0 on the CPU.
 
     Asked of the driver every POLL_S: torch's own count knows nothing of TensorRT's or ONNX
     Runtime's memory. Other programs on the GPU count too.
@@ -90,21 +90,20 @@ class PeakGpuMemory:
 
     def __init__(self, device: str) -> None:
         self.bytes = 0
-        self._poll = device == "cuda"
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        if device != "cuda":
+            self._done.set()
 
     def __enter__(self) -> PeakGpuMemory:
-        if self._poll:
-            self._before = free_gpu_bytes()
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._poll:
-            self._done.set()
-            self._thread.join()
+        self._done.set()
+        self._thread.join()
 
     def _watch(self) -> None:
         while not self._done.wait(POLL_S):
-            self.bytes = max(self.bytes, self._before - free_gpu_bytes())
+            free_bytes, total_bytes = gpu_memory_bytes()
+            self.bytes = max(self.bytes, total_bytes - free_bytes)

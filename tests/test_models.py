@@ -98,23 +98,27 @@ UNET_BYTES, CUT_BYTES = 24_000_000, 15_000_000  # huggingface_hub keeps whole ch
 
 
 class Hub(ThreadingHTTPServer):
-    """A hub with both repositories, filled with small files; the UNet's transfer can be cut."""
+    """A hub with both repositories, filled with small files; the UNet's transfer can be cut.
+
+    `listed` has what it says of a file in place of the truth.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.cut, self.ranges = False, []
         self.files = {
             hub.MODEL_ID: {
-                pattern.replace("*", name): b"{}"
-                for pattern in hub.MODEL_FILES
-                for name in hub.TOKENIZER_FILES
+                name: b"{}"
+                for name in [*hub._names(hub.MODEL_FILES), "tokenizer/special_tokens_map.json"]
             },
             hub.VAE_ID: {name: name.encode() for name in hub.VAE_FILES},
         }
+        self.listed: dict[str, dict] = {}
         self.files[hub.MODEL_ID]["unet/diffusion_pytorch_model.fp16.safetensors"] = bytes(
             UNET_BYTES
         )
         self.files[hub.MODEL_ID]["unet/diffusion_pytorch_model.bin"] = b"never wanted"
+        self.files[hub.MODEL_ID]["tokenizer/merges.pkl"] = b"never wanted"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
@@ -144,11 +148,12 @@ class HubHandler(BaseHTTPRequestHandler):
     def _answer_listing(self, files: dict[str, bytes]) -> None:
         entries = []
         for name, content in files.items():
-            entry: dict = {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            entry: dict = {"type": "file", "path": name, "size": len(content), "oid": blob}
             if name.endswith(".safetensors"):
                 digest = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 1}
-            entries.append(entry)
+            entries.append(entry | self.server.listed.get(name, {}))
         listing = json.dumps(entries).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -217,7 +222,8 @@ def test_an_interrupted_download_says_so_and_goes_on(server: Hub, tmp_path: Path
     last = stopped.stderr.strip().splitlines()[-1]
     assert f"download of {hub.MODEL_ID} did not finish" in last
     assert "run the same command again" in last
-    assert hub.LICENCE_NOTE in stopped.stderr
+    told = stopped.stderr
+    assert told.index(hub.LICENCE_NOTE) < told.index(f"downloading 0.02 GB of {hub.MODEL_ID}")
 
     server.cut = False
     done = fetch(server, tmp_path)
@@ -226,6 +232,8 @@ def test_an_interrupted_download_says_so_and_goes_on(server: Hub, tmp_path: Path
     folder = Path(done.stdout.strip())
     assert (folder / "unet/diffusion_pytorch_model.fp16.safetensors").stat().st_size == UNET_BYTES
     assert not (folder / "unet/diffusion_pytorch_model.bin").exists()
+    assert not (folder / "tokenizer/merges.pkl").exists()
+    assert (folder / "tokenizer/special_tokens_map.json").is_file()
 
     server.shutdown()
     cached = fetch(server, tmp_path, HF_HUB_OFFLINE="1")
@@ -237,11 +245,10 @@ def test_an_interrupted_download_says_so_and_goes_on(server: Hub, tmp_path: Path
     "missing", ["tokenizer_2/tokenizer_config.json", "unet/config.json", "dangling"]
 )
 def test_a_cache_that_lacks_a_file_is_not_complete(tmp_path: Path, missing: str):
-    for pattern in hub.MODEL_FILES:
-        for name in hub.TOKENIZER_FILES:
-            path = tmp_path / pattern.replace("*", name)
-            path.parent.mkdir(exist_ok=True)
-            path.touch()
+    for name in hub._names(hub.MODEL_FILES):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     assert hub._is_complete(tmp_path, hub.MODEL_FILES)
     weights = tmp_path / "unet/diffusion_pytorch_model.fp16.safetensors"
     if missing == "dangling":  # what is left of a file whose sha256 was wrong
@@ -252,10 +259,42 @@ def test_a_cache_that_lacks_a_file_is_not_complete(tmp_path: Path, missing: str)
     assert not hub._is_complete(tmp_path, hub.MODEL_FILES)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("unet/diffusion_pytorch_model.fp16.safetensors", {"lfs": {"oid": "0" * 64}}),
+        ("unet/config.json", {"oid": "0" * 40}),
+        ("unet/config.json", {"size": 3}),
+    ],
+)
+def test_a_file_that_is_not_the_hubs_is_removed(
+    server: Hub, tmp_path: Path, name: str, wrong: dict
+):
+    content = server.files[hub.MODEL_ID][name]
+    if "lfs" in wrong:
+        wrong = {"lfs": {"size": len(content), "pointerSize": 1, **wrong["lfs"]}}
+    server.listed[name] = wrong
+    refused = fetch(server, tmp_path)
+    assert refused.returncode == 1
+    last = refused.stderr.strip().splitlines()[-1]
+    assert f"{name} came with {len(content)} bytes" in last
+    server.listed.clear()
+    assert fetch(server, tmp_path).returncode == 0
+
+
+def test_a_file_that_the_hub_lacks_is_named_before_the_download(server: Hub, tmp_path: Path):
+    del server.files[hub.MODEL_ID]["tokenizer_2/vocab.json"]
+    refused = fetch(server, tmp_path)
+    assert refused.returncode == 1
+    assert "the hub has no tokenizer_2/vocab.json at revision" in refused.stderr
+    assert "downloading" not in refused.stderr
+
+
 def test_no_network_is_one_line(server: Hub, tmp_path: Path):
     refused = fetch(server, tmp_path, HF_HUB_OFFLINE="1")
     assert refused.returncode == 1
     last = refused.stderr.strip().splitlines()[-1]
     assert "did not finish" in last
-    assert "give --model a folder" in last
+    assert "give --model a folder with unet/, vae/, text_encoder/, text_encoder_2/" in last
+    assert f"cache into {tmp_path / 'hub'} (HF_HOME moves it)" in last
     assert "Traceback" not in refused.stderr
