@@ -360,8 +360,11 @@ def test_another_process_at_work_in_the_folder(
 ) -> None:
     options = ("--data", shapes, "--out", tmp_path / "run", "--method", "rded", *SMALL)
     with Record() as record, RunFolder(tmp_path / "run", record):
-        error = train(*options, "--resume").error
-    assert f"another process works in {tmp_path / 'run'}" in error
+        (tmp_path / "run" / "teacher").mkdir()
+        for option in ("--resume", "--overwrite"):
+            error = train(*options, option).error
+            assert f"another process works in {tmp_path / 'run'}" in error
+        assert (tmp_path / "run" / "teacher").is_dir()
 
 
 @pytest.fixture

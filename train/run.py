@@ -13,7 +13,7 @@ from .pictures import curves
 from .plan import make_plan
 from .record import Record
 from .report import PICTURES, SUMMARY, accuracy_rows, write_report
-from .stages import RunFolder, StageResult, check_out, remove_run
+from .stages import RunFolder, StageResult, check_out
 from .summary import REAL, make_summary
 
 NEEDED_BYTES = 64 * 2**20  # of a run's small files; labels and weights say their own need
@@ -29,9 +29,10 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
     with Record(options.out / "tensorboard") as report:
         check_out(options.out, resume=goes_on, overwrite=options.overwrite)
         plan = make_plan(options, report)
-        if options.overwrite:
-            remove_run(options.out)
-        with full_disk_explained(options.out, NEEDED_BYTES), RunFolder(options.out, report) as run:
+        with (
+            full_disk_explained(options.out, NEEDED_BYTES),
+            RunFolder(options.out, report, overwrite=options.overwrite) as run,
+        ):
             skipped: dict[str, int] = {}
             if options.skip_corrupt:
                 plan, skipped = leave_out_damaged(plan, run, report)

@@ -70,19 +70,22 @@ class StageResult:
 class RunFolder(AbstractContextManager["RunFolder"]):
     """One run folder, locked for this process."""
 
-    def __init__(self, folder: Path, report: Report) -> None:
+    def __init__(self, folder: Path, report: Report, *, overwrite: bool = False) -> None:
+        """Lock it, then, with `overwrite`, empty it: never under a process that works in it."""
         self.folder, self._report = folder, report
         self._results: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARK).exists():
             _write_json(folder / MARK, {"schema": SCHEMA})
-        (folder / STAGES).mkdir(exist_ok=True)
         self._lock = os.open(folder / MARK, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
             raise RunError(f"another process works in {folder}: wait for it, or end it") from None
+        if overwrite:
+            _remove_all_but_the_mark(folder)
+        (folder / STAGES).mkdir(exist_ok=True)
 
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
@@ -208,12 +211,11 @@ def _is_run(mark: Path) -> bool:
         return False
 
 
-def remove_run(folder: Path) -> None:
-    """Remove the run that `check_out` found there, its mark last: a stopped removal goes on."""
-    if not folder.exists():
-        return
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == MARK):
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def _remove_all_but_the_mark(folder: Path) -> None:
+    """Remove the run that `check_out` found there; the mark stays, so a stopped removal goes on."""
+    for entry in folder.iterdir():
+        if entry.name != MARK:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
