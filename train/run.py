@@ -82,7 +82,7 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
         write_report(folder)
         return StageResult(summary)
 
-    summary = job.run.stage("report", {"students": students}, work)
+    summary = job.run.stage("report", {"students": students}, work, again=True)
     print(_table(accuracy_rows(summary)))
     first = ("accuracy", "ceiling", "share_of_ceiling", "seconds", "images_per_s", "bytes")
     return {

@@ -3,9 +3,10 @@
     run.json               marks the folder as ours
     stages/<stage>.json    {"config", "state": "begun" | "done", "seconds", "result", "outputs"}
 
-A stage's file is written when it begins and replaced when it ends, each time whole or not at all.
-A stage that is done is taken over after its outputs were compared with their hashes; one that was
-only begun runs again and picks up its own checkpoints. Another config than before is refused.
+A stage's file is written when it begins, then every CLOCK_EVERY_S with the seconds so far, and when
+it ends, each time whole or not at all. A stage that is done is taken over after its outputs were
+compared with their hashes; one that was only begun runs again and picks up its own checkpoints.
+Another config than before is refused.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from ..engine.durable import replace_file
@@ -28,6 +30,7 @@ from .record import Report
 
 SCHEMA = "patchbloom.run/1"
 MARK, STAGES = "run.json", "stages"
+CLOCK_EVERY_S = 10.0  # of a stage's seconds, what a kill loses at most
 OPTION_OF = {
     "teacher.network": "--teacher",
     "teacher.epochs": "--teacher-epochs",
@@ -91,37 +94,45 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         os.close(self._lock)
 
     def stage(
-        self, name: str, config: dict[str, Any], work: Callable[[], StageResult]
+        self,
+        name: str,
+        config: dict[str, Any],
+        work: Callable[[], StageResult],
+        *,
+        again: bool = False,
     ) -> dict[str, Any]:
         """The result of stage `name`: from its file if it is done, else of `work`.
 
         `config` is plain JSON, holds all that decides the result, and no path. Its keys are
         options ("--rho") where there is one, because they appear in the message of a refusal.
-        Raises RunError when the stage was begun with another config or its outputs changed.
+        Raises RunError when the stage was begun with another config (with `again` it is then done
+        again) or its outputs changed.
         """
         if name in self._results:
             return self._results[name]
-        self._results[name] = self._run(name, json.loads(json.dumps(config)), work)
+        self._results[name] = self._run(name, json.loads(json.dumps(config)), work, again)
         return self._results[name]
 
     def _run(
-        self, name: str, config: dict[str, Any], work: Callable[[], StageResult]
+        self, name: str, config: dict[str, Any], work: Callable[[], StageResult], again: bool
     ) -> dict[str, Any]:
         record = self.read(name)
+        if again and record is not None and record["config"] != config:
+            record = None
         if record is not None:
             self._check_config(name, record["config"], config)
             if record["state"] == "done":
                 self._check_outputs(name, record["outputs"])
                 self._report.say(f"{name}: done before, in {record['seconds']:.1f} s")
                 return record["result"]
-        self._write(name, {"config": config, "state": "begun"})
-        began = time.monotonic()
-        ended = work()
+        before = 0.0 if record is None else record.get("seconds", 0.0)
+        with self._clock(name, config, before) as seconds:
+            ended = work()
         done = {
             "config": config,
             "config_sha256": config_sha256(config),
             "state": "done",
-            "seconds": round(time.monotonic() - began, 3),
+            "seconds": seconds(),
             "resumed": record is not None,
             "result": ended.result,
             "outputs": {
@@ -132,6 +143,35 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         self._write(name, done)
         return json.loads(json.dumps(ended.result))
 
+    @contextmanager
+    def _clock(
+        self, name: str, config: dict[str, Any], before: float
+    ) -> Iterator[Callable[[], float]]:
+        """Keep the seconds of a begun stage in its file; yields what tells them."""
+        began, ended = time.monotonic(), Event()
+
+        def seconds() -> float:
+            return round(before + time.monotonic() - began, 3)
+
+        def write() -> None:
+            self._write(name, {"config": config, "state": "begun", "seconds": seconds()})
+
+        def tick() -> None:
+            while not ended.wait(CLOCK_EVERY_S):
+                with suppress(OSError):  # a full disk: the stage itself meets it, and tells
+                    write()
+
+        write()
+        ticking = Thread(target=tick, name=f"clock-{name}", daemon=True)
+        ticking.start()
+        try:
+            yield seconds
+        finally:
+            ended.set()
+            ticking.join()
+            with suppress(OSError):
+                write()
+
     def read(self, name: str) -> dict[str, Any] | None:
         """The file of a stage; None when it never began."""
         path = self.folder / STAGES / f"{name}.json"
@@ -140,7 +180,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds of each stage that is done, in the order in which they ended.
 
-        Of a stage that was stopped and resumed, those of its last session.
+        Of a stage that was stopped and resumed, those of all its sessions together.
         """
         files = sorted((self.folder / STAGES).glob("*.json"), key=lambda path: path.stat().st_mtime)
         records = {path.stem: json.loads(path.read_bytes()) for path in files}
