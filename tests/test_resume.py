@@ -110,6 +110,7 @@ def outcome(out: Path) -> dict[str, Any]:
     return {
         "accuracy": summary["accuracy"],
         "losses": {name: result["losses"] for name, result in summary["students"].items()},
+        "teacher losses": summary["teacher"]["losses"],
         "content_sha256": summary["content_sha256"],
         "patches": patches_sha256(out),
         "labels": {m: sha256(coreset(out, m) / "labels.safetensors") for m in METHODS},

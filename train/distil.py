@@ -27,18 +27,18 @@ from .pictures import (
     write_picture,
 )
 from .plan import TOP_K, Plan
-from .record import Record
+from .record import Report
 from .sources import describe_model, open_source, rendering_rate
 from .stages import RunFolder, StageResult, settings_by_option
 from .summary import REAL, provenance
 from .teacher import Teacher, load_teacher
-from .teacher_training import TEACHER, train_teacher
+from .teacher_training import TEACHER, train_teacher, training_losses
 
 
 class Distillation:
     """One run: what was planned, the folder it fills, and who is told."""
 
-    def __init__(self, plan: Plan, run: RunFolder, report: Record, line: str) -> None:
+    def __init__(self, plan: Plan, run: RunFolder, report: Report, line: str) -> None:
         self.plan, self.run, self.report, self.line = plan, run, report, line
 
     def teacher_stage(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Distillation:
         if plan.teacher_source is not None:
             return StageResult(self.teacher.describe())
         teacher = train_teacher(plan.train, plan.val, plan.teacher, folder, self.report)
-        losses = self.report.curves.get("teacher/loss", [])
+        losses = training_losses(folder)
         return StageResult({**teacher.describe(), "losses": losses}, [folder / TEACHER])
 
     @cached_property

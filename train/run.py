@@ -75,7 +75,8 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
         losses = {name: list(enumerate(_mean_losses(result))) for name, result in students.items()}
         panels = {"students: KL to the teacher": losses}
         if summary["teacher"].get("losses"):
-            panels["teacher: cross-entropy"] = {"teacher": summary["teacher"]["losses"]}
+            teacher = list(enumerate(summary["teacher"]["losses"]))
+            panels["teacher: cross-entropy"] = {"teacher": teacher}
         (folder / PICTURES).mkdir(exist_ok=True)
         replace_file(folder / PICTURES / "curves.png", curves(panels))
         replace_file(folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())

@@ -57,7 +57,8 @@ def train_teacher(
         return load_teacher(str(final), train_set.class_ids, device=config.device)
     training = _TeacherTraining(train_set, config, folder / CHECKPOINT, identity, skip_corrupt)
     for epoch in range(training.epoch, config.epochs):
-        report.scalar("teacher/loss", epoch, training.train_epoch(epoch, report))
+        training.losses.append(training.train_epoch(epoch, report))
+        report.scalar("teacher/loss", epoch, training.losses[-1])
         if epoch + 1 < config.epochs:
             training.save(epoch + 1)
     size_px, device = config.size_px, training.device
@@ -72,11 +73,16 @@ def train_teacher(
         accuracy=accuracy,
         device=device,
     )
-    teacher.save(final, config=identity)
+    teacher.save(final, config=identity, losses=training.losses)
     training.checkpoint.unlink(missing_ok=True)
     report.scalar("teacher/accuracy", config.epochs, accuracy)
     report.say(f"teacher: {accuracy:.1f} % of {len(val_set)} validation images")
     return teacher
+
+
+def training_losses(folder: Path) -> list[float]:
+    """The mean cross-entropy of every epoch of the teacher in `folder`, in nats."""
+    return read_tensors(folder / TEACHER)[1]["losses"]
 
 
 def _identity(config: TeacherConfig, train_set: ImageSet) -> dict[str, Any]:
@@ -106,15 +112,18 @@ class _TeacherTraining:
         self.network = network.to(self.device)
         self.optimizer = adamw(self.network, config.learning_rate, config.weight_decay)
         self.epoch = 0
+        self.losses: list[float] = []
+        """Mean cross-entropy of each finished epoch."""
         if checkpoint.is_file():
             tensors, metadata = read_tensors(checkpoint)
             require_same(checkpoint, metadata["config"], identity)
             restore_training(self.network, self.optimizer, tensors, "")
-            self.epoch = metadata["epoch"]
+            self.epoch, self.losses = metadata["epoch"], metadata["losses"]
 
     def save(self, epoch: int) -> None:
         state = training_state(self.network, self.optimizer, "")
-        write_tensors(self.checkpoint, state, {"config": self.identity, "epoch": epoch})
+        reached = {"config": self.identity, "epoch": epoch, "losses": self.losses}
+        write_tensors(self.checkpoint, state, reached)
 
     def train_epoch(self, epoch: int, report: Report) -> float:
         """One pass over the images in a new order; the mean loss."""
