@@ -22,6 +22,7 @@ from patchbloom.train.prior_model import new_parts, save_parts
 from patchbloom.train.record import Record
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.stages import RunFolder
+from safetensors.torch import load_file
 
 RUN_OPTIONS = [
     "data",
@@ -353,6 +354,19 @@ def test_other_options_than_before_are_refused(
     assert "was run with --teacher-epochs = 1, now asked for 3" in error
     again = train("teacher", *options, "--seed", "7", "--overwrite").result
     assert again["teacher"]["sha256"] != first["teacher"]["sha256"]
+
+
+def test_a_teacher_that_is_brought_along_is_measured_like_one_that_is_trained(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    options = ("--data", shapes, "--method", "random", *SMALL)
+    network = ("--teacher", "convnet-d4-w24to96")  # the recipe's, which a state dict is taken for
+    trained = train("teacher", *options, *network, "--out", tmp_path / "a").result["teacher"]
+    torch.save(load_file(tmp_path / "a" / "teacher" / "teacher.safetensors"), tmp_path / "w.pth")
+    train("coreset", *options, "--teacher", tmp_path / "w.pth", "--out", tmp_path / "b").result  # noqa: B018
+    manifest = json.loads((tmp_path / "b" / "coreset" / "manifest.json").read_text())
+    assert manifest["teacher"]["accuracy"] == trained["accuracy"]
+    assert manifest["teacher"]["sha256"] == trained["sha256"]
 
 
 def test_another_process_at_work_in_the_folder(

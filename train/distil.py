@@ -15,6 +15,7 @@ from typing import Any
 from ..engine.coreset import Coreset, attach_labels, open_coreset, write_coreset
 from ..engine.manifest import canonical
 from ..engine.patches import PatchSelection, select_patches
+from .evaluation import accuracies
 from .labels import Labels, OnlineLabels, RecordedLabels, StoredLabels, record_labels
 from .loop import train_students
 from .methods import Expansions, ImageSource
@@ -55,10 +56,24 @@ class Distillation:
     def _make_teacher(self) -> StageResult:
         plan, folder = self.plan, self.run.folder / "teacher"
         if plan.teacher_source is not None:
-            return StageResult(self.teacher.describe())
+            return StageResult({**self.teacher.describe(), "accuracy": self._measured()})
         teacher = train_teacher(plan.train, plan.val, plan.teacher, folder, self.report)
         losses = training_losses(folder)
         return StageResult({**teacher.describe(), "losses": losses}, [folder / TEACHER])
+
+    def _measured(self) -> float:
+        """Accuracy of a teacher that was brought along, on this validation split."""
+        teacher, val = self.teacher, self.plan.val
+        own = teacher.normalisation
+        (accuracy,) = accuracies(
+            [lambda inputs_BCHW: teacher.logits(inputs_BCHW, own)],
+            val,
+            size_px=teacher.size_px,
+            device=teacher.device,
+            normalisation=own,
+        )
+        self.report.say(f"teacher: {accuracy:.1f} % of {len(val)} validation images")
+        return accuracy
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -167,7 +182,7 @@ class Distillation:
                 "pool_per_class": None if kind == "random" else sizes["pool_per_class"],
             },
             model=describe_model(plan) if method == "dace" else None,
-            teacher=self.teacher.describe(),
+            teacher={k: v for k, v in self.teacher_stage().items() if k != "losses"},
             provenance=provenance(self.line, plan.device),
             overwrite=True,  # of what a killed run left: the folder of a run is ours
         )

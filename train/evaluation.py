@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ FORWARD_BATCH = {"cpu": 32, "cuda": 256}
 
 @torch.inference_mode()
 def accuracies(
-    networks: Sequence[nn.Module],
+    networks: Sequence[Callable[[Tensor], Tensor]],
     images: ImageSet,
     *,
     size_px: int,
@@ -27,10 +27,13 @@ def accuracies(
 ) -> list[float]:
     """Top-1 accuracy of each network in percent (0-100); resize 8/7 and centre crop.
 
-    The networks are left in eval mode. Files that cannot be decoded are refused, or left out.
+    A network is a module, which is left in eval mode, or any function from normalised images
+    [B, 3, size_px, size_px] to logits [B, K]. Files that cannot be decoded are refused, or left
+    out.
     """
     for network in networks:
-        network.eval()
+        if isinstance(network, nn.Module):
+            network.eval()
     right = torch.zeros(len(networks), dtype=torch.int64)
     seen = 0
     stream = stream_center(
