@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -301,6 +301,32 @@ def test_labels_can_be_made_without_students(recorded, source, teacher, tmp_path
         assert torch.equal(made, stored.logits(epoch, samples))
     labels.discard()
     assert not list(tmp_path.iterdir())
+
+
+def test_stopped_labels_go_on_and_those_of_other_views_begin_anew(
+    recorded, source, teacher, tmp_path: Path
+) -> None:
+    config, _, stored, _ = recorded
+    path = tmp_path / "labels.partial"
+    with pytest.raises(KeyboardInterrupt):
+        record_labels(
+            source, RecordedLabels(teacher, source, config, path), config, Silent(stop_after=3)
+        )
+    labels = RecordedLabels(teacher, source, config, path)
+    rendered: list[int] = []
+
+    class Counted(UpsampledPatches):
+        def render(self, samples_P: torch.Tensor, epoch: int) -> torch.Tensor:
+            rendered.append(epoch)
+            return super().render(samples_P, epoch)
+
+    counted = Counted(**{f.name: getattr(source, f.name) for f in fields(source)})
+    record_labels(counted, labels, config, Silent())
+    assert set(rendered) == {3}
+    made = labels.block().logits.float()
+    assert all(torch.equal(made[e], stored.logits(e, torch.arange(40))) for e in range(4))
+    other = RecordedLabels(teacher, source, replace(config, seed=8), path)
+    assert not any(other.has(torch.arange(40)[s : s + 1], 0) for s in range(40))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,14 @@ from ..engine.coreset import Coreset, attach_labels, open_coreset, write_coreset
 from ..engine.manifest import canonical
 from ..engine.patches import PatchSelection, select_patches
 from .evaluation import accuracies
-from .labels import Labels, OnlineLabels, RecordedLabels, StoredLabels, record_labels
+from .labels import (
+    Labels,
+    OnlineLabels,
+    RecordedLabels,
+    StoredLabels,
+    discard_recorded,
+    record_labels,
+)
 from .loop import train_students
 from .methods import Expansions, ImageSource
 from .normalisation import IMAGENET
@@ -214,8 +221,10 @@ class Distillation:
         return StageResult({"content_sha256": coreset.content_sha256})
 
     def _recorded(self, method: str, source: ImageSource) -> RecordedLabels:
-        path = self.run.folder / "students" / f"{method}.labels.partial"
-        return RecordedLabels(self.teacher, source, self.plan.student, path)
+        return RecordedLabels(self.teacher, source, self.plan.student, self._recording(method))
+
+    def _recording(self, method: str) -> Path:
+        return self.run.folder / "students" / f"{method}.labels.partial"
 
     def _attach(self, method: str, labels: RecordedLabels) -> Coreset:
         codec = "topk" if self.plan.options.labels == "topk" else "dense"
@@ -280,6 +289,7 @@ class Distillation:
             return OnlineLabels(self.teacher, student.temperature)
         stored = coreset.soft_labels()
         if stored is not None:
+            discard_recorded(self._recording(method))  # of a run that was killed in between
             return StoredLabels(stored, source, student)
         return self._recorded(method, source)
 
