@@ -22,7 +22,12 @@ from patchbloom.train.labels import (
     StoredLabels,
     record_labels,
 )
-from patchbloom.train.loop import StudentResult, train_students
+from patchbloom.train.loop import (
+    CHECKPOINT_S,
+    StudentResult,
+    next_checkpoint,
+    train_students,
+)
 from patchbloom.train.methods import Mosaics, RealImages, UpsampledPatches, render_all, to_unit
 from patchbloom.train.networks import build_network
 from patchbloom.train.normalisation import IMAGENET, Normalisation
@@ -440,6 +445,14 @@ def test_a_killed_training_resumes_to_the_same_students(
     assert [r.losses for r in resumed] == [r.losses for r in results]
     again = labels.block().logits.float()
     assert all(torch.equal(again[e], stored.logits(e, torch.arange(40))) for e in range(4))
+
+
+def test_checkpoints_of_long_epochs_come_at_every_epoch() -> None:
+    config = replace(CONFIG, checkpoint_every=10, epochs=25)
+    assert [next_checkpoint(config, epoch, 1.0) for epoch in (0, 3, 10, 20)] == [10, 10, 20, 25]
+    assert next_checkpoint(config, 3, CHECKPOINT_S / 2.5) == 5
+    assert next_checkpoint(config, 3, 1e9) == 4
+    assert next_checkpoint(config, 0, 0.0) == 10
 
 
 def test_dropout_is_resumed_too(sets, source, teacher, tmp_path: Path) -> None:

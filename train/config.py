@@ -133,7 +133,7 @@ class StudentConfig:
     pool: int = 1024
     """Samples that are rendered together and among which CutMix partners and batches are drawn."""
     checkpoint_every: int = 10
-    """Epochs between two checkpoints of all students; changes no result."""
+    """Epochs between two checkpoints of all students at most; changes no result."""
     seed: int = 0
     """The coreset's seed: of crops, flips, CutMix and the order of samples, so that stored labels
     fit every student. A student's own seed sets its initialisation and its order in the pool."""
