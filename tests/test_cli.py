@@ -206,6 +206,11 @@ def test_options_that_cannot_be_used(
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_that_are_not_to_be_stored_are_not(train: Command, tmp_path: Path) -> None:
+    error = train("labels", "--data", tmp_path, "--out", tmp_path / "run", "--labels", "online")
+    assert "--labels online stores none: give dense or topk to train labels" in error.error
+
+
 def test_no_such_folder(train: Command, tmp_path: Path) -> None:
     error = train("--data", tmp_path / "nowhere", "--out", tmp_path / "run").error
     assert f"data folder {tmp_path / 'nowhere'}: found nothing; give an existing folder" in error

@@ -141,6 +141,11 @@ class TrainCoreset(RunOptions):
 class TrainLabels(RunOptions):
     """Store the teacher's soft labels of every view in the coresets, without training a student."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels == "online":
+            raise ValueError("--labels online stores none: give dense or topk to train labels")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStudent(RunOptions):
