@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from patchbloom.engine import coreset, durable
-from patchbloom.train import cli
+from patchbloom.train import cli, plan, run
 from patchbloom.train.commands import STAGES, RunOptions, TrainPrior, TrainReport
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.prior_model import new_parts, save_parts
@@ -39,6 +40,7 @@ RUN_OPTIONS = [
     "start",
     "precision",
     "engine_batch",
+    "bundles",
     "recipe",
     "epochs",
     "teacher_epochs",
@@ -253,6 +255,29 @@ def test_a_factor_that_does_not_fit_the_image(
     options = ("--method", "rded", "--factor", str(factor), "--recipe", "small")
     error = train("--data", shapes, "--out", tmp_path / "run", *options).error
     assert f"--factor {factor}: expected a divisor of the image size, 64 px" in error
+
+
+def test_engines_are_built_where_bundles_says(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way out that the message of a full cache offers."""
+    monkeypatch.setattr(run, "_run", lambda job, *_: {"bundles": str(job.plan.expand.bundles)})
+    options = ("--model", "sdxl-tiny", "--bundles", tmp_path / "engines")
+    result = train("--data", shapes, "--out", tmp_path / "run", *options).result
+    assert result["bundles"] == str(tmp_path / "engines")
+
+
+def test_generated_images_have_one_recipe_with_and_without_a_model(
+    tmp_path: Path,
+) -> None:
+    """Methods are compared across commands too: random alone, on a GPU, beside dace."""
+    options = RunOptions(data="shapes", out=tmp_path, method=("random",))
+    for device in ("cpu", "cuda"):
+        with Record() as record:
+            assert plan._choose_recipe(options, device, None, record).name == "small"
+    photographs = dataclasses.replace(options, data="photographs")
+    with Record() as record:
+        assert plan._choose_recipe(photographs, "cuda", None, record).name == "dace"
 
 
 def test_an_image_size_that_the_model_cannot_make(

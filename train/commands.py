@@ -54,9 +54,11 @@ class RunOptions:
     engine_batch: int | None = None
     """Images per call of the model; pictures differ by rounding at most. Left out: the divisor of
     an epoch's images that is nearest to 32 from below, or 32."""
+    bundles: Path | None = None
+    """Folder of built engines. Left out: patchbloom/bundles in the user's cache."""
     recipe: RecipeName | None = None
-    """How teacher and students are trained. Left out: `small` for models of 128 px and less and
-    on a CPU, `dace` elsewhere."""
+    """How teacher and students are trained. Left out: `small` with a model of 128 px or less and,
+    without a model, for --data shapes and on a CPU; `dace` elsewhere."""
     epochs: int | None = None
     """Epochs of the students, each with fresh images. Left out: the recipe's."""
     teacher_epochs: int | None = None

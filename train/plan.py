@@ -138,6 +138,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             or fitting_batch(len(train.class_ids) * options.ipc * factor**2),
             backend=options.backend,
             device=device,
+            bundles=options.bundles and options.bundles.expanduser(),
         ),
     )
     _say(plan, report)
@@ -177,7 +178,10 @@ def _choose_recipe(
     if options.recipe is not None:
         return RECIPES[options.recipe]
     native = model_px(model) if model is not None else None
-    small = native <= SMALL_MODEL_PX if native is not None else device == "cpu"
+    if native is None:  # the recipe that dace would have had on the same data
+        small = options.data == "shapes" or device == "cpu"
+    else:
+        small = native <= SMALL_MODEL_PX
     recipe = RECIPES["small" if small else "dace"]
     report.say(f"recipe: {recipe.name} ({recipe.about})")
     return recipe
