@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patchbloom.engine.config import ExpandConfig, Start
 from patchbloom.engine.images import CorruptImageError, ImageSet, InputError, open_image_set
 from patchbloom.engine.manifest import CoresetError
 from patchbloom.engine.soft_labels import LabelBlock, SoftLabels
+from patchbloom.train import pictures
 from patchbloom.train.checkpoint import CheckpointError, read_tensors
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.evaluation import accuracies
@@ -189,6 +191,24 @@ def test_learning_rates_follow_the_recipes() -> None:
     full = replace(rded, final_lr_fraction=0.0)
     assert learning_rate(full, 150) == pytest.approx(1e-3)
     assert learning_rate(full, 300) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("start", ["image", "noise"])
+def test_the_sheet_of_expansions_shows_what_its_rows_say(monkeypatch, start: Start) -> None:
+    class Fake:
+        config = ExpandConfig(size_px=32, steps=4, start=start)
+
+        def varied(self, **changes):
+            assert start == "image" or changes["start"] == "noise"
+            return self
+
+        def expand(self, samples, epoch):
+            return torch.zeros(len(samples), 3, 32, 32)
+
+    monkeypatch.setattr(pictures, "contact_sheet", lambda rows: [name for name, _ in rows])
+    rows = pictures.expansion_sheet(Fake(), PATCHES, [0, 4])
+    from_patches = ["rho 0.4", "rho 0.6", "rho 0.8", "rho 1", "rho 0.8, mixup"]
+    assert rows == ["patch", *(from_patches if start == "image" else []), "text only"]
 
 
 def test_upsampled_patches_are_torchs_bicubic(source) -> None:
