@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,14 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(shapes: Path, tmp_path: Path) -> Path:
     """A copy of the set, to be damaged."""
     return Path(shutil.copytree(shapes, tmp_path / "data"))
+
+
+def floats(value: Any) -> list[float]:
+    """All of them in plain JSON."""
+    if isinstance(value, dict | list):
+        entries = value.values() if isinstance(value, dict) else value
+        return [number for entry in entries for number in floats(entry)]
+    return [value] if isinstance(value, float) else []
 
 
 def names(kind: type) -> list[str]:
@@ -525,6 +534,9 @@ def test_the_main_job_leaves_numbers_pictures_and_one_page(
     page = (out / "report.html").read_text()
     assert page.count("src='data:image/png;base64,") == len(pictures)
     assert "http" not in page.replace(str(tmp_path), "")
+    summary = json.loads((out / "summary.json").read_text())
+    assert all(float(f"{number:.6g}") == number for number in floats(summary))
+    assert not any(str(loss) in page for loss in summary["teacher"]["losses"])
     (out / "report.html").unlink()
     train("report", out).result  # noqa: B018
     assert (out / "report.html").read_text() == page

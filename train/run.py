@@ -14,7 +14,7 @@ from .plan import make_plan
 from .record import Record
 from .report import PICTURES, SUMMARY, accuracy_rows, write_report
 from .stages import RunFolder, StageResult, check_out
-from .summary import REAL, make_summary
+from .summary import REAL, make_summary, rounded
 
 NEEDED_BYTES = 64 * 2**20  # of a run's small files; labels and weights say their own need
 
@@ -43,7 +43,7 @@ def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dic
     out = {"run": str(options.out), "skipped_images": skipped}
     teacher = job.teacher_stage()
     if isinstance(options, TrainTeacher):
-        return {**out, "teacher": teacher}
+        return {**out, "teacher": rounded(teacher)}
     job.coreset_stage()
     if isinstance(options, TrainLabels) or options.labels == "topk":
         for method in options.methods:
@@ -55,7 +55,7 @@ def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dic
         students[REAL] = job.student_stage(REAL)
     if isinstance(options, Train):
         return _report(job, students, skipped)
-    return {**out, "students": students}
+    return {**out, "students": rounded(students)}
 
 
 def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]) -> dict[str, Any]:
