@@ -316,6 +316,31 @@ def test_an_unknown_network(train: Command, shapes: Path, tmp_path: Path, option
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_that_cannot_be_had_is_told_before_a_run_is_replaced(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with Record() as record, RunFolder(out, record):
+        (out / "teacher").mkdir()
+    options = ("--data", shapes, "--out", out, "--method", "rded", "--overwrite", "--teacher")
+    error = train(*options, "torchvision:resnet19").error
+    assert "teacher torchvision:resnet19 is unknown: expected one of alexnet, " in error
+    error = train(*options, "torchvision:resnet18").error
+    assert "knows ImageNet-1k's classes by their WordNet ids; 'bars' is none" in error
+    assert (out / "teacher").is_dir()
+
+
+def test_large_labels_are_told_before_the_run(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_run", lambda *_: {})
+    options = ("--data", shapes, "--out", tmp_path / "run", "--method", "rded")
+    assert "labels:" not in train(*options, *SMALL).err
+    err = train(*options, *SMALL, "--epochs", "5000000", "--overwrite").err
+    assert "labels: dense, 3.7 GiB for each method, and 3.7 GiB on the disk while" in err
+    assert "made; --labels online keeps none" in err  # topk would be as large, of ten classes
+
+
 def test_labels_that_would_be_no_smaller(train: Command, shapes: Path, tmp_path: Path) -> None:
     options = ("--method", "rded", "--labels", "topk")
     error = train("--data", shapes, "--out", tmp_path / "run", *options).error

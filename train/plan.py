@@ -22,8 +22,10 @@ from .config import RECIPES, Recipe, StudentConfig, TeacherConfig
 from .networks import TORCHVISION, build_network
 from .record import Report
 from .shapes import GENERATOR_VERSION, write_shapes
+from .teacher import torchvision_columns
 
 TOP_K = 10  # probabilities that --labels topk keeps
+LARGE_LABELS_GIB = 1.0  # dense labels of a method from here on are told before the run
 SMALL_MODEL_PX = 128  # models up to this size are toys: the `small` recipe fits them
 
 
@@ -97,6 +99,8 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         ipc=options.ipc, factor=factor, classes=len(train.class_ids), network=options.student
     )
     teacher_source, teacher_network = _choose_teacher(options.teacher, recipe)
+    if teacher_source is not None and teacher_source.startswith(TORCHVISION):
+        torchvision_columns(teacher_source, train.class_ids)
     for option, network in (("--teacher", teacher_network), ("--student", student.network)):
         _check_network(option, network, len(train.class_ids), image_size)
     plan = Plan(
@@ -255,11 +259,27 @@ def images_sha256(*sets: ImageSet) -> str:
     return digest.hexdigest()
 
 
+def dense_label_gib(plan: Plan) -> float:
+    """GiB of a method's dense labels: fp16, of every class, sample and epoch."""
+    classes = len(plan.class_names)
+    answers = plan.student.epochs * classes * plan.options.ipc * plan.factor**2
+    return 2 * answers * classes / 2**30
+
+
 def _say(plan: Plan, report: Report) -> None:
     report.say(
         f"data: {len(plan.train)} training and {len(plan.val)} validation images of "
         f"{len(plan.class_names)} classes; {plan.image_size} px, patches of {plan.patch_px} px"
     )
+    labels_gib = dense_label_gib(plan)
+    if labels_gib >= LARGE_LABELS_GIB and plan.options.labels != "online":
+        dense, topk_share = plan.options.labels == "dense", 2 * TOP_K / len(plan.class_names)
+        kept = labels_gib if dense else topk_share * labels_gib
+        smaller = "--labels topk keeps less, " if dense and topk_share < 1 else ""
+        report.say(
+            f"labels: {plan.options.labels}, {kept:.1f} GiB for each method, and {labels_gib:.1f} "
+            f"GiB on the disk while they are made; {smaller}--labels online keeps none"
+        )
     if plan.model is None:
         return
     unseen = unseen_classes(plan.model, plan.class_names)
