@@ -57,7 +57,9 @@ def _execute(command: Command) -> dict[str, Any]:
 
 def _info(coreset: Coreset) -> dict[str, Any]:
     manifest = coreset.manifest
-    described = ("settings", "model", "teacher", "labels", "noise", "provenance")
+    described = ("settings", "model", "teacher", "labels", "noise")
+    provenance = dict(manifest["provenance"])
+    provenance.pop("patches", None)  # a line per patch: read them in manifest.json
     return {
         "coreset": str(coreset.folder),
         "content_sha256": coreset.content_sha256,
@@ -65,6 +67,7 @@ def _info(coreset: Coreset) -> dict[str, Any]:
         "classes": dict(zip(coreset.class_ids, coreset.class_names, strict=True)),
         "bytes": coreset.bytes(),
         **{key: manifest[key] for key in described},
+        "provenance": provenance,
     }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from patchbloom.engine import coreset, durable
@@ -24,6 +25,7 @@ from patchbloom.train.prior_model import new_parts, save_parts
 from patchbloom.train.record import Record
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.stages import RunFolder
+from PIL import Image
 from safetensors.torch import load_file
 
 RUN_OPTIONS = [
@@ -43,6 +45,7 @@ RUN_OPTIONS = [
     "engine_batch",
     "bundles",
     "recipe",
+    "scoring",
     "epochs",
     "teacher_epochs",
     "teacher",
@@ -431,6 +434,27 @@ def test_a_teacher_that_is_brought_along_is_measured_like_one_that_is_trained(
     manifest = json.loads((tmp_path / "b" / "coreset" / "manifest.json").read_text())
     assert manifest["teacher"]["accuracy"] == trained["accuracy"]
     assert manifest["teacher"]["sha256"] == trained["sha256"]
+
+
+def test_a_coreset_tells_where_each_patch_was_cut(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    options = ("--data", shapes, "--method", "rded", *SMALL)
+    train("coreset", *options, "--out", tmp_path / "a").result  # noqa: B018
+    chosen = coreset.open_coreset(tmp_path / "a" / "coreset")
+    origins = chosen.manifest["provenance"]["patches"]
+    assert len(origins) == len(chosen.labels_N)
+    for origin, patch_HWC, label in zip(
+        origins, chosen.patches().numpy(), chosen.labels_N.tolist(), strict=True
+    ):
+        assert origin["image"].split("/")[-2] == chosen.class_ids[label]
+        assert origin["loss"] >= 0
+        top, left, height, width = origin["top_left_height_width"]
+        with Image.open(shapes / "train" / origin["image"].removeprefix("train/")) as image:
+            box = (left, top, left + width, top + height)
+            side = chosen.settings["patch_px"]
+            cut = image.convert("RGB").crop(box).resize((side, side), Image.Resampling.BILINEAR)
+        assert np.abs(np.asarray(cut).astype(int) - patch_HWC).max() <= 1
 
 
 def test_another_process_at_work_in_the_folder(

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patchbloom.engine.batches import fitting_batch, images_per_prompt, plan_batches
 from patchbloom.engine.config import ExpandConfig, Start
 from patchbloom.engine.images import CorruptImageError, ImageSet, InputError, open_image_set
 from patchbloom.engine.manifest import CoresetError
 from patchbloom.engine.soft_labels import LabelBlock, SoftLabels
 from patchbloom.train import pictures
 from patchbloom.train.checkpoint import CheckpointError, read_tensors
-from patchbloom.train.config import StudentConfig
+from patchbloom.train.config import RECIPES, StudentConfig
 from patchbloom.train.evaluation import accuracies
 from patchbloom.train.labels import (
     OnlineLabels,
@@ -33,6 +34,7 @@ from patchbloom.train.loop import (
 from patchbloom.train.methods import Mosaics, RealImages, UpsampledPatches, render_all, to_unit
 from patchbloom.train.networks import build_network
 from patchbloom.train.normalisation import IMAGENET, Normalisation
+from patchbloom.train.plan import grouping
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.teacher import Teacher
 from patchbloom.train.views import describe_views, learning_rate, make_views, pool_size, pools
@@ -128,6 +130,18 @@ def test_pools_hold_every_sample_once_in_whole_batches() -> None:
     assert not torch.equal(torch.cat(epoch_0), torch.cat(epoch_1))
     assert torch.equal(torch.cat(epoch_0), torch.cat(pools(config, 40, 0)))
     assert pool_size(replace(config, pool=3)) == 8
+
+
+@pytest.mark.parametrize(("classes", "each"), [(10, 4), (10, 200), (1000, 200)])
+def test_a_pool_is_rendered_without_waste(classes: int, each: int) -> None:
+    """The last engine batch of a pool may be padded, and no other."""
+    student = RECIPES["dace"].student_for(ipc=50, factor=2, classes=classes)
+    labels_N = np.repeat(np.arange(classes), each)
+    pool, batch = pools(student, len(labels_N), 0)[0].numpy(), fitting_batch(len(labels_N))
+    together = grouping(len(labels_N), student)
+    together = together or images_per_prompt(batch, np.bincount(labels_N))
+    batches = plan_batches(pool, labels_N, prompts=batch // together, images_per_prompt=together)
+    assert sum(1 for _ in batches) == math.ceil(len(pool) / batch)
 
 
 def test_a_view_depends_on_seed_sample_and_epoch_alone() -> None:

@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ..engine.config import Start
 from ..export.config import BackendName, DeviceName, Precision
-from .config import PriorConfig, RecipeName
+from .config import PriorConfig, RecipeName, Scoring
 
 METHODS = ("dace", "rded", "random", "upsample")
 LabelChoice = Literal["dense", "topk", "online"]
@@ -59,6 +59,9 @@ class RunOptions:
     recipe: RecipeName | None = None
     """How teacher and students are trained. Left out: `small` with a model of 128 px or less and,
     without a model, for --data shapes and on a CPU; `dace` elsewhere."""
+    scoring: Scoring | None = None
+    """How the teacher is shown a patch that it scores: padded to the image size, as RDED does, or
+    enlarged to it. Left out: the recipe's."""
     epochs: int | None = None
     """Epochs of the students, each with fresh images. Left out: the recipe's."""
     teacher_epochs: int | None = None

@@ -10,6 +10,7 @@ from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
 RecipeName = Literal["rded", "dace", "small"]
+Scoring = Literal["pad", "resize"]
 
 
 def _check_at_least(config: object, least: float, *names: str) -> None:
@@ -163,6 +164,8 @@ class Recipe:
     """Random crops per image that the teacher scores."""
     pool_per_class: int = 300
     """Images per class that are cropped and scored."""
+    scoring: Scoring = "pad"
+    """How the teacher is shown a crop: padded to the image size, as RDED does, or enlarged."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     batches: tuple[tuple[int, int, int], ...] = ((1, 10, 20), (10, 50, 100), (50, 100, 200))
@@ -211,8 +214,9 @@ RECIPES: dict[RecipeName, Recipe] = {
     "small": Recipe(
         name="small",
         about="Few images and small nets, in minutes on a CPU: 64 px, BatchNorm ConvNets, T = 4, "
-        "full cosine, no CutMix",
+        "full cosine, no CutMix, patches scored at full size",
         image_size=64,
+        scoring="resize",
         teacher=TeacherConfig(
             network="convnet-d4-w24to96",
             size_px=64,

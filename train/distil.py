@@ -7,6 +7,7 @@ RUN/coreset-METHOD/ of the others, RUN/students/METHOD-seedS.safetensors, RUN/pi
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -123,6 +124,7 @@ class Distillation:
             "image_size": plan.image_size,
             "crops": plan.recipe.crops,
             "pool_per_class": plan.recipe.pool_per_class,
+            "scoring": plan.scoring,
         }
 
     def _model_settings(self) -> dict[str, Any]:
@@ -161,6 +163,7 @@ class Distillation:
             pool_per_class=plan.recipe.pool_per_class,
             seed=plan.options.seed,
             method=kind,
+            scoring=plan.scoring,
             device=plan.device,
             progress=lambda done, total: self.report.progress(
                 f"patches, {kind}", done, total, "images"
@@ -187,12 +190,34 @@ class Distillation:
                 "selection": kind,
                 "crops": 1 if kind == "random" else sizes["crops"],
                 "pool_per_class": None if kind == "random" else sizes["pool_per_class"],
+                "scoring": None if kind == "random" else sizes["scoring"],
             },
             model=describe_model(plan) if method == "dace" else None,
             teacher={k: v for k, v in self.teacher_stage().items() if k != "losses"},
-            provenance=provenance(self.line, plan.device),
+            provenance={
+                **provenance(self.line, plan.device),
+                "patches": self._origins(selection),
+                "skipped_images": list(selection.skipped),
+            },
             overwrite=True,  # of what a killed run left: the folder of a run is ours
         )
+
+    def _origins(self, selection: PatchSelection) -> list[dict[str, Any]]:
+        """Of every patch, in sample order: its image, where it was cut, and the teacher's loss."""
+        rows = zip(
+            selection.source_index_N.tolist(),
+            selection.boxes_N4.tolist(),
+            selection.losses_N.tolist(),
+            strict=True,
+        )
+        return [
+            {
+                "image": self.plan.train.paths[index],
+                "top_left_height_width": box,
+                "loss": None if math.isnan(loss) else round(loss, 6),
+            }
+            for index, box, loss in rows
+        ]
 
     def coresets(self) -> dict[str, Any]:
         """{method: what its coreset holds, its size and its name}, labels included."""

@@ -18,11 +18,12 @@ from ..engine.images import ImageSet, check_same_classes, open_image_set
 from ..engine.prompts import unseen_classes
 from ..export.models import ModelSource, find_model
 from .commands import RunOptions
-from .config import RECIPES, Recipe, StudentConfig, TeacherConfig
+from .config import RECIPES, Recipe, Scoring, StudentConfig, TeacherConfig
 from .networks import TORCHVISION, build_network
 from .record import Report
 from .shapes import GENERATOR_VERSION, write_shapes
 from .teacher import torchvision_columns
+from .views import pool_size
 
 TOP_K = 10  # probabilities that --labels topk keeps
 LARGE_LABELS_GIB = 1.0  # dense labels of a method from here on are told before the run
@@ -60,6 +61,11 @@ class Plan:
     def patch_px(self) -> int:
         """Side of a stored patch."""
         return self.image_size // self.factor
+
+    @property
+    def scoring(self) -> Scoring:
+        """How the teacher is shown a patch that it scores."""
+        return self.options.scoring or self.recipe.scoring
 
     @property
     def student_seeds(self) -> tuple[int, ...]:
@@ -142,11 +148,22 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             or fitting_batch(len(train.class_ids) * options.ipc * factor**2),
             backend=options.backend,
             device=device,
+            images_per_prompt=grouping(len(train.class_ids) * options.ipc * factor**2, student),
             bundles=options.bundles and options.bundles.expanduser(),
         ),
     )
     _say(plan, report)
     return plan
+
+
+def grouping(samples: int, student: StudentConfig) -> int | None:
+    """ExpandConfig.images_per_prompt: 1 when an epoch is more than one pool.
+
+    The Expander's own choice, a divisor of what a whole class has, pads nothing of a whole epoch.
+    A pool of 1000 classes has about one sample of each: at 8 images per prompt, the choice for ipc
+    50, five times as many images would be rendered as are wanted.
+    """
+    return None if samples <= pool_size(student) else 1
 
 
 def data_folder(data: str, shapes_per_class: int, report: Report) -> Path:
