@@ -436,6 +436,17 @@ def test_a_teacher_that_is_brought_along_is_measured_like_one_that_is_trained(
     assert manifest["teacher"]["sha256"] == trained["sha256"]
 
 
+def test_a_network_too_deep_for_the_images_is_told_first(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    error = train(
+        "--data", shapes, "--out", tmp_path / "run", "--method", "random",
+        "--student", "torchvision:alexnet", "--image-size", "32",
+    ).error  # fmt: skip
+    assert "--student torchvision:alexnet: cannot take images of 32 px" in error
+    assert "larger --image-size" in error
+
+
 def test_a_coreset_tells_where_each_patch_was_cut(
     train: Command, shapes: Path, tmp_path: Path
 ) -> None:

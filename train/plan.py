@@ -227,13 +227,21 @@ def _choose_teacher(given: str | None, recipe: Recipe) -> tuple[str | None, str]
 
 
 def _check_network(option: str, name: str, classes: int, size_px: int) -> None:
-    """Build it without memory, so that a wrong name is told before anything is trained."""
+    """Build it and run it without memory: what cannot work is told before anything is trained."""
     try:
         with torch.device("meta"):
-            build_network(name, classes, size_px)
+            network = build_network(name, classes, size_px)
     except ValueError as error:
         hint = " or a file of weights" if option == "--teacher" else ""
         raise ValueError(f"{option} {name}: {error}{hint}") from None
+    try:
+        network(torch.empty(2, 3, size_px, size_px, device="meta"))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{option} {name}: cannot take images of {size_px} px ({reason}): give a larger "
+            "--image-size or another network"
+        ) from None
 
 
 def _native_px(model: ModelSource | None, recipe: Recipe) -> int | None:

@@ -194,6 +194,11 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def _check_config(self, name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
+                if key == "--data":
+                    raise RunError(
+                        f"the images have changed since the {name} stage of {self.folder} was run: "
+                        "give the same data to --resume, or start again with --overwrite"
+                    )
                 raise RunError(
                     f"the {name} stage of {self.folder} was run with {key} = {before.get(key)}, "
                     f"now asked for {now.get(key)}: give the same options to --resume, "

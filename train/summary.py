@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..export.models import seen_classes
 from .plan import Plan
 
 SCHEMA = "patchbloom.summary/1"
@@ -97,8 +98,8 @@ def make_summary(
             "image_size": plan.image_size,
             "model": plan.model.name if plan.model is not None else None,
             "steps": options.steps,
-            "rho": options.rho,
-            "mixup": options.mixup,
+            "rho": options.rho if options.start == "image" else None,
+            "mixup": options.mixup and options.start == "image",
             "start": options.start,
             "precision": plan.expand.precision,
             "backend": options.backend,
@@ -147,10 +148,13 @@ def _notes(plan: Plan) -> list[str]:
         "One recipe and one number of student steps for all methods; accuracies are of the last "
         "epoch, never of the best."
     ]
-    model = plan.model
-    if model is not None and model.name == "sdxl-tiny" and plan.options.data == "shapes":
-        notes.append(
-            "sdxl-tiny was trained on all training images of shapes: part of dace's gain here "
-            "is what the model remembers of images that are not in the coreset."
-        )
+    seen = seen_classes(plan.model.folder) if plan.model is not None else None
+    if plan.model is not None and seen is not None:
+        known = sum(name in seen for name in plan.class_names)
+        if known:
+            notes.append(
+                f"{plan.model.name} was trained on images of {known} of these "
+                f"{len(plan.class_names)} classes: part of dace's gain here may be what the model "
+                "remembers of images that are not in the coreset."
+            )
     return notes
