@@ -23,13 +23,11 @@ def accuracies(
     size_px: int,
     device: torch.device,
     normalisation: Normalisation = IMAGENET,
-    skip_corrupt: bool = False,
 ) -> list[float]:
     """Top-1 accuracy of each network in percent (0-100); resize 8/7 and centre crop.
 
     A network is a module, which is left in eval mode, or any function from normalised images
-    [B, 3, size_px, size_px] to logits [B, K]. Files that cannot be decoded are refused, or left
-    out.
+    [B, 3, size_px, size_px] to logits [B, K]. Files that cannot be decoded are refused.
     """
     for network in networks:
         if isinstance(network, nn.Module):
@@ -41,7 +39,6 @@ def accuracies(
         size_px=size_px,
         batch=FORWARD_BATCH[device.type],
         device=str(device),
-        skip_corrupt=skip_corrupt,
     )
     for batch in stream:
         inputs_BCHW = normalisation.of_uint8(batch.pixels_BPHWC[:, 0])

@@ -71,7 +71,6 @@ def train_students(
     folder: Path,
     report: Report,
     name: str = "student",
-    skip_corrupt: bool = False,
 ) -> list[StudentResult]:
     """Train one student per seed; `folder` gets NAME-seedS.safetensors for each.
 
@@ -96,9 +95,7 @@ def train_students(
     training.run(name, report)
     networks = [student.network for student in training.students]
     size_px, device = config.size_px, training.device
-    scores = accuracies(
-        networks, val_set, size_px=size_px, device=device, skip_corrupt=skip_corrupt
-    )
+    scores = accuracies(networks, val_set, size_px=size_px, device=device)
     for student, path, accuracy in zip(training.students, paths, scores, strict=True):
         metadata = {
             "schema": SCHEMA,

@@ -41,8 +41,6 @@ def train_teacher(
     config: TeacherConfig,
     folder: Path,
     report: Report,
-    *,
-    skip_corrupt: bool = False,
 ) -> Teacher:
     """Train a teacher; `folder` gets teacher.safetensors, and a checkpoint until it is done.
 
@@ -55,16 +53,14 @@ def train_teacher(
     if final.is_file():
         require_same(final, read_tensors(final)[1].get("config", {}), identity)
         return load_teacher(str(final), train_set.class_ids, device=config.device)
-    training = _TeacherTraining(train_set, config, folder / CHECKPOINT, identity, skip_corrupt)
+    training = _TeacherTraining(train_set, config, folder / CHECKPOINT, identity)
     for epoch in range(training.epoch, config.epochs):
         training.losses.append(training.train_epoch(epoch, report))
         report.scalar("teacher/loss", epoch, training.losses[-1])
         if epoch + 1 < config.epochs:
             training.save(epoch + 1)
     size_px, device = config.size_px, training.device
-    (accuracy,) = accuracies(
-        [training.network], val_set, size_px=size_px, device=device, skip_corrupt=skip_corrupt
-    )
+    (accuracy,) = accuracies([training.network], val_set, size_px=size_px, device=device)
     teacher = Teacher(
         training.network,
         architecture=config.network,
@@ -101,10 +97,9 @@ class _TeacherTraining:
         config: TeacherConfig,
         checkpoint: Path,
         identity: dict[str, Any],
-        skip_corrupt: bool,
     ) -> None:
         self.images, self.config, self.checkpoint = images, config, checkpoint
-        self.identity, self.skip_corrupt = identity, skip_corrupt
+        self.identity = identity
         self.device = torch.device(resolve_device(config.device))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -176,7 +171,6 @@ class _TeacherTraining:
             size_px=self.config.size_px,
             batch=batch,
             device=str(self.device),
-            skip_corrupt=self.skip_corrupt,
             epoch=epoch,
         )
         for crops in stream:
