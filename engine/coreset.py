@@ -112,12 +112,13 @@ class Coreset:
     def bytes(self) -> dict[str, int | None]:
         """Sizes on disk, with and without labels, with and without the generator.
 
-        `generator` is the model's own `weights_bytes`; None where the manifest does not say.
+        `generator` is the model's own `weights_bytes`; None where the manifest does not say. The
+        manifest is counted without its provenance, of which a student needs nothing.
         """
         files = self.manifest["files"]
         patches = sum(entry["bytes"] for name, entry in files.items() if name != LABELS)
         labels = files.get(LABELS, {"bytes": 0})["bytes"]
-        manifest = len(spelled(self.manifest))
+        manifest = len(spelled(self.manifest | {"provenance": {}}))
         generator = (self.manifest["model"] or {"weights_bytes": 0}).get("weights_bytes")
         with_labels = patches + manifest + labels
         return {

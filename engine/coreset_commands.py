@@ -29,7 +29,9 @@ def run_coreset_command(command: CoresetInfo | CoresetVerify | CoresetShow) -> d
 
 def _info(coreset: Coreset) -> dict[str, Any]:
     manifest = coreset.manifest
-    described = ("settings", "model", "teacher", "labels", "noise", "provenance")
+    described = ("settings", "model", "teacher", "labels", "noise")
+    provenance = dict(manifest["provenance"])
+    provenance.pop("patches", None)  # a line per patch: read them in manifest.json
     return {
         "coreset": str(coreset.folder),
         "content_sha256": coreset.content_sha256,
@@ -37,6 +39,7 @@ def _info(coreset: Coreset) -> dict[str, Any]:
         "classes": dict(zip(coreset.class_ids, coreset.class_names, strict=True)),
         "bytes": coreset.bytes(),
         **{key: manifest[key] for key in described},
+        "provenance": provenance,
     }
 
 
@@ -50,7 +53,6 @@ def _verify(coreset: Coreset) -> dict[str, Any]:
 
 
 def _show(coreset: Coreset, out: Path | None, patches_per_class: int) -> dict[str, Any]:
-
     folder = coreset.folder.absolute()
     out = folder.with_name(f"{folder.name}.png") if out is None else out.absolute()
     if out.resolve().is_relative_to(folder.resolve()):

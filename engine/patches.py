@@ -24,7 +24,7 @@ import torch
 
 from ..kernels.noise import Draw, uniform_numpy
 from .images import ImageSet, InputError, stream_crops
-from .patch_scores import IMAGENET_MEAN_RGB, PatchScorer, TeacherFn
+from .patch_scores import IMAGENET_MEAN_RGB, PatchScorer, Scoring, TeacherFn
 
 TRIES = 10
 Method = Literal["lowest-loss", "random"]
@@ -194,6 +194,7 @@ def select_patches(
     seed: int,
     batch: int = 64,
     method: Method = "lowest-loss",
+    scoring: Scoring = "pad",
     canvas_rgb: Sequence[int] = IMAGENET_MEAN_RGB,
     device: str = "cpu",
     threads: int | None = None,
@@ -208,10 +209,10 @@ def select_patches(
     only reports their losses.
 
     The teacher is always called on batch · crops canvases of image_size_px (the last batch is
-    padded). ``canvas_rgb`` is what surrounds the patch: the teacher's mean colour. ``progress`` is
-    told (images done, images in all). Raises InputError, saying what to do, for sizes that do not
-    fit, classes with too few images, undecodable files (see ``stream_crops``) and a teacher with
-    another number of classes.
+    padded); ``scoring`` is how it is shown a patch (patch_scores.py), and ``canvas_rgb`` what
+    surrounds a padded one: the teacher's mean colour. ``progress`` is told (images done, images in
+    all). Raises InputError, saying what to do, for sizes that do not fit, classes with too few
+    images, undecodable files (see ``stream_crops``) and a teacher with another number of classes.
     """
     patch_px, per_class = _sizes(ipc, factor, image_size_px)
     if method == "random":
@@ -223,7 +224,9 @@ def select_patches(
     taken = [min(len(order), max(pool_per_class, per_class)) for order in ranked]
     pending = np.concatenate([order[:n] for order, n in zip(ranked, taken, strict=True)])
     boxes = RandomResizedCrops(crops=crops, seed=seed, draw=Draw.SCORING_CROP, ratio=(1.0, 1.0))
-    scorer = PatchScorer(teacher, len(images.class_ids), image_size_px, batch * crops, canvas_rgb)
+    scorer = PatchScorer(
+        teacher, len(images.class_ids), image_size_px, batch * crops, canvas_rgb, scoring
+    )
     best = BestPatches(len(images.class_ids), per_class, patch_px)
     skipped: list[int] = []
     done, total = 0, len(pending)

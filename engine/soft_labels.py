@@ -80,7 +80,8 @@ class LabelBlock:
             return {}
         if self.codec == "dense":
             logits = self.logits.to("cpu", torch.float16).contiguous()
-            _refuse_not_finite(logits)
+            for logits_NK in logits:  # one epoch at a time: the answer is a boolean per logit
+                _refuse_not_finite(logits_NK)
             return {"logits": logits}
         coded = [
             encode_topk(logits_NK, k=self.k, temperature=self.temperature)

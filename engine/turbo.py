@@ -258,6 +258,7 @@ class Expander:
             "rho": config.rho if config.start == "image" else None,
             "evals": self.schedule.evals,
             "timesteps": list(self.schedule.timesteps),
+            "sigmas": list(self.schedule.sigmas),
             "mixup": config.mixup and config.start == "image",
             "posterior": config.posterior,
             "upsampling": UPSAMPLING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,17 +12,21 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from patchbloom.engine import coreset, durable
-from patchbloom.train import cli
+from patchbloom.train import cli, plan, run
 from patchbloom.train.commands import STAGES, RunOptions, TrainPrior, TrainReport
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.prior_model import new_parts, save_parts
 from patchbloom.train.record import Record
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.stages import RunFolder
+from PIL import Image
+from safetensors.torch import load_file
 
 RUN_OPTIONS = [
     "data",
@@ -38,7 +43,9 @@ RUN_OPTIONS = [
     "start",
     "precision",
     "engine_batch",
+    "bundles",
     "recipe",
+    "scoring",
     "epochs",
     "teacher_epochs",
     "teacher",
@@ -145,6 +152,14 @@ def data(shapes: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shapes, tmp_path / "data"))
 
 
+def floats(value: Any) -> list[float]:
+    """All of them in plain JSON."""
+    if isinstance(value, dict | list):
+        entries = value.values() if isinstance(value, dict) else value
+        return [number for entry in entries for number in floats(entry)]
+    return [value] if isinstance(value, float) else []
+
+
 def names(kind: type) -> list[str]:
     return [field.name for field in fields(kind)]
 
@@ -205,6 +220,11 @@ def test_options_that_cannot_be_used(
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_that_are_not_to_be_stored_are_not(train: Command, tmp_path: Path) -> None:
+    error = train("labels", "--data", tmp_path, "--out", tmp_path / "run", "--labels", "online")
+    assert "--labels online stores none: give dense or topk to train labels" in error.error
+
+
 def test_no_such_folder(train: Command, tmp_path: Path) -> None:
     error = train("--data", tmp_path / "nowhere", "--out", tmp_path / "run").error
     assert f"data folder {tmp_path / 'nowhere'}: found nothing; give an existing folder" in error
@@ -249,6 +269,29 @@ def test_a_factor_that_does_not_fit_the_image(
     assert f"--factor {factor}: expected a divisor of the image size, 64 px" in error
 
 
+def test_engines_are_built_where_bundles_says(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way out that the message of a full cache offers."""
+    monkeypatch.setattr(run, "_run", lambda job, *_: {"bundles": str(job.plan.expand.bundles)})
+    options = ("--model", "sdxl-tiny", "--bundles", tmp_path / "engines")
+    result = train("--data", shapes, "--out", tmp_path / "run", *options).result
+    assert result["bundles"] == str(tmp_path / "engines")
+
+
+def test_generated_images_have_one_recipe_with_and_without_a_model(
+    tmp_path: Path,
+) -> None:
+    """Methods are compared across commands too: random alone, on a GPU, beside dace."""
+    options = RunOptions(data="shapes", out=tmp_path, method=("random",))
+    for device in ("cpu", "cuda"):
+        with Record() as record:
+            assert plan._choose_recipe(options, device, None, record).name == "small"
+    photographs = dataclasses.replace(options, data="photographs")
+    with Record() as record:
+        assert plan._choose_recipe(photographs, "cuda", None, record).name == "dace"
+
+
 def test_an_image_size_that_the_model_cannot_make(
     train: Command, shapes: Path, tmp_path: Path
 ) -> None:
@@ -274,6 +317,31 @@ def test_an_unknown_network(train: Command, shapes: Path, tmp_path: Path, option
     error = train("--data", shapes, "--out", tmp_path / "run", *options).error
     assert f"{option} resnet19" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_cannot_be_had_is_told_before_a_run_is_replaced(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with Record() as record, RunFolder(out, record):
+        (out / "teacher").mkdir()
+    options = ("--data", shapes, "--out", out, "--method", "rded", "--overwrite", "--teacher")
+    error = train(*options, "torchvision:resnet19").error
+    assert "teacher torchvision:resnet19 is unknown: expected one of alexnet, " in error
+    error = train(*options, "torchvision:resnet18").error
+    assert "knows ImageNet-1k's classes by their WordNet ids; 'bars' is none" in error
+    assert (out / "teacher").is_dir()
+
+
+def test_large_labels_are_told_before_the_run(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_run", lambda *_: {})
+    options = ("--data", shapes, "--out", tmp_path / "run", "--method", "rded")
+    assert "labels:" not in train(*options, *SMALL).err
+    err = train(*options, *SMALL, "--epochs", "5000000", "--overwrite").err
+    assert "labels: dense, 3.7 GiB for each method, and 3.7 GiB on the disk while" in err
+    assert "made; --labels online keeps none" in err  # topk would be as large, of ten classes
 
 
 def test_labels_that_would_be_no_smaller(train: Command, shapes: Path, tmp_path: Path) -> None:
@@ -355,13 +423,61 @@ def test_other_options_than_before_are_refused(
     assert again["teacher"]["sha256"] != first["teacher"]["sha256"]
 
 
+def test_a_teacher_that_is_brought_along_is_measured_like_one_that_is_trained(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    options = ("--data", shapes, "--method", "random", *SMALL)
+    network = ("--teacher", "convnet-d4-w24to96")  # the recipe's, which a state dict is taken for
+    trained = train("teacher", *options, *network, "--out", tmp_path / "a").result["teacher"]
+    torch.save(load_file(tmp_path / "a" / "teacher" / "teacher.safetensors"), tmp_path / "w.pth")
+    train("coreset", *options, "--teacher", tmp_path / "w.pth", "--out", tmp_path / "b").result  # noqa: B018
+    manifest = json.loads((tmp_path / "b" / "coreset" / "manifest.json").read_text())
+    assert manifest["teacher"]["accuracy"] == trained["accuracy"]
+    assert manifest["teacher"]["sha256"] == trained["sha256"]
+
+
+def test_a_network_too_deep_for_the_images_is_told_first(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    error = train(
+        "--data", shapes, "--out", tmp_path / "run", "--method", "random",
+        "--student", "torchvision:alexnet", "--image-size", "32",
+    ).error  # fmt: skip
+    assert "--student torchvision:alexnet: cannot take images of 32 px" in error
+    assert "larger --image-size" in error
+
+
+def test_a_coreset_tells_where_each_patch_was_cut(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    options = ("--data", shapes, "--method", "rded", *SMALL)
+    train("coreset", *options, "--out", tmp_path / "a").result  # noqa: B018
+    chosen = coreset.open_coreset(tmp_path / "a" / "coreset")
+    origins = chosen.manifest["provenance"]["patches"]
+    assert len(origins) == len(chosen.labels_N)
+    for origin, patch_HWC, label in zip(
+        origins, chosen.patches().numpy(), chosen.labels_N.tolist(), strict=True
+    ):
+        assert origin["image"].split("/")[-2] == chosen.class_ids[label]
+        assert origin["loss"] >= 0
+        top, left, height, width = origin["top_left_height_width"]
+        with Image.open(shapes / "train" / origin["image"].removeprefix("train/")) as image:
+            box = (left, top, left + width, top + height)
+            side = chosen.settings["patch_px"]
+            cut = image.convert("RGB").crop(box).resize((side, side), Image.Resampling.BILINEAR)
+        assert np.abs(np.asarray(cut).astype(int) - patch_HWC).max() <= 1
+
+
 def test_another_process_at_work_in_the_folder(
     train: Command, shapes: Path, tmp_path: Path
 ) -> None:
     options = ("--data", shapes, "--out", tmp_path / "run", "--method", "rded", *SMALL)
     with Record() as record, RunFolder(tmp_path / "run", record):
-        error = train(*options, "--resume").error
-    assert f"another process works in {tmp_path / 'run'}" in error
+        (tmp_path / "run" / "teacher").mkdir()
+        for option in ("--resume", "--overwrite"):
+            error = train(*options, option).error
+            assert f"another process works in {tmp_path / 'run'}" in error
+        assert (tmp_path / "run" / "teacher").is_dir()
 
 
 @pytest.fixture
@@ -478,6 +594,9 @@ def test_the_main_job_leaves_numbers_pictures_and_one_page(
     page = (out / "report.html").read_text()
     assert page.count("src='data:image/png;base64,") == len(pictures)
     assert "http" not in page.replace(str(tmp_path), "")
+    summary = json.loads((out / "summary.json").read_text())
+    assert all(float(f"{number:.6g}") == number for number in floats(summary))
+    assert not any(str(loss) in page for loss in summary["teacher"]["losses"])
     (out / "report.html").unlink()
     train("report", out).result  # noqa: B018
     assert (out / "report.html").read_text() == page

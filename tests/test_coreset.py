@@ -22,7 +22,7 @@ from patchbloom.engine import coreset as coreset_module
 from patchbloom.engine.class_names import display_names, imagenet_names
 from patchbloom.engine.cli import main
 from patchbloom.engine.coreset import attach_labels, open_coreset, write_coreset
-from patchbloom.engine.manifest import CoresetError
+from patchbloom.engine.manifest import CoresetError, spelled
 from patchbloom.engine.soft_labels import LabelBlock, decode_topk, encode_topk
 from PIL import Image
 
@@ -358,9 +358,12 @@ def test_dense_labels_keep_fp16_logits(tmp_path: Path) -> None:
         labels.logits(2, [0])
     sizes = opened.bytes()
     assert sizes["labels"] == (tmp_path / "c" / "labels.safetensors").stat().st_size
-    assert sizes["with_labels"] == sum(
-        path.stat().st_size for path in (tmp_path / "c").rglob("*") if path.is_file()
-    )
+    files = [path for path in (tmp_path / "c").rglob("*") if path.is_file()]
+    manifest = next(path for path in files if path.name == "manifest.json")
+    without = json.loads(manifest.read_text()) | {"provenance": {}}
+    saved = manifest.stat().st_size - len(spelled(without))  # of no use to a student
+    assert saved > 0
+    assert sizes["with_labels"] == sum(path.stat().st_size for path in files) - saved
     assert sizes["with_generator"] == sizes["with_labels"] + 1000
     attach_labels(tmp_path / "c", LabelBlock(codec="none"))
     assert open_coreset(tmp_path / "c").soft_labels() is None

@@ -107,10 +107,9 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.cut, self.ranges = False, []
         self.files = {
-            hub.MODEL_ID: {
-                name: b"{}"
-                for name in [*hub._names(hub.MODEL_FILES), "tokenizer/special_tokens_map.json"]
-            },
+            hub.MODEL_ID: dict.fromkeys(
+                [*hub._names(hub.MODEL_FILES), "tokenizer/special_tokens_map.json"], b"{}"
+            ),
             hub.VAE_ID: {name: name.encode() for name in hub.VAE_FILES},
         }
         self.listed: dict[str, dict] = {}

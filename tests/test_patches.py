@@ -32,6 +32,7 @@ from patchbloom.engine.patches import (
 from patchbloom.kernels.noise import Draw
 from PIL import Image
 from torch.nn.functional import cross_entropy as torch_cross_entropy
+from torch.nn.functional import interpolate
 from torchvision.transforms import RandomResizedCrop
 
 CLASSES, PER_CLASS, SIZE_PX = 3, 12, 16
@@ -186,6 +187,25 @@ def test_the_teacher_sees_patches_on_the_mean_colour(images: ImageSet):
     frame = torch.ones(SIZE_PX, SIZE_PX, dtype=torch.bool)
     frame[4:12, 4:12] = False
     assert seen[0][:, frame].unique(dim=0).unique(dim=1).tolist() == [[[9, 8, 7]]]
+
+
+def test_the_teacher_sees_patches_enlarged(images: ImageSet):
+    seen = []
+
+    def teacher(canvas_NHWC: torch.Tensor) -> torch.Tensor:
+        seen.append(canvas_NHWC.clone())
+        return torch.zeros(len(canvas_NHWC), CLASSES)
+
+    select(images, teacher, scoring="resize", batch=10)
+    boxes = RandomResizedCrops(crops=3, seed=5, draw=Draw.SCORING_CROP, ratio=(1.0, 1.0))
+    order = np.concatenate(selection_order(images.labels, 5))
+    (crops,) = stream_crops(images, order[:10], boxes, crops=3, size_px=SIZE_PX // 2)
+    unit_NCHW = crops.pixels_BPHWC.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1
+    enlarged = interpolate(unit_NCHW, SIZE_PX, mode="bicubic").clamp(-1, 1)
+    expected = ((enlarged + 1) * 127.5).permute(0, 2, 3, 1)
+    assert (seen[0].float() - expected).abs().max() <= 0.51  # rounded
+    with pytest.raises(ValueError, match="scoring 'crop': expected one of pad, resize"):
+        select(images, teacher, scoring="crop")
 
 
 # The choice

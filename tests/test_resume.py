@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from patchbloom.train import cli
+from patchbloom.train import cli, stages
 from patchbloom.train.prior_model import new_parts, save_parts
+from patchbloom.train.record import Record
 from patchbloom.train.shapes import write_shapes
+from patchbloom.train.stages import RunError, RunFolder, StageResult
 
 METHODS = ("random", "dace")
 OPTIONS = (
@@ -108,6 +110,7 @@ def outcome(out: Path) -> dict[str, Any]:
     return {
         "accuracy": summary["accuracy"],
         "losses": {name: result["losses"] for name, result in summary["students"].items()},
+        "teacher losses": summary["teacher"]["losses"],
         "content_sha256": summary["content_sha256"],
         "patches": patches_sha256(out),
         "labels": {m: sha256(coreset(out, m) / "labels.safetensors") for m in METHODS},
@@ -187,3 +190,38 @@ def test_a_second_seed_differs(
     patches = patches_sha256(out)
     assert all(patches[method] != reference["patches"][method] for method in METHODS)
     assert sha256(out / "teacher" / "teacher.safetensors") != reference["teacher"]
+
+
+def test_seconds_are_those_of_all_sessions_even_of_killed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "CLOCK_EVERY_S", 0.01)
+    told: list[float] = []
+
+    def killed() -> StageResult:
+        deadline = time.monotonic() + 20
+        while not told or told[-1] < 0.2:
+            assert time.monotonic() < deadline, "the file of the stage does not tell the time"
+            time.sleep(0.005)
+            told.append(json.loads((tmp_path / "stages" / "teacher.json").read_text())["seconds"])
+        raise KeyboardInterrupt
+
+    with Record() as record:
+        with RunFolder(tmp_path, record) as run, pytest.raises(KeyboardInterrupt):
+            run.stage("teacher", {}, killed)
+        with RunFolder(tmp_path, record) as run:
+            run.stage("teacher", {}, lambda: StageResult({}))
+            assert run.seconds()["teacher"] >= told[-1]
+
+
+def test_a_report_is_made_again_of_more_students_and_other_stages_refuse(tmp_path: Path) -> None:
+    """A finished run may be resumed with the ceiling that was left out at first."""
+    with Record() as record:
+        for number in (1, 2, 2):
+            with RunFolder(tmp_path, record) as run:
+                made = run.stage(
+                    "report", {"n": number}, lambda n=number: StageResult({"n": n}), again=True
+                )
+                assert made == {"n": number}
+        with RunFolder(tmp_path, record) as run, pytest.raises(RunError, match="n = 2, now asked"):
+            run.stage("report", {"n": 3}, lambda: StageResult({}))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from patchbloom.engine.images import CorruptImageError, ImageSet, InputError, open_image_set
+from patchbloom.engine.batches import fitting_batch, images_per_prompt, plan_batches
+from patchbloom.engine.config import ExpandConfig, Start
+from patchbloom.engine.images import CorruptImageError, ImageSet, open_image_set
 from patchbloom.engine.manifest import CoresetError
 from patchbloom.engine.soft_labels import LabelBlock, SoftLabels
+from patchbloom.train import pictures
 from patchbloom.train.checkpoint import CheckpointError, read_tensors
-from patchbloom.train.config import StudentConfig
+from patchbloom.train.config import RECIPES, StudentConfig
 from patchbloom.train.evaluation import accuracies
 from patchbloom.train.labels import (
     OnlineLabels,
@@ -22,10 +25,16 @@ from patchbloom.train.labels import (
     StoredLabels,
     record_labels,
 )
-from patchbloom.train.loop import StudentResult, train_students
+from patchbloom.train.loop import (
+    CHECKPOINT_S,
+    StudentResult,
+    next_checkpoint,
+    train_students,
+)
 from patchbloom.train.methods import Mosaics, RealImages, UpsampledPatches, render_all, to_unit
 from patchbloom.train.networks import build_network
 from patchbloom.train.normalisation import IMAGENET, Normalisation
+from patchbloom.train.plan import grouping
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.teacher import Teacher
 from patchbloom.train.views import describe_views, learning_rate, make_views, pool_size, pools
@@ -112,6 +121,15 @@ def _same(one: StudentResult, other: StudentResult) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize(
+    ("classes", "ipc", "batch"),
+    [(10, 1, 10), (10, 10, 50), (10, 50, 100), (100, 1, 20), (1000, 10, 100), (200, 1, 100)],
+)
+def test_batches_are_those_of_the_published_recipe(classes: int, ipc: int, batch: int) -> None:
+    for name in ("rded", "dace"):
+        assert RECIPES[name].student_for(ipc=ipc, factor=2, classes=classes).batch == batch
+
+
 def test_pools_hold_every_sample_once_in_whole_batches() -> None:
     config = replace(CONFIG, batch=8, pool=20)
     assert pool_size(config) == 16
@@ -121,6 +139,18 @@ def test_pools_hold_every_sample_once_in_whole_batches() -> None:
     assert not torch.equal(torch.cat(epoch_0), torch.cat(epoch_1))
     assert torch.equal(torch.cat(epoch_0), torch.cat(pools(config, 40, 0)))
     assert pool_size(replace(config, pool=3)) == 8
+
+
+@pytest.mark.parametrize(("classes", "each"), [(10, 4), (10, 200), (1000, 200)])
+def test_a_pool_is_rendered_without_waste(classes: int, each: int) -> None:
+    """The last engine batch of a pool may be padded, and no other."""
+    student = RECIPES["dace"].student_for(ipc=50, factor=2, classes=classes)
+    labels_N = np.repeat(np.arange(classes), each)
+    pool, batch = pools(student, len(labels_N), 0)[0].numpy(), fitting_batch(len(labels_N))
+    together = grouping(len(labels_N), student)
+    together = together or images_per_prompt(batch, np.bincount(labels_N))
+    batches = plan_batches(pool, labels_N, prompts=batch // together, images_per_prompt=together)
+    assert sum(1 for _ in batches) == math.ceil(len(pool) / batch)
 
 
 def test_a_view_depends_on_seed_sample_and_epoch_alone() -> None:
@@ -186,6 +216,24 @@ def test_learning_rates_follow_the_recipes() -> None:
     assert learning_rate(full, 300) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("start", ["image", "noise"])
+def test_the_sheet_of_expansions_shows_what_its_rows_say(monkeypatch, start: Start) -> None:
+    class Fake:
+        config = ExpandConfig(size_px=32, steps=4, start=start)
+
+        def varied(self, **changes):
+            assert start == "image" or changes["start"] == "noise"
+            return self
+
+        def expand(self, samples, epoch):
+            return torch.zeros(len(samples), 3, 32, 32)
+
+    monkeypatch.setattr(pictures, "contact_sheet", lambda rows: [name for name, _ in rows])
+    rows = pictures.expansion_sheet(Fake(), PATCHES, [0, 4])
+    from_patches = ["rho 0.4", "rho 0.6", "rho 0.8", "rho 1", "rho 0.8, mixup"]
+    assert rows == ["patch", *(from_patches if start == "image" else []), "text only"]
+
+
 def test_upsampled_patches_are_torchs_bicubic(source) -> None:
     images = source.render(torch.tensor([7, 0]), 3)
     pixels = PATCHES[[7, 0]].permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -221,20 +269,13 @@ def test_real_images_are_of_the_class_and_new_at_every_epoch(sets) -> None:
         assert (image - expected).abs().mean() < 0.02  # two JPEG decoders
 
 
-def test_real_images_stand_in_for_damaged_files(tmp_path: Path) -> None:
-    write_shapes(tmp_path / "set", train_per_class=3, val_per_class=1)
+def test_real_images_refuse_damaged_files(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "set", train_per_class=1, val_per_class=1)
     train = open_image_set(tmp_path / "set", "train")
-    for index in (0, 1):
-        (train.root / train.paths[index]).write_bytes(b"\xff\xd8 not a picture")
-    options = {"images": train, "labels_N": LABELS_N, "size_px": 32, "seed": 0}
-    samples = torch.arange(40)
+    (train.root / train.paths[0]).write_bytes(b"\xff\xd8 not a picture")
+    real = RealImages(images=train, labels_N=LABELS_N, size_px=32, seed=0)
     with pytest.raises(CorruptImageError, match="cannot decode"):
-        RealImages(**options).render(samples, 0)
-    images = RealImages(**options, skip_corrupt=True).render(samples, 0)
-    assert torch.equal(images[0], images[3])  # the class has one image left
-    (train.root / train.paths[2]).write_bytes(b"")
-    with pytest.raises(InputError, match="no image of class bars can be decoded"):
-        RealImages(**options, skip_corrupt=True).render(samples, 0)
+        real.render(torch.arange(4), 0)
 
 
 @pytest.mark.parametrize("method", ["upsample", "rded", "real"])
@@ -301,6 +342,32 @@ def test_labels_can_be_made_without_students(recorded, source, teacher, tmp_path
         assert torch.equal(made, stored.logits(epoch, samples))
     labels.discard()
     assert not list(tmp_path.iterdir())
+
+
+def test_stopped_labels_go_on_and_those_of_other_views_begin_anew(
+    recorded, source, teacher, tmp_path: Path
+) -> None:
+    config, _, stored, _ = recorded
+    path = tmp_path / "labels.partial"
+    with pytest.raises(KeyboardInterrupt):
+        record_labels(
+            source, RecordedLabels(teacher, source, config, path), config, Silent(stop_after=3)
+        )
+    labels = RecordedLabels(teacher, source, config, path)
+    rendered: list[int] = []
+
+    class Counted(UpsampledPatches):
+        def render(self, samples_P: torch.Tensor, epoch: int) -> torch.Tensor:
+            rendered.append(epoch)
+            return super().render(samples_P, epoch)
+
+    counted = Counted(**{f.name: getattr(source, f.name) for f in fields(source)})
+    record_labels(counted, labels, config, Silent())
+    assert set(rendered) == {3}
+    made = labels.block().logits.float()
+    assert all(torch.equal(made[e], stored.logits(e, torch.arange(40))) for e in range(4))
+    other = RecordedLabels(teacher, source, replace(config, seed=8), path)
+    assert not any(other.has(torch.arange(40)[s : s + 1], 0) for s in range(40))
 
 
 @pytest.mark.parametrize(
@@ -414,6 +481,14 @@ def test_a_killed_training_resumes_to_the_same_students(
     assert [r.losses for r in resumed] == [r.losses for r in results]
     again = labels.block().logits.float()
     assert all(torch.equal(again[e], stored.logits(e, torch.arange(40))) for e in range(4))
+
+
+def test_checkpoints_of_long_epochs_come_at_every_epoch() -> None:
+    config = replace(CONFIG, checkpoint_every=10, epochs=25)
+    assert [next_checkpoint(config, epoch, 1.0) for epoch in (0, 3, 10, 20)] == [10, 10, 20, 25]
+    assert next_checkpoint(config, 3, CHECKPOINT_S / 2.5) == 5
+    assert next_checkpoint(config, 3, 1e9) == 4
+    assert next_checkpoint(config, 0, 0.0) == 10
 
 
 def test_dropout_is_resumed_too(sets, source, teacher, tmp_path: Path) -> None:

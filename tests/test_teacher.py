@@ -22,7 +22,12 @@ from patchbloom.train.normalisation import IMAGENET, Normalisation
 from patchbloom.train.optimisation import adamw
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.teacher import Teacher, load_teacher, weights_sha256
-from patchbloom.train.teacher_training import CHECKPOINT, TEACHER, train_teacher
+from patchbloom.train.teacher_training import (
+    CHECKPOINT,
+    TEACHER,
+    train_teacher,
+    training_losses,
+)
 from PIL import Image
 from torch import nn
 
@@ -144,7 +149,8 @@ def test_training_learns_and_tells(sets, tmp_path: Path) -> None:
 
 
 def test_a_killed_training_resumes_to_the_same_weights(sets, tmp_path: Path) -> None:
-    whole = train_teacher(*sets, CONFIG, tmp_path / "whole", Silent())
+    report = Silent()
+    whole = train_teacher(*sets, CONFIG, tmp_path / "whole", report)
     steps = len(sets[0]) // CONFIG.batch
     for stop_at in (2, steps + 2, 3 * steps):
         with pytest.raises(KeyboardInterrupt):
@@ -152,6 +158,7 @@ def test_a_killed_training_resumes_to_the_same_weights(sets, tmp_path: Path) -> 
     resumed = train_teacher(*sets, CONFIG, tmp_path / "killed", Silent())
     assert resumed.sha256 == whole.sha256
     assert resumed.accuracy == whole.accuracy
+    assert training_losses(tmp_path / "killed") == report.curves["teacher/loss"]
     other = train_teacher(*sets, replace(CONFIG, seed=1), tmp_path / "other", Silent())
     assert other.sha256 != whole.sha256
 

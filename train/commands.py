@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ..engine.config import Start
 from ..export.config import BackendName, DeviceName, Precision
-from .config import PriorConfig, RecipeName
+from .config import PriorConfig, RecipeName, Scoring
 
 METHODS = ("dace", "rded", "random", "upsample")
 LabelChoice = Literal["dense", "topk", "online"]
@@ -54,9 +54,14 @@ class RunOptions:
     engine_batch: int | None = None
     """Images per call of the model; pictures differ by rounding at most. Left out: the divisor of
     an epoch's images that is nearest to 32 from below, or 32."""
+    bundles: Path | None = None
+    """Folder of built engines. Left out: patchbloom/bundles in the user's cache."""
     recipe: RecipeName | None = None
-    """How teacher and students are trained. Left out: `small` for models of 128 px and less and
-    on a CPU, `dace` elsewhere."""
+    """How teacher and students are trained. Left out: `small` with a model of 128 px or less and,
+    without a model, for --data shapes and on a CPU; `dace` elsewhere."""
+    scoring: Scoring | None = None
+    """How the teacher is shown a patch that it scores: padded to the image size, as RDED does, or
+    enlarged to it. Left out: the recipe's."""
     epochs: int | None = None
     """Epochs of the students, each with fresh images. Left out: the recipe's."""
     teacher_epochs: int | None = None
@@ -140,6 +145,11 @@ class TrainCoreset(RunOptions):
 @dataclass(frozen=True, kw_only=True)
 class TrainLabels(RunOptions):
     """Store the teacher's soft labels of every view in the coresets, without training a student."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels == "online":
+            raise ValueError("--labels online stores none: give dense or topk to train labels")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
 RecipeName = Literal["rded", "dace", "small"]
+Scoring = Literal["pad", "resize"]
 
 
 def _check_at_least(config: object, least: float, *names: str) -> None:
@@ -133,7 +134,7 @@ class StudentConfig:
     pool: int = 1024
     """Samples that are rendered together and among which CutMix partners and batches are drawn."""
     checkpoint_every: int = 10
-    """Epochs between two checkpoints of all students; changes no result."""
+    """Epochs between two checkpoints of all students at most; changes no result."""
     seed: int = 0
     """The coreset's seed: of crops, flips, CutMix and the order of samples, so that stored labels
     fit every student. A student's own seed sets its initialisation and its order in the pool."""
@@ -163,10 +164,13 @@ class Recipe:
     """Random crops per image that the teacher scores."""
     pool_per_class: int = 300
     """Images per class that are cropped and scored."""
+    scoring: Scoring = "pad"
+    """How the teacher is shown a crop: padded to the image size, as RDED does, or enlarged."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     batches: tuple[tuple[int, int, int], ...] = ((1, 10, 20), (10, 50, 100), (50, 100, 200))
-    """(ipc, batch with fewer than 100 classes, batch with more); the first row with ipc or more."""
+    """(ipc, batch with fewer than 100 classes, batch with more); the first row with ipc or more.
+    With the 200 classes of Tiny-ImageNet it is 100 at every ipc."""
 
     def student_for(
         self, *, ipc: int, factor: int, classes: int, network: str | None = None
@@ -178,7 +182,7 @@ class Recipe:
         return replace(
             self.student,
             network=network,
-            batch=few if classes < 100 else many,
+            batch=100 if classes == 200 else few if classes < 100 else many,
             learning_rate=rate or self.student.learning_rate,
             crop_scale=(1 / factor, 1.0),
         )
@@ -211,8 +215,9 @@ RECIPES: dict[RecipeName, Recipe] = {
     "small": Recipe(
         name="small",
         about="Few images and small nets, in minutes on a CPU: 64 px, BatchNorm ConvNets, T = 4, "
-        "full cosine, no CutMix",
+        "full cosine, no CutMix, patches scored at full size",
         image_size=64,
+        scoring="resize",
         teacher=TeacherConfig(
             network="convnet-d4-w24to96",
             size_px=64,

@@ -7,6 +7,7 @@ RUN/coreset-METHOD/ of the others, RUN/students/METHOD-seedS.safetensors, RUN/pi
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,15 @@ from typing import Any
 from ..engine.coreset import Coreset, attach_labels, open_coreset, write_coreset
 from ..engine.manifest import canonical
 from ..engine.patches import PatchSelection, select_patches
-from .labels import Labels, OnlineLabels, RecordedLabels, StoredLabels, record_labels
+from .evaluation import accuracies
+from .labels import (
+    Labels,
+    OnlineLabels,
+    RecordedLabels,
+    StoredLabels,
+    discard_recorded,
+    record_labels,
+)
 from .loop import train_students
 from .methods import Expansions, ImageSource
 from .normalisation import IMAGENET
@@ -27,18 +36,18 @@ from .pictures import (
     write_picture,
 )
 from .plan import TOP_K, Plan
-from .record import Record
+from .record import Report
 from .sources import describe_model, open_source, rendering_rate
 from .stages import RunFolder, StageResult, settings_by_option
 from .summary import REAL, provenance
 from .teacher import Teacher, load_teacher
-from .teacher_training import TEACHER, train_teacher
+from .teacher_training import TEACHER, train_teacher, training_losses
 
 
 class Distillation:
     """One run: what was planned, the folder it fills, and who is told."""
 
-    def __init__(self, plan: Plan, run: RunFolder, report: Record, line: str) -> None:
+    def __init__(self, plan: Plan, run: RunFolder, report: Report, line: str) -> None:
         self.plan, self.run, self.report, self.line = plan, run, report, line
 
     def teacher_stage(self) -> dict[str, Any]:
@@ -55,10 +64,24 @@ class Distillation:
     def _make_teacher(self) -> StageResult:
         plan, folder = self.plan, self.run.folder / "teacher"
         if plan.teacher_source is not None:
-            return StageResult(self.teacher.describe())
+            return StageResult({**self.teacher.describe(), "accuracy": self._measured()})
         teacher = train_teacher(plan.train, plan.val, plan.teacher, folder, self.report)
-        losses = self.report.curves.get("teacher/loss", [])
+        losses = training_losses(folder)
         return StageResult({**teacher.describe(), "losses": losses}, [folder / TEACHER])
+
+    def _measured(self) -> float:
+        """Accuracy of a teacher that was brought along, on this validation split."""
+        teacher, val = self.teacher, self.plan.val
+        own = teacher.normalisation
+        (accuracy,) = accuracies(
+            [lambda inputs_BCHW: teacher.logits(inputs_BCHW, own)],
+            val,
+            size_px=teacher.size_px,
+            device=teacher.device,
+            normalisation=own,
+        )
+        self.report.say(f"teacher: {accuracy:.1f} % of {len(val)} validation images")
+        return accuracy
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -101,6 +124,7 @@ class Distillation:
             "image_size": plan.image_size,
             "crops": plan.recipe.crops,
             "pool_per_class": plan.recipe.pool_per_class,
+            "scoring": plan.scoring,
         }
 
     def _model_settings(self) -> dict[str, Any]:
@@ -139,6 +163,7 @@ class Distillation:
             pool_per_class=plan.recipe.pool_per_class,
             seed=plan.options.seed,
             method=kind,
+            scoring=plan.scoring,
             device=plan.device,
             progress=lambda done, total: self.report.progress(
                 f"patches, {kind}", done, total, "images"
@@ -165,12 +190,34 @@ class Distillation:
                 "selection": kind,
                 "crops": 1 if kind == "random" else sizes["crops"],
                 "pool_per_class": None if kind == "random" else sizes["pool_per_class"],
+                "scoring": None if kind == "random" else sizes["scoring"],
             },
             model=describe_model(plan) if method == "dace" else None,
-            teacher=self.teacher.describe(),
-            provenance=provenance(self.line, plan.device),
+            teacher={k: v for k, v in self.teacher_stage().items() if k != "losses"},
+            provenance={
+                **provenance(self.line, plan.device),
+                "patches": self._origins(selection),
+                "skipped_images": list(selection.skipped),
+            },
             overwrite=True,  # of what a killed run left: the folder of a run is ours
         )
+
+    def _origins(self, selection: PatchSelection) -> list[dict[str, Any]]:
+        """Of every patch, in sample order: its image, where it was cut, and the teacher's loss."""
+        rows = zip(
+            selection.source_index_N.tolist(),
+            selection.boxes_N4.tolist(),
+            selection.losses_N.tolist(),
+            strict=True,
+        )
+        return [
+            {
+                "image": self.plan.train.paths[index],
+                "top_left_height_width": box,
+                "loss": None if math.isnan(loss) else round(loss, 6),
+            }
+            for index, box, loss in rows
+        ]
 
     def coresets(self) -> dict[str, Any]:
         """{method: what its coreset holds, its size and its name}, labels included."""
@@ -199,8 +246,10 @@ class Distillation:
         return StageResult({"content_sha256": coreset.content_sha256})
 
     def _recorded(self, method: str, source: ImageSource) -> RecordedLabels:
-        path = self.run.folder / "students" / f"{method}.labels.partial"
-        return RecordedLabels(self.teacher, source, self.plan.student, path)
+        return RecordedLabels(self.teacher, source, self.plan.student, self._recording(method))
+
+    def _recording(self, method: str) -> Path:
+        return self.run.folder / "students" / f"{method}.labels.partial"
 
     def _attach(self, method: str, labels: RecordedLabels) -> Coreset:
         codec = "topk" if self.plan.options.labels == "topk" else "dense"
@@ -265,6 +314,7 @@ class Distillation:
             return OnlineLabels(self.teacher, student.temperature)
         stored = coreset.soft_labels()
         if stored is not None:
+            discard_recorded(self._recording(method))  # of a run that was killed in between
             return StoredLabels(stored, source, student)
         return self._recorded(method, source)
 

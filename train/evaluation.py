@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,21 @@ FORWARD_BATCH = {"cpu": 32, "cuda": 256}
 
 @torch.inference_mode()
 def accuracies(
-    networks: Sequence[nn.Module],
+    networks: Sequence[Callable[[Tensor], Tensor]],
     images: ImageSet,
     *,
     size_px: int,
     device: torch.device,
     normalisation: Normalisation = IMAGENET,
-    skip_corrupt: bool = False,
 ) -> list[float]:
     """Top-1 accuracy of each network in percent (0-100); resize 8/7 and centre crop.
 
-    The networks are left in eval mode. Files that cannot be decoded are refused, or left out.
+    A network is a module, which is left in eval mode, or any function from normalised images
+    [B, 3, size_px, size_px] to logits [B, K]. Files that cannot be decoded are refused.
     """
     for network in networks:
-        network.eval()
+        if isinstance(network, nn.Module):
+            network.eval()
     right = torch.zeros(len(networks), dtype=torch.int64)
     seen = 0
     stream = stream_center(
@@ -38,7 +39,6 @@ def accuracies(
         size_px=size_px,
         batch=FORWARD_BATCH[device.type],
         device=str(device),
-        skip_corrupt=skip_corrupt,
     )
     for batch in stream:
         inputs_BCHW = normalisation.of_uint8(batch.pixels_BPHWC[:, 0])

@@ -12,6 +12,7 @@ Legend: E epochs, N samples, K classes, P samples of a pool.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.durable import full_disk_explained
+from ..engine.durable import full_disk_explained, replace_file
 from ..engine.manifest import CoresetError
 from ..engine.soft_labels import Codec, LabelBlock, SoftLabels
 from .config import StudentConfig
@@ -67,7 +68,8 @@ class RecordedLabels:
     """The teacher's logits, kept in a file of E·N·K fp16 numbers while they are used.
 
     The file is filled with NaN at first: a full disk is an error then, and not a crash later, and
-    an answer that is missing cannot be taken for one.
+    an answer that is missing cannot be taken for one. A second file says what the answers belong
+    to; those of anything else are not gone on with.
     """
 
     def __init__(
@@ -81,8 +83,11 @@ class RecordedLabels:
         self.settings = {**label_settings(source, config), "teacher": teacher.sha256}
         shape = (config.epochs, source.samples, len(teacher.class_ids))
         count = shape[0] * shape[1] * shape[2]
-        if not path.is_file() or path.stat().st_size != 2 * count:
+        said = json.dumps({**self.settings, "shape": shape}, sort_keys=True).encode()
+        if not _holds(_belongs_to(path), said) or not path.is_file():
+            discard_recorded(path)
             _fill_with_nan(path, count)
+            replace_file(_belongs_to(path), said)
         flat = torch.from_file(str(path), shared=True, size=count, dtype=torch.float16)
         self._logits_ENK = flat.view(shape)
 
@@ -90,6 +95,10 @@ class RecordedLabels:
         logits_PK = self.teacher.logits(views_PCHW).to(torch.float16)
         self._logits_ENK[epoch, samples_P] = logits_PK.cpu()
         return (logits_PK.float() / self.temperature).softmax(1).to(views_PCHW.device)
+
+    def has(self, samples_P: Tensor, epoch: int) -> bool:
+        """Whether every answer of a pool is there, from a recording that was stopped."""
+        return not bool(self._logits_ENK[epoch, samples_P].isnan().any())
 
     def flush(self) -> None:
         descriptor = os.open(self.path, os.O_RDWR)
@@ -117,8 +126,23 @@ class RecordedLabels:
         )
 
     def discard(self) -> None:
-        """Remove the file, once its content is in the coreset."""
-        self.path.unlink(missing_ok=True)
+        """Remove the files, once their content is in the coreset."""
+        discard_recorded(self.path)
+
+
+def discard_recorded(path: Path) -> None:
+    """Remove what was recorded in `path`, if anything was."""
+    _belongs_to(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _belongs_to(path: Path) -> Path:
+    """The file that says what the answers in `path` belong to."""
+    return path.with_name(f"{path.name}.json")
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
 
 
 def _fill_with_nan(path: Path, count: int) -> None:
@@ -202,10 +226,15 @@ _AGAIN = "label anew in another --out, or ask the teacher with --labels online"
 def record_labels(
     source: ImageSource, labels: RecordedLabels, config: StudentConfig, report: Report
 ) -> None:
-    """Label every view of every epoch without training anyone: `train labels`."""
+    """Label every view of every epoch without training anyone: `train labels`.
+
+    Goes on from the pool where it was stopped.
+    """
     for epoch in range(config.epochs):
         report.progress("labels", epoch, config.epochs, "epochs")
         for samples_P in pools(config, source.samples, epoch):
+            if labels.has(samples_P, epoch):
+                continue
             views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)
             labels.targets(samples_P, epoch, views_PCHW)
     labels.flush()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -39,6 +40,9 @@ from .student import Student
 from .views import describe_views, learning_rate, make_views, pools
 
 SCHEMA = "patchbloom.student/1"
+CHECKPOINT_S = 600.0
+"""Between two checkpoints, if an epoch is no longer than that: ten epochs of a thousand classes at
+ipc 50 take a day."""
 POOLS_TOGETHER = 4
 """Pools that are rendered before the students get them: three students on two cores then have
 twelve calls to share, not three, of which the last would leave a core idle."""
@@ -67,7 +71,6 @@ def train_students(
     folder: Path,
     report: Report,
     name: str = "student",
-    skip_corrupt: bool = False,
 ) -> list[StudentResult]:
     """Train one student per seed; `folder` gets NAME-seedS.safetensors for each.
 
@@ -92,9 +95,7 @@ def train_students(
     training.run(name, report)
     networks = [student.network for student in training.students]
     size_px, device = config.size_px, training.device
-    scores = accuracies(
-        networks, val_set, size_px=size_px, device=device, skip_corrupt=skip_corrupt
-    )
+    scores = accuracies(networks, val_set, size_px=size_px, device=device)
     for student, path, accuracy in zip(training.students, paths, scores, strict=True):
         metadata = {
             "schema": SCHEMA,
@@ -150,14 +151,16 @@ class _Training:
 
     def run(self, name: str, report: Report) -> None:
         """Train from the epoch reached to the last, writing checkpoints."""
-        every, last = self.config.checkpoint_every, self.config.epochs
+        epoch_s = CHECKPOINT_S  # until one is measured: the first session may not see a second
         with single_threaded_workers(self._workers(), "student") as workers:
-            while self.epoch < last:
-                until = min((self.epoch // every + 1) * every, last)
-                for epoch in self._train(range(self.epoch, until), workers):
+            while self.epoch < self.config.epochs:
+                first, began = self.epoch, time.monotonic()
+                until = next_checkpoint(self.config, first, epoch_s)
+                for epoch in self._train(range(first, until), workers):
                     self._tell(epoch, name, report)
                 self.epoch = until
                 self._save()
+                epoch_s = (time.monotonic() - began) / (until - first)
 
     def _workers(self) -> int:
         """Students that compute at a time."""
@@ -238,6 +241,16 @@ class _Training:
             student.restore(tensors)
             student.losses = losses
         self.epoch = metadata["epoch"]
+
+
+def next_checkpoint(config: StudentConfig, epoch: int, epoch_s: float) -> int:
+    """The epoch before which the next checkpoint is written, when an epoch takes `epoch_s`.
+
+    At the next multiple of `checkpoint_every`, or as much sooner as CHECKPOINT_S asks for.
+    """
+    every = config.checkpoint_every
+    soon = max(1, int(CHECKPOINT_S / max(epoch_s, 1e-9)))
+    return min(epoch + soon, (epoch // every + 1) * every, config.epochs)
 
 
 def _identity(

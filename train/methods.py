@@ -23,7 +23,6 @@ from torch import Tensor
 from ..engine.images import (
     STANDARD_RESIZE_RATIO,
     ImageSet,
-    InputError,
     center_boxes,
     stream_crops,
 )
@@ -34,7 +33,7 @@ from ..kernels.pixels import upsample_patches
 
 WHAT_NAMES_AN_EXPANSION = (
     "model", "revision", "weights_sha256", "vae", "scheduler", "start", "steps", "rho", "evals",
-    "timesteps", "mixup", "posterior", "upsampling", "size_px", "conditioning_px", "seed",
+    "timesteps", "sigmas", "mixup", "posterior", "upsampling", "size_px", "conditioning_px", "seed",
     "precision",
 )  # fmt: skip
 
@@ -151,10 +150,8 @@ class RealImages:
     size_px: int
     seed: int
     device: str = "cpu"
-    skip_corrupt: bool = False
     _first_K: np.ndarray = field(init=False, repr=False)
     _count_K: np.ndarray = field(init=False, repr=False)
-    _undecodable: set[int] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self._count_K = np.bincount(self.images.labels, minlength=len(self.class_ids))
@@ -169,43 +166,16 @@ class RealImages:
         return len(self.labels_N)
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
-        index_P = self.drawn(samples_P.numpy(), epoch)
-        size_px, count = self.size_px, len(index_P)
-        images_PCHW = torch.empty(count, 3, size_px, size_px, device=self.device)
-        pending = np.arange(count)
-        while len(pending):
-            stream = stream_crops(
-                self.images,
-                index_P[pending],
-                center_boxes(STANDARD_RESIZE_RATIO, size_px),
-                crops=1,
-                size_px=size_px,
-                batch=min(64, len(pending)),
-                device=self.device,
-                skip_corrupt=self.skip_corrupt,
-            )
-            pixels = [crops.pixels_BPHWC[:, 0] for crops in stream]
-            left_out = np.isin(index_P[pending], stream.skipped)
-            if pixels:
-                found = torch.from_numpy(pending[~left_out]).to(self.device)
-                images_PCHW[found] = to_unit(torch.cat(pixels))
-            pending = pending[left_out]
-            index_P[pending] = self._next_of_class(index_P[pending], stream.skipped)
-        return images_PCHW
-
-    def _next_of_class(self, index_B: np.ndarray, skipped: list[int]) -> np.ndarray:
-        """The images that stand in for undecodable ones: their neighbours in the class."""
-        self._undecodable |= set(skipped)
-        classes_B = self.images.labels[index_B]
-        for class_index in np.unique(classes_B):
-            first = self._first_K[class_index]
-            if self._undecodable.issuperset(range(first, first + self._count_K[class_index])):
-                raise InputError(
-                    f"{self.images.root}: no image of class {self.class_ids[class_index]} can be "
-                    "decoded; replace its files or remove the class"
-                )
-        first_B, count_B = self._first_K[classes_B], self._count_K[classes_B]
-        return first_B + (index_B - first_B + 1) % count_B
+        stream = stream_crops(
+            self.images,
+            self.drawn(samples_P.numpy(), epoch),
+            center_boxes(STANDARD_RESIZE_RATIO, self.size_px),
+            crops=1,
+            size_px=self.size_px,
+            batch=min(64, len(samples_P)),
+            device=self.device,
+        )
+        return to_unit(torch.cat([crops.pixels_BPHWC[:, 0] for crops in stream]))
 
     def drawn(self, samples: np.ndarray, epoch: int) -> np.ndarray:
         """Which image of the split each sample is at `epoch`: indices of `images.paths`."""

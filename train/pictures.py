@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,17 +51,20 @@ def expansion_sheet(
 ) -> Image.Image:
     """The same patches, a column each: upsampled, at every rho, with mixup, from noise alone.
 
-    Rows at a rho whose evaluations round to 0 are left out.
+    Rows at a rho whose evaluations round to 0 are left out; of an Expander that starts from noise,
+    all that would start from the patches.
     """
     size_px, steps = expander.config.size_px, expander.config.steps
     patches = upsample_patches(
         patches_NHWC[list(samples)], size_px, mode="bicubic", dtype=torch.float32
     )
     rows = [("patch", as_uint8(patches))]
-    variants = [
-        (f"rho {rho:g}", {"rho": rho, "mixup": False}) for rho in RHOS if int(steps * rho) >= 1
-    ]
-    variants.append((f"rho {expander.config.rho:g}, mixup", {"mixup": True}))
+    variants: list[tuple[str, dict[str, Any]]] = []
+    if expander.config.start == "image":
+        variants += [
+            (f"rho {rho:g}", {"rho": rho, "mixup": False}) for rho in RHOS if int(steps * rho) >= 1
+        ]
+        variants.append((f"rho {expander.config.rho:g}, mixup", {"mixup": True}))
     variants.append(("text only", {"start": "noise"}))
     for name, changes in variants:
         rows.append((name, as_uint8(expander.varied(**changes).expand(samples, epoch=0))))

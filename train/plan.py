@@ -17,12 +17,15 @@ from ..engine.images import ImageSet, check_same_classes, open_image_set
 from ..engine.prompts import unseen_classes
 from ..export.models import ModelSource, find_model
 from .commands import RunOptions
-from .config import RECIPES, Recipe, StudentConfig, TeacherConfig
+from .config import RECIPES, Recipe, Scoring, StudentConfig, TeacherConfig
 from .networks import TORCHVISION, build_network
 from .record import Report
 from .shapes import GENERATOR_VERSION, write_shapes
+from .teacher import torchvision_columns
+from .views import pool_size
 
 TOP_K = 10  # probabilities that --labels topk keeps
+LARGE_LABELS_GIB = 1.0  # dense labels of a method from here on are told before the run
 SMALL_MODEL_PX = 128  # models up to this size are toys: the `small` recipe fits them
 
 
@@ -57,6 +60,11 @@ class Plan:
     def patch_px(self) -> int:
         """Side of a stored patch."""
         return self.image_size // self.factor
+
+    @property
+    def scoring(self) -> Scoring:
+        """How the teacher is shown a patch that it scores."""
+        return self.options.scoring or self.recipe.scoring
 
     @property
     def student_seeds(self) -> tuple[int, ...]:
@@ -97,6 +105,8 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         ipc=options.ipc, factor=factor, classes=len(train.class_ids), network=options.student
     )
     teacher_source, teacher_network = _choose_teacher(options.teacher, recipe)
+    if teacher_source is not None and teacher_source.startswith(TORCHVISION):
+        torchvision_columns(teacher_source, train.class_ids)
     for option, network in (("--teacher", teacher_network), ("--student", student.network)):
         _check_network(option, network, len(train.class_ids), image_size)
     plan = Plan(
@@ -138,10 +148,22 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             or fitting_batch(len(train.class_ids) * options.ipc * factor**2),
             backend=options.backend,
             device=device,
+            images_per_prompt=grouping(len(train.class_ids) * options.ipc * factor**2, student),
+            bundles=options.bundles and options.bundles.expanduser(),
         ),
     )
     _say(plan, report)
     return plan
+
+
+def grouping(samples: int, student: StudentConfig) -> int | None:
+    """ExpandConfig.images_per_prompt: 1 when an epoch is more than one pool.
+
+    The Expander's own choice, a divisor of what a whole class has, pads nothing of a whole epoch.
+    A pool of 1000 classes has about one sample of each: at 8 images per prompt, the choice for ipc
+    50, five times as many images would be rendered as are wanted.
+    """
+    return None if samples <= pool_size(student) else 1
 
 
 def data_folder(data: str, shapes_per_class: int, report: Report) -> Path:
@@ -177,7 +199,10 @@ def _choose_recipe(
     if options.recipe is not None:
         return RECIPES[options.recipe]
     native = model.trained_px() if model is not None else None
-    small = native <= SMALL_MODEL_PX if native is not None else device == "cpu"
+    if native is None:  # the recipe that dace would have had on the same data
+        small = options.data == "shapes" or device == "cpu"
+    else:
+        small = native <= SMALL_MODEL_PX
     recipe = RECIPES["small" if small else "dace"]
     report.say(f"recipe: {recipe.name} ({recipe.about})")
     return recipe
@@ -202,13 +227,21 @@ def _choose_teacher(given: str | None, recipe: Recipe) -> tuple[str | None, str]
 
 
 def _check_network(option: str, name: str, classes: int, size_px: int) -> None:
-    """Build it without memory, so that a wrong name is told before anything is trained."""
+    """Build it and run it without memory: what cannot work is told before anything is trained."""
     try:
         with torch.device("meta"):
-            build_network(name, classes, size_px)
+            network = build_network(name, classes, size_px)
     except ValueError as error:
         hint = " or a file of weights" if option == "--teacher" else ""
         raise ValueError(f"{option} {name}: {error}{hint}") from None
+    try:
+        network(torch.empty(2, 3, size_px, size_px, device="meta"))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{option} {name}: cannot take images of {size_px} px ({reason}): give a larger "
+            "--image-size or another network"
+        ) from None
 
 
 def _native_px(model: ModelSource | None, recipe: Recipe) -> int | None:
@@ -240,11 +273,27 @@ def images_sha256(*sets: ImageSet) -> str:
     return digest.hexdigest()
 
 
+def dense_label_gib(plan: Plan) -> float:
+    """GiB of a method's dense labels: fp16, of every class, sample and epoch."""
+    classes = len(plan.class_names)
+    answers = plan.student.epochs * classes * plan.options.ipc * plan.factor**2
+    return 2 * answers * classes / 2**30
+
+
 def _say(plan: Plan, report: Report) -> None:
     report.say(
         f"data: {len(plan.train)} training and {len(plan.val)} validation images of "
         f"{len(plan.class_names)} classes; {plan.image_size} px, patches of {plan.patch_px} px"
     )
+    labels_gib = dense_label_gib(plan)
+    if labels_gib >= LARGE_LABELS_GIB and plan.options.labels != "online":
+        dense, topk_share = plan.options.labels == "dense", 2 * TOP_K / len(plan.class_names)
+        kept = labels_gib if dense else topk_share * labels_gib
+        smaller = "--labels topk keeps less, " if dense and topk_share < 1 else ""
+        report.say(
+            f"labels: {plan.options.labels}, {kept:.1f} GiB for each method, and {labels_gib:.1f} "
+            f"GiB on the disk while they are made; {smaller}--labels online keeps none"
+        )
     if plan.model is None:
         return
     unseen = unseen_classes(plan.model, plan.class_names)

@@ -46,8 +46,6 @@ class Record(AbstractContextManager["Record"]):
         self._began: dict[str, tuple[float, float]] = {}
         self._line_due: dict[str, float] = {}
         self._tensorboard, self._writer = tensorboard, None
-        self.curves: dict[str, list[tuple[int, float]]] = {}
-        """Every point that `scalar` was told in this process."""
 
     def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
         now = time.monotonic()
@@ -97,7 +95,6 @@ class Record(AbstractContextManager["Record"]):
             self._bar = None
 
     def scalar(self, tag: str, step: int, value: float) -> None:
-        self.curves.setdefault(tag, []).append((step, value))
         if self._tensorboard is not None:
             self._open_writer().add_scalar(tag, value, step)
 

@@ -61,7 +61,7 @@ def render(summary: Mapping[str, Any], pictures: Path) -> str:
         "<h2>Settings</h2>",
         _pairs(summary["settings"]),
         "<h2>Teacher</h2>",
-        _pairs(summary["teacher"]),
+        _pairs({key: value for key, value in summary["teacher"].items() if key != "losses"}),
         "<h2>Provenance</h2>",
         _pairs(summary["provenance"]),
         "</body></html>\n",

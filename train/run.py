@@ -13,8 +13,8 @@ from .pictures import curves
 from .plan import make_plan
 from .record import Record
 from .report import PICTURES, SUMMARY, accuracy_rows, write_report
-from .stages import RunFolder, StageResult, check_out, remove_run
-from .summary import REAL, make_summary
+from .stages import RunFolder, StageResult, check_out
+from .summary import REAL, make_summary, rounded
 
 NEEDED_BYTES = 64 * 2**20  # of a run's small files; labels and weights say their own need
 
@@ -29,9 +29,10 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
     with Record(options.out / "tensorboard") as report:
         check_out(options.out, resume=goes_on, overwrite=options.overwrite)
         plan = make_plan(options, report)
-        if options.overwrite:
-            remove_run(options.out)
-        with full_disk_explained(options.out, NEEDED_BYTES), RunFolder(options.out, report) as run:
+        with (
+            full_disk_explained(options.out, NEEDED_BYTES),
+            RunFolder(options.out, report, overwrite=options.overwrite) as run,
+        ):
             skipped: dict[str, int] = {}
             if options.skip_corrupt:
                 plan, skipped = leave_out_damaged(plan, run, report)
@@ -42,7 +43,7 @@ def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dic
     out = {"run": str(options.out), "skipped_images": skipped}
     teacher = job.teacher_stage()
     if isinstance(options, TrainTeacher):
-        return {**out, "teacher": teacher}
+        return {**out, "teacher": rounded(teacher)}
     job.coreset_stage()
     if isinstance(options, TrainLabels) or options.labels == "topk":
         for method in options.methods:
@@ -54,7 +55,7 @@ def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dic
         students[REAL] = job.student_stage(REAL)
     if isinstance(options, Train):
         return _report(job, students, skipped)
-    return {**out, "students": students}
+    return {**out, "students": rounded(students)}
 
 
 def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]) -> dict[str, Any]:
@@ -74,14 +75,15 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
         losses = {name: list(enumerate(_mean_losses(result))) for name, result in students.items()}
         panels = {"students: KL to the teacher": losses}
         if summary["teacher"].get("losses"):
-            panels["teacher: cross-entropy"] = {"teacher": summary["teacher"]["losses"]}
+            teacher = list(enumerate(summary["teacher"]["losses"]))
+            panels["teacher: cross-entropy"] = {"teacher": teacher}
         (folder / PICTURES).mkdir(exist_ok=True)
         replace_file(folder / PICTURES / "curves.png", curves(panels))
         replace_file(folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
         write_report(folder)
         return StageResult(summary)
 
-    summary = job.run.stage("report", {"students": students}, work)
+    summary = job.run.stage("report", {"students": students}, work, again=True)
     print(_table(accuracy_rows(summary)))
     first = ("accuracy", "ceiling", "share_of_ceiling", "seconds", "images_per_s", "bytes")
     return {

@@ -89,6 +89,7 @@ def describe_model(plan: Plan) -> dict[str, Any] | None:
         "steps": expand.steps,
         "rho": expand.rho if from_patch else None,
         "evals": schedule.evals,
+        "sigmas": list(schedule.sigmas),
         "mixup": expand.mixup and from_patch,
         "posterior": expand.posterior,
         "conditioning_px": expand.conditioning_px or expand.size_px,

@@ -3,9 +3,10 @@
     run.json               marks the folder as ours
     stages/<stage>.json    {"config", "state": "begun" | "done", "seconds", "result", "outputs"}
 
-A stage's file is written when it begins and replaced when it ends, each time whole or not at all.
-A stage that is done is taken over after its outputs were compared with their hashes; one that was
-only begun runs again and picks up its own checkpoints. Another config than before is refused.
+A stage's file is written when it begins, then every CLOCK_EVERY_S with the seconds so far, and when
+it ends, each time whole or not at all. A stage that is done is taken over after its outputs were
+compared with their hashes; one that was only begun runs again and picks up its own checkpoints.
+Another config than before is refused.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from ..engine.durable import replace_file
@@ -28,6 +30,7 @@ from .record import Report
 
 SCHEMA = "patchbloom.run/1"
 MARK, STAGES = "run.json", "stages"
+CLOCK_EVERY_S = 10.0  # of a stage's seconds, what a kill loses at most
 OPTION_OF = {
     "teacher.network": "--teacher",
     "teacher.epochs": "--teacher-epochs",
@@ -70,55 +73,66 @@ class StageResult:
 class RunFolder(AbstractContextManager["RunFolder"]):
     """One run folder, locked for this process."""
 
-    def __init__(self, folder: Path, report: Report) -> None:
+    def __init__(self, folder: Path, report: Report, *, overwrite: bool = False) -> None:
+        """Lock it, then, with `overwrite`, empty it: never under a process that works in it."""
         self.folder, self._report = folder, report
         self._results: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARK).exists():
             _write_json(folder / MARK, {"schema": SCHEMA})
-        (folder / STAGES).mkdir(exist_ok=True)
         self._lock = os.open(folder / MARK, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
             raise RunError(f"another process works in {folder}: wait for it, or end it") from None
+        if overwrite:
+            _remove_all_but_the_mark(folder)
+        (folder / STAGES).mkdir(exist_ok=True)
 
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
 
     def stage(
-        self, name: str, config: dict[str, Any], work: Callable[[], StageResult]
+        self,
+        name: str,
+        config: dict[str, Any],
+        work: Callable[[], StageResult],
+        *,
+        again: bool = False,
     ) -> dict[str, Any]:
         """The result of stage `name`: from its file if it is done, else of `work`.
 
         `config` is plain JSON, holds all that decides the result, and no path. Its keys are
         options ("--rho") where there is one, because they appear in the message of a refusal.
-        Raises RunError when the stage was begun with another config or its outputs changed.
+        Raises RunError when the stage was begun with another config (with `again` it is then done
+        again) or its outputs changed.
         """
         if name in self._results:
             return self._results[name]
-        self._results[name] = self._run(name, json.loads(json.dumps(config)), work)
+        self._results[name] = self._run(name, json.loads(json.dumps(config)), work, again)
         return self._results[name]
 
     def _run(
-        self, name: str, config: dict[str, Any], work: Callable[[], StageResult]
+        self, name: str, config: dict[str, Any], work: Callable[[], StageResult], again: bool
     ) -> dict[str, Any]:
         record = self.read(name)
+        if again and record is not None and record["config"] != config:
+            record = None
         if record is not None:
             self._check_config(name, record["config"], config)
             if record["state"] == "done":
                 self._check_outputs(name, record["outputs"])
                 self._report.say(f"{name}: done before, in {record['seconds']:.1f} s")
                 return record["result"]
-        self._write(name, {"config": config, "state": "begun"})
-        began = time.monotonic()
-        ended = work()
+        before = 0.0 if record is None else record.get("seconds", 0.0)
+        with self._clock(name, config, before) as seconds:
+            ended = work()
         done = {
             "config": config,
             "config_sha256": config_sha256(config),
             "state": "done",
-            "seconds": round(time.monotonic() - began, 3),
+            "seconds": seconds(),
             "resumed": record is not None,
             "result": ended.result,
             "outputs": {
@@ -129,6 +143,35 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         self._write(name, done)
         return json.loads(json.dumps(ended.result))
 
+    @contextmanager
+    def _clock(
+        self, name: str, config: dict[str, Any], before: float
+    ) -> Iterator[Callable[[], float]]:
+        """Keep the seconds of a begun stage in its file; yields what tells them."""
+        began, ended = time.monotonic(), Event()
+
+        def seconds() -> float:
+            return round(before + time.monotonic() - began, 3)
+
+        def write() -> None:
+            self._write(name, {"config": config, "state": "begun", "seconds": seconds()})
+
+        def tick() -> None:
+            while not ended.wait(CLOCK_EVERY_S):
+                with suppress(OSError):  # a full disk: the stage itself meets it, and tells
+                    write()
+
+        write()
+        ticking = Thread(target=tick, name=f"clock-{name}", daemon=True)
+        ticking.start()
+        try:
+            yield seconds
+        finally:
+            ended.set()
+            ticking.join()
+            with suppress(OSError):
+                write()
+
     def read(self, name: str) -> dict[str, Any] | None:
         """The file of a stage; None when it never began."""
         path = self.folder / STAGES / f"{name}.json"
@@ -137,7 +180,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds of each stage that is done, in the order in which they ended.
 
-        Of a stage that was stopped and resumed, those of its last session.
+        Of a stage that was stopped and resumed, those of all its sessions together.
         """
         files = sorted((self.folder / STAGES).glob("*.json"), key=lambda path: path.stat().st_mtime)
         records = {path.stem: json.loads(path.read_bytes()) for path in files}
@@ -151,6 +194,11 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def _check_config(self, name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
+                if key == "--data":
+                    raise RunError(
+                        f"the images have changed since the {name} stage of {self.folder} was run: "
+                        "give the same data to --resume, or start again with --overwrite"
+                    )
                 raise RunError(
                     f"the {name} stage of {self.folder} was run with {key} = {before.get(key)}, "
                     f"now asked for {now.get(key)}: give the same options to --resume, "
@@ -208,12 +256,11 @@ def _is_run(mark: Path) -> bool:
         return False
 
 
-def remove_run(folder: Path) -> None:
-    """Remove the run that `check_out` found there, its mark last: a stopped removal goes on."""
-    if not folder.exists():
-        return
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == MARK):
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def _remove_all_but_the_mark(folder: Path) -> None:
+    """Remove the run that `check_out` found there; the mark stays, so a stopped removal goes on."""
+    for entry in folder.iterdir():
+        if entry.name != MARK:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

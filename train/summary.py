@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..export.models import seen_classes
 from .plan import Plan
 
 SCHEMA = "patchbloom.summary/1"
@@ -29,9 +30,18 @@ _VERSIONS = (
 
 
 def mean_and_std(accuracies: Sequence[float]) -> list[float | None]:
-    """Mean and sample standard deviation; None with a single student."""
-    std = statistics.stdev(accuracies) if len(accuracies) > 1 else None
-    return [statistics.fmean(accuracies), std]
+    """Mean and sample standard deviation, to 0.01; no deviation (None) of a single student."""
+    std = round(statistics.stdev(accuracies), 2) if len(accuracies) > 1 else None
+    return [round(statistics.fmean(accuracies), 2), std]
+
+
+def rounded(value: Any) -> Any:
+    """Plain JSON with every float at six significant digits: for people, not for computing on."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def make_summary(
@@ -44,27 +54,34 @@ def make_summary(
     seconds: Mapping[str, float],
     skipped: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The summary. `students`: results of the student stages by method, `real` among them."""
+    """The summary. `students`: results of the student stages by method, `real` among them.
+
+    Floats are rounded: percent to 0.01, shares, rates and seconds to 0.1, others to six digits.
+    """
     options = plan.options
     accuracy = {m: mean_and_std(students[m]["accuracies"]) for m in options.methods}
     ceiling = mean_and_std(students[REAL]["accuracies"]) if REAL in students else None
     shares = {}
     if ceiling is not None and ceiling[0]:
-        shares = {m: 100 * value[0] / ceiling[0] for m, value in accuracy.items() if value[0]}
+        shares = {
+            m: round(100 * value[0] / ceiling[0], 1)
+            for m, value in accuracy.items()
+            if value[0] is not None
+        }
     samples = len(plan.class_names) * options.ipc * plan.factor**2
     return {
         "schema": SCHEMA,
         "accuracy": accuracy,
         "ceiling": ceiling,
         "share_of_ceiling": shares,
-        "seconds": dict(seconds),
-        "images_per_s": {m: students[m]["images_per_s"] for m in options.methods},
+        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+        "images_per_s": {m: round(students[m]["images_per_s"], 1) for m in options.methods},
         "evals_per_image": {m: coresets[m]["evals"] for m in options.methods},
         "bytes": {m: coresets[m]["bytes"] for m in options.methods},
         "content_sha256": {m: coresets[m]["content_sha256"] for m in options.methods},
         "skipped_images": dict(skipped),
-        "students": {name: dict(result) for name, result in students.items()},
-        "teacher": dict(teacher),
+        "students": rounded(students),
+        "teacher": rounded(teacher),
         "data": {
             "name": options.data.rstrip("/").rsplit("/", 1)[-1],
             "sha256": plan.data_sha256,
@@ -81,8 +98,8 @@ def make_summary(
             "image_size": plan.image_size,
             "model": plan.model.name if plan.model is not None else None,
             "steps": options.steps,
-            "rho": options.rho,
-            "mixup": options.mixup,
+            "rho": options.rho if options.start == "image" else None,
+            "mixup": options.mixup and options.start == "image",
             "start": options.start,
             "precision": plan.expand.precision,
             "backend": options.backend,
@@ -131,10 +148,13 @@ def _notes(plan: Plan) -> list[str]:
         "One recipe and one number of student steps for all methods; accuracies are of the last "
         "epoch, never of the best."
     ]
-    model = plan.model
-    if model is not None and model.name == "sdxl-tiny" and plan.options.data == "shapes":
-        notes.append(
-            "sdxl-tiny was trained on all training images of shapes: part of dace's gain here "
-            "is what the model remembers of images that are not in the coreset."
-        )
+    seen = seen_classes(plan.model.folder) if plan.model is not None else None
+    if plan.model is not None and seen is not None:
+        known = sum(name in seen for name in plan.class_names)
+        if known:
+            notes.append(
+                f"{plan.model.name} was trained on images of {known} of these "
+                f"{len(plan.class_names)} classes: part of dace's gain here may be what the model "
+                "remembers of images that are not in the coreset."
+            )
     return notes

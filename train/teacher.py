@@ -217,12 +217,15 @@ def _load_state(path: Path, module: nn.Module, state: Tensors) -> None:
         ) from None
 
 
-def _torchvision_teacher(spec: str, class_ids: Sequence[str], device: str) -> Teacher:
+def torchvision_columns(spec: str, class_ids: Sequence[str]) -> list[int]:
+    """Where the classes are among the outputs of torchvision:NAME; nothing is downloaded.
+
+    Raises ValueError for an unknown name, CheckpointError for classes that are not ImageNet-1k's.
+    """
     import torchvision
 
-    name = spec.removeprefix(TORCHVISION)
     known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
+    if spec.removeprefix(TORCHVISION) not in known:
         raise ValueError(f"teacher {spec} is unknown: expected one of {', '.join(sorted(known))}")
     position = {class_id: index for index, class_id in enumerate(imagenet_names())}
     strangers = [class_id for class_id in class_ids if class_id not in position]
@@ -231,6 +234,13 @@ def _torchvision_teacher(spec: str, class_ids: Sequence[str], device: str) -> Te
             f"teacher {spec} knows ImageNet-1k's classes by their WordNet ids; {strangers[0]!r} is "
             "none: train a teacher on this data (leave out --teacher), or give a file"
         )
+    return [position[class_id] for class_id in class_ids]
+
+
+def _torchvision_teacher(spec: str, class_ids: Sequence[str], device: str) -> Teacher:
+    import torchvision
+
+    columns, name = torchvision_columns(spec, class_ids), spec.removeprefix(TORCHVISION)
     weights: Any = torchvision.models.get_model_weights(name)["DEFAULT"]
     try:
         network = torchvision.models.get_model(name, weights=weights)
@@ -247,6 +257,6 @@ def _torchvision_teacher(spec: str, class_ids: Sequence[str], device: str) -> Te
         size_px=transforms.crop_size[0],
         normalisation=Normalisation(tuple(transforms.mean), tuple(transforms.std)),
         accuracy=None,
-        columns=[position[class_id] for class_id in class_ids],
+        columns=columns,
         device=device,
     )

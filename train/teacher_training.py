@@ -41,8 +41,6 @@ def train_teacher(
     config: TeacherConfig,
     folder: Path,
     report: Report,
-    *,
-    skip_corrupt: bool = False,
 ) -> Teacher:
     """Train a teacher; `folder` gets teacher.safetensors, and a checkpoint until it is done.
 
@@ -55,15 +53,14 @@ def train_teacher(
     if final.is_file():
         require_same(final, read_tensors(final)[1].get("config", {}), identity)
         return load_teacher(str(final), train_set.class_ids, device=config.device)
-    training = _TeacherTraining(train_set, config, folder / CHECKPOINT, identity, skip_corrupt)
+    training = _TeacherTraining(train_set, config, folder / CHECKPOINT, identity)
     for epoch in range(training.epoch, config.epochs):
-        report.scalar("teacher/loss", epoch, training.train_epoch(epoch, report))
+        training.losses.append(training.train_epoch(epoch, report))
+        report.scalar("teacher/loss", epoch, training.losses[-1])
         if epoch + 1 < config.epochs:
             training.save(epoch + 1)
     size_px, device = config.size_px, training.device
-    (accuracy,) = accuracies(
-        [training.network], val_set, size_px=size_px, device=device, skip_corrupt=skip_corrupt
-    )
+    (accuracy,) = accuracies([training.network], val_set, size_px=size_px, device=device)
     teacher = Teacher(
         training.network,
         architecture=config.network,
@@ -72,11 +69,16 @@ def train_teacher(
         accuracy=accuracy,
         device=device,
     )
-    teacher.save(final, config=identity)
+    teacher.save(final, config=identity, losses=training.losses)
     training.checkpoint.unlink(missing_ok=True)
     report.scalar("teacher/accuracy", config.epochs, accuracy)
     report.say(f"teacher: {accuracy:.1f} % of {len(val_set)} validation images")
     return teacher
+
+
+def training_losses(folder: Path) -> list[float]:
+    """The mean cross-entropy of every epoch of the teacher in `folder`, in nats."""
+    return read_tensors(folder / TEACHER)[1]["losses"]
 
 
 def _identity(config: TeacherConfig, train_set: ImageSet) -> dict[str, Any]:
@@ -95,10 +97,9 @@ class _TeacherTraining:
         config: TeacherConfig,
         checkpoint: Path,
         identity: dict[str, Any],
-        skip_corrupt: bool,
     ) -> None:
         self.images, self.config, self.checkpoint = images, config, checkpoint
-        self.identity, self.skip_corrupt = identity, skip_corrupt
+        self.identity = identity
         self.device = torch.device(resolve_device(config.device))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -106,15 +107,18 @@ class _TeacherTraining:
         self.network = network.to(self.device)
         self.optimizer = adamw(self.network, config.learning_rate, config.weight_decay)
         self.epoch = 0
+        self.losses: list[float] = []
+        """Mean cross-entropy of each finished epoch."""
         if checkpoint.is_file():
             tensors, metadata = read_tensors(checkpoint)
             require_same(checkpoint, metadata["config"], identity)
             restore_training(self.network, self.optimizer, tensors, "")
-            self.epoch = metadata["epoch"]
+            self.epoch, self.losses = metadata["epoch"], metadata["losses"]
 
     def save(self, epoch: int) -> None:
         state = training_state(self.network, self.optimizer, "")
-        write_tensors(self.checkpoint, state, {"config": self.identity, "epoch": epoch})
+        reached = {"config": self.identity, "epoch": epoch, "losses": self.losses}
+        write_tensors(self.checkpoint, state, reached)
 
     def train_epoch(self, epoch: int, report: Report) -> float:
         """One pass over the images in a new order; the mean loss."""
@@ -167,7 +171,6 @@ class _TeacherTraining:
             size_px=self.config.size_px,
             batch=batch,
             device=str(self.device),
-            skip_corrupt=self.skip_corrupt,
             epoch=epoch,
         )
         for crops in stream:
