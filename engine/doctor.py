@@ -7,14 +7,13 @@ does not load is a finding.
 from __future__ import annotations
 
 import os
-import shutil
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 from ..export.config import EngineSpec, Precision
-from ..export.machine import driver_version, free_host_bytes, gpu_memory_bytes
+from ..export.machine import cxx_compiler, driver_version, free_host_bytes, gpu_memory_bytes
 from .console import print_table
 
 PROJECT = "patchbloom"
@@ -46,7 +45,7 @@ def examine(bundles: Path) -> dict[str, Any]:
         "gpu": gpu,
         "driver": driver_version(),
         "host": {"cores": os.cpu_count(), "free_memory_bytes": free_host_bytes()},
-        "cxx": _compiler(),
+        "cxx": cxx_compiler(),
         "sdxl_turbo_cached": None if loads else _turbo_is_cached(),
         "bundles": str(bundles),
         "free_disk_bytes": None if loads else _free_disk(bundles),
@@ -149,14 +148,6 @@ def _gpu() -> dict[str, Any] | None:
         "free_bytes": free_bytes,
         "total_bytes": total_bytes,
     }
-
-
-def _compiler() -> str | None:
-    """The C++ compiler that inductor would call."""
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    return None
 
 
 def _turbo_is_cached() -> bool:

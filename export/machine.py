@@ -1,9 +1,10 @@
-"""What this machine is and has: GPU, driver, memory; for keys, refusals and reports."""
+"""What this machine is and has: GPU, driver, compiler, memory; for keys, refusals and reports."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,23 @@ def driver_version() -> str | None:
     version = ctypes.create_string_buffer(80)
     told = nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(version, 80) == 0
     return version.value.decode() if told else None
+
+
+def cxx_compiler() -> str | None:
+    """Path of the C++ compiler that Inductor calls; None without one."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+def cpu_instructions() -> list[str]:
+    """What this processor can do, by the kernel's names, sorted; empty where it does not tell."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, features = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return sorted(features.split())
+    return []
 
 
 def gpu_memory_bytes() -> tuple[int, int]:

@@ -16,14 +16,11 @@ from torch import Tensor
 from .bundle import BundleError
 from .config import Precision
 from .graphs import Graph
-from .models import DTYPES
+from .models import PRECISIONS
 
 PARITY_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """bf16 keeps 8 bits: sdxl-tiny's denoiser, compiled, is 3e-2 off its own eager run."""
 SEED = 1
-_PRECISIONS: dict[torch.dtype, Precision] = {
-    dtype: precision for precision, dtype in DTYPES.items()
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def make_reference(graph: Graph) -> Reference:
     # By default cuDNN computes fp32 in TF32, whose 10 bits are not within PARITY_TOLERANCE.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = graph.module(*inputs).float().cpu()
-    precision = _PRECISIONS[graph.output.dtype]
+    precision = PRECISIONS[graph.output.dtype]
     if not bool(torch.isfinite(expected).all()):
         raise BundleError(
             f"torch's own {graph.name} makes NaN or infinite values in {precision}: check its "

@@ -9,43 +9,13 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from patchbloom.export.config import EngineSpec
 from patchbloom.export.graphs import Graph, make_graphs
-from patchbloom.export.models import DTYPES, ModelParts
+from patchbloom.export.models import ModelParts
 from patchbloom.export.parity import check_parity, make_reference
 from patchbloom.export.to_onnx import export_onnx
 from patchbloom.export.to_ort import OrtSession
-
-UNET: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": (1, 2),
-    "use_linear_projection": True,
-    "cross_attention_dim": 32,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 64,
-    "norm_num_groups": 4,
-}
-VAE: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "block_out_channels": (4, 8, 16),
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-}
-
-
-def new_parts(precision: str = "fp32") -> ModelParts:
-    """Networks of SDXL's kinds of layers and the fewest of each."""
-    torch.manual_seed(0)
-    unet, vae = UNet2DConditionModel(**UNET).eval(), AutoencoderKL(**VAE).eval()
-    dtype = DTYPES[precision]
-    return ModelParts(unet.to(dtype).requires_grad_(False), vae.to(dtype).requires_grad_(False))
+from small_networks import new_parts
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,288 @@
+"""`engine` as a user meets it: engines built, verified, listed and removed; one line per fault."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from patchbloom.engine import backends, cli, commands
+from patchbloom.export import to_ort
+from patchbloom.train.prior_model import new_parts, save_parts
+from safetensors.torch import load_file, save_file
+
+BUILD = ("--backend", "ort", "--device", "cpu", "--batch", "4", "--images-per-prompt", "2")
+
+
+@dataclass
+class Outcome:
+    """What one command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The last line of stdout, of a command that went well."""
+        assert self.code == 0, self.err
+        return json.loads(self.out.splitlines()[-1])
+
+    @property
+    def error(self) -> str:
+        """The last line of stderr, which must be the only line that reports the error."""
+        assert self.code == 2, self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("engine: error: ")]
+        assert [self.err.splitlines()[-1]] == lines
+        return lines[0]
+
+
+@pytest.fixture
+def engine(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Outcome]:
+    """Runs one command on the engines of this test's own folder."""
+
+    def run(command: str, *arguments: str) -> Outcome:
+        capfd.readouterr()
+        code = cli.main([command, *arguments, "--bundles", str(tmp_path / "bundles")])
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+def save_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    parts = new_parts(32, folder / "spelling", unet_channels=(16, 32, 64), vae_channels=(8, 16, 32))
+    save_parts(parts, folder)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 32 px; tests only read it."""
+    folder = tmp_path_factory.mktemp("engines") / "small"
+    save_model(folder)
+    return folder
+
+
+def build(engine: Callable[..., Outcome], model: Path, *arguments: str) -> Outcome:
+    return engine("build", "--model", str(model), *BUILD, *arguments)
+
+
+def stored(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "bundles").iterdir())
+
+
+OPTIONS = {
+    commands.EngineBuild: [
+        *("model", "backend", "size", "batch", "min_batch", "images_per_prompt"),
+        *("precision", "vae_precision", "opset", "device", "weights", "export_only"),
+        *("bundles", "json"),
+    ],
+    commands.EngineVerify: ["names", "bundles", "json"],
+    commands.EngineList: ["bundles", "json"],
+    commands.EngineInfo: ["name", "bundles", "json"],
+    commands.EngineRemove: ["names", "all", "bundles", "json"],
+    commands.EngineDoctor: ["bundles", "json"],
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options_are_stable(command: Any):
+    assert [field.name for field in fields(command)] == OPTIONS[command]
+
+
+def test_help_is_quick():
+    script = (
+        "import sys; from patchbloom.engine import cli\n"
+        "try: cli.main(['build', '--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "sys.exit('torch' in sys.modules or 'onnxruntime' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--images-per-prompt" in done.stdout
+
+
+def test_from_build_to_remove(engine: Callable[..., Outcome], model: Path, tmp_path: Path):
+    first = build(engine, model)
+    name = first.json["engine"]
+    assert first.json["built"]
+    assert first.json["size_px"] == 32
+    assert first.json["precision"] == "fp32"
+    assert set(first.json["parity"]) == {"encoder", "denoiser", "decoder"}
+    assert "PSNR" in first.out
+    assert stored(tmp_path) == [name]
+
+    again = build(engine, model)
+    assert not again.json["built"]
+    assert "was there already" in again.out
+
+    verified = engine("verify", name[:12])
+    (result,) = verified.json["verified"]
+    assert result["engine"] == name
+    assert result["parity"]["decoder"]["max_abs"] <= 1e-4
+    assert result["parity"]["decoder"]["psnr_db"] > 80
+    assert engine("verify").json == engine("verify", "all").json == verified.json
+
+    listed = engine("list")
+    (row,) = listed.json["engines"]
+    assert (row["engine"], row["batch"], row["misfit"]) == (name, "2x2", [])
+    assert row["bytes"] > first.json["bytes"] > 1e5
+    assert f"{name}" in listed.out
+    assert "1 engine, " in listed.out
+    assert len(engine("list", "--json").out.splitlines()) == 1
+
+    info = engine("info", name).json
+    assert info["misfit"] == []
+    assert info["command"].startswith("engine build --model ")
+    rebuilt = engine(*info["command"].split()[1:])
+    assert (rebuilt.json["engine"], rebuilt.json["built"]) == (name, False)
+
+    removed = engine("remove", name)
+    assert removed.json["removed"] == [name]
+    assert removed.json["freed_bytes"] == row["bytes"]
+    assert stored(tmp_path) == []
+    assert engine("list").json["engines"] == []
+    assert engine("verify").json["verified"] == []
+
+
+def test_what_is_not_there_is_named(engine: Callable[..., Outcome], model: Path):
+    for command in ("verify", "info", "remove"):
+        assert "no engine in" in engine(command, "sdxl").error
+    assert "--all" in engine("remove").error
+    name = build(engine, model).json["engine"]
+    assert f"there is: {name}" in engine("info", "other").error
+    assert "not both" in engine("remove", name, "--all").error
+
+
+def test_graphs_alone(engine: Callable[..., Outcome], model: Path):
+    """fp16 as a GPU's engine has it; nothing is run, and no engine is made of it."""
+    built = build(engine, model, "--export-only")
+    assert (built.json["backend"], built.json["precision"]) == ("onnx", "fp16")
+    assert "nothing was run" in built.out
+    (verified,) = engine("verify").json["verified"]
+    assert verified["parity"] is None
+    (row,) = engine("list").json["engines"]
+    assert (row["backend"], row["misfit"]) == ("onnx", [])
+    assert "inductor" in build(engine, model, "--export-only", "--backend", "inductor").error
+
+
+def test_damage_is_named(engine: Callable[..., Outcome], model: Path, tmp_path: Path):
+    name = build(engine, model).json["engine"]
+    folder = tmp_path / "bundles" / name
+    graph, manifest = folder / "denoiser.onnx", folder / "manifest.json"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[:-100])
+    assert (
+        f"{graph} has {len(whole) - 100} bytes, expected {len(whole)}" in build(engine, model).error
+    )
+    graph.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert f"{graph} was changed after the build: remove it with" in engine("verify").error
+    graph.write_bytes(whole)
+    assert engine("verify").json
+
+    manifest.write_text(manifest.read_text().replace('"batch": 4', '"batch": 8'))
+    assert f"{manifest} was changed" in engine("verify").error
+    listed = engine("list")
+    assert listed.json["engines"][0]["misfit"] == ["damaged"]
+    assert "no: damaged" in listed.out
+    assert engine("remove", name).json["removed"] == [name]
+    assert build(engine, model).json["built"]
+
+
+def test_another_machine_or_version(
+    engine: Callable[..., Outcome], model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    name = build(engine, model).json["engine"]
+    libraries = to_ort.libraries()
+    monkeypatch.setattr(to_ort, "libraries", lambda: libraries | {"onnxruntime": "9.9.0"})
+    difference = f"libraries.onnxruntime {libraries['onnxruntime']} (here 9.9.0)"
+    assert difference in engine("verify", name).error
+    assert "`engine build --model " in engine("verify", name).error
+    assert engine("list").json["engines"][0]["misfit"] == [difference]
+    rebuilt = build(engine, model)
+    assert rebuilt.json["built"]
+    assert rebuilt.json["engine"] != name
+    assert f"the nearest one, {name}, differs in {difference}" in rebuilt.err
+
+
+def test_weights_of_nan_make_no_engine(engine: Callable[..., Outcome], tmp_path: Path):
+    save_model(tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    name = "conv_out.weight"
+    save_file(weights | {name: torch.full_like(weights[name], torch.nan)}, path)
+    assert "torch's own denoiser makes NaN" in build(engine, tmp_path / "model").error
+    assert stored(tmp_path) == []
+    wrong = build(engine, tmp_path / "model", "--export-only").error
+    assert "UNet2DConditionModel's conv_out.weight holds NaN" in wrong
+    assert stored(tmp_path) == []
+
+
+def test_weights_that_changed_are_told_of(engine: Callable[..., Outcome], tmp_path: Path):
+    save_model(tmp_path / "model")
+    build(engine, tmp_path / "model")
+    path = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    name = "decoder.conv_out.bias"
+    save_file(weights | {name: weights[name] + 1}, path)
+    assert "have changed since it was built" in engine("verify").error
+    assert build(engine, tmp_path / "model").json["built"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--size", "30"), "--size 30: expected a multiple of 4"),
+        (("--batch", "0"), "--batch 0: expected 1 or more"),
+        (("--images-per-prompt", "3"), "images_per_prompt must divide the batch of 4"),
+        (("--precision", "fp16"), "the ort backend runs fp32 on the CPU"),
+        (("--precision", "int4"), "--precision"),
+        (("--min-batch", "1"), "min_batch must be a multiple of images_per_prompt"),
+        (("--backend", "eager"), "has nothing to build"),
+        (("--backend", "inductor", "--min-batch", "2"), "leave out the smallest batch"),
+        (("--model", "sdxl-huge"), "sdxl-huge"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    engine: Callable[..., Outcome], model: Path, arguments: tuple[str, ...], told: str
+):
+    assert told in build(engine, model, *arguments).error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_trt_names_what_is_missing(engine: Callable[..., Outcome]):
+    told = engine("build", "--model", "sdxl-tiny", "--backend", "trt").error
+    assert "TensorRT" in told
+    assert "CUDA" in engine("build", "--device", "cuda", "--backend", "ort").error
+
+
+def test_a_build_that_cannot_fit_is_refused_first(
+    engine: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+):
+    from patchbloom.engine import needs
+
+    monkeypatch.setattr(needs, "free_host_bytes", lambda: 1 << 20)
+    told = engine("build", "--model", "sdxl-tiny", *BUILD).error
+    assert "memory" in told
+
+
+def test_doctor_says_what_works(engine: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch):
+    examined = engine("doctor")
+    works = {(b["backend"], b["device"]): b["works"] for b in examined.json["backends"]}
+    assert works["eager", "cpu"]
+    assert works["ort", "cpu"]
+    assert {row["model"] for row in examined.json["needs"]} == {"sdxl-tiny", "sdxl-turbo"}
+    for backend in examined.json["backends"]:
+        assert backend["works"] or backend["missing"] in examined.out
+    monkeypatch.setattr(backends, "resolve_device", _fail)
+    assert "no backend works here: broken" in engine("doctor").error
+
+
+def _fail(device: str) -> str:
+    raise OSError("broken")

@@ -1,0 +1,66 @@
+"""AOTInductor packages: torch's equal, for one batch, on the machine they were compiled for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from patchbloom.export import machine, to_inductor
+from patchbloom.export.config import EngineSpec, Precision
+from patchbloom.export.graphs import make_graphs
+from patchbloom.export.models import Unavailable
+from patchbloom.export.parity import check_parity, make_reference
+from small_networks import new_parts
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_packages_equal_torch(tmp_path: Path, precision: Precision):
+    spec = EngineSpec(size_px=32, batch=4, images_per_prompt=2, precision=precision)
+    references = []
+    for graph in make_graphs(new_parts(precision), spec, tokens=77):
+        references.append(make_reference(graph))
+        to_inductor.export_graph(graph, tmp_path, spec)
+    sessions = to_inductor.open_sessions(tmp_path, spec)
+    for reference in references:
+        session = sessions[reference.graph]
+        measured = check_parity(reference, session.run)
+        assert precision == "bf16" or measured["max_abs"] < 1e-5
+        first, *rest = reference.inputs
+        assert torch.equal(session.run(*reference.inputs), session.run(first.double(), *rest))
+        with pytest.raises(ValueError, match=r"must be \[4, .*, the engine's shape, got \[3, "):
+            session.run(first[:3], *rest)
+        session.close()
+
+
+def test_a_package_keeps_no_hold_on_other_weights(tmp_path: Path):
+    """The weights are in it: those of the module may change, and another's answer differs."""
+    spec = EngineSpec(size_px=32, batch=2)
+    decoder = make_graphs(new_parts(), spec, tokens=77)[2]
+    reference = make_reference(decoder)
+    to_inductor.export_graph(decoder, tmp_path, spec)
+    for weights in decoder.module.parameters():
+        weights.data.zero_()
+    session = to_inductor.PackageSession(tmp_path, "decoder", "cpu")
+    assert check_parity(reference, session.run)["max_abs"] < 1e-5
+    assert not torch.allclose(decoder.module(*reference.inputs), reference.expected, atol=1e-2)
+
+
+def test_what_it_needs_is_asked_for(monkeypatch: Any):
+    to_inductor.require("bf16", "cpu")
+    with pytest.raises(Unavailable, match="use --precision bf16"):
+        to_inductor.require("fp16", "cpu")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(Unavailable, match="install g\\+\\+"):
+        to_inductor.require("fp32", "cpu")
+
+
+def test_another_processor_is_another_engine(monkeypatch: Any):
+    spec = EngineSpec(size_px=32)
+    here = to_inductor.flags(spec)
+    assert here == to_inductor.flags(spec)
+    monkeypatch.setattr(to_inductor, "cpu_instructions", lambda: ["sse", "another"])
+    assert here != to_inductor.flags(spec)
+    assert machine.cpu_instructions() == sorted(machine.cpu_instructions()) != []
