@@ -2,11 +2,12 @@
 
     python bench/bench_expand.py --model sdxl-tiny --backends diffusers ort --batch 32 --json
 
-First the gate: every backend must make the pictures that diffusers makes from the same latents and
-noise (max abs error at most 1e-4 of the range [-1, 1] in fp32), and the same gate must catch wrong
-prompts. Then the clock: `diffusers` is its pipeline called as a user calls it, patches and prompts
-in, pictures out; ours expands samples of an open coreset. What we do once per coreset is outside
-the clock and listed in `outside_clock` with its seconds. Mixup is off, diffusers has none.
+First the gate of bench/pictures.py: every backend must make the pictures that diffusers makes, and
+wrong prompts and timesteps must fail. `eager`, `ort` and `inductor` compute in fp32, `eager-bf16`
+and `inductor-bf16` in bf16. Then the clock: `diffusers` is its pipeline called as a user calls it,
+patches and prompts in, pictures out; ours expands samples of an open coreset. What we do once per
+coreset is outside the clock and listed in `outside_clock` with its seconds. Mixup is off, diffusers
+has none.
 """
 
 from __future__ import annotations
@@ -19,21 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
-from diffusers_peer import noise_of_ours, open_pipeline, run_pipeline
+from diffusers_peer import open_pipeline, run_pipeline
 from measure import append_row, environment, measure_rates, ratios
-from patchbloom.engine.config import ExpandConfig
-from patchbloom.engine.prompts import class_prompts
 from patchbloom.engine.turbo import Expander
-from patchbloom.export.models import ModelSource, find_model
-from patchbloom.kernels.noise import Draw, uniform
+from patchbloom.export.models import find_model
 from patchbloom.kernels.pixels import upsample_patches
-from torch import Tensor
+from pictures import (
+    EPOCH,
+    MIN_PSNR_DB,
+    TOLERANCE,
+    Coreset,
+    Name,
+    compare_with_diffusers,
+    make_coreset,
+    open_expander,
+)
 
-TOLERANCE = 1e-4
-EPOCH = 0
 OUTSIDE_CLOCK = (
     "loading the model",
     "finding or building the engine",
@@ -48,7 +52,7 @@ class Options:
 
     model: str = "sdxl-tiny"
     """Name or folder of a model."""
-    backends: tuple[Literal["diffusers", "eager", "ort"], ...] = ("diffusers", "ort")
+    backends: tuple[Literal["diffusers"] | Name, ...] = ("diffusers", "ort")
     """What to time."""
     batch: int = 32
     size: int = 64
@@ -68,79 +72,6 @@ class Options:
     """Print the row as the last line."""
     record: bool = True
     """Append the row to bench/results/."""
-
-
-@dataclass(frozen=True)
-class Coreset:
-    """Patches of noise: what they show does not change the work."""
-
-    patches_NHWC: Tensor
-    labels_N: np.ndarray
-    prompts_K: tuple[str, ...]
-
-    def prompts_of(self, samples: Tensor) -> list[str]:
-        return [self.prompts_K[self.labels_N[sample]] for sample in samples]
-
-
-def make_coreset(options: Options) -> Coreset:
-    """Random patches, `patches_per_class` for each of `classes`."""
-    count, side = options.classes * options.patches_per_class, options.size // 2
-    draws = uniform(options.seed, Draw.ORDER, torch.arange(count), 0, side * side * 3)
-    return Coreset(
-        patches_NHWC=(draws * 255).round().to(torch.uint8).view(count, side, side, 3),
-        labels_N=np.repeat(np.arange(options.classes), options.patches_per_class),
-        prompts_K=class_prompts([f"class {number}" for number in range(options.classes)]),
-    )
-
-
-def open_expander(
-    options: Options, model: ModelSource, coreset: Coreset, backend: Literal["eager", "ort"]
-) -> Expander:
-    """Our Expander on one backend."""
-    config = ExpandConfig(
-        size_px=options.size,
-        steps=options.steps,
-        rho=options.rho,
-        mixup=False,
-        seed=options.seed,
-        batch=options.batch,
-        backend=backend,
-        device="cpu",
-        bundles=options.bundles,
-    )
-    return Expander(
-        model,
-        config,
-        patches_NHWC=coreset.patches_NHWC,
-        labels_N=coreset.labels_N,
-        prompts_K=coreset.prompts_K,
-    )
-
-
-def check_pictures(
-    options: Options, pipeline: Any, coreset: Coreset, expanders: dict[str, Expander]
-) -> dict[str, dict[str, float]]:
-    """Errors against diffusers, of the same pictures and of the negative control; or an error."""
-    samples = torch.arange(0, len(coreset.labels_N), len(coreset.labels_N) // 8)[:8]
-    call = {"strength": options.rho, "num_inference_steps": options.steps}
-    errors = {}
-    for name, expander in expanders.items():
-        found = expander.expand(samples, EPOCH)
-        latents = expander.latents()[samples]
-        prompts = coreset.prompts_of(samples)
-        row = {}
-        for case, given in (("same", prompts), ("wrong_prompt", prompts[1:] + prompts[:1])):
-            with noise_of_ours(pipeline, samples, seed=options.seed, epoch=EPOCH):
-                expected = run_pipeline(pipeline, given, image=latents, **call)
-            row[f"{case}_max_abs"] = float((found - expected).abs().max())
-            row[f"{case}_relative_l2"] = float((found - expected).norm() / expected.norm())
-        if not row["same_max_abs"] <= TOLERANCE < row["wrong_prompt_max_abs"]:
-            raise RuntimeError(
-                f"{name}: expected pictures within {TOLERANCE} of diffusers' and wrong prompts "
-                f"beyond, got {row}; no speed is reported"
-            )
-        errors[name] = row
-    return errors
 
 
 def diffusers_pass(options: Options, pipeline: Any, coreset: Coreset) -> Callable[[], int]:
@@ -172,15 +103,32 @@ def expander_pass(options: Options, expander: Expander) -> Callable[[], int]:
 def main(options: Options) -> None:
     """Gate, measure, report."""
     torch.set_num_threads(options.threads)
-    model, coreset = find_model(options.model), make_coreset(options)
+    model = find_model(options.model)
+    coreset = make_coreset(
+        classes=options.classes,
+        patches_per_class=options.patches_per_class,
+        side_px=options.size // 2,
+        seed=options.seed,
+    )
     pipeline = open_pipeline(model.folder)
-    expanders, setup_s = {}, {}
-    for backend in options.backends:
-        if backend != "diffusers":
+    samples = torch.arange(0, len(coreset.labels_N), len(coreset.labels_N) // 8)[:8]
+    expanders, setup_s, errors = {}, {}, {}
+    for name in options.backends:
+        if name != "diffusers":
             start = time.perf_counter()
-            expanders[backend] = open_expander(options, model, coreset, backend)
-            setup_s[backend] = round(time.perf_counter() - start, 2)
-    errors = check_pictures(options, pipeline, coreset, expanders)
+            expanders[name] = open_expander(
+                name,
+                model,
+                coreset,
+                bundles=options.bundles,
+                size_px=options.size,
+                steps=options.steps,
+                rho=options.rho,
+                seed=options.seed,
+                batch=options.batch,
+            )
+            setup_s[name] = round(time.perf_counter() - start, 2)
+            errors[name] = compare_with_diffusers(name, expanders[name], pipeline, coreset, samples)
     passes = {name: expander_pass(options, expander) for name, expander in expanders.items()}
     if "diffusers" in options.backends:
         passes = {"diffusers": diffusers_pass(options, pipeline, coreset)} | passes
@@ -188,7 +136,7 @@ def main(options: Options) -> None:
     for name, rate in rates.items():
         low, middle, high = (rate.row()[p] for p in ("p20", "p50", "p80"))
         print(
-            f"{name:10} {middle:8.1f} images/s   p20 {low:.1f}  p80 {high:.1f}  n {options.rounds}"
+            f"{name:14} {middle:8.1f} images/s   p20 {low:.1f}  p80 {high:.1f}  n {options.rounds}"
         )
     speedups = {
         name: ratios(rates[name], rates["diffusers"]) for name in expanders if "diffusers" in rates
@@ -202,7 +150,7 @@ def main(options: Options) -> None:
         "outside_clock": list(OUTSIDE_CLOCK),
         "setup_s": setup_s,
         "errors": errors,
-        "tolerance": TOLERANCE,
+        "tolerance": {"fp32_max_abs": TOLERANCE, "bf16_psnr_db": MIN_PSNR_DB},
         "engines": {name: expander.describe() for name, expander in expanders.items()},
         "images": options.images,
         "threads": options.threads,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..export.config import BackendName, DeviceName, Precision
+from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 
 Start = Literal["image", "noise"]
 Posterior = Literal["mean", "sample"]
@@ -34,6 +34,10 @@ class ExpandConfig:
     """Image size that the model is told in SDXL's micro-conditioning; None: `size_px`."""
     precision: Precision = "fp32"
     """Of weights and activations; the sampler's state is fp32 in any case."""
+    vae_precision: VaePrecision = "auto"
+    """Of encoder and decoder; `auto` is `precision`, or fp32 for a VAE that overflows in fp16."""
+    nan_gate: bool = True
+    """Look for NaN in every call's images, which waits for the GPU once."""
     batch: int = 32
     """Images per engine call."""
     images_per_prompt: int | None = None
@@ -50,6 +54,7 @@ class ExpandConfig:
             ("start", get_args(Start)),
             ("posterior", get_args(Posterior)),
             ("precision", get_args(Precision)),
+            ("vae_precision", get_args(VaePrecision)),
             ("backend", get_args(BackendName)),
             ("device", get_args(DeviceName)),
         ):

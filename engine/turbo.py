@@ -22,7 +22,13 @@ from torch import Tensor
 
 from ..export.bundle import default_bundles_folder
 from ..export.config import EngineSpec
-from ..export.models import ModelParts, ModelSource, load_parts, weights_sha256
+from ..export.models import (
+    ModelParts,
+    ModelSource,
+    load_parts,
+    resolve_vae_precision,
+    weights_sha256,
+)
 from ..kernels.latents import start_state
 from ..kernels.noise import Draw, normal
 from ..kernels.pixels import upsample_patches
@@ -67,11 +73,17 @@ class Expander:
             images_per_prompt=config.images_per_prompt
             or images_per_prompt(config.batch, self._counts_K),
             precision=config.precision,
+            vae_precision=config.vae_precision,
             device=resolve_device(config.device),
         )
         self._device = torch.device(self.spec.device)
         text = encode_prompts(model, prompts_K, device=self.spec.device)
-        parts = load_parts(model, precision=config.precision, device=self.spec.device)
+        parts = load_parts(
+            model,
+            precision=config.precision,
+            vae_precision=config.vae_precision,
+            device=self.spec.device,
+        )
         self._latent_CHW = self._latent_shape(parts)
         prompts = project_prompts(
             parts, text, conditioning_px=config.conditioning_px or config.size_px
@@ -171,7 +183,8 @@ class Expander:
         """Images of `samples` (rows of the coreset, any order, repeats allowed) at `epoch`.
 
         Returns fp32 [len(samples), 3, H, W] in [-1, 1] in the order asked, in `out` if given.
-        ValueError: samples or an `out` that do not fit, or networks that overflow to NaN.
+        ValueError: samples or an `out` that do not fit, or networks that overflow to NaN, unless
+        `nan_gate` is off.
         """
         rows = np.asarray(samples, dtype=np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self._labels_N)):
@@ -197,10 +210,10 @@ class Expander:
             out[targets] = kept.to(out.device)
         # Once a call, not once a batch: the answer waits for the GPU. Later kernels clamp, and
         # would make black pixels of NaN that a teacher labels without complaint.
-        if bool(out.isnan().any()):
+        if self.config.nan_gate and bool(out.isnan().any()):
             raise ValueError(
-                f"{self.model.name} makes NaN in {self.config.precision}: use --precision bf16 or "
-                "fp32, a VAE made for fp16 (sdxl-vae-fp16-fix), or weights that are not damaged"
+                f"{self.model.name} makes NaN in {self.config.precision}: use --vae-precision "
+                "fp32, --precision bf16 or fp32, or weights that are not damaged"
             )
         return out
 
@@ -266,6 +279,9 @@ class Expander:
             "conditioning_px": config.conditioning_px or config.size_px,
             "seed": config.seed,
             "precision": config.precision,
+            "vae_precision": resolve_vae_precision(
+                self.model, config.precision, config.vae_precision
+            ),
             "batch": self.spec.batch,
             "images_per_prompt": self.spec.images_per_prompt,
             "device": self.spec.device,

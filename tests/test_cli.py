@@ -42,6 +42,7 @@ RUN_OPTIONS = [
     "mixup",
     "start",
     "precision",
+    "vae_precision",
     "engine_batch",
     "bundles",
     "recipe",

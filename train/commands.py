@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional
 
 from ..engine.config import Start
-from ..export.config import BackendName, DeviceName, Precision
+from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import PriorConfig, RecipeName, Scoring
 
 METHODS = ("dace", "rded", "random", "upsample")
@@ -51,6 +51,9 @@ class RunOptions:
     """`noise` starts from pure noise: patches, rho and mixup then play no part."""
     precision: Precision | None = None
     """Of the model's weights. Left out: fp16 on cuda, fp32 on the CPU."""
+    vae_precision: VaePrecision = "auto"
+    """Of its encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows in
+    fp16."""
     engine_batch: int | None = None
     """Images per call of the model; pictures differ by rounding at most. Left out: the divisor of
     an epoch's images that is nearest to 32 from below, or 32."""

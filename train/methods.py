@@ -34,7 +34,7 @@ from ..kernels.pixels import upsample_patches
 WHAT_NAMES_AN_EXPANSION = (
     "model", "revision", "weights_sha256", "vae", "scheduler", "start", "steps", "rho", "evals",
     "timesteps", "sigmas", "mixup", "posterior", "upsampling", "size_px", "conditioning_px", "seed",
-    "precision",
+    "precision", "vae_precision",
 )  # fmt: skip
 
 

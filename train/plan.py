@@ -144,6 +144,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             start=options.start,
             seed=options.seed,
             precision=precision,
+            vae_precision=options.vae_precision,
             batch=options.engine_batch
             or fitting_batch(len(train.class_ids) * options.ipc * factor**2),
             backend=options.backend,

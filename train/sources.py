@@ -13,7 +13,7 @@ from ..engine.coreset import Coreset
 from ..engine.prompts import TEMPLATE, class_prompts
 from ..engine.schedule import make_schedule
 from ..engine.turbo import Expander
-from ..export.models import weights_bytes, weights_sha256
+from ..export.models import resolve_vae_precision, weights_bytes, weights_sha256
 from .methods import Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
 from .plan import Plan
 
@@ -94,6 +94,7 @@ def describe_model(plan: Plan) -> dict[str, Any] | None:
         "posterior": expand.posterior,
         "conditioning_px": expand.conditioning_px or expand.size_px,
         "precision": expand.precision,
+        "vae_precision": resolve_vae_precision(model, expand.precision, expand.vae_precision),
     }
 
 

@@ -49,6 +49,7 @@ OPTION_OF = {
     "model.rho": "--rho",
     "model.mixup": "--mixup",
     "model.precision": "--precision",
+    "model.vae_precision": "--vae-precision",
 }
 """Settings that an option decides; the others follow from --recipe and from these."""
 _OURS = re.compile(

@@ -1,0 +1,108 @@
+"""Our pictures against diffusers' own img2img pipeline's, over batches: is it the same model?
+
+    python bench/bench_parity.py --model sdxl-tiny --backends eager ort inductor --batches 1 3 32 70
+
+Every backend is opened at every batch, and makes as many pictures from the same latents and noise
+as diffusers does in one call. Wrong prompts and a wrong timestep must fail the same gate
+(bench/pictures.py). Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from diffusers_peer import open_pipeline
+from measure import append_row, environment
+from patchbloom.export.models import find_model
+from pictures import TOLERANCE, Name, compare_with_diffusers, make_coreset, open_expander
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Parity with diffusers."""
+
+    model: str = "sdxl-tiny"
+    """Name or folder of a model."""
+    backends: tuple[Name, ...] = ("eager", "ort", "inductor")
+    """What to compare."""
+    batches: tuple[int, ...] = (1, 3, 32, 70)
+    """Engine batches; as many pictures are made."""
+    size: int = 64
+    """Image size in px; patches have half of it."""
+    steps: int = 5
+    rho: float = 0.8
+    classes: int = 10
+    threads: int = 2
+    bundles: Path | None = None
+    """Folder of built engines; by default the user's cache."""
+    seed: int = 0
+    json: bool = False
+    """Print the row as the last line."""
+    record: bool = True
+    """Append the row to bench/results/."""
+
+
+def main(options: Options) -> None:
+    """Compare, print a table, report."""
+    torch.set_num_threads(options.threads)
+    model = find_model(options.model)
+    pipeline = open_pipeline(model.folder)
+    per_class = -(-max(options.batches) // options.classes)
+    coreset = make_coreset(
+        classes=options.classes,
+        patches_per_class=per_class,
+        side_px=options.size // 2,
+        seed=options.seed,
+    )
+    errors: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
+    print("backend        batch   max abs  relative L2     PSNR  wrong timestep  wrong prompt")
+    for name in options.backends:
+        for batch in options.batches:
+            expander = open_expander(
+                name,
+                model,
+                coreset,
+                bundles=options.bundles,
+                size_px=options.size,
+                steps=options.steps,
+                rho=options.rho,
+                seed=options.seed,
+                batch=batch,
+            )
+            found = compare_with_diffusers(
+                name, expander, pipeline, coreset, torch.arange(batch) * 7 % (per_class * 10)
+            )
+            errors.setdefault(name, {})[batch] = found
+            same = found["same"]
+            print(
+                f"{name:14} {batch:5}  {same['max_abs']:8.1e}  {same['relative_l2']:11.1e}  "
+                f"{same['psnr_db']:4.0f} dB  {found['wrong_timestep']['max_abs']:14.2f}  "
+                f"{found['wrong_prompt']['max_abs']:12.2f}",
+                flush=True,
+            )
+            expander.close()
+    row = environment() | {
+        "benchmark": "parity",
+        "model": options.model,
+        "size_px": options.size,
+        "steps": options.steps,
+        "rho": options.rho,
+        "tolerance": TOLERANCE,
+        "errors": errors,
+    }
+    if options.record:
+        print(f"appended to {append_row('parity', row)}")
+    if options.json:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

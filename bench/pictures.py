@@ -1,0 +1,120 @@
+"""The gate of every figure on expansion: our pictures against diffusers' own img2img pipeline's.
+
+Both start from the same latents and draw the same noise. A backend passes when its pictures are
+diffusers' and those of wrong prompts and of a wrong timestep are not: in fp32 by the max abs error,
+at most TOLERANCE of the range [-1, 1]; in bf16 by the PSNR, at least MIN_PSNR_DB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from diffusers_peer import noise_of_ours, run_pipeline
+from patchbloom.engine.config import ExpandConfig
+from patchbloom.engine.prompts import class_prompts
+from patchbloom.engine.turbo import Expander
+from patchbloom.export.config import BackendName, Precision
+from patchbloom.export.models import ModelSource
+from patchbloom.kernels.noise import Draw, uniform
+from torch import Tensor
+
+Name = Literal["eager", "ort", "inductor", "eager-bf16", "inductor-bf16"]
+TOLERANCE = 1e-4
+MIN_PSNR_DB = 30.0
+EPOCH = 0
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """Patches of noise: what they show does not change the work."""
+
+    patches_NHWC: Tensor
+    labels_N: np.ndarray
+    prompts_K: tuple[str, ...]
+
+    def prompts_of(self, samples: Tensor) -> list[str]:
+        return [self.prompts_K[self.labels_N[sample]] for sample in samples]
+
+
+def make_coreset(*, classes: int, patches_per_class: int, side_px: int, seed: int) -> Coreset:
+    """Random patches, `patches_per_class` for each of `classes`."""
+    count = classes * patches_per_class
+    draws = uniform(seed, Draw.ORDER, torch.arange(count), EPOCH, side_px * side_px * 3)
+    return Coreset(
+        patches_NHWC=(draws * 255).round().to(torch.uint8).view(count, side_px, side_px, 3),
+        labels_N=np.repeat(np.arange(classes), patches_per_class),
+        prompts_K=class_prompts([f"class {number}" for number in range(classes)]),
+    )
+
+
+def open_expander(
+    name: Name, model: ModelSource, coreset: Coreset, *, bundles: Path | None, **settings: Any
+) -> Expander:
+    """Our Expander on one backend, without mixup, which diffusers does not have."""
+    backend, _, precision = name.partition("-")
+    config = ExpandConfig(
+        mixup=False,
+        backend=cast(BackendName, backend),
+        precision=cast(Precision, precision or "fp32"),
+        device="cpu",
+        bundles=bundles,
+        **settings,
+    )
+    return Expander(
+        model,
+        config,
+        patches_NHWC=coreset.patches_NHWC,
+        labels_N=coreset.labels_N,
+        prompts_K=coreset.prompts_K,
+    )
+
+
+def compare_with_diffusers(
+    name: Name, expander: Expander, pipeline: Any, coreset: Coreset, samples: Tensor
+) -> dict[str, dict[str, float]]:
+    """Errors of the same pictures and of both negative controls; RuntimeError at a failed gate."""
+    config, prompts = expander.config, coreset.prompts_of(samples)
+    with noise_of_ours(pipeline, samples, seed=config.seed, epoch=EPOCH):
+        expected = run_pipeline(
+            pipeline,
+            prompts,
+            image=expander.latents()[samples],
+            strength=config.rho,
+            num_inference_steps=config.steps,
+        )
+    timesteps = expander._timesteps_1
+    cases = {"same": expander.expand(samples, EPOCH)}
+    expander._timesteps_1 = [timestep - 50 for timestep in timesteps]
+    cases["wrong_timestep"] = expander.expand(samples, EPOCH)
+    expander._timesteps_1 = timesteps
+    keys_values, added = expander._kv_KP, expander._added_KD
+    expander._kv_KP, expander._added_KD = keys_values.roll(1, 0), added.roll(1, 0)
+    cases["wrong_prompt"] = expander.expand(samples, EPOCH)
+    expander._kv_KP, expander._added_KD = keys_values, added
+    errors = {case: _errors(images, expected) for case, images in cases.items()}
+    passed = {case: _passes(error, config.precision) for case, error in errors.items()}
+    if passed != {"same": True, "wrong_timestep": False, "wrong_prompt": False}:
+        raise RuntimeError(
+            f"{name}: expected diffusers' pictures, and that wrong prompts and timesteps are "
+            f"caught, got {errors}; nothing is reported"
+        )
+    return errors
+
+
+def _errors(images: Tensor, expected: Tensor) -> dict[str, float]:
+    difference = (images - expected).double()
+    return {
+        "max_abs": float(difference.abs().max()),
+        "relative_l2": float(difference.norm() / expected.double().norm()),
+        "psnr_db": round(float(10 * (4 / difference.square().mean()).log10()), 1),
+    }
+
+
+def _passes(error: dict[str, float], precision: Precision) -> bool:
+    if precision == "fp32":
+        return error["max_abs"] <= TOLERANCE
+    return error["psnr_db"] >= MIN_PSNR_DB
