@@ -24,7 +24,7 @@ from torch import Tensor
 
 Name = Literal["eager", "ort", "inductor", "eager-bf16", "inductor-bf16"]
 TOLERANCE = 1e-4
-MIN_PSNR_DB = 30.0
+MIN_PSNR_DB = 40.0
 EPOCH = 0
 
 

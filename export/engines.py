@@ -42,7 +42,7 @@ class Session(Protocol):
     """One compiled graph, with its buffers."""
 
     def run(self, *inputs: Tensor) -> Tensor:
-        """Run it; the result may be a buffer that the next call overwrites.
+        """Run it; the result is contiguous, and may be a buffer that the next call overwrites.
 
         Inputs are cast to the graph's types. ValueError: shapes that are not the graph's.
         """

@@ -133,7 +133,7 @@ class PackageSession:
         self._run = torch._inductor.aoti_load_package(str(folder / f"{name}.pt2"))
 
     def run(self, *inputs: Tensor) -> Tensor:
-        """Run the graph on the current stream.
+        """Run the graph on the current stream; the result is contiguous.
 
         Inputs are cast to the graph's types. ValueError: shapes that are not the graph's.
         """
@@ -145,7 +145,7 @@ class PackageSession:
                     f"got {list(value.shape)}"
                 )
             cast.append(value.to(self._device, DTYPES[port["precision"]]).contiguous())
-        return self._run(*cast)
+        return self._run(*cast).contiguous()
 
     def close(self) -> None:
         """Free the package and its weights."""

@@ -28,6 +28,7 @@ def test_a_package_equals_torch(tmp_path: Path, precision: Precision, name: str)
     for weights in graph.module.parameters():
         weights.data.zero_()
     session = to_inductor.PackageSession(tmp_path, name, "cpu")
+    assert session.run(*reference.inputs).is_contiguous()
     measured = check_parity(reference, session.run)
     assert precision == "bf16" or measured["max_abs"] < 1e-5
     first, *rest = reference.inputs
