@@ -7,14 +7,16 @@ Legend: B = G · n images of G prompts, C latent channels, h w latent size, P ke
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import EngineSpec
-from .models import ModelParts
+from .models import DTYPES, PRECISIONS, ModelParts
 from .modules import Denoiser, LatentDecoder, LatentEncoder, key_value_slots
 
 GRAPHS = ("encoder", "denoiser", "decoder")
@@ -30,6 +32,14 @@ class Port:
     dtype: torch.dtype
     per_prompt: int = 0
     """Rows of the first dimension for each prompt; 0: it does not grow with the batch."""
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Inputs and output of a compiled graph, as a session knows them."""
+
+    inputs: tuple[Port, ...]
+    output: Port
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,29 @@ class Graph:
                 value = value.abs().mul(300).clamp(max=999).floor()
             values.append(value.to(device, port.dtype))
         return values
+
+
+def write_borders(graph: Graph, folder: Path) -> None:
+    """Write `<graph>.json`, for sessions whose engines do not tell shapes and types."""
+    ports = [
+        {
+            "name": port.name,
+            "shape": port.shape,
+            "precision": PRECISIONS[port.dtype],
+            "per_prompt": port.per_prompt,
+        }
+        for port in (*graph.inputs, graph.output)
+    ]
+    (folder / f"{graph.name}.json").write_text(json.dumps(ports, indent=1))
+
+
+def read_borders(folder: Path, name: str) -> Borders:
+    """What write_borders wrote of one graph."""
+    *inputs, output = (
+        Port(port["name"], tuple(port["shape"]), DTYPES[port["precision"]], port["per_prompt"])
+        for port in json.loads((folder / f"{name}.json").read_text())
+    )
+    return Borders(tuple(inputs), output)
 
 
 def make_graphs(parts: ModelParts, spec: EngineSpec, *, tokens: int) -> tuple[Graph, Graph, Graph]:

@@ -3,7 +3,8 @@
 Each graph becomes one package for one batch, its weights inside, and a file that names its borders.
 Convolutions run in channels_last. On the CPU weights are frozen, so that oneDNN lays them out for
 its kernels; on a GPU matrix products are tuned. Results come from torch's caching allocator on the
-current stream.
+current stream. A package is one graph: export inlines repeated blocks (torch 2.15,
+`nested_compile_region`), so that they are not compiled once for all.
 
 On the CPU the VAE's GroupNorms stay torch's own kernel: compiled in channels_last, they read rows
 of few channels one by one. The UNet's, over more channels and fewer pixels, are compiled. sdxl-tiny
@@ -14,7 +15,6 @@ bf16; denoiser 2.5 or 2.7, 1.0 or 2.2.
 from __future__ import annotations
 
 import hashlib
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from .bundle import Say
 from .config import EngineSpec, Precision
-from .graphs import GRAPHS, Graph
+from .graphs import GRAPHS, Graph, read_borders, write_borders
 from .machine import cpu_instructions, cxx_compiler
-from .models import DTYPES, PRECISIONS, Unavailable
+from .models import Unavailable
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"freezing": True, "cpp.dynamic_threads": True},
@@ -100,11 +100,7 @@ def export_graph(graph: Graph, folder: Path, spec: EngineSpec) -> None:
         package_path=str(folder / f"{graph.name}.pt2"),
         inductor_configs=_OPTIONS[spec.device],
     )
-    ports = [
-        {"name": port.name, "shape": port.shape, "precision": PRECISIONS[port.dtype]}
-        for port in graph.inputs
-    ]
-    (folder / f"{graph.name}.json").write_text(json.dumps(ports))
+    write_borders(graph, folder)
 
 
 def _keep_group_norms(module: nn.Module) -> None:
@@ -129,7 +125,7 @@ class PackageSession:
 
     def __init__(self, folder: Path, name: str, device: str) -> None:
         self._device = torch.device(device)
-        self._ports = json.loads((folder / f"{name}.json").read_text())
+        self._inputs = read_borders(folder, name).inputs
         self._run = torch._inductor.aoti_load_package(str(folder / f"{name}.pt2"))
 
     def run(self, *inputs: Tensor) -> Tensor:
@@ -138,13 +134,13 @@ class PackageSession:
         Inputs are cast to the graph's types. ValueError: shapes that are not the graph's.
         """
         cast = []
-        for port, value in zip(self._ports, inputs, strict=True):
-            if list(value.shape) != port["shape"]:
+        for port, value in zip(self._inputs, inputs, strict=True):
+            if tuple(value.shape) != port.shape:
                 raise ValueError(
-                    f"{port['name']} must be {port['shape']}, the engine's shape, "
+                    f"{port.name} must be {list(port.shape)}, the engine's shape, "
                     f"got {list(value.shape)}"
                 )
-            cast.append(value.to(self._device, DTYPES[port["precision"]]).contiguous())
+            cast.append(value.to(self._device, port.dtype).contiguous())
         return self._run(*cast).contiguous()
 
     def close(self) -> None:
