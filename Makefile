@@ -1,4 +1,5 @@
-# make setup   .venv with everything, at the tested versions (runs when one of the two files changes)
+# make setup   .venv with everything, at the tested versions (runs when one of the two files changes);
+#              beside it, in .trt, two versions of TensorRT's Python bindings, for tests
 # make demo    the whole method on the CPU, with the shipped model and generated images
 # make test    every test that needs neither a GPU nor a data set
 # make check   ruff, pyright, import direction
@@ -6,6 +7,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO_OUT ?= runs/demo
+# Python bindings without the library: what our calls to TensorRT are held against.
+TRT_BINDINGS := 10.16.1.11 11.4.0.106
 
 # Wheels come from the package index, not from a local folder with other builds of torch in it.
 export PIP_FIND_LINKS :=
@@ -17,6 +20,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is %d.%d: make setup PYTHON=python3.12" % sys.version_info[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	for version in $(TRT_BINDINGS); do \
+	  test -d .trt/$$version || $(BIN)/python -m pip install --quiet --no-deps --only-binary :all: \
+	    --target .trt/$$version tensorrt-cu13-bindings==$$version || \
+	    { rm -rf .trt/$$version; echo "no bindings of TensorRT $$version: make test skips what needs them"; }; \
+	done
 	touch $@
 
 demo: $(INSTALLED)

@@ -36,6 +36,12 @@ from .parity import Reference, check_parity, make_reference
 
 _ONNX_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 _EXPORTERS = {"ort": "to_ort", "inductor": "to_inductor", "trt": "to_tensorrt"}
+_CODE = {
+    "ort": ("to_onnx.py", "to_ort.py"),
+    "inductor": ("to_inductor.py",),
+    "trt": ("to_onnx.py", "to_tensorrt.py", "trt_build.py"),
+}
+"""What decides the bytes of an engine, beside the modules and graphs themselves."""
 
 
 class Session(Protocol):
@@ -139,7 +145,7 @@ def graphs_machine_key(backend: BackendName, spec: EngineSpec) -> dict[str, Any]
 
 def _code_sha256(backend: BackendName) -> str:
     code = hashlib.sha256()
-    for name in ("modules.py", "graphs.py", "to_onnx.py", f"{_EXPORTERS[backend]}.py"):
+    for name in ("modules.py", "graphs.py", *_CODE[backend]):
         code.update((Path(__file__).parent / name).read_bytes())
     return code.hexdigest()
 

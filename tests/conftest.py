@@ -17,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("patchbloom")
     group.addoption("--run-slow", action="store_true", help="run tests that take minutes")
     group.addoption("--data-dir", type=Path, help="an ImageFolder with train/ and val/, for `data`")
+    group.addoption("--trt-bindings", type=Path, help="of trt_cases.py: tensorrt_bindings' folder")
     group.addoption("--require-gpu", action="store_true", help="fail unless a GPU test ran")
 
 

@@ -1,0 +1,166 @@
+"""TensorRT plans, opened: weights put in from the graphs, one activation memory for all three.
+
+A call copies its inputs into buffers whose addresses TensorRT knows, and enqueues: nothing is
+allocated and nothing waits. Engines of up to REPLAYED_BATCH images are recorded once as a CUDA
+graph, and replayed: there launches take as long as the kernels (measured by others, not here).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tensorrt as trt  # pyright: ignore[reportMissingImports]
+import torch
+from torch import Tensor
+
+from .bundle import BundleError
+from .config import EngineSpec
+from .graphs import GRAPHS, Borders, Port, read_borders
+from .trt_build import Log
+
+REPLAYED_BATCH = 8
+
+
+def open_plans(folder: Path, spec: EngineSpec) -> dict[str, EngineSession]:
+    """A session for each plan. BundleError: a plan that does not open, weights that do not fit."""
+    log = Log()
+    runtime = trt.Runtime(log)
+    engines = {name: _open_plan(runtime, folder, name, log) for name in GRAPHS}
+    most_bytes = max(engine.device_memory_size_v2 for engine in engines.values())
+    activations = torch.empty(most_bytes, dtype=torch.uint8, device=spec.device)
+    stream = torch.cuda.Stream()
+    return {
+        name: EngineSession(
+            engine, read_borders(folder, name), spec, activations=activations, stream=stream
+        )
+        for name, engine in engines.items()
+    }
+
+
+def _open_plan(runtime: Any, folder: Path, name: str, log: Log) -> Any:
+    engine = runtime.deserialize_cuda_engine((folder / f"{name}.plan").read_bytes())
+    if engine is None:
+        raise BundleError(
+            f"TensorRT does not open {name}.plan ({log.last_error()}): remove the engine with "
+            f"`engine remove {folder.name}`, and it is built again"
+        )
+    refitter = trt.Refitter(engine, log)
+    weights = trt.OnnxParserRefitter(refitter, log)
+    if not (weights.refit_from_file(str(folder / f"{name}.onnx")) and refitter.refit_cuda_engine()):
+        faults = [weights.get_error(index).desc() for index in range(weights.num_errors)]
+        raise BundleError(
+            f"the weights of {name}.onnx do not fit {name}.plan "
+            f"({'; '.join(faults) or log.last_error()}): remove the engine with "
+            f"`engine remove {folder.name}`, and it is built again"
+        )
+    return engine
+
+
+class EngineSession:
+    """One engine with its buffers; `activations` are shared, so sessions must not run at once."""
+
+    def __init__(
+        self,
+        engine: Any,
+        borders: Borders,
+        spec: EngineSpec,
+        *,
+        activations: Tensor,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        self._borders, self._stream, self._activations = borders, stream, activations
+        self._fewest, self._most = spec.min_prompts, spec.prompts
+        self._prompts = self._most
+        self._buffers = {
+            port.name: torch.zeros(port.shape, dtype=port.dtype, device=spec.device)
+            for port in (*borders.inputs, borders.output)
+        }
+        self._engine = engine
+        self._context = engine.create_execution_context(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        self._context.set_device_memory(activations.data_ptr(), activations.numel())
+        for name, buffer in self._buffers.items():
+            if not self._context.set_tensor_address(name, buffer.data_ptr()):
+                raise BundleError(f"the engine has no tensor {name!r}: build it again")
+        self._ranged = spec.min_batch is not None
+        if self._ranged:
+            self._set_shapes(self._most)
+        self._replay = None if self._ranged or spec.batch > REPLAYED_BATCH else self._record()
+
+    def run(self, *inputs: Tensor) -> Tensor:
+        """Enqueue the engine on torch's current stream; the next call overwrites the result.
+
+        Inputs are cast to the graph's types. ValueError: shapes that are not the graph's.
+        RuntimeError: TensorRT refuses to run.
+        """
+        prompts = self._prompts_of(inputs[0]) if self._ranged else self._most
+        if prompts != self._prompts:
+            self._set_shapes(prompts)
+        for port, value in zip(self._borders.inputs, inputs, strict=True):
+            shape = _shape(port, prompts)
+            if tuple(value.shape) != shape:
+                raise ValueError(
+                    f"{port.name} must be {list(shape)}, the engine's shape, "
+                    f"got {list(value.shape)}"
+                )
+            self._buffers[port.name][: shape[0]].copy_(value, non_blocking=True)
+        self._enqueue()
+        output = self._borders.output
+        return self._buffers[output.name][: _shape(output, prompts)[0]]
+
+    def _enqueue(self) -> None:
+        torchs = torch.cuda.current_stream()
+        if self._replay is not None:
+            self._replay.replay()
+        elif torchs == torch.cuda.default_stream():
+            # On the default stream TensorRT waits for the GPU after every call.
+            self._stream.wait_stream(torchs)
+            self._execute(self._stream)
+            torchs.wait_stream(self._stream)
+        else:
+            self._execute(torchs)
+
+    def _execute(self, stream: torch.cuda.Stream) -> None:
+        if not self._context.execute_async_v3(stream.cuda_stream):
+            raise RuntimeError("TensorRT refused to run the engine; its own log says why")
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        """The engine as a CUDA graph; it has to have run once, to load its kernels."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        self._execute(self._stream)
+        self._stream.synchronize()
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded, stream=self._stream):
+            self._execute(self._stream)
+        return recorded
+
+    def _set_shapes(self, prompts: int) -> None:
+        for port in self._borders.inputs:
+            shape = _shape(port, prompts)
+            if not self._context.set_input_shape(port.name, shape):
+                raise BundleError(f"the engine does not take {port.name} of {list(shape)}")
+        self._prompts = prompts
+
+    def _prompts_of(self, first: Tensor) -> int:
+        """Prompts of a call to an engine for a range of batches, from its first input."""
+        port = self._borders.inputs[0]
+        least, step = self._fewest * port.per_prompt, port.per_prompt
+        prompts, rest = divmod(len(first), step)
+        if rest or not self._fewest <= prompts <= self._most:
+            raise ValueError(
+                f"{port.name} must have {least} to {self._most * step} rows in steps of {step}, "
+                f"the engine's batches, got {len(first)}"
+            )
+        return prompts
+
+    def close(self) -> None:
+        """Free the engine and its buffers."""
+        self._replay = None
+        del self._context, self._engine, self._buffers, self._activations
+
+
+def _shape(port: Port, prompts: int) -> tuple[int, ...]:
+    """A port's shape at this many prompts."""
+    return (port.per_prompt * prompts or port.shape[0], *port.shape[1:])

@@ -1,0 +1,460 @@
+"""Our TensorRT code against stand-ins of one version; test_trt_contract.py runs it for each.
+
+Not collected by itself: two versions of the bindings cannot live in one process. ONNX Runtime plays
+TensorRT: it runs the graph that the plan was made of, on the addresses that a context was given,
+so that parity and shapes are real. torch's streams and CUDA graphs are played on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from patchbloom.export.bundle import BundleError
+from patchbloom.export.config import EngineSpec
+from patchbloom.export.graphs import GRAPHS, make_graphs
+from patchbloom.export.parity import Reference, check_parity, make_reference
+from small_networks import new_parts
+from trt_standins import Standin, load_bindings, standin_module
+
+ACTIVATION_BYTES = {"encoder": 4096, "denoiser": 12288, "decoder": 8192}
+OWN_STREAM, DEFAULT_STREAM, CALLERS_STREAM = 11, 0, 22
+
+
+@pytest.fixture(scope="session")
+def bindings(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return load_bindings(
+        pytestconfig.getoption("--trt-bindings"), tmp_path_factory.mktemp("libraries")
+    )
+
+
+class FakeTensorRT:
+    """Plays the parts of the classes that we drive, and keeps what it was told."""
+
+    def __init__(self, trt: ModuleType) -> None:
+        self.trt = trt
+        self.flags = {trt.BuilderFlag.TF32}  # TensorRT's own default
+        self.ranges: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self.streams: list[int] = []
+        self.memory: list[tuple[int, int]] = []
+        self.cache_from: list[bytes] = []
+        self.config: Standin | None = None
+        self.parse_fails = self.build_fails = self.refit_fails = self.cache_is_foreign = False
+        self.opens = True
+        self.during_build: Callable[[], None] = lambda: None
+        self.logger: Any = None
+
+    def standin(self, real: str, **plays: Any) -> Standin:
+        return Standin(self.trt, getattr(self.trt, real), plays)
+
+    def parts(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "Builder": self.builder,
+            "OnnxParser": self.parser,
+            "Runtime": lambda logger: self.standin(
+                "Runtime", deserialize_cuda_engine=self.deserialize
+            ),
+            "Refitter": lambda engine, logger: self.standin(
+                "Refitter", refit_cuda_engine=lambda: not self.refit_fails
+            ),
+            "OnnxParserRefitter": self.refitter,
+        }
+
+    def builder(self, logger: Any) -> Standin:
+        self.logger = logger
+        return self.standin(
+            "Builder",
+            create_network=self.network,
+            create_builder_config=self.builder_config,
+            create_optimization_profile=lambda: self.standin(
+                "IOptimizationProfile", set_shape=self.set_range
+            ),
+            build_serialized_network=self.build,
+        )
+
+    def network(self, flags: int = 0) -> Standin:
+        assert flags == 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        return self.standin("INetworkDefinition")
+
+    def parser(self, network: Standin, logger: Any) -> Standin:
+        fault = self.standin("ParserError", node_name=lambda: "conv7", desc=lambda: "no importer")
+        return self.standin(
+            "OnnxParser",
+            parse_from_file=self.parse,
+            num_errors=1,
+            get_error=lambda index: fault,
+        )
+
+    def parse(self, model: str) -> bool:
+        self.parsed = Path(model)
+        onnx.checker.check_model(model)
+        return not self.parse_fails
+
+    def builder_config(self) -> Standin:
+        def add_profile(profile: Standin) -> int:
+            self.profiles = 1
+            return 0
+
+        self.config = self.standin(
+            "IBuilderConfig",
+            set_flag=lambda flag: self.flags.add(flag),
+            clear_flag=lambda flag: self.flags.discard(flag),
+            add_optimization_profile=add_profile,
+            create_timing_cache=self.timing_cache,
+            set_timing_cache=lambda cache, ignore_mismatch: (
+                not (self.cache_is_foreign and self.cache_from[-1])
+            ),
+        )
+        return self.config
+
+    def timing_cache(self, serialized_timing_cache: bytes) -> Standin:
+        self.cache_from.append(serialized_timing_cache)
+        return self.standin("ITimingCache", serialize=lambda: b"timings")
+
+    def set_range(self, name: str, *sizes: tuple[int, ...]) -> None:
+        self.ranges[name] = tuple(tuple(size) for size in sizes)
+
+    def build(self, network: Standin, config: Standin) -> bytes | None:
+        monitor = config._set["progress_monitor"]
+        assert isinstance(monitor, self.trt.IProgressMonitor)
+        monitor.phase_start("Building Engine", None, 2)
+        self.during_build()
+        going = [monitor.step_complete("Building Engine", step) for step in range(2)]
+        monitor.phase_finish("Building Engine")
+        if self.build_fails:
+            self.logger.log(self.trt.ILogger.Severity.WARNING, "hot day")
+            self.logger.log(self.trt.ILogger.Severity.ERROR, "out of memory\n at line 3")
+        return None if self.build_fails or not all(going) else str(self.parsed).encode()
+
+    def deserialize(self, serialized_engine: bytes) -> Standin | None:
+        if not self.opens:
+            return None
+        name = Path(serialized_engine.decode()).stem
+        return self.standin(
+            "ICudaEngine",
+            device_memory_size_v2=ACTIVATION_BYTES[name],
+            create_execution_context=lambda strategy: self.context(strategy, serialized_engine),
+        )
+
+    def refitter(self, refitter: Standin, logger: Any) -> Standin:
+        fault = self.standin("ParserError", desc=lambda: "weight missing")
+        return self.standin(
+            "OnnxParserRefitter",
+            refit_from_file=lambda model: onnx.load(model) is not None and not self.refit_fails,
+            num_errors=1,
+            get_error=lambda index: fault,
+        )
+
+    def context(self, strategy: Any, plan: bytes) -> Standin:
+        assert strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        session = onnxruntime.InferenceSession(plan.decode(), providers=["CPUExecutionProvider"])
+        addresses: dict[str, int] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def set_address(name: str, memory: int) -> bool:
+            addresses[name] = memory
+            return name in {port.name for port in (*session.get_inputs(), *session.get_outputs())}
+
+        def set_shape(name: str, shape: tuple[int, ...]) -> bool:
+            shapes[name] = tuple(shape)
+            return True
+
+        def execute(stream_handle: int) -> bool:
+            self.streams.append(stream_handle)
+            inputs = {
+                port.name: _array(addresses[port.name], shapes.get(port.name, port.shape))
+                for port in session.get_inputs()
+            }
+            (output,) = session.run(None, inputs)
+            _array(addresses[session.get_outputs()[0].name], output.shape)[:] = output
+            return True
+
+        return self.standin(
+            "IExecutionContext",
+            set_device_memory=lambda memory, size: self.memory.append((memory, size)),
+            set_tensor_address=set_address,
+            set_input_shape=set_shape,
+            execute_async_v3=execute,
+        )
+
+
+def _array(address: int, shape: Any) -> np.ndarray:
+    """The fp32 numbers at an address."""
+    count = int(np.prod(shape))
+    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
+
+
+class FakeStream(SimpleNamespace):
+    """Of torch.cuda."""
+
+    def __init__(self, cuda_stream: int = OWN_STREAM) -> None:
+        super().__init__(cuda_stream=cuda_stream)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        assert other.cuda_stream != self.cuda_stream
+
+    def synchronize(self) -> None:
+        pass
+
+
+class FakeGraph:
+    """A CUDA graph: what a context was told to run while it was recorded is run again."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self.again: Callable[[], Any] = lambda: None
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.again()
+
+
+@pytest.fixture
+def tensorrt(bindings: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRT]:
+    fake = FakeTensorRT(bindings)
+    monkeypatch.setitem(sys.modules, "tensorrt", standin_module(bindings, fake.parts()))
+    current = FakeStream(DEFAULT_STREAM)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: FakeStream(DEFAULT_STREAM))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+
+    @contextlib.contextmanager
+    def record(graph: FakeGraph, stream: FakeStream) -> Iterator[None]:
+        from patchbloom.export.trt_session import EngineSession
+
+        execute = EngineSession._execute
+
+        def recorded(session: EngineSession, stream: Any) -> None:
+            graph.again = lambda: execute(session, stream)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(EngineSession, "_execute", recorded)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    fake.current = current  # type: ignore[attr-defined]
+    yield fake
+    for name in ("trt_build", "trt_session"):
+        sys.modules.pop(f"patchbloom.export.{name}", None)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Folder, spec and torch's answers of graphs that were written for TensorRT; made once."""
+    from patchbloom.export import to_tensorrt
+
+    made: dict[tuple, tuple[Path, EngineSpec, list[Reference]]] = {}
+
+    def make(**shapes: Any) -> tuple[Path, EngineSpec, list[Reference]]:
+        key = tuple(sorted(shapes.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("bundles") / "engine"
+            folder.mkdir()
+            spec = EngineSpec(size_px=32, **shapes)
+            references = []
+            for graph in make_graphs(new_parts(), spec, tokens=77):
+                references.append(make_reference(graph))
+                to_tensorrt.export_graph(graph, folder, spec)
+            made[key] = folder, spec, references
+        return made[key]
+
+    return make
+
+
+def compiled(exported: Callable[..., Any], said: list[str], **shapes: Any) -> Any:
+    from patchbloom.export import to_tensorrt
+
+    folder, spec, references = exported(**shapes)
+    report = to_tensorrt.compile_graphs(folder, spec, said.append)
+    return folder, spec, references, report
+
+
+def test_a_static_batch(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
+    from patchbloom.export import to_tensorrt
+
+    said: list[str] = []
+    shapes = {"batch": 16, "images_per_prompt": 2}
+    folder, spec, references, report = compiled(exported, said, **shapes)
+    assert report["plans"].keys() == set(GRAPHS)
+    flags = tensorrt.trt.BuilderFlag
+    assert tensorrt.flags == {flags.STRIP_PLAN, flags.REFIT_IDENTICAL}
+    assert tensorrt.config is not None
+    assert tensorrt.config._set["max_aux_streams"] == 0
+    assert tensorrt.config._set["builder_optimization_level"] == 3
+    assert tensorrt.ranges == {}
+    assert [line for line in said if line.startswith("compiled the ")] != []
+
+    sessions = to_tensorrt.open_sessions(folder, spec)
+    # One memory for all, of the size that the hungriest needs.
+    assert len({address for address, _ in tensorrt.memory}) == 1
+    assert {size for _, size in tensorrt.memory} == {max(ACTIVATION_BYTES.values())}
+    for reference in references:
+        session = sessions[reference.graph]
+        assert check_parity(reference, session.run)["max_abs"] < 1e-4
+        first, *rest = reference.inputs
+        with pytest.raises(ValueError, match=r"must be \[16, .*the engine's shape, got \[15, "):
+            session.run(first[:15], *rest)
+        # Buffers are made once: the next answer lies where the last one did.
+        answer = session.run(*reference.inputs)
+        assert session.run(first.double(), *rest).data_ptr() == answer.data_ptr()
+    assert set(tensorrt.streams) == {OWN_STREAM}
+    tensorrt.current.cuda_stream = CALLERS_STREAM  # type: ignore[attr-defined]
+    session.run(*reference.inputs)
+    assert tensorrt.streams[-1] == CALLERS_STREAM
+    session.close()
+
+
+def test_a_small_batch_is_replayed(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
+    from patchbloom.export import to_tensorrt
+
+    folder, spec, references, _ = compiled(exported, [], batch=4, images_per_prompt=2)
+    sessions = to_tensorrt.open_sessions(folder, spec)
+    for reference in references:
+        session: Any = sessions[reference.graph]
+        assert session._replay.replays == 0
+        assert check_parity(reference, session.run)["max_abs"] < 1e-4
+        assert session._replay.replays == 1
+
+
+def test_a_range_of_batches(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
+    from patchbloom.export import to_tensorrt
+
+    shapes = {"batch": 6, "min_batch": 2, "images_per_prompt": 2}
+    folder, spec, references, _ = compiled(exported, [], **shapes)
+    latents = ((2, 4, 8, 8), (6, 4, 8, 8), (6, 4, 8, 8))
+    assert tensorrt.ranges["latents"] == latents
+    assert tensorrt.ranges["added"][0][0] == 1
+    assert tensorrt.ranges["added"][1] == tensorrt.ranges["added"][2]
+    assert "timestep" not in tensorrt.ranges
+    sessions = to_tensorrt.open_sessions(folder, spec)
+    for reference in references:
+        session: Any = sessions[reference.graph]
+        assert session._replay is None
+        assert check_parity(reference, session.run)["max_abs"] < 1e-4
+        ports = session._borders.inputs
+        fewer = [
+            value[: port.per_prompt * 2] if port.per_prompt else value
+            for port, value in zip(ports, reference.inputs, strict=True)
+        ]
+        found = session.run(*fewer)
+        assert len(found) == 4
+        assert float((found - reference.expected[:4]).abs().max()) < 1e-4
+        with pytest.raises(ValueError, match="must have 2 to 6 rows in steps of 2"):
+            session.run(*(torch.zeros(8, *value.shape[1:]) for value in reference.inputs))
+
+
+def test_the_timing_cache_is_kept(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
+    shapes = {"batch": 4, "images_per_prompt": 2}
+    folder, *_ = compiled(exported, [], **shapes)
+    (kept,) = folder.parent.glob(".tensorrt-*-cpu.timing")
+    assert tensorrt.trt.__version__ in kept.name
+    assert kept.read_bytes() == b"timings"
+    tensorrt.cache_from.clear()
+    compiled(exported, [], **shapes)
+    assert tensorrt.cache_from == [b"timings"] * 3
+    tensorrt.cache_is_foreign, said = True, []
+    tensorrt.cache_from.clear()
+    compiled(exported, said, **shapes)
+    assert tensorrt.cache_from[:2] == [b"timings", b""]
+    assert "timing everything anew" in said[0]
+    assert not list(folder.parent.glob("*.partial"))
+
+
+def test_faults_are_told(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
+    from patchbloom.export import to_tensorrt
+
+    shapes = {"batch": 4, "images_per_prompt": 2}
+    folder, spec, *_ = compiled(exported, [], **shapes)
+    tensorrt.opens = False
+    with pytest.raises(BundleError, match=r"does not open encoder\.plan .*engine remove engine"):
+        to_tensorrt.open_sessions(folder, spec)
+    tensorrt.opens, tensorrt.refit_fails = True, True
+    with pytest.raises(BundleError, match=r"weights of encoder\.onnx do not fit .*weight missing"):
+        to_tensorrt.open_sessions(folder, spec)
+    tensorrt.build_fails = True
+    with pytest.raises(BundleError, match=r"\(out of memory at line 3\).*smaller --batch"):
+        compiled(exported, [], **shapes)
+    tensorrt.parse_fails = True
+    with pytest.raises(BundleError, match=r"does not take encoder\.onnx \(conv7: no importer\)"):
+        compiled(exported, [], **shapes)
+
+
+def test_an_interrupt_ends_the_build(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
+    before = signal.getsignal(signal.SIGINT)
+    tensorrt.during_build = lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(exported, [], batch=4, images_per_prompt=2)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_progress_is_told(
+    tensorrt: FakeTensorRT, exported: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    trt_build = importlib.import_module("patchbloom.export.trt_build")  # of this test
+    monkeypatch.setattr(trt_build, "_PATIENCE_S", 0.0)
+    said: list[str] = []
+    compiled(exported, said, batch=4, images_per_prompt=2)
+    assert any(
+        line.startswith("compiling the denoiser: Building Engine, 1 of 2, ") for line in said
+    )
+
+
+def test_stand_ins_have_what_is_real_and_no_more(tensorrt: FakeTensorRT):
+    """The harness itself: what TensorRT does not have must fail."""
+    trt = sys.modules["tensorrt"]
+    builder = trt.Builder(_log(trt))
+    config = builder.create_builder_config()
+    for wrong in ("create_graph", "make_network"):
+        with pytest.raises(AttributeError, match=f"Builder has no attribute '{wrong}'"):
+            getattr(builder, wrong)
+    with pytest.raises(AttributeError, match="cannot be set"):
+        config.aux_streams = 0
+    with pytest.raises(AttributeError, match="cannot be set"):
+        config.set_flag = None
+    with pytest.raises(AttributeError):
+        _ = trt.BuilderFlag.STRIP_WEIGHTS
+    with pytest.raises(AttributeError):
+        _ = trt.EngineBuilder
+    for call in (
+        lambda: builder.create_network("1"),
+        lambda: builder.create_network(1, 2),
+        lambda: builder.create_network(flag=1),
+        lambda: config.set_flag(1),
+        lambda: config.set_timing_cache(config.create_timing_cache(b"")),
+        lambda: config.create_timing_cache("text"),
+        lambda: builder.build_serialized_network(config, config),
+        lambda: trt.Builder(),
+        lambda: trt.Builder(print),
+    ):
+        with pytest.raises(TypeError):
+            call()
+    with pytest.raises(AssertionError, match="no part was given"):
+        _ = builder.reset
+    ten = trt.__version__.startswith("10.")
+    assert hasattr(trt.BuilderFlag, "FP16") == ten
+    assert hasattr(tensorrt.trt.ICudaEngine, "device_memory_size") == ten
+
+
+def _log(trt: Any) -> Any:
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, msg: str) -> None:
+            pass
+
+    return Log()
