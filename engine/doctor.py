@@ -126,7 +126,8 @@ def _missing(name: Any, device: Any) -> str | None:
 
     precision: Precision = "fp16" if device == "cuda" else "fp32"
     try:
-        resolve_device(device)
+        if name != "trt":  # which names the GPU beside the library
+            resolve_device(device)
         require_backend(name, precision, device)
     except (ImportError, OSError) as error:
         return " ".join(str(error).split())

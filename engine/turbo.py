@@ -220,8 +220,9 @@ class Expander:
     def _expand_batch(self, plan: BatchPlan, epoch: int) -> Tensor:
         schedule, seed = self.schedule, self.config.seed
         samples_B = torch.from_numpy(plan.samples_B).to(self._device)
-        classes_G = torch.from_numpy(plan.classes_G).to(self._device)
-        added_GD, kv_GP = self._added_KD[classes_G], self._kv_KP[classes_G]
+        classes_G = torch.from_numpy(plan.classes_G)
+        added_GD = self._added_KD[classes_G.to(self._device)]
+        kv_GP = self._kv_KP[classes_G.to(self._kv_KP.device)].to(self._device)
         state_BCHW, x_BCHW = self._start(plan, samples_B, epoch)
         for step in range(schedule.evals):
             eps_BCHW = self.backend.denoise(x_BCHW, self._timesteps_1[step], added_GD, kv_GP)

@@ -78,7 +78,15 @@ def _cached(repository: str, revision: str, patterns: tuple[str, ...]) -> Path |
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        # Without the patterns, the files that were never wanted count as missing.
+        folder = Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(patterns),
+                local_files_only=True,
+            )
+        )
     except LocalEntryNotFoundError:
         return None
     return folder if _is_complete(folder, patterns) else None

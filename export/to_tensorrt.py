@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 OLDEST, TOO_NEW = (10, 12), (12, 0)
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 _DISTRIBUTIONS = ("tensorrt-cu13", "tensorrt-cu12", "tensorrt")
+_REMEDY = "pip install 'tensorrt-cu13>=10.12,<12'"
 _OPTIMISATION_LEVEL = 3  # TensorRT's own default, said so that it is in the key
 
 
@@ -35,12 +36,12 @@ def require(precision: Precision, device: str) -> None:
     """Unavailable: no TensorRT of a version that is known to work, or no GPU."""
     missing = []
     if device != "cuda" or not torch.cuda.is_available():
-        missing.append("an NVIDIA GPU, which torch does not find or was not asked for here")
+        missing.append("an NVIDIA GPU (torch finds none, or was asked for another device)")
     found = _installed_version()
     if found is None:
-        missing.append("TensorRT 10.12 to 11 (pip install 'patchbloom[trt]')")
+        missing.append(f"TensorRT 10.12 to 11 ({_REMEDY})")
     elif not OLDEST <= tuple(int(number) for number in found.split(".")[:2]) < TOO_NEW:
-        missing.append(f"TensorRT 10.12 to 11, not {found} (pip install 'patchbloom[trt]')")
+        missing.append(f"TensorRT 10.12 to 11, not {found} ({_REMEDY})")
     if missing:
         raise Unavailable(
             f"the trt backend needs {' and '.join(missing)}; --backend ort and inductor also run "
@@ -50,8 +51,8 @@ def require(precision: Precision, device: str) -> None:
         import tensorrt  # noqa: F401 # pyright: ignore[reportMissingImports]
     except (ImportError, OSError) as error:
         raise Unavailable(
-            f"TensorRT {found} is installed but does not load ({error}): pip install "
-            "--force-reinstall 'patchbloom[trt]'"
+            f"TensorRT {found} is installed but does not load ({error}): {_REMEDY}, and see that "
+            "the driver is new enough for its CUDA"
         ) from error
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from patchbloom.engine import backends
 from patchbloom.export import machine, to_inductor
 from patchbloom.export.config import EngineSpec, Precision
 from patchbloom.export.graphs import make_graphs
@@ -47,6 +48,14 @@ def test_what_it_needs_is_asked_for(monkeypatch: Any):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(Unavailable, match="install g\\+\\+"):
         to_inductor.require("fp32", "cpu")
+
+
+def test_auto_takes_it_in_bf16_where_there_is_a_compiler(monkeypatch: Any):
+    bf16 = EngineSpec(size_px=32, precision="bf16")
+    assert backends.choose_backend(bf16) == "inductor"
+    assert backends.choose_backend(EngineSpec(size_px=32)) == "ort"
+    monkeypatch.setattr(backends, "cxx_compiler", lambda: None)
+    assert backends.choose_backend(bf16) == "eager"
 
 
 def test_another_processor_is_another_engine(monkeypatch: Any):
