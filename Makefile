@@ -13,25 +13,30 @@ TRT_BINDINGS := 10.16.1.11 11.4.0.106
 # Wheels come from the package index, not from a local folder with other builds of torch in it.
 export PIP_FIND_LINKS :=
 
-.PHONY: setup demo test check
-setup: $(INSTALLED)
+.PHONY: setup bindings demo test check
+setup: $(INSTALLED) bindings
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is %d.%d: make setup PYTHON=python3.12" % sys.version_info[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
-	for version in $(TRT_BINDINGS); do \
-	  test -d .trt/$$version || $(BIN)/python -m pip install --quiet --no-deps --only-binary :all: \
-	    --target .trt/$$version tensorrt-cu13-bindings==$$version || \
-	    { rm -rf .trt/$$version; echo "no bindings of TensorRT $$version: make test skips what needs them"; }; \
-	done
 	touch $@
+
+# Per Python, as their extension is; tried again until they are there.
+bindings: $(INSTALLED)
+	@tag=$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)'); \
+	for version in $(TRT_BINDINGS); do \
+	  folder=.trt/$$tag/$$version; \
+	  test -d $$folder || $(BIN)/python -m pip install --quiet --retries 1 --timeout 10 --no-deps \
+	    --only-binary :all: --target $$folder tensorrt-cu13-bindings==$$version || \
+	    { rm -rf $$folder; echo "no bindings of TensorRT $$version: tests that need them are skipped"; }; \
+	done
 
 demo: $(INSTALLED)
 	$(BIN)/train --data shapes --model sdxl-tiny --method random rded upsample dace --seeds 3 \
 	  --out $(DEMO_OUT) --overwrite
 
-test: $(INSTALLED)
+test: bindings
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(INSTALLED)

@@ -90,7 +90,7 @@ def export_graph(graph: Graph, folder: Path, spec: EngineSpec) -> None:
 
 
 def compile_graphs(folder: Path, spec: EngineSpec, say: Say) -> dict[str, Any]:
-    """Build `<graph>.plan` of each graph; seconds, bytes and activation bytes of each.
+    """Build `<graph>.plan` of each graph; seconds and bytes of each.
 
     BundleError: a graph that TensorRT does not take, or no way to run it in this GPU's memory.
     KeyboardInterrupt between two steps of the build.

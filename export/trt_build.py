@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,10 @@ def build_plan(
     progress = Progress(name, say)
     config.progress_monitor = progress
     say(f"compiling the {name}")
-    with _interrupts_told(progress):
-        plan = builder.build_serialized_network(network, config)
+    # In a thread of its own. TensorRT holds the one that builds and tells progress from others,
+    # and Python hears Ctrl-C in the main thread alone: there it would wait for the build's end.
+    with ThreadPoolExecutor(1) as thread, _interrupts_told(progress):
+        plan = thread.submit(builder.build_serialized_network, network, config).result()
     if progress.stopped:
         raise KeyboardInterrupt
     if plan is None:

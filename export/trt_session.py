@@ -32,7 +32,12 @@ def open_plans(folder: Path, spec: EngineSpec) -> dict[str, EngineSession]:
     stream = torch.cuda.Stream()
     return {
         name: EngineSession(
-            engine, read_borders(folder, name), spec, activations=activations, stream=stream
+            engine,
+            read_borders(folder, name),
+            spec,
+            activations=activations,
+            stream=stream,
+            log=log,
         )
         for name, engine in engines.items()
     }
@@ -68,7 +73,9 @@ class EngineSession:
         *,
         activations: Tensor,
         stream: torch.cuda.Stream,
+        log: Log,
     ) -> None:
+        self._log = log
         self._borders, self._stream, self._activations = borders, stream, activations
         self._fewest, self._most = spec.min_prompts, spec.prompts
         self._prompts = self._most
@@ -80,6 +87,11 @@ class EngineSession:
         self._context = engine.create_execution_context(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
+        if self._context is None:
+            raise BundleError(
+                f"TensorRT cannot run the engine here ({log.last_error()}): if memory is short, "
+                "close what else uses the GPU, or take a smaller --batch or --size"
+            )
         self._context.set_device_memory(activations.data_ptr(), activations.numel())
         for name, buffer in self._buffers.items():
             if not self._context.set_tensor_address(name, buffer.data_ptr()):
@@ -124,7 +136,7 @@ class EngineSession:
 
     def _execute(self, stream: torch.cuda.Stream) -> None:
         if not self._context.execute_async_v3(stream.cuda_stream):
-            raise RuntimeError("TensorRT refused to run the engine; its own log says why")
+            raise RuntimeError(f"TensorRT refused to run the engine: {self._log.last_error()}")
 
     def _record(self) -> torch.cuda.CUDAGraph:
         """The engine as a CUDA graph; it has to have run once, to load its kernels."""

@@ -13,6 +13,8 @@ import importlib
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -25,13 +27,15 @@ import pytest
 import torch
 from patchbloom.export.bundle import BundleError
 from patchbloom.export.config import EngineSpec
-from patchbloom.export.graphs import GRAPHS, make_graphs
+from patchbloom.export.graphs import GRAPHS, Graph, Port
 from patchbloom.export.parity import Reference, check_parity, make_reference
-from small_networks import new_parts
+from torch import Tensor, nn
 from trt_standins import Standin, load_bindings, standin_module
 
 ACTIVATION_BYTES = {"encoder": 4096, "denoiser": 12288, "decoder": 8192}
 OWN_STREAM, DEFAULT_STREAM, CALLERS_STREAM = 11, 0, 22
+HAPPENED: list[str] = []
+"""On the GPU, in this order."""
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +57,9 @@ class FakeTensorRT:
         self.cache_from: list[bytes] = []
         self.config: Standin | None = None
         self.parse_fails = self.build_fails = self.refit_fails = self.cache_is_foreign = False
-        self.opens = True
+        self.opens = self.runs = True
+        self.profiles = self.rows = 0
+        self.refitted: list[str] = []
         self.during_build: Callable[[], None] = lambda: None
         self.logger: Any = None
 
@@ -64,11 +70,9 @@ class FakeTensorRT:
         return {
             "Builder": self.builder,
             "OnnxParser": self.parser,
-            "Runtime": lambda logger: self.standin(
-                "Runtime", deserialize_cuda_engine=self.deserialize
-            ),
+            "Runtime": self.runtime,
             "Refitter": lambda engine, logger: self.standin(
-                "Refitter", refit_cuda_engine=lambda: not self.refit_fails
+                "Refitter", refit_cuda_engine=self.refit
             ),
             "OnnxParserRefitter": self.refitter,
         }
@@ -84,6 +88,10 @@ class FakeTensorRT:
             ),
             build_serialized_network=self.build,
         )
+
+    def runtime(self, logger: Any) -> Standin:
+        self.logger = logger
+        return self.standin("Runtime", deserialize_cuda_engine=self.deserialize)
 
     def network(self, flags: int = 0) -> Standin:
         assert flags == 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -105,8 +113,12 @@ class FakeTensorRT:
 
     def builder_config(self) -> Standin:
         def add_profile(profile: Standin) -> int:
-            self.profiles = 1
+            self.profiles += 1
             return 0
+
+        def set_cache(cache: Standin, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch  # another GPU's timings are worse than none
+            return not (self.cache_is_foreign and self.cache_from[-1])
 
         self.config = self.standin(
             "IBuilderConfig",
@@ -114,9 +126,7 @@ class FakeTensorRT:
             clear_flag=lambda flag: self.flags.discard(flag),
             add_optimization_profile=add_profile,
             create_timing_cache=self.timing_cache,
-            set_timing_cache=lambda cache, ignore_mismatch: (
-                not (self.cache_is_foreign and self.cache_from[-1])
-            ),
+            set_timing_cache=set_cache,
         )
         return self.config
 
@@ -128,6 +138,8 @@ class FakeTensorRT:
         self.ranges[name] = tuple(tuple(size) for size in sizes)
 
     def build(self, network: Standin, config: Standin) -> bytes | None:
+        # The real one is C++ for minutes: no signal handler runs in a thread that it holds.
+        assert threading.current_thread() is not threading.main_thread()
         monitor = config._set["progress_monitor"]
         assert isinstance(monitor, self.trt.IProgressMonitor)
         monitor.phase_start("Building Engine", None, 2)
@@ -149,11 +161,20 @@ class FakeTensorRT:
             create_execution_context=lambda strategy: self.context(strategy, serialized_engine),
         )
 
+    def refit(self) -> bool:
+        self.refitted.append("applied")
+        return not self.refit_fails
+
+    def take_weights(self, model: str) -> bool:
+        onnx.load(model)
+        self.refitted.append(Path(model).stem)
+        return not self.refit_fails
+
     def refitter(self, refitter: Standin, logger: Any) -> Standin:
         fault = self.standin("ParserError", desc=lambda: "weight missing")
         return self.standin(
             "OnnxParserRefitter",
-            refit_from_file=lambda model: onnx.load(model) is not None and not self.refit_fails,
+            refit_from_file=self.take_weights,
             num_errors=1,
             get_error=lambda index: fault,
         )
@@ -173,7 +194,13 @@ class FakeTensorRT:
             return True
 
         def execute(stream_handle: int) -> bool:
+            if not self.runs:
+                self.logger.log(self.trt.ILogger.Severity.ERROR, "no such kernel")
+                return False
             self.streams.append(stream_handle)
+            HAPPENED.append(f"run on {stream_handle}")
+            first = session.get_inputs()[0]
+            self.rows = shapes.get(first.name, first.shape)[0]
             inputs = {
                 port.name: _array(addresses[port.name], shapes.get(port.name, port.shape))
                 for port in session.get_inputs()
@@ -205,9 +232,10 @@ class FakeStream(SimpleNamespace):
 
     def wait_stream(self, other: FakeStream) -> None:
         assert other.cuda_stream != self.cuda_stream
+        HAPPENED.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
 
     def synchronize(self) -> None:
-        pass
+        HAPPENED.append("synchronize")
 
 
 class FakeGraph:
@@ -225,6 +253,7 @@ class FakeGraph:
 @pytest.fixture
 def tensorrt(bindings: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRT]:
     fake = FakeTensorRT(bindings)
+    HAPPENED.clear()
     monkeypatch.setitem(sys.modules, "tensorrt", standin_module(bindings, fake.parts()))
     current = FakeStream(DEFAULT_STREAM)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
@@ -241,6 +270,7 @@ def tensorrt(bindings: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         def recorded(session: EngineSession, stream: Any) -> None:
             graph.again = lambda: execute(session, stream)
 
+        HAPPENED.append("record")
         with monkeypatch.context() as patch:
             patch.setattr(EngineSession, "_execute", recorded)
             yield
@@ -250,6 +280,39 @@ def tensorrt(bindings: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield fake
     for name in ("trt_build", "trt_session"):
         sys.modules.pop(f"patchbloom.export.{name}", None)
+
+
+class Denoiser(nn.Module):
+    """The borders of a denoiser, for two images per prompt, around one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, latents: Tensor, timestep: Tensor, added: Tensor, keys: Tensor) -> Tensor:
+        texts = (added.mean(1) + keys.mean(1))[:, None].expand(-1, 2).flatten()
+        return self.mix(latents) + timestep / 1000 + texts[:, None, None, None]
+
+
+def new_graphs(spec: EngineSpec) -> tuple[Graph, ...]:
+    """Graphs that are quickly written: what TensorRT is told does not depend on their insides."""
+    torch.manual_seed(0)
+    batch, prompts, fp32 = spec.batch, spec.prompts, torch.float32
+    images = Port("images", (batch, 3, 32, 32), fp32, 2)
+    latents = Port("latents", (batch, 4, 8, 8), fp32, 2)
+    texts = (Port("added", (prompts, 6), fp32, 1), Port("keys_values", (prompts, 10), fp32, 1))
+    noise, moments = (
+        Port("noise", latents.shape, fp32, 2),
+        Port("moments", (batch, 8, 8, 8), fp32, 2),
+    )
+    fewest = spec.min_prompts if spec.min_batch else None
+    return (
+        Graph("encoder", nn.Conv2d(3, 8, 4, 4), (images,), moments, fewest),
+        Graph(
+            "denoiser", Denoiser(), (latents, Port("timestep", (1,), fp32), *texts), noise, fewest
+        ),
+        Graph("decoder", nn.ConvTranspose2d(4, 3, 4, 4), (latents,), images, fewest),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -266,7 +329,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
             folder.mkdir()
             spec = EngineSpec(size_px=32, **shapes)
             references = []
-            for graph in make_graphs(new_parts(), spec, tokens=77):
+            for graph in new_graphs(spec):
                 references.append(make_reference(graph))
                 to_tensorrt.export_graph(graph, folder, spec)
             made[key] = folder, spec, references
@@ -298,7 +361,9 @@ def test_a_static_batch(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
     assert tensorrt.ranges == {}
     assert [line for line in said if line.startswith("compiled the ")] != []
 
+    assert tensorrt.profiles == 0
     sessions = to_tensorrt.open_sessions(folder, spec)
+    assert tensorrt.refitted == [told for name in GRAPHS for told in (name, "applied")]
     # One memory for all, of the size that the hungriest needs.
     assert len({address for address, _ in tensorrt.memory}) == 1
     assert {size for _, size in tensorrt.memory} == {max(ACTIVATION_BYTES.values())}
@@ -312,6 +377,7 @@ def test_a_static_batch(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
         answer = session.run(*reference.inputs)
         assert session.run(first.double(), *rest).data_ptr() == answer.data_ptr()
     assert set(tensorrt.streams) == {OWN_STREAM}
+    assert HAPPENED[-3:] == ["11 waits for 0", "run on 11", "0 waits for 11"]
     tensorrt.current.cuda_stream = CALLERS_STREAM  # type: ignore[attr-defined]
     session.run(*reference.inputs)
     assert tensorrt.streams[-1] == CALLERS_STREAM
@@ -323,6 +389,7 @@ def test_a_small_batch_is_replayed(tensorrt: FakeTensorRT, exported: Callable[..
 
     folder, spec, references, _ = compiled(exported, [], batch=4, images_per_prompt=2)
     sessions = to_tensorrt.open_sessions(folder, spec)
+    assert HAPPENED == ["11 waits for 0", "run on 11", "synchronize", "record"] * 3
     for reference in references:
         session: Any = sessions[reference.graph]
         assert session._replay.replays == 0
@@ -336,6 +403,7 @@ def test_a_range_of_batches(tensorrt: FakeTensorRT, exported: Callable[..., Any]
     shapes = {"batch": 6, "min_batch": 2, "images_per_prompt": 2}
     folder, spec, references, _ = compiled(exported, [], **shapes)
     latents = ((2, 4, 8, 8), (6, 4, 8, 8), (6, 4, 8, 8))
+    assert tensorrt.profiles == 3
     assert tensorrt.ranges["latents"] == latents
     assert tensorrt.ranges["added"][0][0] == 1
     assert tensorrt.ranges["added"][1] == tensorrt.ranges["added"][2]
@@ -351,7 +419,7 @@ def test_a_range_of_batches(tensorrt: FakeTensorRT, exported: Callable[..., Any]
             for port, value in zip(ports, reference.inputs, strict=True)
         ]
         found = session.run(*fewer)
-        assert len(found) == 4
+        assert len(found) == tensorrt.rows == 4
         assert float((found - reference.expected[:4]).abs().max()) < 1e-4
         with pytest.raises(ValueError, match="must have 2 to 6 rows in steps of 2"):
             session.run(*(torch.zeros(8, *value.shape[1:]) for value in reference.inputs))
@@ -374,11 +442,19 @@ def test_the_timing_cache_is_kept(tensorrt: FakeTensorRT, exported: Callable[...
     assert not list(folder.parent.glob("*.partial"))
 
 
-def test_faults_are_told(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
+def test_faults_are_told(
+    tensorrt: FakeTensorRT, exported: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
     from patchbloom.export import to_tensorrt
 
     shapes = {"batch": 4, "images_per_prompt": 2}
-    folder, spec, *_ = compiled(exported, [], **shapes)
+    folder, spec, references, _ = compiled(exported, [], **shapes)
+    monkeypatch.setattr(
+        importlib.import_module("patchbloom.export.trt_session"), "REPLAYED_BATCH", 0
+    )
+    sessions, tensorrt.runs = to_tensorrt.open_sessions(folder, spec), False
+    with pytest.raises(RuntimeError, match="refused to run the engine: no such kernel"):
+        sessions["encoder"].run(*references[0].inputs)
     tensorrt.opens = False
     with pytest.raises(BundleError, match=r"does not open encoder\.plan .*engine remove engine"):
         to_tensorrt.open_sessions(folder, spec)
@@ -395,7 +471,15 @@ def test_faults_are_told(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
 
 def test_an_interrupt_ends_the_build(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
     before = signal.getsignal(signal.SIGINT)
-    tensorrt.during_build = lambda: os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupt() -> None:
+        assert tensorrt.config is not None
+        progress, patience_s = tensorrt.config._set["progress_monitor"], time.monotonic() + 10
+        os.kill(os.getpid(), signal.SIGINT)
+        while not progress.stopped and time.monotonic() < patience_s:
+            time.sleep(0.01)
+
+    tensorrt.during_build = interrupt
     with pytest.raises(KeyboardInterrupt):
         compiled(exported, [], batch=4, images_per_prompt=2)
     assert signal.getsignal(signal.SIGINT) is before
