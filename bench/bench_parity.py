@@ -52,6 +52,8 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     model = find_model(options.model)
     pipeline = open_pipeline(model.folder)
+    if options.classes < 2:
+        raise ValueError(f"--classes {options.classes}: expected 2 or more, to confuse prompts")
     per_class = -(-max(options.batches) // options.classes)
     coreset = make_coreset(
         classes=options.classes,
@@ -75,7 +77,7 @@ def main(options: Options) -> None:
                 batch=batch,
             )
             found = compare_with_diffusers(
-                name, expander, pipeline, coreset, torch.arange(batch) * 7 % (per_class * 10)
+                name, expander, pipeline, coreset, torch.arange(batch) * 7 % len(coreset.labels_N)
             )
             errors.setdefault(name, {})[batch] = found
             same = found["same"]

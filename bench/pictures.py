@@ -1,6 +1,7 @@
 """The gate of every figure on expansion: our pictures against diffusers' own img2img pipeline's.
 
-Both start from the same latents and draw the same noise. A backend passes when its pictures are
+Both start from the same pixels and draw the same noise; of the encoder's posterior diffusers takes
+the mean here, as we do. A backend passes when its pictures are
 diffusers' and those of wrong prompts and of a wrong timestep are not: in fp32 by the max abs error,
 at most TOLERANCE of the range [-1, 1]; in bf16 by the PSNR, at least MIN_PSNR_DB.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from patchbloom.engine.turbo import Expander
 from patchbloom.export.config import BackendName, Precision
 from patchbloom.export.models import ModelSource
 from patchbloom.kernels.noise import Draw, uniform
+from patchbloom.kernels.pixels import upsample_patches
 from torch import Tensor
 
 Name = Literal["eager", "ort", "inductor", "eager-bf16", "inductor-bf16"]
@@ -78,11 +81,16 @@ def compare_with_diffusers(
 ) -> dict[str, dict[str, float]]:
     """Errors of the same pictures and of both negative controls; RuntimeError at a failed gate."""
     config, prompts = expander.config, coreset.prompts_of(samples)
-    with noise_of_ours(pipeline, samples, seed=config.seed, epoch=EPOCH):
+    patches = coreset.patches_NHWC[samples]
+    images = upsample_patches(patches, config.size_px, mode="bicubic", dtype=torch.float32)
+    with (
+        noise_of_ours(pipeline, samples, seed=config.seed, epoch=EPOCH),
+        mock.patch("diffusers.models.autoencoders.vae.randn_tensor", _no_noise),
+    ):
         expected = run_pipeline(
             pipeline,
             prompts,
-            image=expander.latents()[samples],
+            image=images * 0.5 + 0.5,
             strength=config.rho,
             num_inference_steps=config.steps,
         )
@@ -103,6 +111,10 @@ def compare_with_diffusers(
             f"caught, got {errors}; nothing is reported"
         )
     return errors
+
+
+def _no_noise(shape: tuple[int, ...], **_: Any) -> Tensor:
+    return torch.zeros(shape)
 
 
 def _errors(images: Tensor, expected: Tensor) -> dict[str, float]:

@@ -19,6 +19,7 @@ from ..export.engines import exporter, open_engine, open_sessions
 from ..export.machine import cxx_compiler
 from ..export.models import ModelParts, ModelSource, Unavailable
 from ..export.modules import Denoiser, LatentDecoder, LatentEncoder
+from ..export.parity import without_tf32
 
 
 class Backend(Protocol):
@@ -68,15 +69,18 @@ class EagerBackend:
         self._decoder = LatentDecoder(parts.vae).to(memory_format=torch.channels_last)
 
     def encode_moments(self, images_BCHW: Tensor) -> Tensor:
-        return self._encoder(self._for_vae(images_BCHW)).float()
+        with without_tf32():
+            return self._encoder(self._for_vae(images_BCHW)).float()
 
     def denoise(
         self, x_BCHW: Tensor, timestep_1: Tensor, added_GD: Tensor, kv_GP: Tensor
     ) -> Tensor:
-        return self._denoiser(x_BCHW.to(self._unet_dtype), timestep_1, added_GD, kv_GP).float()
+        with without_tf32():
+            return self._denoiser(x_BCHW.to(self._unet_dtype), timestep_1, added_GD, kv_GP).float()
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self._decoder(self._for_vae(latents_BCHW)).float()
+        with without_tf32():
+            return self._decoder(self._for_vae(latents_BCHW)).float()
 
     def _for_vae(self, values_BCHW: Tensor) -> Tensor:
         return values_BCHW.to(self._vae_dtype, memory_format=torch.channels_last)

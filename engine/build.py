@@ -10,7 +10,15 @@ from typing import Any
 from ..export.bundle import Bundle, BundleError, Say, open_bundle
 from ..export.bundle_key import GRAPHS_ONLY, build_command, bundle_name
 from ..export.config import BackendName, EngineSpec
-from ..export.engines import engine_key, export_graphs, graphs_key, open_engine, verify_engine
+from ..export.engines import (
+    engine_key,
+    export_graphs,
+    graphs_key,
+    open_engine,
+    require_engine,
+    require_graphs,
+    verify_engine,
+)
 from ..export.models import (
     TOKENS,
     ModelError,
@@ -79,14 +87,31 @@ def plan_build(command: EngineBuild, say: Say) -> BuildPlan:
         device=device,
     )
     if backend == "auto":
-        backend = "ort" if command.export_only else choose_backend(spec)
+        backend = "ort" if command.export_only else _choose_built(spec)
         say(f"backend: {backend} on {device}")
     if backend == "eager":
         raise ValueError(
-            f"backend eager, which --backend {command.backend} means here, is torch itself and has "
-            "nothing to build: choose --backend ort, inductor or trt"
+            "the eager backend is torch itself and has nothing to build: choose --backend ort, "
+            "inductor or trt"
         )
+    if command.export_only:
+        require_graphs(backend)
+    else:
+        require_engine(backend, model, spec)
     return BuildPlan(model=model, backend=backend, spec=spec, export_only=command.export_only)
+
+
+def _choose_built(spec: EngineSpec) -> BackendName:
+    """What `auto` means for a build: as for a run, or the first that is not torch itself."""
+    backend = choose_backend(spec)
+    order: tuple[BackendName, ...] = ("trt", "inductor", "ort")
+    for each in order if backend == "eager" else ():
+        try:
+            require_backend(each, spec.precision, spec.device)
+            return each
+        except Unavailable:
+            continue
+    return backend
 
 
 def _build(plan: BuildPlan, bundles: Path, say: Say) -> Bundle:
@@ -130,7 +155,7 @@ def verify_engines(
         try:
             results.append(verify_stored(folder, say))
             show(results[-1])
-        except BundleError as error:
+        except (ValueError, OSError) as error:
             faults.append(f"{folder.name}: {error}")
     if faults:
         right = f"{len(results)} of {len(folders)} engines are right; " if len(folders) > 1 else ""

@@ -68,7 +68,8 @@ class EngineBuild:
     """sdxl-turbo, sdxl-tiny, or a folder in diffusers' SDXL layout. Left out: sdxl-turbo where
     there is a CUDA device, sdxl-tiny elsewhere."""
     backend: BackendName = "auto"
-    """What is built for; `auto` takes what `train --backend auto` does, and says which."""
+    """What is built for; `auto` takes what `train --backend auto` does, or the first of trt,
+    inductor and ort that works here where that is eager, and says which."""
     size: int | None = None
     """Side of the images in px. Left out: what the model was trained at (sdxl-turbo 512, sdxl-tiny
     64); `train` makes the images of its recipe, 224 px for sdxl-turbo."""

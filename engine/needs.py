@@ -95,6 +95,11 @@ def check_room(needs: Needs, spec: EngineSpec, bundles: Path) -> None:
             f"{_gb(needs.weights_bytes)}, largest layer {_gb(needs.layer_bytes)}), {_gb(free)} are "
             "free: end what else runs there, or use a smaller --batch, --size or --precision"
         )
+    if spec.device == "cuda" and free_host_bytes() < needs.weights_bytes:
+        raise Unavailable(
+            f"this build holds {_gb(needs.weights_bytes)} of weights in the host's memory on their "
+            f"way, {_gb(free_host_bytes())} are free: end what else runs there"
+        )
     free = free_disk_bytes(bundles)
     if free < needs.least_disk_bytes:
         raise Unavailable(

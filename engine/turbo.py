@@ -315,3 +315,4 @@ class Expander:
         """Free the networks and the banks; the Expander is of no use afterwards."""
         self.backend.close()
         self._moments, self._bank_epoch = None, None
+        del self._kv_KP, self._added_KD

@@ -79,8 +79,10 @@ def find_or_build(
     key: Mapping[str, Any],
     build: Callable[[Path], dict[str, Any]],
     say: Say = _silent,
+    model: str | None = None,
 ) -> Bundle:
-    """Open the bundle of `key`, building it first when there is none; `say` is told why.
+    """Open the bundle of `key`, building it first when there is none; `say` is told why, and the
+    command that builds the same, in which the model is `model`.
 
     `build` fills an empty folder and returns its report (parity, seconds); what it raises passes
     through, and nothing of a failed build stays. BundleError: damaged, or the disk is full.
@@ -101,6 +103,7 @@ def find_or_build(
             return open_bundle(folder, key, say)
         nearest = nearest_bundle(bundles, key)
         say(f"no engine for these settings yet{f'; {nearest}' if nearest else ''}")
+        say(f"building it, as `{build_command(key, model)}` does")
         return _build(folder, key, build, say)
 
 
@@ -153,6 +156,12 @@ def _space_fault(bundles: Path, error: BaseException) -> BundleError | None:
         reason = os.strerror(errno.ENOSPC)
     if reason is None:
         return None
+    elsewhere = getattr(error, "filename", None)
+    if elsewhere and not Path(elsewhere).absolute().is_relative_to(bundles.absolute()):
+        return BundleError(
+            f"the engine could not be built ({reason} for {elsewhere}): free some space there, or "
+            "choose another folder for temporary files with TMPDIR"
+        )
     return BundleError(
         f"the engine could not be written to {bundles} ({reason}): free some space there, or "
         "choose another folder with --bundles"
@@ -178,6 +187,9 @@ def open_bundle(folder: Path, key: Mapping[str, Any] | None = None, say: Say = _
     remedy = f"remove it with `engine remove {folder.name}`, and it is built again"
     manifest = read_manifest(folder)
     sizes = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path not in sizes and path != folder / MANIFEST:
+            raise BundleError(f"{path} is not of this engine: remove that file")
     for path, size_bytes in sizes.items():
         if not path.is_file():
             raise BundleError(f"{path} is missing: {remedy}")

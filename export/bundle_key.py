@@ -22,6 +22,8 @@ GRAPHS_ONLY = "onnx"
 def bundle_name(key: Mapping[str, Any]) -> str:
     """A readable folder name that ends in a hash of the whole key."""
     readable = [key[field] for field in ("model", "backend", "device", "precision")]
+    # Of a local folder: short, and nothing that hides it or that a path cannot hold.
+    readable[0] = re.sub(r"[^\w.-]+", "-", readable[0])[:64].strip(".-") or "model"
     if key["weights"] == "random":
         readable[0] += "-random"
     shape = f"{key['size_px']}px-{batch_shape(key)}"

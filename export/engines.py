@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from .bundle import Bundle, BundleError, Say, find_or_build
 from .bundle_key import GRAPHS_ONLY
-from .config import BackendName, EngineSpec, Precision
+from .config import DEFAULT_OPSET, BackendName, EngineSpec, Precision
 from .graphs import GRAPHS, Graph, make_graphs
 from .machine import PeakGpuMemory, gpu_identity, peak_host_bytes
 from .models import (
@@ -34,6 +37,7 @@ from .models import (
 )
 from .parity import Reference, check_parity, make_reference
 
+_OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate|can't allocate", re.IGNORECASE)
 _ONNX_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 _EXPORTERS = {"ort": "to_ort", "inductor": "to_inductor", "trt": "to_tensorrt"}
 _CODE = {
@@ -150,6 +154,46 @@ def _code_sha256(backend: BackendName) -> str:
     return code.hexdigest()
 
 
+def require_engine(backend: BackendName, model: ModelSource, spec: EngineSpec) -> None:
+    """Unavailable: what an engine needs is not here, or the backend does not make such a one."""
+    vae_precision = resolve_vae_precision(model, spec.precision, spec.vae_precision)
+    exporter(backend).require(spec.precision, spec.device)
+    try:
+        exporter(backend).require(vae_precision, spec.device)
+    except Unavailable as error:
+        raise Unavailable(
+            f"encoder and decoder in {vae_precision} (--vae-precision): {error}"
+        ) from error
+    if backend == "inductor" and (spec.min_batch is not None or spec.opset != DEFAULT_OPSET):
+        raise Unavailable(
+            "the inductor backend compiles for one batch, not for a range, and not from ONNX: "
+            "leave out --min-batch and --opset, or use --backend ort or trt"
+        )
+
+
+def require_graphs(backend: BackendName) -> None:
+    """Unavailable: a backend that starts from something else than ONNX graphs."""
+    if backend not in ("ort", "trt"):
+        raise Unavailable(
+            f"the {backend} backend is not made from ONNX graphs: export for --backend ort or trt"
+        )
+
+
+@contextmanager
+def _full_memory_told() -> Iterator[None]:
+    """Unavailable, with what to do, for each library's way to say that memory is short."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        first_line = (str(error).splitlines() or [""])[0]
+        raise Unavailable(
+            f"memory is full ({first_line}): close what else uses it, or take a smaller --batch, "
+            "--size or --precision"
+        ) from error
+
+
 def open_engine(
     backend: BackendName,
     model: ModelSource,
@@ -165,14 +209,8 @@ def open_engine(
     Unavailable: what the backend needs is missing. BundleError: a damaged bundle, an engine that
     does not match torch, or a full disk.
     """
+    require_engine(backend, model, spec)
     compiler = exporter(backend)
-    compiler.require(spec.precision, spec.device)
-    compiler.require(resolve_vae_precision(model, spec.precision, spec.vae_precision), spec.device)
-    if spec.min_batch is not None and backend == "inductor":
-        raise Unavailable(
-            "the inductor backend compiles for one batch, not for a range: leave out the smallest "
-            "batch, or use --backend ort or trt"
-        )
     key = engine_key(backend, model, spec, tokens=tokens)
 
     def build(folder: Path) -> dict[str, Any]:
@@ -189,11 +227,11 @@ def open_engine(
         return {**report, "parity": parity, **_provenance(model, started, exported_s)}
 
     def watched_build(folder: Path) -> dict[str, Any]:
-        with PeakGpuMemory(spec.device) as gpu:
+        with PeakGpuMemory(spec.device) as gpu, _full_memory_told():
             report = build(folder)
         return report | {"peak_gpu_bytes": gpu.bytes}
 
-    bundle = find_or_build(bundles, key, watched_build, say)
+    bundle = find_or_build(bundles, key, watched_build, say, model_reference(model))
     free_parts(parts)
     return bundle
 
@@ -213,10 +251,7 @@ def export_graphs(
     Nothing is run: a full-size model takes neither a GPU nor its runtime. Unavailable: a backend
     that starts from something else. BundleError: weights of NaN, a damaged bundle, a full disk.
     """
-    if backend not in ("ort", "trt"):
-        raise Unavailable(
-            f"the {backend} backend is not made from ONNX graphs: export for --backend ort or trt"
-        )
+    require_graphs(backend)
 
     def build(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
@@ -227,7 +262,7 @@ def export_graphs(
         return _provenance(model, started, time.perf_counter() - started)
 
     key = graphs_key(backend, model, spec, tokens=tokens)
-    bundle = find_or_build(bundles, key, build, say)
+    bundle = find_or_build(bundles, key, build, say, model_reference(model))
     free_parts(parts)
     return bundle
 
@@ -237,21 +272,23 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec, say: Say)
 
     BundleError: beyond the tolerance, NaN or infinite.
     """
-    references = []
-    for graph in make_graphs(parts, spec, tokens=bundle.key["tokens"]):
-        say(f"running torch's {graph.name}")
-        references.append(make_reference(graph))
-    del graph
-    free_parts(parts)
-    return _measure(open_sessions(bundle, spec), references)
+    with _full_memory_told():
+        references = []
+        for graph in make_graphs(parts, spec, tokens=bundle.key["tokens"]):
+            say(f"running torch's {graph.name}")
+            references.append(make_reference(graph))
+        del graph
+        free_parts(parts)
+        return _measure(open_sessions(bundle, spec), references)
 
 
 def _measure(sessions: dict[str, Session], references: list[Reference]) -> dict[str, Any]:
-    """Parity of each graph; closes the sessions."""
+    """Parity of each graph, at either end of a range of batches; closes the sessions."""
     try:
         return {
-            reference.graph: check_parity(reference, sessions[reference.graph].run)
+            name: check_parity(held, sessions[reference.graph].run)
             for reference in references
+            for name, held in reference.batches().items()
         }
     finally:
         for session in sessions.values():

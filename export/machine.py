@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
+_INSTRUCTIONS = re.compile(
+    r"s?sse|avx|fma|f16c|bmi|abm|popcnt|amx|sha|v?aes|v?pclmul|gfni|adx|movbe|movdir|"
+    r"clflushopt|clwb|rdrand|rdseed|xsave|fsgsbase|asimd|sve|sme|i8mm|bf16|fphp|crc32|atomics"
+)
 POLL_S = 0.02  # cuBLAS's and TensorRT's workspaces live for longer than this
 
 
@@ -46,11 +51,14 @@ def cxx_compiler() -> str | None:
 
 
 def cpu_instructions() -> list[str]:
-    """What this processor can do, by the kernel's names, sorted; empty where it does not tell."""
+    """The instruction sets of this processor, by the kernel's names; empty where it tells none.
+
+    Without what else it lists, which changes with kernel and hypervisor.
+    """
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, features = line.partition(":")
         if name.strip() in ("flags", "Features"):
-            return sorted(features.split())
+            return sorted(each for each in features.split() if _INSTRUCTIONS.match(each))
     return []
 
 

@@ -6,8 +6,9 @@ of its precision times the largest value (or 1, if that is larger).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,14 +33,36 @@ class Reference:
     """That the graph computes in: the VAE's may be another than the UNet's."""
     inputs: list[Tensor]
     expected: Tensor
+    fewest: tuple[tuple[int, ...], int] | None = None
+    """Rows of each input, and of the answer, in the smallest batch of a range."""
+
+    def batches(self) -> dict[str, Reference]:
+        """By name: itself, and its first rows as the smallest batch of a range."""
+        if self.fewest is None:
+            return {self.graph: self}
+        rows, answers = self.fewest
+        inputs = [value[:count] for value, count in zip(self.inputs, rows, strict=True)]
+        smallest = replace(self, inputs=inputs, expected=self.expected[:answers], fewest=None)
+        return {self.graph: self, f"{self.graph}, smallest batch": smallest}
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """fp32 as fp32: by default cuDNN computes it in TF32, whose 10 bits are not within
+    PARITY_TOLERANCE."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @torch.no_grad()
 def make_reference(graph: Graph) -> Reference:
     """Run the module on its random inputs. BundleError: the weights themselves make NaN."""
     inputs = graph.random_inputs(SEED)
-    # By default cuDNN computes fp32 in TF32, whose 10 bits are not within PARITY_TOLERANCE.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with without_tf32():
         expected = graph.module(*inputs).float().cpu()
     precision = PRECISIONS[graph.output.dtype]
     if not bool(torch.isfinite(expected).all()):
@@ -47,7 +70,15 @@ def make_reference(graph: Graph) -> Reference:
             f"torch's own {graph.name} makes NaN or infinite values in {precision}: check its "
             f"weights, or use {_remedy(graph.name)}"
         )
-    return Reference(graph.name, precision, inputs, expected)
+    return Reference(graph.name, precision, inputs, expected, _fewest_rows(graph))
+
+
+def _fewest_rows(graph: Graph) -> tuple[tuple[int, ...], int] | None:
+    if graph.min_prompts is None:
+        return None
+    prompts = graph.min_prompts
+    rows = tuple(port.per_prompt * prompts or port.shape[0] for port in graph.inputs)
+    return rows, graph.output.per_prompt * prompts
 
 
 def _remedy(graph: str) -> str:

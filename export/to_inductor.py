@@ -15,18 +15,23 @@ bf16; denoiser 2.5 or 2.7, 1.0 or 2.2.
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 
 from .bundle import Say
 from .config import EngineSpec, Precision
 from .graphs import GRAPHS, Graph, read_borders, write_borders
 from .machine import cpu_instructions, cxx_compiler
 from .models import Unavailable
+from .parity import without_tf32
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"freezing": True, "cpp.dynamic_threads": True},
@@ -36,6 +41,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "coordinate_descent_tuning": True,
     },
 }
+
+
+_OPENS_FOLDERS = Version(torch.__version__) >= Version("2.15")
+"""Whether torch opens a package that is unpacked (2.15 does, 2.11 does not). An archive is unpacked
+below TMPDIR whenever it is opened, 5 GB for SDXL-Turbo."""
 
 
 @torch.library.custom_op("patchbloom::group_norm", mutates_args=())
@@ -69,6 +79,8 @@ def require(precision: Precision, device: str) -> None:
             "the inductor backend compiles C++, and there is no compiler here: install g++, or "
             "name one in the environment variable CXX"
         )
+    if device == "cuda" and find_spec("triton") is None:
+        raise Unavailable("the inductor backend needs Triton on a GPU: pip install triton")
     if device == "cpu" and precision == "fp16":
         raise Unavailable(
             "the inductor backend runs fp32 or bf16 on the CPU, not fp16: use --precision bf16"
@@ -83,23 +95,28 @@ def libraries() -> dict[str, str]:
 def flags(spec: EngineSpec) -> dict[str, Any]:
     """Inductor's options, and the CPU's instructions: packages are compiled for those there are."""
     if spec.device == "cuda":
-        return {**_OPTIONS["cuda"], "triton": version("triton")}
+        return {**_OPTIONS["cuda"], "triton": version("triton"), "tf32": False}
     instructions = hashlib.sha256(" ".join(cpu_instructions()).encode()).hexdigest()
     return {**_OPTIONS["cpu"], "cpu_instructions_sha256": instructions}
 
 
 @torch.no_grad()
 def export_graph(graph: Graph, folder: Path, spec: EngineSpec) -> None:
-    """Compile one graph: write `<graph>.pt2` and `<graph>.json`; the module is taken over."""
+    """Compile one graph: write its package and `<graph>.json`; the module is taken over."""
     module = graph.module.to(memory_format=torch.channels_last)
     if spec.device == "cpu" and graph.name != "denoiser":
         _keep_group_norms(module)
     program = torch.export.export(module, tuple(graph.random_inputs(seed=0)), strict=False)
-    torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(folder / f"{graph.name}.pt2"),
-        inductor_configs=_OPTIONS[spec.device],
-    )
+    package = folder / f"{graph.name}.pt2"
+    # Inductor's own cache would keep another copy of the weights for ever.
+    with fresh_cache(dir=str(folder)), without_tf32():
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(package), inductor_configs=dict(_OPTIONS[spec.device])
+        )
+    if _OPENS_FOLDERS:
+        with zipfile.ZipFile(package) as archive:
+            archive.extractall(folder / graph.name)
+        package.unlink()
     write_borders(graph, folder)
 
 
@@ -126,7 +143,9 @@ class PackageSession:
     def __init__(self, folder: Path, name: str, device: str) -> None:
         self._device = torch.device(device)
         self._inputs = read_borders(folder, name).inputs
-        self._run = torch._inductor.aoti_load_package(str(folder / f"{name}.pt2"))
+        # Single-threaded: otherwise a call waits until the GPU is done with the last one.
+        package = folder / (name if _OPENS_FOLDERS else f"{name}.pt2")
+        self._run = torch._inductor.aoti_load_package(str(package), run_single_threaded=True)
 
     def run(self, *inputs: Tensor) -> Tensor:
         """Run the graph on the current stream; the result is contiguous.
@@ -141,7 +160,8 @@ class PackageSession:
                     f"got {list(value.shape)}"
                 )
             cast.append(value.to(self._device, port.dtype).contiguous())
-        return self._run(*cast).contiguous()
+        with without_tf32():
+            return self._run(*cast).contiguous()
 
     def close(self) -> None:
         """Free the package and its weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import threading
@@ -106,7 +107,10 @@ def build_plan(
         )
     plan_bytes = bytes(plan)
     (folder / f"{name}.plan").write_bytes(plan_bytes)
-    _write_timing_cache(cache_path, cache)
+    try:
+        _write_timing_cache(cache_path, cache)
+    except OSError as error:  # the plan is good, with or without it
+        say(f"the timing cache {cache_path} could not be kept: {error}")
     seconds = time.perf_counter() - began_s
     say(f"compiled the {name} in {seconds:.0f} s, {len(plan_bytes) / 1e6:.1f} MB without weights")
     return {"seconds": round(seconds, 1), "bytes": len(plan_bytes)}
@@ -153,9 +157,12 @@ def _read_timing_cache(path: Path, config: Any, say: Say) -> Any:
 
 
 def _write_timing_cache(path: Path, cache: Any) -> None:
-    partial = path.with_name(f"{path.name}.{threading.get_native_id()}.partial")
-    partial.write_bytes(bytes(cache.serialize()))
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(bytes(cache.serialize()))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -20,6 +20,10 @@ from .graphs import GRAPHS, Borders, Port, read_borders
 from .trt_build import Log
 
 REPLAYED_BATCH = 8
+_REMEDY = (
+    "if memory is short, close what else uses the GPU, or take a smaller --batch or --size; "
+    "otherwise remove the engine with `engine remove`, and it is built again"
+)
 
 
 def open_plans(folder: Path, spec: EngineSpec) -> dict[str, EngineSession]:
@@ -46,18 +50,14 @@ def open_plans(folder: Path, spec: EngineSpec) -> dict[str, EngineSession]:
 def _open_plan(runtime: Any, folder: Path, name: str, log: Log) -> Any:
     engine = runtime.deserialize_cuda_engine((folder / f"{name}.plan").read_bytes())
     if engine is None:
-        raise BundleError(
-            f"TensorRT does not open {name}.plan ({log.last_error()}): remove the engine with "
-            f"`engine remove {folder.name}`, and it is built again"
-        )
+        raise BundleError(f"TensorRT does not open {name}.plan ({log.last_error()}): {_REMEDY}")
     refitter = trt.Refitter(engine, log)
     weights = trt.OnnxParserRefitter(refitter, log)
     if not (weights.refit_from_file(str(folder / f"{name}.onnx")) and refitter.refit_cuda_engine()):
         faults = [weights.get_error(index).desc() for index in range(weights.num_errors)]
         raise BundleError(
             f"the weights of {name}.onnx do not fit {name}.plan "
-            f"({'; '.join(faults) or log.last_error()}): remove the engine with "
-            f"`engine remove {folder.name}`, and it is built again"
+            f"({'; '.join(faults) or log.last_error()}): {_REMEDY}"
         )
     return engine
 
@@ -89,8 +89,7 @@ class EngineSession:
         )
         if self._context is None:
             raise BundleError(
-                f"TensorRT cannot run the engine here ({log.last_error()}): if memory is short, "
-                "close what else uses the GPU, or take a smaller --batch or --size"
+                f"TensorRT cannot run the engine here ({log.last_error()}): {_REMEDY}"
             )
         self._context.set_device_memory(activations.data_ptr(), activations.numel())
         for name, buffer in self._buffers.items():
@@ -144,7 +143,8 @@ class EngineSession:
         self._execute(self._stream)
         self._stream.synchronize()
         recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded, stream=self._stream):
+        # Other threads (a data loader's) may go on: only this one must not allocate meanwhile.
+        with torch.cuda.graph(recorded, stream=self._stream, capture_error_mode="thread_local"):
             self._execute(self._stream)
         return recorded
 

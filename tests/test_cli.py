@@ -356,8 +356,9 @@ def test_labels_that_would_be_no_smaller(train: Command, shapes: Path, tmp_path:
     ("options", "told"),
     [
         (["--device", "cuda"], "torch finds no CUDA GPU here: run on a machine with an NVIDIA GPU"),
-        (["--backend", "trt"], "the trt backend needs an NVIDIA GPU, and torch finds none here"),
-        (["--backend", "inductor"], "the inductor backend is not part of this version"),
+        (["--backend", "trt"], "the trt backend needs an NVIDIA GPU (torch finds none"),
+        (["--backend", "inductor", "--precision", "fp16"], "fp32 or bf16 on the CPU, not fp16"),
+        (["--backend", "ort", "--precision", "bf16"], "the ort backend runs fp32 on the CPU"),
     ],
 )
 def test_what_this_machine_lacks_is_told_before_anything_is_trained(
@@ -527,13 +528,15 @@ def test_an_interrupted_download(
 ) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
+    from patchbloom.export import hub
 
-    def cut(*_: object, local_files_only: bool, **__: object) -> str:
+    def cut(*_: object, local_files_only: bool = False, **__: object) -> str:
         if local_files_only:
             raise LocalEntryNotFoundError("not in the cache")
         raise ConnectionError("Connection broken: IncompleteRead(1048576 bytes read)")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cut)
+    monkeypatch.setattr(hub, "_listing", lambda *_: [])
     error = train("--data", shapes, "--out", tmp_path / "run", "--model", "sdxl-turbo").error
     assert "download of stabilityai/sdxl-turbo did not finish (Connection broken" in error
     assert "run the same command again and it goes on where it stopped" in error

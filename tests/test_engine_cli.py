@@ -245,7 +245,9 @@ def test_weights_that_changed_are_told_of(engine: Callable[..., Outcome], tmp_pa
         (("--precision", "int4"), "--precision"),
         (("--min-batch", "1"), "min_batch must be a multiple of images_per_prompt"),
         (("--backend", "eager"), "has nothing to build"),
-        (("--backend", "inductor", "--min-batch", "2"), "leave out the smallest batch"),
+        (("--backend", "inductor", "--min-batch", "2"), "leave out --min-batch"),
+        (("--backend", "inductor", "--opset", "23"), "leave out --min-batch and --opset"),
+        (("--vae-precision", "bf16"), "encoder and decoder in bf16 (--vae-precision): the ort"),
         (("--model", "sdxl-huge"), "sdxl-huge"),
     ],
 )

@@ -24,8 +24,10 @@ def test_a_package_equals_torch(tmp_path: Path, precision: Precision, name: str)
     spec = EngineSpec(size_px=32, batch=4, images_per_prompt=2, precision=precision)
     graphs = make_graphs(new_parts(precision), spec, tokens=77)
     graph = next(graph for graph in graphs if graph.name == name)
-    reference = make_reference(graph)
+    reference, key = make_reference(graph), to_inductor.flags(spec)
     to_inductor.export_graph(graph, tmp_path, spec)
+    assert to_inductor.flags(spec) == key
+    assert {path.name for path in tmp_path.iterdir()} <= {name, f"{name}.pt2", f"{name}.json"}
     for weights in graph.module.parameters():
         weights.data.zero_()
     session = to_inductor.PackageSession(tmp_path, name, "cpu")

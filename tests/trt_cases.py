@@ -262,7 +262,7 @@ def tensorrt(bindings: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
 
     @contextlib.contextmanager
-    def record(graph: FakeGraph, stream: FakeStream) -> Iterator[None]:
+    def record(graph: FakeGraph, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
         from patchbloom.export.trt_session import EngineSession
 
         execute = EngineSession._execute
@@ -456,7 +456,7 @@ def test_faults_are_told(
     with pytest.raises(RuntimeError, match="refused to run the engine: no such kernel"):
         sessions["encoder"].run(*references[0].inputs)
     tensorrt.opens = False
-    with pytest.raises(BundleError, match=r"does not open encoder\.plan .*engine remove engine"):
+    with pytest.raises(BundleError, match=r"does not open encoder\.plan .*`engine remove`"):
         to_tensorrt.open_sessions(folder, spec)
     tensorrt.opens, tensorrt.refit_fails = True, True
     with pytest.raises(BundleError, match=r"weights of encoder\.onnx do not fit .*weight missing"):
