@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -209,6 +211,60 @@ def test_another_machine_or_version(
     assert rebuilt.json["built"]
     assert rebuilt.json["engine"] != name
     assert f"the nearest one, {name}, differs in {difference}" in rebuilt.err
+
+
+def test_a_range_is_held_at_both_ends(engine: Callable[..., Outcome], model: Path):
+    built = build(engine, model, "--min-batch", "2")
+    graphs = ("encoder", "denoiser", "decoder")
+    both = {*graphs, *(f"{graph}, smallest batch" for graph in graphs)}
+    assert set(built.json["parity"]) == both
+    assert engine("verify").json["verified"][0]["parity"].keys() == both
+
+
+def test_a_name_that_would_hide_an_engine(engine: Callable[..., Outcome], tmp_path: Path):
+    folder = tmp_path / f".mine {'x' * 200}"
+    save_model(folder)
+    name = build(engine, folder, "--export-only").json["engine"]
+    assert name.startswith("mine-xxx")
+    assert engine("list").json["engines"][0]["engine"] == name
+
+
+def test_a_file_too_many_is_named(engine: Callable[..., Outcome], model: Path, tmp_path: Path):
+    name = build(engine, model, "--export-only").json["engine"]
+    other = tmp_path / "bundles" / name / "other.bin"
+    other.touch()
+    assert f"{other} is not of this engine" in engine("verify").error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("Failed to allocate 4 GB")],
+)
+def test_full_memory_is_told(
+    engine: Callable[..., Outcome],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+):
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(to_ort, "export_graph", full)
+    assert f"memory is full ({error}): close" in build(engine, model).error
+    assert stored(tmp_path) == []
+
+
+def test_a_full_disk_elsewhere_is_named(
+    engine: Callable[..., Outcome], model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/x.so")
+
+    monkeypatch.setattr(to_ort, "export_graph", full)
+    told = build(engine, model).error
+    assert "No space left on device for /elsewhere/x.so" in told
+    assert "TMPDIR" in told
 
 
 def test_weights_of_nan_make_no_engine(engine: Callable[..., Outcome], tmp_path: Path):
