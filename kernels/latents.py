@@ -9,7 +9,8 @@ Formula, per sample, with z = bank[row]:
 
 The two mixup lines run when mixup is asked for. The partner is any row of the class, the sample's
 own included; gamma is uniform on (0, 1), which is Beta(1, 1) (DACE, section 3). The state is
-diffusers' (x = z + sigma n); u, gamma and n are functions of (seed, sample, epoch) alone.
+diffusers' (x = z + sigma n); u, gamma and n are functions of (seed, sample, epoch) alone. Element
+e of n is element e of the latent in C, H, W order, whichever layout the model input is written in.
 
 Shapes: N rows of the bank, class-sorted; B samples; C, H, W of one latent.
 """
@@ -27,6 +28,8 @@ from .noise import (
     normal_block,
     normal_reference,
     philox_block,
+    require_words,
+    signed,
     uniform_reference,
     unit_of,
 )
@@ -72,6 +75,7 @@ def start_state_kernel(
     class_first_ptr,
     class_count_ptr,
     numel,
+    pixels,
     sigma,
     model_scale,
     epoch,
@@ -81,9 +85,10 @@ def start_state_kernel(
     PARTNER: tl.constexpr,
     WEIGHT: tl.constexpr,
     MIXUP: tl.constexpr,
+    NHWC: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Program (sample, block) writes 4 GROUPS elements of one latent."""
+    """Program (sample, block) writes 4 GROUPS elements of one latent; NHWC: of the model input."""
     index = tl.program_id(0)
     first_group = tl.program_id(1) * GROUPS
     element = first_group * 4 + tl.arange(0, 4 * GROUPS)
@@ -104,9 +109,58 @@ def start_state_kernel(
     group = first_group + tl.arange(0, GROUPS)
     noise = normal_block(group, START, sample, epoch, seed_lo, seed_hi)
     state = latent + sigma * noise
-    out = index.to(tl.int64) * numel + element
-    tl.store(state_ptr + out, state, mask=inside)
-    tl.store(input_ptr + out, (state * model_scale).to(input_ptr.dtype.element_ty), mask=inside)
+    first_out = index.to(tl.int64) * numel
+    tl.store(state_ptr + first_out + element, state, mask=inside)
+    if NHWC:
+        # Scattered, C numbers apart: a latent is a few KiB and the lines stay in L2.
+        element = (element % pixels) * (numel // pixels) + element // pixels
+    model_input = (state * model_scale).to(input_ptr.dtype.element_ty)
+    tl.store(input_ptr + first_out + element, model_input, mask=inside)
+
+
+@torch.library.custom_op("patchbloom::start_state_into", mutates_args={"state", "model_input"})
+def start_state_into(
+    state: torch.Tensor,
+    model_input: torch.Tensor,
+    bank_NCHW: torch.Tensor,
+    rows_B: torch.Tensor,
+    samples_B: torch.Tensor,
+    class_first_B: torch.Tensor,
+    class_count_B: torch.Tensor,
+    seed: int,
+    epoch: int,
+    sigma: float,
+    mixup: bool,
+    model_scale: float,
+) -> None:
+    """What ``start_state`` does once it has checked."""
+    inputs = bank_NCHW, rows_B, samples_B, class_first_B, class_count_B
+    if not runs_kernel(bank_NCHW):
+        settings = {"sigma": sigma, "mixup": mixup, "model_scale": model_scale}
+        results = start_state_reference(*inputs, seed=seed, epoch=epoch, **settings)
+        state.copy_(results[0])
+        model_input.copy_(results[1])
+        return
+    start, *words = kernel_words(seed, Draw.START, epoch)
+    numel = math.prod(bank_NCHW.shape[1:])
+    launch(
+        start_state_kernel,
+        (len(rows_B), triton.cdiv(numel, 4 * GROUPS_PER_PROGRAM)),
+        state,
+        model_input,
+        *inputs,
+        numel,
+        math.prod(bank_NCHW.shape[2:]),
+        sigma,
+        model_scale,
+        *words,
+        START=start,
+        PARTNER=int(Draw.MIXUP_PARTNER),
+        WEIGHT=int(Draw.MIXUP_WEIGHT),
+        MIXUP=mixup,
+        NHWC=not model_input.is_contiguous(),
+        GROUPS=GROUPS_PER_PROGRAM,
+    )
 
 
 def start_state(
@@ -122,14 +176,16 @@ def start_state(
     mixup: bool,
     model_scale: float,
     dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first state (fp32) and the first model input (``dtype``), both [B, C, H, W].
 
     ``bank_NCHW`` is fp32 or fp16, the index tensors int64 on the same device; ``rows_B`` and
-    class_first + class_count stay inside the bank (not checked: that would need a sync). Give
-    ``out`` = (state, model input) to write into buffers of your own. Raises TypeError or ValueError
-    for a dtype, shape, device or layout that does not fit.
+    class_first + class_count stay inside the bank (not checked: that would need a sync). The model
+    input is contiguous, or channels_last. Give ``out`` = (state, model input) to write into buffers
+    of your own, whose dtype and layout then count. No gradient flows. Raises TypeError or
+    ValueError for a dtype, shape, device or layout that does not fit.
     """
     require("bank_NCHW", bank_NCHW, dtype=FLOATS, shape=("N", "C", "H", "W"))
     require("rows_B", rows_B, dtype=torch.int64, shape=("B",), like=bank_NCHW)
@@ -138,43 +194,14 @@ def start_state(
         require(name, tensor, dtype=torch.int64, shape=rows_B.shape, like=bank_NCHW)
     sizes = (len(rows_B), *bank_NCHW.shape[1:])
     if out is None:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         state = torch.empty(sizes, dtype=torch.float32, device=bank_NCHW.device)
-        out = state, torch.empty(sizes, dtype=dtype, device=bank_NCHW.device)
+        model_input = torch.empty(sizes, dtype=dtype, device=state.device, memory_format=layout)
+        out = state, model_input
     require("out[0]", out[0], dtype=torch.float32, shape=sizes, like=bank_NCHW)
-    require("out[1]", out[1], dtype=(*FLOATS, torch.bfloat16), shape=sizes, like=bank_NCHW)
-    draw, *words = kernel_words(seed, Draw.START, epoch)
-    if not runs_kernel(bank_NCHW):
-        results = start_state_reference(
-            bank_NCHW,
-            rows_B,
-            samples_B,
-            class_first_B,
-            class_count_B,
-            seed=seed,
-            epoch=epoch,
-            sigma=sigma,
-            mixup=mixup,
-            model_scale=model_scale,
-        )
-        return out[0].copy_(results[0]), out[1].copy_(results[1])
-    numel = math.prod(sizes[1:])
-    launch(
-        start_state_kernel,
-        (len(rows_B), triton.cdiv(numel, 4 * GROUPS_PER_PROGRAM)),
-        *out,
-        bank_NCHW,
-        rows_B,
-        samples_B,
-        class_first_B,
-        class_count_B,
-        numel,
-        sigma,
-        model_scale,
-        *words,
-        START=draw,
-        PARTNER=int(Draw.MIXUP_PARTNER),
-        WEIGHT=int(Draw.MIXUP_WEIGHT),
-        MIXUP=mixup,
-        GROUPS=GROUPS_PER_PROGRAM,
-    )
+    dtypes = (*FLOATS, torch.bfloat16)
+    require("out[1]", out[1], dtype=dtypes, shape=sizes, like=bank_NCHW, channels_last=True)
+    require_words(seed, Draw.START, epoch)
+    inputs = bank_NCHW, rows_B, samples_B, class_first_B, class_count_B
+    start_state_into(*out, *inputs, signed(seed, 64), epoch, sigma, mixup, model_scale)
     return out

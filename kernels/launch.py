@@ -28,11 +28,12 @@ def require(
     dtype: torch.dtype | tuple[torch.dtype, ...],
     shape: Sequence[int | str],
     like: torch.Tensor | None = None,
+    channels_last: bool = False,
 ) -> None:
     """Raise unless ``tensor`` is contiguous with this dtype and shape, on ``like``'s device.
 
-    A string in ``shape`` names an axis of any length. Raises TypeError for the dtype, ValueError
-    for anything else.
+    A string in ``shape`` names an axis of any length; ``channels_last`` allows that layout too.
+    Raises TypeError for the dtype, ValueError for anything else.
     """
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
     if tensor.dtype not in dtypes:
@@ -48,6 +49,8 @@ def require(
         raise ValueError(f"{name}: expected shape [{expected}], got {list(sizes)}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name}: expected on {like.device}, got {tensor.device}; move it first")
+    if channels_last and tensor.is_contiguous(memory_format=torch.channels_last):
+        return
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor; call .contiguous() first")
 

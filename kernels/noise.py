@@ -70,18 +70,19 @@ class Draw(IntEnum):
 def philox_reference(
     seed: int,
     groups: torch.Tensor,
-    draw: int,
+    draw: int | torch.Tensor,
     samples: torch.Tensor,
-    epoch: int,
+    epoch: int | torch.Tensor,
     *,
     rounds: int = ROUNDS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The four output words of each counter, as int64 tensors in [0, 2^32).
 
-    ``groups`` and ``samples`` are int64 and broadcast against each other. The 64-bit products wrap
-    in int64; the shifted-in sign bits are masked off.
+    ``groups``, ``samples`` and, when they are tensors, ``draw`` and ``epoch`` are int64 and
+    broadcast against each other. The 64-bit products wrap in int64; the shifted-in sign bits are
+    masked off, and so are a seed's above 64.
     """
-    key_0, key_1 = seed & LOW_32, seed >> 32
+    key_0, key_1 = seed & LOW_32, (seed >> 32) & LOW_32
     c0, c1, c2, c3 = groups & LOW_32, draw, samples & LOW_32, epoch
     for _ in range(rounds):
         product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
@@ -98,7 +99,11 @@ def unit_reference(words: torch.Tensor) -> torch.Tensor:
 
 
 def _unit_lanes_reference(
-    seed: int, draw: int, samples_B: torch.Tensor, epoch: int, count: int
+    seed: int,
+    draw: int | torch.Tensor,
+    samples_B: torch.Tensor,
+    epoch: int | torch.Tensor,
+    count: int,
 ) -> torch.Tensor:
     groups = torch.arange(triton.cdiv(count, 4), device=samples_B.device)
     words = philox_reference(seed, groups, draw, samples_B[:, None], epoch)
@@ -115,9 +120,9 @@ def uniform_reference(
 
 def normal_reference(
     seed: int,
-    draw: int,
+    draw: int | torch.Tensor,
     samples_B: torch.Tensor,
-    epoch: int,
+    epoch: int | torch.Tensor,
     shape: Sequence[int],
     *,
     dtype: torch.dtype = torch.float32,
@@ -163,7 +168,7 @@ def unit_numpy(words: np.ndarray) -> np.ndarray:
 def _unit_lanes_numpy(
     seed: int, draw: int, samples: np.ndarray, epoch: int, count: int
 ) -> np.ndarray:
-    _require_words(seed, draw, epoch)
+    require_words(seed, draw, epoch)
     groups = np.arange(-(-count // 4))
     words = philox_numpy(seed, groups, draw, np.asarray(samples)[:, None], epoch)
     return unit_numpy(np.stack(words, axis=-1))
@@ -264,36 +269,43 @@ def noise_kernel(
     tl.store(out, values.to(out_ptr.dtype.element_ty), mask=element < count)
 
 
-def _signed_32(word: int) -> int:
-    """The int32 with the bits of a 32-bit word: kernel arguments keep one type at any value."""
-    return word - 2**32 if word >= 2**31 else word
+def signed(word: int, bits: int) -> int:
+    """The signed integer with the bits of an unsigned one: an argument keeps one type at any value.
+
+    Kernels take int32 words, and an operator's schema knows int64 alone.
+    """
+    return word - 2**bits if word >= 2 ** (bits - 1) else word
 
 
 def kernel_words(seed: int, draw: int, epoch: int) -> tuple[int, int, int, int]:
-    """(draw, epoch, seed_lo, seed_hi) as the int32 arguments of a kernel that draws noise.
-
-    Raises ValueError when seed is not a 64-bit, or draw or epoch not a 32-bit unsigned integer.
-    """
-    _require_words(seed, draw, epoch)
-    words = (int(draw), int(epoch), seed & LOW_32, seed >> 32)
-    return tuple(_signed_32(word) for word in words)  # pyright: ignore[reportReturnType]
+    """(draw, epoch, seed_lo, seed_hi) as the int32 arguments of a kernel that draws noise."""
+    words = (draw, epoch, seed & LOW_32, (seed >> 32) & LOW_32)
+    return tuple(signed(word, 32) for word in words)  # pyright: ignore[reportReturnType]
 
 
-def _require_words(seed: int, draw: int, epoch: int) -> None:
+def require_words(seed: int, draw: int, epoch: int) -> None:
+    """Raise ValueError unless seed is a 64-bit, draw and epoch a 32-bit unsigned integer."""
     for name, value, bits in (("seed", seed, 64), ("draw", draw, 32), ("epoch", epoch, 32)):
         if not 0 <= value < 2**bits:
             raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {value}")
 
 
-def _launch(
-    out: torch.Tensor, seed: int, draw: int, samples_B: torch.Tensor, epoch: int, normal: bool
-) -> torch.Tensor:
-    words = kernel_words(seed, draw, epoch)
+@torch.library.custom_op("patchbloom::noise_into", mutates_args={"out"})
+def noise_into(
+    out: torch.Tensor, samples_B: torch.Tensor, seed: int, draw: int, epoch: int, gaussian: bool
+) -> None:
+    """Fill ``out`` [B, ...]: what ``normal`` and ``uniform`` do once they have checked."""
     count = math.prod(out.shape[1:])
+    if not runs_kernel(out):
+        if gaussian:
+            values = normal_reference(seed, draw, samples_B, epoch, out.shape[1:])
+        else:
+            values = uniform_reference(seed, draw, samples_B, epoch, count)
+        out.copy_(values)
+        return
     grid = (len(samples_B), triton.cdiv(count, 4 * GROUPS_PER_PROGRAM))
-    constants = {"NORMAL": normal, "GROUPS": GROUPS_PER_PROGRAM}
-    launch(noise_kernel, grid, out, samples_B, count, *words, **constants)
-    return out
+    constants = {"NORMAL": gaussian, "GROUPS": GROUPS_PER_PROGRAM}
+    launch(noise_kernel, grid, out, samples_B, count, *kernel_words(seed, draw, epoch), **constants)
 
 
 def uniform(
@@ -311,15 +323,12 @@ def uniform(
     Raises TypeError or ValueError for tensors or words out of range.
     """
     require("samples_B", samples_B, dtype=torch.int64, shape=("B",))
-    if out is not None:
-        require("out", out, dtype=torch.float32, shape=(len(samples_B), count), like=samples_B)
-    if runs_kernel(samples_B):
-        if out is None:
-            out = torch.empty(len(samples_B), count, device=samples_B.device)
-        return _launch(out, seed, draw, samples_B, epoch, normal=False)
-    _require_words(seed, draw, epoch)
-    values = uniform_reference(seed, draw, samples_B, epoch, count)
-    return values if out is None else out.copy_(values)
+    require_words(seed, draw, epoch)
+    if out is None:
+        out = torch.empty(len(samples_B), count, device=samples_B.device)
+    require("out", out, dtype=torch.float32, shape=(len(samples_B), count), like=samples_B)
+    noise_into(out, samples_B, signed(seed, 64), int(draw), epoch, False)
+    return out
 
 
 def normal(
@@ -338,15 +347,11 @@ def normal(
     TypeError or ValueError for tensors or words out of range.
     """
     require("samples_B", samples_B, dtype=torch.int64, shape=("B",))
-    if out is not None:
-        sizes = (len(samples_B), *shape)
-        dtypes = (torch.float32, torch.float16, torch.bfloat16)
-        require("out", out, dtype=dtypes, shape=sizes, like=samples_B)
-        dtype = out.dtype
-    if runs_kernel(samples_B):
-        if out is None:
-            out = torch.empty(len(samples_B), *shape, dtype=dtype, device=samples_B.device)
-        return _launch(out, seed, draw, samples_B, epoch, normal=True)
-    _require_words(seed, draw, epoch)
-    values = normal_reference(seed, draw, samples_B, epoch, shape, dtype=dtype)
-    return values if out is None else out.copy_(values)
+    require_words(seed, draw, epoch)
+    sizes = (len(samples_B), *shape)
+    if out is None:
+        out = torch.empty(sizes, dtype=dtype, device=samples_B.device)
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    require("out", out, dtype=dtypes, shape=sizes, like=samples_B)
+    noise_into(out, samples_B, signed(seed, 64), int(draw), epoch, True)
+    return out

@@ -22,7 +22,11 @@ from patchbloom.kernels.noise import (
     unit_reference,
 )
 from patchbloom.kernels.pixels import student_input, upsample_patches
-from patchbloom.kernels.sampler import euler_ancestral_step
+from patchbloom.kernels.sampler import (
+    euler_ancestral_step,
+    euler_ancestral_table_step,
+    step_table,
+)
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import normalize, resized_crop
 
@@ -217,6 +221,27 @@ def test_start_state_without_mixup_is_image_plus_noise():
     torch.testing.assert_close(model_input, (expected * 0.25).half())
 
 
+def test_start_state_writes_either_layout():
+    """channels_last changes where the model input lies and no number; ``out`` brings its own."""
+    bank, rows = torch.randn(6, 4, 3, 5), torch.tensor([5, 0, 2])
+    whole = torch.zeros_like(rows), torch.full_like(rows, 6)
+    settings = {"seed": 3, "epoch": 4, "sigma": 2.5, "mixup": True, "model_scale": 0.25}
+    for dtype in (torch.float32, torch.float16):
+        ours = bank.to(dtype), rows, rows, *whole
+        state, planes = start_state(*ours, **settings, dtype=dtype)
+        nhwc_state, nhwc = start_state(*ours, **settings, dtype=dtype, channels_last=True)
+        assert planes.is_contiguous()
+        assert nhwc.is_contiguous(memory_format=torch.channels_last)
+        assert nhwc_state.is_contiguous()
+        assert torch.equal(nhwc_state, state)
+        assert torch.equal(nhwc, planes)
+        buffers = torch.full_like(state, math.nan), torch.full_like(nhwc, math.nan)
+        start_state(*ours, **settings, out=buffers)
+        assert torch.equal(buffers[1], planes)
+    with pytest.raises(ValueError, match=r"out\[1\]: expected a contiguous tensor"):
+        start_state(*ours, **settings, out=(state, planes.transpose(2, 3).contiguous().mT))
+
+
 def test_mixup_stays_in_the_class_and_is_uniform():
     """A bank whose latent is its row number, with no noise, shows partner and weight."""
     batch, count = 4000, 7
@@ -295,6 +320,34 @@ def test_sampler_steps_in_place():
     assert torch.equal(buffers[1], expected[1])
     with pytest.raises(TypeError, match="state_BCHW: expected float32, got float16"):
         euler_ancestral_step(state.half(), eps, **step, **names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_table_steps_are_the_scalar_steps_bit_for_bit(dtype):
+    """Every step of a schedule from one table, in place; the last draws no noise."""
+    columns = [14.6, 3.1, 0.7], [2.2, 0.3, 0.0], [2.184, 0.632, 0.0], [0.307, 0.819, 1.0]
+    table = step_table(*columns, device="cpu")
+    samples, seed, epoch = torch.tensor([3, 2**32 - 1]), 2**64 - 5, 2**32 - 1
+    state = torch.randn(2, 4, 3, 5)
+    state[0, 0, 0, 0] = -0.0
+    buffers = state.clone(), torch.full_like(state, math.nan, dtype=dtype)
+    names = ("sigma", "sigma_down", "sigma_up", "next_scale")
+    for step, row in enumerate(zip(*columns, strict=True)):
+        eps = torch.randn(2, 4, 3, 5).to(dtype)
+        sigmas = dict(zip(names, row, strict=True))
+        state, model_input = euler_ancestral_step(
+            state, eps, samples, **sigmas, seed=seed, step=step, epoch=epoch
+        )
+        named = table, torch.tensor([step]), torch.tensor([epoch])
+        euler_ancestral_table_step(buffers[0], eps, samples, *named, seed=seed, out=buffers)
+        assert torch.equal(buffers[0].view(torch.int32), state.view(torch.int32))
+        assert torch.equal(buffers[1], model_input)
+    with pytest.raises(ValueError, match=r"step_1: expected shape \[1\], got \[\]"):
+        euler_ancestral_table_step(
+            state, eps, samples, table, torch.tensor(0), torch.tensor([0]), seed=seed
+        )
+    with pytest.raises(ValueError, match="zip"):
+        step_table([1.0, 2.0], *columns[1:], device="cpu")
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])

@@ -19,7 +19,10 @@ from patchbloom.kernels.latents import start_state_kernel
 from patchbloom.kernels.mosaic import mosaic_kernel
 from patchbloom.kernels.noise import noise_kernel
 from patchbloom.kernels.pixels import student_input_kernel, upsample_kernel
-from patchbloom.kernels.sampler import euler_ancestral_step_kernel
+from patchbloom.kernels.sampler import (
+    euler_ancestral_step_kernel,
+    euler_ancestral_table_step_kernel,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -28,13 +31,19 @@ SIDES = {"height": "i32", "width": "i32", "size": "i32"}
 INDICES = ("rows_ptr", "samples_ptr", "class_first_ptr", "class_count_ptr")
 START = {
     "state_ptr": "*fp32", "input_ptr": "*fp16", "bank_ptr": "*fp16",
-    **dict.fromkeys(INDICES, "*i64"), "numel": "i32", "sigma": "fp32", "model_scale": "fp32",
+    **dict.fromkeys(INDICES, "*i64"), "numel": "i32", "pixels": "i32",
+    "sigma": "fp32", "model_scale": "fp32",
     **WORDS, "START": 0, "PARTNER": 2, "WEIGHT": 3, "GROUPS": 128,
 }  # fmt: skip
 STEP = {
     "next_state_ptr": "*fp32", "next_input_ptr": "*fp16", "state_ptr": "*fp32", "eps_ptr": "*fp16",
     "samples_ptr": "*i64", "numel": "i32", "slope": "fp32", "sigma_up": "fp32",
     "next_scale": "fp32", "draw": "i32", **WORDS, "GROUPS": 128,
+}  # fmt: skip
+TABLE_STEP = {
+    "next_state_ptr": "*fp32", "next_input_ptr": "*fp16", "state_ptr": "*fp32", "eps_ptr": "*fp16",
+    "samples_ptr": "*i64", "table_ptr": "*fp32", "step_ptr": "*i64", "epoch_ptr": "*i64",
+    "numel": "i32", "seed_lo": "i32", "seed_hi": "i32", "GROUPS": 128,
 }  # fmt: skip
 NOISE = {
     "out_ptr": "*fp32", "samples_ptr": "*i64", "count": "i32", "draw": "i32", **WORDS,
@@ -55,15 +64,17 @@ MOSAIC = {
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "noise, normals": (noise_kernel, {**NOISE, "NORMAL": True}),
     "noise, uniforms": (noise_kernel, {**NOISE, "NORMAL": False}),
-    "start_state, mixup": (start_state_kernel, {**START, "MIXUP": True}),
-    "start_state": (start_state_kernel, {**START, "MIXUP": False}),
-    "euler_ancestral_step": (euler_ancestral_step_kernel, {**STEP, "NOISE": True}),
+    "start_state, mixup": (start_state_kernel, {**START, "MIXUP": True, "NHWC": False}),
+    "start_state, NHWC": (start_state_kernel, {**START, "MIXUP": True, "NHWC": True}),
+    "start_state": (start_state_kernel, {**START, "MIXUP": False, "NHWC": False}),
+    "euler_ancestral_step": (euler_ancestral_step_kernel, STEP),
+    "euler_ancestral_table_step": (euler_ancestral_table_step_kernel, TABLE_STEP),
     "upsample, bicubic": (upsample_kernel, {**UPSAMPLE, "BICUBIC": True}),
     "upsample, bilinear": (upsample_kernel, {**UPSAMPLE, "BICUBIC": False}),
     "student_input": (student_input_kernel, STUDENT),
     "mosaic": (mosaic_kernel, MOSAIC),
 }
-ALIGNED = ("count", "numel")
+ALIGNED = ("count", "numel", "pixels")
 """Sizes that are multiples of 16 in use: the launcher tells Triton, and stores become vectors."""
 
 
@@ -113,7 +124,7 @@ def test_kernels_compile_and_spill_nothing(capability: int, tmp_path: Path) -> N
     result = json.loads(process.stdout.splitlines()[-1])
     print(f"sm_{capability}")
     for name, used in result["kernels"].items():
-        print(f"  {name:22} {used['REG']:3} registers, {used['SHARED']:5} bytes shared")
+        print(f"  {name:26} {used['REG']:3} registers, {used['SHARED']:5} bytes shared")
     assert list(result["kernels"]) == list(KERNELS)
     spilled = {n: used for n, used in result["kernels"].items() if used["STACK"] or used["LOCAL"]}
     assert not spilled

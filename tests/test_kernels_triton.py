@@ -37,7 +37,12 @@ from patchbloom.kernels.pixels import (
     upsample_patches,
     upsample_patches_reference,
 )
-from patchbloom.kernels.sampler import euler_ancestral_step, euler_ancestral_step_reference
+from patchbloom.kernels.sampler import (
+    euler_ancestral_step,
+    euler_ancestral_step_reference,
+    euler_ancestral_table_step,
+    step_table,
+)
 
 Case = Callable[[str], None]
 CASES: dict[str, Case] = {}
@@ -175,6 +180,16 @@ def start_states(device: str) -> None:
                 close(state, expected[0], rtol=1e-6, atol=5e-6)
                 assert model_input.dtype == dtype
                 close(model_input, expected[1], **HALF)
+                nhwc_state, nhwc = start_state(
+                    *(tensor.to(device) for tensor in (bank, *names)),
+                    mixup=mixup,
+                    dtype=dtype,
+                    channels_last=True,
+                    **settings,
+                )
+                assert nhwc.is_contiguous(memory_format=torch.channels_last)
+                close(nhwc_state, state.cpu(), **EXACT)
+                close(nhwc, model_input.cpu(), **EXACT)
 
 
 @case
@@ -193,6 +208,73 @@ def euler_steps(device: str) -> None:
                 close(actual[1], expected[1], **HALF)
                 euler_ancestral_step(*ours, **more, out=(ours[0], actual[1]))
                 close(ours[0], actual[0].cpu(), **EXACT)
+
+
+def schedule() -> tuple[torch.Tensor, list[dict[str, float]]]:
+    """Three steps, the last without noise: as a table on the CPU and as scalars."""
+    columns = [14.6, 3.1, 0.7], [2.2, 0.3, 0.0], [2.184, 0.632, 0.0], [0.307, 0.819, 1.0]
+    names = ("sigma", "sigma_down", "sigma_up", "next_scale")
+    rows = zip(*columns, strict=True)
+    scalars: list[dict[str, float]] = [dict(zip(names, row, strict=True)) for row in rows]
+    return step_table(*columns, device="cpu"), scalars
+
+
+@case
+def table_steps_are_the_scalar_steps_bit_for_bit(device: str) -> None:
+    table, scalars = schedule()
+    epoch = torch.tensor([EPOCH], device=device)
+    for shape in ((3, 5, 7), (4, 16, 16)):
+        state, eps = (part.to(device) for part in draws(10, *shape).split(5))
+        for dtype in (torch.float32, torch.float16):
+            for step, sigmas in enumerate(scalars):
+                ours = state, eps.to(dtype), SAMPLES.to(device)
+                expected = euler_ancestral_step(*ours, **sigmas, seed=SEED, step=step, epoch=EPOCH)
+                number = torch.tensor([step], device=device)
+                named = table.to(device), number, epoch
+                actual = euler_ancestral_table_step(*ours, *named, seed=SEED)
+                close(actual[0], expected[0].cpu(), **EXACT)
+                close(actual[1], expected[1].cpu(), **EXACT)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("whole", [True, False], ids=["all steps", "one step"])
+def test_one_graph_steps_through_a_schedule_at_any_epoch(whole: bool) -> None:
+    """Captured once, with all steps or with one that is replayed; no network: eps = input / 3."""
+    table, scalars = schedule()
+    start = draws(5, 4, 16, 16).cuda()
+    samples, steps = SAMPLES.cuda(), torch.arange(len(scalars), device="cuda")
+    epoch, step = torch.zeros(1, dtype=torch.int64, device="cuda"), steps[:1].clone()
+    buffers, table = (start.clone(), start.clone()), table.cuda()
+
+    def advance(number: torch.Tensor) -> None:
+        eps = buffers[1] / 3
+        named = table, number, epoch
+        euler_ancestral_table_step(buffers[0], eps, samples, *named, seed=SEED, out=buffers)
+
+    def capture() -> None:
+        for number in steps.split(1) if whole else [step]:
+            advance(number)
+        step.add_(1)
+
+    capture()  # compiles the kernel, which a capture must not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        capture()
+    for at in (3, 4):
+        for buffer in buffers:
+            buffer.copy_(start)
+        epoch.fill_(at)
+        step.zero_()
+        for _ in range(1 if whole else len(scalars)):
+            graph.replay()
+        state = model_input = start
+        for number, sigmas in enumerate(scalars):
+            state, model_input = euler_ancestral_step(
+                state, model_input / 3, samples, **sigmas, seed=SEED, step=number, epoch=at
+            )
+        close(buffers[0], state.cpu(), **EXACT)
+        close(buffers[1], model_input.cpu(), **EXACT)
 
 
 @case
