@@ -2,6 +2,7 @@
 #              beside it, in .trt, two versions of TensorRT's Python bindings, for tests
 # make demo    the whole method on the CPU, with the shipped model and generated images
 # make test    every test that needs neither a GPU nor a data set
+# make gpu     tests that need a CUDA device, then expansion against diffusers at full size
 # make check   ruff, pyright, import direction
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ TRT_BINDINGS := 10.16.1.11 11.4.0.106
 # Wheels come from the package index, not from a local folder with other builds of torch in it.
 export PIP_FIND_LINKS :=
 
-.PHONY: setup bindings demo test check
+.PHONY: setup bindings demo test gpu check
 setup: $(INSTALLED) bindings
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -38,6 +39,15 @@ demo: $(INSTALLED)
 
 test: bindings
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# SDXL-Turbo's architecture with random weights: they decide neither speed nor memory.
+GPU_BENCH = $(BIN)/python bench/bench_expand.py --model sdxl-turbo --weights random --device cuda \
+  --images 128 --rounds 3 --json
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu --require-gpu
+	$(GPU_BENCH) --size 224 --batch 32 --backends diffusers diffusers-compiled eager ort inductor
+	$(GPU_BENCH) --size 224 --batch 64 --backends diffusers eager ort inductor
+	$(GPU_BENCH) --size 512 --batch 32 --backends diffusers eager ort inductor
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

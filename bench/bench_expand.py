@@ -18,22 +18,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
-from diffusers_peer import open_pipeline, run_pipeline
+from diffusers_peer import (
+    compile_pipeline,
+    open_pipeline,
+    open_random_pipeline,
+    run_pipeline,
+)
 from measure import append_row, environment, measure_rates, ratios
+from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.turbo import Expander
-from patchbloom.export.models import find_model
+from patchbloom.export.config import DeviceName, Weights
+from patchbloom.export.models import DTYPES, ModelSource, find_model
 from patchbloom.kernels.pixels import upsample_patches
 from pictures import (
     EPOCH,
     MIN_PSNR_DB,
     TOLERANCE,
     Coreset,
-    Name,
     compare_with_diffusers,
+    default_precision,
     make_coreset,
     open_expander,
 )
@@ -52,8 +59,14 @@ class Options:
 
     model: str = "sdxl-tiny"
     """Name or folder of a model."""
-    backends: tuple[Literal["diffusers"] | Name, ...] = ("diffusers", "ort")
-    """What to time."""
+    backends: tuple[str, ...] = ("diffusers", "ort")
+    """What to time: diffusers, diffusers-compiled, eager, ort, inductor, trt; with -bf16, -fp16 or
+    -fp32 another precision than the device's usual one (fp32 on the CPU, fp16 on a GPU)."""
+    device: DeviceName = "auto"
+    """`auto` is cuda where there is one."""
+    weights: Weights = "pretrained"
+    """`random`: the architecture alone; speed does not depend on weights. Another precision would
+    have other weights, so names then have none."""
     batch: int = 32
     size: int = 64
     """Image size in px; patches have half of it."""
@@ -80,12 +93,12 @@ def diffusers_pass(options: Options, pipeline: Any, coreset: Coreset) -> Callabl
     def one_pass() -> int:
         for first in range(0, options.images, options.batch):
             samples = torch.arange(first, min(first + options.batch, options.images))
-            patches = coreset.patches_NHWC[samples]
+            patches = coreset.patches_NHWC[samples].to(pipeline.device)
             images = upsample_patches(patches, options.size, mode="bicubic", dtype=torch.float32)
             run_pipeline(
                 pipeline,
                 coreset.prompts_of(samples),
-                image=images * 0.5 + 0.5,
+                image=(images * 0.5 + 0.5).to(pipeline.unet.dtype),
                 strength=options.rho,
                 num_inference_steps=options.steps,
             )
@@ -100,57 +113,93 @@ def expander_pass(options: Options, expander: Expander) -> Callable[[], int]:
     return lambda: len(expander.expand(samples, EPOCH))
 
 
+def new_pipeline(model: ModelSource, device: str) -> Any:
+    """Diffusers' pipeline, in the precision that is usual on the device."""
+    precision = default_precision(device)
+    if model.weights == "random":
+        return open_random_pipeline(model, device=device, precision=precision)
+    return open_pipeline(model.folder, device=device, dtype=DTYPES[precision])
+
+
+def open_peers(
+    options: Options, model: ModelSource, device: str, coreset: Coreset
+) -> tuple[dict[str, Callable[[], int]], dict[str, Expander], dict[str, Any]]:
+    """A pass of each backend, those of ours whose pictures are diffusers', and what that took."""
+    pipeline = new_pipeline(model, device)
+    samples = torch.arange(0, len(coreset.labels_N), len(coreset.labels_N) // 8)[:8]
+    passes: dict[str, Callable[[], int]] = {}
+    expanders: dict[str, Expander] = {}
+    setup_s, errors = {}, {}
+    for name in options.backends:
+        start = time.perf_counter()
+        if name == "diffusers":
+            passes[name] = diffusers_pass(options, pipeline, coreset)
+            continue
+        if name == "diffusers-compiled":
+            compiled = new_pipeline(model, device)
+            compile_pipeline(compiled)
+            passes[name] = diffusers_pass(options, compiled, coreset)
+            passes[name]()  # which compiles
+            setup_s[name] = round(time.perf_counter() - start, 2)
+            continue
+        expanders[name] = open_expander(
+            name,
+            model,
+            coreset,
+            device=device,
+            bundles=options.bundles,
+            size_px=options.size,
+            steps=options.steps,
+            rho=options.rho,
+            seed=options.seed,
+            batch=options.batch,
+        )
+        setup_s[name] = round(time.perf_counter() - start, 2)
+        errors[name] = compare_with_diffusers(name, expanders[name], pipeline, coreset, samples)
+        passes[name] = expander_pass(options, expanders[name])
+    return passes, expanders, {"setup_s": setup_s, "errors": errors}
+
+
 def main(options: Options) -> None:
     """Gate, measure, report."""
     torch.set_num_threads(options.threads)
-    model = find_model(options.model)
+    device = resolve_device(options.device)
+    model = find_model(options.model, options.weights)
     coreset = make_coreset(
         classes=options.classes,
         patches_per_class=options.patches_per_class,
         side_px=options.size // 2,
         seed=options.seed,
     )
-    pipeline = open_pipeline(model.folder)
-    samples = torch.arange(0, len(coreset.labels_N), len(coreset.labels_N) // 8)[:8]
-    expanders, setup_s, errors = {}, {}, {}
-    for name in options.backends:
-        if name != "diffusers":
-            start = time.perf_counter()
-            expanders[name] = open_expander(
-                name,
-                model,
-                coreset,
-                bundles=options.bundles,
-                size_px=options.size,
-                steps=options.steps,
-                rho=options.rho,
-                seed=options.seed,
-                batch=options.batch,
-            )
-            setup_s[name] = round(time.perf_counter() - start, 2)
-            errors[name] = compare_with_diffusers(name, expanders[name], pipeline, coreset, samples)
-    passes = {name: expander_pass(options, expander) for name, expander in expanders.items()}
-    if "diffusers" in options.backends:
-        passes = {"diffusers": diffusers_pass(options, pipeline, coreset)} | passes
+    if options.weights == "random" and any(
+        name.rpartition("-")[2] in DTYPES for name in options.backends
+    ):
+        raise ValueError("--weights random: expected backends without a precision in their names")
+    passes, expanders, found = open_peers(options, model, device, coreset)
     rates = measure_rates(passes, rounds=options.rounds)
     for name, rate in rates.items():
         low, middle, high = (rate.row()[p] for p in ("p20", "p50", "p80"))
         print(
-            f"{name:14} {middle:8.1f} images/s   p20 {low:.1f}  p80 {high:.1f}  n {options.rounds}"
+            f"{name:18} {middle:8.1f} images/s   p20 {low:.1f}  p80 {high:.1f}  n {options.rounds}"
         )
     speedups = {
-        name: ratios(rates[name], rates["diffusers"]) for name in expanders if "diffusers" in rates
+        name: ratios(rate, rates["diffusers"])
+        for name, rate in rates.items()
+        if name != "diffusers" and "diffusers" in rates
     }
-    row = environment() | {
+    row = environment(device) | {
         "benchmark": "expand",
+        "model": options.model,
+        "weights": options.weights,
+        "size_px": options.size,
+        "batch": options.batch,
         "images_per_s": {name: round(rate.p50, 2) for name, rate in rates.items()},
         "spread": {name: rate.row() for name, rate in rates.items()},
         "speedup": {name: round(speedup.p50, 2) for name, speedup in speedups.items()},
         "speedup_spread": {name: speedup.row() for name, speedup in speedups.items()},
         "outside_clock": list(OUTSIDE_CLOCK),
-        "setup_s": setup_s,
-        "errors": errors,
-        "tolerance": {"fp32_max_abs": TOLERANCE, "bf16_psnr_db": MIN_PSNR_DB},
+        **found,
+        "tolerance": {"fp32_max_abs": TOLERANCE, "half_psnr_db": MIN_PSNR_DB},
         "engines": {name: expander.describe() for name, expander in expanders.items()},
         "images": options.images,
         "threads": options.threads,

@@ -19,7 +19,7 @@ import tyro
 from diffusers_peer import open_pipeline
 from measure import append_row, environment
 from patchbloom.export.models import find_model
-from pictures import TOLERANCE, Name, compare_with_diffusers, make_coreset, open_expander
+from pictures import TOLERANCE, compare_with_diffusers, make_coreset, open_expander
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class Options:
 
     model: str = "sdxl-tiny"
     """Name or folder of a model."""
-    backends: tuple[Name, ...] = ("eager", "ort", "inductor")
-    """What to compare."""
+    backends: tuple[str, ...] = ("eager", "ort", "inductor")
+    """What to compare: eager, ort, inductor; with -bf16 in bf16."""
     batches: tuple[int, ...] = (1, 3, 32, 70)
     """Engine batches; as many pictures are made."""
     size: int = 64
@@ -69,6 +69,7 @@ def main(options: Options) -> None:
                 name,
                 model,
                 coreset,
+                device="cpu",
                 bundles=options.bundles,
                 size_px=options.size,
                 steps=options.steps,

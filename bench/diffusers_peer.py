@@ -9,17 +9,55 @@ from typing import Any
 from unittest import mock
 
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
+from patchbloom.engine.prompts import encode_prompts
+from patchbloom.export.config import Precision
+from patchbloom.export.models import ModelSource, load_parts
 from patchbloom.kernels.noise import Draw, normal
 from torch import Tensor
 
 
-def open_pipeline(folder: Path, *, device: str = "cpu") -> Any:
-    """Img2img pipeline of a model folder in fp32, silent."""
-    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, add_watermarker=False)
+def open_pipeline(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """Img2img pipeline of a model folder, silent."""
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(
+        folder, add_watermarker=False, torch_dtype=dtype
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def open_random_pipeline(model: ModelSource, *, device: str, precision: Precision) -> Any:
+    """The same of an architecture without weights: texts are the seeded ones of encode_prompts."""
+    parts = load_parts(model, precision=precision, device=device)
+    pipeline = StableDiffusionXLImg2ImgPipeline(
+        vae=parts.vae,
+        unet=parts.unet,
+        scheduler=EulerAncestralDiscreteScheduler.from_config(model.scheduler_config()),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        add_watermarker=False,
+    )
+
+    def encode_prompt(prompt: list[str], **_: Any) -> tuple[Any, ...]:
+        text = encode_prompts(model, prompt, device=device)
+        dtype = parts.unet.dtype
+        return text.text_KLD.to(dtype), None, text.pooled_KD.to(dtype), None
+
+    pipeline.encode_prompt = encode_prompt
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def compile_pipeline(pipeline: Any) -> None:
+    """As diffusers advises for speed: channels_last, compiled UNet and decoder, tuned products."""
+    settings: Any = {"mode": "max-autotune-no-cudagraphs", "fullgraph": True}
+    pipeline.unet.to(memory_format=torch.channels_last)
+    pipeline.vae.to(memory_format=torch.channels_last)
+    pipeline.unet = torch.compile(pipeline.unet, **settings)
+    pipeline.vae.decode = torch.compile(pipeline.vae.decode, **settings)
 
 
 class OurNoise:
@@ -28,12 +66,13 @@ class OurNoise:
     def __init__(self, samples: Tensor, *, seed: int, epoch: int) -> None:
         self.samples, self.seed, self.epoch, self.draws = samples, seed, epoch, 0
 
-    def __call__(self, shape: Sequence[int], *_: Any, **__: Any) -> Tensor:
+    def __call__(self, shape: Sequence[int], *_: Any, **wanted: Any) -> Tensor:
         draw = Draw.ANCESTRAL + self.draws - 1 if self.draws else Draw.START
         self.draws += 1
         if shape[0] != len(self.samples):
             raise ValueError(f"noise asked for {shape[0]} images, fed for {len(self.samples)}")
-        return normal(self.seed, draw, self.samples, self.epoch, tuple(shape[1:]))
+        noise = normal(self.seed, draw, self.samples, self.epoch, tuple(shape[1:]))
+        return noise.to(wanted.get("device"), wanted.get("dtype"))
 
 
 @contextmanager

@@ -3,14 +3,15 @@
 Both start from the same pixels and draw the same noise; of the encoder's posterior diffusers takes
 the mean here, as we do. A backend passes when its pictures are
 diffusers' and those of wrong prompts and of a wrong timestep are not: in fp32 by the max abs error,
-at most TOLERANCE of the range [-1, 1]; in bf16 by the PSNR, at least MIN_PSNR_DB.
+at most TOLERANCE of the range [-1, 1]; in half precision by the PSNR, at least MIN_PSNR_DB.
+
+A backend's name may end in its precision: "ort" is fp32 on the CPU and fp16 on a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -19,13 +20,12 @@ from diffusers_peer import noise_of_ours, run_pipeline
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.prompts import class_prompts
 from patchbloom.engine.turbo import Expander
-from patchbloom.export.config import BackendName, Precision
+from patchbloom.export.config import BackendName, DeviceName, Precision
 from patchbloom.export.models import ModelSource
 from patchbloom.kernels.noise import Draw, uniform
 from patchbloom.kernels.pixels import upsample_patches
 from torch import Tensor
 
-Name = Literal["eager", "ort", "inductor", "eager-bf16", "inductor-bf16"]
 TOLERANCE = 1e-4
 MIN_PSNR_DB = 40.0
 EPOCH = 0
@@ -55,16 +55,18 @@ def make_coreset(*, classes: int, patches_per_class: int, side_px: int, seed: in
 
 
 def open_expander(
-    name: Name, model: ModelSource, coreset: Coreset, *, bundles: Path | None, **settings: Any
+    name: str, model: ModelSource, coreset: Coreset, *, device: str, **settings: Any
 ) -> Expander:
-    """Our Expander on one backend, without mixup, which diffusers does not have."""
+    """Our Expander on one backend, without mixup, which diffusers does not have.
+
+    ValueError: no such backend or precision.
+    """
     backend, _, precision = name.partition("-")
     config = ExpandConfig(
         mixup=False,
         backend=cast(BackendName, backend),
-        precision=cast(Precision, precision or "fp32"),
-        device="cpu",
-        bundles=bundles,
+        precision=cast(Precision, precision or default_precision(device)),
+        device=cast(DeviceName, device),
         **settings,
     )
     return Expander(
@@ -76,8 +78,13 @@ def open_expander(
     )
 
 
+def default_precision(device: str) -> Precision:
+    """Of diffusers' pipeline, and of ours where a name does not say another."""
+    return "fp16" if device == "cuda" else "fp32"
+
+
 def compare_with_diffusers(
-    name: Name, expander: Expander, pipeline: Any, coreset: Coreset, samples: Tensor
+    name: str, expander: Expander, pipeline: Any, coreset: Coreset, samples: Tensor
 ) -> dict[str, dict[str, float]]:
     """Errors of the same pictures and of both negative controls; RuntimeError at a failed gate."""
     config, prompts = expander.config, coreset.prompts_of(samples)
@@ -90,7 +97,7 @@ def compare_with_diffusers(
         expected = run_pipeline(
             pipeline,
             prompts,
-            image=images * 0.5 + 0.5,
+            image=(images * 0.5 + 0.5).to(pipeline.device, pipeline.unet.dtype),
             strength=config.rho,
             num_inference_steps=config.steps,
         )
@@ -113,12 +120,12 @@ def compare_with_diffusers(
     return errors
 
 
-def _no_noise(shape: tuple[int, ...], **_: Any) -> Tensor:
-    return torch.zeros(shape)
+def _no_noise(shape: tuple[int, ...], **wanted: Any) -> Tensor:
+    return torch.zeros(shape, device=wanted["device"], dtype=wanted["dtype"])
 
 
 def _errors(images: Tensor, expected: Tensor) -> dict[str, float]:
-    difference = (images - expected).double()
+    difference = (images - expected.to(images.device)).double()
     return {
         "max_abs": float(difference.abs().max()),
         "relative_l2": float(difference.norm() / expected.double().norm()),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,11 @@ def load_parts(
     if source.weights == "random":
         unet = _random(UNet2DConditionModel, source, "unet", unet_dtype, device)
         return ModelParts(unet, _random(AutoencoderKL, source, "vae", vae_dtype, device))
-    unet = _load(UNet2DConditionModel, source, "unet", device, torch_dtype=unet_dtype)
-    return ModelParts(unet, _load(AutoencoderKL, source, "vae", device, torch_dtype=vae_dtype))
+    # Said, because diffusers wants it, and complains where accelerate is not installed.
+    light = {"low_cpu_mem_usage": find_spec("accelerate") is not None}
+    unet = _load(UNet2DConditionModel, source, "unet", device, torch_dtype=unet_dtype, **light)
+    vae = _load(AutoencoderKL, source, "vae", device, torch_dtype=vae_dtype, **light)
+    return ModelParts(unet, vae)
 
 
 def _random(kind: type, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
@@ -210,12 +214,12 @@ def _arguments(source: ModelSource, part: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def _load(kind: type, source: ModelSource, part: str, device: str, **dtype: torch.dtype) -> Any:
+def _load(kind: type, source: ModelSource, part: str, device: str, **options: Any) -> Any:
     """`kind.from_pretrained`, safetensors only, in eval mode, without gradients."""
     variant, _ = _weight_files(source, part)
     loader: Any = kind
     module = loader.from_pretrained(
-        source.part(part), variant=variant, use_safetensors=True, **dtype
+        source.part(part), variant=variant, use_safetensors=True, **options
     )
     return module.to(device).eval().requires_grad_(False)
 
