@@ -21,7 +21,11 @@ from patchbloom.kernels.noise import (
     unit_numpy,
     unit_reference,
 )
-from patchbloom.kernels.pixels import student_input, upsample_patches
+from patchbloom.kernels.pixels import (
+    student_input,
+    student_input_reference,
+    upsample_patches,
+)
 from patchbloom.kernels.sampler import (
     euler_ancestral_step,
     euler_ancestral_table_step,
@@ -390,6 +394,51 @@ def test_student_input_is_torchvision(size_px):
             crop = crop.flip(-1)
         expected = normalize(crop, list(IMAGENET_MEAN), list(IMAGENET_STD))
         torch.testing.assert_close(actual[index], expected, rtol=0, atol=1e-3)
+
+
+PASTED = [
+    [0, 0, 24, 24], [3, 5, 7, 2], [-4, 20, 9, 30], [23, 23, 1, 1], [5, 5, 0, 9], [30, 0, 4, 4],
+]  # fmt: skip
+"""(top, left, height, width) in 24 x 24 px: all, some, over two edges, a corner, none, none."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_cutmix_is_pasting_views(dtype):
+    images = (torch.rand(6, 3, 33, 47) * 2.4 - 1.2).to(dtype)
+    boxes = torch.tensor([[0, 0, 33, 47], [3, 4, 20, 10], [10, 30, 5, 17]]).repeat(2, 1).float()
+    flips = torch.tensor([False, True, False, True, True, False])
+    partners = torch.tensor([3, 0, 5, 1, 2, 0])
+    named = images, boxes, flips, 24, IMAGENET_MEAN, IMAGENET_STD
+    expected = student_input(*named, dtype=dtype)
+    alone = expected.clone()
+    for row, (top, left, height, width) in enumerate(PASTED):
+        down = slice(max(top, 0), max(top + height, 0))
+        right = slice(max(left, 0), max(left + width, 0))
+        expected[row, :, down, right] = alone[partners[row], :, down, right]
+    actual = student_input(*named, cutmix=(partners, torch.tensor(PASTED)), dtype=dtype)
+    assert torch.equal(actual, expected)
+    assert not torch.equal(actual, alone)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(TypeError, match="pasted_B4: expected int64, got float32"):
+        student_input(*named, cutmix=(partners, torch.tensor(PASTED).float()))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_student_input_passes_gradients_to_the_images(mixed):
+    images = torch.rand(6, 3, 9, 11) * 2.4 - 1.2
+    boxes = torch.tensor([[0, 0, 9, 11], [3, 4, 2.5, 5], [8, 10, 1, 1]]).repeat(2, 1)
+    flips = torch.tensor([False, True, False, True, True, False])
+    cutmix = (torch.tensor([3, 0, 5, 1, 2, 0]), torch.tensor(PASTED)) if mixed else None
+    weights = torch.randn(6, 3, 24, 24)
+    found = []
+    for run in (student_input, student_input_reference):
+        ours = images.clone().requires_grad_()
+        views = run(ours, boxes, flips, 24, IMAGENET_MEAN, IMAGENET_STD, cutmix=cutmix)
+        (views * weights).sum().backward()
+        found.append(ours.grad)
+    assert (found[1] != 0).any()
+    assert (found[1] == 0).any(), "a clamped value passes nothing"
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
 def test_student_input_refuses_a_wrong_normalisation():

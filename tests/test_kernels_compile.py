@@ -55,7 +55,8 @@ UPSAMPLE = {
 }  # fmt: skip
 STUDENT = {
     "out_ptr": "*fp16", "images_ptr": "*fp16", "boxes_ptr": "*fp32", "flips_ptr": "*i1",
-    "scale_ptr": "*fp32", "shift_ptr": "*fp32", **SIDES, "CHANNELS": 3, "BLOCK": 256,
+    "scale_ptr": "*fp32", "shift_ptr": "*fp32", "partners_ptr": "*i64", "pasted_ptr": "*i64",
+    **SIDES, "CHANNELS": 3, "BLOCK": 256,
 }  # fmt: skip
 MOSAIC = {
     "out_ptr": "*u8", "patches_ptr": "*u8", "rows_ptr": "*i64",
@@ -71,7 +72,8 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "euler_ancestral_table_step": (euler_ancestral_table_step_kernel, TABLE_STEP),
     "upsample, bicubic": (upsample_kernel, {**UPSAMPLE, "BICUBIC": True}),
     "upsample, bilinear": (upsample_kernel, {**UPSAMPLE, "BICUBIC": False}),
-    "student_input": (student_input_kernel, STUDENT),
+    "student_input": (student_input_kernel, {**STUDENT, "CUTMIX": False}),
+    "student_input, CutMix": (student_input_kernel, {**STUDENT, "CUTMIX": True}),
     "mosaic": (mosaic_kernel, MOSAIC),
 }
 ALIGNED = ("count", "numel", "pixels")

@@ -303,6 +303,20 @@ def student_inputs(device: str) -> None:
         close(actual, expected, rtol=0.0, atol=1e-3)
         half = student_input(ours[0].half(), *ours[1:], size, *moments, dtype=torch.float16)
         close(half, expected, rtol=1e-3, atol=1e-2)
+        # Pasted: all, some, over two edges, none; to the bit what the partner's view shows.
+        boxes_4 = torch.tensor([[0, 0, 24, 24], [2, 3, 4, 2], [-4, 5, 9, 30], [5, 5, 0, 9]])
+        partners = torch.tensor([3, 0, 1, 2])
+        inside = torch.zeros(4, 1, size, size, dtype=torch.bool)
+        for row, (top, left, high, wide) in enumerate(boxes_4.tolist()):
+            inside[row, :, max(top, 0) : top + high, max(left, 0) : left + wide] = True
+        cutmix = partners.to(device), boxes_4.to(device)
+        mixed = student_input(*ours, size, *moments, cutmix=cutmix)
+        pasted = torch.where(inside, actual.cpu()[partners], actual.cpu())
+        close(mixed, pasted, **EXACT)
+        reference = student_input_reference(
+            images, boxes, flips, size, *moments, cutmix=(partners, boxes_4)
+        )
+        close(mixed, reference, rtol=0.0, atol=1e-3)
 
 
 @case

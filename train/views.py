@@ -55,7 +55,7 @@ def make_views(
 
     The result is fp32, channels_last, on the images' device.
     """
-    device, size_px = images_PCHW.device, config.size_px
+    device = images_PCHW.device
     count, _, height, width = images_PCHW.shape
     crops = RandomResizedCrops(
         crops=1, seed=config.seed, draw=Draw.STUDENT_CROP, scale=config.crop_scale
@@ -66,35 +66,33 @@ def make_views(
     flips_P = torch.zeros(count, dtype=torch.bool)
     if config.flip:
         flips_P = uniform(config.seed, Draw.FLIP, samples_P, epoch, 1)[:, 0] < 0.5
-    views_PCHW = student_input(
+    cutmix = None
+    if config.cutmix:
+        partners_P, pasted_P4 = _cutmix(samples_P, epoch, config)
+        cutmix = partners_P.to(device), pasted_P4.to(device)
+    return student_input(
         images_PCHW.contiguous(),
         boxes_P4.to(device),
         flips_P.to(device),
-        size_px,
+        config.size_px,
         normalisation.mean,
         normalisation.std,
+        cutmix=cutmix,
     )
-    if not config.cutmix:
-        return views_PCHW
-    partners_P, inside_PHW = _cutmix(samples_P, epoch, config)
-    inside_P1HW = inside_PHW[:, None].to(device)
-    mixed_PCHW = torch.where(inside_P1HW, views_PCHW[partners_P.to(device)], views_PCHW)
-    return mixed_PCHW.contiguous(memory_format=torch.channels_last)
 
 
 def _cutmix(samples_P: Tensor, epoch: int, config: StudentConfig) -> tuple[Tensor, Tensor]:
-    """Each sample's partner (its position in the pool), and where it shows: bool [P, H, W]."""
+    """Each sample's partner (its position in the pool), and the box it shows in, unclipped.
+
+    Both int64, [P] and (top, left, height, width) [P, 4].
+    """
     size_px = config.size_px
     u_P4 = uniform(config.seed, Draw.CUTMIX, samples_P, epoch, 4)
     partners_P = (u_P4[:, 0] * len(samples_P)).long()
     half_P = ((1 - u_P4[:, 1]).sqrt() * size_px).floor() // 2
-    centre_P2 = (u_P4[:, 2:] * size_px).floor()
-    along = torch.arange(size_px)
-    low_P2, high_P2 = centre_P2 - half_P[:, None], centre_P2 + half_P[:, None]
-    rows_PH, columns_PW = (
-        (along >= low_P2[:, axis, None]) & (along < high_P2[:, axis, None]) for axis in (0, 1)
-    )
-    return partners_P, rows_PH[:, :, None] & columns_PW[:, None, :]
+    corners_P2 = (u_P4[:, 2:] * size_px).floor() - half_P[:, None]
+    sides_P2 = (2 * half_P)[:, None].expand(-1, 2)
+    return partners_P, torch.cat([corners_P2, sides_P2], dim=1).long()
 
 
 def describe_views(config: StudentConfig) -> dict[str, Any]:
