@@ -34,6 +34,8 @@ from patchbloom.kernels.pixels import (
     upsample_patches_reference,
 )
 from patchbloom.kernels.sampler import euler_ancestral_step, euler_ancestral_step_reference
+from patchbloom.kernels.softlabel import softlabel, softlabel_reference, target_reference
+from torch import Tensor
 
 SEED, EPOCH = 1, 2
 COPY_BYTES = 1 << 30
@@ -146,15 +148,56 @@ def pixel_cases(device: str, batch: int, side: int) -> list[Case]:
     ]
 
 
+def label_cases(device: str, batch: int, classes: int, kept: int) -> list[Case]:
+    """The loss on stored labels with its gradient; torch's is that of dense targets."""
+    half = torch.float16 if device == "cuda" else torch.float32
+    student = torch.randn(batch, classes, device=device).to(half).requires_grad_()
+    teacher = torch.randn(batch, classes, device=device).half()
+    top = teacher.float().softmax(1).topk(kept)
+    values, codes = top.values.half(), top.indices.to(torch.int32)
+
+    def ours(labels: Tensor, where: Tensor | None) -> tuple[Tensor, Tensor]:
+        loss = softlabel(student, labels, where, temperature=4.0)
+        return loss.detach(), *torch.autograd.grad(loss.sum(), student)
+
+    def torchs(labels: Tensor, where: Tensor | None) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"classes": classes, "temperature": 4.0}
+        target = target_reference(labels, where, None, None, **options)
+        loss = softlabel_reference(student, target, 4.0)
+        return loss.detach(), *torch.autograd.grad(loss.sum(), student)
+
+    size, where = half.itemsize, f"{batch} x {classes}"
+    scores = 3 * size * batch * classes  # read twice, their gradient written once
+    return [
+        Case(
+            f"softlabel, dense {where}",
+            lambda: ours(teacher, None),
+            lambda: torchs(teacher, None),
+            scores + 2 * 2 * batch * classes,
+            2e-2,
+        ),
+        Case(
+            f"softlabel, top-{kept} {where}",
+            lambda: ours(values, codes),
+            lambda: torchs(values, codes),
+            scores + batch * kept * (2 * (2 + 4) + 3 * size),
+            2e-2,
+        ),
+    ]
+
+
 def make_cases(device: str) -> list[Case]:
     """SDXL-Turbo's shapes at 224 and 512 px on a GPU; sdxl-tiny's on the CPU."""
     if device == "cpu":
-        return [*latent_cases(device, 32, 16), *pixel_cases(device, 32, 64)]
+        latents, pixels = latent_cases(device, 32, 16), pixel_cases(device, 32, 64)
+        return [*latents, *pixels, *label_cases(device, 32, 100, 10)]
     cases = []
     for batch, side in ((32, 28), (64, 64)):
         cases += latent_cases(device, batch, side)
     for batch, side in ((64, 224), (64, 512)):
         cases += pixel_cases(device, batch, side)
+    for batch, classes in ((256, 1000), (256, 21_841)):
+        cases += label_cases(device, batch, classes, 10)
     return cases
 
 
@@ -172,7 +215,7 @@ def check(case: Case) -> float:
     return max(differences)
 
 
-def _tensors(result: Any) -> tuple[torch.Tensor, ...]:
+def _tensors(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
