@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.kernels.latents import start_state
-from patchbloom.kernels.mosaic import mosaic
+from patchbloom.kernels.mosaic import mosaic, shuffle_patches
 from patchbloom.kernels.noise import (
     Draw,
     normal,
@@ -447,8 +447,13 @@ def test_student_input_refuses_a_wrong_normalisation():
         student_input(images, boxes, torch.tensor([False]), 4, (0.5,), IMAGENET_STD)
 
 
-def test_mosaic_lays_tiles_in_row_major_order():
-    patches = torch.randint(0, 256, (11, 5, 5, 3), dtype=torch.uint8)
+def _pixels(dtype, *shape):
+    return torch.randint(0, 256, shape, dtype=torch.uint8).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_mosaic_lays_tiles_in_row_major_order(dtype):
+    patches = _pixels(dtype, 11, 5, 5, 3)
     rows = torch.tensor([[0, 1, 2, 3], [10, 4, 4, 7]])
     canvases = mosaic(patches, rows, 2)
     assert canvases.shape == (2, 10, 10, 3)
@@ -460,3 +465,20 @@ def test_mosaic_lays_tiles_in_row_major_order():
     assert torch.equal(mosaic(patches, torch.arange(11)[:, None], 1), patches)
     with pytest.raises(ValueError, match=r"rows: expected shape \[B, 9\], got \[2, 4\]"):
         mosaic(patches, rows, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_a_shuffle_is_the_mosaic_of_permuted_rows(dtype):
+    patches, r = _pixels(dtype, 30, 4, 4, 3), 3
+    rows = torch.stack([torch.randperm(30)[: r * r] for _ in range(4)])
+    order = torch.stack([torch.randperm(r * r) for _ in range(4)])
+    canvas = mosaic(patches, rows, r)
+    shuffled = shuffle_patches(canvas, order, r)
+    assert shuffled.dtype == dtype
+    assert torch.equal(shuffled, mosaic(patches, rows.gather(1, order), r))
+    assert torch.equal(shuffle_patches(shuffled, order.argsort(1), r), canvas)
+    assert torch.equal(shuffle_patches(canvas, order[:, :1] * 0, 1), canvas)
+    with pytest.raises(ValueError, match="expected squares of 5 x 5 tiles, got 12 x 12 pixels"):
+        shuffle_patches(canvas, order, 5)
+    with pytest.raises(TypeError, match="canvas_BHWC: expected uint8 or float16, got float32"):
+        shuffle_patches(canvas.float(), order, r)

@@ -59,9 +59,10 @@ STUDENT = {
     **SIDES, "CHANNELS": 3, "BLOCK": 256,
 }  # fmt: skip
 MOSAIC = {
-    "out_ptr": "*u8", "patches_ptr": "*u8", "rows_ptr": "*i64",
+    "out_ptr": "*u8", "source_ptr": "*u8", "rows_ptr": "*i64",
     "R": 2, "SIDE": 112, "CHANNELS": 3, "BLOCK": 1024,
 }  # fmt: skip
+HALF_PIXELS = {"out_ptr": "*fp16", "source_ptr": "*fp16"}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "noise, normals": (noise_kernel, {**NOISE, "NORMAL": True}),
     "noise, uniforms": (noise_kernel, {**NOISE, "NORMAL": False}),
@@ -74,7 +75,9 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "upsample, bilinear": (upsample_kernel, {**UPSAMPLE, "BICUBIC": False}),
     "student_input": (student_input_kernel, {**STUDENT, "CUTMIX": False}),
     "student_input, CutMix": (student_input_kernel, {**STUDENT, "CUTMIX": True}),
-    "mosaic": (mosaic_kernel, MOSAIC),
+    "mosaic": (mosaic_kernel, {**MOSAIC, "SHUFFLE": False}),
+    "shuffle_patches, uint8": (mosaic_kernel, {**MOSAIC, "SHUFFLE": True}),
+    "shuffle_patches, half": (mosaic_kernel, {**MOSAIC, **HALF_PIXELS, "SHUFFLE": True}),
 }
 ALIGNED = ("count", "numel", "pixels")
 """Sizes that are multiples of 16 in use: the launcher tells Triton, and stores become vectors."""

@@ -20,7 +20,12 @@ import triton
 import triton.language as tl
 from patchbloom.kernels.latents import start_state, start_state_reference
 from patchbloom.kernels.launch import runs_kernel
-from patchbloom.kernels.mosaic import mosaic, mosaic_reference
+from patchbloom.kernels.mosaic import (
+    mosaic,
+    mosaic_reference,
+    shuffle_patches,
+    shuffle_patches_reference,
+)
 from patchbloom.kernels.noise import (
     normal,
     normal_reference,
@@ -324,8 +329,19 @@ def mosaics(device: str) -> None:
     patches = (draws(11, 5, 5, 3) * 90 + 128).clamp(0, 255).byte()
     for r, rows in ((1, [[10], [0]]), (2, [[0, 1, 2, 3], [10, 4, 4, 7]]), (3, [[*range(9)]])):
         chosen = torch.tensor(rows)
-        actual = mosaic(patches.to(device), chosen.to(device), r)
-        close(actual, mosaic_reference(patches, chosen, r), **EXACT)
+        for pixels in (patches, patches.half() / 255):
+            actual = mosaic(pixels.to(device), chosen.to(device), r)
+            close(actual, mosaic_reference(pixels, chosen, r), **EXACT)
+
+
+@case
+def shuffled_patches(device: str) -> None:
+    canvas = (draws(3, 30, 30, 3) * 90 + 128).clamp(0, 255).byte()
+    for r in (1, 2, 5):
+        order = torch.stack([torch.arange(r * r).roll(shift) for shift in (0, 1, 2)])
+        for pixels in (canvas, canvas.half() / 255):
+            actual = shuffle_patches(pixels.to(device), order.to(device), r)
+            close(actual, shuffle_patches_reference(pixels, order, r), **EXACT)
 
 
 def run_case(name: str, device: str) -> None:
