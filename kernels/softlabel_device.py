@@ -74,6 +74,40 @@ def store_normaliser(normalisers_ptr, index, first, second):
 
 
 @triton.jit
+def load_normaliser(normalisers_ptr, index):
+    return tl.load(normalisers_ptr + 2 * index), tl.load(normalisers_ptr + 2 * index + 1)
+
+
+@triton.jit
+def probability_block(row_ptr, column, top, log_total, inverse_t, CLASSES: tl.constexpr):
+    """softmax(row / T) of a block, from the row's (maximum, log sum)."""
+    return tl.exp((load_logits(row_ptr, column, CLASSES) - top) * inverse_t - log_total)
+
+
+@triton.jit
+def mixed_p_log_p(
+    a_ptr,
+    b_ptr,
+    a_top,
+    a_log,
+    b_top,
+    b_log,
+    weight,
+    inverse_t,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sum of p ln p over two mixed label rows."""
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, CLASSES, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        p = weight * probability_block(a_ptr, column, a_top, a_log, inverse_t, CLASSES)
+        p += (1.0 - weight) * probability_block(b_ptr, column, b_top, b_log, inverse_t, CLASSES)
+        sums += p_log_p(p)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
 def softlabel_dense_kernel(
     loss_ptr,
     normalisers_ptr,
@@ -91,12 +125,11 @@ def softlabel_dense_kernel(
     student = student_ptr + row * CLASSES
     normalisers = normalisers_ptr + row * (6 if MIXED else 4)
     x_top, x_total, a_top, a_total, a_gap = LOWEST, 0.0, LOWEST, 0.0, 0.0
+    b_top, b_total, b_gap = LOWEST, 0.0, 0.0
+    a, b = row, row
     if MIXED:
-        label_a = labels_ptr + tl.load(rows_ptr + 2 * row) * CLASSES
-        label_b = labels_ptr + tl.load(rows_ptr + 2 * row + 1) * CLASSES
-        b_top, b_total, b_gap = LOWEST, 0.0, 0.0
-    else:
-        label_a = labels_ptr + row * CLASSES
+        a, b = tl.load(rows_ptr + 2 * row), tl.load(rows_ptr + 2 * row + 1)
+    label_a, label_b = labels_ptr + a * CLASSES, labels_ptr + b * CLASSES
     for start in range(0, CLASSES, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = load_logits(student, column, CLASSES)
@@ -117,23 +150,12 @@ def softlabel_dense_kernel(
         b_log = tl.log(b_total)
         store_normaliser(normalisers, 2, b_top, b_log)
         loss += weight * (a_gap / a_total) + (1.0 - weight) * (b_gap / b_total)
-        for start in range(0, CLASSES, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            a = load_logits(label_a, column, CLASSES)
-            b = load_logits(label_b, column, CLASSES)
-            p = weight * tl.exp((a - a_top) * inverse_t - a_log)
-            p += (1.0 - weight) * tl.exp((b - b_top) * inverse_t - b_log)
-            loss += tl.sum(p_log_p(p), 0)
+        loss += mixed_p_log_p(
+            label_a, label_b, a_top, a_log, b_top, b_log, weight, inverse_t, CLASSES, BLOCK
+        )
     else:
         loss += a_gap / a_total - a_log
     tl.store(loss_ptr + row, loss)
-
-
-@triton.jit
-def probability_block(row_ptr, column, normaliser_ptr, inverse_t, CLASSES: tl.constexpr):
-    """softmax(row / T) of a block, from the row's stored (maximum, log sum)."""
-    top, log_total = tl.load(normaliser_ptr), tl.load(normaliser_ptr + 1)
-    return tl.exp((load_logits(row_ptr, column, CLASSES) - top) * inverse_t - log_total)
 
 
 @triton.jit
@@ -156,15 +178,18 @@ def softlabel_dense_grad_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     saved = normalisers_ptr + row * (6 if MIXED else 4)
     offset = row * CLASSES
-    q = probability_block(student_ptr + offset, column, saved, inverse_t, CLASSES)
+    x_top, x_log = load_normaliser(saved, 0)
+    a_top, a_log = load_normaliser(saved, 1)
+    q = probability_block(student_ptr + offset, column, x_top, x_log, inverse_t, CLASSES)
     if MIXED:
         weight = tl.load(weight_ptr + row)
         label_a = labels_ptr + tl.load(rows_ptr + 2 * row) * CLASSES
         label_b = labels_ptr + tl.load(rows_ptr + 2 * row + 1) * CLASSES
-        p = weight * probability_block(label_a, column, saved + 2, inverse_t, CLASSES)
-        p += (1.0 - weight) * probability_block(label_b, column, saved + 4, inverse_t, CLASSES)
+        b_top, b_log = load_normaliser(saved, 2)
+        p = weight * probability_block(label_a, column, a_top, a_log, inverse_t, CLASSES)
+        p += (1.0 - weight) * probability_block(label_b, column, b_top, b_log, inverse_t, CLASSES)
     else:
-        p = probability_block(labels_ptr + offset, column, saved + 2, inverse_t, CLASSES)
+        p = probability_block(labels_ptr + offset, column, a_top, a_log, inverse_t, CLASSES)
     grad = (q - p) * (tl.load(grad_ptr + row * grad_stride) * inverse_t)
     tl.store(out_ptr + offset + column, grad.to(out_ptr.dtype.element_ty), mask=column < CLASSES)
 
@@ -172,11 +197,12 @@ def softlabel_dense_grad_kernel(
 @triton.jit
 def kept_normaliser(kept_ptr, CLASSES: tl.constexpr, KEPT: tl.constexpr, CODES: tl.constexpr):
     """(1 / total, a class's share of the rest / total) of one coded row."""
-    mass = 0.0
+    masses = tl.zeros([CODES], tl.float32)
     for start in range(0, KEPT, CODES):
         code = start + tl.arange(0, CODES)
-        mass += tl.sum(tl.load(kept_ptr + code, mask=code < KEPT, other=0.0).to(tl.float32), 0)
-    rest = tl.maximum(1.0 - mass, 0.0)
+        masses += tl.load(kept_ptr + code, mask=code < KEPT, other=0.0).to(tl.float32)
+    mass = tl.sum(masses, 0)
+    rest = tl.maximum(1.0 - mass, 0.0)  # pyright: ignore[reportOperatorIssue]
     total = mass + rest
     return 1.0 / total, rest / (CLASSES - KEPT) / total
 
@@ -291,9 +317,8 @@ def softlabel_topk_kernel(
 
 
 @triton.jit
-def store_grad(out_ptr, student_ptr, column, target, mask, normaliser_ptr, inverse_t, scale):
+def store_grad(out_ptr, student_ptr, column, target, mask, top, log_total, inverse_t, scale):
     """Write (q - target) scale of some classes of a row."""
-    top, log_total = tl.load(normaliser_ptr), tl.load(normaliser_ptr + 1)
     x = tl.load(student_ptr + column, mask=mask, other=0.0).to(tl.float32)
     grad = (tl.exp((x - top) * inverse_t - log_total) - target) * scale
     tl.store(out_ptr + column, grad.to(out_ptr.dtype.element_ty), mask=mask)
@@ -328,32 +353,33 @@ def softlabel_topk_grad_kernel(
     saved = normalisers_ptr + row * (6 if MIXED else 4)
     out, student = out_ptr + row * CLASSES, student_ptr + row * CLASSES
     a, b, weight, other_weight = row, row, 1.0, 0.0
-    scale_a, rest_a = tl.load(saved + 2), tl.load(saved + 3)
+    x_top, x_log = load_normaliser(saved, 0)
+    scale_a, rest_a = load_normaliser(saved, 1)
     scale_b, rest_b = scale_a, rest_a
     if MIXED:
         a, b = tl.load(rows_ptr + 2 * row), tl.load(rows_ptr + 2 * row + 1)
         weight = tl.load(weight_ptr + row)
         other_weight = 1.0 - weight
-        scale_b, rest_b = tl.load(saved + 4), tl.load(saved + 5)
+        scale_b, rest_b = load_normaliser(saved, 2)
     kept_a, classes_a = labels_ptr + a * KEPT, classes_ptr + a * KEPT
     kept_b, classes_b = labels_ptr + b * KEPT, classes_ptr + b * KEPT
     scale = tl.load(grad_ptr + row * grad_stride) * inverse_t
     column = first + tl.arange(0, BLOCK)
     base = weight * rest_a + other_weight * rest_b
-    store_grad(out, student, column, base, column < last, saved, inverse_t, scale)
+    store_grad(out, student, column, base, column < last, x_top, x_log, inverse_t, scale)
     tl.debug_barrier()
     for start in range(0, KEPT, CODES):
         code = start + tl.arange(0, CODES)
-        column, target, _ = code_block(
+        kept_class, target, _ = code_block(
             code, kept_a, classes_a, scale_a, weight,
             kept_b, classes_b, scale_b, rest_b, other_weight, MIXED, KEPT,
         )  # fmt: skip
-        mine = (code < KEPT) & (column >= first) & (column < last)
-        store_grad(out, student, column, target, mine, saved, inverse_t, scale)
+        mine = (code < KEPT) & (kept_class >= first) & (kept_class < last)
+        store_grad(out, student, kept_class, target, mine, x_top, x_log, inverse_t, scale)
         if MIXED:
-            column, target, _ = code_block(
+            kept_class, target, _ = code_block(
                 code, kept_b, classes_b, scale_b, other_weight,
                 kept_a, classes_a, scale_a, rest_a, weight, MIXED, KEPT,
             )  # fmt: skip
-            mine = (code < KEPT) & (column >= first) & (column < last)
-            store_grad(out, student, column, target, mine, saved, inverse_t, scale)
+            mine = (code < KEPT) & (kept_class >= first) & (kept_class < last)
+            store_grad(out, student, kept_class, target, mine, x_top, x_log, inverse_t, scale)
