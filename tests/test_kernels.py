@@ -152,36 +152,6 @@ def test_every_part_of_the_name_counts():
             assert (first - second).abs().mean() > 0.5
 
 
-def test_normals_are_normal():
-    """Moments to the fourth order and Kolmogorov-Smirnov over 10^7 numbers; five-sigma bounds."""
-    x = normal(2024, Draw.START, torch.arange(1000), 11, (10_000,)).flatten().double()
-    n = x.numel()
-    assert n == 10**7
-    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        assert abs((x**power).mean().item() - moment) < 5 * math.sqrt(variance / n)
-    ordered = x.sort().values
-    cdf = 0.5 * torch.erfc(-ordered / math.sqrt(2.0))
-    ranks = torch.arange(n, dtype=torch.float64)
-    distance = torch.maximum(cdf - ranks / n, (ranks + 1) / n - cdf).max().item()
-    assert distance * math.sqrt(n) < 1.95, "p < 0.001"
-
-
-@pytest.mark.parametrize("axis", ["element", "draw", "sample", "epoch", "seed"])
-def test_neighbours_in_every_part_of_the_name_are_uncorrelated(axis):
-    samples = torch.arange(64)
-    base = normal(5, 100, samples, 6, (4096,))
-    other = {
-        "element": lambda: normal(5, 100, samples, 6, (4097,))[:, 1:],
-        "draw": lambda: normal(5, 101, samples, 6, (4096,)),
-        "sample": lambda: normal(5, 100, samples + 1, 6, (4096,)),
-        "epoch": lambda: normal(5, 100, samples, 7, (4096,)),
-        "seed": lambda: normal(6, 100, samples, 6, (4096,)),
-    }[axis]()
-    bound = 5 / math.sqrt(base.numel())
-    assert abs((base * other).mean().item()) < bound
-    assert abs(((base**2 - 1) * (other**2 - 1)).mean().item() / 2) < bound
-
-
 def test_normal_writes_into_out_and_casts():
     samples = torch.arange(3)
     out = torch.full((3, 5), math.nan, dtype=torch.float16)
