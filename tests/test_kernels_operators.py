@@ -1,0 +1,154 @@
+"""The operations as torch operators: what their fakes promise, and torch.compile's view of them.
+
+``fullgraph=True`` raises at a graph break, so a compiled case proves that Dynamo sees through the
+checks of the public function as well.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from patchbloom.kernels.latents import start_state, start_state_into
+from patchbloom.kernels.mosaic import mosaic, mosaic_op, shuffle_patches, shuffle_patches_op
+from patchbloom.kernels.noise import Draw, noise_into, normal, uniform
+from patchbloom.kernels.pixels import (
+    student_input,
+    student_input_backward,
+    student_input_op,
+    upsample_patches,
+    upsample_patches_op,
+)
+from patchbloom.kernels.sampler import (
+    euler_ancestral_step,
+    euler_ancestral_step_into,
+    euler_ancestral_table_step,
+    euler_ancestral_table_step_into,
+    step_table,
+)
+
+MOMENTS = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+SEED = 2**64 - 5
+SAMPLES = torch.tensor([3, 2**32 - 1, 7])
+
+
+def _latents() -> tuple[torch.Tensor, ...]:
+    return torch.randn(6, 4, 3, 5).split(3)
+
+
+def _views() -> tuple[torch.Tensor, ...]:
+    """Images, boxes, flips, partners, pasted."""
+    images = torch.rand(3, 3, 9, 11) * 2.4 - 1.2
+    boxes = torch.tensor([[0, 0, 9, 11], [3, 4, 2.5, 5], [8, 10, 1, 1]])
+    pasted = torch.tensor([[0, 0, 3, 3], [2, -1, 9, 4], [9, 9, 1, 1]])
+    return images, boxes, torch.tensor([False, True, True]), torch.tensor([2, 0, 0]), pasted
+
+
+def _whole_bank() -> tuple[torch.Tensor, ...]:
+    return torch.tensor([5, 0, 2]), SAMPLES, torch.zeros(3).long(), torch.full((3,), 6)
+
+
+def _mosaic() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(9, 4, 4, 3).half(), torch.randperm(8).view(2, 4)
+
+
+def _table() -> tuple[torch.Tensor, ...]:
+    columns = [14.6, 0.7], [2.2, 0.0], [2.184, 0.0], [0.307, 1.0]
+    return step_table(*columns, device="cpu"), torch.tensor([1]), torch.tensor([4])
+
+
+def _operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    state, eps = _latents()
+    bank, outs = torch.randn(6, 4, 3, 5), (torch.empty(3, 4, 3, 5), torch.empty(3, 4, 3, 5))
+    images, *named = _views()
+    ours = images.requires_grad_(), *named
+    patches = torch.randint(0, 256, (2, 5, 5, 3), dtype=torch.uint8)
+    start = (*outs, bank, *_whole_bank(), -5, 1, 2.5, True, 0.25)
+    step = (*outs, state, eps, SAMPLES, 2.0, 1.0, 0.5, 0.3, -5, 2, 1)
+    order = torch.randperm(4).repeat(2, 1)
+    return {
+        "noise": (noise_into, (torch.empty(3, 5), SAMPLES, -5, 1, 2, True)),
+        "start_state": (start_state_into, start),
+        "step": (euler_ancestral_step_into, step),
+        "table_step": (
+            euler_ancestral_table_step_into,
+            (*outs, state, eps, SAMPLES, *_table(), -5),
+        ),
+        "upsample": (upsample_patches_op, (patches, 8, True, torch.float16)),
+        "student_input": (student_input_op, (*ours, 7, *MOMENTS, torch.float32)),
+        "student_input, no CutMix": (
+            student_input_op,
+            (*ours[:3], None, None, 7, *MOMENTS, torch.float16),
+        ),
+        "student_input_backward": (
+            student_input_backward,
+            (torch.randn(3, 3, 7, 7), images.detach(), *named, MOMENTS[1]),
+        ),
+        "mosaic": (mosaic_op, (*_mosaic(), 2)),
+        "shuffle": (shuffle_patches_op, (torch.rand(2, 6, 6, 3).half(), order, 2)),
+    }
+
+
+@pytest.mark.parametrize("name", _operators())
+def test_operators_keep_their_promises(name: str) -> None:
+    """Schema, fake, autograd registration, and the traced backward, by torch's own checker."""
+    operator, arguments = _operators()[name]
+    torch.library.opcheck(operator, arguments)
+
+
+Data = tuple[torch.Tensor, ...]
+
+
+def _samples(epoch: int, bank: torch.Tensor, *named: torch.Tensor) -> Data:
+    """Noise, start and steps; the step in place too."""
+    rows, table = named[:4], named[4:]
+    sigmas = {"sigma": 2.0, "sigma_down": 1.0, "sigma_up": 0.5, "next_scale": 0.3}
+    names = {"seed": SEED, "epoch": epoch}
+    first, planes = start_state(bank, *rows, **names, sigma=2.5, mixup=True, model_scale=0.25)
+    _, nhwc = start_state(
+        bank, *rows, **names, sigma=1.5, mixup=False, model_scale=0.5, channels_last=True
+    )
+    state, eps = euler_ancestral_step(first, planes, rows[1], **sigmas, step=1, **names)
+    euler_ancestral_table_step(state, eps, rows[1], *table, seed=SEED, out=(state, eps))
+    noise = normal(SEED, Draw.POSTERIOR, rows[1], epoch, (4, 3, 5), dtype=torch.float16)
+    return nhwc, state, eps, noise, uniform(SEED, Draw.FLIP, rows[1], epoch, 5)
+
+
+def _pictures(size_px: int, *named: torch.Tensor) -> Data:
+    images, boxes, flips, partners, pasted, patches, rows, order = named
+    inputs = images, boxes, flips, size_px + 4, *MOMENTS
+    mixed = student_input(*inputs, cutmix=(partners, pasted), dtype=torch.float16)
+    shuffled = shuffle_patches(mosaic(patches, rows, 2), order, 2)
+    upsampled = upsample_patches((patches * 255).byte(), size_px + 4, mode="bilinear")
+    return student_input(*inputs), mixed, shuffled, upsampled
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("run", [_samples, _pictures])
+def test_compile_sees_one_graph(run: Callable[..., Data], backend: str) -> None:
+    order = torch.randperm(4).repeat(2, 1)
+    of_samples = torch.randn(6, 4, 3, 5), *_whole_bank(), *_table()
+    data = of_samples if run is _samples else (*_views(), *_mosaic(), order)
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for number in (0, 3, 4):  # the second number recompiles, with a symbol in its place
+        for actual, expected in zip(compiled(number, *data), run(number, *data), strict=True):
+            assert torch.equal(actual, expected)
+            assert actual.stride() == expected.stride()
+
+
+def test_compile_sees_the_gradient() -> None:
+    torch.compiler.reset()
+    images, boxes, flips, partners, pasted = _views()
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        cutmix = partners, pasted
+        return student_input(images, boxes, flips, 7, *MOMENTS, cutmix=cutmix).square().sum()
+
+    gradients = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        ours = images.clone().requires_grad_()
+        run(ours).backward()
+        gradients.append(ours.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
