@@ -180,7 +180,7 @@ def _softlabel_grad(
     weight_B: torch.Tensor | None,
     temperature: float,
 ) -> torch.Tensor:
-    """The gradient [B, K] in the student's dtype; ``grad_B`` of any stride, as mean() expands."""
+    """The gradient [B, K] in the student's dtype; ``grad_B`` of any stride, as sum() expands it."""
     names = (labels, classes_Nk, rows_B2, weight_B)
     classes = student_BK.shape[1]
     if not runs_kernel(student_BK):

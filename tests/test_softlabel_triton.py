@@ -142,12 +142,12 @@ def equal_logits_cost_nothing(device: str) -> None:
 
 
 @case
-def gradients_of_a_mean(device: str) -> None:
-    """mean() hands an expanded gradient, of stride 0, to the kernel."""
+def gradients_of_a_sum(device: str) -> None:
+    """sum() hands an expanded gradient, one number of stride 0, to the kernel."""
     for kept in (0, 10):
         case = given(1001, kept, 4.0, True)
         ours = case.student.to(device, copy=True).requires_grad_()
-        case.to(device).loss(ours).mean().backward()
+        case.to(device).loss(ours).sum().div(3.0).backward()
         expected = softlabel_grad_reference(
             torch.full((3,), 1 / 3), case.student, case.target(), case.temperature
         )
