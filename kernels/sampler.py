@@ -20,6 +20,7 @@ Shapes: B samples; C, H, W of one latent; S steps.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -161,22 +162,20 @@ def euler_ancestral_table_step_kernel(
     )  # fmt: skip
 
 
-def _buffers(
+def _require_step(
     state_BCHW: torch.Tensor,
     eps_BCHW: torch.Tensor,
     samples_B: torch.Tensor,
     out: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check what both steps take, and return ``out``, allocated if it is None."""
+) -> None:
+    """Check what both steps take."""
     require("state_BCHW", state_BCHW, dtype=torch.float32, shape=("B", "C", "H", "W"))
     sizes = state_BCHW.shape
     require("eps_BCHW", eps_BCHW, dtype=FLOATS, shape=sizes, like=state_BCHW)
     require("samples_B", samples_B, dtype=torch.int64, shape=sizes[:1], like=state_BCHW)
-    if out is None:
-        out = torch.empty_like(state_BCHW), torch.empty_like(eps_BCHW)
-    require("out[0]", out[0], dtype=torch.float32, shape=sizes, like=state_BCHW)
-    require("out[1]", out[1], dtype=FLOATS, shape=sizes, like=state_BCHW)
-    return out
+    if out is not None:
+        require("out[0]", out[0], dtype=torch.float32, shape=sizes, like=state_BCHW)
+        require("out[1]", out[1], dtype=FLOATS, shape=sizes, like=state_BCHW)
 
 
 def _grid(state_BCHW: torch.Tensor) -> tuple[int, int]:
@@ -234,6 +233,51 @@ def euler_ancestral_step_into(
     )
 
 
+@torch.library.custom_op("patchbloom::euler_ancestral_step", mutates_args=())
+def euler_ancestral_step_op(
+    state_BCHW: torch.Tensor,
+    eps_BCHW: torch.Tensor,
+    samples_B: torch.Tensor,
+    sigma: float,
+    sigma_down: float,
+    sigma_up: float,
+    next_scale: float,
+    seed: int,
+    step: int,
+    epoch: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``euler_ancestral_step_into`` buffers of its own: torch differentiates no other operator."""
+    out = torch.empty_like(state_BCHW), torch.empty_like(eps_BCHW)
+    inputs = state_BCHW, eps_BCHW, samples_B
+    scalars = sigma, sigma_down, sigma_up, next_scale
+    euler_ancestral_step_into(*out, *inputs, *scalars, seed, step, epoch)
+    return out
+
+
+@euler_ancestral_step_op.register_fake
+def _empty_step(
+    state_BCHW: torch.Tensor, eps_BCHW: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(state_BCHW), torch.empty_like(eps_BCHW)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.eps_dtype = inputs[1].dtype
+    sigma, sigma_down, _, ctx.next_scale = inputs[3:7]
+    ctx.slope = sigma_down - sigma
+
+
+def _backward(
+    ctx: Any, grad_state: torch.Tensor, grad_input: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """The step is linear in state and eps, and the noise is no function of either."""
+    grad = grad_state + grad_input.float() * ctx.next_scale
+    return grad, (grad * ctx.slope).to(ctx.eps_dtype), *(None,) * 8
+
+
+euler_ancestral_step_op.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
 def euler_ancestral_step(
     state_BCHW: torch.Tensor,
     eps_BCHW: torch.Tensor,
@@ -251,14 +295,17 @@ def euler_ancestral_step(
     """The next state (fp32) and the next model input (eps's dtype, or ``out``'s), [B, C, H, W].
 
     ``state_BCHW`` is fp32; ``eps_BCHW`` fp32, fp16 or bf16; both contiguous. ``out`` = (state,
-    model input) are buffers to write into; ``out[0]`` may be ``state_BCHW``. No gradient flows.
-    Raises TypeError or ValueError for a dtype, shape, device or layout that does not fit.
+    model input) are buffers to write into; ``out[0]`` may be ``state_BCHW``. Without ``out``, the
+    gradients of state and eps flow. Raises TypeError or ValueError for a dtype, shape, device or
+    layout that does not fit.
     """
-    out = _buffers(state_BCHW, eps_BCHW, samples_B, out)
+    _require_step(state_BCHW, eps_BCHW, samples_B, out)
     require_words(seed, Draw.ANCESTRAL + step, epoch)
-    inputs = state_BCHW, eps_BCHW, samples_B
     scalars = sigma, sigma_down, sigma_up, next_scale
-    euler_ancestral_step_into(*out, *inputs, *scalars, signed(seed, 64), step, epoch)
+    arguments = state_BCHW, eps_BCHW, samples_B, *scalars, signed(seed, 64), step, epoch
+    if out is None:
+        return euler_ancestral_step_op(*arguments)
+    euler_ancestral_step_into(*out, *arguments)
     return out
 
 
@@ -322,10 +369,12 @@ def euler_ancestral_table_step(
 
     ``table_S3`` is ``step_table``'s; ``step_1`` and ``epoch_1`` int64 [1] on the same device, in
     [0, S) and [0, 2^32) (not checked: that would need a sync). A graph of all steps gives launch k
-    the slice [k : k + 1] of an arange; a graph of one step adds 1 to ``step_1``. The rest, and what
-    is raised, as in ``euler_ancestral_step``.
+    the slice [k : k + 1] of an arange; a graph of one step adds 1 to ``step_1``. No gradient flows.
+    The rest, and what is raised, as in ``euler_ancestral_step``.
     """
-    out = _buffers(state_BCHW, eps_BCHW, samples_B, out)
+    _require_step(state_BCHW, eps_BCHW, samples_B, out)
+    if out is None:
+        out = torch.empty_like(state_BCHW), torch.empty_like(eps_BCHW)
     require("table_S3", table_S3, dtype=torch.float32, shape=("S", 3), like=state_BCHW)
     require("step_1", step_1, dtype=torch.int64, shape=(1,), like=state_BCHW)
     require("epoch_1", epoch_1, dtype=torch.int64, shape=(1,), like=state_BCHW)

@@ -22,6 +22,8 @@ from patchbloom.kernels.pixels import (
 from patchbloom.kernels.sampler import (
     euler_ancestral_step,
     euler_ancestral_step_into,
+    euler_ancestral_step_op,
+    euler_ancestral_step_reference,
     euler_ancestral_table_step,
     euler_ancestral_table_step_into,
     step_table,
@@ -63,13 +65,18 @@ def _operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     images, *named = _views()
     ours = images.requires_grad_(), *named
     patches = torch.randint(0, 256, (2, 5, 5, 3), dtype=torch.uint8)
+    state, eps = state.clone(), eps.clone()  # not views: the checker would test those as well
     start = (*outs, bank, *_whole_bank(), -5, 1, 2.5, True, 0.25)
-    step = (*outs, state, eps, SAMPLES, 2.0, 1.0, 0.5, 0.3, -5, 2, 1)
+    step = (*outs, state.clone(), eps, SAMPLES, 2.0, 1.0, 0.5, 0.3, -5, 2, 1)
     order = torch.randperm(4).repeat(2, 1)
     return {
         "noise": (noise_into, (torch.empty(3, 5), SAMPLES, -5, 1, 2, True)),
         "start_state": (start_state_into, start),
         "step": (euler_ancestral_step_into, step),
+        "step, functional": (
+            euler_ancestral_step_op,
+            (state.requires_grad_(), eps.half().requires_grad_(), *step[4:]),
+        ),
         "table_step": (
             euler_ancestral_table_step_into,
             (*outs, state, eps, SAMPLES, *_table(), -5),
@@ -152,3 +159,24 @@ def test_compile_sees_the_gradient() -> None:
         gradients.append(ours.grad)
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("result", [0, 1])
+def test_a_step_passes_gradients_to_state_and_eps(result: int, dtype: torch.dtype) -> None:
+    """Of either result alone: the other's gradient is then absent."""
+    state, eps = _latents()
+    weights, tolerance = torch.randn(3, 4, 3, 5), 1e-6 if dtype == torch.float32 else 2e-3
+    sigmas = {"sigma": 2.0, "sigma_down": 0.5, "sigma_up": 0.5, "next_scale": 0.3}
+    compiled = torch.compile(euler_ancestral_step, fullgraph=True, backend="aot_eager")
+    found = []
+    for run in (euler_ancestral_step, compiled, euler_ancestral_step_reference):
+        ours = state.clone().requires_grad_(), eps.to(dtype).requires_grad_()
+        results = run(*ours, SAMPLES, **sigmas, seed=1, step=2, epoch=3)
+        (results[result].float() * weights).sum().backward()
+        found.append([tensor.grad for tensor in ours])
+    for actual in found[:2]:
+        for ours, theirs in zip(actual, found[2], strict=True):
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert found[2][1].abs().sum() > 0
