@@ -12,7 +12,6 @@ has none.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from diffusers_peer import (
     open_random_pipeline,
     run_pipeline,
 )
-from measure import append_row, environment, measure_rates, ratios
+from measure import environment, measure_rates, publish, ratios
 from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.turbo import Expander
 from patchbloom.export.config import DeviceName, Weights
@@ -204,10 +203,7 @@ def main(options: Options) -> None:
         "images": options.images,
         "threads": options.threads,
     }
-    if options.record:
-        print(f"appended to {append_row('expand', row)}")
-    if options.json:
-        print(json.dumps(row))
+    publish(row, record=options.record, as_json=options.json)
 
 
 if __name__ == "__main__":

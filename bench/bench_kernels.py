@@ -11,7 +11,6 @@ reaches on the same device. Results below 10 us are launches more than memory.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from measure import append_row, environment
+from measure import environment, publish
 from patchbloom.engine.backends import resolve_device
 from patchbloom.export.config import DeviceName
 from patchbloom.kernels.latents import start_state, start_state_reference
@@ -287,10 +286,7 @@ def main(options: Options) -> None:
         "copy_gb_per_s": round(copied / 1e9, 1),
         "cases": rows,
     }
-    if options.record:
-        print(f"appended to {append_row('kernels', row)}")
-    if options.json:
-        print(json.dumps(row))
+    publish(row, record=options.record, as_json=options.json)
 
 
 if __name__ == "__main__":

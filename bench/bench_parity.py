@@ -9,7 +9,6 @@ as diffusers does in one call. Wrong prompts and a wrong timestep must fail the 
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 from diffusers_peer import open_pipeline
-from measure import append_row, environment
+from measure import environment, publish
 from patchbloom.export.models import find_model
 from pictures import TOLERANCE, compare_with_diffusers, make_coreset, open_expander
 
@@ -98,10 +97,7 @@ def main(options: Options) -> None:
         "tolerance": TOLERANCE,
         "errors": errors,
     }
-    if options.record:
-        print(f"appended to {append_row('parity', row)}")
-    if options.json:
-        print(json.dumps(row))
+    publish(row, record=options.record, as_json=options.json)
 
 
 if __name__ == "__main__":

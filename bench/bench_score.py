@@ -14,7 +14,6 @@ Peers: ``torchvision`` is ImageFolder + DataLoader with Pillow images, as the fi
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from measure import append_row, environment, measure_rates, ratios
+from measure import environment, measure_rates, publish, ratios
 from patchbloom.engine.images import ImageSet, InputError, open_image_set, stream_crops
 from patchbloom.engine.patches import RandomResizedCrops
 from patchbloom.kernels.noise import Draw
@@ -167,10 +166,7 @@ def main(options: Options) -> None:
         "threads": options.threads,
         "max_difference_from_pillow": difference,
     }
-    if options.record:
-        print(f"appended to {append_row('score', row)}")
-    if options.json:
-        print(json.dumps(row))
+    publish(row, record=options.record, as_json=options.json)
 
 
 if __name__ == "__main__":

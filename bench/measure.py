@@ -118,6 +118,14 @@ def append_row(benchmark: str, row: Mapping[str, object], results: Path = RESULT
     return path
 
 
+def publish(row: Mapping[str, object], *, record: bool, as_json: bool) -> None:
+    """Append a row to the results of its ``row["benchmark"]`` and print it last, as asked."""
+    if record:
+        print(f"appended to {append_row(str(row['benchmark']), row)}")
+    if as_json:
+        print(json.dumps(row))
+
+
 def _wait_for_gpu() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

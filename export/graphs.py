@@ -34,6 +34,20 @@ class Port:
     """Rows of the first dimension for each prompt; 0: it does not grow with the batch."""
 
 
+def prompts_of(name: str, rows: int, per_prompt: int, *, fewest: int, most: int) -> int:
+    """Prompts of a call to an engine for a range of batches, from the rows of its first input.
+
+    ValueError: not a whole number of prompts, or fewer or more than the engine's.
+    """
+    prompts, rest = divmod(rows, per_prompt)
+    if rest or not fewest <= prompts <= most:
+        raise ValueError(
+            f"{name} must have {fewest * per_prompt} to {most * per_prompt} rows in steps of "
+            f"{per_prompt}, the engine's batches, got {rows}"
+        )
+    return prompts
+
+
 @dataclass(frozen=True)
 class Borders:
     """Inputs and output of a compiled graph, as a session knows them."""

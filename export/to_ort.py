@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import EngineSpec, Precision
-from .graphs import GRAPHS, Graph
+from .graphs import GRAPHS, Graph, prompts_of
 from .models import Unavailable
 from .to_onnx import export_onnx
 
@@ -129,16 +129,8 @@ class OrtSession:
         return output
 
     def _prompts_of(self, first: Tensor) -> int:
-        """Prompts of a call to an engine for a range of batches, from its first input."""
-        port = self._inputs[0]
-        least, step = self._fewest * _per_prompt(port), _per_prompt(port)
-        prompts, rest = divmod(len(first), step)
-        if rest or not self._fewest <= prompts <= self._most:
-            raise ValueError(
-                f"{port.name} must have {least} to {self._most * step} rows in steps of {step}, "
-                f"the engine's batches, got {len(first)}"
-            )
-        return prompts
+        port, limits = self._inputs[0], {"fewest": self._fewest, "most": self._most}
+        return prompts_of(port.name, len(first), _per_prompt(port), **limits)
 
     def close(self) -> None:
         """Free the session and its buffers."""

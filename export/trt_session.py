@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .bundle import BundleError
 from .config import EngineSpec
-from .graphs import GRAPHS, Borders, Port, read_borders
+from .graphs import GRAPHS, Borders, Port, prompts_of, read_borders
 from .trt_build import Log
 
 REPLAYED_BATCH = 8
@@ -156,16 +156,8 @@ class EngineSession:
         self._prompts = prompts
 
     def _prompts_of(self, first: Tensor) -> int:
-        """Prompts of a call to an engine for a range of batches, from its first input."""
-        port = self._borders.inputs[0]
-        least, step = self._fewest * port.per_prompt, port.per_prompt
-        prompts, rest = divmod(len(first), step)
-        if rest or not self._fewest <= prompts <= self._most:
-            raise ValueError(
-                f"{port.name} must have {least} to {self._most * step} rows in steps of {step}, "
-                f"the engine's batches, got {len(first)}"
-            )
-        return prompts
+        port, limits = self._borders.inputs[0], {"fewest": self._fewest, "most": self._most}
+        return prompts_of(port.name, len(first), port.per_prompt, **limits)
 
     def close(self) -> None:
         """Free the engine and its buffers."""

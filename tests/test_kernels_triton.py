@@ -6,20 +6,12 @@ shows. The interpreter is chosen before ``import triton``, so the cases run in a
 own: this file is also that program (``TRITON_INTERPRET=1 python tests/test_kernels_triton.py``).
 """
 
-import json
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_cases import Case, interpret, interpreted_by, run_case
 from patchbloom.kernels.latents import start_state, start_state_reference
-from patchbloom.kernels.launch import runs_kernel
 from patchbloom.kernels.mosaic import (
     mosaic,
     mosaic_reference,
@@ -49,7 +41,6 @@ from patchbloom.kernels.sampler import (
     step_table,
 )
 
-Case = Callable[[str], None]
 CASES: dict[str, Case] = {}
 SEED, EPOCH = 2**64 - 5, 2**32 - 1
 SAMPLES = torch.tensor([0, 3, 2**31, 2**32 - 1, 17])
@@ -344,39 +335,9 @@ def shuffled_patches(device: str) -> None:
             close(actual, shuffle_patches_reference(pixels, order, r), **EXACT)
 
 
-def run_case(name: str, device: str) -> None:
-    """One case, on memory poisoned by torch's own debugging switch."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN or the maximum
-    try:
-        CASES[name](device)
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def interpret() -> None:
-    """Run every case on the CPU and print {case: traceback or null} as one JSON line."""
-    assert runs_kernel(SAMPLES), "TRITON_INTERPRET is not set: this would test the reference"
-    results: dict[str, str | None] = {}
-    for name in CASES:
-        try:
-            run_case(name, "cpu")
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str | None]:
-    process = subprocess.run(
-        [sys.executable, str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return interpreted_by(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -389,8 +350,8 @@ def test_in_the_interpreter(name: str, interpreted: dict[str, str | None]) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_gpu(name: str) -> None:
-    run_case(name, "cuda")
+    run_case(CASES[name], "cuda")
 
 
 if __name__ == "__main__":
-    interpret()
+    interpret(CASES)

@@ -5,8 +5,6 @@ As test_kernels_compile.py, and with its `resources`: this file is also the prog
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from patchbloom.kernels.softlabel_device import (
     softlabel_topk_grad_kernel,
     softlabel_topk_kernel,
 )
-from test_kernels_compile import resources
+from test_kernels_compile import check_no_spills, resources
 
 INPUTS = {"normalisers_ptr": "*fp32", "labels_ptr": "*fp16", "inverse_t": "fp32"}
 MIX = {"rows_ptr": "*i64", "weight_ptr": "*fp32", "MIXED": True}
@@ -65,22 +63,7 @@ def compile_all(capability: int) -> None:
 
 @pytest.mark.parametrize("capability", [80, 86, 90])
 def test_softlabel_compiles_and_spills_nothing(capability: int, tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, str(Path(__file__)), str(capability)],
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout.splitlines()[-1])
-    print(f"sm_{capability}")
-    for name, used in result["kernels"].items():
-        print(f"  {name:42} {used['REG']:3} registers, {used['SHARED']:5} bytes shared")
-    assert list(result["kernels"]) == list(kernels())
-    spilled = {n: used for n, used in result["kernels"].items() if used["STACK"] or used["LOCAL"]}
-    assert not spilled
-    assert result["starved"]["STACK"] > 0, "cuobjdump must show the spill of 24 registers"
+    check_no_spills(__file__, capability, tmp_path, kernels())
 
 
 if __name__ == "__main__":

@@ -5,18 +5,11 @@ poisoned memory, and compares with the reference on the CPU. This file is also t
 interpreter runs (``TRITON_INTERPRET=1 python tests/test_softlabel_triton.py``).
 """
 
-import json
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from patchbloom.kernels.launch import runs_kernel
+from kernel_cases import Case, interpret, interpreted_by, run_case
 from patchbloom.kernels.softlabel import (
     softlabel,
     softlabel_grad_reference,
@@ -24,7 +17,6 @@ from patchbloom.kernels.softlabel import (
 )
 from softlabel_cases import Given, given
 
-Case = Callable[[str], None]
 CASES: dict[str, Case] = {}
 GRAD = torch.tensor([1.0, -2.0, 0.25])
 
@@ -173,39 +165,9 @@ def no_pictures(device: str) -> None:
     assert student.grad.shape == (0, 7)
 
 
-def run_case(name: str, device: str) -> None:
-    """One case, on memory poisoned by torch's own debugging switch."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
-    try:
-        CASES[name](device)
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def interpret() -> None:
-    """Run every case on the CPU and print {case: traceback or null} as one JSON line."""
-    assert runs_kernel(GRAD), "TRITON_INTERPRET is not set: this would test the reference"
-    results: dict[str, str | None] = {}
-    for name in CASES:
-        try:
-            run_case(name, "cpu")
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str | None]:
-    process = subprocess.run(
-        [sys.executable, str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return interpreted_by(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -218,7 +180,7 @@ def test_in_the_interpreter(name: str, interpreted: dict[str, str | None]) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_gpu(name: str) -> None:
-    run_case(name, "cuda")
+    run_case(CASES[name], "cuda")
 
 
 @pytest.mark.gpu
@@ -231,4 +193,4 @@ def test_bf16_logits_on_the_gpu(kept: int) -> None:
 
 
 if __name__ == "__main__":
-    interpret()
+    interpret(CASES)
