@@ -25,6 +25,26 @@ Codec = Literal["dense", "topk", "none"]
 _MOST_CLASSES = 32767  # int16 class index
 
 
+@dataclass(frozen=True)
+class SoftTargets:
+    """Labels of B pictures as the loss reads them, without a dense [B, K] of top-k ones."""
+
+    labels: Tensor
+    """fp16: logits [B, K], or the k largest probabilities [B, k] at the labels' temperature."""
+    classes: Tensor | None = None
+    """int16 [B, k] beside probabilities; None beside logits."""
+
+    def rows(self, rows_B: Tensor) -> SoftTargets:
+        """Those of some pictures."""
+        classes = None if self.classes is None else self.classes[rows_B]
+        return SoftTargets(self.labels[rows_B], classes)
+
+    def to(self, device: torch.device) -> SoftTargets:
+        """The same on another device."""
+        classes = None if self.classes is None else self.classes.to(device)
+        return SoftTargets(self.labels.to(device), classes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LabelBlock:
     """Soft labels on their way into a coreset."""
@@ -150,6 +170,10 @@ class SoftLabels:
             return (self.logits(epoch, samples_B) / self.temperature).softmax(1)
         probabilities_Bk, classes_Bk = self._rows(epoch, samples_B)
         return decode_topk(probabilities_Bk, classes_Bk, self.classes)
+
+    def targets(self, epoch: int, samples_B: Sequence[int] | Tensor) -> SoftTargets:
+        """What is stored, as it is stored, on the CPU."""
+        return SoftTargets(*self._rows(epoch, samples_B))
 
     def _rows(self, epoch: int, samples_B: Sequence[int] | Tensor) -> tuple[Tensor, ...]:
         if not 0 <= epoch < self.epochs:

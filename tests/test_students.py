@@ -14,7 +14,7 @@ from patchbloom.engine.batches import fitting_batch, images_per_prompt, plan_bat
 from patchbloom.engine.config import ExpandConfig, Start
 from patchbloom.engine.images import CorruptImageError, ImageSet, open_image_set
 from patchbloom.engine.manifest import CoresetError
-from patchbloom.engine.soft_labels import LabelBlock, SoftLabels
+from patchbloom.engine.soft_labels import LabelBlock, SoftLabels, SoftTargets, decode_topk
 from patchbloom.train import pictures
 from patchbloom.train.checkpoint import CheckpointError, read_tensors
 from patchbloom.train.config import RECIPES, StudentConfig
@@ -293,11 +293,11 @@ def test_an_image_does_not_depend_on_what_else_is_rendered(sets, source, method:
     json.dumps(chosen.describe())
 
 
-def test_online_targets_are_the_teachers_answers_at_the_temperature(teacher) -> None:
+def test_online_targets_are_the_teachers_answers(teacher) -> None:
     views = torch.randn(5, 3, 32, 32)
     targets = OnlineLabels(teacher, 4.0).targets(torch.arange(5), 0, views)
-    expected = (teacher.network(views) / 4).softmax(1)
-    torch.testing.assert_close(targets, expected, rtol=0, atol=1e-6)
+    assert targets.classes is None
+    torch.testing.assert_close(targets.labels, teacher.network(views).half(), rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "cutmix"])
@@ -404,7 +404,13 @@ def test_top_k_labels_hold_for_one_temperature(source, teacher, tmp_path: Path) 
     save_file(block.tensors(), tmp_path / "labels.safetensors")
     stored = SoftLabels(tmp_path / "labels.safetensors", block.describe())
     targets = StoredLabels(stored, source, config).targets(torch.arange(40), 0, torch.zeros(1))
-    torch.testing.assert_close(targets.sum(1), torch.ones(40))
+    assert targets.classes is not None
+    full_NK = decode_topk(targets.labels, targets.classes, 10)
+    exact_NK = (labels.block().logits[0].float() / 4).softmax(1)
+    kept_Nk = targets.classes.long()
+    torch.testing.assert_close(
+        full_NK.gather(1, kept_Nk), exact_NK.gather(1, kept_Nk), rtol=0, atol=1e-3
+    )
     with pytest.raises(CoresetError, match=r"expected temperature 2.0, got top-k labels at 4\.0"):
         StoredLabels(stored, source, replace(config, temperature=2.0))
 
@@ -532,9 +538,10 @@ def test_a_loss_that_is_not_finite_ends_the_training(sets, source, teacher, tmp_
 def test_an_error_in_a_students_thread_reaches_the_caller(sets, source, teacher, tmp_path) -> None:
     class Broken(OnlineLabels):
         def targets(self, samples_P, epoch, views_PCHW):
-            return super().targets(samples_P, epoch, views_PCHW)[:, :3]
+            targets = super().targets(samples_P, epoch, views_PCHW)
+            return SoftTargets(targets.labels[:, :3])
 
-    with pytest.raises(RuntimeError, match="size of tensor"):
+    with pytest.raises(ValueError, match=r"labels: expected shape"):
         _train(source, Broken(teacher, 4.0), sets, tmp_path)
 
 

@@ -4,8 +4,8 @@ online   the teacher answers while the students train; nothing is kept
 record   the same, and its logits are kept in fp16, to be put into the coreset afterwards
 stored   read from the coreset; no teacher is needed
 
-A recorded answer is rounded to fp16 before the student learns from it, so a student trained on the
-stored labels is the same, bit for bit on the CPU, as the one that was trained when they were made.
+Every answer is rounded to fp16 before a student learns from it: so a student is the same, bit for
+bit on the CPU, whether its labels were made online, recorded, or read from where they are stored.
 
 Legend: E epochs, N samples, K classes, P samples of a pool.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..engine.durable import full_disk_explained, replace_file
 from ..engine.manifest import CoresetError
-from ..engine.soft_labels import Codec, LabelBlock, SoftLabels
+from ..engine.soft_labels import Codec, LabelBlock, SoftLabels, SoftTargets
 from .config import StudentConfig
 from .methods import ImageSource
 from .record import Report
@@ -34,8 +34,8 @@ from .views import describe_views, make_views, pools
 class Labels(Protocol):
     """Targets of a pool's views."""
 
-    def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> Tensor:
-        """softmax(teacher's logits / T), fp32 [P, K], on the views' device."""
+    def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
+        """On the views' device, at the config's temperature."""
         ...
 
     def flush(self) -> None:
@@ -53,9 +53,9 @@ class OnlineLabels:
     def __init__(self, teacher: Teacher, temperature: float) -> None:
         self.teacher, self.temperature = teacher, temperature
 
-    def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> Tensor:
-        logits_PK = self.teacher.logits(views_PCHW).to(views_PCHW.device)
-        return (logits_PK / self.temperature).softmax(1)
+    def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
+        logits_PK = self.teacher.logits(views_PCHW)
+        return SoftTargets(logits_PK.to(views_PCHW.device, torch.float16))
 
     def flush(self) -> None:
         pass
@@ -91,10 +91,10 @@ class RecordedLabels:
         flat = torch.from_file(str(path), shared=True, size=count, dtype=torch.float16)
         self._logits_ENK = flat.view(shape)
 
-    def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> Tensor:
+    def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         logits_PK = self.teacher.logits(views_PCHW).to(torch.float16)
         self._logits_ENK[epoch, samples_P] = logits_PK.cpu()
-        return (logits_PK.float() / self.temperature).softmax(1).to(views_PCHW.device)
+        return SoftTargets(logits_PK.to(views_PCHW.device))
 
     def has(self, samples_P: Tensor, epoch: int) -> bool:
         """Whether every answer of a pool is there, from a recording that was stopped."""
@@ -170,11 +170,8 @@ class StoredLabels:
         _require_fit(stored, label_settings(source, config), source, config)
         self.temperature = config.temperature
 
-    def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> Tensor:
-        if self.stored.codec == "topk":
-            return self.stored.probabilities(epoch, samples_P).to(views_PCHW.device)
-        logits_PK = self.stored.logits(epoch, samples_P).to(views_PCHW.device)
-        return (logits_PK / self.temperature).softmax(1)
+    def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
+        return self.stored.targets(epoch, samples_P).to(views_PCHW.device)
 
     def flush(self) -> None:
         pass

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..engine.backends import resolve_device
 from ..engine.images import ImageSet
+from ..engine.soft_labels import SoftTargets
 from ..engine.workers import single_threaded_workers
 from .checkpoint import CheckpointError, read_tensors, require_same, write_tensors
 from .config import StudentConfig
@@ -125,7 +126,7 @@ class _Pool:
     begins_epoch: bool
     ends_epoch: bool
     views_PCHW: Tensor
-    targets_PK: Tensor
+    targets_P: SoftTargets
 
 
 class _Training:
@@ -188,8 +189,8 @@ class _Training:
             for number, samples_P in enumerate(samples_of_pools):
                 images_PCHW = self.source.render(samples_P, epoch).to(self.device)
                 views_PCHW = make_views(images_PCHW, samples_P, epoch, self.config)
-                targets_PK = self.labels.targets(samples_P, epoch, views_PCHW)
-                yield _Pool(epoch, number == 0, number == last, views_PCHW, targets_PK)
+                targets_P = self.labels.targets(samples_P, epoch, views_PCHW)
+                yield _Pool(epoch, number == 0, number == last, views_PCHW, targets_P)
 
     def _hand_out(
         self, together: Sequence[_Pool], workers: ThreadPoolExecutor
@@ -203,7 +204,7 @@ class _Training:
         before: Sequence[Future[float] | None] = [None] * len(self.students)
         for pool in together:
             rate = learning_rate(self.config, pool.epoch)
-            given = (pool.views_PCHW, pool.targets_PK, rate)
+            given = (pool.views_PCHW, pool.targets_P, rate)
             calls.append(
                 [
                     workers.submit(student.train_pool, *given, previous)

@@ -10,8 +10,9 @@ from concurrent.futures import Future
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
 
+from ..engine.soft_labels import SoftTargets
+from ..kernels.softlabel import softlabel
 from .checkpoint import Tensors, restore_training, training_state
 from .config import StudentConfig
 from .networks import build_network, draws_in_training
@@ -37,7 +38,11 @@ class Student:
         self._dropout = torch.Generator(device).manual_seed(seed).get_state()
 
     def train_pool(
-        self, views_PCHW: Tensor, targets_PK: Tensor, rate: float, previous: Future[float] | None
+        self,
+        views_PCHW: Tensor,
+        targets_P: SoftTargets,
+        rate: float,
+        previous: Future[float] | None,
     ) -> float:
         """Learn from a pool in batches of near-equal size, at most `config.batch`; the summed loss.
 
@@ -55,15 +60,17 @@ class Student:
             _set_default_rng(self.device, self._dropout)
         for rows_B in order_P.tensor_split(batches):
             inputs_BCHW = views_PHWC[rows_B].permute(0, 3, 1, 2)
-            total += self._step(inputs_BCHW, targets_PK[rows_B]) * len(rows_B)
+            total += self._step(inputs_BCHW, targets_P.rows(rows_B)) * len(rows_B)
         if self.draws:
             self._dropout = _default_rng(self.device)
         return float(total)
 
-    def _step(self, inputs_BCHW: Tensor, targets_BK: Tensor) -> Tensor:
+    def _step(self, inputs_BCHW: Tensor, targets_B: SoftTargets) -> Tensor:
+        scores_BK = self.network(inputs_BCHW)
         temperature = self.config.temperature
-        scores_BK = log_softmax(self.network(inputs_BCHW) / temperature, dim=1)
-        loss = kl_div(scores_BK, targets_BK, reduction="batchmean")
+        loss = softlabel(
+            scores_BK, targets_B.labels, targets_B.classes, temperature=temperature
+        ).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
