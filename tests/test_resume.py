@@ -143,7 +143,7 @@ def test_killed_in_every_stage_and_resumed(
     students = out / "students"
 
     def is_written(path: Path) -> Callable[[], bool]:
-        return path.exists
+        return lambda: any(path.parent.glob(path.name))
 
     def has_begun(stage: str) -> Callable[[], bool]:
         return lambda: state(out, stage) == "begun"
@@ -153,10 +153,10 @@ def test_killed_in_every_stage_and_resumed(
         is_written(out / "teacher" / "checkpoint.safetensors"),
         has_begun("coreset"),
         is_written(out / "coreset-random"),
-        is_written(students / "random.checkpoint.safetensors"),
+        is_written(students / "random.checkpoint-*.safetensors"),
         is_written(students / "random-seed0.safetensors"),
         has_begun("student-dace"),
-        is_written(students / "dace.checkpoint.safetensors"),
+        is_written(students / "dace.checkpoint-*.safetensors"),
         has_begun("report"),
     )
     for moment in moments:

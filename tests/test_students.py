@@ -26,15 +26,14 @@ from patchbloom.train.labels import (
     record_labels,
 )
 from patchbloom.train.loop import (
-    CHECKPOINT_S,
     StudentResult,
-    next_checkpoint,
     train_students,
 )
 from patchbloom.train.methods import Mosaics, RealImages, UpsampledPatches, render_all, to_unit
 from patchbloom.train.networks import build_network
 from patchbloom.train.normalisation import IMAGENET, Normalisation
-from patchbloom.train.plan import grouping
+from patchbloom.train.plan import LARGE_ENGINE_BATCH, grouping
+from patchbloom.train.pool_slots import pools_from
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.teacher import Teacher
 from patchbloom.train.views import describe_views, learning_rate, make_views, pool_size, pools
@@ -133,12 +132,35 @@ def test_batches_are_those_of_the_published_recipe(classes: int, ipc: int, batch
 def test_pools_hold_every_sample_once_in_whole_batches() -> None:
     config = replace(CONFIG, batch=8, pool=20)
     assert pool_size(config) == 16
-    epoch_0, epoch_1 = pools(config, 40, 0), pools(config, 40, 1)
+    epoch_0, epoch_1 = pools(config, LABELS_N, 0), pools(config, LABELS_N, 1)
     assert [len(pool) for pool in epoch_0] == [16, 16, 8]
     assert sorted(torch.cat(epoch_0).tolist()) == list(range(40))
     assert not torch.equal(torch.cat(epoch_0), torch.cat(epoch_1))
-    assert torch.equal(torch.cat(epoch_0), torch.cat(pools(config, 40, 0)))
+    assert torch.equal(torch.cat(epoch_0), torch.cat(pools(config, LABELS_N, 0)))
     assert pool_size(replace(config, pool=3)) == 8
+
+
+def test_groups_of_a_class_stay_together_and_are_new_at_every_epoch() -> None:
+    config = replace(CONFIG, batch=8, pool=16, group=2)
+    pairs = set()
+    for epoch in range(20):
+        order_N = torch.cat(pools(config, LABELS_N, epoch))
+        assert sorted(order_N.tolist()) == list(range(40))
+        pairs_G2 = order_N.view(-1, 2)
+        assert torch.equal(LABELS_N[pairs_G2[:, 0]], LABELS_N[pairs_G2[:, 1]])
+        pairs |= {tuple(sorted(pair)) for pair in pairs_G2.tolist()}
+    assert len(pairs) == 10 * 6  # of 4 samples of a class, every two meet
+
+
+def test_pools_go_on_from_any_of_them() -> None:
+    config = replace(CONFIG, batch=8, pool=20, epochs=2)
+    whole = list(pools_from(config, LABELS_N, 0))
+    assert [pool.index for pool in whole] == list(range(6))
+    assert [pool.ends_epoch for pool in whole] == [False, False, True] * 2
+    rest = list(pools_from(config, LABELS_N, 4))
+    assert [(p.index, p.epoch, p.samples_P.tolist()) for p in rest] == [
+        (p.index, p.epoch, p.samples_P.tolist()) for p in whole[4:]
+    ]
 
 
 @pytest.mark.parametrize(("classes", "each"), [(10, 4), (10, 200), (1000, 200)])
@@ -146,9 +168,11 @@ def test_a_pool_is_rendered_without_waste(classes: int, each: int) -> None:
     """The last engine batch of a pool may be padded, and no other."""
     student = RECIPES["dace"].student_for(ipc=50, factor=2, classes=classes)
     labels_N = np.repeat(np.arange(classes), each)
-    pool, batch = pools(student, len(labels_N), 0)[0].numpy(), fitting_batch(len(labels_N))
-    together = grouping(len(labels_N), student)
-    together = together or images_per_prompt(batch, np.bincount(labels_N))
+    batch = fitting_batch(len(labels_N)) if classes * each == 40 else LARGE_ENGINE_BATCH
+    group = grouping(classes, each, batch, student)
+    assert group == (None if classes * each == 40 else 8)
+    pool = pools(replace(student, group=group or 1), torch.from_numpy(labels_N), 0)[0].numpy()
+    together = group or images_per_prompt(batch, np.bincount(labels_N))
     batches = plan_batches(pool, labels_N, prompts=batch // together, images_per_prompt=together)
     assert sum(1 for _ in batches) == math.ceil(len(pool) / batch)
 
@@ -446,7 +470,7 @@ def test_students_learn_and_are_scored_in_percent(recorded, sets) -> None:
         assert result.accuracy * len(sets[1]) / 100 == pytest.approx(
             round(result.accuracy * len(sets[1]) / 100)
         )
-    assert not (folder / "student.checkpoint.safetensors").exists()
+    assert not list(folder.glob("student.checkpoint-*"))
 
 
 def test_a_student_is_the_same_alone_and_in_company(recorded, sets, source, tmp_path: Path) -> None:
@@ -482,19 +506,10 @@ def test_a_killed_training_resumes_to_the_same_students(
         else:
             with pytest.raises(KeyboardInterrupt):
                 _train(source, labels, sets, tmp_path, config, report=report)
-    assert len(report.losses) == (4 if stop_after == 1 else 2)  # checkpoints every 2 epochs
     assert all(_same(one, two) for one, two in zip(results, resumed, strict=True))
     assert [r.losses for r in resumed] == [r.losses for r in results]
     again = labels.block().logits.float()
     assert all(torch.equal(again[e], stored.logits(e, torch.arange(40))) for e in range(4))
-
-
-def test_checkpoints_of_long_epochs_come_at_every_epoch() -> None:
-    config = replace(CONFIG, checkpoint_every=10, epochs=25)
-    assert [next_checkpoint(config, epoch, 1.0) for epoch in (0, 3, 10, 20)] == [10, 10, 20, 25]
-    assert next_checkpoint(config, 3, CHECKPOINT_S / 2.5) == 5
-    assert next_checkpoint(config, 3, 1e9) == 4
-    assert next_checkpoint(config, 0, 0.0) == 10
 
 
 def test_dropout_is_resumed_too(sets, source, teacher, tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ class RunOptions:
     """Of its encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows in
     fp16."""
     engine_batch: int | None = None
-    """Images per call of the model; pictures differ by rounding at most. Left out: the divisor of
-    an epoch's images that is nearest to 32 from below, or 32."""
+    """Images per call of the model; pictures differ by rounding at most. Left out: 32, or, when an
+    epoch is rendered at once, the divisor of its images that is nearest to 32 from below."""
     bundles: Path | None = None
     """Folder of built engines. Left out: patchbloom/bundles in the user's cache."""
     recipe: RecipeName | None = None

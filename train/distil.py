@@ -16,6 +16,7 @@ from typing import Any
 from ..engine.coreset import Coreset, attach_labels, open_coreset, write_coreset
 from ..engine.manifest import canonical
 from ..engine.patches import PatchSelection, select_patches
+from .config import CHANGES_NO_RESULT
 from .evaluation import accuracies
 from .labels import (
     Labels,
@@ -268,7 +269,7 @@ class Distillation:
     def _student_settings(self, method: str) -> dict[str, Any]:
         """All that decides labels and students of a method."""
         plan = self.plan
-        student = {k: v for k, v in asdict(plan.student).items() if k != "checkpoint_every"}
+        student = {k: v for k, v in asdict(plan.student).items() if k not in CHANGES_NO_RESULT}
         settings = {
             "--data": plan.data_sha256,
             "--labels": plan.options.labels,

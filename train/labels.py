@@ -229,7 +229,7 @@ def record_labels(
     """
     for epoch in range(config.epochs):
         report.progress("labels", epoch, config.epochs, "epochs")
-        for samples_P in pools(config, source.samples, epoch):
+        for samples_P in pools(config, source.labels_N, epoch):
             if labels.has(samples_P, epoch):
                 continue
             views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)

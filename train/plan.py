@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from .views import pool_size
 
 TOP_K = 10  # probabilities that --labels topk keeps
 LARGE_LABELS_GIB = 1.0  # dense labels of a method from here on are told before the run
+LARGE_ENGINE_BATCH = 32  # where an epoch is many pools: the last batch of each may be padded
+MOST_TOGETHER = 8  # samples of a class in a group: more would show in a student's batches
 SMALL_MODEL_PX = 128  # models up to this size are toys: the `small` recipe fits them
 
 
@@ -104,6 +107,11 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     student = recipe.student_for(
         ipc=options.ipc, factor=factor, classes=len(train.class_ids), network=options.student
     )
+    samples = len(train.class_ids) * options.ipc * factor**2
+    engine_batch = options.engine_batch or (
+        fitting_batch(samples) if samples <= pool_size(student) else LARGE_ENGINE_BATCH
+    )
+    group = grouping(len(train.class_ids), options.ipc * factor**2, engine_batch, student)
     teacher_source, teacher_network = _choose_teacher(options.teacher, recipe)
     if teacher_source is not None and teacher_source.startswith(TORCHVISION):
         torchvision_columns(teacher_source, train.class_ids)
@@ -133,6 +141,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             size_px=image_size,
             epochs=options.epochs or student.epochs,
             batch=options.batch or student.batch,
+            group=group or 1,
             seed=options.seed,
             device=device,
         ),
@@ -145,11 +154,10 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             seed=options.seed,
             precision=precision,
             vae_precision=options.vae_precision,
-            batch=options.engine_batch
-            or fitting_batch(len(train.class_ids) * options.ipc * factor**2),
+            batch=engine_batch,
             backend=options.backend,
             device=device,
-            images_per_prompt=grouping(len(train.class_ids) * options.ipc * factor**2, student),
+            images_per_prompt=group,
             bundles=options.bundles and options.bundles.expanduser(),
         ),
     )
@@ -157,14 +165,17 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     return plan
 
 
-def grouping(samples: int, student: StudentConfig) -> int | None:
-    """ExpandConfig.images_per_prompt: 1 when an epoch is more than one pool.
+def grouping(classes: int, each: int, engine_batch: int, student: StudentConfig) -> int | None:
+    """Samples of a class that stay together in an epoch's order, and images per prompt.
 
-    The Expander's own choice, a divisor of what a whole class has, pads nothing of a whole epoch.
-    A pool of 1000 classes has about one sample of each: at 8 images per prompt, the choice for ipc
-    50, five times as many images would be rendered as are wanted.
+    None where an epoch is one pool: its order is of no matter, and the Expander's own choice, a
+    divisor of what a whole class has, pads nothing. A pool of 1000 classes has about one sample of
+    each: at 8 images per prompt, and no groups, five times as many images would be rendered as are
+    wanted; at 1, keys and values of a prompt would be read for every image.
     """
-    return None if samples <= pool_size(student) else 1
+    if classes * each <= pool_size(student):
+        return None
+    return math.gcd(each, engine_batch, pool_size(student), MOST_TOGETHER)
 
 
 def data_folder(data: str, shapes_per_class: int, report: Report) -> Path:
