@@ -63,6 +63,7 @@ class Draw(IntEnum):
     TEACHER_CROP = 10
     SELECTION = 11
     PRIOR = 12
+    REFRESH = 13
     ANCESTRAL = 64
     """Sampler step k draws with ANCESTRAL + k; nothing is reserved above."""
 

@@ -95,7 +95,7 @@ def test_a_consumer_that_leaves_early_ends_the_producer(overlap: bool) -> None:
     filled: list[list[int]] = [[], []]
     with Ring(filled, write, range(99), device=CPU, overlap=overlap) as ring:
         ring.take()
-    assert sum(filled, []) < [4]
+    assert max(max(slot, default=0) for slot in filled) < 4
     assert "producer" not in alive()
 
 

@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ..engine.config import Start
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
-from .config import PriorConfig, RecipeName, Scoring
+from .config import PriorConfig, RecipeName, Scoring, StudentPrecision
 
 METHODS = ("dace", "rded", "random", "upsample")
 LabelChoice = Literal["dense", "topk", "online"]
@@ -81,6 +81,19 @@ class RunOptions:
     """Students per method; accuracies are the mean ± std over them."""
     batch: int | None = None
     """Views per optimiser step of a student. Left out: the recipe's for this ipc."""
+    accumulate: int = 1
+    """Parts that a batch is split into when it does not fit into memory whole; the gradient is that
+    of the batch, a BatchNorm sees parts."""
+    student_precision: StudentPrecision | None = None
+    """Of the students' passes, by autocast. Left out: bf16 on cuda, fp32 on the CPU."""
+    student_compile: bool = False
+    """Compile the students' network with torch.compile, on a GPU as CUDA graphs."""
+    overlap: Literal["on", "off"] = "on"
+    """Render the next images while the students learn; `off` is the serial baseline. The students
+    are the same either way."""
+    refresh: float = 1.0
+    """Share of the patches that dace expands anew in an epoch; the others are shown again, with new
+    crops. Less than 1 is lossy."""
     ceiling: bool = True
     """Also train students on fresh real images: the ceiling that the methods are measured by."""
     class_names: Path | None = None
@@ -106,13 +119,15 @@ class RunOptions:
                 )
         for name in (
             *("ipc", "factor", "image_size", "steps", "engine_batch", "epochs", "teacher_epochs"),
-            *("seeds", "batch", "shapes_per_class"),
+            *("seeds", "batch", "accumulate", "shapes_per_class"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
         if not 0 < self.rho <= 1:
             raise ValueError(f"--rho {self.rho:g}: expected more than 0, and 1 at most")
+        if not 0 < self.refresh <= 1:
+            raise ValueError(f"--refresh {self.refresh:g}: expected more than 0, and 1 at most")
         if "dace" in self.methods and self.start == "image" and int(self.steps * self.rho) < 1:
             raise ValueError(
                 f"--rho {self.rho:g} of --steps {self.steps} rounds to 0 evaluations: "

@@ -38,7 +38,7 @@ from .pictures import (
 )
 from .plan import TOP_K, Plan
 from .record import Report
-from .sources import describe_model, open_source, rendering_rate
+from .sources import describe_model, fresh, open_source, rendering_rate
 from .stages import RunFolder, StageResult, settings_by_option
 from .summary import REAL, provenance
 from .teacher import Teacher, load_teacher
@@ -276,6 +276,8 @@ class Distillation:
             "teacher": self.teacher_stage()["sha256"],
             **settings_by_option("student", student),
         }
+        if method == "dace":
+            settings["--refresh"] = plan.options.refresh
         if method != REAL:
             settings["patches"] = self.coreset_stage()[method]["patches_sha256"]
         return settings | (self._model_settings() if method == "dace" else {})
@@ -322,8 +324,9 @@ class Distillation:
     def _draw(self, method: str, source: ImageSource, coreset: Coreset | None) -> None:
         samples = one_sample_per_class(source.labels_N)
         write_picture(self.run.folder, f"rendered-{method}", rendered_sheet(source, samples))
-        if coreset is not None and isinstance(source, Expansions):
-            sheet = expansion_sheet(source.expander, coreset.patches(), samples)
+        expansions = fresh(source)
+        if coreset is not None and isinstance(expansions, Expansions):
+            sheet = expansion_sheet(expansions.expander, coreset.patches(), samples)
             write_picture(self.run.folder, "expansions", sheet)
 
     def _coreset(self, method: str) -> Coreset:

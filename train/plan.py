@@ -111,6 +111,8 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     engine_batch = options.engine_batch or (
         fitting_batch(samples) if samples <= pool_size(student) else LARGE_ENGINE_BATCH
     )
+    if options.refresh < 1 and options.engine_batch is None:
+        engine_batch = fitting_batch(round(options.refresh * min(samples, pool_size(student))))
     group = grouping(len(train.class_ids), options.ipc * factor**2, engine_batch, student)
     teacher_source, teacher_network = _choose_teacher(options.teacher, recipe)
     if teacher_source is not None and teacher_source.startswith(TORCHVISION):
@@ -142,6 +144,10 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             epochs=options.epochs or student.epochs,
             batch=options.batch or student.batch,
             group=group or 1,
+            precision=options.student_precision or ("bf16" if device == "cuda" else "fp32"),
+            compile=options.student_compile,
+            accumulate=options.accumulate,
+            overlap=options.overlap == "on",
             seed=options.seed,
             device=device,
         ),
@@ -157,7 +163,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             batch=engine_batch,
             backend=options.backend,
             device=device,
-            images_per_prompt=group,
+            images_per_prompt=group if options.refresh == 1 else 1,
             bundles=options.bundles and options.bundles.expanduser(),
         ),
     )

@@ -16,6 +16,7 @@ from ..engine.turbo import Expander
 from ..export.models import resolve_vae_precision, weights_bytes, weights_sha256
 from .methods import Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
 from .plan import Plan
+from .refresh import Refreshed
 
 MEASURED_IMAGES = 256
 
@@ -45,7 +46,9 @@ def open_source(plan: Plan, method: str, coreset: Coreset | None) -> Iterator[Im
             prompts_K=class_prompts(coreset.class_names),
         )
         try:
-            yield Expansions(expander=expander, labels_N=labels_N, class_ids=coreset.class_ids)
+            every = Expansions(expander=expander, labels_N=labels_N, class_ids=coreset.class_ids)
+            share, seed = plan.options.refresh, plan.options.seed
+            yield every if share == 1 else Refreshed(every, share, seed)
         finally:
             expander.close()
         return
@@ -98,8 +101,14 @@ def describe_model(plan: Plan) -> dict[str, Any] | None:
     }
 
 
+def fresh(source: ImageSource) -> ImageSource:
+    """What makes the images of a source that keeps some."""
+    return source.source if isinstance(source, Refreshed) else source
+
+
 def rendering_rate(source: ImageSource) -> float:
-    """Images per second, rendered alone, after one rendering that is not counted."""
+    """Images per second, rendered alone and fresh, after one rendering that is not counted."""
+    source = fresh(source)
     samples_P = torch.arange(min(source.samples, MEASURED_IMAGES))
     source.render(samples_P, 0)
     _wait_for_gpu()

@@ -92,7 +92,17 @@ class Student:
             self._epoch_loss.zero_()
 
     def _step(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
-        """One step of the optimiser; the loss, summed over the batch."""
+        """One step of the optimiser; the loss, summed over the batch.
+
+        ValueError, saying which size fits, when the batch does not fit into memory.
+        """
+        try:
+            return self._learn(slot, rows_B)
+        except torch.OutOfMemoryError:
+            pass  # and its frames, which hold the activations, are gone
+        raise ValueError(self._which_fits(slot, rows_B))
+
+    def _learn(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for rows_b in rows_B.tensor_split(min(self.config.accumulate, len(rows_B))):
@@ -112,6 +122,26 @@ class Student:
         targets_B: SoftTargets = slot.targets_P.rows(rows_B)
         labels, classes = targets_B.labels, targets_B.classes
         return softlabel(scores_BK, labels, classes, temperature=self.config.temperature).sum()
+
+    def _which_fits(self, slot: PoolSlot, rows_B: Tensor) -> str:
+        """One line on a batch that does not fit, after trying halves of it."""
+        batch, size_px = len(rows_B), self.config.size_px
+        fitting = math.ceil(batch / self.config.accumulate)
+        told = f"{fitting} images of {size_px} px do not fit into the memory of {self.device} while"
+        while (fitting := fitting // 2) > 0:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                self._loss(slot, rows_B[:fitting]).backward()
+            except torch.OutOfMemoryError:
+                continue
+            parts = math.ceil(batch / fitting)
+            return (
+                f"{told} {self.config.network} learns; {fitting} do: give --accumulate {parts}, "
+                f"which is the same gradient, or --batch {fitting}, which is another recipe"
+            )
+        return f"{told} {self.config.network} learns, nor does one: use a smaller --student"
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         """Everything that a checkpoint must hold: tensors under names of this student's, and JSON.
