@@ -26,14 +26,10 @@ from patchbloom.export.config import DeviceName
 from patchbloom.kernels.latents import start_state, start_state_reference
 from patchbloom.kernels.mosaic import mosaic, mosaic_reference
 from patchbloom.kernels.noise import Draw, normal, normal_reference
-from patchbloom.kernels.pixels import (
-    student_input,
-    student_input_reference,
-    upsample_patches,
-    upsample_patches_reference,
-)
+from patchbloom.kernels.pixels import upsample_patches, upsample_patches_reference
 from patchbloom.kernels.sampler import euler_ancestral_step, euler_ancestral_step_reference
 from patchbloom.kernels.softlabel import softlabel, softlabel_reference, target_reference
+from patchbloom.kernels.student_input import student_input, student_input_reference
 from torch import Tensor
 
 SEED, EPOCH = 1, 2

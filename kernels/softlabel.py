@@ -38,12 +38,8 @@ import torch
 import triton
 
 from .launch import launch, require, runs_kernel
-from .softlabel_device import (
-    softlabel_dense_grad_kernel,
-    softlabel_dense_kernel,
-    softlabel_topk_grad_kernel,
-    softlabel_topk_kernel,
-)
+from .softlabel_dense import softlabel_dense_grad_kernel, softlabel_dense_kernel
+from .softlabel_topk import softlabel_topk_grad_kernel, softlabel_topk_kernel
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.int16, torch.int32)

@@ -19,11 +19,10 @@ import triton
 from patchbloom.kernels.latents import start_state_kernel
 from patchbloom.kernels.mosaic import mosaic_kernel
 from patchbloom.kernels.noise import noise_kernel
-from patchbloom.kernels.pixels import student_input_kernel, upsample_kernel
-from patchbloom.kernels.sampler import (
-    euler_ancestral_step_kernel,
-    euler_ancestral_table_step_kernel,
-)
+from patchbloom.kernels.pixels import upsample_kernel
+from patchbloom.kernels.sampler import euler_ancestral_step_kernel
+from patchbloom.kernels.student_input import student_input_kernel
+from patchbloom.kernels.table_step import euler_ancestral_table_step_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
