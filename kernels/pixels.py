@@ -7,6 +7,9 @@ Formula, torch's ``interpolate(align_corners=False)`` without antialias, per out
                                    or floor(y), floor(y) + 1 (bilinear), clamped to the patch
     out = clamp(sum(weight * pixel) / 127.5 - 1, -1, 1)
 
+Bytes per picture of s-byte numbers: p^2 C read, s S^2 C written. Eager torch moves 44 bytes instead
+of 2.25 per output number in 7 passes (S = 2 p, s = 2).
+
 Shapes: N patches; C channels; H, W, p source and S output sides in pixels.
 """
 

@@ -11,6 +11,14 @@ have shown there, with the partner's own box and flip:
 
     out[b, i, j] = view[partners[b] if (i, j) in pasted[b] else b, i, j]
 
+Bytes per picture with pictures of i and views of s bytes a number, CutMix or not:
+
+    i C height width of its box, read (fewer where S < height / 2 skips rows);    s C S^2, written
+
+and 17 of box and flip, 40 more with CutMix, whose pasted pixels are read from the partner's box
+instead. Eager torch moves 17 times as much, with CutMix 20 times (512 to 224 px, boxes of 42 % of
+the area, i = s = 2): 8 and 11 passes.
+
 Shapes: B pictures; C channels; H, W source and S output sides in pixels; boxes_B4 holds
 (top, left, height, width) in source pixels, top and left from 0; pasted_B4 the same of output
 pixels, whole numbers, and may hang over the picture's edge.

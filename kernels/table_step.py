@@ -9,6 +9,9 @@ and step) is replayed for every step, or one graph serves several schedules, not
 may. So ``euler_ancestral_table_step`` reads all of them on the device: sigmas from a table [S, 3],
 step and epoch from tensors of one number. The seed stays a scalar: it names a run's images.
 
+Bytes: sampler.py's, and 28 that every program reads of the table, step and epoch. Eager torch moves
+595 per element instead of 12 (s = 2).
+
 Shapes: B samples; C, H, W of one latent; S steps.
 """
 
