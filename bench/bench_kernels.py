@@ -32,6 +32,7 @@ from patchbloom.engine.backends import resolve_device
 from patchbloom.export.config import DeviceName
 from picture_cases import label_cases, pixel_cases
 from torch import Tensor
+from triton.runtime import driver
 
 COPY_BYTES = 1 << 30
 LEAST_SPEEDUP, FROM_PASSES = 4.0, 4
@@ -186,8 +187,9 @@ def noise_row(gnormal_per_s: float, device: str) -> dict[str, Any]:
     row["instructions_per_normal"] = round(ceiling.instructions_per_normal, 1)
     row["instructions_from"] = f"SASS of sm_{ceiling.capability}, {ceiling.unit} decides"
     if device == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        most = ceiling.gnormal_per_s(found.multi_processor_count, found.clock_rate / 1e6)
+        found = driver.active.utils.get_device_properties(torch.cuda.current_device())
+        clock_ghz = found["sm_clock_rate"] / 1e6  # the highest
+        most = ceiling.gnormal_per_s(found["multiprocessor_count"], clock_ghz)
         row["ceiling_gnormal_per_s"] = round(most, 1)
         row["share_of_ceiling"] = round(gnormal_per_s / most, 3)
     return row
