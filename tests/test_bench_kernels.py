@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -96,6 +97,22 @@ def test_every_operation_has_a_case_and_eager_moves_more(bench: ModuleType) -> N
     assert 2.25 * ratios["upsample_patches 64 x 256 to 512"] == pytest.approx(44, abs=0.5)
     assert rows["upsample_patches 64 x 256 to 512"]["eager_passes"] == 7
     assert rows["student_input 64 x 512 to 224"]["eager_passes"] == 8
+
+
+def test_half_passes_the_gate(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's dtypes on the CPU: the tolerances leave room for them, and for little else."""
+    latents, pictures = sys.modules["latent_cases"], sys.modules["picture_cases"]
+    for module in (latents, pictures):
+        monkeypatch.setattr(module, "model_dtype", lambda _: torch.float16)
+    cases = latents.latent_cases("cpu", 64, 64, compiled=False)[1:]
+    cases += [latents.schedule_case("cpu", 64, 64, 224)]
+    for case in cases:
+        assert 0 < bench.check(case) < case.tolerance
+        narrow = replace(case, tolerance=case.tolerance / 12)
+        with pytest.raises(RuntimeError, match=r"of the reference, got .* no time is reported"):
+            bench.check(narrow)
+    for case in pictures.label_cases("cpu", 8, 21841, 10, compiled=False):
+        assert bench.check(case) < case.tolerance
 
 
 @pytest.mark.parametrize(
