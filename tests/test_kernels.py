@@ -21,16 +21,10 @@ from patchbloom.kernels.noise import (
     unit_numpy,
     unit_reference,
 )
-from patchbloom.kernels.pixels import (
-    student_input,
-    student_input_reference,
-    upsample_patches,
-)
-from patchbloom.kernels.sampler import (
-    euler_ancestral_step,
-    euler_ancestral_table_step,
-    step_table,
-)
+from patchbloom.kernels.pixels import upsample_patches
+from patchbloom.kernels.sampler import euler_ancestral_step
+from patchbloom.kernels.student_input import student_input, student_input_reference
+from patchbloom.kernels.table_step import euler_ancestral_table_step, step_table
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import normalize, resized_crop
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..engine.patches import RandomResizedCrops
 from ..kernels.noise import Draw, uniform
-from ..kernels.pixels import student_input
+from ..kernels.student_input import student_input
 from .config import StudentConfig
 from .normalisation import IMAGENET, Normalisation
 
