@@ -168,9 +168,11 @@ class _Training:
                 self._learn(taken, workers, interrupted)
                 if interrupted():
                     break
-                for pool, _ in taken:
-                    if pool.ends_epoch:
-                        self._tell(pool.epoch, name, pace.epoch(ring.waited_s()))
+                ended = [pool.epoch for pool, _ in taken if pool.ends_epoch]
+                if ended:
+                    told = pace.of(len(ended), ring.waited_s())
+                    for epoch in ended:
+                        self._tell(epoch, name, told)
                 if self._is_due():
                     self._save()
             if interrupted():
@@ -278,19 +280,19 @@ class _Training:
 
 
 class _Pace:
-    """Seconds, images per second and waiting of every epoch."""
+    """Seconds, images per second and waiting per epoch."""
 
     def __init__(self, samples: int) -> None:
         self._samples, self._began, self._waited_s = samples, time.monotonic(), 0.0
 
-    def epoch(self, waited_s: float) -> dict[str, float]:
-        """Of the epoch that ends now; `waited_s` since the training began."""
+    def of(self, epochs: int, waited_s: float) -> dict[str, float]:
+        """The mean of the epochs that end now; `waited_s` since the training began."""
         now = time.monotonic()
-        seconds = max(now - self._began, 1e-9)
+        seconds = max(now - self._began, 1e-9) / epochs
         told = {
             "seconds": seconds,
             "images_per_s": self._samples / seconds,
-            "waited_s": waited_s - self._waited_s,
+            "waited_s": (waited_s - self._waited_s) / epochs,
         }
         self._began, self._waited_s = now, waited_s
         return told
