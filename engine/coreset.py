@@ -2,7 +2,7 @@
 
     manifest.json                what it is, how it was made, the hash of every file
     patches/<class id>/*.png     a plain ImageFolder, nothing else in it
-    labels.safetensors           soft labels, see soft_labels.py
+    labels.safetensors           soft labels, see label_file.py
 
 Legend: N samples (patches), H and W patch size in pixels, C = 3, K classes, r factor.
 A sample is a row in class-sorted order: class 0's ipc·r² patches, then class 1's, and so on.

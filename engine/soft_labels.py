@@ -214,8 +214,7 @@ class SoftLabels:
 
     def read_ahead(self, epoch: int, samples_B: Sequence[int] | Tensor) -> None:
         """Have rows that are asked for soon read from the disk meanwhile; returns at once."""
-        if 0 <= epoch < self.epochs:
-            self._file.read_ahead(epoch, np.asarray(samples_B))
+        self._file.read_ahead(epoch, np.asarray(samples_B))
 
     def _rows(self, epoch: int, samples_B: Sequence[int] | Tensor) -> tuple[Tensor, ...]:
         if not 0 <= epoch < self.epochs:

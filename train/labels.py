@@ -207,14 +207,19 @@ class StoredLabels:
         return targets_P.to(views_PCHW.device)
 
     def _read_next(self, sample: int, epoch: int) -> None:
-        """Read the pool after the one with this sample ahead; after an epoch's last, none."""
+        """Read the pool after the one with this sample ahead, of the next epoch after the last."""
         if epoch != self._epoch:
-            self._epoch, self._pools = epoch, pools(self.config, self.stored.samples, epoch)
+            self._epoch, self._pools = epoch, self._pools_of(epoch)
             for number, samples_P in enumerate(self._pools):
                 self._pool_of_N[samples_P] = number
         following = int(self._pool_of_N[sample]) + 1
         if following < len(self._pools):
             self.stored.read_ahead(epoch, self._pools[following])
+        elif epoch + 1 < self.stored.epochs:
+            self.stored.read_ahead(epoch + 1, self._pools_of(epoch + 1)[0])
+
+    def _pools_of(self, epoch: int) -> list[Tensor]:
+        return pools(self.config, self.stored.samples, epoch)
 
     def flush(self) -> None:
         pass
