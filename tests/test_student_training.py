@@ -21,6 +21,7 @@ from patchbloom.train.methods import UpsampledPatches
 from patchbloom.train.networks import build_network
 from patchbloom.train.refresh import Refreshed
 from patchbloom.train.teacher import Teacher
+from student_cases import LABELS_N, PATCHES, same, weights
 from torch import Tensor
 
 CONFIG = StudentConfig(
@@ -33,10 +34,6 @@ CONFIG = StudentConfig(
     device="cpu",
 )
 CLASS_IDS = tuple("abcdefghij")
-LABELS_N = torch.arange(10).repeat_interleave(4)
-PATCHES = torch.randint(
-    0, 256, (40, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-)
 
 
 class Told:
@@ -82,17 +79,12 @@ def train(source, labels, folder: Path, config=CONFIG, report=None) -> list[Stud
     )
 
 
-def weights(results: list[StudentResult]) -> list[dict[str, Tensor]]:
-    return [read_tensors(result.path)[0] for result in results]
-
-
-def same(one: list[StudentResult], other: list[StudentResult]) -> bool:
-    pairs = zip(weights(one), weights(other), strict=True)
-    return all(torch.equal(a[name], b[name]) for a, b in pairs for name in a.keys() | b.keys())
+def all_same(one: list[StudentResult], other: list[StudentResult]) -> bool:
+    return all(same(a, b) for a, b in zip(one, other, strict=True))
 
 
 def largest_difference(one: list[StudentResult], other: list[StudentResult]) -> float:
-    pairs = zip(weights(one), weights(other), strict=True)
+    pairs = [(weights(a), weights(b)) for a, b in zip(one, other, strict=True)]
     return max(float((a[name] - b[name]).abs().max()) for a, b in pairs for name in a)
 
 
@@ -104,7 +96,7 @@ def whole(source, labels, tmp_path_factory: pytest.TempPathFactory) -> list[Stud
 
 def test_overlap_changes_no_bit(whole, source, labels, tmp_path: Path) -> None:
     serial = train(source, labels, tmp_path, replace(CONFIG, overlap=False))
-    assert same(whole, serial)
+    assert all_same(whole, serial)
     assert [r.losses for r in serial] == [r.losses for r in whole]
     assert [r.accuracy for r in serial] == [None, None]
 
@@ -145,7 +137,7 @@ def test_a_signal_stops_within_a_batch_and_loses_none(
     assert sum(5 * (s["pool"] // 3) + 2 * (s["pool"] % 3) + s["batch"] for s in reached) >= 9
     resumed = train(source, labels, tmp_path)
     assert len(steps) == 2 * 5 * CONFIG.epochs  # 40 samples in pools of 16, 16, 8: no step twice
-    assert same(whole, resumed)
+    assert all_same(whole, resumed)
     assert [r.losses for r in resumed] == [r.losses for r in whole]
 
 
@@ -165,7 +157,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     report = Told()
     resumed = train(source, labels, tmp_path, config, report)
     assert any("is damaged" in line and "the one before" in line for line in report.lines)
-    assert same(plain, resumed)
+    assert all_same(plain, resumed)
     assert not older.exists()
 
 
@@ -205,7 +197,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [
         "student.checkpoint-000000.safetensors"
     ]
-    assert same(plain, train(source, labels, tmp_path, config))
+    assert all_same(plain, train(source, labels, tmp_path, config))
 
 
 def test_a_split_batch_has_the_gradient_of_the_whole(whole, source, labels, tmp_path) -> None:
@@ -237,12 +229,12 @@ def test_half_precision_learns_the_same_to_its_digits(whole, source, labels, tmp
     for one, other in zip(whole, halved, strict=True):
         assert other.losses == pytest.approx(one.losses, rel=0.05)
         assert other.losses != one.losses
-    assert all(value.dtype == torch.float32 for value in weights(halved)[0].values())
+    assert all(value.dtype == torch.float32 for value in weights(halved[0]).values())
 
 
 def test_a_compiled_student_learns_the_same(whole, source, labels, tmp_path: Path) -> None:
     compiled = train(source, labels, tmp_path, replace(CONFIG, compile=True))
-    assert weights(compiled)[0].keys() == weights(whole)[0].keys()
+    assert weights(compiled[0]).keys() == weights(whole[0]).keys()
     for one, other in zip(whole, compiled, strict=True):
         assert other.losses == pytest.approx(one.losses, rel=1e-3)
 

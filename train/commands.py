@@ -17,7 +17,8 @@ from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import PriorConfig, RecipeName, Scoring, StudentPrecision
 
 METHODS = ("dace", "rded", "random", "upsample")
-LabelChoice = Literal["dense", "topk", "online"]
+LabelChoice = Literal["stored", "online", "record"]
+CodecChoice = Literal["dense", "topk"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,14 @@ class RunOptions:
     """A network to train, torchvision:NAME, or a file. Left out: the recipe's network."""
     student: str | None = None
     """The students' network. Left out: the recipe's."""
-    labels: LabelChoice = "dense"
-    """How the teacher's soft labels are kept in the coreset; `online` stores none."""
+    labels: LabelChoice = "record"
+    """How the teacher's soft labels come: `record` trains and stores them in one pass, `stored`
+    stores them first, `online` stores none. The students are the same."""
+    codec: CodecChoice = "dense"
+    """How labels are kept: `dense`, fp16 logits of all classes, or `topk`, the largest
+    probabilities, from which the students of this run then learn."""
+    top_k: int = 10
+    """Probabilities per label that --codec topk keeps; fewer than half of the classes."""
     seed: int = 0
     """Of everything random: patches, noise, crops, order, initialisation."""
     seeds: int = 3
@@ -119,7 +126,7 @@ class RunOptions:
                 )
         for name in (
             *("ipc", "factor", "image_size", "steps", "engine_batch", "epochs", "teacher_epochs"),
-            *("seeds", "batch", "accumulate", "shapes_per_class"),
+            *("top_k", "seeds", "batch", "accumulate", "shapes_per_class"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -132,6 +139,10 @@ class RunOptions:
             raise ValueError(
                 f"--rho {self.rho:g} of --steps {self.steps} rounds to 0 evaluations: "
                 f"give --rho {1 / self.steps:g} or more, or more --steps"
+            )
+        if self.labels == "online" and self.codec == "topk":
+            raise ValueError(
+                "--labels online stores none, so --codec topk has no use: leave one of them out"
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
@@ -167,7 +178,7 @@ class TrainLabels(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.labels == "online":
-            raise ValueError("--labels online stores none: give dense or topk to train labels")
+            raise ValueError("--labels online stores none: leave it out to train labels")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,7 @@ from .shapes import GENERATOR_VERSION, write_shapes
 from .teacher import torchvision_columns
 from .views import pool_size
 
-TOP_K = 10  # probabilities that --labels topk keeps
-LARGE_LABELS_GIB = 1.0  # dense labels of a method from here on are told before the run
+LARGE_LABELS_GIB = 1.0  # labels of a method from here on are told before the run
 LARGE_ENGINE_BATCH = 32  # where an epoch is many pools: the last batch of each may be padded
 MOST_TOGETHER = 8  # samples of a class in a group: more would show in a student's batches
 SMALL_MODEL_PX = 128  # models up to this size are toys: the `small` recipe fits them
@@ -227,10 +226,10 @@ def _choose_recipe(
 
 
 def _check_labels(options: RunOptions, classes: int) -> None:
-    if options.labels == "topk" and classes <= 2 * TOP_K:
+    if options.codec == "topk" and classes <= 2 * options.top_k:
         raise ValueError(
-            f"--labels topk keeps {TOP_K} of {classes} probabilities, no less than dense: "
-            "give --labels dense"
+            f"--codec topk --top-k {options.top_k} keeps {min(options.top_k, classes)} of "
+            f"{classes} probabilities, no less than dense: give a smaller --top-k, or --codec dense"
         )
 
 
@@ -291,26 +290,27 @@ def images_sha256(*sets: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def dense_label_gib(plan: Plan) -> float:
-    """GiB of a method's dense labels: fp16, of every class, sample and epoch."""
+def label_gib(plan: Plan) -> float:
+    """GiB of a method's labels as --codec keeps them, of every sample and epoch."""
     classes = len(plan.class_names)
     answers = plan.student.epochs * classes * plan.options.ipc * plan.factor**2
-    return 2 * answers * classes / 2**30
+    bytes_each = 2 * classes if plan.options.codec == "dense" else 4 * plan.options.top_k
+    return bytes_each * answers / 2**30
 
 
 def _say(plan: Plan, report: Report) -> None:
+    options, classes = plan.options, len(plan.class_names)
     report.say(
         f"data: {len(plan.train)} training and {len(plan.val)} validation images of "
-        f"{len(plan.class_names)} classes; {plan.image_size} px, patches of {plan.patch_px} px"
+        f"{classes} classes; {plan.image_size} px, patches of {plan.patch_px} px"
     )
-    labels_gib = dense_label_gib(plan)
-    if labels_gib >= LARGE_LABELS_GIB and plan.options.labels != "online":
-        dense, topk_share = plan.options.labels == "dense", 2 * TOP_K / len(plan.class_names)
-        kept = labels_gib if dense else topk_share * labels_gib
-        smaller = "--labels topk keeps less, " if dense and topk_share < 1 else ""
+    kept_gib = label_gib(plan)
+    if kept_gib >= LARGE_LABELS_GIB and options.labels != "online":
+        smaller = options.codec == "dense" and classes > 2 * options.top_k
         report.say(
-            f"labels: {plan.options.labels}, {kept:.1f} GiB for each method, and {labels_gib:.1f} "
-            f"GiB on the disk while they are made; {smaller}--labels online keeps none"
+            f"labels: {options.codec}, {kept_gib:.1f} GiB for each method, and as much again on "
+            f"the disk while they are put into the coreset; "
+            f"{'--codec topk keeps less, ' if smaller else ''}--labels online keeps none"
         )
     if plan.model is None:
         return

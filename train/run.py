@@ -58,7 +58,7 @@ def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dic
     if isinstance(options, TrainTeacher):
         return {**out, "teacher": rounded(teacher)}
     job.coreset_stage()
-    if isinstance(options, TrainLabels) or options.labels == "topk":
+    if isinstance(options, TrainLabels) or options.labels == "stored":
         for method in options.methods:
             job.labels_stage(method)
     if isinstance(options, TrainCoreset | TrainLabels):
