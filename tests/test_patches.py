@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patchbloom.engine.best_patches import BestPatches
 from patchbloom.engine.images import (
     CorruptImageError,
     ImageSet,
@@ -22,7 +23,6 @@ from patchbloom.engine.images import (
 from patchbloom.engine.patch_scores import cross_entropy
 from patchbloom.engine.patches import (
     TRIES,
-    BestPatches,
     PatchSelection,
     RandomResizedCrops,
     resized_crop_boxes,

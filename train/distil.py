@@ -1,5 +1,8 @@
 """The stages' work: one teacher, a coreset per method, its labels, its students.
 
+All ranks of a world share the scoring of patches, the labels, and the accuracy of a teacher that
+was brought along; rank 0 alone trains, and writes.
+
 RUN/teacher/, RUN/coreset/ of the primary method (dace, if it is among them, else the first) and
 RUN/coreset-METHOD/ of the others, RUN/students/METHOD-seedS.safetensors, RUN/pictures/.
 """
@@ -37,8 +40,9 @@ from .pictures import (
 )
 from .plan import TOP_K, Plan
 from .record import Report
+from .shared_run import SharedRun
 from .sources import describe_model, open_source, rendering_rate
-from .stages import RunFolder, StageResult, settings_by_option
+from .stages import StageResult, settings_by_option
 from .summary import REAL, provenance
 from .teacher import Teacher, load_teacher
 from .teacher_training import TEACHER, train_teacher, training_losses
@@ -47,7 +51,7 @@ from .teacher_training import TEACHER, train_teacher, training_losses
 class Distillation:
     """One run: what was planned, the folder it fills, and who is told."""
 
-    def __init__(self, plan: Plan, run: RunFolder, report: Report, line: str) -> None:
+    def __init__(self, plan: Plan, run: SharedRun, report: Report, line: str) -> None:
         self.plan, self.run, self.report, self.line = plan, run, report, line
 
     def teacher_stage(self) -> dict[str, Any]:
@@ -59,11 +63,13 @@ class Distillation:
         }
         if plan.teacher_source is not None:
             config["--teacher"] = _named(plan.teacher_source)
-        return self.run.stage("teacher", config, self._make_teacher)
+        together = plan.teacher_source is not None
+        return self.run.stage("teacher", config, self._make_teacher, together=together)
 
     def _make_teacher(self) -> StageResult:
         plan, folder = self.plan, self.run.folder / "teacher"
         if plan.teacher_source is not None:
+            self.run.world.in_turn(lambda: self.teacher)  # a download, maybe
             return StageResult({**self.teacher.describe(), "accuracy": self._measured()})
         teacher = train_teacher(plan.train, plan.val, plan.teacher, folder, self.report)
         losses = training_losses(folder)
@@ -79,6 +85,7 @@ class Distillation:
             size_px=teacher.size_px,
             device=teacher.device,
             normalisation=own,
+            world=self.run.world,
         )
         self.report.say(f"teacher: {accuracy:.1f} % of {len(val)} validation images")
         return accuracy
@@ -112,7 +119,7 @@ class Distillation:
             **{f"--{name.replace('_', '-')}": value for name, value in self._sizes().items()},
             **self._model_settings(),
         }
-        return self.run.stage("coreset", config, self._make_coresets)
+        return self.run.stage("coreset", config, self._make_coresets, together=True)
 
     def _sizes(self) -> dict[str, Any]:
         """Settings that all methods share, as options name them."""
@@ -132,13 +139,19 @@ class Distillation:
         return {} if model is None else settings_by_option("model", model)
 
     def _make_coresets(self) -> StageResult:
+        kinds = {
+            method: "random" if method == "random" else "lowest-loss"
+            for method in self.plan.options.methods
+        }
+        selections = {kind: self._select(kind) for kind in dict.fromkeys(kinds.values())}
+        return self._write_all(kinds, selections) if self.run.world.leads else StageResult({})
+
+    def _write_all(
+        self, kinds: dict[str, str], selections: dict[str, PatchSelection]
+    ) -> StageResult:
         result: dict[str, Any] = {}
         outputs: list[Path] = []
-        selections: dict[str, PatchSelection] = {}
-        for method in self.plan.options.methods:
-            kind = "random" if method == "random" else "lowest-loss"
-            if kind not in selections:
-                selections[kind] = self._select(kind)
+        for method, kind in kinds.items():
             coreset = self._write(method, kind, selections[kind])
             patches = {k: v for k, v in coreset.manifest["files"].items() if k.endswith(".png")}
             outputs += [coreset.folder / name for name in patches]
@@ -165,6 +178,8 @@ class Distillation:
             method=kind,
             scoring=plan.scoring,
             device=plan.device,
+            threads=self.run.world.threads,
+            peers=self.run.world,
             progress=lambda done, total: self.report.progress(
                 f"patches, {kind}", done, total, "images"
             ),
@@ -235,13 +250,21 @@ class Distillation:
     def labels_stage(self, method: str) -> dict[str, Any]:
         """Store the teacher's answers to every view of every epoch, and train nobody."""
         return self.run.stage(
-            f"labels-{method}", self._student_settings(method), lambda: self._make_labels(method)
+            f"labels-{method}",
+            self._student_settings(method),
+            lambda: self._make_labels(method),
+            together=True,
         )
 
     def _make_labels(self, method: str) -> StageResult:
-        with open_source(self.plan, method, self._coreset(method)) as source:
+        student, world = self.plan.student, self.run.world
+        with open_source(self.plan, method, self._coreset(method), world) as source:
+            if not world.leads:
+                answers = OnlineLabels(self.teacher, student.temperature)
+                record_labels(source, answers, student, self.report, world)
+                return StageResult({})
             labels = self._recorded(method, source)
-            record_labels(source, labels, self.plan.student, self.report)
+            record_labels(source, labels, student, self.report, world)
             coreset = self._attach(method, labels)
         return StageResult({"content_sha256": coreset.content_sha256})
 

@@ -26,9 +26,11 @@ from ..engine.manifest import CoresetError
 from ..engine.soft_labels import Codec, LabelBlock, SoftLabels, SoftTargets
 from .config import StudentConfig
 from .methods import ImageSource
+from .pool_rendering import answer_pool, render_pool
 from .record import Report
 from .teacher import Teacher
 from .views import describe_views, make_views, pools
+from .world import ALONE, World
 
 
 class Labels(Protocol):
@@ -93,8 +95,12 @@ class RecordedLabels:
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         logits_PK = self.teacher.logits(views_PCHW).to(torch.float16)
-        self._logits_ENK[epoch, samples_P] = logits_PK.cpu()
+        self.keep(samples_P, epoch, logits_PK)
         return SoftTargets(logits_PK.to(views_PCHW.device))
+
+    def keep(self, samples_P: Tensor, epoch: int, logits_PK: Tensor) -> None:
+        """Write the teacher's answers to the views of a pool, rounded to fp16."""
+        self._logits_ENK[epoch, samples_P] = logits_PK.to("cpu", torch.float16)
 
     def has(self, samples_P: Tensor, epoch: int) -> bool:
         """Whether every answer of a pool is there, from a recording that was stopped."""
@@ -221,18 +227,29 @@ _AGAIN = "label anew in another --out, or ask the teacher with --labels online"
 
 
 def record_labels(
-    source: ImageSource, labels: RecordedLabels, config: StudentConfig, report: Report
+    source: ImageSource,
+    labels: RecordedLabels | OnlineLabels,
+    config: StudentConfig,
+    report: Report,
+    world: World = ALONE,
 ) -> None:
     """Label every view of every epoch without training anyone: `train labels`.
 
-    Goes on from the pool where it was stopped.
+    Goes on from the pool where it was stopped. The ranks of `world` share the work; rank 0 keeps
+    the answers, and the others, which bring OnlineLabels, keep nothing.
     """
+    kept = labels if isinstance(labels, RecordedLabels) else None
     for epoch in range(config.epochs):
         report.progress("labels", epoch, config.epochs, "epochs")
-        for samples_P in pools(config, source.samples, epoch):
-            if labels.has(samples_P, epoch):
+        every = pools(config, source.samples, epoch)
+        has = [kept is not None and kept.has(samples_P, epoch) for samples_P in every]
+        for samples_P, done in zip(every, world.same(has), strict=True):
+            if done:
                 continue
-            views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)
-            labels.targets(samples_P, epoch, views_PCHW)
+            images_PCHW = render_pool(source, samples_P, epoch, world)
+            views_PCHW = make_views(images_PCHW, samples_P, epoch, config)
+            logits_PK = answer_pool(labels.teacher, views_PCHW, world)
+            if kept is not None:
+                kept.keep(samples_P, epoch, logits_PK)
     labels.flush()
     report.progress("labels", config.epochs, config.epochs, "epochs")

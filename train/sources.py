@@ -16,13 +16,19 @@ from ..engine.turbo import Expander
 from ..export.models import resolve_vae_precision, weights_bytes, weights_sha256
 from .methods import Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
 from .plan import Plan
+from .world import ALONE, World
 
 MEASURED_IMAGES = 256
 
 
 @contextmanager
-def open_source(plan: Plan, method: str, coreset: Coreset | None) -> Iterator[ImageSource]:
-    """The images of `method`; a coreset for all but `real`. Frees the model at the end."""
+def open_source(
+    plan: Plan, method: str, coreset: Coreset | None, world: World = ALONE
+) -> Iterator[ImageSource]:
+    """The images of `method`; a coreset for all but `real`. Frees the model at the end.
+
+    The ranks of `world` each open it, rank 0 first: it builds the engine that the others find.
+    """
     if coreset is None:
         samples = plan.options.ipc * plan.factor**2
         yield RealImages(
@@ -35,14 +41,17 @@ def open_source(plan: Plan, method: str, coreset: Coreset | None) -> Iterator[Im
         return
     patches_NHWC, labels_N = coreset.patches(), coreset.labels_N
     if method == "dace":
-        if plan.model is None:
+        model, prompts_K = plan.model, class_prompts(coreset.class_names)
+        if model is None:
             raise ValueError("method dace: expected a model in the plan, got none")
-        expander = Expander(
-            plan.model,
-            plan.expand,
-            patches_NHWC=patches_NHWC,
-            labels_N=labels_N,
-            prompts_K=class_prompts(coreset.class_names),
+        expander = world.in_turn(
+            lambda: Expander(
+                model,
+                plan.expand,
+                patches_NHWC=patches_NHWC,
+                labels_N=labels_N,
+                prompts_K=prompts_K,
+            )
         )
         try:
             yield Expansions(expander=expander, labels_N=labels_N, class_ids=coreset.class_ids)
