@@ -24,7 +24,7 @@ import torch
 
 from ..kernels.noise import Draw, uniform_numpy
 from .best_patches import BestPatches, best_of_all
-from .images import ImageSet, InputError, stream_crops
+from .images import CropBatch, ImageSet, InputError, stream_crops
 from .patch_scores import IMAGENET_MEAN_RGB, PatchScorer, Scoring, TeacherFn
 from .peers import ALONE, Peers, share_of
 
@@ -188,20 +188,9 @@ def select_patches(
             skip_corrupt=skip_corrupt,
         )
         for crop_batch in stream:
-            labels_B, index_B = crop_batch.labels_B.tolist(), crop_batch.index_B.tolist()
             losses_BP = scorer(crop_batch.pixels_BPHWC, crop_batch.labels_B)
-            best_B = losses_BP.argmin(axis=1)  # The first of equal ones, which torch leaves open.
-            for b, crop in enumerate(best_B.tolist()):
-                loss = float(losses_BP[b, crop])
-                best.offer(
-                    labels_B[b],
-                    0.0 if method == "random" else loss,
-                    index_B[b],
-                    crop_batch.pixels_BPHWC[b, crop],
-                    loss,
-                    crop_batch.boxes_BP4[b, crop],
-                )
-            done += len(index_B)
+            _offer(best, crop_batch, losses_BP, by_loss=method == "lowest-loss")
+            done += len(losses_BP)
             if progress:
                 progress(min(done * peers.size, total), total)
         left_out = sorted(chain.from_iterable(peers.all_gather(list(stream.skipped))))
@@ -218,6 +207,22 @@ def select_patches(
         boxes_N4=best.boxes_KN4.flatten(0, 1),
         skipped=tuple(images.paths[index] for index in skipped),
     )
+
+
+def _offer(best: BestPatches, crops: CropBatch, losses_BP: np.ndarray, *, by_loss: bool) -> None:
+    """The best crop of each image, which competes by its loss or is merely the next."""
+    labels_B, index_B = crops.labels_B.tolist(), crops.index_B.tolist()
+    best_B = losses_BP.argmin(axis=1)  # The first of equal ones, which torch leaves open.
+    for b, crop in enumerate(best_B.tolist()):
+        loss = float(losses_BP[b, crop])
+        best.offer(
+            labels_B[b],
+            loss if by_loss else 0.0,
+            index_B[b],
+            crops.pixels_BPHWC[b, crop],
+            loss,
+            crops.boxes_BP4[b, crop],
+        )
 
 
 def _sizes(ipc: int, factor: int, image_size_px: int) -> tuple[int, int]:
