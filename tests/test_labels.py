@@ -272,8 +272,8 @@ def test_answers_survive_a_kill_9(source, teacher, tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     labels = recording()
-    assert labels.has(EVERY[:16], 1)
-    assert not labels.has(EVERY[20:21], 1)  # probabilities without their classes
+    assert labels.have([EVERY[:16]], 1)[0]
+    assert not labels.have([EVERY[20:21]], 1)[0]  # probabilities without their classes
     assert not any(labels.has(EVERY[n : n + 1], e) for n in range(16) for e in (0, 2, 3))
 
 

@@ -14,16 +14,34 @@ from ..engine.prompts import TEMPLATE, class_prompts
 from ..engine.schedule import make_schedule
 from ..engine.turbo import Expander
 from ..export.models import resolve_vae_precision, weights_bytes, weights_sha256
-from .methods import Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
+from .methods import DealtSource, Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
 from .plan import Plan
+from .pool_rendering import SharedImages
 from .refresh import Refreshed
+from .world import ALONE, World
 
 MEASURED_IMAGES = 256
 
 
 @contextmanager
-def open_source(plan: Plan, method: str, coreset: Coreset | None) -> Iterator[ImageSource]:
-    """The images of `method`; a coreset for all but `real`. Frees the model at the end."""
+def open_source(
+    plan: Plan, method: str, coreset: Coreset | None, world: World = ALONE
+) -> Iterator[ImageSource]:
+    """The images of `method`; a coreset for all but `real`. Frees the model at the end.
+
+    The ranks of `world` each open it, rank 0 first: it builds the engine that the others find. They
+    share the rendering, so all ask for the same images in the same order.
+    """
+    with _opened(plan, method, coreset, world) as own:
+        source = own if world.size == 1 else SharedImages(own, world.producing)
+        share, seed = plan.options.refresh, plan.options.seed
+        yield Refreshed(source, share, seed) if method == "dace" and share < 1 else source
+
+
+@contextmanager
+def _opened(
+    plan: Plan, method: str, coreset: Coreset | None, world: World
+) -> Iterator[DealtSource]:
     if coreset is None:
         samples = plan.options.ipc * plan.factor**2
         yield RealImages(
@@ -36,19 +54,20 @@ def open_source(plan: Plan, method: str, coreset: Coreset | None) -> Iterator[Im
         return
     patches_NHWC, labels_N = coreset.patches(), coreset.labels_N
     if method == "dace":
-        if plan.model is None:
+        model, prompts_K = plan.model, class_prompts(coreset.class_names)
+        if model is None:
             raise ValueError("method dace: expected a model in the plan, got none")
-        expander = Expander(
-            plan.model,
-            plan.expand,
-            patches_NHWC=patches_NHWC,
-            labels_N=labels_N,
-            prompts_K=class_prompts(coreset.class_names),
+        expander = world.in_turn(
+            lambda: Expander(
+                model,
+                plan.expand,
+                patches_NHWC=patches_NHWC,
+                labels_N=labels_N,
+                prompts_K=prompts_K,
+            )
         )
         try:
-            every = Expansions(expander=expander, labels_N=labels_N, class_ids=coreset.class_ids)
-            share, seed = plan.options.refresh, plan.options.seed
-            yield every if share == 1 else Refreshed(every, share, seed)
+            yield Expansions(expander=expander, labels_N=labels_N, class_ids=coreset.class_ids)
         finally:
             expander.close()
         return
@@ -101,14 +120,16 @@ def describe_model(plan: Plan) -> dict[str, Any] | None:
     }
 
 
-def fresh(source: ImageSource) -> ImageSource:
-    """What makes the images of a source that keeps some."""
-    return source.source if isinstance(source, Refreshed) else source
+def own_part(source: ImageSource) -> ImageSource:
+    """What makes images in this process, of a source that keeps some or shares the work."""
+    while isinstance(source, Refreshed | SharedImages):
+        source = source.source
+    return source
 
 
 def rendering_rate(source: ImageSource) -> float:
     """Images per second, rendered alone and fresh, after one rendering that is not counted."""
-    source = fresh(source)
+    source = own_part(source)
     samples_P = torch.arange(min(source.samples, MEASURED_IMAGES))
     source.render(samples_P, 0)
     _wait_for_gpu()
