@@ -34,7 +34,8 @@ from patchbloom.train.distil import Distillation
 from patchbloom.train.plan import Plan, make_plan
 from patchbloom.train.record import Record
 from patchbloom.train.run import run_stages
-from patchbloom.train.stages import RunFolder
+from patchbloom.train.shared_run import SharedRun
+from patchbloom.train.world import ALONE
 
 METHOD = "dace"
 MODES: tuple[LabelChoice, ...] = ("online", "record", "stored")
@@ -99,7 +100,7 @@ def mode_pass(
     def one_pass() -> int:
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(folder, out)
-        with RunFolder(out, report) as run:
+        with SharedRun(out, report, ALONE) as run:
             job = Distillation(chosen, run, report, "bench_labels")
             if mode == "stored":
                 job.labels_stage(METHOD)

@@ -1,7 +1,9 @@
 """torchrun with 1, 2 and 3 processes: one result, one voice, and an end that loses nothing.
 
 Every process is a real one, on the CPU with gloo. What several of them share is compared bit for
-bit, at one thread each and one engine batch.
+bit, at one thread each and one engine batch. The students, without BatchNorm, are compared to
+ROUNDING: the ranks' gradients are summed in another order, and AdamW makes whole steps of gradients
+that are next to nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 from patchbloom.engine.coreset import open_coreset
 from patchbloom.train import cli, labels
+from patchbloom.train.checkpoint import read_tensors
 from patchbloom.train.pool_rendering import answer_pool
 from patchbloom.train.shapes import write_shapes
 
@@ -29,8 +32,9 @@ OPTIONS = (
     *("--recipe", "rded", "--image-size", "32", "--steps", "2", "--rho", "0.5"),
     # 40 samples: five calls of the engine, and two forward passes of the teacher
     *("--engine-batch", "8", "--epochs", "4", "--teacher", "convnet-d3-w8"),
-    *("--teacher-epochs", "1", "--student", "convnet-d3-w8"),
+    *("--teacher-epochs", "1", "--student", "convnet-d3-w8-in", "--batch", "9", "--no-ceiling"),
 )
+ROUNDING = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process makes."""
-    return labelled(1, data, tmp_path_factory.mktemp("alone"))
+    return trained(1, data, tmp_path_factory.mktemp("alone"))
 
 
 def torchrun(size: int, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
@@ -52,10 +56,10 @@ def torchrun(size: int, *arguments: str | Path, **more: str) -> subprocess.Compl
     return subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
 
 
-def labelled(size: int, data: Path, folder: Path) -> dict[str, Any]:
-    """Run `train labels` in a world of `size`: names of the coresets, and what the ranks shared."""
+def trained(size: int, data: Path, folder: Path) -> dict[str, Any]:
+    """Run `train student` in a world of `size`: coresets, what the ranks shared, and students."""
     notes, out = folder / "notes", folder / "run"
-    arguments = ("labels", "--data", data, "--out", out, *OPTIONS)
+    arguments = ("student", "--data", data, "--out", out, *OPTIONS, "--seeds", "2")
     run = torchrun(size, PROBE, notes, "-", *arguments)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == 1
@@ -68,13 +72,15 @@ def labelled(size: int, data: Path, folder: Path) -> dict[str, Any]:
         assert of_ranks[0]["few"]
         assert of_ranks[0]["any"] == [False, True]
     return {
-        "names": names(json.loads(run.stdout)),
+        "names": names_in(out),
+        "students": {p.stem: read_tensors(p) for p in (out / "students").glob("*.safetensors")},
         "shared": {method: of_ranks[0] for method, of_ranks in shared.items()},
     }
 
 
-def names(result: dict[str, Any]) -> dict[str, str]:
-    return {method: each["content_sha256"] for method, each in result["coresets"].items()}
+def names_in(out: Path) -> dict[str, str]:
+    folders = {"dace": "coreset", "random": "coreset-random"}
+    return {method: open_coreset(out / name).content_sha256 for method, name in folders.items()}
 
 
 def errors(stderr: str) -> list[str]:
@@ -83,10 +89,18 @@ def errors(stderr: str) -> list[str]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_world_of_any_size_makes_the_same(size: int, data: Path, alone, tmp_path: Path) -> None:
-    """Coresets with their labels, expansions, the teacher's answers and its accuracy."""
+    """Coresets with their labels, expansions, the teacher's answers, its accuracy, and students."""
     assert alone["shared"].keys() == {"dace", "random"}
     assert alone["names"]["dace"] != alone["names"]["random"]
-    assert labelled(size, data, tmp_path) == alone
+    together = trained(size, data, tmp_path)
+    assert together["names"] == alone["names"]
+    assert together["shared"] == alone["shared"]
+    assert len(alone["students"]) == 4
+    for name, (weights, told) in alone["students"].items():
+        others, told_together = together["students"][name]
+        assert told_together["losses"] == pytest.approx(told["losses"], rel=1e-2)
+        differences = [float((others[key] - weights[key]).abs().max()) for key in weights]
+        assert 0 < max(differences) < ROUNDING
 
 
 def test_a_killed_rank_ends_the_run_and_nothing_is_lost(
@@ -119,7 +133,7 @@ def test_a_killed_rank_ends_the_run_and_nothing_is_lost(
     assert cli.main([*arguments, "--resume"]) == 0
     assert asked == [40] * (2 + 4)  # two of dace's four epochs were labelled
     output = capsys.readouterr()
-    assert names(json.loads(output.out.splitlines()[-1])) == alone["names"]
+    assert names_in(out) == alone["names"]
     assert "coreset: done before" in output.err
     assert (out / "stages" / "teacher.json").read_bytes() == done["teacher"]
 

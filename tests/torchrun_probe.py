@@ -19,11 +19,11 @@ import torch
 from patchbloom.engine.images import open_image_set
 from patchbloom.train import cli, distil, labels
 from patchbloom.train.evaluation import accuracies
-from patchbloom.train.pool_rendering import answer_pool, render_pool
+from patchbloom.train.pool_rendering import answer_pool
 from patchbloom.train.views import make_views
 
 EPOCH = 7
-_answer, _record = labels.answer_pool, distil.record_labels
+_answer, _train = labels.answer_pool, distil.train_students
 
 
 def sha256(values: torch.Tensor) -> str:
@@ -31,16 +31,16 @@ def sha256(values: torch.Tensor) -> str:
 
 
 def watch(notes: Path, data: str) -> None:
-    """After the labels of a method, make more of what the ranks share."""
+    """After the students of a method, make more of what the ranks share."""
 
-    def recorded(source, kept, config, report, world) -> None:
-        _record(source, kept, config, report, world)
+    def trained(source, kept, config, *, world, **rest):
+        results = _train(source, kept, config, world=world, **rest)
         samples_P = torch.randperm(source.samples, generator=torch.manual_seed(3))
-        images_PCHW = render_pool(source, samples_P, EPOCH, world)
+        images_PCHW = source.render(samples_P, EPOCH)
         logits_PK = answer_pool(
             kept.teacher, make_views(images_PCHW, samples_P, EPOCH, config), world
         )
-        few_PCHW = render_pool(source, samples_P[:2], EPOCH, world)
+        few_PCHW = source.render(samples_P[:2], EPOCH)
         val, network = open_image_set(data, "val"), kept.teacher.network
         size_px, device = config.size_px, torch.device("cpu")
         (accuracy,) = accuracies([network], val, size_px=size_px, device=device, world=world)
@@ -56,8 +56,9 @@ def watch(notes: Path, data: str) -> None:
             notes.mkdir(exist_ok=True)
             method = source.describe()["method"]
             (notes / f"{method}.json").write_text(json.dumps(of_ranks))
+        return results
 
-    distil.record_labels = recorded
+    distil.train_students = trained
 
 
 def kill_in_third_pool(notes: Path) -> None:
