@@ -173,7 +173,7 @@ def open_world(device: DeviceName) -> Iterator[World]:
         yield ALONE
         return
     try:
-        world = _joined(launch, _own_device(launch, device))
+        world = _joined(launch, own_device(launch, device))
         yield world
         world.barrier()  # a rank that left sooner would close connections that others still read
     except BaseException as error:
@@ -198,7 +198,8 @@ def _joined(launch: Launch, device: torch.device) -> World:
     return World(launch=launch, values=values)  # pyright: ignore[reportArgumentType]
 
 
-def _own_device(launch: Launch, device: DeviceName) -> torch.device:
+def own_device(launch: Launch, device: DeviceName) -> torch.device:
+    """The CPU, or this process's GPU, which becomes the current one. ValueError: it has none."""
     if resolve_device(device) == "cpu":
         return torch.device("cpu")
     found = torch.cuda.device_count()
@@ -213,9 +214,12 @@ def _own_device(launch: Launch, device: DeviceName) -> torch.device:
 
 @cache
 def _store() -> dist.Store:
-    """Where the ranks find each other: torchrun's own, or rank 0's."""
+    """Where the ranks find each other: torchrun's own, or rank 0's.
+
+    torchrun keeps its store, with the addresses of dead processes in it, when it starts them again.
+    """
     store, _, _ = next(iter(dist.rendezvous("env://", timeout=STARTED_WITHIN)))
-    return store
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @cache
@@ -243,8 +247,8 @@ def _loss_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition("] ")[2] or str(error)
         raise OtherRankError(
-            f"a process of this run ended, or cannot be reached ({reason}): what is done is kept, "
-            "go on with --resume"
+            f"a process of this run ended, or cannot be reached ({reason}): see what it or "
+            "torchrun says; what is done is kept, go on with --resume"
         ) from error
