@@ -48,6 +48,8 @@ class World:
     """
 
     launch: Launch
+    device: torch.device = torch.device("cpu")
+    """This process's own, with its number: a thread that is started later has another default."""
     values: dist.ProcessGroup | None = None
     """The group for plain values; None in a world of one."""
 
@@ -170,7 +172,7 @@ def open_world(device: DeviceName) -> Iterator[World]:
     """
     launch = read_launch()
     if launch.size == 1:
-        yield ALONE
+        yield World(launch=launch, device=own_device(launch, device))
         return
     try:
         world = _joined(launch, own_device(launch, device))
@@ -195,7 +197,7 @@ def _joined(launch: Launch, device: torch.device) -> World:
         device_id=device if on_gpu else None,
     )
     values = dist.new_group(backend="gloo", timeout=WITHOUT_LIMIT)
-    return World(launch=launch, values=values)  # pyright: ignore[reportArgumentType]
+    return World(launch=launch, device=device, values=values)  # pyright: ignore[reportArgumentType]
 
 
 def own_device(launch: Launch, device: DeviceName) -> torch.device:
