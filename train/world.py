@@ -48,7 +48,7 @@ class World:
     """
 
     launch: Launch
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     """This process's own, with its number: a thread that is started later has another default."""
     values: dist.ProcessGroup | None = None
     """The group for plain values; None in a world of one."""
@@ -136,7 +136,7 @@ class World:
             return _gather_bytes(rows, described)
 
 
-ALONE = World(launch=Launch())
+ALONE = World(launch=Launch(), device=torch.device("cpu"))
 
 
 class _Rows(NamedTuple):
