@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from patchbloom.engine.coreset import open_coreset
-from patchbloom.train import cli, labels
+from patchbloom.train import cli, labels, world
 from patchbloom.train.checkpoint import read_tensors
+from patchbloom.train.launch import Launch
 from patchbloom.train.pool_rendering import answer_pool
 from patchbloom.train.shapes import write_shapes
 
@@ -53,7 +55,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
 def torchrun(size: int, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     words = [str(TORCHRUN), "--standalone", "--nproc-per-node", str(size), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", **more}
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(words, capture_output=True, text=True, timeout=240, env=environment)
 
 
 def trained(size: int, data: Path, folder: Path) -> dict[str, Any]:
@@ -110,18 +112,22 @@ def test_a_killed_rank_ends_the_run_and_nothing_is_lost(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The run goes on in a world of another size, with the answers that were recorded."""
+    """torchrun starts the world anew, which goes on and is killed again; then one process ends it.
+
+    It has two epochs of labels when it is killed first, and all those of dace the second time.
+    """
     notes, out = tmp_path / "notes", tmp_path / "run"
-    arguments = ("labels", "--data", str(data), "--out", str(out), *OPTIONS)
-    run = torchrun(2, PROBE, notes, "1", *arguments)
+    arguments = ("labels", "--data", str(data), "--out", str(out), *OPTIONS, "--resume")
+    run = torchrun(2, "--max-restarts", "1", PROBE, notes, "1", *arguments)
     assert run.returncode != 0
     assert time.time() - float((notes / "killed").read_text()) < 20
     assert "SIGKILL" in run.stderr
     assert run.stderr.count("Traceback") <= 1, run.stderr  # torchrun's own
-    assert len(errors(run.stderr)) <= 1  # none when torchrun ends rank 0 before it notices
+    assert len(errors(run.stderr)) <= 2  # of each start none, or that of rank 0 if it noticed
     done = {path.stem: path.read_bytes() for path in (out / "stages").iterdir()}
-    assert json.loads(done["labels-dace"])["state"] == "begun"
-    assert open_coreset(out / "coreset").soft_labels() is None
+    assert json.loads(done["labels-random"])["state"] == "begun"
+    assert open_coreset(out / "coreset-random").soft_labels() is None
+    assert open_coreset(out / "coreset").content_sha256 == alone["names"]["dace"]
 
     asked: list[int] = []
 
@@ -130,11 +136,11 @@ def test_a_killed_rank_ends_the_run_and_nothing_is_lost(
         return answer_pool(teacher, views_PCHW, world)
 
     monkeypatch.setattr(labels, "answer_pool", counted)
-    assert cli.main([*arguments, "--resume"]) == 0
-    assert asked == [40] * (2 + 4)  # two of dace's four epochs were labelled
+    assert cli.main(arguments) == 0
+    assert asked == [40] * 4  # of random, which the third pool of the second start began
     output = capsys.readouterr()
     assert names_in(out) == alone["names"]
-    assert "coreset: done before" in output.err
+    assert "labels-dace: done before" in output.err
     assert (out / "stages" / "teacher.json").read_bytes() == done["teacher"]
 
 
@@ -165,3 +171,18 @@ def test_an_error_of_one_is_told_by_it(data: Path, tmp_path: Path) -> None:
     assert (
         json.loads((tmp_path / "run" / "stages" / "teacher.json").read_bytes())["state"] == "done"
     )
+
+
+def test_what_has_nothing_to_share_is_refused(monkeypatch, capfd, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["report", str(tmp_path)]) == 2
+    (error,) = errors(capfd.readouterr().err)
+    assert "start it without torchrun" in error
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(world, "resolve_device", lambda device: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    launch = Launch(rank=2, size=3, local_rank=2, local_size=3)
+    with pytest.raises(ValueError, match=r"3 processes .* 2 GPUs: give --nproc-per-node 2"):
+        world.own_device(launch, "auto")

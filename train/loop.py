@@ -155,7 +155,8 @@ class _Training:
     ) -> None:
         self.source, self.labels, self.config, self.world = source, labels, config, world
         self.checkpoints, self.identity, self.report = checkpoints, identity, report
-        self.device = torch.device(resolve_device(config.device))
+        one = world.size == 1
+        self.device = torch.device(resolve_device(config.device)) if one else world.device
         classes = len(source.class_ids)
         self.students = [Student(seed, config, classes, self.device, world) for seed in seeds]
         self._restore()

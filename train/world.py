@@ -48,6 +48,8 @@ class World:
     """
 
     launch: Launch
+    device: torch.device
+    """This process's own, with its number: a thread that is started later has another default."""
     values: dist.ProcessGroup | None = None
     """The group for plain values; None in a world of one."""
     tensors: dist.ProcessGroup | None = None
@@ -143,7 +145,7 @@ class World:
             return _gather_bytes(rows, described, self.tensors)
 
 
-ALONE = World(launch=Launch())
+ALONE = World(launch=Launch(), device=torch.device("cpu"))
 
 
 class _Rows(NamedTuple):
@@ -179,10 +181,10 @@ def open_world(device: DeviceName) -> Iterator[World]:
     """
     launch = read_launch()
     if launch.size == 1:
-        yield ALONE
+        yield World(launch=launch, device=own_device(launch, device))
         return
     try:
-        world = _joined(launch, _own_device(launch, device))
+        world = _joined(launch, own_device(launch, device))
         yield world
         world.barrier()  # a rank that left sooner would close connections that others still read
     except BaseException as error:
@@ -203,7 +205,8 @@ def _joined(launch: Launch, device: torch.device) -> World:
         world_size=launch.size,
         device_id=device if on_gpu else None,
     )
-    return World(launch=launch, **_new_groups(), beside=World(launch=launch, **_new_groups()))
+    beside = World(launch=launch, device=device, **_new_groups())
+    return World(launch=launch, device=device, **_new_groups(), beside=beside)
 
 
 def _new_groups() -> dict[str, Any]:
@@ -212,7 +215,8 @@ def _new_groups() -> dict[str, Any]:
     return {"values": values, "tensors": dist.new_group()}
 
 
-def _own_device(launch: Launch, device: DeviceName) -> torch.device:
+def own_device(launch: Launch, device: DeviceName) -> torch.device:
+    """The CPU, or this process's GPU, which becomes the current one. ValueError: it has none."""
     if resolve_device(device) == "cpu":
         return torch.device("cpu")
     found = torch.cuda.device_count()
@@ -227,9 +231,12 @@ def _own_device(launch: Launch, device: DeviceName) -> torch.device:
 
 @cache
 def _store() -> dist.Store:
-    """Where the ranks find each other: torchrun's own, or rank 0's."""
+    """Where the ranks find each other: torchrun's own, or rank 0's.
+
+    torchrun keeps its store, with the addresses of dead processes in it, when it starts them again.
+    """
     store, _, _ = next(iter(dist.rendezvous("env://", timeout=STARTED_WITHIN)))
-    return store
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @cache
@@ -257,8 +264,8 @@ def _loss_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition("] ")[2] or str(error)
         raise OtherRankError(
-            f"a process of this run ended, or cannot be reached ({reason}): what is done is kept, "
-            "go on with --resume"
+            f"a process of this run ended, or cannot be reached ({reason}): see what it or "
+            "torchrun says; what is done is kept, go on with --resume"
         ) from error
