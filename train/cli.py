@@ -15,6 +15,7 @@ import tyro
 
 from ..engine.console import run_command
 from .commands import STAGES, Command, Train, TrainPrior, TrainReport
+from .coreset_options import StudentElsewhere, TrainVerify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(given: list[str]) -> Command:
     kind = STAGES.get(given[0]) if given else None
+    if given[:1] == ["student"] and any(word.split("=")[0] == "--coreset" for word in given):
+        return tyro.cli(StudentElsewhere, prog="train student", args=given[1:])
     if kind is not None:
         return tyro.cli(kind, prog=f"train {given[0]}", args=given[1:])
     stages = "\n".join(f"  train {name:8} {kind.__doc__}" for name, kind in STAGES.items())
@@ -46,6 +49,14 @@ def _execute(command: Command, given: list[str]) -> dict[str, Any]:
             from .report import write_report
 
             return write_report(command.run)
+        case StudentElsewhere():
+            from .elsewhere import train_elsewhere
+
+            return train_elsewhere(command, line)
+        case TrainVerify():
+            from .drift import verify_labels
+
+            return verify_labels(command)
         case _:
             from .run import run_stages
 

@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from ..engine.config import Start
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import PriorConfig, RecipeName, Scoring
+from .coreset_options import StudentElsewhere, TrainVerify
 
 METHODS = ("dace", "rded", "random", "upsample")
 LabelChoice = Literal["dense", "topk", "online"]
@@ -157,7 +158,7 @@ class TrainLabels(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStudent(RunOptions):
-    """Train the students, with stored labels where the coreset has them; no report."""
+    """Train the students; no report. From a coreset alone: `train student --coreset DIR --help`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,11 +195,11 @@ STAGES = {
     "coreset": TrainCoreset,
     "labels": TrainLabels,
     "student": TrainStudent,
+    "verify": TrainVerify,
     "prior": TrainPrior,
     "report": TrainReport,
 }
 """Sub-commands by name; anything else on the command line belongs to `Train`."""
 
-Command = (
-    Train | TrainTeacher | TrainCoreset | TrainLabels | TrainStudent | TrainPrior | TrainReport
-)
+StageCommand = Train | TrainTeacher | TrainCoreset | TrainLabels | TrainStudent
+Command = StageCommand | StudentElsewhere | TrainVerify | TrainPrior | TrainReport

@@ -239,7 +239,7 @@ class Distillation:
         )
 
     def _make_labels(self, method: str) -> StageResult:
-        with open_source(self.plan, method, self._coreset(method)) as source:
+        with open_source(self.plan, self._coreset(method)) as source:
             labels = self._recorded(method, source)
             record_labels(source, labels, self.plan.student, self.report)
             coreset = self._attach(method, labels)
@@ -282,7 +282,7 @@ class Distillation:
     def _make_students(self, method: str) -> StageResult:
         plan, folder = self.plan, self.run.folder / "students"
         coreset = None if method == REAL else self._coreset(method)
-        with open_source(plan, method, coreset) as source:
+        with open_source(plan, coreset) as source:
             rate = rendering_rate(source)
             self._draw(method, source, coreset)
             labels = self._labels(method, source, coreset)

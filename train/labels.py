@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +81,11 @@ class RecordedLabels:
         path: Path,
     ) -> None:
         self.teacher, self.temperature, self.path = teacher, config.temperature, path
-        self.settings = {**label_settings(source, config), "teacher": teacher.sha256}
+        self.settings = {
+            **label_settings(source, config),
+            "teacher": teacher.sha256,
+            "student": config.recipe(),
+        }
         shape = (config.epochs, source.samples, len(teacher.class_ids))
         count = shape[0] * shape[1] * shape[2]
         said = json.dumps({**self.settings, "shape": shape}, sort_keys=True).encode()
@@ -163,11 +168,24 @@ def _fill_with_nan(path: Path, count: int) -> None:
 
 
 class StoredLabels:
-    """Labels of a coreset. Refused when they were made for other views than these."""
+    """Labels of a coreset. Refused when they were made for other views than these.
 
-    def __init__(self, stored: SoftLabels, source: ImageSource, config: StudentConfig) -> None:
+    `but_for`: what of the source's description may be another than it was then.
+    """
+
+    def __init__(
+        self,
+        stored: SoftLabels,
+        source: ImageSource,
+        config: StudentConfig,
+        *,
+        but_for: Collection[str] = (),
+    ) -> None:
         self.stored = stored
-        _require_fit(stored, label_settings(source, config), source, config)
+        wanted = label_settings(source, config)
+        then = stored.settings.get("source", {})
+        wanted["source"] |= {key: then[key] for key in but_for if key in then}
+        _require_fit(stored, wanted, source, config)
         self.temperature = config.temperature
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:

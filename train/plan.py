@@ -68,8 +68,13 @@ class Plan:
 
     @property
     def student_seeds(self) -> tuple[int, ...]:
-        """One per student; no two runs of different --seed share a student."""
-        return tuple(1000 * self.options.seed + k for k in range(self.options.seeds))
+        """One per student."""
+        return student_seeds(self.options.seed, self.options.seeds)
+
+
+def student_seeds(seed: int, count: int) -> tuple[int, ...]:
+    """Seeds of `count` students of a run; no two runs of different --seed share one."""
+    return tuple(1000 * seed + k for k in range(count))
 
 
 def make_plan(options: RunOptions, report: Report) -> Plan:
@@ -108,7 +113,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     if teacher_source is not None and teacher_source.startswith(TORCHVISION):
         torchvision_columns(teacher_source, train.class_ids)
     for option, network in (("--teacher", teacher_network), ("--student", student.network)):
-        _check_network(option, network, len(train.class_ids), image_size)
+        check_network(option, network, len(train.class_ids), image_size)
     plan = Plan(
         options=options,
         train=train,
@@ -227,8 +232,11 @@ def _choose_teacher(given: str | None, recipe: Recipe) -> tuple[str | None, str]
     return None, given
 
 
-def _check_network(option: str, name: str, classes: int, size_px: int) -> None:
-    """Build it and run it without memory: what cannot work is told before anything is trained."""
+def check_network(option: str, name: str, classes: int, size_px: int) -> None:
+    """Build it and run it without memory: what cannot work is told before anything is trained.
+
+    ValueError, naming `option`.
+    """
     try:
         with torch.device("meta"):
             network = build_network(name, classes, size_px)

@@ -9,11 +9,17 @@ from typing import Any
 
 import torch
 
+from ..engine.config import ExpandConfig
 from ..engine.coreset import Coreset
 from ..engine.prompts import TEMPLATE, class_prompts
 from ..engine.schedule import make_schedule
 from ..engine.turbo import Expander
-from ..export.models import resolve_vae_precision, weights_bytes, weights_sha256
+from ..export.models import (
+    ModelSource,
+    resolve_vae_precision,
+    weights_bytes,
+    weights_sha256,
+)
 from .methods import Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
 from .plan import Plan
 
@@ -21,8 +27,8 @@ MEASURED_IMAGES = 256
 
 
 @contextmanager
-def open_source(plan: Plan, method: str, coreset: Coreset | None) -> Iterator[ImageSource]:
-    """The images of `method`; a coreset for all but `real`. Frees the model at the end."""
+def open_source(plan: Plan, coreset: Coreset | None) -> Iterator[ImageSource]:
+    """The images of a coreset; without one real images, the ceiling. Frees the model at the end."""
     if coreset is None:
         samples = plan.options.ipc * plan.factor**2
         yield RealImages(
@@ -33,30 +39,41 @@ def open_source(plan: Plan, method: str, coreset: Coreset | None) -> Iterator[Im
             device=plan.device,
         )
         return
+    with open_coreset_source(coreset, plan.model, plan.expand, plan.device) as source:
+        yield source
+
+
+@contextmanager
+def open_coreset_source(
+    coreset: Coreset, model: ModelSource | None, expand: ExpandConfig | None, device: str
+) -> Iterator[ImageSource]:
+    """The images of a coreset's own method; method dace takes a model and how to use it."""
     patches_NHWC, labels_N = coreset.patches(), coreset.labels_N
+    settings = coreset.settings
+    method = settings["method"]
     if method == "dace":
-        if plan.model is None:
-            raise ValueError("method dace: expected a model in the plan, got none")
+        if model is None or expand is None:
+            raise ValueError("method dace: expected a model and its settings, got none")
         expander = Expander(
-            plan.model,
-            plan.expand,
+            model,
+            expand,
             patches_NHWC=patches_NHWC,
             labels_N=labels_N,
-            prompts_K=class_prompts(coreset.class_names),
+            prompts_K=class_prompts(coreset.class_names, coreset.manifest["model"]["prompt"]),
         )
         try:
             yield Expansions(expander=expander, labels_N=labels_N, class_ids=coreset.class_ids)
         finally:
             expander.close()
         return
-    patches_NHWC = patches_NHWC.to(plan.device)
+    patches_NHWC = patches_NHWC.to(device)
     if method == "rded":
         yield Mosaics(
             patches_NHWC=patches_NHWC,
             labels_N=labels_N,
             class_ids=coreset.class_ids,
-            factor=plan.factor,
-            seed=plan.options.seed,
+            factor=settings["factor"],
+            seed=settings["seed"],
         )
         return
     yield UpsampledPatches(
@@ -64,7 +81,7 @@ def open_source(plan: Plan, method: str, coreset: Coreset | None) -> Iterator[Im
         patches_NHWC=patches_NHWC,
         labels_N=labels_N,
         class_ids=coreset.class_ids,
-        size_px=plan.image_size,
+        size_px=settings["image_size_px"],
     )
 
 
