@@ -43,9 +43,9 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
     [B, 3, H, W], normalised as ImageNet's are, channels_last; labels fp32 [B, K]; classes int64
     [B].
 
-    Every `iter` is the next epoch, from 0 on, unless `set_epoch` or `load_state_dict` says
-    otherwise. Only one iteration runs at a time. Leaving one early ends its thread; between epochs
-    the thread goes on with the next, until `close`.
+    Every iteration is the next epoch, from 0 on, unless `set_epoch` or `load_state_dict` says
+    otherwise. Only one runs at a time. Leaving it early ends its thread; between epochs the thread
+    goes on with the next, until `close`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         return whole + (rest > 0 and not self.options.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next `iter` be of this epoch: its beginning, or where a loaded state left it.
+        """Let the next iteration be of this epoch: its beginning, or where a loaded state left it.
 
         ValueError: there is no such epoch.
         """
@@ -113,7 +113,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         return {"epoch": epoch, "batch": batch, "of": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next `iter` yield the rest of the epoch in which the state was taken.
+        """Let the next iteration yield the rest of the epoch in which the state was taken.
 
         ValueError: the state of another loader.
         """
@@ -136,14 +136,32 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         }
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """ValueError: the loader is closed, or has no such epoch."""
+        """ValueError: the loader is closed, or has no such epoch.
+
+        An iterator takes its epoch when its first batch is asked for: some trainers ask for several
+        and use one.
+        """
         if self._source is None:
             raise ValueError("the loader is closed: make a new one")
         epoch, done = self._next
         self._require(epoch)
         self._position, self._next = (epoch, done), (epoch + 1, 0)
-        self._running += 1
-        return self._iterate(epoch, done, self._running)
+        self._running = number = self._running + 1
+        ended = False
+        try:
+            for batch in self._batches(epoch, done):
+                done += 1
+                ended = done == len(self)
+                self._position = (epoch + 1, 0) if ended else (epoch, done)
+                if ended and epoch + 1 == self.epochs:
+                    self._stop()
+                yield batch
+                if ended:
+                    return
+                self._require_running(number)
+        finally:
+            if not ended and number == self._running:
+                self._stop()
 
     def _require(self, epoch: int) -> None:
         if not 0 <= epoch < (math.inf if self.epochs is None else self.epochs):
@@ -153,22 +171,12 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
                 "epochs or a teacher"
             )
 
-    def _iterate(self, epoch: int, done: int, number: int) -> Iterator[tuple[Tensor, ...]]:
-        ended = False
-        try:
-            for batch in self._batches(epoch, done):
-                done += 1
-                self._position = (epoch, done) if done < len(self) else (epoch + 1, 0)
-                yield batch
-                if number != self._running:
-                    raise ValueError(
-                        "the loader was closed or asked for another iteration before this one was "
-                        "through: make a loader for each"
-                    )
-            ended = True
-        finally:
-            if not ended and number == self._running:
-                self._stop()
+    def _require_running(self, number: int) -> None:
+        if number != self._running:
+            raise ValueError(
+                "the loader was closed or asked for another iteration before this one was through: "
+                "make a loader for each"
+            )
 
     def _batches(self, epoch: int, done: int) -> Iterator[tuple[Tensor, ...]]:
         """The epoch's batches from number `done` on."""
