@@ -36,9 +36,15 @@ from .config import StudentConfig
 from .coreset_options import TrainVerify
 from .methods import Expansions, ImageSource
 from .record import Record, Report
-from .recorded import fitting_labels, open_recorded_source, require_soft_labels, view_config
+from .recorded import (
+    fitting_labels,
+    load_recorded_teacher,
+    open_recorded_source,
+    require_soft_labels,
+    view_config,
+)
 from .summary import rounded
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher
 from .views import cutmix_of, make_views, pools
 
 EPOCHS_LOOKED_AT = 8
@@ -78,14 +84,7 @@ def verify_labels(options: TrainVerify) -> dict[str, Any]:
 def _load_teacher(
     coreset: Coreset, stored: SoftLabels, options: TrainVerify, config: StudentConfig
 ) -> Teacher:
-    named = coreset.manifest["teacher"] or {}
-    teacher = load_teacher(
-        options.teacher,
-        coreset.class_ids,
-        network=named.get("architecture"),
-        size_px=named.get("size_px"),
-        device=config.device,
-    )
+    teacher = load_recorded_teacher(coreset, options.teacher, config.device)
     then = stored.settings.get("teacher")
     if teacher.sha256 != then and not options.other_teacher:
         raise ValueError(

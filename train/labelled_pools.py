@@ -19,8 +19,8 @@ from .config import StudentConfig
 from .coreset_options import LoaderOptions
 from .labels import OnlineLabels, StoredLabels
 from .methods import ImageSource
-from .recorded import fitting_labels, open_recorded_source
-from .teacher import Teacher, load_teacher
+from .recorded import fitting_labels, load_recorded_teacher, open_recorded_source
+from .teacher import Teacher
 from .views import make_views
 
 
@@ -100,13 +100,6 @@ def open_pools(
             )
         return PoolSource(source, config, labels, options, device)
     if isinstance(teacher, str):
-        named = coreset.manifest["teacher"] or {}
-        teacher = load_teacher(
-            teacher,
-            coreset.class_ids,
-            network=named.get("architecture"),
-            size_px=named.get("size_px"),
-            device=options.device,
-        )
+        teacher = load_recorded_teacher(coreset, teacher, options.device)
     online = OnlineLabels(teacher, config.temperature)
     return PoolSource(source, config, online, options, device)

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..engine.coreset import Coreset, open_coreset
 from .config import StudentConfig
 from .coreset_options import LoaderOptions
-from .labelled_pools import LabelledPool, PoolSource, open_pools
+from .labelled_pools import LabelledPool, open_pools
 from .recorded import view_config
 from .teacher import Teacher
 from .views import pools
@@ -66,16 +66,18 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         say what they are of, a model of other weights, or a machine that lacks what was asked for.
         """
         self.options = LoaderOptions(**options)
-        self._coreset = coreset if isinstance(coreset, Coreset) else open_coreset(coreset)
+        if not isinstance(coreset, Coreset):
+            coreset = open_coreset(Path(coreset).expanduser())
+        self._coreset = coreset
         self._config = _config(self._coreset, self.options, views)
         self.temperature = self._config.temperature
         self.class_ids = self._coreset.class_ids
         self.epochs = self._epochs(teacher is not None)
         with ExitStack() as opened:
-            source = open_pools(self._coreset, self._config, self.options, teacher, opened)
+            self._source = open_pools(coreset, self._config, self.options, teacher, opened)
             self._opened = opened.pop_all()
-        self.device = source.device
-        self._source: PoolSource | None = source
+        self._closed = False
+        self.device = self._source.device
         self._samples = len(self._coreset.labels_N)
         self._next = self._position = (0, 0)
         self._stream: Generator[LabelledPool] | None = None
@@ -141,7 +143,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         An iterator takes its epoch when its first batch is asked for: some trainers ask for several
         and use one.
         """
-        if self._source is None:
+        if self._closed:
             raise ValueError("the loader is closed: make a new one")
         epoch, done = self._next
         self._require(epoch)
@@ -208,19 +210,19 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
             first += 1
         if first == len(sizes):
             return
-        if self._stream is None or self._upcoming != (epoch, first):
-            self._begin(epoch, first)
-        assert self._stream is not None
+        stream = self._stream_from(epoch, first)
         for index in range(first, len(sizes)):
             last = index + 1 == len(sizes)
             self._upcoming = (epoch + 1, 0) if last else (epoch, index + 1)
-            yield next(self._stream), skipped if index == first else 0
+            yield next(stream), skipped if index == first else 0
 
-    def _begin(self, epoch: int, first: int) -> None:
-        self._stop()
-        assert self._source is not None
-        items = _items(self._config, self._samples, epoch, first, self.epochs)
-        self._stream = _ahead(self._source.fill, items, self.options.ahead)
+    def _stream_from(self, epoch: int, first: int) -> Generator[LabelledPool]:
+        """All pools from there on: of the thread that runs, if they come next in it."""
+        if self._stream is None or self._upcoming != (epoch, first):
+            self._stop()
+            items = _items(self._config, self._samples, epoch, first, self.epochs)
+            self._stream = _ahead(self._source.fill, items, self.options.ahead)
+        return self._stream
 
     def _stop(self) -> None:
         """End the thread, and wait for it."""
@@ -230,9 +232,9 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
 
     def close(self) -> None:
         """End the thread and free the model; safe to call twice."""
+        self._closed = True
         self._running += 1
         self._stop()
-        self._source = None
         self._opened.close()
 
     def __exit__(self, *_: object) -> None:

@@ -29,6 +29,7 @@ from .labels import StoredLabels
 from .methods import ImageSource
 from .plan import grouping
 from .sources import open_coreset_source
+from .teacher import Teacher, load_teacher
 
 WHERE_THE_MODEL_LIES = ("model", "revision", "vae")
 """Names in a source's description; the model's identity is its weights_sha256."""
@@ -54,9 +55,9 @@ def view_config(coreset: Coreset, *, device: DeviceName) -> StudentConfig:
     """
     labels = require_soft_labels(coreset)
     views = _views(coreset, labels)
-    pool = labels.settings.get("student", {}).get("pool", StudentConfig.pool)
-    described = {"pool": pool, **views, "batch": 1}  # A pool of whole batches of 1 is as recorded.
-    return _config(coreset, labels, {**described, "device": device})
+    recipe = labels.settings.get("student", {})
+    # The recorded pool is of whole batches already: any is, of batches of 1.
+    return _config(coreset, labels, {**recipe, **views, "batch": 1, "device": device})
 
 
 def student_config(coreset: Coreset, *, device: DeviceName, **changes: Any) -> StudentConfig:
@@ -117,6 +118,21 @@ def fitting_labels(
     asked = PRECISIONS if options.precision or options.vae_precision else ()
     return StoredLabels(
         require_soft_labels(coreset), source, config, but_for=(*WHERE_THE_MODEL_LIES, *asked)
+    )
+
+
+def load_recorded_teacher(coreset: Coreset, spec: str, device: DeviceName) -> Teacher:
+    """The teacher that `spec` names, of the architecture and size in the manifest.
+
+    Raises as teacher.load_teacher does. It may be another one than the labels are of.
+    """
+    named = coreset.manifest["teacher"] or {}
+    return load_teacher(
+        spec,
+        coreset.class_ids,
+        network=named.get("architecture"),
+        size_px=named.get("size_px"),
+        device=device,
     )
 
 
