@@ -132,7 +132,11 @@ def test_students_need_no_images_and_may_be_others(train: Train, elsewhere, tmp_
         (["--seeds", "0"], "--seeds 0: expected 1 or more"),
         (["--student", "resnet19"], "--student resnet19: network 'resnet19' is unknown"),
         (["--model", "nowhere"], "unknown model 'nowhere': it is neither a folder nor one of"),
-        ([], "unknown model 'model'"),
+        ([], "give the folder that holds them with --model"),
+        (
+            ["--precision", "fp16", "--backend", "ort", "--device", "cpu"],
+            "are made in fp16: the ort",
+        ),
         (["--model", "sdxl-tiny"], "model sdxl-tiny: expected the weights that"),
     ],
 )
@@ -143,7 +147,13 @@ def test_what_cannot_be_trained_is_told(
     coreset = elsewhere("dace")
     error = train("student", "--coreset", coreset, "--out", tmp_path / "out", *options)["error"]
     assert told in error
-    assert "--model" in options or options or "give the folder that holds them" in error
+
+
+def test_a_coreset_is_not_overwritten_by_its_students(train: Train, given: Path) -> None:
+    run = given / "run"
+    error = train("student", "--coreset", run / "coreset", "--out", run, "--overwrite")["error"]
+    assert "lies in --out" in error
+    assert open_coreset(run / "coreset")
 
 
 @pytest.mark.parametrize(

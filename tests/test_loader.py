@@ -342,7 +342,7 @@ def test_the_readmes_example_trains(coreset, tmp_path: Path, monkeypatch) -> Non
 
 
 def test_a_lightning_trainer_fits_from_it(loader, tmp_path: Path) -> None:
-    lightning = pytest.importorskip("pytorch_lightning")
+    import pytorch_lightning as lightning  # seconds
 
     class Student(lightning.LightningModule):
         def __init__(self) -> None:

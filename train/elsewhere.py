@@ -10,6 +10,7 @@ students of the coreset's own run: bit for bit on a CPU.
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..engine.backends import resolve_device
@@ -22,7 +23,6 @@ from .loop import train_students
 from .plan import check_network, data_folder, images_sha256, student_seeds
 from .record import Record, Report
 from .recorded import fitting_labels, open_recorded_source, student_config
-from .sources import rendering_rate
 from .stages import RunFolder, StageResult, check_out, settings_by_option
 from .summary import mean_and_std, provenance, rounded
 
@@ -36,6 +36,7 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
     other views, a model of other weights, or a machine that lacks what was asked for.
     """
     with Record(options.out / "tensorboard") as report:
+        _require_apart(options.coreset, options.out)
         check_out(options.out, resume=True, overwrite=options.overwrite)
         coreset = open_coreset(options.coreset.expanduser())
         config = _student_config(coreset, options)
@@ -58,6 +59,12 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
         "accuracy": None if accuracies is None else mean_and_std(accuracies),
         "students": rounded({k: v for k, v in students.items() if k != "provenance"}),
     }
+
+
+def _require_apart(coreset: Path, out: Path) -> None:
+    """--overwrite empties --out: a run's own folder is none for the students of its coreset."""
+    if coreset.expanduser().resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--coreset {coreset} lies in --out {out}: choose another --out")
 
 
 def _student_config(coreset: Coreset, options: StudentElsewhere) -> StudentConfig:
@@ -113,7 +120,6 @@ def _train(
 ) -> StageResult:
     with open_recorded_source(coreset, options, options.backend, config) as source:
         labels = fitting_labels(coreset, source, config, options)
-        rate = rendering_rate(source)
         results = train_students(
             source,
             labels,
@@ -128,7 +134,6 @@ def _train(
         "accuracies": None if val is None else [result.accuracy for result in results],
         "losses": [list(result.losses) for result in results],
         "seeds": [result.seed for result in results],
-        "images_per_s": rate,
         "render": source.describe(),
         "provenance": provenance(line, config.device),
     }

@@ -149,7 +149,6 @@ def open_recorded_source(
         with open_coreset_source(coreset, None, None, device) as source:
             yield source
         return
-    model = _recorded_model(coreset, options.model)
     expand = _expand_config(coreset, options, backend, config, device)
     try:
         require_backend(backend, expand.precision, device)
@@ -158,6 +157,7 @@ def open_recorded_source(
             f"the images of {coreset.folder} are made in {expand.precision}: {error}; another "
             "--precision makes slightly other images, `train verify` tells how much it matters"
         ) from None
+    model = _recorded_model(coreset, options.model)
     with open_coreset_source(coreset, model, expand, device) as source:
         yield source
 
