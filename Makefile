@@ -2,7 +2,7 @@
 #              beside it, in .trt, two versions of TensorRT's Python bindings, for tests
 # make demo    the whole method on the CPU, with the shipped model and generated images
 # make test    every test that needs neither a GPU nor a data set
-# make gpu     tests that need a CUDA device, then expansion against diffusers at full size
+# make gpu     tests that need a CUDA device, then kernels, an epoch, and expansion at full size
 # make check   ruff, pyright, import direction
 PYTHON ?= python3
 BIN := .venv/bin
@@ -45,6 +45,8 @@ GPU_BENCH = $(BIN)/python bench/bench_expand.py --model sdxl-turbo --weights ran
   --images 128 --rounds 3 --json
 gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu --require-gpu
+	$(BIN)/python bench/bench_kernels.py --device cuda --json
+	$(BIN)/python bench/bench_epoch.py --model sdxl-turbo --weights random --device cuda --size 224 --json
 	$(GPU_BENCH) --size 224 --batch 32 --backends diffusers diffusers-compiled eager ort inductor
 	$(GPU_BENCH) --size 224 --batch 64 --backends diffusers eager ort inductor
 	$(GPU_BENCH) --size 512 --batch 32 --backends diffusers eager ort inductor

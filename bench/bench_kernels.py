@@ -2,11 +2,14 @@
 
     python bench/bench_kernels.py --json                     (on a GPU, under 2 minutes)
     python bench/bench_kernels.py --device cpu --no-record   (a rehearsal: references only)
+    python bench/bench_kernels.py --bytes-only               (the table of bytes, without a GPU)
 
 First the gate: kernel and reference agree, or no time is taken. Then the clock, CUDA events with a
 cleared cache (triton.testing.do_bench): p20, p50, p80 in microseconds, and for each operation the
-bytes that it must move, by the formula given with its case, as a share of what a copy of 1 GiB
-reaches on the same device. Results below 10 us are launches more than memory.
+bytes that it must move, by the formula in its file, as a share of what a copy of 1 GiB reaches on
+the same device; beside them what eager moves, counted (eager_bytes.py). Operations on latents wait
+for their launch more than for memory: theirs is given too. A row names the targets that it missed:
+a share of copy bandwidth for pictures of 512 px, and 4 times eager where eager makes 4 passes.
 """
 
 from __future__ import annotations
@@ -20,25 +23,22 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from eager_bytes import count_moved
+from kernel_case import Case
+from latent_cases import latent_cases, noise_case, schedule_case
 from measure import environment, publish
+from noise_ceiling import noise_ceiling
 from patchbloom.engine.backends import resolve_device
 from patchbloom.export.config import DeviceName
-from patchbloom.kernels.latents import start_state, start_state_reference
-from patchbloom.kernels.mosaic import mosaic, mosaic_reference
-from patchbloom.kernels.noise import Draw, normal, normal_reference
-from patchbloom.kernels.pixels import (
-    student_input,
-    student_input_reference,
-    upsample_patches,
-    upsample_patches_reference,
-)
-from patchbloom.kernels.sampler import euler_ancestral_step, euler_ancestral_step_reference
-from patchbloom.kernels.softlabel import softlabel, softlabel_reference, target_reference
+from picture_cases import label_cases, pixel_cases
 from torch import Tensor
+from triton.runtime import driver
 
-SEED, EPOCH = 1, 2
 COPY_BYTES = 1 << 30
-IMAGENET: dict[str, Any] = {"mean_C": (0.485, 0.456, 0.406), "std_C": (0.229, 0.224, 0.225)}
+LEAST_SPEEDUP, FROM_PASSES = 4.0, 4
+"""Times eager, wherever eager makes so many passes."""
+LAUNCHES = 100
+"""Calls in a row whose launch time is divided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,8 @@ class Options:
     """`auto` is cuda where there is one; on the CPU shapes are small, and nothing is a kernel."""
     only: str = ""
     """Cases whose names hold this."""
+    bytes_only: bool = False
+    """Only count bytes, at a GPU's shapes, on tensors without memory: needs no GPU."""
     compiled: bool = True
     """Also time torch.compile of the references."""
     json: bool = False
@@ -57,146 +59,23 @@ class Options:
     """Append the row to bench/results/."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One operation at one shape; both callables return the same tensors."""
-
-    name: str
-    kernel: Callable[[], Any]
-    reference: Callable[[], Any]
-    moved_bytes: int
-    tolerance: float
-    """Largest difference of kernel and reference that passes."""
-
-
-def latent_cases(device: str, batch: int, side: int) -> list[Case]:
-    """Noise, first state and sampler step of a batch of latents, model input in half."""
-    half = torch.float16 if device == "cuda" else torch.float32
-    shape, rows = (4, side, side), torch.arange(batch, device=device)
-    numel = batch * 4 * side * side
-    bank, eps = torch.randn(2, batch, *shape, device=device)
-    firsts, counts = rows // 8 * 8, torch.full_like(rows, 8)
-    start: dict[str, Any] = {
-        "seed": SEED, "epoch": EPOCH, "sigma": 4.0, "mixup": True, "model_scale": 0.25,
-    }  # fmt: skip
-    step: dict[str, Any] = {
-        "sigma": 4.0, "sigma_down": 2.0, "sigma_up": 1.5, "next_scale": 0.4,
-        "seed": SEED, "step": 1, "epoch": EPOCH,
-    }  # fmt: skip
-    halved = eps.to(half)
-    size = half.itemsize
-    where = f"{batch} x 4 x {side} x {side}"
-    return [
-        Case(
-            f"noise {where}",
-            lambda: normal(SEED, Draw.START, rows, EPOCH, shape),
-            lambda: normal_reference(SEED, Draw.START, rows, EPOCH, shape),
-            4 * numel,  # written
-            1e-5,
-        ),
-        Case(
-            f"start_state {where}",
-            lambda: start_state(bank, rows, rows, firsts, counts, **start, dtype=half),
-            lambda: start_state_reference(bank, rows, rows, firsts, counts, **start),
-            (8 + 4 + size) * numel,  # two rows of the bank read; state and model input written
-            5e-3,
-        ),
-        Case(
-            f"euler_ancestral_step {where}",
-            lambda: euler_ancestral_step(bank, halved, rows, **step),
-            lambda: euler_ancestral_step_reference(bank, halved, rows, **step),
-            (4 + size + 4 + size) * numel,  # state and eps read, state and model input written
-            2e-2,
-        ),
-    ]
-
-
-def pixel_cases(device: str, batch: int, side: int) -> list[Case]:
-    """Patches up, images down to the student, mosaics; half outputs on a GPU."""
-    half = torch.float16 if device == "cuda" else torch.float32
-    size, patch = half.itemsize, side // 2
-    patches = torch.randint(0, 256, (batch, patch, patch, 3), dtype=torch.uint8, device=device)
-    images = (torch.rand(batch, 3, side, side, device=device) * 2 - 1).to(half)
-    boxes = torch.tensor([[3.0, 5.0, side * 0.6, side * 0.7]], device=device).repeat(batch, 1)
-    flips = torch.arange(batch, device=device) % 2 == 0
-    quads = torch.randint(0, batch, (batch, 4), device=device)
-    pixels = batch * 3 * side * side
-    student = min(224, side)
-    return [
-        Case(
-            f"upsample_patches {batch} x {patch} to {side}",
-            lambda: upsample_patches(patches, side, dtype=half),
-            lambda: upsample_patches_reference(patches, side).to(half),
-            pixels // 4 + size * pixels,  # bytes read, halves written
-            5e-3,
-        ),
-        Case(
-            f"student_input {batch} x {side} to {student}",
-            lambda: student_input(images, boxes, flips, student, **IMAGENET, dtype=half),
-            lambda: student_input_reference(images, boxes, flips, student, **IMAGENET).to(half),
-            int(0.42 * size * pixels) + size * batch * 3 * student**2,  # the box read, out written
-            2e-2,
-        ),
-        Case(
-            f"mosaic {batch} x {side}",
-            lambda: mosaic(patches, quads, 2),
-            lambda: mosaic_reference(patches, quads, 2),
-            2 * pixels,
-            0,
-        ),
-    ]
-
-
-def label_cases(device: str, batch: int, classes: int, kept: int) -> list[Case]:
-    """The loss on stored labels with its gradient; torch's is that of dense targets."""
-    half = torch.float16 if device == "cuda" else torch.float32
-    student = torch.randn(batch, classes, device=device).to(half).requires_grad_()
-    teacher = torch.randn(batch, classes, device=device).half()
-    top = teacher.float().softmax(1).topk(kept)
-    values, codes = top.values.half(), top.indices.to(torch.int32)
-
-    def ours(labels: Tensor, where: Tensor | None) -> tuple[Tensor, Tensor]:
-        loss = softlabel(student, labels, where, temperature=4.0)
-        return loss.detach(), *torch.autograd.grad(loss.sum(), student)
-
-    def torchs(labels: Tensor, where: Tensor | None) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"classes": classes, "temperature": 4.0}
-        target = target_reference(labels, where, None, None, **options)
-        loss = softlabel_reference(student, target, 4.0)
-        return loss.detach(), *torch.autograd.grad(loss.sum(), student)
-
-    size, where = half.itemsize, f"{batch} x {classes}"
-    scores = 3 * size * batch * classes  # read twice, their gradient written once
-    return [
-        Case(
-            f"softlabel, dense {where}",
-            lambda: ours(teacher, None),
-            lambda: torchs(teacher, None),
-            scores + 2 * 2 * batch * classes,
-            2e-2,
-        ),
-        Case(
-            f"softlabel, top-{kept} {where}",
-            lambda: ours(values, codes),
-            lambda: torchs(values, codes),
-            scores + batch * kept * (2 * (2 + 4) + 3 * size),
-            2e-2,
-        ),
-    ]
-
-
 def make_cases(device: str) -> list[Case]:
-    """SDXL-Turbo's shapes at 224 and 512 px on a GPU; sdxl-tiny's on the CPU."""
+    """sdxl-tiny's shapes on the CPU, else SDXL-Turbo's at 224 and 512 px, the larger compiled."""
     if device == "cpu":
-        latents, pixels = latent_cases(device, 32, 16), pixel_cases(device, 32, 64)
-        return [*latents, *pixels, *label_cases(device, 32, 100, 10)]
-    cases = []
-    for batch, side in ((32, 28), (64, 64)):
-        cases += latent_cases(device, batch, side)
-    for batch, side in ((64, 224), (64, 512)):
-        cases += pixel_cases(device, batch, side)
-    for batch, classes in ((256, 1000), (256, 21_841)):
-        cases += label_cases(device, batch, classes, 10)
+        cases = [*latent_cases(device, 32, 16, compiled=True), schedule_case(device, 32, 16, 64)]
+        cases += pixel_cases(device, 32, 64, compiled=True)
+        return cases + label_cases(device, 32, 100, 10, compiled=True)
+    cases = [
+        *latent_cases(device, 32, 28, compiled=False),
+        *latent_cases(device, 64, 64, compiled=True),
+        noise_case(device, 64, (3, 512, 512), compiled=False),
+        schedule_case(device, 32, 28, 224),
+        schedule_case(device, 64, 64, 224),
+    ]
+    for side, compiled in ((224, False), (512, True)):
+        cases += pixel_cases(device, 64, side, compiled=compiled)
+    for classes, compiled in ((1000, False), (21_841, True)):
+        cases += label_cases(device, 256, classes, 10, compiled=compiled)
     return cases
 
 
@@ -246,12 +125,26 @@ def copy_bytes_per_s(device: str) -> float:
     return 2 * source.numel() / (time_us(lambda: target.copy_(source), device)["p50"] / 1e6)
 
 
+def launch_us(call: Callable[[], Any]) -> dict[str, float]:
+    """What a call takes of the host, which does not wait for it: p20, p50, p80 of five rounds."""
+    taken = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(LAUNCHES):
+            call()
+        taken.append(1e6 * (time.perf_counter() - began) / LAUNCHES)
+    torch.cuda.synchronize()
+    return _row([float(each) for each in np.percentile(taken, (20, 50, 80))])
+
+
 def measure(case: Case, device: str, copied: float, compiled: bool) -> dict[str, Any]:
     """The case's row."""
-    error = check(case)
-    row: dict[str, Any] = {"moved_bytes": case.moved_bytes, "max_difference": error}
+    row: dict[str, Any] = {"max_difference": check(case), **bytes_row(case)}
+    if case.remark:
+        row["remark"] = case.remark
     peers = {"kernel": case.kernel, "eager": case.reference}
-    if compiled:
+    if compiled and case.compiled:
         peers["compiled"] = torch.compile(case.reference, dynamic=False)
     for name, call in peers.items():
         call()
@@ -263,27 +156,102 @@ def measure(case: Case, device: str, copied: float, compiled: bool) -> dict[str,
         for name in peers
         if name != "kernel"
     }
+    if case.normals:
+        row |= noise_row(case.normals / kernel_s / 1e9, device)
+    if device == "cuda":
+        if case.latent_sized:
+            row["launch_us"] = launch_us(case.kernel)
+        row["missed"] = missed_targets(case, row)
     return row
+
+
+def bytes_row(case: Case) -> dict[str, Any]:
+    """Bytes by the formula, bytes and passes of eager.
+
+    A pass is an operation that moves at least a hundredth of what the formula does.
+    """
+    eager = count_moved(case.reference)
+    return {
+        "moved_bytes": case.moved_bytes,
+        "eager_bytes": eager.total_bytes,
+        "bytes_ratio": round(eager.total_bytes / case.moved_bytes, 2),
+        "eager_passes": eager.passes(case.moved_bytes / 100),
+    }
+
+
+def noise_row(gnormal_per_s: float, device: str) -> dict[str, Any]:
+    """Numbers per second beside what arithmetic allows; on the CPU, instructions of sm_90 alone."""
+    row: dict[str, Any] = {"gnormal_per_s": round(gnormal_per_s, 3)}
+    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
+    ceiling = noise_ceiling(10 * major + minor)
+    row["instructions_per_normal"] = round(ceiling.instructions_per_normal, 1)
+    row["instructions_from"] = f"SASS of sm_{ceiling.capability}, {ceiling.unit} decides"
+    if device == "cuda":
+        found = driver.active.utils.get_device_properties(torch.cuda.current_device())
+        clock_ghz = found["sm_clock_rate"] / 1e6  # the highest
+        most = ceiling.gnormal_per_s(found["multiprocessor_count"], clock_ghz)
+        row["ceiling_gnormal_per_s"] = round(most, 1)
+        row["share_of_ceiling"] = round(gnormal_per_s / most, 3)
+    return row
+
+
+def missed_targets(case: Case, row: dict[str, Any]) -> list[str]:
+    """What the row falls short of, in words; [] when nothing."""
+    missed = []
+    if case.share_of_copy is not None and row["share_of_copy"] < case.share_of_copy:
+        missed.append(f"share_of_copy {row['share_of_copy']}, not {case.share_of_copy}")
+    speedup = row["speedup"]["eager"]
+    if row["eager_passes"] >= FROM_PASSES and speedup < LEAST_SPEEDUP:
+        missed.append(f"{speedup} x eager, not {LEAST_SPEEDUP}")
+    return missed
+
+
+def print_case(name: str, row: dict[str, Any]) -> None:
+    """One line: time, share of copy bandwidth, speed-ups, and what is special."""
+    parts = [f"{100 * row['share_of_copy']:3.0f} % of copy"]
+    parts += [f"{x} x {peer}" for peer, x in row["speedup"].items()]
+    if "launch_us" in row:
+        parts.append(f"launch {row['launch_us']['p50']} us")
+    if "gnormal_per_s" in row:
+        ceiling = row.get("ceiling_gnormal_per_s", "none on the CPU")
+        parts.append(f"{row['gnormal_per_s']} Gnormal/s, ceiling {ceiling}")
+    if "remark" in row:
+        parts.append(row["remark"])
+    parts += [f"MISSED: {words}" for words in row.get("missed", ())]
+    print(f"{name:48} {row['kernel_us']['p50']:9.1f} us   {', '.join(parts)}", flush=True)
+
+
+def print_bytes(rows: dict[str, dict[str, Any]]) -> None:
+    """The table of bytes."""
+    print(f"\n{'':48} {'formula, MB':>12} {'eager, MB':>12} {'ratio':>7} {'passes':>7}")
+    for name, row in rows.items():
+        moved, eager = row["moved_bytes"] / 1e6, row["eager_bytes"] / 1e6
+        print(
+            f"{name:48} {moved:12.3f} {eager:12.3f} {row['bytes_ratio']:7} {row['eager_passes']:7}"
+        )
 
 
 def main(options: Options) -> None:
     """Gate, measure, report."""
+    if options.bytes_only:
+        counted = {c.name: bytes_row(c) for c in make_cases("meta") if options.only in c.name}
+        print_bytes(counted)
+        publish({"benchmark": "kernels", "cases": counted}, record=False, as_json=options.json)
+        return
+    began = time.perf_counter()
     device = resolve_device(options.device)
     copied = copy_bytes_per_s(device)
     print(f"copy: {copied / 1e9:.1f} GB/s")
     rows = {}
     for case in make_cases(device):
         if options.only in case.name:
-            row = rows[case.name] = measure(case, device, copied, options.compiled)
-            speedups = ", ".join(f"{x} x {name}" for name, x in row["speedup"].items())
-            print(
-                f"{case.name:38} {row['kernel_us']['p50']:9.1f} us   "
-                f"{100 * row['share_of_copy']:3.0f} % of copy   {speedups}",
-                flush=True,
-            )
+            rows[case.name] = measure(case, device, copied, options.compiled)
+            print_case(case.name, rows[case.name])
+    print_bytes(rows)
     row = environment(device) | {
         "benchmark": "kernels",
         "copy_gb_per_s": round(copied / 1e9, 1),
+        "seconds": round(time.perf_counter() - began, 1),
         "cases": rows,
     }
     publish(row, record=options.record, as_json=options.json)

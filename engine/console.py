@@ -1,7 +1,8 @@
 """How a command of ours ends: one JSON object as the last line of stdout, or one line of error.
 
 Exit codes: 0 done; 2 the user's input cannot be used (ValueError, OSError, a command line that does
-not parse); 130 interrupted. Anything else is a fault of ours and keeps its traceback.
+not parse); 130 interrupted; 143 terminated. Anything else is a fault of ours and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import contextlib
 import io
 import json
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 Parsed = TypeVar("Parsed")
@@ -22,19 +26,43 @@ _BAD_VALUE = re.compile(
 )
 
 
+class Terminated(BaseException):
+    """SIGTERM came: as KeyboardInterrupt, no Exception, so that nothing on the way takes it."""
+
+
 def run_command(
     program: str, parse: Callable[[], Parsed], execute: Callable[[Parsed], dict[str, Any]]
 ) -> int:
     """Parse, execute, print the result as one line of JSON; returns the exit code."""
     try:
-        parsed = _parse_in_one_line(program, parse)
-        result = execute(parsed)
+        with _terminated_by_exception():
+            parsed = _parse_in_one_line(program, parse)
+            result = execute(parsed)
     except (ValueError, OSError) as error:
         return _fail(program, str(error) or type(error).__name__, 2)
     except KeyboardInterrupt:
         return _fail(program, "interrupted", 130)
+    except Terminated:
+        return _fail(program, "terminated", 143)
     print(json.dumps(result), flush=True)
     return 0
+
+
+@contextlib.contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, not the process: what is half written is removed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse_in_one_line(program: str, parse: Callable[[], Parsed]) -> Parsed:

@@ -2,7 +2,7 @@
 
     manifest.json                what it is, how it was made, the hash of every file
     patches/<class id>/*.png     a plain ImageFolder, nothing else in it
-    labels.safetensors           soft labels, see soft_labels.py
+    labels.safetensors           soft labels, see label_file.py
 
 Legend: N samples (patches), H and W patch size in pixels, C = 3, K classes, r factor.
 A sample is a row in class-sorted order: class 0's ipc·r² patches, then class 1's, and so on.
@@ -14,7 +14,6 @@ compression level 9 without metadata: the same pixels and Pillow give the same `
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Sequence
@@ -25,11 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .durable import full_disk_explained, replace_file, replacing, write_durably
+from .label_file import LabelLayout, write_label_file
 from .manifest import (
     LABELS,
     MANIFEST,
@@ -47,7 +45,9 @@ from .manifest import (
     spelled,
     strays,
 )
-from .soft_labels import LabelBlock, SoftLabels
+from .soft_labels import LabelBlock, RecordedBlock, SoftLabels
+
+AnyLabels = LabelBlock | RecordedBlock
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def write_coreset(
     settings: dict[str, Any],
     model: dict[str, Any] | None = None,
     teacher: dict[str, Any] | None = None,
-    labels: LabelBlock | None = None,
+    labels: AnyLabels | None = None,
     provenance: dict[str, Any],
     overwrite: bool = False,
 ) -> Coreset:
@@ -174,7 +174,8 @@ def write_coreset(
     classes = torch.as_tensor(labels_N, dtype=torch.int64).cpu()
     _check_arguments(patches, classes, class_ids, class_names, settings, labels)
     _check_target(folder, overwrite)
-    needed = patches.nbytes + _label_bytes(labels)
+    layout = None if labels is None else labels.layout
+    needed = patches.nbytes + (0 if layout is None else layout.bytes)
     with full_disk_explained(folder, needed), replacing(folder, overwrite) as partial:
         files: dict[str, Any] = {}
         counts = torch.bincount(classes, minlength=len(class_ids)).tolist()
@@ -184,8 +185,8 @@ def write_coreset(
             for name in patch_files(class_id, count):
                 _write_png(partial / name, next(rows))
                 files[name] = file_entry(partial / name)
-        if labels is not None and labels.codec != "none":
-            _write_labels(partial / LABELS, labels)
+        if labels is not None and layout is not None:
+            _write_labels(partial / LABELS, labels, layout)
             files[LABELS] = file_entry(partial / LABELS)
         content = {
             "schema": SCHEMA,
@@ -208,7 +209,7 @@ def write_coreset(
 
 
 def attach_labels(
-    folder: str | Path, labels: LabelBlock, *, provenance: dict[str, Any] | None = None
+    folder: str | Path, labels: AnyLabels, *, provenance: dict[str, Any] | None = None
 ) -> Coreset:
     """Put soft labels into a coreset, replacing those it has; `provenance` is added to its own.
 
@@ -218,18 +219,19 @@ def attach_labels(
     coreset = open_coreset(folder)
     folder, manifest = coreset.folder, coreset.manifest
     _check_label_classes(labels, len(coreset.class_ids))
-    with full_disk_explained(folder, _label_bytes(labels)):
+    layout = labels.layout
+    with full_disk_explained(folder, 0 if layout is None else layout.bytes):
         staged = folder / f"{LABELS}.partial"
-        if labels.codec != "none":
+        if layout is not None:
             try:
-                _write_labels(staged, labels)
+                _write_labels(staged, labels, layout)
             except BaseException:
                 staged.unlink(missing_ok=True)
                 raise
         files = {name: entry for name, entry in manifest["files"].items() if name != LABELS}
         if manifest["labels"] is not None:
             _replace_manifest(folder, {**manifest, "labels": None, "files": files}, {})
-        if labels.codec == "none":
+        if layout is None:
             (folder / LABELS).unlink(missing_ok=True)
         else:
             os.replace(staged, folder / LABELS)
@@ -252,7 +254,7 @@ def _check_arguments(
     class_ids: Sequence[str],
     class_names: Sequence[str],
     settings: dict[str, Any],
-    labels: LabelBlock | None,
+    labels: AnyLabels | None,
 ) -> None:
     missing = [key for key in REQUIRED_SETTINGS if key not in settings]
     if missing:
@@ -278,11 +280,12 @@ def _check_arguments(
         _check_label_classes(labels, len(class_ids))
 
 
-def _check_label_classes(labels: LabelBlock, classes: int) -> None:
-    if labels.logits is not None and labels.logits.shape[2] != classes:
+def _check_label_classes(labels: AnyLabels, classes: int) -> None:
+    layout = labels.layout
+    if layout is not None and layout.classes != classes:
         raise CoresetError(
             f"soft labels: expected {classes} classes, as the coreset has, got "
-            f"{labels.logits.shape[2]}: use a teacher trained on these classes"
+            f"{layout.classes}: use a teacher trained on these classes"
         )
 
 
@@ -324,20 +327,13 @@ def _write_png(path: Path, patch_HWC: np.ndarray) -> None:
         Image.fromarray(patch_HWC).save(stream, "PNG", compress_level=9)
 
 
-def _write_labels(path: Path, labels: LabelBlock) -> None:
-    try:
-        save_file(labels.tensors(), path)
-    except SafetensorError as error:
-        if "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-        raise
+def _write_labels(path: Path, labels: AnyLabels, layout: LabelLayout) -> None:
+    def parts(epoch: int) -> list[np.ndarray]:
+        rows = labels.epoch(epoch)
+        kept = (rows.labels, rows.classes)
+        return [part.numpy() for part in kept if part is not None]
 
-
-def _label_bytes(labels: LabelBlock | None) -> int:
-    if labels is None or labels.logits is None:
-        return 0
-    epochs, samples, classes = labels.logits.shape
-    return epochs * samples * (2 * classes if labels.codec == "dense" else 4 * labels.k)
+    write_label_file(path, layout, parts)
 
 
 def _as_json(value: dict[str, Any], what: str = "provenance") -> dict[str, Any]:

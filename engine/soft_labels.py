@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from .label_file import KeptCodec, LabelLayout, MappedParts
 from .manifest import CoresetError
 
-Codec = Literal["dense", "topk", "none"]
-_MOST_CLASSES = 32767  # int16 class index
+Codec = KeptCodec | Literal["none"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SoftTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelBlock:
-    """Soft labels on their way into a coreset."""
+    """A teacher's logits on their way into a coreset."""
 
     codec: Codec
     """How they are stored."""
@@ -65,52 +65,83 @@ class LabelBlock:
             raise CoresetError(f"label codec: expected dense, topk or none, got {self.codec!r}")
         if not self.temperature > 0:
             raise CoresetError(f"temperature: expected more than 0, got {self.temperature}")
-        if self.codec == "none":
-            if self.logits is not None:
-                raise CoresetError("codec none stores no logits: leave them out, or use dense")
-            return
-        if self.logits is None or self.logits.ndim != 3 or 0 in self.logits.shape:
+        if self.codec == "none" and self.logits is not None:
+            raise CoresetError("codec none stores no logits: leave them out, or use dense")
+        if self.codec != "none" and (
+            self.logits is None or self.logits.ndim != 3 or 0 in self.logits.shape
+        ):
             got = None if self.logits is None else tuple(self.logits.shape)
             raise CoresetError(f"codec {self.codec}: expected logits [E, N, K], got {got}")
-        classes = self.logits.shape[2]
-        if self.codec == "topk" and not (self.k >= 1 and 2 * self.k < classes):
-            raise CoresetError(
-                f"codec topk: expected 1 <= k and 2k < {classes} classes, got k={self.k}: "
-                "use a smaller k, or dense, which is as small here"
-            )
-        if classes > _MOST_CLASSES:
-            raise CoresetError(f"expected at most {_MOST_CLASSES} classes, got {classes}")
+        _ = self.layout
+
+    @property
+    def layout(self) -> LabelLayout | None:
+        """Of the label file; None for codec none. CoresetError for what none can hold."""
+        if self.codec == "none" or self.logits is None:
+            return None
+        epochs, samples, classes = self.logits.shape
+        return LabelLayout(
+            codec=self.codec, epochs=epochs, samples=samples, classes=classes, k=self.k
+        )
 
     def describe(self) -> dict[str, Any]:
         """The manifest's entry for these labels."""
-        described: dict[str, Any] = {
-            "codec": self.codec,
-            "temperature": float(self.temperature),
-            "settings": self.settings,
-        }
-        if self.logits is not None:
-            described["epochs"], described["samples"], described["classes"] = self.logits.shape
-        if self.codec == "topk":
-            described["k"] = self.k
-        return described
+        kept = {"codec": "none"} if self.layout is None else self.layout.describe()
+        return {**kept, "temperature": float(self.temperature), "settings": self.settings}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What `labels.safetensors` holds, on the CPU; CoresetError for a logit beyond fp16."""
-        if self.logits is None:
-            return {}
-        if self.codec == "dense":
-            logits = self.logits.to("cpu", torch.float16).contiguous()
-            for logits_NK in logits:  # one epoch at a time: the answer is a boolean per logit
-                _refuse_not_finite(logits_NK)
-            return {"logits": logits}
-        coded = [
-            encode_topk(logits_NK, k=self.k, temperature=self.temperature)
-            for logits_NK in self.logits  # one epoch at a time: the fp32 softmax stays small
-        ]
-        return {
-            "probabilities": torch.stack([probabilities for probabilities, _ in coded]),
-            "classes": torch.stack([classes for _, classes in coded]),
-        }
+    def epoch(self, epoch: int) -> SoftTargets:
+        """One epoch as it is stored, on the CPU; CoresetError for a logit beyond fp16."""
+        if self.codec == "none" or self.logits is None:
+            raise CoresetError("codec none stores no labels")
+        return encode(self.logits[epoch], codec=self.codec, k=self.k, temperature=self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedBlock:
+    """What a recording holds, on its way into a coreset as it is: memory-mapped, never copied."""
+
+    recording: MappedParts
+    temperature: float
+    """That of the student's loss, and of top-k labels when they were encoded."""
+    settings: dict[str, Any]
+    """What else decides these labels, for the manifest."""
+
+    @property
+    def layout(self) -> LabelLayout:
+        """Of the recording and of the label file."""
+        return self.recording.layout
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's entry for these labels."""
+        kept = self.layout.describe()
+        return {**kept, "temperature": float(self.temperature), "settings": self.settings}
+
+    def epoch(self, epoch: int) -> SoftTargets:
+        """One epoch as it is stored; CoresetError when an answer is missing."""
+        rows = SoftTargets(*(torch.from_numpy(array[epoch]) for array in self.recording.arrays))
+        if bool(unanswered(rows, self.layout.classes).any()):
+            raise CoresetError(
+                f"{self.recording.path}: labels of epoch {epoch} are missing: train to the end"
+            )
+        return rows
+
+
+def unanswered(rows_B: SoftTargets, classes: int) -> Tensor:
+    """Which rows of a recording still hold, if in part, what it was filled with, bool [B].
+
+    A killed process may have left a row half written.
+    """
+    missing_B = rows_B.labels.amax(1).isnan()  # amax passes NaN on, with no [B, K] of its own
+    return missing_B if rows_B.classes is None else missing_B | (rows_B.classes.amax(1) >= classes)
+
+
+def encode(logits_NK: Tensor, *, codec: KeptCodec, k: int, temperature: float) -> SoftTargets:
+    """Logits as they are stored, on the CPU; CoresetError for a logit beyond fp16."""
+    if codec == "topk":
+        return SoftTargets(*encode_topk(logits_NK, k=k, temperature=temperature))
+    logits_NK = logits_NK.to("cpu", torch.float16).contiguous()
+    _refuse_not_finite(logits_NK)
+    return SoftTargets(logits_NK)
 
 
 def encode_topk(logits_NK: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -142,18 +173,24 @@ def _refuse_not_finite(logits: Tensor) -> None:
 
 
 class SoftLabels:
-    """Labels of a coreset, read lazily: one epoch is in memory at a time."""
+    """Labels of a coreset, memory-mapped: the rows asked for are in memory, and no others.
+
+    At 1000 classes and ipc 50 a dense epoch is 370 MB. CoresetError, when it is opened, for a file
+    that was cut short or is not what the manifest says.
+    """
 
     def __init__(self, path: Path, described: dict[str, Any]) -> None:
-        self.codec: Codec = described["codec"]
+        self.codec: KeptCodec = described["codec"]
         self.temperature: float = described["temperature"]
         self.settings: dict[str, Any] = described["settings"]
         self.epochs: int = described["epochs"]
         self.samples: int = described["samples"]
         self.classes: int = described["classes"]
-        self._file = safe_open(path, framework="pt")
-        self._epoch = -1
-        self._parts: tuple[Tensor, ...] = ()
+        self.k: int | None = described.get("k")
+        """Probabilities kept per row; None of dense labels."""
+        sizes = {"epochs": self.epochs, "samples": self.samples, "classes": self.classes}
+        layout = LabelLayout(codec=self.codec, **sizes, **({"k": self.k} if self.k else {}))
+        self._file = MappedParts(path, layout)
 
     def logits(self, epoch: int, samples_B: Sequence[int] | Tensor) -> Tensor:
         """fp32 logits [B, K] of dense labels; CoresetError for top-k ones, which keep none."""
@@ -175,15 +212,15 @@ class SoftLabels:
         """What is stored, as it is stored, on the CPU."""
         return SoftTargets(*self._rows(epoch, samples_B))
 
+    def read_ahead(self, epoch: int, samples_B: Sequence[int] | Tensor) -> None:
+        """Have rows that are asked for soon read from the disk meanwhile; returns at once."""
+        self._file.read_ahead(epoch, np.asarray(samples_B))
+
     def _rows(self, epoch: int, samples_B: Sequence[int] | Tensor) -> tuple[Tensor, ...]:
         if not 0 <= epoch < self.epochs:
             raise CoresetError(
                 f"labels: expected an epoch in 0..{self.epochs - 1}, got {epoch}: "
                 "label the coreset for as many epochs as the student trains"
             )
-        if epoch != self._epoch:
-            names = ("logits",) if self.codec == "dense" else ("probabilities", "classes")
-            self._parts = tuple(self._file.get_slice(name)[epoch] for name in names)
-            self._epoch = epoch
-        rows = torch.as_tensor(samples_B, dtype=torch.int64, device="cpu")
-        return tuple(part[rows] for part in self._parts)
+        rows_B = np.asarray(samples_B)
+        return tuple(torch.from_numpy(array[epoch][rows_B]) for array in self._file.arrays)

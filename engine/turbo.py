@@ -203,7 +203,7 @@ class Expander:
             images_per_prompt=self.spec.images_per_prompt,
         )
         for plan in plans:
-            images_BCHW = self._expand_batch(plan, epoch)
+            images_BCHW = self._expand_or_explain(plan, epoch)
             slots = np.flatnonzero(plan.targets_B >= 0)
             targets = torch.from_numpy(plan.targets_B[slots]).to(out.device)
             kept = images_BCHW[torch.from_numpy(slots).to(self._device)]
@@ -216,6 +216,16 @@ class Expander:
                 "fp32, --precision bf16 or fp32, or weights that are not damaged"
             )
         return out
+
+    def _expand_or_explain(self, plan: BatchPlan, epoch: int) -> Tensor:
+        try:
+            return self._expand_batch(plan, epoch)
+        except torch.OutOfMemoryError:
+            pass  # and the frames that hold what was computed are gone
+        raise ValueError(
+            f"{self.spec.batch} images of {self.config.size_px} px at a time do not fit into the "
+            f"memory of {self.spec.device} with {self.model.name}: give a smaller --engine-batch"
+        )
 
     def _expand_batch(self, plan: BatchPlan, epoch: int) -> Tensor:
         schedule, seed = self.schedule, self.config.seed

@@ -12,6 +12,12 @@ own included; gamma is uniform on (0, 1), which is Beta(1, 1) (DACE, section 3).
 diffusers' (x = z + sigma n); u, gamma and n are functions of (seed, sample, epoch) alone. Element
 e of n is element e of the latent in C, H, W order, whichever layout the model input is written in.
 
+Bytes per element of a bank of b and a model input of s bytes, beside five indices per sample:
+
+    b (2 b with mixup), read;    4 + s, written
+
+Eager torch moves 601 instead of 14 (mixup, b = 4, s = 2), most of it for the noise.
+
 Shapes: N rows of the bank, class-sorted; B samples; C, H, W of one latent.
 """
 

@@ -19,6 +19,9 @@ The words are the same bits everywhere. Triton, torch and numpy differ in the la
 and cos only: the normals agree to 2e-6. A number does not depend on which other samples are
 asked for, nor on their order.
 
+Bytes per number of s bytes: s, written. Eager torch on int64 words moves 529 in 126 passes (s = 4).
+Beside a GPU's memory, arithmetic counts: 71 instructions per number on sm_90.
+
 Shapes: B samples; G counter groups of four elements. ``element`` runs over a sample's own numbers
 in C order. ``sample`` and ``element // 4`` are taken modulo 2^32.
 """
@@ -63,6 +66,7 @@ class Draw(IntEnum):
     TEACHER_CROP = 10
     SELECTION = 11
     PRIOR = 12
+    REFRESH = 13
     ANCESTRAL = 64
     """Sampler step k draws with ANCESTRAL + k; nothing is reserved above."""
 

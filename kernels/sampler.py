@@ -8,18 +8,15 @@ Formula (Karras et al. 2022; k-diffusion's ``sample_euler_ancestral``; diffusers
 
 With sigma_up == 0, as in the last step of a full schedule, no noise is drawn.
 
-A CUDA graph freezes host scalars. Which of them may freeze? Where each step has its own launch in
-the graph, the sigmas and the step may: replays repeat the schedule. The epoch may not: a replay
-would repeat the noise of the epoch that was captured. And where one captured evaluation (network
-and step) is replayed for every step, or one graph serves several schedules, nothing but the seed
-may. So ``euler_ancestral_table_step`` reads all of them on the device: sigmas from a table [S, 3],
-step and epoch from tensors of one number. The seed stays a scalar: it names a run's images.
+Bytes per element of eps and model input of s bytes: 4 + s read, 4 + s written, and 8 per sample.
+Eager torch moves 583 instead of 12 (s = 2), most of it for the noise.
 
-Shapes: B samples; C, H, W of one latent; S steps.
+``table_step.py`` takes the same step with the sigmas, the step and the epoch read on the device.
+
+Shapes: B samples; C, H, W of one latent.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +29,6 @@ from .noise import Draw, kernel_words, normal_block, normal_reference, require_w
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS_PER_PROGRAM = 128
 """512 elements: a 4 x 16 x 16 latent is two programs."""
-ANCESTRAL = tl.constexpr(int(Draw.ANCESTRAL))
 
 
 def euler_ancestral_step_reference(
@@ -54,25 +50,6 @@ def euler_ancestral_step_reference(
         draw = Draw.ANCESTRAL + step
         noise = normal_reference(seed, draw, samples_B, epoch, state_BCHW.shape[1:])
         state = state + sigma_up * noise
-    return state, state * next_scale
-
-
-def euler_ancestral_table_step_reference(
-    state_BCHW: torch.Tensor,
-    eps_BCHW: torch.Tensor,
-    samples_B: torch.Tensor,
-    table_S3: torch.Tensor,
-    step_1: torch.Tensor,
-    epoch_1: torch.Tensor,
-    *,
-    seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``euler_ancestral_step_reference`` of row ``step_1`` of the table, with the same bits."""
-    slope, sigma_up, next_scale = table_S3[step_1][0].unbind()
-    state = state_BCHW + eps_BCHW.float() * slope
-    draw_11, epoch_11 = Draw.ANCESTRAL + step_1[:, None], epoch_1[:, None]
-    noise = normal_reference(seed, draw_11, samples_B, epoch_11, state_BCHW.shape[1:])
-    state = torch.where(sigma_up == 0.0, state, state + sigma_up * noise)
     return state, state * next_scale
 
 
@@ -135,40 +112,13 @@ def euler_ancestral_step_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["seed_lo", "seed_hi"])
-def euler_ancestral_table_step_kernel(
-    next_state_ptr,
-    next_input_ptr,
-    state_ptr,
-    eps_ptr,
-    samples_ptr,
-    table_ptr,
-    step_ptr,
-    epoch_ptr,
-    numel,
-    seed_lo,
-    seed_hi,
-    GROUPS: tl.constexpr,
-):
-    """``step_block`` with scalars of the device."""
-    step = tl.load(step_ptr)
-    epoch = tl.load(epoch_ptr)
-    slope = tl.load(table_ptr + step * 3)
-    sigma_up = tl.load(table_ptr + step * 3 + 1)
-    next_scale = tl.load(table_ptr + step * 3 + 2)
-    step_block(
-        next_state_ptr, next_input_ptr, state_ptr, eps_ptr, samples_ptr, numel,
-        slope, sigma_up, next_scale, step + ANCESTRAL, epoch, seed_lo, seed_hi, GROUPS,
-    )  # fmt: skip
-
-
-def _require_step(
+def require_step(
     state_BCHW: torch.Tensor,
     eps_BCHW: torch.Tensor,
     samples_B: torch.Tensor,
     out: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
-    """Check what both steps take."""
+    """Raise TypeError or ValueError unless the tensors are what both steps take."""
     require("state_BCHW", state_BCHW, dtype=torch.float32, shape=("B", "C", "H", "W"))
     sizes = state_BCHW.shape
     require("eps_BCHW", eps_BCHW, dtype=FLOATS, shape=sizes, like=state_BCHW)
@@ -178,7 +128,8 @@ def _require_step(
         require("out[1]", out[1], dtype=FLOATS, shape=sizes, like=state_BCHW)
 
 
-def _grid(state_BCHW: torch.Tensor) -> tuple[int, int]:
+def step_grid(state_BCHW: torch.Tensor) -> tuple[int, int]:
+    """The programs of ``step_block``: (samples, blocks of a sample)."""
     return len(state_BCHW), triton.cdiv(math.prod(state_BCHW.shape[1:]), 4 * GROUPS_PER_PROGRAM)
 
 
@@ -218,7 +169,7 @@ def euler_ancestral_step_into(
         return
     launch(
         euler_ancestral_step_kernel,
-        _grid(state_BCHW),
+        step_grid(state_BCHW),
         next_state,
         next_input,
         state_BCHW,
@@ -299,86 +250,11 @@ def euler_ancestral_step(
     gradients of state and eps flow. Raises TypeError or ValueError for a dtype, shape, device or
     layout that does not fit.
     """
-    _require_step(state_BCHW, eps_BCHW, samples_B, out)
+    require_step(state_BCHW, eps_BCHW, samples_B, out)
     require_words(seed, Draw.ANCESTRAL + step, epoch)
     scalars = sigma, sigma_down, sigma_up, next_scale
     arguments = state_BCHW, eps_BCHW, samples_B, *scalars, signed(seed, 64), step, epoch
     if out is None:
         return euler_ancestral_step_op(*arguments)
     euler_ancestral_step_into(*out, *arguments)
-    return out
-
-
-def step_table(
-    sigmas: Sequence[float],
-    sigmas_down: Sequence[float],
-    sigmas_up: Sequence[float],
-    next_scales: Sequence[float],
-    *,
-    device: torch.device | str,
-) -> torch.Tensor:
-    """A schedule for ``euler_ancestral_table_step``: fp32 [S, 3], sigma_down - sigma first.
-
-    The difference is taken in double and then rounded, as the scalar of ``euler_ancestral_step``.
-    Raises ValueError for sequences of unequal lengths.
-    """
-    slopes = [down - sigma for sigma, down in zip(sigmas, sigmas_down, strict=True)]
-    rows = list(zip(slopes, sigmas_up, next_scales, strict=True))
-    return torch.tensor(rows, dtype=torch.float32, device=device)
-
-
-@torch.library.custom_op(
-    "patchbloom::euler_ancestral_table_step_into", mutates_args={"next_state", "next_input"}
-)
-def euler_ancestral_table_step_into(
-    next_state: torch.Tensor,
-    next_input: torch.Tensor,
-    state_BCHW: torch.Tensor,
-    eps_BCHW: torch.Tensor,
-    samples_B: torch.Tensor,
-    table_S3: torch.Tensor,
-    step_1: torch.Tensor,
-    epoch_1: torch.Tensor,
-    seed: int,
-) -> None:
-    """What ``euler_ancestral_table_step`` does once it has checked."""
-    inputs = state_BCHW, eps_BCHW, samples_B, table_S3, step_1, epoch_1
-    if not runs_kernel(state_BCHW):
-        results = euler_ancestral_table_step_reference(*inputs, seed=seed)
-        next_state.copy_(results[0])
-        next_input.copy_(results[1])
-        return
-    _, _, *words = kernel_words(seed, 0, 0)
-    numel = math.prod(state_BCHW.shape[1:])
-    kernel, constants = euler_ancestral_table_step_kernel, {"GROUPS": GROUPS_PER_PROGRAM}
-    launch(kernel, _grid(state_BCHW), next_state, next_input, *inputs, numel, *words, **constants)
-
-
-def euler_ancestral_table_step(
-    state_BCHW: torch.Tensor,
-    eps_BCHW: torch.Tensor,
-    samples_B: torch.Tensor,
-    table_S3: torch.Tensor,
-    step_1: torch.Tensor,
-    epoch_1: torch.Tensor,
-    *,
-    seed: int,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``euler_ancestral_step``, to the bit, of a step that only the device knows.
-
-    ``table_S3`` is ``step_table``'s; ``step_1`` and ``epoch_1`` int64 [1] on the same device, in
-    [0, S) and [0, 2^32) (not checked: that would need a sync). A graph of all steps gives launch k
-    the slice [k : k + 1] of an arange; a graph of one step adds 1 to ``step_1``. No gradient flows.
-    The rest, and what is raised, as in ``euler_ancestral_step``.
-    """
-    _require_step(state_BCHW, eps_BCHW, samples_B, out)
-    if out is None:
-        out = torch.empty_like(state_BCHW), torch.empty_like(eps_BCHW)
-    require("table_S3", table_S3, dtype=torch.float32, shape=("S", 3), like=state_BCHW)
-    require("step_1", step_1, dtype=torch.int64, shape=(1,), like=state_BCHW)
-    require("epoch_1", epoch_1, dtype=torch.int64, shape=(1,), like=state_BCHW)
-    require_words(seed, 0, 0)
-    inputs = state_BCHW, eps_BCHW, samples_B, table_S3, step_1, epoch_1
-    euler_ancestral_table_step_into(*out, *inputs, signed(seed, 64))
     return out

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.engine import coreset, durable
-from patchbloom.train import cli, plan, run
+from patchbloom.train import cli, distil, plan, run
 from patchbloom.train.commands import STAGES, RunOptions, TrainPrior, TrainReport
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.coreset_options import LoaderOptions, StudentElsewhere, TrainVerify
@@ -53,9 +53,16 @@ RUN_OPTIONS = [
     "teacher",
     "student",
     "labels",
+    "codec",
+    "top_k",
     "seed",
     "seeds",
     "batch",
+    "accumulate",
+    "student_precision",
+    "student_compile",
+    "overlap",
+    "refresh",
     "ceiling",
     "class_names",
     "device",
@@ -78,6 +85,10 @@ ELSEWHERE_OPTIONS = [
     "learning_rate",
     "final_lr_fraction",
     "weight_decay",
+    "student_precision",
+    "student_compile",
+    "accumulate",
+    "overlap",
     "seed",
     "seeds",
     "overwrite",
@@ -249,6 +260,8 @@ def test_help_is_quick_and_imports_no_heavy_library(stage: str) -> None:
             "--rho 0.1 of --steps 5 rounds to 0 evaluations: give --rho 0.2 or more",
         ),
         (["--rho", "1.2"], "--rho 1.2: expected more than 0, and 1 at most"),
+        (["--refresh", "0"], "--refresh 0: expected more than 0, and 1 at most"),
+        (["--accumulate", "0"], "--accumulate 0: expected 1 or more"),
         (["--factor", "0"], "--factor 0: expected 1 or more"),
         (["--ipc", "0"], "--ipc 0: expected 1 or more"),
         (["--epochs", "ten"], "--epochs: expected INT, got 'ten'"),
@@ -267,7 +280,10 @@ def test_options_that_cannot_be_used(
 
 def test_labels_that_are_not_to_be_stored_are_not(train: Command, tmp_path: Path) -> None:
     error = train("labels", "--data", tmp_path, "--out", tmp_path / "run", "--labels", "online")
-    assert "--labels online stores none: give dense or topk to train labels" in error.error
+    assert "--labels online stores none: leave it out to train labels" in error.error
+    options = ("--data", tmp_path, "--out", tmp_path / "run", "--labels", "online")
+    error = train(*options, "--codec", "topk").error
+    assert "--labels online stores none, so --codec topk has no use" in error
 
 
 def test_no_such_folder(train: Command, tmp_path: Path) -> None:
@@ -385,14 +401,66 @@ def test_large_labels_are_told_before_the_run(
     options = ("--data", shapes, "--out", tmp_path / "run", "--method", "rded")
     assert "labels:" not in train(*options, *SMALL).err
     err = train(*options, *SMALL, "--epochs", "5000000", "--overwrite").err
-    assert "labels: dense, 3.7 GiB for each method, and 3.7 GiB on the disk while" in err
-    assert "made; --labels online keeps none" in err  # topk would be as large, of ten classes
+    assert "labels: dense, 3.7 GiB for each method, and as much again on the disk while" in err
+    assert "coreset; --labels online keeps none" in err  # topk would be as large, of ten classes
+    topk = ("--codec", "topk", "--top-k", "2", "--epochs", "5000000", "--overwrite")
+    assert "labels: topk, 1.5 GiB for each method" in train(*options, *SMALL, *topk).err
 
 
 def test_labels_that_would_be_no_smaller(train: Command, shapes: Path, tmp_path: Path) -> None:
-    options = ("--method", "rded", "--labels", "topk")
+    options = ("--method", "rded", "--codec", "topk")
     error = train("--data", shapes, "--out", tmp_path / "run", *options).error
-    assert "--labels topk keeps 10 of 10 probabilities, no less than dense" in error
+    assert "--codec topk --top-k 10 keeps 10 of 10 probabilities, no less than dense" in error
+    error = train("--data", shapes, "--out", tmp_path / "run", *options, "--top-k", "5").error
+    assert "keeps 5 of 10 probabilities" in error
+
+
+@pytest.mark.parametrize("codec", [("--codec", "dense"), ("--codec", "topk", "--top-k", "3")])
+def test_labels_stored_first_or_recorded_make_the_same_run(
+    train: Command, shapes: Path, tmp_path: Path, codec: tuple[str, ...]
+) -> None:
+    given = ("--data", shapes, "--method", "random", *SMALL, "--no-ceiling", *codec)
+    made = {}
+    for labels in ("record", "stored"):
+        out = tmp_path / labels
+        result = train(*given, "--labels", labels, "--out", out).result
+        student = (out / "students" / "random-seed0.safetensors").read_bytes()
+        made[labels] = (result["content_sha256"], result["accuracy"], student)
+        assert ("labels-random" in result["seconds"]) == (labels == "stored")
+        assert [path.name for path in (out / "students").iterdir()] == ["random-seed0.safetensors"]
+    assert made["record"] == made["stored"]
+    settings = json.loads((tmp_path / "stored" / "summary.json").read_text())["settings"]
+    assert (settings["labels"], settings["codec"]) == ("stored", codec[1])
+    assert settings["top_k"] == (3 if codec[1] == "topk" else None)
+
+
+def test_labels_of_another_codec_than_asked_for(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    given = ("--data", shapes, "--method", "random", *SMALL, "--out", tmp_path / "run")
+    train("labels", *given, "--codec", "topk", "--top-k", "3").result  # noqa: B018
+    error = train("student", *given, "--no-ceiling").error
+    assert "holds labels of --codec topk --top-k 3, asked for --codec dense: give" in error
+
+
+def test_a_recording_cut_short_under_finished_students_is_made_again(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise OSError("as if killed")
+
+    given = ("student", "--data", shapes, "--method", "random", *SMALL, "--no-ceiling")
+    train(*given, "--out", tmp_path / "whole").result  # noqa: B018
+    with monkeypatch.context() as patch:
+        patch.setattr(distil, "attach_labels", killed)
+        assert "as if killed" in train(*given, "--out", tmp_path / "cut").error
+    recording = tmp_path / "cut" / "students" / "random.labels.partial"
+    os.truncate(recording, 100)
+    told = train(*given, "--out", tmp_path / "cut")
+    assert told.result["students"]["random"]["losses"]
+    assert f"labels: {recording} was cut short or is of other labels: begun anew" in told.err
+    stored = [tmp_path / out / "coreset" / "labels.safetensors" for out in ("whole", "cut")]
+    assert stored[0].read_bytes() == stored[1].read_bytes()
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")

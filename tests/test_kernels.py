@@ -21,16 +21,10 @@ from patchbloom.kernels.noise import (
     unit_numpy,
     unit_reference,
 )
-from patchbloom.kernels.pixels import (
-    student_input,
-    student_input_reference,
-    upsample_patches,
-)
-from patchbloom.kernels.sampler import (
-    euler_ancestral_step,
-    euler_ancestral_table_step,
-    step_table,
-)
+from patchbloom.kernels.pixels import upsample_patches
+from patchbloom.kernels.sampler import euler_ancestral_step
+from patchbloom.kernels.student_input import student_input, student_input_reference
+from patchbloom.kernels.table_step import euler_ancestral_table_step, step_table
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import normalize, resized_crop
 
@@ -86,7 +80,7 @@ def test_draws_are_frozen():
     assert {draw.name: draw.value for draw in Draw} == {
         "START": 0, "POSTERIOR": 1, "MIXUP_PARTNER": 2, "MIXUP_WEIGHT": 3, "SCORING_CROP": 4,
         "STUDENT_CROP": 5, "FLIP": 6, "CUTMIX": 7, "ORDER": 8, "PATCH_SHUFFLE": 9,
-        "TEACHER_CROP": 10, "SELECTION": 11, "PRIOR": 12, "ANCESTRAL": 64,
+        "TEACHER_CROP": 10, "SELECTION": 11, "PRIOR": 12, "REFRESH": 13, "ANCESTRAL": 64,
     }  # fmt: skip
 
 

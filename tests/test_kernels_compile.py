@@ -19,11 +19,10 @@ import triton
 from patchbloom.kernels.latents import start_state_kernel
 from patchbloom.kernels.mosaic import mosaic_kernel
 from patchbloom.kernels.noise import noise_kernel
-from patchbloom.kernels.pixels import student_input_kernel, upsample_kernel
-from patchbloom.kernels.sampler import (
-    euler_ancestral_step_kernel,
-    euler_ancestral_table_step_kernel,
-)
+from patchbloom.kernels.pixels import upsample_kernel
+from patchbloom.kernels.sampler import euler_ancestral_step_kernel
+from patchbloom.kernels.student_input import student_input_kernel
+from patchbloom.kernels.table_step import euler_ancestral_table_step_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -66,9 +65,14 @@ MOSAIC = {
 HALF_PIXELS = {"out_ptr": "*fp16", "source_ptr": "*fp16"}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "noise, normals": (noise_kernel, {**NOISE, "NORMAL": True}),
+    "noise, half": (noise_kernel, {**NOISE, "out_ptr": "*fp16", "NORMAL": True}),
     "noise, uniforms": (noise_kernel, {**NOISE, "NORMAL": False}),
     "start_state, mixup": (start_state_kernel, {**START, "MIXUP": True, "NHWC": False}),
     "start_state, NHWC": (start_state_kernel, {**START, "MIXUP": True, "NHWC": True}),
+    "start_state, fp32": (
+        start_state_kernel,
+        {**START, "bank_ptr": "*fp32", "input_ptr": "*fp32", "MIXUP": True, "NHWC": False},
+    ),
     "start_state": (start_state_kernel, {**START, "MIXUP": False, "NHWC": False}),
     "euler_ancestral_step": (euler_ancestral_step_kernel, STEP),
     "euler_ancestral_table_step": (euler_ancestral_table_step_kernel, TABLE_STEP),
@@ -76,7 +80,8 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "upsample, bilinear": (upsample_kernel, {**UPSAMPLE, "BICUBIC": False}),
     "student_input": (student_input_kernel, {**STUDENT, "CUTMIX": False}),
     "student_input, CutMix": (student_input_kernel, {**STUDENT, "CUTMIX": True}),
-    "mosaic": (mosaic_kernel, {**MOSAIC, "SHUFFLE": False}),
+    "mosaic, uint8": (mosaic_kernel, {**MOSAIC, "SHUFFLE": False}),
+    "mosaic, half": (mosaic_kernel, {**MOSAIC, **HALF_PIXELS, "SHUFFLE": False}),
     "shuffle_patches, uint8": (mosaic_kernel, {**MOSAIC, "SHUFFLE": True}),
     "shuffle_patches, half": (mosaic_kernel, {**MOSAIC, **HALF_PIXELS, "SHUFFLE": True}),
 }

@@ -12,18 +12,19 @@ import torch
 from patchbloom.kernels.latents import start_state, start_state_into
 from patchbloom.kernels.mosaic import mosaic, mosaic_op, shuffle_patches, shuffle_patches_op
 from patchbloom.kernels.noise import Draw, noise_into, normal, uniform
-from patchbloom.kernels.pixels import (
-    student_input,
-    student_input_backward,
-    student_input_op,
-    upsample_patches,
-    upsample_patches_op,
-)
+from patchbloom.kernels.pixels import upsample_patches, upsample_patches_op
 from patchbloom.kernels.sampler import (
     euler_ancestral_step,
     euler_ancestral_step_into,
     euler_ancestral_step_op,
     euler_ancestral_step_reference,
+)
+from patchbloom.kernels.student_input import (
+    student_input,
+    student_input_backward,
+    student_input_op,
+)
+from patchbloom.kernels.table_step import (
     euler_ancestral_table_step,
     euler_ancestral_table_step_into,
     step_table,

@@ -28,18 +28,10 @@ from patchbloom.kernels.noise import (
     unit_of,
     unit_reference,
 )
-from patchbloom.kernels.pixels import (
-    student_input,
-    student_input_reference,
-    upsample_patches,
-    upsample_patches_reference,
-)
-from patchbloom.kernels.sampler import (
-    euler_ancestral_step,
-    euler_ancestral_step_reference,
-    euler_ancestral_table_step,
-    step_table,
-)
+from patchbloom.kernels.pixels import upsample_patches, upsample_patches_reference
+from patchbloom.kernels.sampler import euler_ancestral_step, euler_ancestral_step_reference
+from patchbloom.kernels.student_input import student_input, student_input_reference
+from patchbloom.kernels.table_step import euler_ancestral_table_step, step_table
 
 CASES: dict[str, Case] = {}
 SEED, EPOCH = 2**64 - 5, 2**32 - 1

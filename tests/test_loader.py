@@ -76,10 +76,11 @@ def _write(source: UpsampledPatches, teacher: Teacher, folder: Path, codec) -> C
         },
         provenance={},
     )
-    labels = RecordedLabels(teacher, source, CONFIG, folder.parent / f"{codec}.partial")
+    path = folder.parent / f"{codec}.partial"
     with Record() as record:
+        labels = RecordedLabels(teacher, source, CONFIG, path, record, codec=codec)
         record_labels(source, labels, CONFIG, record)
-    return attach_labels(folder, labels.block(codec, 10))
+    return attach_labels(folder, labels.block())
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def _producers() -> list[threading.Thread]:
 def test_an_epoch_is_every_sample_once_as_it_was_labelled(loader, source, teacher) -> None:
     for epoch in range(EPOCHS):
         expected = {}
-        for samples_P in pools(CONFIG, SAMPLES, epoch):
+        for samples_P in pools(CONFIG, source.labels_N, epoch):
             views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, CONFIG)
             labels_PK = (teacher.logits(views_PCHW).half().float() / 4).softmax(1)
             for view, label, sample in zip(views_PCHW, labels_PK, samples_P, strict=True):

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from patchbloom.kernels.softlabel_device import (
+from patchbloom.kernels.softlabel_dense import (
     softlabel_dense_grad_kernel,
     softlabel_dense_kernel,
-    softlabel_topk_grad_kernel,
-    softlabel_topk_kernel,
 )
+from patchbloom.kernels.softlabel_topk import softlabel_topk_grad_kernel, softlabel_topk_kernel
 from test_kernels_compile import check_no_spills, resources
 
 INPUTS = {"normalisers_ptr": "*fp32", "labels_ptr": "*fp16", "inverse_t": "fp32"}

@@ -192,5 +192,21 @@ def test_bf16_logits_on_the_gpu(kept: int) -> None:
         check("cuda", given(1001, kept, 4.0, mixed), torch.bfloat16)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kept", [0, 12])
+def test_no_dense_target_is_ever_on_the_gpu(kept: int) -> None:
+    """Forward and backward allocate the gradient and, beside it, less than a tenth of [B, K]."""
+    case = given(21841, kept, 4.0, True).to("cuda")
+    assert case.rows is not None
+    assert case.weight is not None
+    many = replace(case, rows=case.rows.repeat(20, 1), weight=case.weight.repeat(20))
+    student = case.student.repeat(20, 1).requires_grad_()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(many.loss(student).sum(), student)
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * student.numel() * student.itemsize
+
+
 if __name__ == "__main__":
     interpret(CASES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,113 +12,54 @@ import pytest
 import torch
 from patchbloom.engine.batches import fitting_batch, images_per_prompt, plan_batches
 from patchbloom.engine.config import ExpandConfig, Start
-from patchbloom.engine.images import CorruptImageError, ImageSet, open_image_set
-from patchbloom.engine.manifest import CoresetError
-from patchbloom.engine.soft_labels import LabelBlock, SoftLabels, SoftTargets, decode_topk
+from patchbloom.engine.images import CorruptImageError, open_image_set
+from patchbloom.engine.soft_labels import SoftTargets
 from patchbloom.train import pictures
-from patchbloom.train.checkpoint import CheckpointError, read_tensors
-from patchbloom.train.config import RECIPES, StudentConfig
+from patchbloom.train.checkpoint import CheckpointError
+from patchbloom.train.config import RECIPES
 from patchbloom.train.evaluation import accuracies
-from patchbloom.train.labels import (
-    OnlineLabels,
-    RecordedLabels,
-    StoredLabels,
-    record_labels,
-)
-from patchbloom.train.loop import (
-    CHECKPOINT_S,
-    StudentResult,
-    next_checkpoint,
-    train_students,
-)
-from patchbloom.train.methods import Mosaics, RealImages, UpsampledPatches, render_all, to_unit
+from patchbloom.train.labels import OnlineLabels
+from patchbloom.train.methods import RealImages, UpsampledPatches, render_all, to_unit
 from patchbloom.train.networks import build_network
 from patchbloom.train.normalisation import IMAGENET, Normalisation
-from patchbloom.train.plan import grouping
+from patchbloom.train.plan import LARGE_ENGINE_BATCH, grouping
+from patchbloom.train.pool_slots import pools_from
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.teacher import Teacher
 from patchbloom.train.views import describe_views, learning_rate, make_views, pool_size, pools
 from PIL import Image
-from safetensors.torch import save_file
+from student_cases import (
+    CONFIG,
+    LABELS_N,
+    PATCHES,
+    Sets,
+    Silent,
+    mosaics,
+    new_sets,
+    same,
+    train,
+    untrained_teacher,
+    upsampled,
+    weights,
+)
 from torch.nn.functional import interpolate
 
-CONFIG = StudentConfig(
-    network="convnet-d3-w8",
-    size_px=32,
-    epochs=4,
-    batch=8,
-    temperature=4.0,
-    checkpoint_every=2,
-    pool=20,
-    device="cpu",
-)
 AS_IT_IS = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-LABELS_N = torch.arange(10).repeat_interleave(4)
-PATCHES = torch.randint(
-    0, 256, (40, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-)
-
-
-class Silent:
-    """A Report that stops the training when `stop_after` epochs of a student are told."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.losses: list[float] = []
-        self.stop_after = stop_after
-
-    def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
-        if done == self.stop_after:
-            raise KeyboardInterrupt
-
-    def scalar(self, tag: str, step: int, value: float) -> None:
-        self.losses.append(value)
-
-    def say(self, line: str) -> None: ...
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, ImageSet]:
-    root = tmp_path_factory.mktemp("shapes") / "set"
-    write_shapes(root, train_per_class=4, val_per_class=2)
-    return open_image_set(root, "train"), open_image_set(root, "val")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    return new_sets(tmp_path_factory.mktemp("shapes") / "set")
 
 
 @pytest.fixture(scope="module")
-def source(sets) -> UpsampledPatches:
-    return UpsampledPatches(
-        method="upsample",
-        patches_NHWC=PATCHES,
-        labels_N=LABELS_N,
-        class_ids=sets[0].class_ids,
-        size_px=32,
-    )
+def source(sets: Sets) -> UpsampledPatches:
+    return upsampled(sets)
 
 
 @pytest.fixture(scope="module")
-def teacher(sets) -> Teacher:
-    torch.manual_seed(5)
-    network = build_network("convnet-d3-w8", 10, 32)
-    return Teacher(network, architecture="convnet-d3-w8", class_ids=sets[0].class_ids, size_px=32)
-
-
-def _mosaics(**changed) -> Mosaics:
-    ids = tuple("abcdefghij")
-    options = {"patches_NHWC": PATCHES, "labels_N": LABELS_N, "class_ids": ids}
-    return Mosaics(**{**options, "factor": 2, "seed": 0, **changed})
-
-
-def _train(source, labels, sets, folder: Path, config=CONFIG, **options) -> list[StudentResult]:
-    options = {"seeds": [0, 1], "report": Silent(), **options}
-    return train_students(source, labels, config, val_set=sets[1], folder=folder, **options)
-
-
-def _weights(result: StudentResult) -> dict[str, torch.Tensor]:
-    return read_tensors(result.path)[0]
-
-
-def _same(one: StudentResult, other: StudentResult) -> bool:
-    a, b = _weights(one), _weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def teacher(sets: Sets) -> Teacher:
+    return untrained_teacher(sets)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +74,35 @@ def test_batches_are_those_of_the_published_recipe(classes: int, ipc: int, batch
 def test_pools_hold_every_sample_once_in_whole_batches() -> None:
     config = replace(CONFIG, batch=8, pool=20)
     assert pool_size(config) == 16
-    epoch_0, epoch_1 = pools(config, 40, 0), pools(config, 40, 1)
+    epoch_0, epoch_1 = pools(config, LABELS_N, 0), pools(config, LABELS_N, 1)
     assert [len(pool) for pool in epoch_0] == [16, 16, 8]
     assert sorted(torch.cat(epoch_0).tolist()) == list(range(40))
     assert not torch.equal(torch.cat(epoch_0), torch.cat(epoch_1))
-    assert torch.equal(torch.cat(epoch_0), torch.cat(pools(config, 40, 0)))
+    assert torch.equal(torch.cat(epoch_0), torch.cat(pools(config, LABELS_N, 0)))
     assert pool_size(replace(config, pool=3)) == 8
+
+
+def test_groups_of_a_class_stay_together_and_are_new_at_every_epoch() -> None:
+    config = replace(CONFIG, batch=8, pool=16, group=2)
+    pairs = set()
+    for epoch in range(20):
+        order_N = torch.cat(pools(config, LABELS_N, epoch))
+        assert sorted(order_N.tolist()) == list(range(40))
+        pairs_G2 = order_N.view(-1, 2)
+        assert torch.equal(LABELS_N[pairs_G2[:, 0]], LABELS_N[pairs_G2[:, 1]])
+        pairs |= {tuple(sorted(pair)) for pair in pairs_G2.tolist()}
+    assert len(pairs) == 10 * 6  # of 4 samples of a class, every two meet
+
+
+def test_pools_go_on_from_any_of_them() -> None:
+    config = replace(CONFIG, batch=8, pool=20, epochs=2)
+    whole = list(pools_from(config, LABELS_N, 0))
+    assert [pool.index for pool in whole] == list(range(6))
+    assert [pool.ends_epoch for pool in whole] == [False, False, True] * 2
+    rest = list(pools_from(config, LABELS_N, 4))
+    assert [(p.index, p.epoch, p.samples_P.tolist()) for p in rest] == [
+        (p.index, p.epoch, p.samples_P.tolist()) for p in whole[4:]
+    ]
 
 
 @pytest.mark.parametrize(("classes", "each"), [(10, 4), (10, 200), (1000, 200)])
@@ -146,9 +110,11 @@ def test_a_pool_is_rendered_without_waste(classes: int, each: int) -> None:
     """The last engine batch of a pool may be padded, and no other."""
     student = RECIPES["dace"].student_for(ipc=50, factor=2, classes=classes)
     labels_N = np.repeat(np.arange(classes), each)
-    pool, batch = pools(student, len(labels_N), 0)[0].numpy(), fitting_batch(len(labels_N))
-    together = grouping(len(labels_N), student)
-    together = together or images_per_prompt(batch, np.bincount(labels_N))
+    batch = fitting_batch(len(labels_N)) if classes * each == 40 else LARGE_ENGINE_BATCH
+    group = grouping(classes, each, batch, student)
+    assert group == (None if classes * each == 40 else 8)
+    pool = pools(replace(student, group=group or 1), torch.from_numpy(labels_N), 0)[0].numpy()
+    together = group or images_per_prompt(batch, np.bincount(labels_N))
     batches = plan_batches(pool, labels_N, prompts=batch // together, images_per_prompt=together)
     assert sum(1 for _ in batches) == math.ceil(len(pool) / batch)
 
@@ -242,17 +208,17 @@ def test_upsampled_patches_are_torchs_bicubic(source) -> None:
 
 
 def test_a_mosaic_shows_the_patches_of_its_class_each_once_in_a_fresh_order() -> None:
-    mosaics = _mosaics()
-    images = mosaics.render(torch.tensor([5, 6]), 0)
+    rded = mosaics()
+    images = rded.render(torch.tensor([5, 6]), 0)
     group = {patch.numpy().tobytes() for patch in PATCHES[4:8]}
     for image in images:
         pixels = ((image.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8)
         tiles = [pixels[y : y + 16, x : x + 16] for y in (0, 16) for x in (0, 16)]
         assert {tile.contiguous().numpy().tobytes() for tile in tiles} == group
-    orders = {mosaics.render(torch.tensor([5]), epoch).numpy().tobytes() for epoch in range(20)}
+    orders = {rded.render(torch.tensor([5]), epoch).numpy().tobytes() for epoch in range(20)}
     assert len(orders) > 8
-    assert {s.numpy().tobytes() for s in mosaics.render(torch.arange(4, 8), 0)} != {
-        s.numpy().tobytes() for s in mosaics.render(torch.arange(8, 12), 0)
+    assert {s.numpy().tobytes() for s in rded.render(torch.arange(4, 8), 0)} != {
+        s.numpy().tobytes() for s in rded.render(torch.arange(8, 12), 0)
     }
 
 
@@ -281,7 +247,7 @@ def test_real_images_refuse_damaged_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["upsample", "rded", "real"])
 def test_an_image_does_not_depend_on_what_else_is_rendered(sets, source, method: str) -> None:
     real = RealImages(images=sets[0], labels_N=LABELS_N, size_px=32, seed=0)
-    chosen = {"upsample": source, "rded": _mosaics(), "real": real}[method]
+    chosen = {"upsample": source, "rded": mosaics(), "real": real}[method]
     assert chosen.samples == 40
     together = chosen.render(torch.tensor([8, 30, 2, 11]), 5)
     assert together.dtype == torch.float32
@@ -293,246 +259,96 @@ def test_an_image_does_not_depend_on_what_else_is_rendered(sets, source, method:
     json.dumps(chosen.describe())
 
 
-def test_online_targets_are_the_teachers_answers(teacher) -> None:
-    views = torch.randn(5, 3, 32, 32)
-    targets = OnlineLabels(teacher, 4.0).targets(torch.arange(5), 0, views)
-    assert targets.classes is None
-    torch.testing.assert_close(targets.labels, teacher.network(views).half(), rtol=0, atol=0)
+@pytest.fixture(scope="module")
+def online(sets, source, teacher, tmp_path_factory):
+    """Students that nobody stopped, each beside another, in as many threads as there are."""
+    folder, labels = tmp_path_factory.mktemp("online"), OnlineLabels(teacher, CONFIG.temperature)
+    return labels, train(source, labels, sets, folder), folder
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "cutmix"])
-def recorded(request, sets, source, teacher, tmp_path_factory):
-    """Students that were trained while their labels were made, and what was stored."""
-    folder = tmp_path_factory.mktemp("recorded")
-    config = replace(CONFIG, cutmix=request.param)
-    labels = RecordedLabels(teacher, source, config, folder / "labels.partial")
-    results = _train(source, labels, sets, folder, config)
-    block = labels.block()
-    save_file(block.tensors(), folder / "labels.safetensors")
-    stored = SoftLabels(folder / "labels.safetensors", block.describe())
-    return config, results, stored, folder
-
-
-def test_stored_labels_give_the_students_that_recording_gave(
-    recorded, sets, source, tmp_path: Path
-) -> None:
-    config, results, stored, _ = recorded
-    again = _train(source, StoredLabels(stored, source, config), sets, tmp_path, config)
-    assert all(_same(one, other) for one, other in zip(results, again, strict=True))
-    assert [r.accuracy for r in again] == [r.accuracy for r in results]
-    assert not _same(*results)
-
-
-def test_online_labels_agree_with_stored_ones_to_their_precision(
-    recorded, sets, source, teacher, tmp_path: Path
-) -> None:
-    config, results, _, _ = recorded
-    online = _train(source, OnlineLabels(teacher, config.temperature), sets, tmp_path, config)
-    for one, other in zip(results, online, strict=True):
-        assert one.losses == pytest.approx(other.losses, rel=0.02)
-
-
-def test_labels_can_be_made_without_students(recorded, source, teacher, tmp_path: Path) -> None:
-    config, _, stored, _ = recorded
-    labels = RecordedLabels(teacher, source, config, tmp_path / "labels.partial")
-    record_labels(source, labels, config, Silent())
-    samples = torch.arange(40)
-    for epoch in range(config.epochs):
-        made = labels.block().logits[epoch].float()
-        assert torch.equal(made, stored.logits(epoch, samples))
-    labels.discard()
-    assert not list(tmp_path.iterdir())
-
-
-def test_stopped_labels_go_on_and_those_of_other_views_begin_anew(
-    recorded, source, teacher, tmp_path: Path
-) -> None:
-    config, _, stored, _ = recorded
-    path = tmp_path / "labels.partial"
-    with pytest.raises(KeyboardInterrupt):
-        record_labels(
-            source, RecordedLabels(teacher, source, config, path), config, Silent(stop_after=3)
-        )
-    labels = RecordedLabels(teacher, source, config, path)
-    rendered: list[int] = []
-
-    class Counted(UpsampledPatches):
-        def render(self, samples_P: torch.Tensor, epoch: int) -> torch.Tensor:
-            rendered.append(epoch)
-            return super().render(samples_P, epoch)
-
-    counted = Counted(**{f.name: getattr(source, f.name) for f in fields(source)})
-    record_labels(counted, labels, config, Silent())
-    assert set(rendered) == {3}
-    made = labels.block().logits.float()
-    assert all(torch.equal(made[e], stored.logits(e, torch.arange(40))) for e in range(4))
-    other = RecordedLabels(teacher, source, replace(config, seed=8), path)
-    assert not any(other.has(torch.arange(40)[s : s + 1], 0) for s in range(40))
-
-
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        ({"epochs": 9}, "at least 9 epochs, got 4"),
-        ({"crop_scale": (0.3, 1.0)}, r"views with crop_scale = \[0.5, 1.0\], now it is \[0.3"),
-        ({"seed": 8}, "seed = 0, now it is 8"),
-        ({"flip": False}, "flip = True, now it is False"),
-    ],
-)
-def test_labels_of_other_views_are_refused(recorded, source, changed, expected: str) -> None:
-    config, _, stored, _ = recorded
-    with pytest.raises(CoresetError, match=expected):
-        StoredLabels(stored, source, replace(config, **changed))
-
-
-def test_labels_of_other_images_are_refused(recorded, sets) -> None:
-    config, _, stored, _ = recorded
-    other = _mosaics(class_ids=sets[0].class_ids)
-    with pytest.raises(CoresetError, match="source with factor = None, now it is 2"):
-        StoredLabels(stored, other, config)
-    fewer = replace(other, labels_N=LABELS_N[:20])
-    with pytest.raises(CoresetError, match="expected 20 samples of 10 classes, got 40 of 10"):
-        StoredLabels(stored, fewer, config)
-
-
-def test_top_k_labels_hold_for_one_temperature(source, teacher, tmp_path: Path) -> None:
-    config = replace(CONFIG, epochs=1, cutmix=False)
-    labels = RecordedLabels(teacher, source, config, tmp_path / "labels.partial")
-    record_labels(source, labels, config, Silent())
-    block = labels.block("topk", 3)
-    assert isinstance(block, LabelBlock)
-    save_file(block.tensors(), tmp_path / "labels.safetensors")
-    stored = SoftLabels(tmp_path / "labels.safetensors", block.describe())
-    targets = StoredLabels(stored, source, config).targets(torch.arange(40), 0, torch.zeros(1))
-    assert targets.classes is not None
-    full_NK = decode_topk(targets.labels, targets.classes, 10)
-    exact_NK = (labels.block().logits[0].float() / 4).softmax(1)
-    kept_Nk = targets.classes.long()
-    torch.testing.assert_close(
-        full_NK.gather(1, kept_Nk), exact_NK.gather(1, kept_Nk), rtol=0, atol=1e-3
-    )
-    with pytest.raises(CoresetError, match=r"expected temperature 2.0, got top-k labels at 4\.0"):
-        StoredLabels(stored, source, replace(config, temperature=2.0))
-
-
-def test_labels_that_are_not_complete_are_not_stored(source, teacher, tmp_path: Path) -> None:
-    labels = RecordedLabels(teacher, source, CONFIG, tmp_path / "labels.partial")
-    labels.targets(torch.arange(40), 0, torch.randn(40, 3, 32, 32))
-    with pytest.raises(CoresetError, match="some epochs are missing"):
-        labels.block()
-
-
-def test_a_full_disk_is_told_before_anything_is_trained(
-    source, teacher, tmp_path: Path, monkeypatch
-) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space left for"):
-        RecordedLabels(teacher, source, CONFIG, tmp_path / "labels.partial")
-    assert not list(tmp_path.iterdir())
-
-
-def test_students_learn_and_are_scored_in_percent(recorded, sets) -> None:
-    config, results, _, folder = recorded
+def test_students_learn_and_are_scored_in_percent(online, sets) -> None:
+    _, results, folder = online
     for result in results:
-        assert len(result.losses) == config.epochs
+        assert len(result.losses) == CONFIG.epochs
         assert result.losses[-1] < result.losses[0]
-        network = build_network(config.network, 10, config.size_px).eval()
-        network.load_state_dict(_weights(result))
+        network = build_network(CONFIG.network, 10, CONFIG.size_px).eval()
+        network.load_state_dict(weights(result))
         scores = accuracies([network], sets[1], size_px=32, device=torch.device("cpu"))
         assert scores == [result.accuracy]
         assert result.accuracy * len(sets[1]) / 100 == pytest.approx(
             round(result.accuracy * len(sets[1]) / 100)
         )
-    assert not (folder / "student.checkpoint.safetensors").exists()
+    assert not list(folder.glob("student.checkpoint-*"))
 
 
-def test_a_student_is_the_same_alone_and_in_company(recorded, sets, source, tmp_path: Path) -> None:
-    config, results, stored, _ = recorded
-    labels = StoredLabels(stored, source, config)
-    (alone,) = _train(source, labels, sets, tmp_path, config, seeds=[1])
-    assert _same(alone, results[1])
+def test_a_student_is_the_same_alone_and_in_company(online, sets, source, tmp_path: Path) -> None:
+    labels, results, _ = online
+    (alone,) = train(source, labels, sets, tmp_path, seeds=[1])
+    assert same(alone, results[1])
+    assert not same(*results)
 
 
 def test_a_student_is_the_same_at_any_number_of_threads(
-    recorded, sets, source, tmp_path: Path
+    online, sets, source, tmp_path: Path
 ) -> None:
-    config, results, stored, _ = recorded
-    labels, before = StoredLabels(stored, source, config), torch.get_num_threads()
+    labels, results, _ = online
+    before = torch.get_num_threads()
     try:
         torch.set_num_threads(2 if before == 1 else 1)
-        other = _train(source, labels, sets, tmp_path, config)
+        other = train(source, labels, sets, tmp_path)
         assert torch.get_num_threads() == (2 if before == 1 else 1)
     finally:
         torch.set_num_threads(before)
-    assert all(_same(one, two) for one, two in zip(results, other, strict=True))
+    assert all(same(one, two) for one, two in zip(results, other, strict=True))
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_a_killed_training_resumes_to_the_same_students(
-    recorded, sets, source, teacher, tmp_path: Path, stop_after: int
+    online, sets, source, tmp_path: Path, stop_after: int
 ) -> None:
-    config, results, stored, _ = recorded
-    for report in (Silent(stop_after), Silent()):
-        labels = RecordedLabels(teacher, source, config, tmp_path / "labels.partial")
-        if report.stop_after is None:
-            resumed = _train(source, labels, sets, tmp_path, config, report=report)
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                _train(source, labels, sets, tmp_path, config, report=report)
-    assert len(report.losses) == (4 if stop_after == 1 else 2)  # checkpoints every 2 epochs
-    assert all(_same(one, two) for one, two in zip(results, resumed, strict=True))
+    labels, results, _ = online
+    report = Silent()
+    with pytest.raises(KeyboardInterrupt):
+        train(source, labels, sets, tmp_path, report=Silent(stop_after))
+    resumed = train(source, labels, sets, tmp_path, report=report)
+    assert all(same(one, two) for one, two in zip(results, resumed, strict=True))
     assert [r.losses for r in resumed] == [r.losses for r in results]
-    again = labels.block().logits.float()
-    assert all(torch.equal(again[e], stored.logits(e, torch.arange(40))) for e in range(4))
-
-
-def test_checkpoints_of_long_epochs_come_at_every_epoch() -> None:
-    config = replace(CONFIG, checkpoint_every=10, epochs=25)
-    assert [next_checkpoint(config, epoch, 1.0) for epoch in (0, 3, 10, 20)] == [10, 10, 20, 25]
-    assert next_checkpoint(config, 3, CHECKPOINT_S / 2.5) == 5
-    assert next_checkpoint(config, 3, 1e9) == 4
-    assert next_checkpoint(config, 0, 0.0) == 10
 
 
 def test_dropout_is_resumed_too(sets, source, teacher, tmp_path: Path) -> None:
     config = replace(CONFIG, network="torchvision:squeezenet1_1", epochs=2, checkpoint_every=1)
     labels = OnlineLabels(teacher, 4.0)
-    whole = _train(source, labels, sets, tmp_path / "whole", config)
+    whole = train(source, labels, sets, tmp_path / "whole", config)
     with pytest.raises(KeyboardInterrupt):
-        _train(source, labels, sets, tmp_path / "killed", config, report=Silent(2))
+        train(source, labels, sets, tmp_path / "killed", config, report=Silent(2))
     torch.rand(7)  # the default generator is somewhere else after a restart
-    resumed = _train(source, labels, sets, tmp_path / "killed", config)
-    assert all(_same(one, two) for one, two in zip(whole, resumed, strict=True))
+    resumed = train(source, labels, sets, tmp_path / "killed", config)
+    assert all(same(one, two) for one, two in zip(whole, resumed, strict=True))
 
 
-def test_finished_students_are_taken_over_and_other_settings_refused(
-    recorded, sets, source
-) -> None:
-    config, results, stored, folder = recorded
-    labels, report = StoredLabels(stored, source, config), Silent()
-    assert _train(source, labels, sets, folder, config, report=report) == results
+def test_finished_students_are_taken_over_and_other_settings_refused(online, sets, source) -> None:
+    labels, results, folder = online
+    report = Silent()
+    assert train(source, labels, sets, folder, report=report) == results
     assert not report.losses
     with pytest.raises(CheckpointError, match=r"learning_rate = 0.001, now it is 0\.1"):
-        _train(source, labels, sets, folder, replace(config, learning_rate=0.1))
+        train(source, labels, sets, folder, replace(CONFIG, learning_rate=0.1))
 
 
 def test_a_checkpoint_of_other_settings_is_refused(sets, source, teacher, tmp_path: Path) -> None:
     labels = OnlineLabels(teacher, 4.0)
     with pytest.raises(KeyboardInterrupt):
-        _train(source, labels, sets, tmp_path, report=Silent(3))
+        train(source, labels, sets, tmp_path, report=Silent(3))
     with pytest.raises(CheckpointError, match="batch = 8, now it is 4"):
-        _train(source, labels, sets, tmp_path, replace(CONFIG, batch=4))
+        train(source, labels, sets, tmp_path, replace(CONFIG, batch=4))
     with pytest.raises(CheckpointError, match=r"seeds = \[0, 1\], now it is \[3\]"):
-        _train(source, labels, sets, tmp_path, seeds=[3])
+        train(source, labels, sets, tmp_path, seeds=[3])
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(sets, source, teacher, tmp_path) -> None:
     config = replace(CONFIG, learning_rate=1e30)
     with pytest.raises(ValueError, match=r"loss is .* in epoch \d: lower the learning rate"):
-        _train(source, OnlineLabels(teacher, 4.0), sets, tmp_path, config)
+        train(source, OnlineLabels(teacher, 4.0), sets, tmp_path, config)
 
 
 def test_an_error_in_a_students_thread_reaches_the_caller(sets, source, teacher, tmp_path) -> None:
@@ -542,17 +358,17 @@ def test_an_error_in_a_students_thread_reaches_the_caller(sets, source, teacher,
             return SoftTargets(targets.labels[:, :3])
 
     with pytest.raises(ValueError, match=r"labels: expected shape"):
-        _train(source, Broken(teacher, 4.0), sets, tmp_path)
+        train(source, Broken(teacher, 4.0), sets, tmp_path)
 
 
 def test_seeds_and_classes_are_checked(sets, source, teacher, tmp_path: Path) -> None:
     labels = OnlineLabels(teacher, 4.0)
     for seeds in ([], [1, 1]):
         with pytest.raises(ValueError, match="different seeds"):
-            _train(source, labels, sets, tmp_path, seeds=seeds)
+            train(source, labels, sets, tmp_path, seeds=seeds)
     other = replace(source, class_ids=tuple("abcdefghij"))
     with pytest.raises(ValueError, match=r"expected the coreset's 10 classes \(a, b, c"):
-        _train(other, labels, sets, tmp_path)
+        train(other, labels, sets, tmp_path)
 
 
 def test_the_normalisation_of_views_is_the_students() -> None:

@@ -6,7 +6,9 @@ message names what differs. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import glob
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,55 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
         raise CheckpointError(
             f"{path} is no weights file of ours, or is damaged ({error}): remove or replace it"
         ) from None
+
+
+class Checkpoints:
+    """The last checkpoints of one training: NAME.checkpoint-NUMBER.safetensors in a folder."""
+
+    def __init__(self, folder: Path, name: str, kept: int) -> None:
+        self.folder, self.name, self.kept = folder, name, kept
+
+    def paths(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob(f"{glob.escape(self.name)}.checkpoint-[0-9]*.safetensors"))
+
+    def write(self, tensors: Tensors, metadata: dict[str, Any]) -> None:
+        """One more; then those are removed that are too many. OSError on a full disk."""
+        number = self._number(self.paths()[-1]) + 1 if self.paths() else 0
+        path = self.folder / f"{self.name}.checkpoint-{number:06d}.safetensors"
+        write_tensors(path, tensors, {**metadata, "versions": _versions()})
+        for old in self.paths()[: -self.kept]:
+            old.unlink()
+
+    def newest(self, say: Callable[[str], None]) -> tuple[Path, Tensors, dict[str, Any]] | None:
+        """The last that can be read; what is damaged, or by other libraries, is said."""
+        for path in reversed(self.paths()):
+            try:
+                tensors, metadata = read_tensors(path)
+            except CheckpointError as error:
+                say(f"warning: {error}; going on from the one before")
+                continue
+            if metadata.get("versions") != _versions():
+                say(
+                    f"warning: {path.name} was written with {metadata.get('versions')}, this is "
+                    f"{_versions()}: the result may differ in its last digits"
+                )
+            return path, tensors, metadata
+        return None
+
+    def remove(self) -> None:
+        """All of them, when the training is done."""
+        for path in self.paths():
+            path.unlink()
+
+    @staticmethod
+    def _number(path: Path) -> int:
+        return int(path.stem.rsplit("-", 1)[1])
+
+
+def _versions() -> dict[str, str]:
+    """What the last digits of a training depend on."""
+    return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 
 
 def require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

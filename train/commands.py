@@ -14,11 +14,12 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ..engine.config import Start
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
-from .config import PriorConfig, RecipeName, Scoring
+from .config import PriorConfig, RecipeName, Scoring, StudentPrecision
 from .coreset_options import StudentElsewhere, TrainVerify
 
 METHODS = ("dace", "rded", "random", "upsample")
-LabelChoice = Literal["dense", "topk", "online"]
+LabelChoice = Literal["stored", "online", "record"]
+CodecChoice = Literal["dense", "topk"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,8 @@ class RunOptions:
     """Of its encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows in
     fp16."""
     engine_batch: int | None = None
-    """Images per call of the model; pictures differ by rounding at most. Left out: the divisor of
-    an epoch's images that is nearest to 32 from below, or 32."""
+    """Images per call of the model; pictures differ by rounding at most. Left out: 32, or, when an
+    epoch is rendered at once, the divisor of its images that is nearest to 32 from below."""
     bundles: Path | None = None
     """Folder of built engines. Left out: patchbloom/bundles in the user's cache."""
     recipe: RecipeName | None = None
@@ -74,14 +75,33 @@ class RunOptions:
     """A network to train, torchvision:NAME, or a file. Left out: the recipe's network."""
     student: str | None = None
     """The students' network. Left out: the recipe's."""
-    labels: LabelChoice = "dense"
-    """How the teacher's soft labels are kept in the coreset; `online` stores none."""
+    labels: LabelChoice = "record"
+    """How the teacher's soft labels come: `record` trains and stores them in one pass, `stored`
+    stores them first, `online` stores none. The students are the same."""
+    codec: CodecChoice = "dense"
+    """How labels are kept: `dense`, fp16 logits of all classes, or `topk`, the largest
+    probabilities, from which the students of this run then learn."""
+    top_k: int = 10
+    """Probabilities per label that --codec topk keeps; fewer than half of the classes."""
     seed: int = 0
     """Of everything random: patches, noise, crops, order, initialisation."""
     seeds: int = 3
     """Students per method; accuracies are the mean ± std over them."""
     batch: int | None = None
     """Views per optimiser step of a student. Left out: the recipe's for this ipc."""
+    accumulate: int = 1
+    """Parts that a batch is split into when it does not fit into memory whole; the gradient is that
+    of the batch, a BatchNorm sees parts."""
+    student_precision: StudentPrecision | None = None
+    """Of the students' passes, by autocast. Left out: bf16 on cuda, fp32 on the CPU."""
+    student_compile: bool = False
+    """Compile the students' network with torch.compile, on a GPU as CUDA graphs."""
+    overlap: Literal["on", "off"] = "on"
+    """Render the next images while the students learn; `off` is the serial baseline. The students
+    are the same either way."""
+    refresh: float = 1.0
+    """Share of the patches that dace expands anew in an epoch; the others are shown again, with new
+    crops. Less than 1 is lossy."""
     ceiling: bool = True
     """Also train students on fresh real images: the ceiling that the methods are measured by."""
     class_names: Path | None = None
@@ -107,17 +127,23 @@ class RunOptions:
                 )
         for name in (
             *("ipc", "factor", "image_size", "steps", "engine_batch", "epochs", "teacher_epochs"),
-            *("seeds", "batch", "shapes_per_class"),
+            *("top_k", "seeds", "batch", "accumulate", "shapes_per_class"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
         if not 0 < self.rho <= 1:
             raise ValueError(f"--rho {self.rho:g}: expected more than 0, and 1 at most")
+        if not 0 < self.refresh <= 1:
+            raise ValueError(f"--refresh {self.refresh:g}: expected more than 0, and 1 at most")
         if "dace" in self.methods and self.start == "image" and int(self.steps * self.rho) < 1:
             raise ValueError(
                 f"--rho {self.rho:g} of --steps {self.steps} rounds to 0 evaluations: "
                 f"give --rho {1 / self.steps:g} or more, or more --steps"
+            )
+        if self.labels == "online" and self.codec == "topk":
+            raise ValueError(
+                "--labels online stores none, so --codec topk has no use: leave one of them out"
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
@@ -153,7 +179,7 @@ class TrainLabels(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.labels == "online":
-            raise ValueError("--labels online stores none: give dense or topk to train labels")
+            raise ValueError("--labels online stores none: leave it out to train labels")
 
 
 @dataclass(frozen=True, kw_only=True)

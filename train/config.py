@@ -11,6 +11,9 @@ from typing import Any, Literal
 Device = Literal["auto", "cpu", "cuda"]
 RecipeName = Literal["rded", "dace", "small"]
 Scoring = Literal["pad", "resize"]
+StudentPrecision = Literal["fp32", "bf16", "fp16"]
+CHANGES_NO_RESULT = ("overlap", "checkpoint_every", "checkpoints_kept")
+"""Options of a StudentConfig that a resumed training may have otherwise."""
 
 
 def _check_at_least(config: object, least: float, *names: str) -> None:
@@ -133,8 +136,22 @@ class StudentConfig:
     """Paste a box of another sample of the pool into every view; the teacher labels the mixture."""
     pool: int = 1024
     """Samples that are rendered together and among which CutMix partners and batches are drawn."""
+    group: int = 1
+    """Samples of one class that stay together in the order of an epoch, so that they share a prompt
+    in the engine; a student mixes them with the rest of the pool."""
+    precision: StudentPrecision = "fp32"
+    """Of a student's forward and backward pass, by autocast; weights and optimiser stay in fp32."""
+    compile: bool = False
+    """Compile the network with torch.compile, on a GPU as CUDA graphs."""
+    accumulate: int = 1
+    """Parts that a batch is split into for its gradient, when it does not fit into memory whole. A
+    BatchNorm then sees parts."""
+    overlap: bool = True
+    """Render the next pools while the students learn; changes no result."""
     checkpoint_every: int = 10
     """Epochs between two checkpoints of all students at most; changes no result."""
+    checkpoints_kept: int = 2
+    """The last checkpoints that are kept: should one be damaged, there is another; no result."""
     seed: int = 0
     """The coreset's seed: of crops, flips, CutMix and the order of samples, so that stored labels
     fit every student. A student's own seed sets its initialisation and its order in the pool."""
@@ -142,7 +159,8 @@ class StudentConfig:
     """`auto` is cuda where there is one."""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "size_px", "epochs", "batch", "pool", "checkpoint_every")
+        _check_at_least(self, 1, "size_px", "epochs", "batch", "pool", "group", "accumulate")
+        _check_at_least(self, 1, "checkpoint_every", "checkpoints_kept")
         _check_positive(self, "learning_rate", "temperature")
         _check_crop_scale(self.crop_scale)
         if not 0 <= self.final_lr_fraction < 1:
@@ -159,7 +177,8 @@ class StudentConfig:
 _NOT_OF_THE_RECIPE = {
     *("seed", "size_px", "crop_scale", "flip", "cutmix"),  # of the views
     *("epochs", "temperature"),  # of the labels
-    *("device", "checkpoint_every"),
+    "device",
+    *CHANGES_NO_RESULT,
 }
 
 

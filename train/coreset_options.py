@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
+from .config import StudentPrecision
 
 LabelKind = Literal["probabilities", "logits"]
 
@@ -35,8 +36,8 @@ class RenderOptions:
     vae_precision: VaePrecision | None = None
     """Of its encoder and decoder. Left out: the manifest's; `auto` beside another --precision."""
     engine_batch: int | None = None
-    """Images per call of the model; pictures differ by rounding at most. Left out: the divisor of
-    an epoch's images that is nearest to 32 from below, or 32."""
+    """Images per call of the model; pictures differ by rounding at most. Left out: as the run that
+    made the labels would choose it."""
     bundles: Path | None = None
     """Folder of built engines. Left out: patchbloom/bundles in the user's cache."""
     device: DeviceName = "auto"
@@ -115,6 +116,15 @@ class StudentElsewhere(RenderOptions):
     """What is left of it after the last epoch, in [0, 1). Left out: the manifest's."""
     weight_decay: float | None = None
     """Decoupled; none on 1-D parameters. Left out: the manifest's."""
+    student_precision: StudentPrecision | None = None
+    """Of the students' passes, by autocast. Left out: the manifest's."""
+    student_compile: bool | None = None
+    """Compile the students' network with torch.compile. Left out: the manifest's."""
+    accumulate: int | None = None
+    """Parts that a batch is split into when it does not fit into memory whole. Left out: the
+    manifest's."""
+    overlap: Literal["on", "off"] = "on"
+    """Render the next images while the students learn; the students are the same either way."""
     seed: int | None = None
     """Of the students' initialisation and order. Left out: the manifest's, which gives the
     students of the coreset's own run."""
@@ -125,7 +135,7 @@ class StudentElsewhere(RenderOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least_1(self, "shapes_per_class", "epochs", "batch", "seeds")
+        _check_at_least_1(self, "shapes_per_class", "epochs", "batch", "accumulate", "seeds")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
 

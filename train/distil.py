@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.coreset import Coreset, attach_labels, open_coreset, write_coreset
-from ..engine.manifest import canonical
+from ..engine.manifest import CoresetError, canonical
 from ..engine.patches import PatchSelection, select_patches
+from .config import CHANGES_NO_RESULT
 from .evaluation import accuracies
 from .labels import (
     Labels,
@@ -35,9 +36,9 @@ from .pictures import (
     rendered_sheet,
     write_picture,
 )
-from .plan import TOP_K, Plan
+from .plan import Plan
 from .record import Report
-from .sources import describe_model, open_source, rendering_rate
+from .sources import describe_model, fresh, open_source, rendering_rate
 from .stages import RunFolder, StageResult, settings_by_option
 from .summary import REAL, provenance
 from .teacher import Teacher, load_teacher
@@ -239,21 +240,43 @@ class Distillation:
         )
 
     def _make_labels(self, method: str) -> StageResult:
-        with open_source(self.plan, self._coreset(method)) as source:
-            labels = self._recorded(method, source)
-            record_labels(source, labels, self.plan.student, self.report)
-            coreset = self._attach(method, labels)
+        coreset = self._coreset(method)
+        with open_source(self.plan, coreset) as source:
+            if self._stored(method, source, coreset) is None:
+                coreset = self._attach(method, source, self._recorded(method, source))
         return StageResult({"content_sha256": coreset.content_sha256})
 
     def _recorded(self, method: str, source: ImageSource) -> RecordedLabels:
-        return RecordedLabels(self.teacher, source, self.plan.student, self._recording(method))
+        plan, path = self.plan, self._recording(method)
+        codec, k = plan.options.codec, plan.options.top_k
+        return RecordedLabels(
+            self.teacher, source, plan.student, path, self.report, codec=codec, k=k
+        )
+
+    def _stored(self, method: str, source: ImageSource, coreset: Coreset) -> StoredLabels | None:
+        """Those that the coreset has; CoresetError when --codec asks for others."""
+        stored = coreset.soft_labels()
+        if stored is None:
+            return None
+        options = self.plan.options
+        asked = _codec_options(options.codec, options.top_k)
+        kept = _codec_options(stored.codec, stored.k)
+        if kept != asked:
+            raise CoresetError(
+                f"{coreset.folder} holds labels of {kept}, asked for {asked}: "
+                f"give {kept}, or another --out"
+            )
+        discard_recorded(self._recording(method))  # of a run that was killed in between
+        return StoredLabels(stored, source, self.plan.student)
 
     def _recording(self, method: str) -> Path:
         return self.run.folder / "students" / f"{method}.labels.partial"
 
-    def _attach(self, method: str, labels: RecordedLabels) -> Coreset:
-        codec = "topk" if self.plan.options.labels == "topk" else "dense"
-        coreset = attach_labels(self.coreset_folder(method), labels.block(codec, TOP_K))
+    def _attach(self, method: str, source: ImageSource, labels: RecordedLabels) -> Coreset:
+        """Put recorded labels into the coreset, after asking for those that are missing."""
+        if not labels.is_complete():
+            record_labels(source, labels, self.plan.student, self.report)
+        coreset = attach_labels(self.coreset_folder(method), labels.block())
         labels.discard()
         return coreset
 
@@ -268,16 +291,26 @@ class Distillation:
     def _student_settings(self, method: str) -> dict[str, Any]:
         """All that decides labels and students of a method."""
         plan = self.plan
-        student = {k: v for k, v in asdict(plan.student).items() if k != "checkpoint_every"}
+        student = {k: v for k, v in asdict(plan.student).items() if k not in CHANGES_NO_RESULT}
         settings = {
             "--data": plan.data_sha256,
-            "--labels": plan.options.labels,
             "teacher": self.teacher_stage()["sha256"],
             **settings_by_option("student", student),
         }
+        if method == "dace":
+            settings["--refresh"] = plan.options.refresh
         if method != REAL:
             settings["patches"] = self.coreset_stage()[method]["patches_sha256"]
+            settings |= self._label_settings()
         return settings | (self._model_settings() if method == "dace" else {})
+
+    def _label_settings(self) -> dict[str, Any]:
+        """`stored` and `record` make the same labels and students."""
+        options = self.plan.options
+        if options.labels == "online":
+            return {"--labels": "online"}
+        kept = {"--labels": "record or stored", "--codec": options.codec}
+        return kept | ({"--top-k": options.top_k} if options.codec == "topk" else {})
 
     def _make_students(self, method: str) -> StageResult:
         plan, folder = self.plan, self.run.folder / "students"
@@ -297,7 +330,7 @@ class Distillation:
                 name=method,
             )
             if isinstance(labels, RecordedLabels):
-                self._attach(method, labels)
+                self._attach(method, source, labels)
         described = {
             "accuracies": [result.accuracy for result in results],
             "losses": [list(result.losses) for result in results],
@@ -309,24 +342,25 @@ class Distillation:
 
     def _labels(self, method: str, source: ImageSource, coreset: Coreset | None) -> Labels:
         """Stored ones where the coreset has them, else the teacher's, kept if that is asked for."""
-        student = self.plan.student
         if coreset is None or self.plan.options.labels == "online":
-            return OnlineLabels(self.teacher, student.temperature)
-        stored = coreset.soft_labels()
-        if stored is not None:
-            discard_recorded(self._recording(method))  # of a run that was killed in between
-            return StoredLabels(stored, source, student)
-        return self._recorded(method, source)
+            return OnlineLabels(self.teacher, self.plan.student.temperature)
+        stored = self._stored(method, source, coreset)
+        return self._recorded(method, source) if stored is None else stored
 
     def _draw(self, method: str, source: ImageSource, coreset: Coreset | None) -> None:
         samples = one_sample_per_class(source.labels_N)
         write_picture(self.run.folder, f"rendered-{method}", rendered_sheet(source, samples))
-        if coreset is not None and isinstance(source, Expansions):
-            sheet = expansion_sheet(source.expander, coreset.patches(), samples)
+        expansions = fresh(source)
+        if coreset is not None and isinstance(expansions, Expansions):
+            sheet = expansion_sheet(expansions.expander, coreset.patches(), samples)
             write_picture(self.run.folder, "expansions", sheet)
 
     def _coreset(self, method: str) -> Coreset:
         return open_coreset(self.coreset_folder(method))
+
+
+def _codec_options(codec: str, k: int | None) -> str:
+    return f"--codec {codec}" + (f" --top-k {k}" if codec == "topk" else "")
 
 
 def _named(teacher_source: str) -> str:

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..engine.backends import resolve_device
 from ..engine.console import print_table
 from ..engine.coreset import Coreset, open_coreset
-from ..engine.soft_labels import SoftLabels, decode_topk, encode_topk
+from ..engine.soft_labels import SoftLabels, decode_topk, encode
 from ..export.config import BackendName
 from .config import StudentConfig
 from .coreset_options import TrainVerify
@@ -43,6 +43,7 @@ from .recorded import (
     require_soft_labels,
     view_config,
 )
+from .refresh import Refreshed
 from .summary import rounded
 from .teacher import Teacher
 from .views import cutmix_of, make_views, pools
@@ -108,7 +109,7 @@ def _drift(
     compared: list[_Compared] = []
     with open_recorded_source(coreset, options, backend, config) as source:
         stored = fitting_labels(coreset, source, config, options).stored
-        pairs = list(chosen_pairs(config, source.samples, options.samples, options.seed))
+        pairs = list(chosen_pairs(config, source.labels_N, options.samples, options.seed))
         total = sum(len(rows_S) for *_, rows_S in pairs)
         for pool in pairs:
             compared.append(_compare(source, stored, config, teacher, *pool))
@@ -131,6 +132,8 @@ def _drift(
 def _made_by(source: ImageSource) -> dict[str, Any]:
     """What ran the model, and in which precision; None where there is no model."""
     keys = ("backend", "precision", "vae_precision")
+    if isinstance(source, Refreshed):
+        source = source.source
     if not isinstance(source, Expansions):
         return dict.fromkeys(keys)
     described = source.expander.describe()
@@ -160,8 +163,7 @@ def _compare(
 ) -> _Compared:
     views_SCHW, rendered = _views(source, config, samples_P, epoch, rows_S)
     samples_S = samples_P[rows_S]
-    kept = stored.targets(epoch, samples_S)
-    now_SK = _coded(teacher.logits(views_SCHW), stored, kept.labels.shape[1])
+    now_SK = _coded(teacher.logits(views_SCHW), stored)
     then_SK = stored.probabilities(epoch, samples_S)
     others_S = _others_of_the_class(source.labels_N)[samples_S]
     control_S = kl(stored.probabilities(epoch, others_S), now_SK)
@@ -174,7 +176,7 @@ def _compare(
 
 
 def chosen_pairs(
-    config: StudentConfig, samples: int, count: int, seed: int
+    config: StudentConfig, labels_N: Tensor, count: int, seed: int
 ) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Which pairs are looked at: a pool's samples [P], its epoch, and rows [S] of the pool.
 
@@ -184,7 +186,7 @@ def chosen_pairs(
     draw = np.random.default_rng(seed)
     each = math.ceil(count / min(EPOCHS_LOOKED_AT, config.epochs))
     for epoch in draw.permutation(config.epochs).tolist():
-        of_epoch = pools(config, samples, epoch)
+        of_epoch = pools(config, labels_N, epoch)
         samples_P = of_epoch[draw.integers(len(of_epoch))]
         wanted = min(each, count, len(samples_P))
         rows_S = np.sort(draw.choice(len(samples_P), wanted, replace=False))
@@ -209,13 +211,15 @@ def _views(
     return views_PCHW[rows_S.to(made.device)], len(needed)
 
 
-def _coded(logits_SK: Tensor, stored: SoftLabels, k: int) -> Tensor:
+def _coded(logits_SK: Tensor, stored: SoftLabels) -> Tensor:
     """The teacher's logits as the codec would give them back: fp32 probabilities on the CPU."""
-    rounded_SK = logits_SK.to("cpu", torch.float16).float()
-    if stored.codec == "dense":
-        return (rounded_SK / stored.temperature).softmax(1)
-    coded = encode_topk(rounded_SK, k=k, temperature=stored.temperature)
-    return decode_topk(*coded, stored.classes)
+    temperature = stored.temperature
+    kept = encode(
+        logits_SK.to(torch.float16), codec=stored.codec, k=stored.k or 0, temperature=temperature
+    )
+    if kept.classes is not None:
+        return decode_topk(kept.labels, kept.classes, stored.classes)
+    return (kept.labels.float() / temperature).softmax(1)
 
 
 def kl(p_SK: Tensor, q_SK: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..engine.backends import resolve_device
 from ..engine.coreset import Coreset, open_coreset
 from ..engine.durable import full_disk_explained
 from ..engine.images import ImageSet, open_image_set
-from .config import StudentConfig
+from .config import CHANGES_NO_RESULT, StudentConfig
 from .coreset_options import StudentElsewhere
 from .loop import train_students
 from .plan import check_network, data_folder, images_sha256, student_seeds
@@ -77,6 +77,10 @@ def _student_config(coreset: Coreset, options: StudentElsewhere) -> StudentConfi
         learning_rate=options.learning_rate,
         final_lr_fraction=options.final_lr_fraction,
         weight_decay=options.weight_decay,
+        precision=options.student_precision,
+        compile=options.student_compile,
+        accumulate=options.accumulate,
+        overlap=options.overlap == "on",
     )
     check_network("--student", config.network, len(coreset.class_ids), config.size_px)
     return config
@@ -93,7 +97,7 @@ def _settings(
     coreset: Coreset, options: StudentElsewhere, config: StudentConfig, val: ImageSet | None
 ) -> dict[str, Any]:
     """All that decides the students and what is told of them."""
-    student = {k: v for k, v in asdict(config).items() if k != "checkpoint_every"}
+    student = {k: v for k, v in asdict(config).items() if k not in CHANGES_NO_RESULT}
     return {
         "--coreset": coreset.content_sha256,
         "validation images": None if val is None else images_sha256(val),

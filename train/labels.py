@@ -1,13 +1,18 @@
 """Soft labels: the teacher's answers to what the students see.
 
 online   the teacher answers while the students train; nothing is kept
-record   the same, and its logits are kept in fp16, to be put into the coreset afterwards
+record   the same, and its answers are kept as the codec has them, for the coreset
 stored   read from the coreset; no teacher is needed
 
-Every answer is rounded to fp16 before a student learns from it: so a student is the same, bit for
-bit on the CPU, whether its labels were made online, recorded, or read from where they are stored.
+The teacher's logits are rounded to fp16 first. A student learns from an answer as it is kept: so it
+is the same, bit for bit on the CPU, whether its labels were recorded beside it or read from where
+they are stored, dense or top-k; and from online labels it is the one of dense labels.
 
-Legend: E epochs, N samples, K classes, P samples of a pool.
+Top-k labels p' of dense ones p: ||p' - p||_1 <= 2 r + 2^-10 + k 2^-24, where r is the mass of the
+classes that are left out (which is spread evenly; the rest of the bound is fp16). The gradient of
+the loss by a student's logits, (q - p) / T, differs by a T-th of that.
+
+Legend: E epochs, N samples, K classes, k kept probabilities, P samples of a pool.
 """
 
 from __future__ import annotations
@@ -18,13 +23,20 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..engine.durable import full_disk_explained, replace_file
+from ..engine.label_file import KeptCodec, LabelLayout, MappedParts, fill_with_nan
 from ..engine.manifest import CoresetError
-from ..engine.soft_labels import Codec, LabelBlock, SoftLabels, SoftTargets
+from ..engine.soft_labels import (
+    Codec,
+    RecordedBlock,
+    SoftLabels,
+    SoftTargets,
+    encode,
+    unanswered,
+)
 from .config import StudentConfig
 from .methods import ImageSource
 from .record import Report
@@ -66,11 +78,12 @@ class OnlineLabels:
 
 
 class RecordedLabels:
-    """The teacher's logits, kept in a file of E·N·K fp16 numbers while they are used.
+    """The teacher's answers, kept in a file of E·N·K·2 bytes (top-k: E·N·k·4) while they are used.
 
     The file is filled with NaN at first: a full disk is an error then, and not a crash later, and
-    an answer that is missing cannot be taken for one. A second file says what the answers belong
-    to; those of anything else are not gone on with.
+    an answer that is missing cannot be taken for one. It is memory-mapped, so that what is answered
+    survives a kill -9. A second file says what the answers belong to; a recording of anything else,
+    or one that was cut short, is begun anew, and the report is told.
     """
 
     def __init__(
@@ -79,55 +92,78 @@ class RecordedLabels:
         source: ImageSource,
         config: StudentConfig,
         path: Path,
+        report: Report,
+        *,
+        codec: KeptCodec = "dense",
+        k: int = 10,
     ) -> None:
         self.teacher, self.temperature, self.path = teacher, config.temperature, path
+        self.layout = LabelLayout(
+            codec=codec,
+            epochs=config.epochs,
+            samples=source.samples,
+            classes=len(teacher.class_ids),
+            k=k,
+        )
         self.settings = {
             **label_settings(source, config),
             "teacher": teacher.sha256,
             "student": config.recipe(),
         }
-        shape = (config.epochs, source.samples, len(teacher.class_ids))
-        count = shape[0] * shape[1] * shape[2]
-        said = json.dumps({**self.settings, "shape": shape}, sort_keys=True).encode()
-        if not _holds(_belongs_to(path), said) or not path.is_file():
+        told = {**self.settings, **self.layout.describe(), "temperature": config.temperature}
+        said = json.dumps(told, sort_keys=True).encode()
+        if not self._is_of(said):
+            if path.is_file():
+                report.say(f"labels: {path} was cut short or is of other labels: begun anew")
             discard_recorded(path)
-            _fill_with_nan(path, count)
+            _begin(path, self.layout)
             replace_file(_belongs_to(path), said)
-        flat = torch.from_file(str(path), shared=True, size=count, dtype=torch.float16)
-        self._logits_ENK = flat.view(shape)
+        self._recording = MappedParts(path, self.layout, recording=True)
+        self._parts = [torch.from_numpy(array) for array in self._recording.arrays]
+
+    def _is_of(self, said: bytes) -> bool:
+        belongs = _belongs_to(self.path)
+        return (
+            belongs.is_file()
+            and belongs.read_bytes() == said
+            and self.path.is_file()
+            and self.path.stat().st_size == self.layout.bytes
+        )
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
-        logits_PK = self.teacher.logits(views_PCHW).to(torch.float16)
-        self._logits_ENK[epoch, samples_P] = logits_PK.cpu()
-        return SoftTargets(logits_PK.to(views_PCHW.device))
+        """CoresetError for an answer that no codec can hold: NaN, or beyond fp16."""
+        kept = encode(
+            self.teacher.logits(views_PCHW).to(torch.float16),
+            codec=self.layout.codec,
+            k=self.layout.k,
+            temperature=self.temperature,
+        )
+        self._parts[0][epoch, samples_P] = kept.labels
+        if kept.classes is not None:
+            self._parts[1][epoch, samples_P] = kept.classes
+        return kept.to(views_PCHW.device)
 
     def has(self, samples_P: Tensor, epoch: int) -> bool:
         """Whether every answer of a pool is there, from a recording that was stopped."""
-        return not bool(self._logits_ENK[epoch, samples_P].isnan().any())
+        rows_P = SoftTargets(*(part[epoch, samples_P] for part in self._parts))
+        return not bool(unanswered(rows_P, self.layout.classes).any())
+
+    def is_complete(self) -> bool:
+        """Whether every answer is there."""
+        epochs = (SoftTargets(*rows) for rows in zip(*self._parts, strict=True))
+        return not any(bool(unanswered(rows, self.layout.classes).any()) for rows in epochs)
 
     def flush(self) -> None:
-        descriptor = os.open(self.path, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        self._recording.flush()
 
     def describe(self) -> dict[str, Any]:
-        return {"teacher": self.teacher.sha256, "temperature": self.temperature, "codec": "dense"}
+        """The same as of the StoredLabels that they become."""
+        return _described(self.teacher.sha256, self.temperature, self.layout.codec, self.layout.k)
 
-    def block(self, codec: Codec = "dense", k: int = 10) -> LabelBlock:
-        """Everything recorded, for engine.coreset.attach_labels.
-
-        CoresetError when an answer is missing, before the last epoch.
-        """
-        if any(bool(epoch_NK.isnan().any()) for epoch_NK in self._logits_ENK):
-            raise CoresetError(f"{self.path}: labels of some epochs are missing: train to the end")
-        return LabelBlock(
-            codec=codec,
-            logits=None if codec == "none" else self._logits_ENK,
-            temperature=self.temperature,
-            k=k,
-            settings=self.settings,
+    def block(self) -> RecordedBlock:
+        """Everything recorded, for engine.coreset.attach_labels, which refuses missing answers."""
+        return RecordedBlock(
+            recording=self._recording, temperature=self.temperature, settings=self.settings
         )
 
     def discard(self) -> None:
@@ -146,21 +182,13 @@ def _belongs_to(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == data
-
-
-def _fill_with_nan(path: Path, count: int) -> None:
-    """Make `path` a file of `count` fp16 NaN; OSError, one line, on a full disk."""
+def _begin(path: Path, layout: LabelLayout) -> None:
+    """Make `path` a recording without answers; OSError, one line, on a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f"{path.name}.partial")
-    block = np.full(min(count, 2**20), np.nan, np.float16)
     try:
-        with full_disk_explained(path, 2 * count), staged.open("wb") as stream:
-            for first in range(0, count, len(block)):
-                stream.write(block[: count - first].tobytes())
-            stream.flush()
-            os.fsync(stream.fileno())
+        with full_disk_explained(path, layout.bytes):
+            fill_with_nan(staged, layout)
         os.replace(staged, path)
     except BaseException:
         staged.unlink(missing_ok=True)
@@ -181,24 +209,48 @@ class StoredLabels:
         *,
         but_for: Collection[str] = (),
     ) -> None:
-        self.stored = stored
+        self.stored, self.config = stored, config
         wanted = label_settings(source, config)
         then = stored.settings.get("source", {})
         wanted["source"] |= {key: then[key] for key in but_for if key in then}
         _require_fit(stored, wanted, source, config)
-        self.temperature = config.temperature
+        self.temperature, self._labels_N = config.temperature, source.labels_N
+        self._epoch, self._pools = -1, list[Tensor]()
+        self._pool_of_N = torch.empty(stored.samples, dtype=torch.int64)
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
-        return self.stored.targets(epoch, samples_P).to(views_PCHW.device)
+        """While these are learnt from, the next pool's are read from the disk."""
+        targets_P = self.stored.targets(epoch, samples_P)
+        self._read_next(int(samples_P[0]), epoch)
+        return targets_P.to(views_PCHW.device)
+
+    def _read_next(self, sample: int, epoch: int) -> None:
+        """Read the pool after the one with this sample ahead, of the next epoch after the last."""
+        if epoch != self._epoch:
+            self._epoch, self._pools = epoch, self._pools_of(epoch)
+            for number, samples_P in enumerate(self._pools):
+                self._pool_of_N[samples_P] = number
+        following = int(self._pool_of_N[sample]) + 1
+        if following < len(self._pools):
+            self.stored.read_ahead(epoch, self._pools[following])
+        elif epoch + 1 < self.stored.epochs:
+            self.stored.read_ahead(epoch + 1, self._pools_of(epoch + 1)[0])
+
+    def _pools_of(self, epoch: int) -> list[Tensor]:
+        return pools(self.config, self._labels_N, epoch)
 
     def flush(self) -> None:
         pass
 
     def describe(self) -> dict[str, Any]:
-        """The same as of the RecordedLabels that they came from, if they are dense."""
+        """The same as of the RecordedLabels that they came from."""
         teacher = self.stored.settings.get("teacher")
-        codec = self.stored.codec
-        return {"teacher": teacher, "temperature": self.temperature, "codec": codec}
+        return _described(teacher, self.temperature, self.stored.codec, self.stored.k)
+
+
+def _described(teacher: Any, temperature: float, codec: Codec, k: int | None) -> dict[str, Any]:
+    kept = {"k": k} if codec == "topk" else {}
+    return {"teacher": teacher, "temperature": temperature, "codec": codec, **kept}
 
 
 def label_settings(source: ImageSource, config: StudentConfig) -> dict[str, Any]:
@@ -247,7 +299,7 @@ def record_labels(
     """
     for epoch in range(config.epochs):
         report.progress("labels", epoch, config.epochs, "epochs")
-        for samples_P in pools(config, source.samples, epoch):
+        for samples_P in pools(config, source.labels_N, epoch):
             if labels.has(samples_P, epoch):
                 continue
             views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)

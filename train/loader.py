@@ -203,7 +203,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
 
     def _pools(self, epoch: int, skipped: int) -> Iterator[tuple[LabelledPool, int]]:
         """The epoch's pools after `skipped` samples, and how many of the pool to skip."""
-        sizes = [len(samples_P) for samples_P in pools(self._config, self._samples, epoch)]
+        sizes = [len(samples_P) for samples_P in pools(self._config, self._coreset.labels_N, epoch)]
         first = 0
         while first < len(sizes) and skipped >= sizes[first]:
             skipped -= sizes[first]
@@ -220,7 +220,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         """All pools from there on: of the thread that runs, if they come next in it."""
         if self._stream is None or self._upcoming != (epoch, first):
             self._stop()
-            items = _items(self._config, self._samples, epoch, first, self.epochs)
+            items = _items(self._config, self._coreset.labels_N, epoch, first, self.epochs)
             self._stream = _ahead(self._source.fill, items, self.options.ahead)
         return self._stream
 
@@ -247,11 +247,11 @@ def _config(coreset: Coreset, options: LoaderOptions, views: StudentConfig | Non
 
 
 def _items(
-    config: StudentConfig, samples: int, epoch: int, first: int, epochs: int | None
+    config: StudentConfig, labels_N: Tensor, epoch: int, first: int, epochs: int | None
 ) -> Iterator[tuple[int, Tensor]]:
     """(epoch, samples [P]) of every pool from number `first` of `epoch` on, to the last epoch."""
     while epochs is None or epoch < epochs:
-        for samples_P in pools(config, samples, epoch)[first:]:
+        for samples_P in pools(config, labels_N, epoch)[first:]:
             yield epoch, samples_P
         epoch, first = epoch + 1, 0
 

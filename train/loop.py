@@ -1,13 +1,15 @@
 """Train students on rendered images: all seeds in lockstep, from one stream of pools.
 
-    for epoch, for pool of samples:   render → views → targets        (once, for all students)
-        for each student:             its own order of the pool, batches, AdamW steps on
-                                      KL(targets || softmax(student / T)), batchmean, no T²
+    producer:   for every pool: render → views → labels → a slot of the ring
+    consumer:   for every filled slot, for each student: its own order of the pool, batches,
+                AdamW steps on KL(labels || softmax(student / T)), batchmean, no T²
 
-Rendering is the expensive half; every student draws on the same rendering. On the CPU each student
-computes in one thread, as many students at a time as there are cores, in turns with rendering: so a
-student's bits depend neither on the number of cores nor on the seeds that are trained beside it,
-and no two thread pools fight for a core (OpenMP waits in a spin: eight times slower, measured).
+Rendering is the expensive half; every student draws on the same rendering, and learns from one pool
+while the next is rendered (overlap.py). On a GPU students take turns; on the CPU each computes in
+one thread, as many at a time as there are cores. So a student's bits depend neither on the number
+of cores, nor on the seeds that are trained beside it, nor on the overlap.
+
+A checkpoint says how far each student is, to the batch, and SIGINT and SIGTERM write one at once.
 
 Legend: P samples of a pool, K classes, H W image size.
 """
@@ -19,34 +21,43 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..engine.backends import resolve_device
 from ..engine.images import ImageSet
-from ..engine.soft_labels import SoftTargets
 from ..engine.workers import single_threaded_workers
-from .checkpoint import CheckpointError, read_tensors, require_same, write_tensors
-from .config import StudentConfig
+from .checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Tensors,
+    read_tensors,
+    require_same,
+    write_tensors,
+)
+from .config import CHANGES_NO_RESULT, StudentConfig
 from .evaluation import accuracies
+from .interrupts import Interrupts
 from .labels import Labels
 from .methods import ImageSource
+from .overlap import Ring
+from .pool_slots import Pool, PoolSlot, fill_slot, pools_from
 from .record import Report
 from .student import Student
-from .views import describe_views, learning_rate, make_views, pools
+from .views import describe_views, learning_rate
 
 SCHEMA = "patchbloom.student/1"
 CHECKPOINT_S = 600.0
-"""Between two checkpoints, if an epoch is no longer than that: ten epochs of a thousand classes at
-ipc 50 take a day."""
-POOLS_TOGETHER = 4
-"""Pools that are rendered before the students get them: three students on two cores then have
-twelve calls to share, not three, of which the last would leave a core idle."""
+"""Between two checkpoints at most, to the pool: ten epochs of a thousand classes at ipc 50 take a
+day."""
+SLOTS = {"cpu": 4, "cuda": 2}
+"""Pools that are rendered at most before the students have learned from them. On a CPU three
+students on two cores then have twelve calls to share, not three, of which the last would leave a
+core idle; on a GPU one is filled while the other is used."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +65,8 @@ class StudentResult:
     """A student after its last epoch."""
 
     seed: int
-    accuracy: float
-    """Top-1 on the whole validation split, in percent (0-100)."""
+    accuracy: float | None
+    """Top-1 on the whole validation split, in percent (0-100); None without one."""
     losses: tuple[float, ...]
     """Mean KL divergence of each epoch, in nats."""
     path: Path
@@ -68,20 +79,21 @@ def train_students(
     config: StudentConfig,
     *,
     seeds: Sequence[int],
-    val_set: ImageSet,
+    val_set: ImageSet | None,
     folder: Path,
     report: Report,
     name: str = "student",
 ) -> list[StudentResult]:
     """Train one student per seed; `folder` gets NAME-seedS.safetensors for each.
 
-    While it runs there is NAME.checkpoint.safetensors, from which a killed training goes on with
-    the same result (bitwise on the CPU). Raises CheckpointError when that was begun with another
-    config, ValueError for a loss that is not finite or a validation set of other classes.
+    While it runs there are checkpoints beside them, from which a killed training goes on with the
+    same result (bitwise on the CPU). Without `val_set` nobody is examined. Raises CheckpointError
+    when a checkpoint was begun with another config, ValueError for a loss that is not finite, a
+    batch that does not fit into memory, or a validation set of other classes.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: expected one or more different seeds, got {list(seeds)}")
-    if tuple(val_set.class_ids) != tuple(source.class_ids):
+    if val_set is not None and tuple(val_set.class_ids) != tuple(source.class_ids):
         raise ValueError(
             f"validation: expected the coreset's {len(source.class_ids)} classes "
             f"({', '.join(source.class_ids[:3])}, …), got {len(val_set.class_ids)} "
@@ -91,12 +103,13 @@ def train_students(
     identity = _identity(source, labels, config, seeds)
     if all(path.is_file() for path in paths):
         return [_finished(path, identity) for path in paths]
-    checkpoint = folder / f"{name}.checkpoint.safetensors"
-    training = _Training(source, labels, config, seeds, checkpoint, identity)
-    training.run(name, report)
+    checkpoints = Checkpoints(folder, name, config.checkpoints_kept)
+    training = _Training(source, labels, config, seeds, checkpoints, identity, report)
+    training.run(name)
     networks = [student.network for student in training.students]
-    size_px, device = config.size_px, training.device
-    scores = accuracies(networks, val_set, size_px=size_px, device=device)
+    scores: list[float] | list[None] = [None] * len(networks)
+    if val_set is not None:
+        scores = accuracies(networks, val_set, size_px=config.size_px, device=training.device)
     for student, path, accuracy in zip(training.students, paths, scores, strict=True):
         metadata = {
             "schema": SCHEMA,
@@ -107,7 +120,7 @@ def train_students(
             "losses": student.losses,
         }
         write_tensors(path, student.network.state_dict(), metadata)
-    checkpoint.unlink(missing_ok=True)
+    checkpoints.remove()
     return [_finished(path, identity) for path in paths]
 
 
@@ -118,19 +131,8 @@ def _finished(path: Path, identity: dict[str, Any]) -> StudentResult:
     return StudentResult(metadata["seed"], metadata["accuracy"], tuple(metadata["losses"]), path)
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """A pool as all students get it."""
-
-    epoch: int
-    begins_epoch: bool
-    ends_epoch: bool
-    views_PCHW: Tensor
-    targets_P: SoftTargets
-
-
 class _Training:
-    """All students of one method, and the epoch they have reached."""
+    """All students of one method, and how far they are."""
 
     def __init__(
         self,
@@ -138,127 +140,169 @@ class _Training:
         labels: Labels,
         config: StudentConfig,
         seeds: Sequence[int],
-        checkpoint: Path,
+        checkpoints: Checkpoints,
         identity: dict[str, Any],
+        report: Report,
     ) -> None:
         self.source, self.labels, self.config = source, labels, config
-        self.checkpoint, self.identity = checkpoint, identity
+        self.checkpoints, self.identity, self.report = checkpoints, identity, report
         self.device = torch.device(resolve_device(config.device))
         classes = len(source.class_ids)
         self.students = [Student(seed, config, classes, self.device) for seed in seeds]
-        self.epoch = 0
-        if checkpoint.is_file():
-            self._restore()
+        self._restore()
+        self._saved = (self._epoch(), time.monotonic())
 
-    def run(self, name: str, report: Report) -> None:
-        """Train from the epoch reached to the last, writing checkpoints."""
-        epoch_s = CHECKPOINT_S  # until one is measured: the first session may not see a second
-        with single_threaded_workers(self._workers(), "student") as workers:
-            while self.epoch < self.config.epochs:
-                first, began = self.epoch, time.monotonic()
-                until = next_checkpoint(self.config, first, epoch_s)
-                for epoch in self._train(range(first, until), workers):
-                    self._tell(epoch, name, report)
-                self.epoch = until
-                self._save()
-                epoch_s = (time.monotonic() - began) / (until - first)
+    def run(self, name: str) -> None:
+        """Train from where the students are to the last epoch, writing checkpoints.
 
-    def _workers(self) -> int:
-        """Students that compute at a time."""
-        if self.device.type != "cpu" or self.students[0].draws:
-            return 1
-        return min(torch.get_num_threads(), len(self.students))
-
-    def _train(self, epochs: range, workers: ThreadPoolExecutor) -> Iterator[int]:
-        """Train all students for these epochs; yield each epoch when it is done."""
-        rendered = self._rendered(epochs)
-        while together := list(islice(rendered, POOLS_TOGETHER)):
-            for pool, calls in zip(together, self._hand_out(together, workers), strict=True):
-                for student, call in zip(self.students, calls, strict=True):
-                    if pool.begins_epoch:
-                        student.losses.append(0.0)
-                    student.losses[-1] += call.result() / self.source.samples
-                if pool.ends_epoch:
-                    yield pool.epoch
-
-    def _rendered(self, epochs: range) -> Iterator[_Pool]:
-        """The epochs' pools in order, each rendered and labelled when it is asked for."""
-        for epoch in epochs:
-            samples_of_pools = pools(self.config, self.source.samples, epoch)
-            last = len(samples_of_pools) - 1
-            for number, samples_P in enumerate(samples_of_pools):
-                images_PCHW = self.source.render(samples_P, epoch).to(self.device)
-                views_PCHW = make_views(images_PCHW, samples_P, epoch, self.config)
-                targets_P = self.labels.targets(samples_P, epoch, views_PCHW)
-                yield _Pool(epoch, number == 0, number == last, views_PCHW, targets_P)
-
-    def _hand_out(
-        self, together: Sequence[_Pool], workers: ThreadPoolExecutor
-    ) -> list[list[Future[float]]]:
-        """A call per pool and student.
-
-        Students take pools in order: calls start first in, first out, and a student's call waits
-        for its call before.
+        Raises KeyboardInterrupt or Terminated after a signal, when the checkpoint is written.
         """
-        calls: list[list[Future[float]]] = []
-        before: Sequence[Future[float] | None] = [None] * len(self.students)
-        for pool in together:
-            rate = learning_rate(self.config, pool.epoch)
-            given = (pool.views_PCHW, pool.targets_P, rate)
-            calls.append(
-                [
-                    workers.submit(student.train_pool, *given, previous)
-                    for student, previous in zip(self.students, before, strict=True)
-                ]
-            )
-            before = calls[-1]
-        return calls
+        pace = _Pace(self.source.samples)
+        with (
+            Interrupts() as interrupted,
+            self._workers() as workers,
+            self._ring(interrupted) as ring,
+            ring.consuming(),
+        ):
+            while taken := ring.take():
+                self._learn(taken, workers, interrupted)
+                if interrupted():
+                    break
+                ended = [pool.epoch for pool, _ in taken if pool.ends_epoch]
+                if ended:
+                    told = pace.of(len(ended), ring.waited_s())
+                    for epoch in ended:
+                        self._tell(epoch, name, told)
+                if self._is_due():
+                    self._save()
+            if interrupted():
+                self._save()
+        if interrupted():
+            interrupted.stop()
 
-    def _tell(self, epoch: int, name: str, report: Report) -> None:
-        loss = sum(student.losses[-1] for student in self.students) / len(self.students)
+    def _ring(self, interrupted: Interrupts) -> Ring[PoolSlot, Pool]:
+        source, labels, config = self.source, self.labels, self.config
+        slots = [
+            PoolSlot(config, source.samples, self.device) for _ in range(SLOTS[self.device.type])
+        ]
+        return Ring(
+            slots,
+            lambda slot, pool: fill_slot(slot, pool, source, labels, config),
+            pools_from(config, source.labels_N, min(student.pool for student in self.students)),
+            device=self.device,
+            overlap=config.overlap,
+            interrupted=interrupted,
+        )
+
+    @contextmanager
+    def _workers(self) -> Iterator[ThreadPoolExecutor | None]:
+        """Threads in which students compute at a time; None: they take turns in the caller's."""
+        if self.device.type != "cpu":
+            yield None
+            return
+        count = 1 if self.students[0].draws else min(torch.get_num_threads(), len(self.students))
+        with single_threaded_workers(count, "student") as workers:
+            yield workers
+
+    def _learn(
+        self,
+        taken: Sequence[tuple[Pool, PoolSlot]],
+        workers: ThreadPoolExecutor | None,
+        interrupted: Interrupts,
+    ) -> None:
+        """Every student learns from these pools, in order; ends with the last of them.
+
+        Calls start first in, first out, and a student's call waits for its call before.
+        """
+        calls: list[Future[None]] = []
+        before: Sequence[Future[None] | None] = [None] * len(self.students)
+        for pool, slot in taken:
+            given: dict[str, Any] = {
+                "rate": learning_rate(self.config, pool.epoch),
+                "samples": self.source.samples,
+                "interrupted": interrupted,
+            }
+            if workers is None:
+                for student in self.students:
+                    student.train_pool(pool, slot, previous=None, **given)
+                continue
+            before = [
+                workers.submit(student.train_pool, pool, slot, previous=previous, **given)
+                for student, previous in zip(self.students, before, strict=True)
+            ]
+            calls += before
+        for call in calls:
+            call.result()
+
+    def _epoch(self) -> int:
+        """The epoch that all students have reached."""
+        return min(len(student.losses) for student in self.students)
+
+    def _tell(self, epoch: int, name: str, pace: dict[str, float]) -> None:
+        losses = [student.losses[epoch] for student in self.students]
+        loss = sum(losses) / len(losses)
         if not math.isfinite(loss):
             raise ValueError(
                 f"the students' loss is {loss} in epoch {epoch}: lower the learning rate "
                 f"({self.config.learning_rate})"
             )
-        report.scalar(f"{name}/loss", epoch, loss)
-        report.progress(name, epoch + 1, self.config.epochs, "epochs", f"loss {loss:.3g}")
+        for tag, value in {"loss": loss, **pace}.items():
+            self.report.scalar(f"{name}/{tag}", epoch, value)
+        note = f"loss {loss:.3g}, {pace['images_per_s']:.3g} images/s"
+        note += f", waited {pace['waited_s']:.2g} s"
+        self.report.progress(name, epoch + 1, self.config.epochs, "epochs", note)
+
+    def _is_due(self) -> bool:
+        epoch, saved_s = self._saved
+        every, now = self.config.checkpoint_every, self._epoch()
+        return now // every > epoch // every or time.monotonic() - saved_s >= CHECKPOINT_S
 
     def _save(self) -> None:
         self.labels.flush()
-        tensors: dict[str, Tensor] = {}
+        tensors: Tensors = {}
+        reached: dict[str, Any] = {}
         for student in self.students:
-            tensors |= student.state()
-        losses = [student.losses for student in self.students]
-        metadata = {"config": self.identity, "epoch": self.epoch, "losses": losses}
-        write_tensors(self.checkpoint, tensors, metadata)
+            own, reached[str(student.seed)] = student.state()
+            tensors |= own
+        self.checkpoints.write(tensors, {"config": self.identity, "students": reached})
+        self._saved = (self._epoch(), time.monotonic())
 
     def _restore(self) -> None:
-        tensors, metadata = read_tensors(self.checkpoint)
+        found = self.checkpoints.newest(self.report.say)
+        if found is None:
+            return
+        path, tensors, metadata = found
         if "config" not in metadata:
-            raise CheckpointError(f"{self.checkpoint} is no checkpoint of ours: remove it")
-        require_same(self.checkpoint, metadata["config"], self.identity)
-        for student, losses in zip(self.students, metadata["losses"], strict=True):
-            student.restore(tensors)
-            student.losses = losses
-        self.epoch = metadata["epoch"]
+            raise CheckpointError(f"{path} is no checkpoint of ours: remove it")
+        require_same(path, metadata["config"], self.identity)
+        for student in self.students:
+            student.restore(tensors, metadata["students"][str(student.seed)])
 
 
-def next_checkpoint(config: StudentConfig, epoch: int, epoch_s: float) -> int:
-    """The epoch before which the next checkpoint is written, when an epoch takes `epoch_s`.
+class _Pace:
+    """Seconds, images per second and waiting per epoch."""
 
-    At the next multiple of `checkpoint_every`, or as much sooner as CHECKPOINT_S asks for.
-    """
-    every = config.checkpoint_every
-    soon = max(1, int(CHECKPOINT_S / max(epoch_s, 1e-9)))
-    return min(epoch + soon, (epoch // every + 1) * every, config.epochs)
+    def __init__(self, samples: int) -> None:
+        self._samples, self._began, self._waited_s = samples, time.monotonic(), 0.0
+
+    def of(self, epochs: int, waited_s: float) -> dict[str, float]:
+        """The mean of the epochs that end now; `waited_s` since the training began."""
+        now = time.monotonic()
+        seconds = max(now - self._began, 1e-9) / epochs
+        told = {
+            "seconds": seconds,
+            "images_per_s": self._samples / seconds,
+            "waited_s": (waited_s - self._waited_s) / epochs,
+        }
+        self._began, self._waited_s = now, waited_s
+        return told
 
 
 def _identity(
     source: ImageSource, labels: Labels, config: StudentConfig, seeds: Sequence[int]
 ) -> dict[str, Any]:
     """All that decides the students, but the pixels."""
-    unimportant = ("device", "checkpoint_every")
+    unimportant = ("device", *CHANGES_NO_RESULT)
     settings = {key: value for key, value in asdict(config).items() if key not in unimportant}
     return {
         **settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +25,9 @@ from .shapes import GENERATOR_VERSION, write_shapes
 from .teacher import torchvision_columns
 from .views import pool_size
 
-TOP_K = 10  # probabilities that --labels topk keeps
-LARGE_LABELS_GIB = 1.0  # dense labels of a method from here on are told before the run
+LARGE_LABELS_GIB = 1.0  # labels of a method from here on are told before the run
+LARGE_ENGINE_BATCH = 32  # where an epoch is many pools: the last batch of each may be padded
+MOST_TOGETHER = 8  # samples of a class in a group: more would show in a student's batches
 SMALL_MODEL_PX = 128  # models up to this size are toys: the `small` recipe fits them
 
 
@@ -109,6 +111,9 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     student = recipe.student_for(
         ipc=options.ipc, factor=factor, classes=len(train.class_ids), network=options.student
     )
+    samples = len(train.class_ids) * options.ipc * factor**2
+    engine_batch = options.engine_batch or engine_batch_for(samples, student, options.refresh)
+    group = grouping(len(train.class_ids), options.ipc * factor**2, engine_batch, student)
     teacher_source, teacher_network = _choose_teacher(options.teacher, recipe)
     if teacher_source is not None and teacher_source.startswith(TORCHVISION):
         torchvision_columns(teacher_source, train.class_ids)
@@ -138,6 +143,11 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             size_px=image_size,
             epochs=options.epochs or student.epochs,
             batch=options.batch or student.batch,
+            group=group or 1,
+            precision=options.student_precision or ("bf16" if device == "cuda" else "fp32"),
+            compile=options.student_compile,
+            accumulate=options.accumulate,
+            overlap=options.overlap == "on",
             seed=options.seed,
             device=device,
         ),
@@ -150,11 +160,10 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             seed=options.seed,
             precision=precision,
             vae_precision=options.vae_precision,
-            batch=options.engine_batch
-            or fitting_batch(len(train.class_ids) * options.ipc * factor**2),
+            batch=engine_batch,
             backend=options.backend,
             device=device,
-            images_per_prompt=grouping(len(train.class_ids) * options.ipc * factor**2, student),
+            images_per_prompt=group if options.refresh == 1 else 1,
             bundles=options.bundles and options.bundles.expanduser(),
         ),
     )
@@ -162,14 +171,24 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     return plan
 
 
-def grouping(samples: int, student: StudentConfig) -> int | None:
-    """ExpandConfig.images_per_prompt: 1 when an epoch is more than one pool.
+def engine_batch_for(samples: int, student: StudentConfig, refresh: float = 1.0) -> int:
+    """Images per call of the model when nobody says how many: of `samples` per epoch."""
+    if refresh < 1:
+        return fitting_batch(round(refresh * min(samples, pool_size(student))))
+    return fitting_batch(samples) if samples <= pool_size(student) else LARGE_ENGINE_BATCH
 
-    The Expander's own choice, a divisor of what a whole class has, pads nothing of a whole epoch.
-    A pool of 1000 classes has about one sample of each: at 8 images per prompt, the choice for ipc
-    50, five times as many images would be rendered as are wanted.
+
+def grouping(classes: int, each: int, engine_batch: int, student: StudentConfig) -> int | None:
+    """Samples of a class that stay together in an epoch's order, and images per prompt.
+
+    None where an epoch is one pool: its order is of no matter, and the Expander's own choice, a
+    divisor of what a whole class has, pads nothing. A pool of 1000 classes has about one sample of
+    each: at 8 images per prompt, and no groups, five times as many images would be rendered as are
+    wanted; at 1, keys and values of a prompt would be read for every image.
     """
-    return None if samples <= pool_size(student) else 1
+    if classes * each <= pool_size(student):
+        return None
+    return math.gcd(each, engine_batch, pool_size(student), MOST_TOGETHER)
 
 
 def data_folder(data: str, shapes_per_class: int, report: Report) -> Path:
@@ -215,10 +234,10 @@ def _choose_recipe(
 
 
 def _check_labels(options: RunOptions, classes: int) -> None:
-    if options.labels == "topk" and classes <= 2 * TOP_K:
+    if options.codec == "topk" and classes <= 2 * options.top_k:
         raise ValueError(
-            f"--labels topk keeps {TOP_K} of {classes} probabilities, no less than dense: "
-            "give --labels dense"
+            f"--codec topk --top-k {options.top_k} keeps {min(options.top_k, classes)} of "
+            f"{classes} probabilities, no less than dense: give a smaller --top-k, or --codec dense"
         )
 
 
@@ -282,26 +301,27 @@ def images_sha256(*sets: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def dense_label_gib(plan: Plan) -> float:
-    """GiB of a method's dense labels: fp16, of every class, sample and epoch."""
+def label_gib(plan: Plan) -> float:
+    """GiB of a method's labels as --codec keeps them, of every sample and epoch."""
     classes = len(plan.class_names)
     answers = plan.student.epochs * classes * plan.options.ipc * plan.factor**2
-    return 2 * answers * classes / 2**30
+    bytes_each = 2 * classes if plan.options.codec == "dense" else 4 * plan.options.top_k
+    return bytes_each * answers / 2**30
 
 
 def _say(plan: Plan, report: Report) -> None:
+    options, classes = plan.options, len(plan.class_names)
     report.say(
         f"data: {len(plan.train)} training and {len(plan.val)} validation images of "
-        f"{len(plan.class_names)} classes; {plan.image_size} px, patches of {plan.patch_px} px"
+        f"{classes} classes; {plan.image_size} px, patches of {plan.patch_px} px"
     )
-    labels_gib = dense_label_gib(plan)
-    if labels_gib >= LARGE_LABELS_GIB and plan.options.labels != "online":
-        dense, topk_share = plan.options.labels == "dense", 2 * TOP_K / len(plan.class_names)
-        kept = labels_gib if dense else topk_share * labels_gib
-        smaller = "--labels topk keeps less, " if dense and topk_share < 1 else ""
+    kept_gib = label_gib(plan)
+    if kept_gib >= LARGE_LABELS_GIB and options.labels != "online":
+        smaller = options.codec == "dense" and classes > 2 * options.top_k
         report.say(
-            f"labels: {plan.options.labels}, {kept:.1f} GiB for each method, and {labels_gib:.1f} "
-            f"GiB on the disk while they are made; {smaller}--labels online keeps none"
+            f"labels: {options.codec}, {kept_gib:.1f} GiB for each method, and as much again on "
+            f"the disk while they are put into the coreset; "
+            f"{'--codec topk keeps less, ' if smaller else ''}--labels online keeps none"
         )
     if plan.model is None:
         return

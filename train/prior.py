@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..kernels.noise import Draw, uniform
-from ..kernels.pixels import student_input
+from ..kernels.student_input import student_input
 from .config import PriorConfig
 from .prior_model import ModelParts, new_parts, prompt_embeddings, save_parts
 from .prior_phases import (

@@ -1,4 +1,4 @@
-"""What a run says while it works: progress on stderr, scalars for TensorBoard.
+"""What a run says while it works: progress on stderr, scalars for TensorBoard, lines of JSON.
 
 Standard output is left to the one JSON object that ends every command. On a terminal progress is a
 bar with rate and time left; in a log it is a line every few seconds. Torch-free.
@@ -6,11 +6,12 @@ bar with rate and time left; in a log it is a line every few seconds. Torch-free
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+LOG = "log.jsonl"
 LINE_EVERY_S = 10.0  # between two lines of progress in a log
 
 
@@ -38,14 +40,18 @@ class Report(Protocol):
 
 
 class Record(AbstractContextManager["Record"]):
-    """The Report of a command: stderr, and TensorBoard event files when given a folder."""
+    """The Report of a command: stderr and, when given a folder, FOLDER/tensorboard and log.jsonl.
 
-    def __init__(self, tensorboard: Path | None = None) -> None:
+    The log has a line per thing said and per scalar: {"time": seconds since 1970, "said": …} or
+    {"time": …, "tag": …, "step": …, "value": …}.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._bar: tuple[str, Progress, TaskID] | None = None
         self._began: dict[str, tuple[float, float]] = {}
         self._line_due: dict[str, float] = {}
-        self._tensorboard, self._writer = tensorboard, None
+        self._folder, self._writer, self._unwritten = folder, None, ""
 
     def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
         now = time.monotonic()
@@ -95,17 +101,29 @@ class Record(AbstractContextManager["Record"]):
             self._bar = None
 
     def scalar(self, tag: str, step: int, value: float) -> None:
-        if self._tensorboard is not None:
-            self._open_writer().add_scalar(tag, value, step)
+        if self._folder is not None:
+            self._open_writer(self._folder).add_scalar(tag, value, step)
+            self._write({"tag": tag, "step": step, "value": value})
 
-    def _open_writer(self) -> SummaryWriter:
+    def _open_writer(self, folder: Path) -> SummaryWriter:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._tensorboard))
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
         return self._writer
 
+    def _write(self, entry: dict[str, Any]) -> None:
+        """A line of the log, once the folder is there; a full disk costs the log, nothing else."""
+        if self._folder is None:
+            return
+        self._unwritten += json.dumps({"time": round(time.time(), 3), **entry}) + "\n"
+        if self._folder.is_dir():
+            with suppress(OSError), (self._folder / LOG).open("a") as log:
+                log.write(self._unwritten)
+            self._unwritten = ""
+
     def say(self, line: str) -> None:
+        self._write({"said": line})
         if self._bar is None:
             print(line, file=sys.stderr, flush=True)
         else:

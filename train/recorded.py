@@ -11,12 +11,12 @@ A manifest that lacks what is asked for is refused: an answer to another view is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..engine.backends import require_backend, resolve_device
-from ..engine.batches import fitting_batch
 from ..engine.config import ExpandConfig
 from ..engine.coreset import Coreset
 from ..engine.manifest import CoresetError
@@ -27,9 +27,10 @@ from .config import StudentConfig
 from .coreset_options import RenderOptions
 from .labels import StoredLabels
 from .methods import ImageSource
-from .plan import grouping
+from .plan import engine_batch_for
 from .sources import open_coreset_source
 from .teacher import Teacher, load_teacher
+from .views import pool_size
 
 WHERE_THE_MODEL_LIES = ("model", "revision", "vae")
 """Names in a source's description; the model's identity is its weights_sha256."""
@@ -94,7 +95,8 @@ def _views(coreset: Coreset, labels: SoftLabels) -> dict[str, Any]:
             f"{coreset.folder}: expected what its labels are of in labels.settings.source and "
             f".views of its manifest, got {sorted(labels.settings) or 'nothing'}: {_AGAIN}"
         )
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in views.items()}
+    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in views.items() if k != "dtype"}
+    return kept  # the views' dtype follows from the recipe's precision
 
 
 def _config(coreset: Coreset, labels: SoftLabels, settings: dict[str, Any]) -> StudentConfig:
@@ -158,8 +160,15 @@ def open_recorded_source(
             "--precision makes slightly other images, `train verify` tells how much it matters"
         ) from None
     model = _recorded_model(coreset, options.model)
-    with open_coreset_source(coreset, model, expand, device) as source:
+    with open_coreset_source(
+        coreset, model, expand, device, refresh=_recorded_refresh(coreset)
+    ) as source:
         yield source
+
+
+def _recorded_refresh(coreset: Coreset) -> float:
+    labels = coreset.manifest["labels"] or {"settings": {}}
+    return labels["settings"].get("source", {}).get("refresh", 1.0)
 
 
 def _recorded_model(coreset: Coreset, given: str | None) -> ModelSource:
@@ -191,6 +200,9 @@ def _expand_config(
     device: DeviceName,
 ) -> ExpandConfig:
     named, samples = _model(coreset), len(coreset.labels_N)
+    refresh = _recorded_refresh(coreset)
+    batch = options.engine_batch or engine_batch_for(samples, config, refresh)
+    together = None if samples <= pool_size(config) else math.gcd(config.group, batch)
     recorded_vae = named["vae_precision"] if options.precision is None else "auto"
     from_patch = named["start"] == "image"
     return ExpandConfig(
@@ -203,8 +215,8 @@ def _expand_config(
         conditioning_px=named["conditioning_px"],
         precision=options.precision or named["precision"],
         vae_precision=options.vae_precision or recorded_vae,
-        batch=options.engine_batch or fitting_batch(samples),
-        images_per_prompt=grouping(samples, config),
+        batch=batch,
+        images_per_prompt=together if refresh == 1 else 1,
         backend=backend,
         device=device,
         bundles=options.bundles and options.bundles.expanduser(),

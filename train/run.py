@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..engine.durable import full_disk_explained, replace_file
@@ -10,12 +12,13 @@ from .commands import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from .damaged import leave_out_damaged
 from .distil import Distillation
 from .pictures import curves
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .record import Record
 from .report import PICTURES, SUMMARY, accuracy_rows, write_report
 from .stages import RunFolder, StageResult, check_out
-from .summary import REAL, make_summary, rounded
+from .summary import REAL, make_summary, provenance, rounded
 
+CONFIG, ENVIRONMENT = "config.json", "environment.json"
 NEEDED_BYTES = 64 * 2**20  # of a run's small files; labels and weights say their own need
 
 
@@ -26,17 +29,27 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
     command's result, plain JSON. Raises ValueError or OSError, one clear line, for bad input.
     """
     goes_on = options.resume or not (isinstance(options, Train) or options.overwrite)
-    with Record(options.out / "tensorboard") as report:
+    with Record(options.out) as report:
         check_out(options.out, resume=goes_on, overwrite=options.overwrite)
         plan = make_plan(options, report)
         with (
             full_disk_explained(options.out, NEEDED_BYTES),
             RunFolder(options.out, report, overwrite=options.overwrite) as run,
         ):
+            _write_settings(run.folder, plan, line)
             skipped: dict[str, int] = {}
             if options.skip_corrupt:
                 plan, skipped = leave_out_damaged(plan, run, report)
             return _run(Distillation(plan, run, report, line), options, skipped)
+
+
+def _write_settings(folder: Path, plan: Plan, line: str) -> None:
+    """What was asked for and filled in, and where it runs: for people, from the first second on."""
+    kinds = ("options", "teacher", "student", "expand")
+    config = {kind: asdict(getattr(plan, kind)) for kind in kinds}
+    for name, value in ((CONFIG, config), (ENVIRONMENT, provenance(line, plan.device))):
+        data = json.dumps(value, indent=1, default=str) + "\n"
+        replace_file(folder / name, data.encode())
 
 
 def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dict[str, Any]:
@@ -45,7 +58,7 @@ def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dic
     if isinstance(options, TrainTeacher):
         return {**out, "teacher": rounded(teacher)}
     job.coreset_stage()
-    if isinstance(options, TrainLabels) or options.labels == "topk":
+    if isinstance(options, TrainLabels) or options.labels == "stored":
         for method in options.methods:
             job.labels_stage(method)
     if isinstance(options, TrainCoreset | TrainLabels):

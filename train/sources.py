@@ -22,6 +22,7 @@ from ..export.models import (
 )
 from .methods import Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
 from .plan import Plan
+from .refresh import Refreshed
 
 MEASURED_IMAGES = 256
 
@@ -39,15 +40,25 @@ def open_source(plan: Plan, coreset: Coreset | None) -> Iterator[ImageSource]:
             device=plan.device,
         )
         return
-    with open_coreset_source(coreset, plan.model, plan.expand, plan.device) as source:
+    with open_coreset_source(
+        coreset, plan.model, plan.expand, plan.device, refresh=plan.options.refresh
+    ) as source:
         yield source
 
 
 @contextmanager
 def open_coreset_source(
-    coreset: Coreset, model: ModelSource | None, expand: ExpandConfig | None, device: str
+    coreset: Coreset,
+    model: ModelSource | None,
+    expand: ExpandConfig | None,
+    device: str,
+    *,
+    refresh: float = 1.0,
 ) -> Iterator[ImageSource]:
-    """The images of a coreset's own method; method dace takes a model and how to use it."""
+    """The images of a coreset's own method; method dace takes a model and how to use it.
+
+    `refresh`: the share of its samples that is expanded anew per epoch.
+    """
     patches_NHWC, labels_N = coreset.patches(), coreset.labels_N
     settings = coreset.settings
     method = settings["method"]
@@ -62,7 +73,8 @@ def open_coreset_source(
             prompts_K=class_prompts(coreset.class_names, coreset.manifest["model"]["prompt"]),
         )
         try:
-            yield Expansions(expander=expander, labels_N=labels_N, class_ids=coreset.class_ids)
+            every = Expansions(expander=expander, labels_N=labels_N, class_ids=coreset.class_ids)
+            yield every if refresh == 1 else Refreshed(every, refresh, settings["seed"])
         finally:
             expander.close()
         return
@@ -115,8 +127,14 @@ def describe_model(plan: Plan) -> dict[str, Any] | None:
     }
 
 
+def fresh(source: ImageSource) -> ImageSource:
+    """What makes the images of a source that keeps some."""
+    return source.source if isinstance(source, Refreshed) else source
+
+
 def rendering_rate(source: ImageSource) -> float:
-    """Images per second, rendered alone, after one rendering that is not counted."""
+    """Images per second, rendered alone and fresh, after one rendering that is not counted."""
+    source = fresh(source)
     samples_P = torch.arange(min(source.samples, MEASURED_IMAGES))
     source.render(samples_P, 0)
     _wait_for_gpu()

@@ -40,6 +40,9 @@ OPTION_OF = {
     "student.network": "--student",
     "student.epochs": "--epochs",
     "student.batch": "--batch",
+    "student.accumulate": "--accumulate",
+    "student.precision": "--student-precision",
+    "student.compile": "--student-compile",
     "student.size_px": "--image-size",
     "student.seed": "--seed",
     "student.device": "--device",
@@ -53,7 +56,8 @@ OPTION_OF = {
 }
 """Settings that an option decides; the others follow from --recipe and from these."""
 _OURS = re.compile(
-    r"run\.json|summary\.json|report\.html|stages|teacher|students|pictures|tensorboard|"
+    r"(run|config|environment|summary)\.json|log\.jsonl|report\.html|stages|teacher|students|"
+    r"pictures|tensorboard|"
     r"coreset(-[a-z]+)?|\.coreset.*|.*\.partial"
 )
 

@@ -6,7 +6,9 @@ Legend: P samples of a pool, B of a batch, K classes, H W image size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from .checkpoint import Tensors, restore_training, training_state
 from .config import StudentConfig
 from .networks import build_network, draws_in_training
 from .optimisation import adamw, set_learning_rate
+from .pool_slots import Pool, PoolSlot
+
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Student:
@@ -30,64 +35,136 @@ class Student:
             torch.manual_seed(seed)
             network = build_network(config.network, classes, config.size_px)
         self.network = network.to(device)
+        if config.compile:
+            graphs = "reduce-overhead" if device.type == "cuda" else None
+            self.network.compile(dynamic=False, mode=graphs)
         self.optimizer = adamw(self.network, config.learning_rate, config.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.pool = 0
+        """The pool that it is at: how many it has learned from."""
+        self.batch = 0
+        """Batches of that pool that it has learned from."""
         self.losses: list[float] = []
         """Mean KL divergence of each finished epoch."""
         self.draws = draws_in_training(self.network)
+        self._epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._order = torch.Generator().manual_seed(seed)
         self._dropout = torch.Generator(device).manual_seed(seed).get_state()
 
     def train_pool(
         self,
-        views_PCHW: Tensor,
-        targets_P: SoftTargets,
+        pool: Pool,
+        slot: PoolSlot,
+        *,
         rate: float,
-        previous: Future[float] | None,
-    ) -> float:
-        """Learn from a pool in batches of near-equal size, at most `config.batch`; the summed loss.
+        samples: int,
+        previous: Future[None] | None,
+        interrupted: Callable[[], bool],
+    ) -> None:
+        """Learn from a pool in batches of near-equal size, at most `config.batch`.
 
-        `previous` is this student's call for the pool before, which has to end first.
+        Goes on after the last batch that it has learned from, and leaves a pool alone that it has
+        behind it, or not reached because it was interrupted. `previous` is this student's call for
+        the pool before, which has to end first; `samples` are those of a whole epoch.
         """
         if previous is not None:
             previous.result()
+        if self.pool != pool.index:
+            return
         self.network.train()
         set_learning_rate(self.optimizer, rate)
-        views_PHWC = views_PCHW.permute(0, 2, 3, 1).contiguous()
-        order_P = torch.randperm(len(views_PHWC), generator=self._order).to(self.device)
-        batches = math.ceil(len(order_P) / self.config.batch)
-        total = torch.zeros((), device=self.device)
+        before = self._order.get_state()
+        order_P = torch.randperm(len(slot.views_PCHW), generator=self._order).to(self.device)
+        batches = order_P.tensor_split(math.ceil(len(order_P) / self.config.batch))
         if self.draws:
             _set_default_rng(self.device, self._dropout)
-        for rows_B in order_P.tensor_split(batches):
-            inputs_BCHW = views_PHWC[rows_B].permute(0, 3, 1, 2)
-            total += self._step(inputs_BCHW, targets_P.rows(rows_B)) * len(rows_B)
+        while self.batch < len(batches) and not interrupted():
+            self._epoch_loss += self._step(slot, batches[self.batch])
+            self.batch += 1
         if self.draws:
             self._dropout = _default_rng(self.device)
-        return float(total)
+        if self.batch < len(batches):
+            self._order.set_state(before)
+            return
+        self.pool, self.batch = pool.index + 1, 0
+        if pool.ends_epoch:
+            self.losses.append(float(self._epoch_loss) / samples)
+            self._epoch_loss.zero_()
 
-    def _step(self, inputs_BCHW: Tensor, targets_B: SoftTargets) -> Tensor:
-        scores_BK = self.network(inputs_BCHW)
-        temperature = self.config.temperature
-        loss = softlabel(
-            scores_BK, targets_B.labels, targets_B.classes, temperature=temperature
-        ).mean()
+    def _step(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
+        """One step of the optimiser; the loss, summed over the batch.
+
+        ValueError, saying which size fits, when the batch does not fit into memory.
+        """
+        try:
+            return self._learn(slot, rows_B)
+        except torch.OutOfMemoryError:
+            pass  # and its frames, which hold the activations, are gone
+        raise ValueError(self._which_fits(slot, rows_B))
+
+    def _learn(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+        total = torch.zeros((), device=self.device)
+        for rows_b in rows_B.tensor_split(min(self.config.accumulate, len(rows_B))):
+            loss = self._loss(slot, rows_b)
+            self.scaler.scale(loss / len(rows_B)).backward()
+            total += loss.detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total
 
-    def state(self) -> Tensors:
-        """Everything that a checkpoint must hold, under names of this student's."""
-        tensors = training_state(self.network, self.optimizer, f"{self.seed}.")
-        tensors[f"{self.seed}.order"] = self._order.get_state()
-        tensors[f"{self.seed}.dropout"] = self._dropout
-        return tensors
+    def _loss(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
+        """KL(labels || student) of some views, summed."""
+        inputs_BCHW = slot.views_PCHW[rows_B].contiguous(memory_format=torch.channels_last)
+        dtype, half = AUTOCAST[self.config.precision], self.config.precision != "fp32"
+        with torch.autocast(self.device.type, dtype if half else None, enabled=half):
+            scores_BK = self.network(inputs_BCHW)
+        targets_B: SoftTargets = slot.targets_P.rows(rows_B)
+        labels, classes = targets_B.labels, targets_B.classes
+        return softlabel(scores_BK, labels, classes, temperature=self.config.temperature).sum()
 
-    def restore(self, tensors: Tensors) -> None:
+    def _which_fits(self, slot: PoolSlot, rows_B: Tensor) -> str:
+        """One line on a batch that does not fit, after trying halves of it."""
+        batch, size_px = len(rows_B), self.config.size_px
+        fitting = math.ceil(batch / self.config.accumulate)
+        told = f"{fitting} images of {size_px} px do not fit into the memory of {self.device} while"
+        while (fitting := fitting // 2) > 0:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                self._loss(slot, rows_B[:fitting]).backward()
+            except torch.OutOfMemoryError:
+                continue
+            parts = math.ceil(batch / fitting)
+            return (
+                f"{told} {self.config.network} learns; {fitting} do: give --accumulate {parts}, "
+                f"which is the same gradient, or --batch {fitting}, which is another recipe"
+            )
+        return f"{told} {self.config.network} learns, nor does one: use a smaller --student"
+
+    def state(self) -> tuple[Tensors, dict[str, Any]]:
+        """Everything that a checkpoint must hold: tensors under names of this student's, and JSON.
+
+        Not to be called while it learns.
+        """
+        prefix = f"{self.seed}."
+        tensors = training_state(self.network, self.optimizer, prefix)
+        tensors[f"{prefix}order"] = self._order.get_state()
+        tensors[f"{prefix}dropout"] = self._dropout
+        tensors[f"{prefix}loss"] = self._epoch_loss
+        reached = {"pool": self.pool, "batch": self.batch, "losses": self.losses}
+        return tensors, {**reached, "scaler": self.scaler.state_dict()}
+
+    def restore(self, tensors: Tensors, reached: dict[str, Any]) -> None:
         """Put back what `state` took."""
-        restore_training(self.network, self.optimizer, tensors, f"{self.seed}.")
-        self._order.set_state(tensors[f"{self.seed}.order"])
-        self._dropout = tensors[f"{self.seed}.dropout"]
+        prefix = f"{self.seed}."
+        restore_training(self.network, self.optimizer, tensors, prefix)
+        self._order.set_state(tensors[f"{prefix}order"])
+        self._dropout = tensors[f"{prefix}dropout"]
+        self._epoch_loss.copy_(tensors[f"{prefix}loss"])
+        self.pool, self.batch, self.losses = reached["pool"], reached["batch"], reached["losses"]
+        self.scaler.load_state_dict(reached["scaler"])
 
 
 def _default_rng(device: torch.device) -> Tensor:

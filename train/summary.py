@@ -104,6 +104,8 @@ def make_summary(
             "precision": plan.expand.precision,
             "backend": options.backend,
             "labels": options.labels,
+            "codec": None if options.labels == "online" else options.codec,
+            "top_k": options.top_k if options.codec == "topk" else None,
             "student": plan.student.network,
             "epochs": plan.student.epochs,
             "batch": plan.student.batch,

@@ -62,7 +62,7 @@ class Teacher:
         """
         answers = []
         for part_BCHW in inputs_BCHW.split(FORWARD_BATCH[self.device.type]):
-            images = self.normalisation.from_other(part_BCHW.to(self.device), normalisation)
+            images = self.normalisation.from_other(part_BCHW.to(self.device).float(), normalisation)
             if images.shape[-2:] != (self.size_px, self.size_px):
                 size = (self.size_px, self.size_px)
                 images = interpolate(images, size, mode="bilinear", antialias=True)

@@ -1,6 +1,8 @@
 """What a student sees of (sample, epoch): crop, flip and CutMix, pure functions of the seed.
 
-An epoch's samples are permuted (Draw.ORDER) and cut into pools. A view is a random resized crop of
+The engine wants several images of one prompt together, a student wants mixed classes. So samples of
+a class stay together in groups; the groups of an epoch are permuted (Draw.ORDER) and cut into
+pools; and each student permutes the samples of a pool once more. A view is a random resized crop of
 the sample's image, half of them mirrored; with CutMix a box of a partner's view is pasted in. The
 partner is a sample of the same pool. So the teacher's answer to a view holds for every student,
 whatever its own seed, and can be stored.
@@ -24,24 +26,41 @@ from torch import Tensor
 
 from ..engine.patches import RandomResizedCrops
 from ..kernels.noise import Draw, uniform
-from ..kernels.pixels import student_input
+from ..kernels.student_input import student_input
 from .config import StudentConfig
 from .normalisation import IMAGENET, Normalisation
 
 
-def pools(config: StudentConfig, samples: int, epoch: int) -> list[Tensor]:
+def pool_size(config: StudentConfig) -> int:
+    """Samples of a full pool: `config.pool` rounded down to whole batches, to cost no step."""
+    return max(config.pool // config.batch, 1) * config.batch
+
+
+def pools(config: StudentConfig, labels_N: Tensor, epoch: int) -> list[Tensor]:
     """The pools of an epoch: int64 sample numbers, each sample once.
 
-    A pool is `config.pool` samples rounded down to whole batches, so that its size costs no step.
+    `labels_N` are the classes of all samples, ascending. Groups of `config.group` samples of one
+    class, the last of a class perhaps smaller, are not torn apart but where a pool ends.
     """
-    samples_N = torch.arange(samples)
-    rank_N = uniform(config.seed, Draw.ORDER, samples_N, epoch, 1)[:, 0]
-    return list(torch.argsort(rank_N, stable=True).split(pool_size(config)))
+    samples_N = torch.arange(len(labels_N))
+    u_N2 = uniform(config.seed, Draw.ORDER, samples_N, epoch, 2)
+    within_N = _by(u_N2[:, 0], labels_N)
+    counts = torch.bincount(labels_N).tolist()
+    groups = [g for members in within_N.split(counts) for g in members.split(config.group)]
+    first_G = torch.stack([group[0] for group in groups])
+    order_G = torch.argsort(u_N2[first_G, 1 if config.group > 1 else 0], stable=True)
+    return list(torch.cat([groups[index] for index in order_G.tolist()]).split(pool_size(config)))
 
 
-def pool_size(config: StudentConfig) -> int:
-    """Samples of a full pool."""
-    return max(config.pool // config.batch, 1) * config.batch
+def _by(u_N: Tensor, labels_N: Tensor) -> Tensor:
+    """Samples in ascending order of class, and of u within a class."""
+    order_N = torch.argsort(u_N, stable=True)
+    return order_N[torch.argsort(labels_N[order_N], stable=True)]
+
+
+def view_dtype(config: StudentConfig) -> torch.dtype:
+    """fp16 for students that compute in half. bf16 would keep 7 of a pixel's 8 bits."""
+    return torch.float32 if config.precision == "fp32" else torch.float16
 
 
 def make_views(
@@ -53,7 +72,7 @@ def make_views(
 ) -> Tensor:
     """Images of a whole pool, in [-1, 1], to normalised inputs [P, 3, size_px, size_px].
 
-    The result is fp32, channels_last, on the images' device.
+    The result is `view_dtype`, channels_last, on the images' device.
     """
     device = images_PCHW.device
     count, _, height, width = images_PCHW.shape
@@ -78,6 +97,7 @@ def make_views(
         normalisation.mean,
         normalisation.std,
         cutmix=cutmix,
+        dtype=view_dtype(config),
     )
 
 
@@ -106,6 +126,10 @@ def describe_views(config: StudentConfig) -> dict[str, Any]:
     }
     if config.cutmix:
         described["pool"] = pool_size(config)
+        if config.group > 1:
+            described["group"] = config.group
+    if view_dtype(config) != torch.float32:
+        described["dtype"] = "fp16"
     return described
 
 

@@ -1,0 +1,172 @@
+"""What labels cost: recorded while students train, against online ones and against labels first.
+
+    python bench/bench_labels.py --epochs 100 --json
+
+Teacher and coreset of the generated set are made once, outside the clock. A pass is the rest of a
+run of method dace, from a copy of that folder: with `online` and `record` the stage of the
+students, with `stored` the stage of the labels and then that of the students. So a pass counts
+opening the engine, every expansion, the teacher, the students, validation, and putting the labels
+into the coreset. The gate: students and labels are equal in every bit, however the labels came
+(online ones only with the dense codec).
+
+Targets: record <= 1.1 times online, record <= 0.6 times stored, in seconds. With labels first
+every image is expanded twice: the second target asks that expansion is most of the work, as it is
+for one student (`--seeds 1`, the default: making the artefact and the first student).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from measure import environment, measure_rates, publish, ratios
+from patchbloom.engine.manifest import LABELS
+from patchbloom.export.config import BackendName
+from patchbloom.train.checkpoint import read_tensors
+from patchbloom.train.commands import CodecChoice, LabelChoice, TrainCoreset
+from patchbloom.train.distil import Distillation
+from patchbloom.train.plan import Plan, make_plan
+from patchbloom.train.record import Record
+from patchbloom.train.run import run_stages
+from patchbloom.train.stages import RunFolder
+
+METHOD = "dace"
+MODES: tuple[LabelChoice, ...] = ("online", "record", "stored")
+TARGETS = {"record_over_online": 1.1, "record_over_stored": 0.6}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Seconds of labels and students together, by how the labels come."""
+
+    epochs: int = 100
+    """Of the students: every epoch renders every sample once."""
+    seeds: int = 1
+    """Students that share the images and labels."""
+    ipc: int = 1
+    codec: CodecChoice = "dense"
+    top_k: int = 4
+    """Of --codec topk; the set has ten classes."""
+    model: str = "sdxl-tiny"
+    """Name or folder of a model."""
+    backend: BackendName = "auto"
+    """What runs it."""
+    shapes_per_class: int = 200
+    """Training images per class; a fifth as many for validation."""
+    teacher_epochs: int = 1
+    """The teacher's accuracy decides no time."""
+    threads: int = 2
+    rounds: int = 5
+    json: bool = False
+    """Print the row as the last line."""
+    record: bool = True
+    """Append the row to bench/results/."""
+
+
+def prepare(options: Options, folder: Path, report: Record) -> Plan:
+    """A run folder with a teacher and a coreset in it, and the plan of the rest."""
+    run = TrainCoreset(
+        data="shapes",
+        out=folder,
+        model=options.model,
+        backend=options.backend,
+        ipc=options.ipc,
+        epochs=options.epochs,
+        teacher_epochs=options.teacher_epochs,
+        codec=options.codec,
+        top_k=options.top_k,
+        seeds=options.seeds,
+        shapes_per_class=options.shapes_per_class,
+    )
+    run_stages(run, "bench_labels")
+    return make_plan(run, report)
+
+
+def mode_pass(
+    mode: LabelChoice, plan: Plan, folder: Path, out: Path, report: Record
+) -> Callable[[], int]:
+    """The rest of the run in a fresh copy of `folder`; the images that its students saw."""
+    chosen = replace(plan, options=replace(plan.options, labels=mode, out=out))
+    samples = len(plan.class_names) * plan.options.ipc * plan.factor**2
+
+    def one_pass() -> int:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(folder, out)
+        with RunFolder(out, report) as run:
+            job = Distillation(chosen, run, report, "bench_labels")
+            if mode == "stored":
+                job.labels_stage(METHOD)
+            job.student_stage(METHOD)
+        return samples * plan.student.epochs
+
+    return one_pass
+
+
+def check_equal(work: Path, plan: Plan) -> int:
+    """Bytes of the stored labels; RuntimeError unless all modes made the same bits."""
+    for seed in plan.student_seeds:
+        name = f"students/{METHOD}-seed{seed}.safetensors"
+        alike = MODES if plan.options.codec == "dense" else MODES[1:]
+        first, *others = (read_tensors(work / mode / name)[0] for mode in alike)
+        for other in others:
+            if not all(torch.equal(first[key], other[key]) for key in first):
+                raise RuntimeError(f"{name}: students differ by how labels came; nothing is timed")
+    recorded, stored = ((work / mode / "coreset" / LABELS).read_bytes() for mode in MODES[1:])
+    if recorded != stored:
+        raise RuntimeError("labels recorded and stored first differ; nothing is timed")
+    return len(recorded)
+
+
+def main(options: Options) -> None:
+    """Gate, measure, report."""
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as name, Record() as report:
+        work = Path(name)
+        plan = prepare(options, work / "prepared", report)
+        passes = {
+            mode: mode_pass(mode, plan, work / "prepared", work / mode, report) for mode in MODES
+        }
+        images = max(one_pass() for one_pass in passes.values())  # the warm-up; all see as many
+        label_bytes = check_equal(work, plan)
+        rates = measure_rates(passes, rounds=options.rounds, warmup=0)
+    over = {
+        f"record_over_{mode}": ratios(rates[mode], rates["record"]) for mode in ("online", "stored")
+    }
+    for mode, rate in rates.items():
+        print(f"{mode:8} {images / rate.p50:8.1f} s   {rate.p50:.1f} images/s   n {options.rounds}")
+    for name, ratio in over.items():
+        print(f"{name:20} {ratio.p50:.3f}   target {TARGETS[name]}")
+    row = environment(plan.device) | {
+        "benchmark": "labels",
+        "seconds": {mode: round(images / rate.p50, 2) for mode, rate in rates.items()},
+        "images_per_s": {mode: rate.row() for mode, rate in rates.items()},
+        "ratio": {name: round(ratio.p50, 3) for name, ratio in over.items()},
+        "ratio_spread": {name: ratio.row() for name, ratio in over.items()},
+        "targets": TARGETS,
+        "label_bytes": label_bytes,
+        "codec": options.codec,
+        "top_k": options.top_k if options.codec == "topk" else None,
+        "model": options.model,
+        "backend": options.backend,
+        "student": plan.student.network,
+        "size_px": plan.image_size,
+        "images": images,
+        "epochs": options.epochs,
+        "seeds": options.seeds,
+        "ipc": options.ipc,
+        "threads": options.threads,
+    }
+    publish(row, record=options.record, as_json=options.json)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

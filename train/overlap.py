@@ -1,0 +1,215 @@
+"""A ring of slots: one side fills them, the other drains them, at the same time.
+
+    producer   thread, its own CUDA stream    wait(drained) → fill → record(filled)
+    consumer   caller, a stream that the GPU prefers    wait(filled) → use → record(drained)
+
+Slots are allocated once, by the caller (the idea is FFCV's). Streams meet in events, so on a GPU no
+host waits for a kernel; on a CPU the same threads meet in a condition alone. The producer is ahead
+by as many slots as there are and no more. The order of items is that of the iterable, whatever the
+timing, and both sides compute with the caller's number of threads: so overlapped or not, the
+results have the same bits. Without overlap the consumer fills all slots itself, then drains them:
+the baseline.
+
+On a GPU the producer's kernels are large and many, the consumer's short: with the higher priority
+these run as soon as they come, and expansion takes what is left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from threading import Condition, Thread
+from typing import Generic, TypeVar
+
+import torch
+
+Slot = TypeVar("Slot")
+Item = TypeVar("Item")
+LOOK_UP_S = 0.05  # how often a waiting consumer asks whether it was interrupted
+CONSUMER_PRIORITY = -1  # CUDA: lower is sooner
+
+
+@dataclass
+class _Place(Generic[Slot]):
+    """A slot and the events of its last use; events are None without streams of their own."""
+
+    slot: Slot
+    filled: torch.cuda.Event | None = field(default=None)
+    drained: torch.cuda.Event | None = field(default=None)
+
+
+class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
+    """Calls ``fill(slot, item)`` for every item, at most ``len(slots)`` ahead of the consumer.
+
+    ``take`` hands out what is filled; what it handed out before is free again. An error of the
+    producer is raised there, with its own traceback, after everything filled before it was handed
+    out. Leaving the block ends the thread: it finishes the slot that it is filling, no other.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        fill: Callable[[Slot, Item], None],
+        items: Iterable[Item],
+        *,
+        device: torch.device,
+        overlap: bool = True,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        if not slots:
+            raise ValueError("slots: expected one or more, got none")
+        streams = overlap and device.type == "cuda"
+        self._fill, self._items, self._interrupted = fill, iter(items), interrupted
+        self._free = deque(_Place(slot, *_events(streams)) for slot in slots)
+        self._filled: deque[tuple[Item, _Place[Slot]]] = deque()
+        self._taken: list[_Place[Slot]] = []
+        self._changed = Condition()
+        self._ended = self._stopping = False
+        self._error: BaseException | None = None
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._waited_s = self._stalled_s = 0.0
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        if streams:
+            self._streams = (
+                torch.cuda.Stream(device),
+                torch.cuda.Stream(device, priority=CONSUMER_PRIORITY),
+            )
+            for stream in self._streams:
+                stream.wait_stream(torch.cuda.current_stream(device))
+        self._thread: Thread | None = None
+        if overlap:
+            threads = torch.get_num_threads()
+            self._thread = Thread(target=self._produce, args=(threads,), name="producer")
+            self._thread.start()
+
+    def take(self) -> list[tuple[Item, Slot]]:
+        """The filled slots in order, with what they hold: one or more, or none at the end.
+
+        Also none when ``interrupted`` says so. What was taken before goes back to the producer.
+        """
+        self._release()
+        if self._thread is None:
+            return self._fill_here()
+        began = time.perf_counter()
+        with self._changed:
+            while not (self._filled or self._ended or self._interrupted()):
+                self._changed.wait(LOOK_UP_S)
+            taken = list(self._filled)
+            self._filled.clear()
+        self._waited_s += time.perf_counter() - began
+        for _, place in taken:
+            self._wait_until_filled(place)
+        self._taken = [place for _, place in taken]
+        if not taken and self._error is not None and not self._interrupted():
+            raise self._error
+        return [(item, place.slot) for item, place in taken]
+
+    @contextmanager
+    def consuming(self) -> Iterator[None]:
+        """Where the consumer works: its stream on a GPU, whose work the caller's stream awaits."""
+        if self._streams is None:
+            yield
+            return
+        callers = torch.cuda.current_stream()
+        with torch.cuda.stream(self._streams[1]):
+            yield
+        callers.wait_stream(self._streams[1])
+
+    def waited_s(self) -> float:
+        """Seconds for which the consumer had nothing to do; on a GPU its stream, not its host."""
+        if self._streams is None:
+            return self._waited_s
+        self._streams[1].synchronize()
+        self._stalled_s += sum(asked.elapsed_time(given) for asked, given in self._waits) / 1e3
+        self._waits.clear()
+        return self._stalled_s
+
+    def close(self) -> None:
+        """End the producer and wait for it; safe to call twice."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        if self._streams is not None:
+            self._streams[0].synchronize()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _release(self) -> None:
+        """Give back what the consumer had."""
+        for place in self._taken:
+            if place.drained is not None:
+                place.drained.record()
+        with self._changed:
+            self._free.extend(self._taken)
+            self._changed.notify_all()
+        self._taken = []
+
+    def _fill_here(self) -> list[tuple[Item, Slot]]:
+        """Without overlap: as many slots as there are."""
+        began = time.perf_counter()
+        for item in self._items:
+            place = self._free.popleft()
+            self._fill(place.slot, item)
+            self._filled.append((item, place))
+            if not self._free or self._interrupted():
+                break
+        taken = list(self._filled)
+        self._filled.clear()
+        self._taken = [place for _, place in taken]
+        self._waited_s += time.perf_counter() - began
+        return [(item, place.slot) for item, place in taken]
+
+    def _wait_until_filled(self, place: _Place[Slot]) -> None:
+        """Let the consumer's stream wait, and time that."""
+        if place.filled is None:
+            return
+        asked, given = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        asked.record()
+        torch.cuda.current_stream().wait_event(place.filled)
+        given.record()
+        self._waits.append((asked, given))
+
+    def _produce(self, threads: int) -> None:
+        torch.set_num_threads(threads)  # a thread that starts has those that were set last, by any
+        try:
+            with nullcontext() if self._streams is None else torch.cuda.stream(self._streams[0]):
+                while (place := self._next_free()) is not None:
+                    try:
+                        item = next(self._items)
+                    except StopIteration:
+                        break
+                    self._fill_place(place, item)
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _next_free(self) -> _Place[Slot] | None:
+        """Wait for a slot; None when the consumer has left."""
+        with self._changed:
+            while not (self._free or self._stopping):
+                self._changed.wait()
+            return None if self._stopping else self._free.popleft()
+
+    def _fill_place(self, place: _Place[Slot], item: Item) -> None:
+        if place.drained is not None:
+            torch.cuda.current_stream().wait_event(place.drained)
+        self._fill(place.slot, item)
+        if place.filled is not None:
+            place.filled.record()
+        with self._changed:
+            self._filled.append((item, place))
+            self._changed.notify_all()
+
+
+def _events(wanted: bool) -> tuple[torch.cuda.Event, torch.cuda.Event] | tuple[None, None]:
+    """(filled, drained)."""
+    return (torch.cuda.Event(), torch.cuda.Event()) if wanted else (None, None)
