@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -107,7 +109,7 @@ def _same(one: list[tuple[torch.Tensor, ...]], other: list[tuple[torch.Tensor, .
 
 
 def _producers() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("expansion")]
+    return [t for t in threading.enumerate() if t.name == "producer"]
 
 
 def test_an_epoch_is_every_sample_once_as_it_was_labelled(loader, source, teacher) -> None:
@@ -198,6 +200,19 @@ def test_leaving_early_and_closing_leave_no_thread(loader) -> None:
     loader.close()
 
 
+def test_a_loader_that_nobody_closes_lets_the_program_end(coreset) -> None:
+    """The next epoch is being rendered, or waits in its slots."""
+    code = (
+        "import sys\n"
+        "from patchbloom.train.loader import ExpandedLoader\n"
+        "loader = ExpandedLoader(sys.argv[1], batch=12, device='cpu')\n"
+        "print(sum(len(images) for images, _ in loader))\n"
+    )
+    command = [sys.executable, "-c", code, str(coreset.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{SAMPLES}\n", "")
+
+
 def test_an_error_of_the_producer_comes_with_its_traceback(loader, monkeypatch) -> None:
     render = UpsampledPatches.render
 
@@ -229,14 +244,16 @@ def test_rendering_is_ahead_by_so_many_pools_and_no_more(coreset, monkeypatch, a
     monkeypatch.setattr(UpsampledPatches, "render", counted)
     with ExpandedLoader(coreset, batch=8, device="cpu", ahead=ahead) as loader:
         begun = iter(loader)
-        for taken in range(4):  # two batches of each of two pools
+        next(begun)
+        until = time.monotonic() + 20
+        while len(rendered) < 1 + ahead and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(rendered) == 1 + ahead
+        for _ in range(3):  # the rest of the first pool, and the second, of two batches each
             next(begun)
-            expected = 1 + taken // 2 + ahead
-            until = time.monotonic() + 20
-            while len(rendered) < expected and time.monotonic() < until:
-                time.sleep(0.01)
-            time.sleep(0.05)
-            assert len(rendered) == expected
+        time.sleep(0.1)
+        assert len(rendered) <= 2 + ahead
     assert rendered == [0, 0, 0, 1, 1, 1][: len(rendered)]  # on into the next epoch
 
 

@@ -38,7 +38,7 @@ class LabelledPool:
     """int64: the order in which the pool is handed out."""
 
     def batch(self, rows_B: Tensor) -> tuple[Tensor, ...]:
-        """Copies of some rows, so that the pool's memory is free when its last batch is made."""
+        """Copies of some rows: the next pool takes this one's place."""
         # Gathered as NHWC: indexing the first of four dimensions would give up channels_last.
         views_BCHW = self.views_PCHW.permute(0, 2, 3, 1)[rows_B].permute(0, 3, 1, 2)
         return views_BCHW, self.labels_PK[rows_B], self.classes_P[rows_B]

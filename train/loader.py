@@ -12,14 +12,14 @@ Legend: N samples of an epoch, P samples of a pool, B of a batch, K classes, H W
 
 from __future__ import annotations
 
+import atexit
 import math
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -27,13 +27,11 @@ from torch import Tensor
 from ..engine.coreset import Coreset, open_coreset
 from .config import StudentConfig
 from .coreset_options import LoaderOptions
-from .labelled_pools import LabelledPool, open_pools
+from .labelled_pools import LabelledPool, PoolSource, open_pools
+from .overlap import Ring
 from .recorded import view_config
 from .teacher import Teacher
 from .views import pools
-
-Item = TypeVar("Item")
-Filled = TypeVar("Filled")
 
 
 class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
@@ -77,6 +75,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
             self._source = open_pools(coreset, self._config, self.options, teacher, opened)
             self._opened = opened.pop_all()
         self._closed = False
+        _OPEN.add(self)
         self.device = self._source.device
         self._samples = len(self._coreset.labels_N)
         self._next = self._position = (0, 0)
@@ -221,7 +220,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         if self._stream is None or self._upcoming != (epoch, first):
             self._stop()
             items = _items(self._config, self._coreset.labels_N, epoch, first, self.epochs)
-            self._stream = _ahead(self._source.fill, items, self.options.ahead)
+            self._stream = _ahead(self._source, items, self.options.ahead)
         return self._stream
 
     def _stop(self) -> None:
@@ -241,6 +240,16 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         self.close()
 
 
+_OPEN: WeakSet[ExpandedLoader] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that still computes when the interpreter is taken down would crash it."""
+    for loader in list(_OPEN):
+        loader.close()
+
+
 def _config(coreset: Coreset, options: LoaderOptions, views: StudentConfig | None) -> StudentConfig:
     config = views or view_config(coreset, device=options.device)
     return replace(config, temperature=options.temperature or config.temperature)
@@ -256,22 +265,28 @@ def _items(
         epoch, first = epoch + 1, 0
 
 
-def _ahead(fill: Callable[[Item], Filled], items: Iterable[Item], ahead: int) -> Generator[Filled]:
-    """`fill(item)` for every item, in order, made in a thread that is at most `ahead` in advance.
+@dataclass
+class _Slot:
+    """Where the ring's producer leaves a pool."""
 
-    Closing it ends the thread, once the item that it works on is filled. An error of `fill` is
-    raised here, with its own traceback, when its item is asked for.
+    pool: LabelledPool | None = None
+
+
+def _ahead(
+    source: PoolSource, items: Iterable[tuple[int, Tensor]], ahead: int
+) -> Generator[LabelledPool]:
+    """The items' pools, in order, made in a thread that is at most `ahead` in advance.
+
+    Closing it ends the thread, once the pool that it works on is filled. An error is raised here,
+    with its own traceback, when its item is asked for.
     """
-    threads = torch.get_num_threads()  # A thread that starts has those that were set last, by any.
-    waiting: deque[Future[Filled]] = deque()
-    with ThreadPoolExecutor(1, "expansion", torch.set_num_threads, (threads,)) as producer:
-        try:
-            for item in items:
-                waiting.append(producer.submit(fill, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for call in waiting:
-                call.cancel()
+
+    def fill(slot: _Slot, item: tuple[int, Tensor]) -> None:
+        slot.pool = source.fill(item)
+
+    slots = [_Slot() for _ in range(ahead + 1)]  # the first is drained meanwhile
+    with Ring(slots, fill, items, device=source.device) as ring:
+        while taken := ring.take():
+            for _, slot in taken:
+                if slot.pool is not None:
+                    yield slot.pool
