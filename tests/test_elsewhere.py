@@ -27,7 +27,7 @@ RUN = (
     *("--method", *METHODS, "--backend", "eager", "--no-ceiling", "--seeds", "2", "--seed", "3"),
     *("--recipe", "rded", "--image-size", "32", "--epochs", "3", "--batch", "8"),  # with CutMix
     *("--teacher", "convnet-d3-w8", "--teacher-epochs", "1", "--student", "convnet-d3-w8"),
-    *("--steps", "2", "--rho", "0.5"),
+    *("--steps", "2", "--rho", "0.5", "--refresh", "0.5", "--student-precision", "bf16"),
 )
 
 Train = Callable[..., dict[str, Any]]
@@ -248,7 +248,10 @@ def _divergences(coreset: Coreset, teacher: Teacher) -> torch.Tensor:
     stored = coreset.soft_labels()
     assert stored is not None
     views = stored.settings["views"]
-    config = StudentConfig(**{**views, "crop_scale": tuple(views["crop_scale"])})
+    assert views.pop("dtype") == "fp16"
+    config = StudentConfig(
+        **{**views, "crop_scale": tuple(views["crop_scale"]), "precision": "bf16"}
+    )
     source = UpsampledPatches(
         method="upsample",
         patches_NHWC=coreset.patches(),
