@@ -92,7 +92,8 @@ def mode_pass(
     mode: LabelChoice, plan: Plan, folder: Path, out: Path, report: Record
 ) -> Callable[[], int]:
     """The rest of the run in a fresh copy of `folder`; the images that its students saw."""
-    chosen = replace(plan, options=replace(plan.options, labels=mode, out=out))
+    codec = "dense" if mode == "online" else plan.options.codec
+    chosen = replace(plan, options=replace(plan.options, labels=mode, codec=codec, out=out))
     samples = len(plan.class_names) * plan.options.ipc * plan.factor**2
 
     def one_pass() -> int:

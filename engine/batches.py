@@ -54,7 +54,7 @@ def plan_batches(
     for members in np.split(order, np.flatnonzero(np.diff(labels_N[samples][order])) + 1):
         padded = -len(members) % images_per_prompt
         targets = np.concatenate([members, np.full(padded, -1)])
-        rows = samples[np.concatenate([members, np.full(padded, members[0])])]
+        rows = samples[np.concatenate([members, np.full(padded, members[-1])])]
         group_targets.append(targets.reshape(-1, images_per_prompt))
         group_samples.append(rows.reshape(-1, images_per_prompt))
     samples_Gn, targets_Gn = np.concatenate(group_samples), np.concatenate(group_targets)

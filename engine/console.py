@@ -30,22 +30,36 @@ class Terminated(BaseException):
     """SIGTERM came: as KeyboardInterrupt, no Exception, so that nothing on the way takes it."""
 
 
+def print_error(line: str) -> None:
+    """Print a line of error on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def run_command(
-    program: str, parse: Callable[[], Parsed], execute: Callable[[Parsed], dict[str, Any]]
+    program: str,
+    parse: Callable[[], Parsed],
+    execute: Callable[[Parsed], dict[str, Any]],
+    tell: Callable[[str], None] = print_error,
 ) -> int:
-    """Parse, execute, print the result as one line of JSON; returns the exit code."""
+    """Parse, execute, print the result as one line of JSON; returns the exit code.
+
+    `tell` gets the line of an error: of several processes that run one command, one prints it.
+    """
     try:
         with _terminated_by_exception():
             parsed = _parse_in_one_line(program, parse)
             result = execute(parsed)
     except (ValueError, OSError) as error:
-        return _fail(program, str(error) or type(error).__name__, 2)
+        message, code = str(error) or type(error).__name__, 2
     except KeyboardInterrupt:
-        return _fail(program, "interrupted", 130)
+        message, code = "interrupted", 130
     except Terminated:
-        return _fail(program, "terminated", 143)
-    print(json.dumps(result), flush=True)
-    return 0
+        message, code = "terminated", 143
+    else:
+        print(json.dumps(result), flush=True)
+        return 0
+    tell(f"{program}: error: {' '.join(message.split())}")
+    return code
 
 
 @contextlib.contextmanager
@@ -102,8 +116,3 @@ def print_table(rows: list[list[str]]) -> None:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
-
-
-def _fail(program: str, message: str, code: int) -> int:
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return code

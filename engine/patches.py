@@ -13,18 +13,20 @@ upright image.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
 import torch
 
 from ..kernels.noise import Draw, uniform_numpy
-from .images import ImageSet, InputError, stream_crops
+from .best_patches import BestPatches, best_of_all
+from .images import CropBatch, ImageSet, InputError, stream_crops
 from .patch_scores import IMAGENET_MEAN_RGB, PatchScorer, Scoring, TeacherFn
+from .peers import ALONE, Peers, share_of
 
 TRIES = 10
 Method = Literal["lowest-loss", "random"]
@@ -113,67 +115,6 @@ class PatchSelection:
     """Paths of undecodable files that were left out."""
 
 
-class BestPatches:
-    """The ``per_class`` patches with the lowest (key, index) of every class, seen as a stream.
-
-    Memory is that of the answer, whatever the number of patches offered; the answer does not depend
-    on their order.
-    """
-
-    def __init__(self, classes: int, per_class: int, patch_px: int) -> None:
-        self.per_class = per_class
-        shape = (classes, per_class)
-        self.patches_KNHWC = torch.zeros((*shape, patch_px, patch_px, 3), dtype=torch.uint8)
-        self.losses_KN = torch.full(shape, math.nan)
-        self.source_index_KN = torch.full(shape, -1, dtype=torch.int64)
-        self.boxes_KN4 = torch.zeros((*shape, 4), dtype=torch.int64)
-        # Per class: (-key, -index, slot), so that the first of the heap is the next to go.
-        self._heaps: list[list[tuple[float, int, int]]] = [[] for _ in range(classes)]
-
-    def offer(
-        self,
-        label: int,
-        key: float,
-        index: int,
-        patch_HWC: torch.Tensor,
-        loss: float,
-        box_4: torch.Tensor,
-    ) -> None:
-        """Keep the patch if it is among the best of its class so far."""
-        heap = self._heaps[label]
-        rank = (-key, -index)
-        if len(heap) < self.per_class:
-            slot = len(heap)
-            heapq.heappush(heap, (*rank, slot))
-        elif rank > heap[0][:2]:
-            slot = heap[0][2]
-            heapq.heapreplace(heap, (*rank, slot))
-        else:
-            return
-        self.patches_KNHWC[label, slot] = patch_HWC
-        self.losses_KN[label, slot] = loss
-        self.source_index_KN[label, slot] = index
-        self.boxes_KN4[label, slot] = box_4
-
-    def counts(self) -> list[int]:
-        """Patches held, per class."""
-        return [len(heap) for heap in self._heaps]
-
-    def sort(self) -> None:
-        """Bring every class into the order of (key, index), lowest first; offers end here."""
-        for label, heap in enumerate(self._heaps):
-            heap.sort(reverse=True)
-            order = torch.tensor([slot for _, _, slot in heap], dtype=torch.int64)
-            for tensor_KN in (
-                self.patches_KNHWC,
-                self.losses_KN,
-                self.source_index_KN,
-                self.boxes_KN4,
-            ):
-                tensor_KN[label, : len(order)] = tensor_KN[label, order]
-            heap.clear()
-
-
 def selection_order(labels: np.ndarray, seed: int) -> list[np.ndarray]:
     """Per class, its image indices in the seeded order in which the pool takes them."""
     index = np.arange(len(labels))
@@ -200,6 +141,7 @@ def select_patches(
     threads: int | None = None,
     skip_corrupt: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    peers: Peers = ALONE,
 ) -> PatchSelection:
     """Choose ipc · factor² patches of image_size_px // factor pixels for every class.
 
@@ -211,8 +153,11 @@ def select_patches(
     The teacher is always called on batch · crops canvases of image_size_px (the last batch is
     padded); ``scoring`` is how it is shown a patch (patch_scores.py), and ``canvas_rgb`` what
     surrounds a padded one: the teacher's mean colour. ``progress`` is told (images done, images in
-    all). Raises InputError, saying what to do, for sizes that do not fit, classes with too few
-    images, undecodable files (see ``stream_crops``) and a teacher with another number of classes.
+    all). ``peers`` share the images, batch by batch, and all return what one process would (after
+    an undecodable file up to the rounding of the teacher's answers: batches close up behind it).
+
+    Raises InputError, saying what to do, for sizes that do not fit, classes with too few images,
+    undecodable files (see ``stream_crops``) and a teacher with another number of classes.
     """
     patch_px, per_class = _sizes(ipc, factor, image_size_px)
     if method == "random":
@@ -233,7 +178,7 @@ def select_patches(
     while len(pending):
         stream = stream_crops(
             images,
-            pending,
+            share_of(pending, batch, peers),
             boxes,
             crops=crops,
             size_px=patch_px,
@@ -243,24 +188,15 @@ def select_patches(
             skip_corrupt=skip_corrupt,
         )
         for crop_batch in stream:
-            labels_B, index_B = crop_batch.labels_B.tolist(), crop_batch.index_B.tolist()
             losses_BP = scorer(crop_batch.pixels_BPHWC, crop_batch.labels_B)
-            best_B = losses_BP.argmin(axis=1)  # The first of equal ones, which torch leaves open.
-            for b, crop in enumerate(best_B.tolist()):
-                loss = float(losses_BP[b, crop])
-                best.offer(
-                    labels_B[b],
-                    0.0 if method == "random" else loss,
-                    index_B[b],
-                    crop_batch.pixels_BPHWC[b, crop],
-                    loss,
-                    crop_batch.boxes_BP4[b, crop],
-                )
-            done += len(index_B)
+            _offer(best, crop_batch, losses_BP, by_loss=method == "lowest-loss")
+            done += len(losses_BP)
             if progress:
-                progress(done, total)
-        skipped += stream.skipped
-        pending = _replacements(ranked, taken, images.labels[stream.skipped])
+                progress(min(done * peers.size, total), total)
+        left_out = sorted(chain.from_iterable(peers.all_gather(list(stream.skipped))))
+        skipped += left_out
+        pending = _replacements(ranked, taken, images.labels[left_out])
+    best = best_of_all(best, peers)
     _require_enough(images, best.counts(), per_class, "decodable images")
     best.sort()
     return PatchSelection(
@@ -271,6 +207,22 @@ def select_patches(
         boxes_N4=best.boxes_KN4.flatten(0, 1),
         skipped=tuple(images.paths[index] for index in skipped),
     )
+
+
+def _offer(best: BestPatches, crops: CropBatch, losses_BP: np.ndarray, *, by_loss: bool) -> None:
+    """The best crop of each image, which competes by its loss or is merely the next."""
+    labels_B, index_B = crops.labels_B.tolist(), crops.index_B.tolist()
+    best_B = losses_BP.argmin(axis=1)  # The first of equal ones, which torch leaves open.
+    for b, crop in enumerate(best_B.tolist()):
+        loss = float(losses_BP[b, crop])
+        best.offer(
+            labels_B[b],
+            loss if by_loss else 0.0,
+            index_B[b],
+            crops.pixels_BPHWC[b, crop],
+            loss,
+            crops.boxes_BP4[b, crop],
+        )
 
 
 def _sizes(ipc: int, factor: int, image_size_px: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -196,13 +196,7 @@ class Expander:
             out = torch.empty(shape, dtype=torch.float32, device=self._device)
         elif tuple(out.shape) != shape or out.dtype != torch.float32:
             raise ValueError(f"out must be fp32 {shape}, got {out.dtype} {tuple(out.shape)}")
-        plans = plan_batches(
-            rows,
-            self._labels_N,
-            prompts=self.spec.prompts,
-            images_per_prompt=self.spec.images_per_prompt,
-        )
-        for plan in plans:
+        for plan in self._plans(rows):
             images_BCHW = self._expand_or_explain(plan, epoch)
             slots = np.flatnonzero(plan.targets_B >= 0)
             targets = torch.from_numpy(plan.targets_B[slots]).to(out.device)
@@ -225,6 +219,23 @@ class Expander:
         raise ValueError(
             f"{self.spec.batch} images of {self.config.size_px} px at a time do not fit into the "
             f"memory of {self.spec.device} with {self.model.name}: give a smaller --engine-batch"
+        )
+
+    def calls(self, samples: Tensor | np.ndarray | Sequence[int]) -> list[np.ndarray]:
+        """Positions in `samples` of what each call of the denoiser makes together, int64.
+
+        `expand` of some of these sets, one after the other, makes these calls again, slot for slot:
+        ranks can share the samples and get the same bits.
+        """
+        plans = self._plans(np.asarray(samples, dtype=np.int64))
+        return [plan.targets_B[plan.targets_B >= 0] for plan in plans]
+
+    def _plans(self, rows: np.ndarray) -> Iterator[BatchPlan]:
+        return plan_batches(
+            rows,
+            self._labels_N,
+            prompts=self.spec.prompts,
+            images_per_prompt=self.spec.images_per_prompt,
         )
 
     def _expand_batch(self, plan: BatchPlan, epoch: int) -> Tensor:

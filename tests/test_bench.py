@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patchbloom.train.prior_model import new_parts, save_parts
 from PIL import Image
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -82,3 +83,32 @@ def test_bench_score_without_data(tmp_path: Path):
     assert done.returncode != 0
     assert done.stderr.startswith("error: data folder")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_bench_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    parts = new_parts(32, tmp_path / "words", unet_channels=(16, 32, 64), vae_channels=(8, 16, 16))
+    save_parts(parts, tmp_path / "model")
+    command = [sys.executable, str(BENCH / "bench_labels.py"), "--no-record", "--json"]
+    options = ["--epochs", "1", "--rounds", "1", "--threads", "1", "--shapes-per-class", "5"]
+    done = subprocess.run(
+        [
+            *command,
+            *options,
+            "--model",
+            str(tmp_path / "model"),
+            "--backend",
+            "eager",
+            "--codec",
+            "topk",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert set(row["ratio"]) == set(row["targets"]) == {"record_over_online", "record_over_stored"}
+    assert min(row["seconds"].values()) > 0
+    assert 40 * 4 * 4 < row["label_bytes"] < 40 * 4 * 4 + 200

@@ -272,9 +272,9 @@ def test_answers_survive_a_kill_9(source, teacher, tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     labels = recording()
-    assert labels.has(EVERY[:16], 1)
-    assert not labels.has(EVERY[20:21], 1)  # probabilities without their classes
-    assert not any(labels.has(EVERY[n : n + 1], e) for n in range(16) for e in (0, 2, 3))
+    assert labels.have([EVERY[:16]], 1)[0]
+    assert not labels.have([EVERY[20:21]], 1)[0]  # probabilities without their classes
+    assert not any(labels.have([EVERY[n : n + 1]], e)[0] for n in range(16) for e in (0, 2, 3))
 
 
 @pytest.mark.parametrize("damage", ["cut", "other views", "other codec"])
@@ -292,7 +292,7 @@ def test_a_recording_that_does_not_fit_is_begun_anew_and_told(
     codec: KeptCodec = "topk" if damage == "other codec" else "dense"
     labels = RecordedLabels(teacher, source, config, path, report, codec=codec, k=TOP_K)
     assert report.said == [f"labels: {path} was cut short or is of other labels: begun anew"]
-    assert not any(labels.has(EVERY[n : n + 1], 0) for n in range(40))
+    assert not any(labels.have([EVERY[n : n + 1]], 0)[0] for n in range(40))
 
 
 @pytest.mark.parametrize("lost", [1, 400, 2**9])

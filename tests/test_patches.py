@@ -5,13 +5,18 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patchbloom.engine.best_patches import BestPatches
 from patchbloom.engine.images import (
     CorruptImageError,
     ImageSet,
@@ -22,7 +27,6 @@ from patchbloom.engine.images import (
 from patchbloom.engine.patch_scores import cross_entropy
 from patchbloom.engine.patches import (
     TRIES,
-    BestPatches,
     PatchSelection,
     RandomResizedCrops,
     resized_crop_boxes,
@@ -62,6 +66,34 @@ def teacher() -> Callable[[torch.Tensor], torch.Tensor]:
 def select(images: ImageSet, teacher, **options) -> PatchSelection:
     defaults = {"ipc": 1, "factor": 2, "image_size_px": SIZE_PX, "crops": 3, "seed": 5, "batch": 8}
     return select_patches(images, teacher, **(defaults | options))
+
+
+def select_together(ranks: int, images: ImageSet, teacher, **options) -> list[PatchSelection]:
+    """What each of `ranks` peers chooses; they are threads of this process."""
+    values: list[Any] = [None] * ranks
+    meeting = Barrier(ranks, timeout=60)
+
+    @dataclass
+    class Peer:
+        rank: int
+        size: int = ranks
+
+        def all_gather(self, value: Any) -> list[Any]:
+            values[self.rank] = value
+            meeting.wait()
+            gathered = list(values)
+            meeting.wait()
+            return gathered
+
+        def all_gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+            return torch.cat(self.all_gather(rows))
+
+    with ThreadPoolExecutor(ranks) as pool:
+        chosen = [
+            pool.submit(select, images, teacher, peers=Peer(rank), **options)
+            for rank in range(ranks)
+        ]
+        return [each.result() for each in chosen]
 
 
 def tensors(selection: PatchSelection) -> dict[str, torch.Tensor]:
@@ -275,6 +307,16 @@ def test_the_choice_does_not_depend_on_batch_or_threads(images: ImageSet, teache
     assert not torch.equal(other.patches_NHWC, reference["patches_NHWC"])
 
 
+@pytest.mark.parametrize("method", ["lowest-loss", "random"])
+def test_peers_choose_what_one_process_chooses(images: ImageSet, teacher, method: str):
+    options = {"method": method, "batch": 4, "ipc": 2}
+    reference = tensors(select(images, teacher, **options))
+    for size in (2, 3, 10):  # of 9 batches, or 6: some of ten peers have none
+        for chosen in select_together(size, images, teacher, **options):
+            for name, tensor in tensors(chosen).items():
+                assert torch.equal(tensor, reference[name]), name
+
+
 def test_random_patches_need_no_teacher(images: ImageSet, teacher):
     told = []
     chosen = select(images, None, method="random", progress=lambda *done: told.append(done))
@@ -304,6 +346,9 @@ def test_damaged_files_are_replaced_by_the_next_in_order(images: ImageSet, teach
     chosen = select(damaged, None, method="random", skip_corrupt=True)
     assert sorted(chosen.skipped) == sorted(broken)
     assert chosen.source_index_N[4:8].tolist() == sorted(order[[1, 3, 4, 5]])
+    for each in select_together(3, damaged, None, method="random", batch=2, skip_corrupt=True):
+        assert each.skipped == chosen.skipped
+        assert torch.equal(each.patches_NHWC, chosen.patches_NHWC)
     with pytest.raises(InputError, match="class c1 has 10; expected at least 12 decodable images"):
         select(damaged, teacher, ipc=3, skip_corrupt=True)
 

@@ -332,6 +332,22 @@ def test_plans_cover_every_sample_once():
         assert np.array_equal(found, samples)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_calls_that_are_dealt_to_ranks_are_made_again(ranks: int):
+    labels = np.repeat(np.arange(4), [4, 8, 0, 12]).astype(np.int64)
+    samples = np.random.default_rng(1).permutation(24)[:17].astype(np.int64)
+    for prompts, images in ((2, 4), (4, 1), (1, 2), (3, 2)):
+        shape = {"prompts": prompts, "images_per_prompt": images}
+        calls = list(plan_batches(samples, labels, **shape))
+        for rank in range(ranks):
+            own = calls[rank::ranks]
+            at = [call.targets_B[call.targets_B >= 0] for call in own]
+            again = plan_batches(samples[np.concatenate([*at, []]).astype(int)], labels, **shape)
+            for call, repeated in zip(own, again, strict=True):
+                assert np.array_equal(call.samples_B, repeated.samples_B)  # padding, too
+                assert np.array_equal(call.classes_G, repeated.classes_G)
+
+
 def test_varied_settings_share_the_networks(expander):
     ours = expander()
     other = ours.varied(rho=0.4, mixup=False)

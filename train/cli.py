@@ -1,7 +1,8 @@
 """`train`: images → teacher → coreset → labels → students → report.
 
-The last line of stdout is one JSON object. Importing this module imports neither torch nor
-TensorRT: each command imports what it needs.
+The last line of stdout is one JSON object. Under torchrun all processes run the same command, and
+rank 0 speaks. Importing this module imports neither torch nor TensorRT: each command imports what
+it needs.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 
 import tyro
 
-from ..engine.console import run_command
+from ..engine.console import print_error, run_command
 from .commands import STAGES, Command, Train, TrainPrior, TrainReport
 from .coreset_options import StudentElsewhere, TrainVerify
+from .launch import read_launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # wait cost a training step of two threads 1300 ms; threads that sleep, 160 ms.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command("train", lambda: _parse(given), lambda command: _execute(command, given))
+    launch = read_launch()
+    with launch.one_voice():
+        return run_command(
+            "train",
+            lambda: _parse(given),
+            lambda command: _execute(command, given),
+            print_error if launch.size == 1 else _tell_once,
+        )
+
+
+def _tell_once(line: str) -> None:
+    from .world import tell_once
+
+    tell_once(line)
 
 
 def _parse(given: list[str]) -> Command:
@@ -44,20 +59,28 @@ def _execute(command: Command, given: list[str]) -> dict[str, Any]:
         case TrainPrior():
             from .prior_run import run_prior
 
+            read_launch().require_alone("train prior")
             return run_prior(command, line)
         case TrainReport():
             from .report import write_report
 
+            read_launch().require_alone("train report")
             return write_report(command.run)
         case StudentElsewhere():
             from .elsewhere import train_elsewhere
 
+            read_launch().require_alone("train student --coreset")
             return train_elsewhere(command, line)
         case TrainVerify():
             from .drift import verify_labels
 
+            read_launch().require_alone("train verify")
             return verify_labels(command)
         case _:
             from .run import run_stages
 
             return run_stages(command, line)
+
+
+if __name__ == "__main__":  # torchrun -m patchbloom.train.cli
+    sys.exit(main())

@@ -9,10 +9,11 @@ import numpy as np
 from ..engine.images import ImageSet, InputError, stream_center
 from .plan import Plan, check_images_per_class, images_sha256
 from .record import Report
-from .stages import RunFolder, StageResult
+from .shared_run import SharedRun
+from .stages import StageResult
 
 
-def leave_out_damaged(plan: Plan, run: RunFolder, report: Report) -> tuple[Plan, dict[str, int]]:
+def leave_out_damaged(plan: Plan, run: SharedRun, report: Report) -> tuple[Plan, dict[str, int]]:
     """The plan without such images, and how many of each split were left out.
 
     Every file is decoded once, in a stage of its own: what comes after sees whole images only.

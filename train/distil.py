@@ -1,5 +1,9 @@
 """The stages' work: one teacher, a coreset per method, its labels, its students.
 
+All ranks of a world share the scoring of patches, the rendering, the labels, the students and the
+accuracy of a teacher that was brought along; rank 0 alone trains a teacher, whose bits name the
+coreset, and writes.
+
 RUN/teacher/, RUN/coreset/ of the primary method (dace, if it is among them, else the first) and
 RUN/coreset-METHOD/ of the others, RUN/students/METHOD-seedS.safetensors, RUN/pictures/.
 """
@@ -38,8 +42,9 @@ from .pictures import (
 )
 from .plan import Plan
 from .record import Report
-from .sources import describe_model, fresh, open_source, rendering_rate
-from .stages import RunFolder, StageResult, settings_by_option
+from .shared_run import SharedRun
+from .sources import describe_model, open_source, own_part, rendering_rate
+from .stages import StageResult, settings_by_option
 from .summary import REAL, provenance
 from .teacher import Teacher, load_teacher
 from .teacher_training import TEACHER, train_teacher, training_losses
@@ -48,7 +53,7 @@ from .teacher_training import TEACHER, train_teacher, training_losses
 class Distillation:
     """One run: what was planned, the folder it fills, and who is told."""
 
-    def __init__(self, plan: Plan, run: RunFolder, report: Report, line: str) -> None:
+    def __init__(self, plan: Plan, run: SharedRun, report: Report, line: str) -> None:
         self.plan, self.run, self.report, self.line = plan, run, report, line
 
     def teacher_stage(self) -> dict[str, Any]:
@@ -60,11 +65,13 @@ class Distillation:
         }
         if plan.teacher_source is not None:
             config["--teacher"] = _named(plan.teacher_source)
-        return self.run.stage("teacher", config, self._make_teacher)
+        together = plan.teacher_source is not None
+        return self.run.stage("teacher", config, self._make_teacher, together=together)
 
     def _make_teacher(self) -> StageResult:
         plan, folder = self.plan, self.run.folder / "teacher"
         if plan.teacher_source is not None:
+            self.run.world.in_turn(lambda: self.teacher)  # a download, maybe
             return StageResult({**self.teacher.describe(), "accuracy": self._measured()})
         teacher = train_teacher(plan.train, plan.val, plan.teacher, folder, self.report)
         losses = training_losses(folder)
@@ -80,6 +87,7 @@ class Distillation:
             size_px=teacher.size_px,
             device=teacher.device,
             normalisation=own,
+            world=self.run.world,
         )
         self.report.say(f"teacher: {accuracy:.1f} % of {len(val)} validation images")
         return accuracy
@@ -113,7 +121,7 @@ class Distillation:
             **{f"--{name.replace('_', '-')}": value for name, value in self._sizes().items()},
             **self._model_settings(),
         }
-        return self.run.stage("coreset", config, self._make_coresets)
+        return self.run.stage("coreset", config, self._make_coresets, together=True)
 
     def _sizes(self) -> dict[str, Any]:
         """Settings that all methods share, as options name them."""
@@ -133,13 +141,19 @@ class Distillation:
         return {} if model is None else settings_by_option("model", model)
 
     def _make_coresets(self) -> StageResult:
+        kinds = {
+            method: "random" if method == "random" else "lowest-loss"
+            for method in self.plan.options.methods
+        }
+        selections = {kind: self._select(kind) for kind in dict.fromkeys(kinds.values())}
+        return self._write_all(kinds, selections) if self.run.world.leads else StageResult({})
+
+    def _write_all(
+        self, kinds: dict[str, str], selections: dict[str, PatchSelection]
+    ) -> StageResult:
         result: dict[str, Any] = {}
         outputs: list[Path] = []
-        selections: dict[str, PatchSelection] = {}
-        for method in self.plan.options.methods:
-            kind = "random" if method == "random" else "lowest-loss"
-            if kind not in selections:
-                selections[kind] = self._select(kind)
+        for method, kind in kinds.items():
             coreset = self._write(method, kind, selections[kind])
             patches = {k: v for k, v in coreset.manifest["files"].items() if k.endswith(".png")}
             outputs += [coreset.folder / name for name in patches]
@@ -166,6 +180,8 @@ class Distillation:
             method=kind,
             scoring=plan.scoring,
             device=plan.device,
+            threads=self.run.world.threads,
+            peers=self.run.world,
             progress=lambda done, total: self.report.progress(
                 f"patches, {kind}", done, total, "images"
             ),
@@ -236,21 +252,28 @@ class Distillation:
     def labels_stage(self, method: str) -> dict[str, Any]:
         """Store the teacher's answers to every view of every epoch, and train nobody."""
         return self.run.stage(
-            f"labels-{method}", self._student_settings(method), lambda: self._make_labels(method)
+            f"labels-{method}",
+            self._student_settings(method),
+            lambda: self._make_labels(method),
+            together=True,
         )
 
     def _make_labels(self, method: str) -> StageResult:
         coreset = self._coreset(method)
-        with open_source(self.plan, coreset) as source:
+        with open_source(self.plan, coreset, self.run.world) as source:
             if self._stored(method, source, coreset) is None:
-                coreset = self._attach(method, source, self._recorded(method, source))
+                self._attach(method, source, self._recorded(method, source))
+                coreset = self._coreset(method)
         return StageResult({"content_sha256": coreset.content_sha256})
 
     def _recorded(self, method: str, source: ImageSource) -> RecordedLabels:
         plan, path = self.plan, self._recording(method)
         codec, k = plan.options.codec, plan.options.top_k
         return RecordedLabels(
-            self.teacher, source, plan.student, path, self.report, codec=codec, k=k
+            *(self.teacher, source, plan.student, path, self.report),
+            codec=codec,
+            k=k,
+            world=self.run.world,
         )
 
     def _stored(self, method: str, source: ImageSource, coreset: Coreset) -> StoredLabels | None:
@@ -266,19 +289,21 @@ class Distillation:
                 f"{coreset.folder} holds labels of {kept}, asked for {asked}: "
                 f"give {kept}, or another --out"
             )
-        discard_recorded(self._recording(method))  # of a run that was killed in between
+        if self.run.world.leads:
+            discard_recorded(self._recording(method))  # of a run that was killed in between
         return StoredLabels(stored, source, self.plan.student)
 
     def _recording(self, method: str) -> Path:
         return self.run.folder / "students" / f"{method}.labels.partial"
 
-    def _attach(self, method: str, source: ImageSource, labels: RecordedLabels) -> Coreset:
+    def _attach(self, method: str, source: ImageSource, labels: RecordedLabels) -> None:
         """Put recorded labels into the coreset, after asking for those that are missing."""
         if not labels.is_complete():
             record_labels(source, labels, self.plan.student, self.report)
-        coreset = attach_labels(self.coreset_folder(method), labels.block())
-        labels.discard()
-        return coreset
+        if self.run.world.leads:
+            attach_labels(self.coreset_folder(method), labels.block())
+            labels.discard()
+        self.run.world.barrier()
 
     def student_stage(self, method: str) -> dict[str, Any]:
         """Train the students of a method, or `real` ones; returns their accuracies and losses."""
@@ -286,6 +311,7 @@ class Distillation:
             f"student-{method}",
             {**self._student_settings(method), "--seeds": list(self.plan.student_seeds)},
             lambda: self._make_students(method),
+            together=True,
         )
 
     def _student_settings(self, method: str) -> dict[str, Any]:
@@ -315,9 +341,10 @@ class Distillation:
     def _make_students(self, method: str) -> StageResult:
         plan, folder = self.plan, self.run.folder / "students"
         coreset = None if method == REAL else self._coreset(method)
-        with open_source(plan, coreset) as source:
+        with open_source(plan, coreset, self.run.world) as source:
             rate = rendering_rate(source)
-            self._draw(method, source, coreset)
+            if self.run.world.leads:
+                self._draw(method, own_part(source), coreset)
             labels = self._labels(method, source, coreset)
             results = train_students(
                 source,
@@ -328,6 +355,7 @@ class Distillation:
                 folder=folder,
                 report=self.report,
                 name=method,
+                world=self.run.world,
             )
             if isinstance(labels, RecordedLabels):
                 self._attach(method, source, labels)
@@ -343,16 +371,15 @@ class Distillation:
     def _labels(self, method: str, source: ImageSource, coreset: Coreset | None) -> Labels:
         """Stored ones where the coreset has them, else the teacher's, kept if that is asked for."""
         if coreset is None or self.plan.options.labels == "online":
-            return OnlineLabels(self.teacher, self.plan.student.temperature)
+            return OnlineLabels(self.teacher, self.plan.student.temperature, self.run.world)
         stored = self._stored(method, source, coreset)
         return self._recorded(method, source) if stored is None else stored
 
     def _draw(self, method: str, source: ImageSource, coreset: Coreset | None) -> None:
         samples = one_sample_per_class(source.labels_N)
         write_picture(self.run.folder, f"rendered-{method}", rendered_sheet(source, samples))
-        expansions = fresh(source)
-        if coreset is not None and isinstance(expansions, Expansions):
-            sheet = expansion_sheet(expansions.expander, coreset.patches(), samples)
+        if coreset is not None and isinstance(source, Expansions):
+            sheet = expansion_sheet(source.expander, coreset.patches(), samples)
             write_picture(self.run.folder, "expansions", sheet)
 
     def _coreset(self, method: str) -> Coreset:

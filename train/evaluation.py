@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine.images import ImageSet, stream_center
+from ..engine.images import STANDARD_RESIZE_RATIO, ImageSet, center_boxes, stream_crops
+from ..engine.peers import share_of
 from .normalisation import IMAGENET, Normalisation
+from .world import ALONE, World
 
 FORWARD_BATCH = {"cpu": 32, "cuda": 256}
 """Images per forward pass. CPU, convnet-d4-w24to96 at 64 px, one core: 0.80 ms an image at 32,
@@ -23,29 +26,35 @@ def accuracies(
     size_px: int,
     device: torch.device,
     normalisation: Normalisation = IMAGENET,
+    world: World = ALONE,
 ) -> list[float]:
     """Top-1 accuracy of each network in percent (0-100); resize 8/7 and centre crop.
 
     A network is a module, which is left in eval mode, or any function from normalised images
-    [B, 3, size_px, size_px] to logits [B, K]. Files that cannot be decoded are refused.
+    [B, 3, size_px, size_px] to logits [B, K]. Files that cannot be decoded are refused. The ranks
+    of `world` share the images, batch by batch, and all get the same answer.
     """
     for network in networks:
         if isinstance(network, nn.Module):
             network.eval()
     right = torch.zeros(len(networks), dtype=torch.int64)
-    seen = 0
-    stream = stream_center(
+    batch = FORWARD_BATCH[device.type]
+    stream = stream_crops(
         images,
+        share_of(np.arange(len(images)), batch, world),
+        center_boxes(STANDARD_RESIZE_RATIO, size_px),
+        crops=1,
         size_px=size_px,
-        batch=FORWARD_BATCH[device.type],
+        batch=batch,
         device=str(device),
+        threads=world.threads,
     )
-    for batch in stream:
-        inputs_BCHW = normalisation.of_uint8(batch.pixels_BPHWC[:, 0])
+    for crops in stream:
+        inputs_BCHW = normalisation.of_uint8(crops.pixels_BPHWC[:, 0])
         answers = [network(inputs_BCHW).argmax(1).cpu() for network in networks]
-        right += torch.stack([_matches(answer_B, batch.labels_B) for answer_B in answers])
-        seen += len(batch.labels_B)
-    return [100.0 * int(count) / seen for count in right]
+        right += torch.stack([_matches(answer_B, crops.labels_B) for answer_B in answers])
+    of_ranks = zip(*world.all_gather(right.tolist()), strict=True)
+    return [100.0 * sum(counts) / len(images) for counts in of_ranks]
 
 
 def _matches(answer_B: Tensor, labels_B: Tensor) -> Tensor:

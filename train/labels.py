@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,9 +39,11 @@ from ..engine.soft_labels import (
 )
 from .config import StudentConfig
 from .methods import ImageSource
+from .pool_rendering import answer_pool
 from .record import Report
 from .teacher import Teacher
 from .views import describe_views, make_views, pools
+from .world import ALONE, World
 
 
 class Labels(Protocol):
@@ -63,11 +65,11 @@ class Labels(Protocol):
 class OnlineLabels:
     """The teacher, asked every time. `views_PCHW` are normalised as views.make_views does."""
 
-    def __init__(self, teacher: Teacher, temperature: float) -> None:
-        self.teacher, self.temperature = teacher, temperature
+    def __init__(self, teacher: Teacher, temperature: float, world: World = ALONE) -> None:
+        self.teacher, self.temperature, self._world = teacher, temperature, world.producing
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
-        logits_PK = self.teacher.logits(views_PCHW)
+        logits_PK = answer_pool(self.teacher, views_PCHW, self._world)
         return SoftTargets(logits_PK.to(views_PCHW.device, torch.float16))
 
     def flush(self) -> None:
@@ -83,7 +85,8 @@ class RecordedLabels:
     The file is filled with NaN at first: a full disk is an error then, and not a crash later, and
     an answer that is missing cannot be taken for one. It is memory-mapped, so that what is answered
     survives a kill -9. A second file says what the answers belong to; a recording of anything else,
-    or one that was cut short, is begun anew, and the report is told.
+    or one that was cut short, is begun anew, and the report is told. The ranks of a world share the
+    asking, and rank 0 has the file.
     """
 
     def __init__(
@@ -96,7 +99,9 @@ class RecordedLabels:
         *,
         codec: KeptCodec = "dense",
         k: int = 10,
+        world: World = ALONE,
     ) -> None:
+        self._world = world.producing
         self.teacher, self.temperature, self.path = teacher, config.temperature, path
         self.layout = LabelLayout(
             codec=codec,
@@ -110,16 +115,20 @@ class RecordedLabels:
             "teacher": teacher.sha256,
             "student": config.recipe(),
         }
-        told = {**self.settings, **self.layout.describe(), "temperature": config.temperature}
+        self._recording = self._open(report) if world.leads else None
+        arrays = [] if self._recording is None else self._recording.arrays
+        self._parts = [torch.from_numpy(array) for array in arrays]
+
+    def _open(self, report: Report) -> MappedParts:
+        told = {**self.settings, **self.layout.describe(), "temperature": self.temperature}
         said = json.dumps(told, sort_keys=True).encode()
         if not self._is_of(said):
-            if path.is_file():
-                report.say(f"labels: {path} was cut short or is of other labels: begun anew")
-            discard_recorded(path)
-            _begin(path, self.layout)
-            replace_file(_belongs_to(path), said)
-        self._recording = MappedParts(path, self.layout, recording=True)
-        self._parts = [torch.from_numpy(array) for array in self._recording.arrays]
+            if self.path.is_file():
+                report.say(f"labels: {self.path} was cut short or is of other labels: begun anew")
+            discard_recorded(self.path)
+            _begin(self.path, self.layout)
+            replace_file(_belongs_to(self.path), said)
+        return MappedParts(self.path, self.layout, recording=True)
 
     def _is_of(self, said: bytes) -> bool:
         belongs = _belongs_to(self.path)
@@ -133,35 +142,49 @@ class RecordedLabels:
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         """CoresetError for an answer that no codec can hold: NaN, or beyond fp16."""
         kept = encode(
-            self.teacher.logits(views_PCHW).to(torch.float16),
+            answer_pool(self.teacher, views_PCHW, self._world).to(torch.float16),
             codec=self.layout.codec,
             k=self.layout.k,
             temperature=self.temperature,
         )
-        self._parts[0][epoch, samples_P] = kept.labels
-        if kept.classes is not None:
-            self._parts[1][epoch, samples_P] = kept.classes
+        for part, rows in zip(self._parts, (kept.labels, kept.classes), strict=False):
+            if rows is not None:
+                part[epoch, samples_P] = rows
         return kept.to(views_PCHW.device)
 
-    def has(self, samples_P: Tensor, epoch: int) -> bool:
+    def have(self, pools_of_epoch: Sequence[Tensor], epoch: int) -> list[bool]:
         """Whether every answer of a pool is there, from a recording that was stopped."""
-        rows_P = SoftTargets(*(part[epoch, samples_P] for part in self._parts))
-        return not bool(unanswered(rows_P, self.layout.classes).any())
+        if self._recording is None:
+            return self._world.same([])
+        parts = [
+            SoftTargets(*(part[epoch, samples_P] for part in self._parts))
+            for samples_P in pools_of_epoch
+        ]
+        return self._world.same([not self._is_missing(rows_P) for rows_P in parts])
 
     def is_complete(self) -> bool:
         """Whether every answer is there."""
         epochs = (SoftTargets(*rows) for rows in zip(*self._parts, strict=True))
-        return not any(bool(unanswered(rows, self.layout.classes).any()) for rows in epochs)
+        return self._world.same(not any(self._is_missing(rows_N) for rows_N in epochs))
+
+    def _is_missing(self, rows_B: SoftTargets) -> bool:
+        """Whether one of these is."""
+        return bool(unanswered(rows_B, self.layout.classes).any())
 
     def flush(self) -> None:
-        self._recording.flush()
+        if self._recording is not None:
+            self._recording.flush()
 
     def describe(self) -> dict[str, Any]:
         """The same as of the StoredLabels that they become."""
         return _described(self.teacher.sha256, self.temperature, self.layout.codec, self.layout.k)
 
     def block(self) -> RecordedBlock:
-        """Everything recorded, for engine.coreset.attach_labels, which refuses missing answers."""
+        """Everything recorded, for engine.coreset.attach_labels, which refuses missing answers.
+
+        Rank 0's alone.
+        """
+        assert self._recording is not None
         return RecordedBlock(
             recording=self._recording, temperature=self.temperature, settings=self.settings
         )
@@ -299,8 +322,9 @@ def record_labels(
     """
     for epoch in range(config.epochs):
         report.progress("labels", epoch, config.epochs, "epochs")
-        for samples_P in pools(config, source.labels_N, epoch):
-            if labels.has(samples_P, epoch):
+        every = pools(config, source.labels_N, epoch)
+        for samples_P, done in zip(every, labels.have(every, epoch), strict=True):
+            if done:
                 continue
             views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)
             labels.targets(samples_P, epoch, views_PCHW)

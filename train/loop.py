@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -49,6 +49,7 @@ from .pool_slots import Pool, PoolSlot, fill_slot, pools_from
 from .record import Report
 from .student import Student
 from .views import describe_views, learning_rate
+from .world import ALONE, World
 
 SCHEMA = "patchbloom.student/1"
 CHECKPOINT_S = 600.0
@@ -83,13 +84,15 @@ def train_students(
     folder: Path,
     report: Report,
     name: str = "student",
+    world: World = ALONE,
 ) -> list[StudentResult]:
     """Train one student per seed; `folder` gets NAME-seedS.safetensors for each.
 
     While it runs there are checkpoints beside them, from which a killed training goes on with the
     same result (bitwise on the CPU). Without `val_set` nobody is examined. Raises CheckpointError
     when a checkpoint was begun with another config, ValueError for a loss that is not finite, a
-    batch that does not fit into memory, or a validation set of other classes.
+    batch that does not fit into memory, or a validation set of other classes. The ranks of `world`
+    all call this, with the same `folder`, in which rank 0 writes.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: expected one or more different seeds, got {list(seeds)}")
@@ -101,15 +104,17 @@ def train_students(
         )
     paths = [folder / f"{name}-seed{seed}.safetensors" for seed in seeds]
     identity = _identity(source, labels, config, seeds)
-    if all(path.is_file() for path in paths):
+    if world.same(all(path.is_file() for path in paths)):
         return [_finished(path, identity) for path in paths]
     checkpoints = Checkpoints(folder, name, config.checkpoints_kept)
-    training = _Training(source, labels, config, seeds, checkpoints, identity, report)
+    training = _Training(source, labels, config, seeds, checkpoints, identity, report, world)
     training.run(name)
     networks = [student.network for student in training.students]
     scores: list[float] | list[None] = [None] * len(networks)
     if val_set is not None:
-        scores = accuracies(networks, val_set, size_px=config.size_px, device=training.device)
+        scores = accuracies(
+            networks, val_set, size_px=config.size_px, device=training.device, world=world
+        )
     for student, path, accuracy in zip(training.students, paths, scores, strict=True):
         metadata = {
             "schema": SCHEMA,
@@ -119,8 +124,11 @@ def train_students(
             "accuracy": accuracy,
             "losses": student.losses,
         }
-        write_tensors(path, student.network.state_dict(), metadata)
-    checkpoints.remove()
+        if world.leads:
+            write_tensors(path, student.network.state_dict(), metadata)
+    if world.leads:
+        checkpoints.remove()
+    world.barrier()
     return [_finished(path, identity) for path in paths]
 
 
@@ -143,12 +151,13 @@ class _Training:
         checkpoints: Checkpoints,
         identity: dict[str, Any],
         report: Report,
+        world: World,
     ) -> None:
-        self.source, self.labels, self.config = source, labels, config
+        self.source, self.labels, self.config, self.world = source, labels, config, world
         self.checkpoints, self.identity, self.report = checkpoints, identity, report
         self.device = torch.device(resolve_device(config.device))
         classes = len(source.class_ids)
-        self.students = [Student(seed, config, classes, self.device) for seed in seeds]
+        self.students = [Student(seed, config, classes, self.device, world) for seed in seeds]
         self._restore()
         self._saved = (self._epoch(), time.monotonic())
 
@@ -159,28 +168,27 @@ class _Training:
         """
         pace = _Pace(self.source.samples)
         with (
-            Interrupts() as interrupted,
+            Interrupts() as interrupts,
             self._workers() as workers,
-            self._ring(interrupted) as ring,
+            self._ring(interrupts) as ring,
             ring.consuming(),
         ):
-            while taken := ring.take():
-                self._learn(taken, workers, interrupted)
-                if interrupted():
-                    break
-                ended = [pool.epoch for pool, _ in taken if pool.ends_epoch]
-                if ended:
-                    told = pace.of(len(ended), ring.waited_s())
-                    for epoch in ended:
-                        self._tell(epoch, name, told)
-                if self._is_due():
-                    self._save()
-            if interrupted():
+            stopping = _Agreement(interrupts, self.world)
+            while not stopping() and (taken := ring.take()):
+                # Students in threads share several pools better; ranks meet at every one.
+                for together in [taken] if workers is not None else [[each] for each in taken]:
+                    self._learn(together, workers, stopping)
+                    if stopping():
+                        break
+                    self._tell(together, name, pace, ring)
+                    if self.world.any(self._is_due()):
+                        self._save()
+            if stopping():
                 self._save()
-        if interrupted():
-            interrupted.stop()
+        if stopping():
+            interrupts.stop()
 
-    def _ring(self, interrupted: Interrupts) -> Ring[PoolSlot, Pool]:
+    def _ring(self, interrupts: Interrupts) -> Ring[PoolSlot, Pool]:
         source, labels, config = self.source, self.labels, self.config
         slots = [
             PoolSlot(config, source.samples, self.device) for _ in range(SLOTS[self.device.type])
@@ -191,13 +199,14 @@ class _Training:
             pools_from(config, source.labels_N, min(student.pool for student in self.students)),
             device=self.device,
             overlap=config.overlap,
-            interrupted=interrupted,
+            # A rank that stopped waiting by itself would part from the others.
+            interrupted=interrupts if self.world.size == 1 else lambda: False,
         )
 
     @contextmanager
     def _workers(self) -> Iterator[ThreadPoolExecutor | None]:
         """Threads in which students compute at a time; None: they take turns in the caller's."""
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self.world.size > 1:
             yield None
             return
         count = 1 if self.students[0].draws else min(torch.get_num_threads(), len(self.students))
@@ -208,7 +217,7 @@ class _Training:
         self,
         taken: Sequence[tuple[Pool, PoolSlot]],
         workers: ThreadPoolExecutor | None,
-        interrupted: Interrupts,
+        stopping: Callable[[], bool],
     ) -> None:
         """Every student learns from these pools, in order; ends with the last of them.
 
@@ -220,7 +229,7 @@ class _Training:
             given: dict[str, Any] = {
                 "rate": learning_rate(self.config, pool.epoch),
                 "samples": self.source.samples,
-                "interrupted": interrupted,
+                "interrupted": stopping,
             }
             if workers is None:
                 for student in self.students:
@@ -238,19 +247,31 @@ class _Training:
         """The epoch that all students have reached."""
         return min(len(student.losses) for student in self.students)
 
-    def _tell(self, epoch: int, name: str, pace: dict[str, float]) -> None:
-        losses = [student.losses[epoch] for student in self.students]
-        loss = sum(losses) / len(losses)
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the students' loss is {loss} in epoch {epoch}: lower the learning rate "
-                f"({self.config.learning_rate})"
-            )
-        for tag, value in {"loss": loss, **pace}.items():
-            self.report.scalar(f"{name}/{tag}", epoch, value)
-        note = f"loss {loss:.3g}, {pace['images_per_s']:.3g} images/s"
-        note += f", waited {pace['waited_s']:.2g} s"
-        self.report.progress(name, epoch + 1, self.config.epochs, "epochs", note)
+    def _tell(
+        self,
+        learned: Sequence[tuple[Pool, PoolSlot]],
+        name: str,
+        pace: _Pace,
+        ring: Ring[PoolSlot, Pool],
+    ) -> None:
+        """Report the epochs that ended with these pools."""
+        ended = [pool.epoch for pool, _ in learned if pool.ends_epoch]
+        if not ended:
+            return
+        told = pace.of(len(ended), ring.waited_s())
+        for epoch in ended:
+            losses = [student.losses[epoch] for student in self.students]
+            loss = sum(losses) / len(losses)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the students' loss is {loss} in epoch {epoch}: lower the learning rate "
+                    f"({self.config.learning_rate})"
+                )
+            for tag, value in {"loss": loss, **told}.items():
+                self.report.scalar(f"{name}/{tag}", epoch, value)
+            note = f"loss {loss:.3g}, {told['images_per_s']:.3g} images/s"
+            note += f", waited {told['waited_s']:.2g} s"
+            self.report.progress(name, epoch + 1, self.config.epochs, "epochs", note)
 
     def _is_due(self) -> bool:
         epoch, saved_s = self._saved
@@ -264,7 +285,8 @@ class _Training:
         for student in self.students:
             own, reached[str(student.seed)] = student.state()
             tensors |= own
-        self.checkpoints.write(tensors, {"config": self.identity, "students": reached})
+        if self.world.leads:
+            self.checkpoints.write(tensors, {"config": self.identity, "students": reached})
         self._saved = (self._epoch(), time.monotonic())
 
     def _restore(self) -> None:
@@ -277,6 +299,18 @@ class _Training:
         require_same(path, metadata["config"], self.identity)
         for student in self.students:
             student.restore(tensors, metadata["students"][str(student.seed)])
+
+
+class _Agreement:
+    """Whether to stop: once a signal has come to any rank, and all of them have said so."""
+
+    def __init__(self, interrupts: Interrupts, world: World) -> None:
+        self._interrupts, self._world, self._stopping = interrupts, world, False
+
+    def __call__(self) -> bool:
+        """Asked by all ranks at the same places, until the answer is yes."""
+        self._stopping = self._stopping or self._world.any(self._interrupts())
+        return self._stopping
 
 
 class _Pace:

@@ -65,6 +65,17 @@ class ImageSource(Protocol):
         ...
 
 
+class DealtSource(ImageSource, Protocol):
+    """A source whose work can be dealt to several processes."""
+
+    def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
+        """Positions in `samples_P`, int64, of the samples that one call of an engine renders.
+
+        Whole calls, rendered alone in this order, are the same calls.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expansions:
     """Method dace."""
@@ -79,6 +90,9 @@ class Expansions:
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
         return self.expander.expand(samples_P, epoch)
+
+    def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
+        return [torch.from_numpy(at) for at in self.expander.calls(samples_P)]
 
     def describe(self) -> dict[str, Any]:
         """Of the Expander's description what names the images, not what made them or how fast."""
@@ -104,6 +118,9 @@ class UpsampledPatches:
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
         patches_PHWC = self.patches_NHWC[samples_P.to(self.patches_NHWC.device)]
         return upsample_patches(patches_PHWC, self.size_px, mode="bicubic")
+
+    def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
+        return one_by_one(samples_P)
 
     def describe(self) -> dict[str, Any]:
         return {"method": self.method, "size_px": self.size_px, "upsampling": "bicubic"}
@@ -132,6 +149,9 @@ class Mosaics:
         rows_PT = rows_PT.to(self.patches_NHWC.device)
         canvas_PHWC = mosaic(self.patches_NHWC, rows_PT, self.factor)
         return to_unit(canvas_PHWC)
+
+    def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
+        return one_by_one(samples_P)
 
     def describe(self) -> dict[str, Any]:
         size_px = self.factor * self.patches_NHWC.shape[1]
@@ -177,6 +197,9 @@ class RealImages:
         )
         return to_unit(torch.cat([crops.pixels_BPHWC[:, 0] for crops in stream]))
 
+    def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
+        return one_by_one(samples_P)
+
     def drawn(self, samples: np.ndarray, epoch: int) -> np.ndarray:
         """Which image of the split each sample is at `epoch`: indices of `images.paths`."""
         u_P = uniform_numpy(self.seed, Draw.SELECTION, samples, epoch, 1)[:, 0]
@@ -187,6 +210,11 @@ class RealImages:
     def describe(self) -> dict[str, Any]:
         described = {"method": "real", "images": len(self.images)}
         return {**described, "seed": self.seed, "size_px": self.size_px}
+
+
+def one_by_one(samples_P: Tensor) -> Sequence[Tensor]:
+    """`ImageSource.calls` where no engine renders: an image has no neighbours."""
+    return torch.arange(len(samples_P)).split(1)
 
 
 def to_unit(images_NHWC: Tensor) -> Tensor:

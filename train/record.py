@@ -39,6 +39,22 @@ class Report(Protocol):
         ...
 
 
+class Silence(AbstractContextManager["Silence"]):
+    """The Report of a process that another one speaks for."""
+
+    def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
+        pass
+
+    def scalar(self, tag: str, step: int, value: float) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class Record(AbstractContextManager["Record"]):
     """The Report of a command: stderr and, when given a folder, FOLDER/tensorboard and log.jsonl.
 

@@ -28,6 +28,7 @@ from .coreset_options import RenderOptions
 from .labels import StoredLabels
 from .methods import ImageSource
 from .plan import engine_batch_for
+from .refresh import Refreshed
 from .sources import open_coreset_source
 from .teacher import Teacher, load_teacher
 from .views import pool_size
@@ -160,10 +161,9 @@ def open_recorded_source(
             "--precision makes slightly other images, `train verify` tells how much it matters"
         ) from None
     model = _recorded_model(coreset, options.model)
-    with open_coreset_source(
-        coreset, model, expand, device, refresh=_recorded_refresh(coreset)
-    ) as source:
-        yield source
+    share = _recorded_refresh(coreset)
+    with open_coreset_source(coreset, model, expand, device) as source:
+        yield source if share == 1 else Refreshed(source, share, coreset.settings["seed"])
 
 
 def _recorded_refresh(coreset: Coreset) -> float:

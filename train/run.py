@@ -13,10 +13,12 @@ from .damaged import leave_out_damaged
 from .distil import Distillation
 from .pictures import curves
 from .plan import Plan, make_plan
-from .record import Record
+from .record import Record, Silence
 from .report import PICTURES, SUMMARY, accuracy_rows, write_report
-from .stages import RunFolder, StageResult, check_out
+from .shared_run import SharedRun
+from .stages import StageResult, check_out
 from .summary import REAL, make_summary, provenance, rounded
+from .world import open_world
 
 CONFIG, ENVIRONMENT = "config.json", "environment.json"
 NEEDED_BYTES = 64 * 2**20  # of a run's small files; labels and weights say their own need
@@ -29,14 +31,18 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
     command's result, plain JSON. Raises ValueError or OSError, one clear line, for bad input.
     """
     goes_on = options.resume or not (isinstance(options, Train) or options.overwrite)
-    with Record(options.out) as report:
-        check_out(options.out, resume=goes_on, overwrite=options.overwrite)
-        plan = make_plan(options, report)
+    with (
+        open_world(options.device) as world,
+        Record(options.out) if world.leads else Silence() as report,
+    ):
+        world.once(lambda: check_out(options.out, resume=goes_on, overwrite=options.overwrite))
+        plan = world.in_turn(lambda: make_plan(options, report))
         with (
             full_disk_explained(options.out, NEEDED_BYTES),
-            RunFolder(options.out, report, overwrite=options.overwrite) as run,
+            SharedRun(options.out, report, world, overwrite=options.overwrite) as run,
         ):
-            _write_settings(run.folder, plan, line)
+            if world.leads:
+                _write_settings(run.folder, plan, line)
             skipped: dict[str, int] = {}
             if options.skip_corrupt:
                 plan, skipped = leave_out_damaged(plan, run, report)
@@ -62,7 +68,7 @@ def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dic
         for method in options.methods:
             job.labels_stage(method)
     if isinstance(options, TrainCoreset | TrainLabels):
-        return {**out, "coresets": job.coresets()}
+        return {**out, "coresets": job.run.world.once(job.coresets)}
     students = {method: job.student_stage(method) for method in options.methods}
     if options.ceiling:
         students[REAL] = job.student_stage(REAL)

@@ -20,16 +20,31 @@ from ..export.models import (
     weights_bytes,
     weights_sha256,
 )
-from .methods import Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
+from .methods import DealtSource, Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
 from .plan import Plan
+from .pool_rendering import SharedImages
 from .refresh import Refreshed
+from .world import ALONE, World
 
 MEASURED_IMAGES = 256
 
 
 @contextmanager
-def open_source(plan: Plan, coreset: Coreset | None) -> Iterator[ImageSource]:
-    """The images of a coreset; without one real images, the ceiling. Frees the model at the end."""
+def open_source(plan: Plan, coreset: Coreset | None, world: World = ALONE) -> Iterator[ImageSource]:
+    """The images of a coreset; without one real images, the ceiling. Frees the model at the end.
+
+    The ranks of `world` each open it, rank 0 first: it builds the engine that the others find. They
+    share the rendering, so all ask for the same images in the same order.
+    """
+    with _opened(plan, coreset, world) as own:
+        source = own if world.size == 1 else SharedImages(own, world.producing)
+        share, seed = plan.options.refresh, plan.options.seed
+        by_model = coreset is not None and coreset.settings["method"] == "dace"
+        yield Refreshed(source, share, seed) if by_model and share < 1 else source
+
+
+@contextmanager
+def _opened(plan: Plan, coreset: Coreset | None, world: World) -> Iterator[DealtSource]:
     if coreset is None:
         samples = plan.options.ipc * plan.factor**2
         yield RealImages(
@@ -40,9 +55,7 @@ def open_source(plan: Plan, coreset: Coreset | None) -> Iterator[ImageSource]:
             device=plan.device,
         )
         return
-    with open_coreset_source(
-        coreset, plan.model, plan.expand, plan.device, refresh=plan.options.refresh
-    ) as source:
+    with open_coreset_source(coreset, plan.model, plan.expand, plan.device, world) as source:
         yield source
 
 
@@ -52,29 +65,27 @@ def open_coreset_source(
     model: ModelSource | None,
     expand: ExpandConfig | None,
     device: str,
-    *,
-    refresh: float = 1.0,
-) -> Iterator[ImageSource]:
-    """The images of a coreset's own method; method dace takes a model and how to use it.
-
-    `refresh`: the share of its samples that is expanded anew per epoch.
-    """
+    world: World = ALONE,
+) -> Iterator[DealtSource]:
+    """The images of a coreset's own method; method dace takes a model and how to use it."""
     patches_NHWC, labels_N = coreset.patches(), coreset.labels_N
     settings = coreset.settings
     method = settings["method"]
     if method == "dace":
         if model is None or expand is None:
             raise ValueError("method dace: expected a model and its settings, got none")
-        expander = Expander(
-            model,
-            expand,
-            patches_NHWC=patches_NHWC,
-            labels_N=labels_N,
-            prompts_K=class_prompts(coreset.class_names, coreset.manifest["model"]["prompt"]),
+        prompts_K = class_prompts(coreset.class_names, coreset.manifest["model"]["prompt"])
+        expander = world.in_turn(
+            lambda: Expander(
+                model,
+                expand,
+                patches_NHWC=patches_NHWC,
+                labels_N=labels_N,
+                prompts_K=prompts_K,
+            )
         )
         try:
-            every = Expansions(expander=expander, labels_N=labels_N, class_ids=coreset.class_ids)
-            yield every if refresh == 1 else Refreshed(every, refresh, settings["seed"])
+            yield Expansions(expander=expander, labels_N=labels_N, class_ids=coreset.class_ids)
         finally:
             expander.close()
         return
@@ -127,14 +138,16 @@ def describe_model(plan: Plan) -> dict[str, Any] | None:
     }
 
 
-def fresh(source: ImageSource) -> ImageSource:
-    """What makes the images of a source that keeps some."""
-    return source.source if isinstance(source, Refreshed) else source
+def own_part(source: ImageSource) -> ImageSource:
+    """What makes images in this process, of a source that keeps some or shares the work."""
+    while isinstance(source, Refreshed | SharedImages):
+        source = source.source
+    return source
 
 
 def rendering_rate(source: ImageSource) -> float:
     """Images per second, rendered alone and fresh, after one rendering that is not counted."""
-    source = fresh(source)
+    source = own_part(source)
     samples_P = torch.arange(min(source.samples, MEASURED_IMAGES))
     source.render(samples_P, 0)
     _wait_for_gpu()

@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from ..engine.soft_labels import SoftTargets
 from ..kernels.softlabel import softlabel
@@ -20,24 +23,40 @@ from .config import StudentConfig
 from .networks import build_network, draws_in_training
 from .optimisation import adamw, set_learning_rate
 from .pool_slots import Pool, PoolSlot
+from .world import ALONE, World
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Student:
-    """A student's whole state. Seeds decide initialisation, order within a pool, and dropout."""
+    """A student's whole state. Seeds decide initialisation, order within a pool, and dropout.
+
+    The ranks of a world each take a part of every batch, and sum their gradients: all have the same
+    weights, which differ between world sizes by the order of that sum. BatchNorm sees the whole
+    batch on GPUs (SyncBatchNorm, which the CPU does not have) and a rank's part on CPUs.
+    """
 
     def __init__(
-        self, seed: int, config: StudentConfig, classes: int, device: torch.device
+        self,
+        seed: int,
+        config: StudentConfig,
+        classes: int,
+        device: torch.device,
+        world: World = ALONE,
     ) -> None:
-        self.seed, self.config, self.device = seed, config, device
+        self.seed, self.config, self.device, self._world = seed, config, device, world
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = build_network(config.network, classes, config.size_px)
         self.network = network.to(device)
+        if world.size > 1 and device.type == "cuda":
+            self.network = SyncBatchNorm.convert_sync_batchnorm(self.network, world.tensors)
         if config.compile:
             graphs = "reduce-overhead" if device.type == "cuda" else None
             self.network.compile(dynamic=False, mode=graphs)
+        self._model = self.network
+        if world.size > 1:
+            self._model = DistributedDataParallel(self.network, process_group=world.tensors)
         self.optimizer = adamw(self.network, config.learning_rate, config.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.pool = 0
@@ -49,7 +68,7 @@ class Student:
         self.draws = draws_in_training(self.network)
         self._epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._order = torch.Generator().manual_seed(seed)
-        self._dropout = torch.Generator(device).manual_seed(seed).get_state()
+        self._dropout = torch.Generator(device).manual_seed(seed + world.rank * 2**32).get_state()
 
     def train_pool(
         self,
@@ -88,7 +107,7 @@ class Student:
             return
         self.pool, self.batch = pool.index + 1, 0
         if pool.ends_epoch:
-            self.losses.append(float(self._epoch_loss) / samples)
+            self.losses.append(sum(self._world.all_gather(float(self._epoch_loss))) / samples)
             self._epoch_loss.zero_()
 
     def _step(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
@@ -103,22 +122,38 @@ class Student:
         raise ValueError(self._which_fits(slot, rows_B))
 
     def _learn(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
+        """The step; the loss is this rank's part.
+
+        DistributedDataParallel averages over ranks what is to be summed, hence the factor. A rank
+        for which a small batch has no picture takes one, and gives it no weight.
+        """
+        own_B = rows_B.tensor_split(self._world.size)[self._world.rank]
+        weight = self._world.size / len(rows_B) if len(own_B) else 0.0
+        own_B = own_B if len(own_B) else rows_B[:1]
+        parts = own_B.tensor_split(min(self.config.accumulate, len(own_B)))
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for rows_b in rows_B.tensor_split(min(self.config.accumulate, len(rows_B))):
-            loss = self._loss(slot, rows_b)
-            self.scaler.scale(loss / len(rows_B)).backward()
-            total += loss.detach()
+        for number, rows_b in enumerate(parts):
+            with self._gradients_exchanged(number + 1 == len(parts)):
+                loss = self._loss(slot, rows_b)
+                self.scaler.scale(loss * weight).backward()
+            total += loss.detach() * (weight > 0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return total
+
+    def _gradients_exchanged(self, now: bool) -> AbstractContextManager[None]:
+        """Of a batch in parts, with the last."""
+        if now or not isinstance(self._model, DistributedDataParallel):
+            return nullcontext()
+        return self._model.no_sync()
 
     def _loss(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
         """KL(labels || student) of some views, summed."""
         inputs_BCHW = slot.views_PCHW[rows_B].contiguous(memory_format=torch.channels_last)
         dtype, half = AUTOCAST[self.config.precision], self.config.precision != "fp32"
         with torch.autocast(self.device.type, dtype if half else None, enabled=half):
-            scores_BK = self.network(inputs_BCHW)
+            scores_BK = self._model(inputs_BCHW)
         targets_B: SoftTargets = slot.targets_P.rows(rows_B)
         labels, classes = targets_B.labels, targets_B.classes
         return softlabel(scores_BK, labels, classes, temperature=self.config.temperature).sum()
@@ -146,13 +181,14 @@ class Student:
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         """Everything that a checkpoint must hold: tensors under names of this student's, and JSON.
 
-        Not to be called while it learns.
+        Not to be called while it learns; by all ranks.
         """
         prefix = f"{self.seed}."
         tensors = training_state(self.network, self.optimizer, prefix)
         tensors[f"{prefix}order"] = self._order.get_state()
         tensors[f"{prefix}dropout"] = self._dropout
-        tensors[f"{prefix}loss"] = self._epoch_loss
+        losses = self._world.all_gather(float(self._epoch_loss))
+        tensors[f"{prefix}loss"] = torch.tensor(sum(losses), dtype=torch.float64)
         reached = {"pool": self.pool, "batch": self.batch, "losses": self.losses}
         return tensors, {**reached, "scaler": self.scaler.state_dict()}
 
@@ -161,8 +197,9 @@ class Student:
         prefix = f"{self.seed}."
         restore_training(self.network, self.optimizer, tensors, prefix)
         self._order.set_state(tensors[f"{prefix}order"])
-        self._dropout = tensors[f"{prefix}dropout"]
-        self._epoch_loss.copy_(tensors[f"{prefix}loss"])
+        if self._world.leads:
+            self._dropout = tensors[f"{prefix}dropout"]
+            self._epoch_loss.copy_(tensors[f"{prefix}loss"])
         self.pool, self.batch, self.losses = reached["pool"], reached["batch"], reached["losses"]
         self.scaler.load_state_dict(reached["scaler"])
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..export.models import seen_classes
+from .launch import read_launch
 from .plan import Plan
 
 SCHEMA = "patchbloom.summary/1"
@@ -127,7 +128,7 @@ def provenance(command: str, device: str) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "world_size": 1,
+        "world_size": read_launch().size,
         "versions": {"python": platform.python_version(), **_versions()},
     }
 

@@ -1,0 +1,153 @@
+"""torchrun with 1, 2 and 3 processes: one result, one voice, and an end that loses nothing.
+
+Every process is a real one, on the CPU with gloo. What several of them share is compared bit for
+bit, at one thread each and one engine batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from patchbloom.engine.coreset import open_coreset
+from patchbloom.train import cli, labels
+from patchbloom.train.pool_rendering import answer_pool
+from patchbloom.train.shapes import write_shapes
+
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+PROBE = Path(__file__).with_name("torchrun_probe.py")
+IMAGES = 15  # of a class: 150 are three batches of the scorer, one for each of three ranks
+OPTIONS = (
+    *("--model", "sdxl-tiny", "--method", "dace", "random", "--backend", "eager"),
+    *("--recipe", "rded", "--image-size", "32", "--steps", "2", "--rho", "0.5"),
+    # 40 samples: five calls of the engine, and two forward passes of the teacher
+    *("--engine-batch", "8", "--epochs", "4", "--teacher", "convnet-d3-w8"),
+    *("--teacher-epochs", "1", "--student", "convnet-d3-w8"),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(
+        tmp_path_factory.mktemp("given") / "data", train_per_class=IMAGES, val_per_class=4
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process makes."""
+    return labelled(1, data, tmp_path_factory.mktemp("alone"))
+
+
+def torchrun(size: int, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    words = [str(TORCHRUN), "--standalone", "--nproc-per-node", str(size), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", **more}
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def labelled(size: int, data: Path, folder: Path) -> dict[str, Any]:
+    """Run `train labels` in a world of `size`: names of the coresets, and what the ranks shared."""
+    notes, out = folder / "notes", folder / "run"
+    arguments = ("labels", "--data", data, "--out", out, *OPTIONS)
+    run = torchrun(size, PROBE, notes, "-", *arguments)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 1
+    told = [line for line in run.stderr.splitlines() if line.startswith("patches, random")]
+    assert len(told) == 1, run.stderr
+    shared = {path.stem: json.loads(path.read_text()) for path in notes.iterdir()}
+    for of_ranks in shared.values():
+        assert len(of_ranks) == size
+        assert all(of_rank == of_ranks[0] for of_rank in of_ranks)
+        assert of_ranks[0]["few"]
+        assert of_ranks[0]["any"] == [False, True]
+    return {
+        "names": names(json.loads(run.stdout)),
+        "shared": {method: of_ranks[0] for method, of_ranks in shared.items()},
+    }
+
+
+def names(result: dict[str, Any]) -> dict[str, str]:
+    return {method: each["content_sha256"] for method, each in result["coresets"].items()}
+
+
+def errors(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("train: error:")]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_world_of_any_size_makes_the_same(size: int, data: Path, alone, tmp_path: Path) -> None:
+    """Coresets with their labels, expansions, the teacher's answers and its accuracy."""
+    assert alone["shared"].keys() == {"dace", "random"}
+    assert alone["names"]["dace"] != alone["names"]["random"]
+    assert labelled(size, data, tmp_path) == alone
+
+
+def test_a_killed_rank_ends_the_run_and_nothing_is_lost(
+    data: Path,
+    alone,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run goes on in a world of another size, with the answers that were recorded."""
+    notes, out = tmp_path / "notes", tmp_path / "run"
+    arguments = ("labels", "--data", str(data), "--out", str(out), *OPTIONS)
+    run = torchrun(2, PROBE, notes, "1", *arguments)
+    assert run.returncode != 0
+    assert time.time() - float((notes / "killed").read_text()) < 20
+    assert "SIGKILL" in run.stderr
+    assert run.stderr.count("Traceback") <= 1, run.stderr  # torchrun's own
+    assert len(errors(run.stderr)) <= 1  # none when torchrun ends rank 0 before it notices
+    done = {path.stem: path.read_bytes() for path in (out / "stages").iterdir()}
+    assert json.loads(done["labels-dace"])["state"] == "begun"
+    assert open_coreset(out / "coreset").soft_labels() is None
+
+    asked: list[int] = []
+
+    def counted(teacher, views_PCHW, world):
+        asked.append(len(views_PCHW))
+        return answer_pool(teacher, views_PCHW, world)
+
+    monkeypatch.setattr(labels, "answer_pool", counted)
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert asked == [40] * (2 + 4)  # two of dace's four epochs were labelled
+    output = capsys.readouterr()
+    assert names(json.loads(output.out.splitlines()[-1])) == alone["names"]
+    assert "coreset: done before" in output.err
+    assert (out / "stages" / "teacher.json").read_bytes() == done["teacher"]
+
+
+def test_an_error_of_all_is_told_once(data: Path, tmp_path: Path) -> None:
+    run = torchrun(3, "-m", "patchbloom.train.cli", "--data", data, "--out", tmp_path, "--ipc", "x")
+    assert run.returncode != 0
+    assert run.stdout == ""
+    assert errors(run.stderr) == [
+        "train: error: --ipc: expected INT, got 'x' (see train --help)"
+    ], run.stderr
+
+
+def test_an_error_of_one_is_told_by_it(data: Path, tmp_path: Path) -> None:
+    """A damaged file in the second batch that is scored, which is rank 1's."""
+    damaged = shutil.copytree(data, tmp_path / "data")
+    path = sorted((damaged / "train").iterdir())[6] / "00003.jpg"
+    path.write_bytes(path.read_bytes()[:100])
+    teacher = tmp_path / "teacher" / "teacher" / "teacher.safetensors"
+    trained = (*OPTIONS, "--data", str(data), "--out", str(tmp_path / "teacher"))
+    assert cli.main(["teacher", *trained]) == 0
+    options = (*OPTIONS, "--data", damaged, "--out", tmp_path / "run", "--teacher", teacher)
+    train = TORCHRUN.with_name("train")
+    run = torchrun(2, train, "coreset", *options)
+    assert run.returncode != 0
+    (error,) = errors(run.stderr)
+    assert f"cannot decode {path}" in error
+    assert run.stderr.count("Traceback") == 1, run.stderr  # torchrun's own
+    assert (
+        json.loads((tmp_path / "run" / "stages" / "teacher.json").read_bytes())["state"] == "done"
+    )

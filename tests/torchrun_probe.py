@@ -1,0 +1,83 @@
+"""`train` in the processes of a torchrun, watched: python torchrun_probe.py NOTES KILLED ARGUMENTS…
+
+NOTES/METHOD.json gets what every rank has of the work that is shared: hashes of images and answers,
+and an accuracy. With KILLED a rank, and not "-", that rank is killed (SIGKILL) while it labels its
+third pool, and NOTES/killed holds the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from patchbloom.engine.images import open_image_set
+from patchbloom.train import cli, distil, labels
+from patchbloom.train.evaluation import accuracies
+from patchbloom.train.pool_rendering import answer_pool, render_pool
+from patchbloom.train.views import make_views
+
+EPOCH = 7
+_answer, _record = labels.answer_pool, distil.record_labels
+
+
+def sha256(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+
+
+def watch(notes: Path, data: str) -> None:
+    """After the labels of a method, make more of what the ranks share."""
+
+    def recorded(source, kept, config, report, world) -> None:
+        _record(source, kept, config, report, world)
+        samples_P = torch.randperm(source.samples, generator=torch.manual_seed(3))
+        images_PCHW = render_pool(source, samples_P, EPOCH, world)
+        logits_PK = answer_pool(
+            kept.teacher, make_views(images_PCHW, samples_P, EPOCH, config), world
+        )
+        few_PCHW = render_pool(source, samples_P[:2], EPOCH, world)
+        val, network = open_image_set(data, "val"), kept.teacher.network
+        size_px, device = config.size_px, torch.device("cpu")
+        (accuracy,) = accuracies([network], val, size_px=size_px, device=device, world=world)
+        found = {
+            "images": sha256(images_PCHW),
+            "few": torch.equal(few_PCHW, images_PCHW[:2]),
+            "answers": sha256(logits_PK),
+            "accuracy": accuracy,
+            "any": [world.any(False), world.any(world.rank == world.size - 1)],
+        }
+        of_ranks = world.all_gather(found)
+        if world.leads:
+            notes.mkdir(exist_ok=True)
+            method = source.describe()["method"]
+            (notes / f"{method}.json").write_text(json.dumps(of_ranks))
+
+    distil.record_labels = recorded
+
+
+def kill_in_third_pool(notes: Path) -> None:
+    pools = []
+
+    def answered(teacher, views_PCHW, world) -> torch.Tensor:
+        pools.append(len(views_PCHW))
+        if len(pools) == 3:
+            notes.mkdir(exist_ok=True)
+            (notes / "killed").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return _answer(teacher, views_PCHW, world)
+
+    labels.answer_pool = answered
+
+
+if __name__ == "__main__":
+    folder, killed, *arguments = sys.argv[1:]
+    if os.environ["RANK"] == killed:
+        kill_in_third_pool(Path(folder))
+    elif killed == "-":
+        watch(Path(folder), arguments[arguments.index("--data") + 1])
+    sys.exit(cli.main(arguments))
