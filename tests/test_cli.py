@@ -21,6 +21,7 @@ from patchbloom.engine import coreset, durable
 from patchbloom.train import cli, distil, plan, run
 from patchbloom.train.commands import STAGES, RunOptions, TrainPrior, TrainReport
 from patchbloom.train.config import PriorConfig
+from patchbloom.train.coreset_options import LoaderOptions, StudentElsewhere, TrainVerify
 from patchbloom.train.prior_model import new_parts, save_parts
 from patchbloom.train.record import Record
 from patchbloom.train.shapes import write_shapes
@@ -69,6 +70,49 @@ RUN_OPTIONS = [
     "shapes_per_class",
     "resume",
     "overwrite",
+]
+RENDER_OPTIONS = ["model", "precision", "vae_precision", "engine_batch", "bundles", "device"]
+ELSEWHERE_OPTIONS = [
+    *RENDER_OPTIONS,
+    "coreset",
+    "out",
+    "data",
+    "shapes_per_class",
+    "backend",
+    "student",
+    "epochs",
+    "batch",
+    "learning_rate",
+    "final_lr_fraction",
+    "weight_decay",
+    "student_precision",
+    "student_compile",
+    "accumulate",
+    "overlap",
+    "seed",
+    "seeds",
+    "overwrite",
+]
+VERIFY_OPTIONS = [
+    *RENDER_OPTIONS,
+    "coreset",
+    "teacher",
+    "other_teacher",
+    "samples",
+    "backend",
+    "seed",
+]
+LOADER_OPTIONS = [
+    *RENDER_OPTIONS,
+    "batch",
+    "drop_last",
+    "epochs",
+    "labels",
+    "temperature",
+    "class_indices",
+    "seed",
+    "ahead",
+    "backend",
 ]
 PRIOR_OPTIONS = [
     "data",
@@ -180,10 +224,14 @@ def test_the_options_are_frozen() -> None:
     assert names(TrainPrior) == PRIOR_OPTIONS
     assert names(PriorConfig) == PRIOR_CONFIG
     assert names(TrainReport) == ["run"]
-    assert list(STAGES) == ["teacher", "coreset", "labels", "student", "prior", "report"]
+    assert names(StudentElsewhere) == ELSEWHERE_OPTIONS
+    assert names(TrainVerify) == VERIFY_OPTIONS
+    assert names(LoaderOptions) == LOADER_OPTIONS
+    stages = ["teacher", "coreset", "labels", "student", "verify", "prior", "report"]
+    assert list(STAGES) == stages
 
 
-@pytest.mark.parametrize("stage", ["", *STAGES])
+@pytest.mark.parametrize("stage", ["", *STAGES, "student --coreset DIR"])
 def test_help_is_quick_and_imports_no_heavy_library(stage: str) -> None:
     code = (
         "import sys\n"
@@ -193,12 +241,12 @@ def test_help_is_quick_and_imports_no_heavy_library(stage: str) -> None:
         "heavy = {'torch', 'tensorrt', 'nvidia.dali', 'diffusers', 'onnxruntime'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    command = [sys.executable, "-c", code, *filter(None, [stage]), "--help"]
+    command = [sys.executable, "-c", code, *stage.split(), "--help"]
     told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert f"usage: train {stage}".strip() in told
-    if stage in ("", "student"):
-        for name in RUN_OPTIONS:
-            assert f"--{name.replace('_', '-')}" in told
+    assert f"usage: train {stage.removesuffix(' --coreset DIR')}".strip() in told
+    shown = {"": RUN_OPTIONS, "student": RUN_OPTIONS, "student --coreset DIR": ELSEWHERE_OPTIONS}
+    for name in shown.get(stage, []):
+        assert f"--{name.replace('_', '-')}" in told
 
 
 @pytest.mark.parametrize(

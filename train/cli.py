@@ -16,6 +16,7 @@ import tyro
 
 from ..engine.console import print_error, run_command
 from .commands import STAGES, Command, Train, TrainPrior, TrainReport
+from .coreset_options import StudentElsewhere, TrainVerify
 from .launch import read_launch
 
 
@@ -43,6 +44,8 @@ def _tell_once(line: str) -> None:
 
 def _parse(given: list[str]) -> Command:
     kind = STAGES.get(given[0]) if given else None
+    if given[:1] == ["student"] and any(word.split("=")[0] == "--coreset" for word in given):
+        return tyro.cli(StudentElsewhere, prog="train student", args=given[1:])
     if kind is not None:
         return tyro.cli(kind, prog=f"train {given[0]}", args=given[1:])
     stages = "\n".join(f"  train {name:8} {kind.__doc__}" for name, kind in STAGES.items())
@@ -63,6 +66,16 @@ def _execute(command: Command, given: list[str]) -> dict[str, Any]:
 
             read_launch().require_alone("train report")
             return write_report(command.run)
+        case StudentElsewhere():
+            from .elsewhere import train_elsewhere
+
+            read_launch().require_alone("train student --coreset")
+            return train_elsewhere(command, line)
+        case TrainVerify():
+            from .drift import verify_labels
+
+            read_launch().require_alone("train verify")
+            return verify_labels(command)
         case _:
             from .run import run_stages
 

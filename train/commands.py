@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from ..engine.config import Start
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import PriorConfig, RecipeName, Scoring, StudentPrecision
+from .coreset_options import StudentElsewhere, TrainVerify
 
 METHODS = ("dace", "rded", "random", "upsample")
 LabelChoice = Literal["stored", "online", "record"]
@@ -183,7 +184,7 @@ class TrainLabels(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStudent(RunOptions):
-    """Train the students, with stored labels where the coreset has them; no report."""
+    """Train the students; no report. From a coreset alone: `train student --coreset DIR --help`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,11 +221,11 @@ STAGES = {
     "coreset": TrainCoreset,
     "labels": TrainLabels,
     "student": TrainStudent,
+    "verify": TrainVerify,
     "prior": TrainPrior,
     "report": TrainReport,
 }
 """Sub-commands by name; anything else on the command line belongs to `Train`."""
 
-Command = (
-    Train | TrainTeacher | TrainCoreset | TrainLabels | TrainStudent | TrainPrior | TrainReport
-)
+StageCommand = Train | TrainTeacher | TrainCoreset | TrainLabels | TrainStudent
+Command = StageCommand | StudentElsewhere | TrainVerify | TrainPrior | TrainReport

@@ -6,7 +6,7 @@ Sources: RDED's published procedure; DACE (paper), where what it leaves open is 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 Device = Literal["auto", "cpu", "cuda"]
 RecipeName = Literal["rded", "dace", "small"]
@@ -165,6 +165,21 @@ class StudentConfig:
         _check_crop_scale(self.crop_scale)
         if not 0 <= self.final_lr_fraction < 1:
             raise ValueError(f"final_lr_fraction {self.final_lr_fraction}: expected [0, 1)")
+
+    def recipe(self) -> dict[str, Any]:
+        """How a student learns from views and labels, for a manifest that describes these itself.
+
+        Plain JSON: network, batch, learning rate and so on; without what says where it runs.
+        """
+        return {k: v for k, v in asdict(self).items() if k not in _NOT_OF_THE_RECIPE}
+
+
+_NOT_OF_THE_RECIPE = {
+    *("seed", "size_px", "crop_scale", "flip", "cutmix"),  # of the views
+    *("epochs", "temperature"),  # of the labels
+    "device",
+    *CHANGES_NO_RESULT,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -260,7 +260,7 @@ class Distillation:
 
     def _make_labels(self, method: str) -> StageResult:
         coreset = self._coreset(method)
-        with open_source(self.plan, method, coreset, self.run.world) as source:
+        with open_source(self.plan, coreset, self.run.world) as source:
             if self._stored(method, source, coreset) is None:
                 self._attach(method, source, self._recorded(method, source))
                 coreset = self._coreset(method)
@@ -341,7 +341,7 @@ class Distillation:
     def _make_students(self, method: str) -> StageResult:
         plan, folder = self.plan, self.run.folder / "students"
         coreset = None if method == REAL else self._coreset(method)
-        with open_source(plan, method, coreset, self.run.world) as source:
+        with open_source(plan, coreset, self.run.world) as source:
             rate = rendering_rate(source)
             if self.run.world.leads:
                 self._draw(method, own_part(source), coreset)

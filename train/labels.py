@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,7 +110,11 @@ class RecordedLabels:
             classes=len(teacher.class_ids),
             k=k,
         )
-        self.settings = {**label_settings(source, config), "teacher": teacher.sha256}
+        self.settings = {
+            **label_settings(source, config),
+            "teacher": teacher.sha256,
+            "student": config.recipe(),
+        }
         self._recording = self._open(report) if world.leads else None
         arrays = [] if self._recording is None else self._recording.arrays
         self._parts = [torch.from_numpy(array) for array in arrays]
@@ -215,11 +219,24 @@ def _begin(path: Path, layout: LabelLayout) -> None:
 
 
 class StoredLabels:
-    """Labels of a coreset. Refused when they were made for other views than these."""
+    """Labels of a coreset. Refused when they were made for other views than these.
 
-    def __init__(self, stored: SoftLabels, source: ImageSource, config: StudentConfig) -> None:
+    `but_for`: what of the source's description may be another than it was then.
+    """
+
+    def __init__(
+        self,
+        stored: SoftLabels,
+        source: ImageSource,
+        config: StudentConfig,
+        *,
+        but_for: Collection[str] = (),
+    ) -> None:
         self.stored, self.config = stored, config
-        _require_fit(stored, label_settings(source, config), source, config)
+        wanted = label_settings(source, config)
+        then = stored.settings.get("source", {})
+        wanted["source"] |= {key: then[key] for key in but_for if key in then}
+        _require_fit(stored, wanted, source, config)
         self.temperature, self._labels_N = config.temperature, source.labels_N
         self._epoch, self._pools = -1, list[Tensor]()
         self._pool_of_N = torch.empty(stored.samples, dtype=torch.int64)

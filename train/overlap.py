@@ -82,7 +82,10 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
         self._thread: Thread | None = None
         if overlap:
             threads = torch.get_num_threads()
-            self._thread = Thread(target=self._produce, args=(threads,), name="producer")
+            # A daemon: nobody may be left to close the ring when the interpreter waits for threads.
+            self._thread = Thread(
+                target=self._produce, args=(threads,), name="producer", daemon=True
+            )
             self._thread.start()
 
     def take(self) -> list[tuple[Item, Slot]]:

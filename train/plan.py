@@ -70,8 +70,13 @@ class Plan:
 
     @property
     def student_seeds(self) -> tuple[int, ...]:
-        """One per student; no two runs of different --seed share a student."""
-        return tuple(1000 * self.options.seed + k for k in range(self.options.seeds))
+        """One per student."""
+        return student_seeds(self.options.seed, self.options.seeds)
+
+
+def student_seeds(seed: int, count: int) -> tuple[int, ...]:
+    """Seeds of `count` students of a run; no two runs of different --seed share one."""
+    return tuple(1000 * seed + k for k in range(count))
 
 
 def make_plan(options: RunOptions, report: Report) -> Plan:
@@ -107,17 +112,13 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         ipc=options.ipc, factor=factor, classes=len(train.class_ids), network=options.student
     )
     samples = len(train.class_ids) * options.ipc * factor**2
-    engine_batch = options.engine_batch or (
-        fitting_batch(samples) if samples <= pool_size(student) else LARGE_ENGINE_BATCH
-    )
-    if options.refresh < 1 and options.engine_batch is None:
-        engine_batch = fitting_batch(round(options.refresh * min(samples, pool_size(student))))
+    engine_batch = options.engine_batch or engine_batch_for(samples, student, options.refresh)
     group = grouping(len(train.class_ids), options.ipc * factor**2, engine_batch, student)
     teacher_source, teacher_network = _choose_teacher(options.teacher, recipe)
     if teacher_source is not None and teacher_source.startswith(TORCHVISION):
         torchvision_columns(teacher_source, train.class_ids)
     for option, network in (("--teacher", teacher_network), ("--student", student.network)):
-        _check_network(option, network, len(train.class_ids), image_size)
+        check_network(option, network, len(train.class_ids), image_size)
     plan = Plan(
         options=options,
         train=train,
@@ -168,6 +169,13 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     )
     _say(plan, report)
     return plan
+
+
+def engine_batch_for(samples: int, student: StudentConfig, refresh: float = 1.0) -> int:
+    """Images per call of the model when nobody says how many: of `samples` per epoch."""
+    if refresh < 1:
+        return fitting_batch(round(refresh * min(samples, pool_size(student))))
+    return fitting_batch(samples) if samples <= pool_size(student) else LARGE_ENGINE_BATCH
 
 
 def grouping(classes: int, each: int, engine_batch: int, student: StudentConfig) -> int | None:
@@ -243,8 +251,11 @@ def _choose_teacher(given: str | None, recipe: Recipe) -> tuple[str | None, str]
     return None, given
 
 
-def _check_network(option: str, name: str, classes: int, size_px: int) -> None:
-    """Build it and run it without memory: what cannot work is told before anything is trained."""
+def check_network(option: str, name: str, classes: int, size_px: int) -> None:
+    """Build it and run it without memory: what cannot work is told before anything is trained.
+
+    ValueError, naming `option`.
+    """
     try:
         with torch.device("meta"):
             network = build_network(name, classes, size_px)

@@ -9,11 +9,17 @@ from typing import Any
 
 import torch
 
+from ..engine.config import ExpandConfig
 from ..engine.coreset import Coreset
 from ..engine.prompts import TEMPLATE, class_prompts
 from ..engine.schedule import make_schedule
 from ..engine.turbo import Expander
-from ..export.models import resolve_vae_precision, weights_bytes, weights_sha256
+from ..export.models import (
+    ModelSource,
+    resolve_vae_precision,
+    weights_bytes,
+    weights_sha256,
+)
 from .methods import DealtSource, Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
 from .plan import Plan
 from .pool_rendering import SharedImages
@@ -24,24 +30,21 @@ MEASURED_IMAGES = 256
 
 
 @contextmanager
-def open_source(
-    plan: Plan, method: str, coreset: Coreset | None, world: World = ALONE
-) -> Iterator[ImageSource]:
-    """The images of `method`; a coreset for all but `real`. Frees the model at the end.
+def open_source(plan: Plan, coreset: Coreset | None, world: World = ALONE) -> Iterator[ImageSource]:
+    """The images of a coreset; without one real images, the ceiling. Frees the model at the end.
 
     The ranks of `world` each open it, rank 0 first: it builds the engine that the others find. They
     share the rendering, so all ask for the same images in the same order.
     """
-    with _opened(plan, method, coreset, world) as own:
+    with _opened(plan, coreset, world) as own:
         source = own if world.size == 1 else SharedImages(own, world.producing)
         share, seed = plan.options.refresh, plan.options.seed
-        yield Refreshed(source, share, seed) if method == "dace" and share < 1 else source
+        by_model = coreset is not None and coreset.settings["method"] == "dace"
+        yield Refreshed(source, share, seed) if by_model and share < 1 else source
 
 
 @contextmanager
-def _opened(
-    plan: Plan, method: str, coreset: Coreset | None, world: World
-) -> Iterator[DealtSource]:
+def _opened(plan: Plan, coreset: Coreset | None, world: World) -> Iterator[DealtSource]:
     if coreset is None:
         samples = plan.options.ipc * plan.factor**2
         yield RealImages(
@@ -52,15 +55,30 @@ def _opened(
             device=plan.device,
         )
         return
+    with open_coreset_source(coreset, plan.model, plan.expand, plan.device, world) as source:
+        yield source
+
+
+@contextmanager
+def open_coreset_source(
+    coreset: Coreset,
+    model: ModelSource | None,
+    expand: ExpandConfig | None,
+    device: str,
+    world: World = ALONE,
+) -> Iterator[DealtSource]:
+    """The images of a coreset's own method; method dace takes a model and how to use it."""
     patches_NHWC, labels_N = coreset.patches(), coreset.labels_N
+    settings = coreset.settings
+    method = settings["method"]
     if method == "dace":
-        model, prompts_K = plan.model, class_prompts(coreset.class_names)
-        if model is None:
-            raise ValueError("method dace: expected a model in the plan, got none")
+        if model is None or expand is None:
+            raise ValueError("method dace: expected a model and its settings, got none")
+        prompts_K = class_prompts(coreset.class_names, coreset.manifest["model"]["prompt"])
         expander = world.in_turn(
             lambda: Expander(
                 model,
-                plan.expand,
+                expand,
                 patches_NHWC=patches_NHWC,
                 labels_N=labels_N,
                 prompts_K=prompts_K,
@@ -71,14 +89,14 @@ def _opened(
         finally:
             expander.close()
         return
-    patches_NHWC = patches_NHWC.to(plan.device)
+    patches_NHWC = patches_NHWC.to(device)
     if method == "rded":
         yield Mosaics(
             patches_NHWC=patches_NHWC,
             labels_N=labels_N,
             class_ids=coreset.class_ids,
-            factor=plan.factor,
-            seed=plan.options.seed,
+            factor=settings["factor"],
+            seed=settings["seed"],
         )
         return
     yield UpsampledPatches(
@@ -86,7 +104,7 @@ def _opened(
         patches_NHWC=patches_NHWC,
         labels_N=labels_N,
         class_ids=coreset.class_ids,
-        size_px=plan.image_size,
+        size_px=settings["image_size_px"],
     )
 
 

@@ -87,7 +87,7 @@ def make_views(
         flips_P = uniform(config.seed, Draw.FLIP, samples_P, epoch, 1)[:, 0] < 0.5
     cutmix = None
     if config.cutmix:
-        partners_P, pasted_P4 = _cutmix(samples_P, epoch, config)
+        partners_P, pasted_P4 = cutmix_of(samples_P, epoch, config)
         cutmix = partners_P.to(device), pasted_P4.to(device)
     return student_input(
         images_PCHW.contiguous(),
@@ -101,7 +101,7 @@ def make_views(
     )
 
 
-def _cutmix(samples_P: Tensor, epoch: int, config: StudentConfig) -> tuple[Tensor, Tensor]:
+def cutmix_of(samples_P: Tensor, epoch: int, config: StudentConfig) -> tuple[Tensor, Tensor]:
     """Each sample's partner (its position in the pool), and the box it shows in, unclipped.
 
     Both int64, [P] and (top, left, height, width) [P, 4].

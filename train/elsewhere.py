@@ -1,0 +1,144 @@
+"""`train student --coreset DIR`: students from a coreset folder alone, on any machine.
+
+    OUT/stages/student.json, OUT/students/METHOD-seedS.safetensors, OUT/tensorboard/
+
+Neither the original images nor the teacher are needed; with --data the students are measured on a
+validation split. With the same seeds, and the same engine on the same kind of device, they are the
+students of the coreset's own run: bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..engine.backends import resolve_device
+from ..engine.coreset import Coreset, open_coreset
+from ..engine.durable import full_disk_explained
+from ..engine.images import ImageSet, open_image_set
+from .config import CHANGES_NO_RESULT, StudentConfig
+from .coreset_options import StudentElsewhere
+from .loop import train_students
+from .plan import check_network, data_folder, images_sha256, student_seeds
+from .record import Record, Report
+from .recorded import fitting_labels, open_recorded_source, student_config
+from .stages import RunFolder, StageResult, check_out, settings_by_option
+from .summary import mean_and_std, provenance, rounded
+
+NEEDED_BYTES = 64 * 2**20  # of the run's small files; weights say their own need
+
+
+def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
+    """Train the students that the command asks for; returns what is printed, plain JSON.
+
+    Raises ValueError or OSError, one clear line, for a coreset that does not say enough, labels of
+    other views, a model of other weights, or a machine that lacks what was asked for.
+    """
+    with Record(options.out / "tensorboard") as report:
+        _require_apart(options.coreset, options.out)
+        check_out(options.out, resume=True, overwrite=options.overwrite)
+        coreset = open_coreset(options.coreset.expanduser())
+        config = _student_config(coreset, options)
+        val = _validation(options, report)
+        with (
+            full_disk_explained(options.out, NEEDED_BYTES),
+            RunFolder(options.out, report, overwrite=options.overwrite) as run,
+        ):
+            students = run.stage(
+                "student",
+                _settings(coreset, options, config, val),
+                lambda: _train(coreset, options, config, val, run, report, line),
+            )
+    accuracies = students["accuracies"]
+    return {
+        "run": str(options.out),
+        "coreset": coreset.content_sha256,
+        "method": coreset.settings["method"],
+        "validation_images": None if val is None else len(val),
+        "accuracy": None if accuracies is None else mean_and_std(accuracies),
+        "students": rounded({k: v for k, v in students.items() if k != "provenance"}),
+    }
+
+
+def _require_apart(coreset: Path, out: Path) -> None:
+    """--overwrite empties --out: a run's own folder is none for the students of its coreset."""
+    if coreset.expanduser().resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--coreset {coreset} lies in --out {out}: choose another --out")
+
+
+def _student_config(coreset: Coreset, options: StudentElsewhere) -> StudentConfig:
+    config = student_config(
+        coreset,
+        device=resolve_device(options.device),
+        network=options.student,
+        epochs=options.epochs,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        final_lr_fraction=options.final_lr_fraction,
+        weight_decay=options.weight_decay,
+        precision=options.student_precision,
+        compile=options.student_compile,
+        accumulate=options.accumulate,
+        overlap=options.overlap == "on",
+    )
+    check_network("--student", config.network, len(coreset.class_ids), config.size_px)
+    return config
+
+
+def _validation(options: StudentElsewhere, report: Report) -> ImageSet | None:
+    if options.data is None:
+        report.say("accuracy: not measured, there is no --data")
+        return None
+    return open_image_set(data_folder(options.data, options.shapes_per_class, report), "val")
+
+
+def _settings(
+    coreset: Coreset, options: StudentElsewhere, config: StudentConfig, val: ImageSet | None
+) -> dict[str, Any]:
+    """All that decides the students and what is told of them."""
+    student = {k: v for k, v in asdict(config).items() if k not in CHANGES_NO_RESULT}
+    return {
+        "--coreset": coreset.content_sha256,
+        "validation images": None if val is None else images_sha256(val),
+        "--seeds": list(_seeds(coreset, options)),
+        "--precision": options.precision,
+        "--vae-precision": options.vae_precision,
+        **settings_by_option("student", student),
+    }
+
+
+def _seeds(coreset: Coreset, options: StudentElsewhere) -> tuple[int, ...]:
+    seed = coreset.settings["seed"] if options.seed is None else options.seed
+    return student_seeds(seed, options.seeds)
+
+
+def _train(
+    coreset: Coreset,
+    options: StudentElsewhere,
+    config: StudentConfig,
+    val: ImageSet | None,
+    run: RunFolder,
+    report: Report,
+    line: str,
+) -> StageResult:
+    with open_recorded_source(coreset, options, options.backend, config) as source:
+        labels = fitting_labels(coreset, source, config, options)
+        results = train_students(
+            source,
+            labels,
+            config,
+            seeds=_seeds(coreset, options),
+            val_set=val,
+            folder=run.folder / "students",
+            report=report,
+            name=coreset.settings["method"],
+        )
+    described = {
+        "accuracies": None if val is None else [result.accuracy for result in results],
+        "losses": [list(result.losses) for result in results],
+        "seeds": [result.seed for result in results],
+        "render": source.describe(),
+        "provenance": provenance(line, config.device),
+    }
+    return StageResult(described, [result.path for result in results])
