@@ -1,6 +1,6 @@
 """`train student --coreset DIR`: students from a coreset folder alone, on any machine.
 
-    OUT/stages/student.json, OUT/students/METHOD-seedS.safetensors, OUT/tensorboard/
+    OUT/stages/student.json, OUT/students/METHOD-seedS.safetensors, OUT/tensorboard/, OUT/log.jsonl
 
 Neither the original images nor the teacher are needed; with --data the students are measured on a
 validation split. With the same seeds, and the same engine on the same kind of device, they are the
@@ -35,7 +35,7 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
     Raises ValueError or OSError, one clear line, for a coreset that does not say enough, labels of
     other views, a model of other weights, or a machine that lacks what was asked for.
     """
-    with Record(options.out / "tensorboard") as report:
+    with Record(options.out) as report:
         _require_apart(options.coreset, options.out)
         check_out(options.out, resume=True, overwrite=options.overwrite)
         coreset = open_coreset(options.coreset.expanduser())
