@@ -37,7 +37,8 @@ from patchbloom.export.config import BackendName, DeviceName, Weights
 from patchbloom.export.models import find_model
 from patchbloom.train.checkpoint import read_tensors
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.loop import SLOTS, train_students
+from patchbloom.train.lockstep import SLOTS
+from patchbloom.train.loop import train_students
 from patchbloom.train.methods import Expansions, ImageSource
 from patchbloom.train.overlap import Ring
 from patchbloom.train.pool_slots import PoolSlot, fill_slot, pools_from

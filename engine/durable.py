@@ -106,6 +106,7 @@ def replace_file(path: Path, data: bytes) -> None:
     try:
         write_durably(staged, data)
         os.replace(staged, path)
+        _sync_folder(path.parent)
     except BaseException:
         staged.unlink(missing_ok=True)
         raise

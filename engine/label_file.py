@@ -27,7 +27,7 @@ import numpy as np
 from .manifest import CoresetError
 
 KeptCodec = Literal["dense", "topk"]
-_MOST_CLASSES = 32767  # int16 class index
+_MOST_CLASSES = 32256  # int16 class indices; the next is what an unwritten one looks like
 _DTYPES = {"F16": np.float16, "I16": np.int16}
 _FILL_BYTES = 2**21
 _BLOCK_PAGES = 32  # 128 KiB, what the kernel reads ahead at one call at the least

@@ -28,7 +28,7 @@ METHODS = ("random", "dace")
 OPTIONS = (
     *("--method", *METHODS, "--backend", "eager", "--factor", "1", "--no-ceiling"),
     *("--teacher", "convnet-d3-w8", "--teacher-epochs", "4", "--student", "convnet-d3-w8"),
-    *("--epochs", "12", "--seeds", "2", "--steps", "2", "--rho", "0.5"),
+    *("--epochs", "24", "--seeds", "2", "--steps", "2", "--rho", "0.5"),
 )
 STARTED_WITHIN_S = 120
 EXIT_CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}

@@ -117,7 +117,7 @@ def test_students_need_no_images_and_may_be_others(train: Train, elsewhere, tmp_
     assert result["validation_images"] is None
     assert len(result["students"]["losses"][0]) == 3
     told = train("student", *options, "--seeds", "1", "--learning-rate", "0.01")["error"]
-    assert "was run with student.learning_rate = 0.001, now asked for 0.01" in told
+    assert "was run with --learning-rate = 0.001, now asked for 0.01" in told
     other = ("--overwrite", "--epochs", "2", "--student", "convnet-d3-w16", "--batch", "4")
     result = train("student", *options, *other, "--seed", "9", "--seeds", "1")
     assert result["students"]["seeds"] == [9000]
@@ -248,10 +248,8 @@ def _divergences(coreset: Coreset, teacher: Teacher) -> torch.Tensor:
     stored = coreset.soft_labels()
     assert stored is not None
     views = stored.settings["views"]
-    assert views.pop("dtype") == "fp16"
-    config = StudentConfig(
-        **{**views, "crop_scale": tuple(views["crop_scale"]), "precision": "bf16"}
-    )
+    assert views["views"] == "fp16"
+    config = StudentConfig(**{**views, "crop_scale": tuple(views["crop_scale"])})
     source = UpsampledPatches(
         method="upsample",
         patches_NHWC=coreset.patches(),

@@ -60,7 +60,10 @@ def test_the_producer_works_while_the_consumer_does() -> None:
 
 
 @both
-def test_an_error_comes_after_what_was_filled_before_it_with_its_traceback(overlap: bool) -> None:
+@pytest.mark.parametrize("slots", [1, 3])
+def test_an_error_comes_after_what_was_filled_before_it_with_its_traceback(
+    overlap: bool, slots: int
+) -> None:
     def fail_at_two(slot: list[int], item: int) -> None:
         if item == 2:
             raise RuntimeError("no more")
@@ -68,7 +71,9 @@ def test_an_error_comes_after_what_was_filled_before_it_with_its_traceback(overl
 
     seen: list[int] = []
     with (
-        Ring([[]], fail_at_two, range(9), device=CPU, overlap=overlap) as ring,
+        Ring(
+            [[] for _ in range(slots)], fail_at_two, range(9), device=CPU, overlap=overlap
+        ) as ring,
         pytest.raises(RuntimeError, match="no more") as caught,
     ):
         drain(ring, seen)
@@ -139,9 +144,11 @@ def test_the_wait_is_that_of_the_consumer() -> None:
         while ring.take():
             pass
         assert 0.25 < ring.waited_s() < 5
-    with Ring([0, 0, 0, 0], lambda *_: None, range(3), device=CPU) as ring:
-        time.sleep(0.1)
-        assert len(ring.take()) == 3
+    filled: list[int] = []
+    with Ring([0] * 4, lambda _, item: filled.append(item), range(3), device=CPU) as ring:
+        while len(filled) < 3:
+            time.sleep(0.001)
+        assert ring.take()
         assert ring.waited_s() < 0.05
 
 

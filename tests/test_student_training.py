@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from patchbloom.engine.console import Terminated
-from patchbloom.train import checkpoint
+from patchbloom.train import checkpoint, lockstep
 from patchbloom.train import student as student_module
 from patchbloom.train.checkpoint import CheckpointError, Checkpoints, read_tensors
 from patchbloom.train.config import StudentConfig
@@ -170,9 +171,7 @@ def test_checkpoints_of_other_libraries_are_told(tmp_path: Path, monkeypatch) ->
         "student.checkpoint-000002.safetensors",
     ]
     monkeypatch.setattr(checkpoint, "_versions", lambda: {"torch": "99.0"})
-    found = checkpoints.newest(report.say)
-    assert found is not None
-    assert found[0] == checkpoints.paths()[-1]
+    assert checkpoints.newest(report.say) == checkpoints.paths()[-1]
     assert "99.0" in report.lines[0]
     assert "last digits" in report.lines[0]
 
@@ -186,7 +185,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 2:
+        if len(calls) == 3:  # each checkpoint syncs its file, then the folder
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
@@ -213,10 +212,10 @@ def test_a_batch_that_does_not_fit_names_one_that_does(
 ) -> None:
     loss = student_module.Student._loss
 
-    def small(self, slot, rows_B):
+    def small(self, model, slot, rows_B):
         if len(rows_B) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss(self, slot, rows_B)
+        return loss(self, model, slot, rows_B)
 
     monkeypatch.setattr(student_module.Student, "_loss", small)
     with pytest.raises(ValueError, match=r"8 images of 32 px do not fit .* 2 do: .*--accumulate 4"):
@@ -269,6 +268,24 @@ def test_a_share_is_expanded_anew_and_the_rest_shown_again(source) -> None:
     assert kept.describe() == {"method": "dace", "refresh": 0.25}
     with pytest.raises(ValueError, match="less than 1"):
         Refreshed(fresh, 1.0, seed=3)
+
+
+def test_a_loss_of_nan_leaves_the_checkpoint_before(
+    source, labels, tmp_path: Path, monkeypatch
+) -> None:
+    config = replace(CONFIG, checkpoint_every=1, overlap=False, pool=8)
+    loss, calls = student_module.Student._loss, []
+
+    def ends_in_nan(self, model, slot, rows_B):
+        calls.append(len(rows_B))
+        return loss(self, model, slot, rows_B) * (math.nan if len(calls) > 24 else 1.0)
+
+    monkeypatch.setattr(student_module.Student, "_loss", ends_in_nan)
+    monkeypatch.setattr(lockstep, "CHECKPOINT_S", 0.0)  # one at every pool
+    with pytest.raises(ValueError, match="loss is nan in epoch 2: give a lower --learning-rate"):
+        train(source, labels, tmp_path, config)
+    for path in Checkpoints(tmp_path, "student", 2).paths():
+        assert all(bool(value.isfinite().all()) for value in read_tensors(path)[0].values())
 
 
 def test_a_checkpoint_without_a_config_is_refused(source, labels, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_pool_is_rendered_without_waste(classes: int, each: int) -> None:
     student = RECIPES["dace"].student_for(ipc=50, factor=2, classes=classes)
     labels_N = np.repeat(np.arange(classes), each)
     batch = fitting_batch(len(labels_N)) if classes * each == 40 else LARGE_ENGINE_BATCH
-    group = grouping(classes, each, batch, student)
+    group = grouping(classes, each, student)
     assert group == (None if classes * each == 40 else 8)
     pool = pools(replace(student, group=group or 1), torch.from_numpy(labels_N), 0)[0].numpy()
     together = group or images_per_prompt(batch, np.bincount(labels_N))
@@ -347,7 +347,7 @@ def test_a_checkpoint_of_other_settings_is_refused(sets, source, teacher, tmp_pa
 
 def test_a_loss_that_is_not_finite_ends_the_training(sets, source, teacher, tmp_path) -> None:
     config = replace(CONFIG, learning_rate=1e30)
-    with pytest.raises(ValueError, match=r"loss is .* in epoch \d: lower the learning rate"):
+    with pytest.raises(ValueError, match=r"loss is .* in epoch \d: give a lower --learning-rate"):
         train(source, OnlineLabels(teacher, 4.0), sets, tmp_path, config)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from patchbloom.engine.images import open_image_set
-from patchbloom.train import cli, distil, labels
+from patchbloom.train import cli, distil, labels, lockstep
 from patchbloom.train.evaluation import accuracies
 from patchbloom.train.pool_rendering import answer_pool
 from patchbloom.train.views import make_views
@@ -61,6 +61,17 @@ def watch(notes: Path, data: str) -> None:
     distil.train_students = trained
 
 
+def fall_behind() -> None:
+    """Fill every other slot late: ranks then take pools in groups of other sizes."""
+    fill = lockstep.fill_slot
+
+    def late(slot, pool, *rest) -> None:
+        time.sleep(0.15 * (pool.index % 2))
+        fill(slot, pool, *rest)
+
+    lockstep.fill_slot = late
+
+
 def kill_in_third_pool(notes: Path) -> None:
     pools = []
 
@@ -80,5 +91,7 @@ if __name__ == "__main__":
     if os.environ["RANK"] == killed:
         kill_in_third_pool(Path(folder))
     elif killed == "-":
+        if os.environ["RANK"] == "1":
+            fall_behind()
         watch(Path(folder), arguments[arguments.index("--data") + 1])
     sys.exit(cli.main(arguments))

@@ -44,9 +44,24 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
             metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is no weights file of ours, or is damaged ({error}): remove or replace it"
-        ) from None
+        raise _damaged(path, error) from None
+
+
+def read_metadata(path: Path, *, whole: bool = False) -> dict[str, Any]:
+    """The metadata of what `write_tensors` wrote; `whole` also reads every tensor once."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys() if whole else ():
+                file.get_tensor(name)
+            return json.loads((file.metadata() or {}).get(METADATA, "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no weights file of ours, or is damaged ({error}): remove or replace it"
+    )
 
 
 class Checkpoints:
@@ -67,25 +82,27 @@ class Checkpoints:
         for old in self.paths()[: -self.kept]:
             old.unlink()
 
-    def newest(self, say: Callable[[str], None]) -> tuple[Path, Tensors, dict[str, Any]] | None:
-        """The last that can be read; what is damaged, or by other libraries, is said."""
+    def newest(self, say: Callable[[str], None]) -> Path | None:
+        """The last that can be read; damaged ones are removed, and that is said."""
         for path in reversed(self.paths()):
             try:
-                tensors, metadata = read_tensors(path)
+                metadata = read_metadata(path, whole=True)
             except CheckpointError as error:
-                say(f"warning: {error}; going on from the one before")
+                say(f"warning: {error}; it is removed, and the one before, if any, goes on")
+                path.unlink()
                 continue
             if metadata.get("versions") != _versions():
                 say(
                     f"warning: {path.name} was written with {metadata.get('versions')}, this is "
                     f"{_versions()}: the result may differ in its last digits"
                 )
-            return path, tensors, metadata
+            return path
         return None
 
     def remove(self) -> None:
-        """All of them, when the training is done."""
-        for path in self.paths():
+        """All of them, when the training is done, and what a killed process left of one."""
+        partial = self.folder.glob(f"{glob.escape(self.name)}.checkpoint-*.partial")
+        for path in (*self.paths(), *partial):
             path.unlink()
 
     @staticmethod

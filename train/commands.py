@@ -14,9 +14,10 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ..engine.config import Start
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
-from .config import PriorConfig, RecipeName, Scoring, StudentPrecision
+from .config import PriorConfig, RecipeName, Scoring, StudentPrecision, check_seed
 from .coreset_options import StudentElsewhere, TrainVerify
 
+LEAST_REFRESH = 0.001
 METHODS = ("dace", "rded", "random", "upsample")
 LabelChoice = Literal["stored", "online", "record"]
 CodecChoice = Literal["dense", "topk"]
@@ -89,6 +90,8 @@ class RunOptions:
     """Students per method; accuracies are the mean ± std over them."""
     batch: int | None = None
     """Views per optimiser step of a student. Left out: the recipe's for this ipc."""
+    learning_rate: float | None = None
+    """Of a student's first epoch. Left out: the recipe's for its network."""
     accumulate: int = 1
     """Parts that a batch is split into when it does not fit into memory whole; the gradient is that
     of the batch, a BatchNorm sees parts."""
@@ -98,7 +101,7 @@ class RunOptions:
     """Compile the students' network with torch.compile, on a GPU as CUDA graphs."""
     overlap: Literal["on", "off"] = "on"
     """Render the next images while the students learn; `off` is the serial baseline. The students
-    are the same either way."""
+    are the same either way. Labels that are made first are not overlapped."""
     refresh: float = 1.0
     """Share of the patches that dace expands anew in an epoch; the others are shown again, with new
     crops. Less than 1 is lossy."""
@@ -134,8 +137,10 @@ class RunOptions:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
         if not 0 < self.rho <= 1:
             raise ValueError(f"--rho {self.rho:g}: expected more than 0, and 1 at most")
-        if not 0 < self.refresh <= 1:
-            raise ValueError(f"--refresh {self.refresh:g}: expected more than 0, and 1 at most")
+        if not LEAST_REFRESH <= self.refresh <= 1:
+            raise ValueError(f"--refresh {self.refresh:g}: expected {LEAST_REFRESH:g} to 1")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"--learning-rate {self.learning_rate:g}: expected more than 0")
         if "dace" in self.methods and self.start == "image" and int(self.steps * self.rho) < 1:
             raise ValueError(
                 f"--rho {self.rho:g} of --steps {self.steps} rounds to 0 evaluations: "
@@ -145,8 +150,7 @@ class RunOptions:
             raise ValueError(
                 "--labels online stores none, so --codec topk has no use: leave one of them out"
             )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
+        check_seed(self.seed)
         if self.resume and self.overwrite:
             raise ValueError("--resume keeps what --overwrite removes: give one of them")
 

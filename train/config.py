@@ -12,8 +12,20 @@ Device = Literal["auto", "cpu", "cuda"]
 RecipeName = Literal["rded", "dace", "small"]
 Scoring = Literal["pad", "resize"]
 StudentPrecision = Literal["fp32", "bf16", "fp16"]
-CHANGES_NO_RESULT = ("overlap", "checkpoint_every", "checkpoints_kept")
-"""Options of a StudentConfig that a resumed training may have otherwise."""
+ViewPrecision = Literal["fp32", "fp16"]
+CHANGES_NO_RESULT = ("overlap", "accumulate", "checkpoint_every", "checkpoints_kept")
+"""Options of a StudentConfig that a resumed training may have otherwise; `accumulate`, so that one
+that ran out of memory can go on: the gradient is the same, though a BatchNorm sees parts."""
+
+
+MOST_SEED = 2**32 // 1000 - 1
+"""Of a run: its students' seeds are 1000 times it and some, and have 32 bits."""
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that would share students with another one."""
+    if not 0 <= seed <= MOST_SEED:
+        raise ValueError(f"--seed {seed}: expected 0 to {MOST_SEED}")
 
 
 def _check_at_least(config: object, least: float, *names: str) -> None:
@@ -139,6 +151,8 @@ class StudentConfig:
     group: int = 1
     """Samples of one class that stay together in the order of an epoch, so that they share a prompt
     in the engine; a student mixes them with the rest of the pool."""
+    views: ViewPrecision = "fp32"
+    """Of the views, which teacher and student see. bf16 would keep 7 of a pixel's 8 bits."""
     precision: StudentPrecision = "fp32"
     """Of a student's forward and backward pass, by autocast; weights and optimiser stay in fp32."""
     compile: bool = False
@@ -175,9 +189,9 @@ class StudentConfig:
 
 
 _NOT_OF_THE_RECIPE = {
-    *("seed", "size_px", "crop_scale", "flip", "cutmix"),  # of the views
+    *("seed", "size_px", "crop_scale", "flip", "cutmix", "views"),  # of the views
     *("epochs", "temperature"),  # of the labels
-    "device",
+    *("device", "compile"),
     *CHANGES_NO_RESULT,
 }
 

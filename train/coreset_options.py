@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
-from .config import StudentPrecision
+from .config import StudentPrecision, check_seed
 
 LabelKind = Literal["probabilities", "logits"]
 
@@ -118,11 +118,10 @@ class StudentElsewhere(RenderOptions):
     """Decoupled; none on 1-D parameters. Left out: the manifest's."""
     student_precision: StudentPrecision | None = None
     """Of the students' passes, by autocast. Left out: the manifest's."""
-    student_compile: bool | None = None
-    """Compile the students' network with torch.compile. Left out: the manifest's."""
-    accumulate: int | None = None
-    """Parts that a batch is split into when it does not fit into memory whole. Left out: the
-    manifest's."""
+    student_compile: bool = False
+    """Compile the students' network with torch.compile, on a GPU as CUDA graphs."""
+    accumulate: int = 1
+    """Parts that a batch is split into when it does not fit into memory whole."""
     overlap: Literal["on", "off"] = "on"
     """Render the next images while the students learn; the students are the same either way."""
     seed: int | None = None
@@ -136,8 +135,8 @@ class StudentElsewhere(RenderOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_at_least_1(self, "shapes_per_class", "epochs", "batch", "accumulate", "seeds")
-        if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
+        if self.seed is not None:
+            check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

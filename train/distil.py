@@ -55,6 +55,7 @@ class Distillation:
 
     def __init__(self, plan: Plan, run: SharedRun, report: Report, line: str) -> None:
         self.plan, self.run, self.report, self.line = plan, run, report, line
+        self._verified: set[Path] = set()
 
     def teacher_stage(self) -> dict[str, Any]:
         """Train or load the teacher; returns its description."""
@@ -383,7 +384,11 @@ class Distillation:
             write_picture(self.run.folder, "expansions", sheet)
 
     def _coreset(self, method: str) -> Coreset:
-        return open_coreset(self.coreset_folder(method))
+        """Every byte of it is read once, by rank 0: labels of a thousand classes take minutes."""
+        folder = self.coreset_folder(method)
+        verify = self.run.world.leads and folder not in self._verified
+        self._verified.add(folder)
+        return open_coreset(folder, verify=verify)
 
 
 def _codec_options(codec: str, k: int | None) -> str:

@@ -20,12 +20,13 @@ from ..engine.images import ImageSet, open_image_set
 from .config import CHANGES_NO_RESULT, StudentConfig
 from .coreset_options import StudentElsewhere
 from .loop import train_students
-from .plan import check_network, data_folder, images_sha256, student_seeds
+from .plan import check_compiler, check_network, data_folder, images_sha256, student_seeds
 from .record import Record, Report
 from .recorded import fitting_labels, open_recorded_source, student_config
 from .stages import RunFolder, StageResult, check_out, settings_by_option
 from .summary import mean_and_std, provenance, rounded
 
+STAGE = "student"
 NEEDED_BYTES = 64 * 2**20  # of the run's small files; weights say their own need
 
 
@@ -38,6 +39,8 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
     with Record(options.out) as report:
         _require_apart(options.coreset, options.out)
         check_out(options.out, resume=True, overwrite=options.overwrite)
+        if not options.overwrite:
+            _require_own(options.out)
         coreset = open_coreset(options.coreset.expanduser())
         config = _student_config(coreset, options)
         val = _validation(options, report)
@@ -45,8 +48,9 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
             full_disk_explained(options.out, NEEDED_BYTES),
             RunFolder(options.out, report, overwrite=options.overwrite) as run,
         ):
+            report.open_log()
             students = run.stage(
-                "student",
+                STAGE,
                 _settings(coreset, options, config, val),
                 lambda: _train(coreset, options, config, val, run, report, line),
             )
@@ -67,7 +71,19 @@ def _require_apart(coreset: Path, out: Path) -> None:
         raise ValueError(f"--coreset {coreset} lies in --out {out}: choose another --out")
 
 
+def _require_own(out: Path) -> None:
+    """The students of another run have the same names: they are neither taken over nor replaced."""
+    others = sorted({path.stem for path in (out / "stages").glob("*.json")} - {STAGE})
+    if others:
+        raise ValueError(
+            f"--out {out} holds a run with the stage {others[0]}, and this command keeps students "
+            "of its own: choose another --out"
+        )
+
+
 def _student_config(coreset: Coreset, options: StudentElsewhere) -> StudentConfig:
+    if options.student_compile:
+        check_compiler()
     config = student_config(
         coreset,
         device=resolve_device(options.device),

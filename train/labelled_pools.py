@@ -101,5 +101,10 @@ def open_pools(
         return PoolSource(source, config, labels, options, device)
     if isinstance(teacher, str):
         teacher = load_recorded_teacher(coreset, teacher, options.device)
+    if teacher.class_ids != coreset.class_ids:
+        raise ValueError(
+            f"teacher: expected the coreset's classes in their order ({coreset.class_ids[0]}, …), "
+            f"got {len(teacher.class_ids)} ({teacher.class_ids[0]}, …)"
+        )
     online = OnlineLabels(teacher, config.temperature)
     return PoolSource(source, config, online, options, device)

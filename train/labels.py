@@ -69,8 +69,10 @@ class OnlineLabels:
         self.teacher, self.temperature, self._world = teacher, temperature, world.producing
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
-        logits_PK = answer_pool(self.teacher, views_PCHW, self._world)
-        return SoftTargets(logits_PK.to(views_PCHW.device, torch.float16))
+        """CoresetError for an answer that is NaN, or beyond fp16."""
+        logits_PK = answer_pool(self.teacher, views_PCHW, self._world).to(torch.float16)
+        kept = encode(logits_PK, codec="dense", k=0, temperature=self.temperature)
+        return kept.to(views_PCHW.device)
 
     def flush(self) -> None:
         pass

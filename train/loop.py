@@ -1,64 +1,30 @@
-"""Train students on rendered images: all seeds in lockstep, from one stream of pools.
-
-    producer:   for every pool: render → views → labels → a slot of the ring
-    consumer:   for every filled slot, for each student: its own order of the pool, batches,
-                AdamW steps on KL(labels || softmax(student / T)), batchmean, no T²
-
-Rendering is the expensive half; every student draws on the same rendering, and learns from one pool
-while the next is rendered (overlap.py). On a GPU students take turns; on the CPU each computes in
-one thread, as many at a time as there are cores. So a student's bits depend neither on the number
-of cores, nor on the seeds that are trained beside it, nor on the overlap.
-
-A checkpoint says how far each student is, to the batch, and SIGINT and SIGTERM write one at once.
-
-Legend: P samples of a pool, K classes, H W image size.
-"""
+"""Train students on rendered images: one per seed, all from the same pools, and examine them."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..engine.backends import resolve_device
 from ..engine.images import ImageSet
-from ..engine.workers import single_threaded_workers
 from .checkpoint import (
-    CheckpointError,
     Checkpoints,
-    Tensors,
-    read_tensors,
+    read_metadata,
     require_same,
     write_tensors,
 )
 from .config import CHANGES_NO_RESULT, StudentConfig
 from .evaluation import accuracies
-from .interrupts import Interrupts
 from .labels import Labels
+from .lockstep import Lockstep
 from .methods import ImageSource
-from .overlap import Ring
-from .pool_slots import Pool, PoolSlot, fill_slot, pools_from
 from .record import Report
-from .student import Student
-from .views import describe_views, learning_rate
+from .views import describe_views
 from .world import ALONE, World
 
 SCHEMA = "patchbloom.student/1"
-CHECKPOINT_S = 600.0
-"""Between two checkpoints at most, to the pool: ten epochs of a thousand classes at ipc 50 take a
-day."""
-SLOTS = {"cpu": 4, "cuda": 2}
-"""Pools that are rendered at most before the students have learned from them. On a CPU three
-students on two cores then have twelve calls to share, not three, of which the last would leave a
-core idle; on a GPU one is filled while the other is used."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +70,16 @@ def train_students(
         )
     paths = [folder / f"{name}-seed{seed}.safetensors" for seed in seeds]
     identity = _identity(source, labels, config, seeds)
-    if world.same(all(path.is_file() for path in paths)):
-        return [_finished(path, identity) for path in paths]
+    if world.once(lambda: all(path.is_file() for path in paths)):
+        return _finished(paths, identity, world)
     checkpoints = Checkpoints(folder, name, config.checkpoints_kept)
-    training = _Training(source, labels, config, seeds, checkpoints, identity, report, world)
+    training = Lockstep(source, labels, config, seeds, checkpoints, identity, report, world)
     training.run(name)
     networks = [student.network for student in training.students]
     scores: list[float] | list[None] = [None] * len(networks)
     if val_set is not None:
+        for network in networks:  # of a BatchNorm every rank has its own: rank 0's is kept
+            world.send(network.buffers())
         scores = accuracies(
             networks, val_set, size_px=config.size_px, device=training.device, world=world
         )
@@ -128,209 +96,22 @@ def train_students(
             write_tensors(path, student.network.state_dict(), metadata)
     if world.leads:
         checkpoints.remove()
-    world.barrier()
-    return [_finished(path, identity) for path in paths]
+    return _finished(paths, identity, world)
 
 
-def _finished(path: Path, identity: dict[str, Any]) -> StudentResult:
-    """The result in a student's file; CheckpointError when it was trained with another config."""
-    _, metadata = read_tensors(path)
-    require_same(path, metadata.get("config", {}), identity)
-    return StudentResult(metadata["seed"], metadata["accuracy"], tuple(metadata["losses"]), path)
+def _finished(paths: Sequence[Path], identity: dict[str, Any], world: World) -> list[StudentResult]:
+    """The results in students' files; CheckpointError for one trained with another config."""
 
-
-class _Training:
-    """All students of one method, and how far they are."""
-
-    def __init__(
-        self,
-        source: ImageSource,
-        labels: Labels,
-        config: StudentConfig,
-        seeds: Sequence[int],
-        checkpoints: Checkpoints,
-        identity: dict[str, Any],
-        report: Report,
-        world: World,
-    ) -> None:
-        self.source, self.labels, self.config, self.world = source, labels, config, world
-        self.checkpoints, self.identity, self.report = checkpoints, identity, report
-        one = world.size == 1
-        self.device = torch.device(resolve_device(config.device)) if one else world.device
-        classes = len(source.class_ids)
-        self.students = [Student(seed, config, classes, self.device, world) for seed in seeds]
-        self._restore()
-        self._saved = (self._epoch(), time.monotonic())
-
-    def run(self, name: str) -> None:
-        """Train from where the students are to the last epoch, writing checkpoints.
-
-        Raises KeyboardInterrupt or Terminated after a signal, when the checkpoint is written.
-        """
-        pace = _Pace(self.source.samples)
-        with (
-            Interrupts() as interrupts,
-            self._workers() as workers,
-            self._ring(interrupts) as ring,
-            ring.consuming(),
-        ):
-            stopping = _Agreement(interrupts, self.world)
-            while not stopping() and (taken := ring.take()):
-                # Students in threads share several pools better; ranks meet at every one.
-                for together in [taken] if workers is not None else [[each] for each in taken]:
-                    self._learn(together, workers, stopping)
-                    if stopping():
-                        break
-                    self._tell(together, name, pace, ring)
-                    if self.world.any(self._is_due()):
-                        self._save()
-            if stopping():
-                self._save()
-        if stopping():
-            interrupts.stop()
-
-    def _ring(self, interrupts: Interrupts) -> Ring[PoolSlot, Pool]:
-        source, labels, config = self.source, self.labels, self.config
-        slots = [
-            PoolSlot(config, source.samples, self.device) for _ in range(SLOTS[self.device.type])
-        ]
-        return Ring(
-            slots,
-            lambda slot, pool: fill_slot(slot, pool, source, labels, config),
-            pools_from(config, source.labels_N, min(student.pool for student in self.students)),
-            device=self.device,
-            overlap=config.overlap,
-            # A rank that stopped waiting by itself would part from the others.
-            interrupted=interrupts if self.world.size == 1 else lambda: False,
-        )
-
-    @contextmanager
-    def _workers(self) -> Iterator[ThreadPoolExecutor | None]:
-        """Threads in which students compute at a time; None: they take turns in the caller's."""
-        if self.device.type != "cpu" or self.world.size > 1:
-            yield None
-            return
-        count = 1 if self.students[0].draws else min(torch.get_num_threads(), len(self.students))
-        with single_threaded_workers(count, "student") as workers:
-            yield workers
-
-    def _learn(
-        self,
-        taken: Sequence[tuple[Pool, PoolSlot]],
-        workers: ThreadPoolExecutor | None,
-        stopping: Callable[[], bool],
-    ) -> None:
-        """Every student learns from these pools, in order; ends with the last of them.
-
-        Calls start first in, first out, and a student's call waits for its call before.
-        """
-        calls: list[Future[None]] = []
-        before: Sequence[Future[None] | None] = [None] * len(self.students)
-        for pool, slot in taken:
-            given: dict[str, Any] = {
-                "rate": learning_rate(self.config, pool.epoch),
-                "samples": self.source.samples,
-                "interrupted": stopping,
-            }
-            if workers is None:
-                for student in self.students:
-                    student.train_pool(pool, slot, previous=None, **given)
-                continue
-            before = [
-                workers.submit(student.train_pool, pool, slot, previous=previous, **given)
-                for student, previous in zip(self.students, before, strict=True)
-            ]
-            calls += before
-        for call in calls:
-            call.result()
-
-    def _epoch(self) -> int:
-        """The epoch that all students have reached."""
-        return min(len(student.losses) for student in self.students)
-
-    def _tell(
-        self,
-        learned: Sequence[tuple[Pool, PoolSlot]],
-        name: str,
-        pace: _Pace,
-        ring: Ring[PoolSlot, Pool],
-    ) -> None:
-        """Report the epochs that ended with these pools."""
-        ended = [pool.epoch for pool, _ in learned if pool.ends_epoch]
-        if not ended:
-            return
-        told = pace.of(len(ended), ring.waited_s())
-        for epoch in ended:
-            losses = [student.losses[epoch] for student in self.students]
-            loss = sum(losses) / len(losses)
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the students' loss is {loss} in epoch {epoch}: lower the learning rate "
-                    f"({self.config.learning_rate})"
-                )
-            for tag, value in {"loss": loss, **told}.items():
-                self.report.scalar(f"{name}/{tag}", epoch, value)
-            note = f"loss {loss:.3g}, {told['images_per_s']:.3g} images/s"
-            note += f", waited {told['waited_s']:.2g} s"
-            self.report.progress(name, epoch + 1, self.config.epochs, "epochs", note)
-
-    def _is_due(self) -> bool:
-        epoch, saved_s = self._saved
-        every, now = self.config.checkpoint_every, self._epoch()
-        return now // every > epoch // every or time.monotonic() - saved_s >= CHECKPOINT_S
-
-    def _save(self) -> None:
-        self.labels.flush()
-        tensors: Tensors = {}
-        reached: dict[str, Any] = {}
-        for student in self.students:
-            own, reached[str(student.seed)] = student.state()
-            tensors |= own
-        if self.world.leads:
-            self.checkpoints.write(tensors, {"config": self.identity, "students": reached})
-        self._saved = (self._epoch(), time.monotonic())
-
-    def _restore(self) -> None:
-        found = self.checkpoints.newest(self.report.say)
-        if found is None:
-            return
-        path, tensors, metadata = found
-        if "config" not in metadata:
-            raise CheckpointError(f"{path} is no checkpoint of ours: remove it")
-        require_same(path, metadata["config"], self.identity)
-        for student in self.students:
-            student.restore(tensors, metadata["students"][str(student.seed)])
-
-
-class _Agreement:
-    """Whether to stop: once a signal has come to any rank, and all of them have said so."""
-
-    def __init__(self, interrupts: Interrupts, world: World) -> None:
-        self._interrupts, self._world, self._stopping = interrupts, world, False
-
-    def __call__(self) -> bool:
-        """Asked by all ranks at the same places, until the answer is yes."""
-        self._stopping = self._stopping or self._world.any(self._interrupts())
-        return self._stopping
-
-
-class _Pace:
-    """Seconds, images per second and waiting per epoch."""
-
-    def __init__(self, samples: int) -> None:
-        self._samples, self._began, self._waited_s = samples, time.monotonic(), 0.0
-
-    def of(self, epochs: int, waited_s: float) -> dict[str, float]:
-        """The mean of the epochs that end now; `waited_s` since the training began."""
-        now = time.monotonic()
-        seconds = max(now - self._began, 1e-9) / epochs
-        told = {
-            "seconds": seconds,
-            "images_per_s": self._samples / seconds,
-            "waited_s": (waited_s - self._waited_s) / epochs,
-        }
-        self._began, self._waited_s = now, waited_s
+    def read() -> list[dict[str, Any]]:
+        told = [read_metadata(path) for path in paths]
+        for path, metadata in zip(paths, told, strict=True):
+            require_same(path, metadata.get("config", {}), identity)
         return told
+
+    return [
+        StudentResult(metadata["seed"], metadata["accuracy"], tuple(metadata["losses"]), path)
+        for path, metadata in zip(paths, world.once(read), strict=True)
+    ]
 
 
 def _identity(

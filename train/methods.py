@@ -170,6 +170,8 @@ class RealImages:
     size_px: int
     seed: int
     device: str = "cpu"
+    threads: int | None = None
+    """Of the decoder; None: all cores."""
     _first_K: np.ndarray = field(init=False, repr=False)
     _count_K: np.ndarray = field(init=False, repr=False)
 
@@ -194,6 +196,7 @@ class RealImages:
             size_px=self.size_px,
             batch=min(64, len(samples_P)),
             device=self.device,
+            threads=self.threads,
         )
         return to_unit(torch.cat([crops.pixels_BPHWC[:, 0] for crops in stream]))
 

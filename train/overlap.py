@@ -3,8 +3,10 @@
     producer   thread, its own CUDA stream    wait(drained) → fill → record(filled)
     consumer   caller, a stream that the GPU prefers    wait(filled) → use → record(drained)
 
-Slots are allocated once, by the caller (the idea is FFCV's). Streams meet in events, so on a GPU no
-host waits for a kernel; on a CPU the same threads meet in a condition alone. The producer is ahead
+Slots are the caller's, who allocates them once (the idea is FFCV's). Streams meet in events: on a
+GPU no host waits for the other side's kernels, and the producer for its own only where it looks at
+an answer (the NaN gate, labels that are kept). On a CPU the same threads meet in a condition alone.
+The producer is ahead
 by as many slots as there are and no more. The order of items is that of the iterable, whatever the
 timing, and both sides compute with the caller's number of threads: so overlapped or not, the
 results have the same bits. Without overlap the consumer fills all slots itself, then drains them:
@@ -46,7 +48,8 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
 
     ``take`` hands out what is filled; what it handed out before is free again. An error of the
     producer is raised there, with its own traceback, after everything filled before it was handed
-    out. Leaving the block ends the thread: it finishes the slot that it is filling, no other.
+    out. Leaving the block ends the thread: it finishes the slot that it is filling, no other. With
+    `alone` false that slot may wait for other processes, and after an error nobody waits for it.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
         device: torch.device,
         overlap: bool = True,
         interrupted: Callable[[], bool] = lambda: False,
+        alone: bool = True,
     ) -> None:
         if not slots:
             raise ValueError("slots: expected one or more, got none")
         streams = overlap and device.type == "cuda"
         self._fill, self._items, self._interrupted = fill, iter(items), interrupted
+        self._alone = alone
         self._free = deque(_Place(slot, *_events(streams)) for slot in slots)
         self._filled: deque[tuple[Item, _Place[Slot]]] = deque()
         self._taken: list[_Place[Slot]] = []
@@ -117,9 +122,11 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
             yield
             return
         callers = torch.cuda.current_stream()
-        with torch.cuda.stream(self._streams[1]):
-            yield
-        callers.wait_stream(self._streams[1])
+        try:
+            with torch.cuda.stream(self._streams[1]):
+                yield
+        finally:
+            callers.wait_stream(self._streams[1])
 
     def waited_s(self) -> float:
         """Seconds for which the consumer had nothing to do; on a GPU its stream, not its host."""
@@ -132,16 +139,22 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
 
     def close(self) -> None:
         """End the producer and wait for it; safe to call twice."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
+        self._stop()
         if self._thread is not None:
             self._thread.join()
         if self._streams is not None:
             self._streams[0].synchronize()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or self._alone:
+            self.close()
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
 
     def _release(self) -> None:
         """Give back what the consumer had."""
@@ -156,17 +169,21 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
     def _fill_here(self) -> list[tuple[Item, Slot]]:
         """Without overlap: as many slots as there are."""
         began = time.perf_counter()
-        for item in self._items:
-            place = self._free.popleft()
-            self._fill(place.slot, item)
-            self._filled.append((item, place))
-            if not self._free or self._interrupted():
-                break
-        taken = list(self._filled)
-        self._filled.clear()
-        self._taken = [place for _, place in taken]
+        taken: list[tuple[Item, Slot]] = []
+        try:
+            while self._free and self._error is None and not self._interrupted():
+                item, place = next(self._items), self._free.popleft()
+                self._taken.append(place)
+                self._fill(place.slot, item)
+                taken.append((item, place.slot))
+        except StopIteration:
+            pass
+        except Exception as error:
+            self._error = error
         self._waited_s += time.perf_counter() - began
-        return [(item, place.slot) for item, place in taken]
+        if not taken and self._error is not None:
+            raise self._error
+        return taken
 
     def _wait_until_filled(self, place: _Place[Slot]) -> None:
         """Let the consumer's stream wait, and time that."""

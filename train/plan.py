@@ -16,7 +16,8 @@ from ..engine.class_names import display_names
 from ..engine.config import ExpandConfig
 from ..engine.images import ImageSet, check_same_classes, open_image_set
 from ..engine.prompts import unseen_classes
-from ..export.models import ModelSource, find_model
+from ..export.machine import cxx_compiler
+from ..export.models import ModelSource, Unavailable, find_model
 from .commands import RunOptions
 from .config import RECIPES, Recipe, Scoring, StudentConfig, TeacherConfig
 from .networks import TORCHVISION, build_network
@@ -113,7 +114,10 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     )
     samples = len(train.class_ids) * options.ipc * factor**2
     engine_batch = options.engine_batch or engine_batch_for(samples, student, options.refresh)
-    group = grouping(len(train.class_ids), options.ipc * factor**2, engine_batch, student)
+    group = grouping(len(train.class_ids), options.ipc * factor**2, student)
+    student_precision = options.student_precision or ("bf16" if device == "cuda" else "fp32")
+    if options.student_compile:
+        check_compiler()
     teacher_source, teacher_network = _choose_teacher(options.teacher, recipe)
     if teacher_source is not None and teacher_source.startswith(TORCHVISION):
         torchvision_columns(teacher_source, train.class_ids)
@@ -144,7 +148,9 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             epochs=options.epochs or student.epochs,
             batch=options.batch or student.batch,
             group=group or 1,
-            precision=options.student_precision or ("bf16" if device == "cuda" else "fp32"),
+            learning_rate=options.learning_rate or student.learning_rate,
+            precision=student_precision,
+            views="fp32" if student_precision == "fp32" else "fp16",
             compile=options.student_compile,
             accumulate=options.accumulate,
             overlap=options.overlap == "on",
@@ -163,7 +169,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             batch=engine_batch,
             backend=options.backend,
             device=device,
-            images_per_prompt=group if options.refresh == 1 else 1,
+            images_per_prompt=together_in_engine(group, engine_batch, options.refresh),
             bundles=options.bundles and options.bundles.expanduser(),
         ),
     )
@@ -178,8 +184,8 @@ def engine_batch_for(samples: int, student: StudentConfig, refresh: float = 1.0)
     return fitting_batch(samples) if samples <= pool_size(student) else LARGE_ENGINE_BATCH
 
 
-def grouping(classes: int, each: int, engine_batch: int, student: StudentConfig) -> int | None:
-    """Samples of a class that stay together in an epoch's order, and images per prompt.
+def grouping(classes: int, each: int, student: StudentConfig) -> int | None:
+    """Samples of a class that stay together in an epoch's order.
 
     None where an epoch is one pool: its order is of no matter, and the Expander's own choice, a
     divisor of what a whole class has, pads nothing. A pool of 1000 classes has about one sample of
@@ -188,7 +194,26 @@ def grouping(classes: int, each: int, engine_batch: int, student: StudentConfig)
     """
     if classes * each <= pool_size(student):
         return None
-    return math.gcd(each, engine_batch, pool_size(student), MOST_TOGETHER)
+    return math.gcd(each, pool_size(student), MOST_TOGETHER)
+
+
+def together_in_engine(group: int | None, engine_batch: int, refresh: float) -> int | None:
+    """ExpandConfig.images_per_prompt for groups of an epoch's order, None: the Expander's choice.
+
+    What is expanded anew of a group, when not all is, has no fixed number.
+    """
+    if refresh < 1:
+        return 1
+    return None if group is None else math.gcd(group, engine_batch)
+
+
+def check_compiler() -> None:
+    """Unavailable when torch.compile has nothing to compile with."""
+    if cxx_compiler() is None:
+        raise Unavailable(
+            "--student-compile needs a C++ compiler, and there is none here: install g++, or leave "
+            "it out"
+        )
 
 
 def data_folder(data: str, shapes_per_class: int, report: Report) -> Path:

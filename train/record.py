@@ -67,7 +67,8 @@ class Record(AbstractContextManager["Record"]):
         self._bar: tuple[str, Progress, TaskID] | None = None
         self._began: dict[str, tuple[float, float]] = {}
         self._line_due: dict[str, float] = {}
-        self._folder, self._writer, self._unwritten = folder, None, ""
+        self._folder, self._writer = folder, None
+        self._unwritten, self._log_is_open = "", False
 
     def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
         now = time.monotonic()
@@ -128,12 +129,18 @@ class Record(AbstractContextManager["Record"]):
             self._writer = SummaryWriter(str(folder / "tensorboard"))
         return self._writer
 
+    def open_log(self) -> None:
+        """Write to the log from now on, first what was said so far: when the folder is ours."""
+        self._log_is_open = True
+        self._write_lines()
+
     def _write(self, entry: dict[str, Any]) -> None:
-        """A line of the log, once the folder is there; a full disk costs the log, nothing else."""
-        if self._folder is None:
-            return
         self._unwritten += json.dumps({"time": round(time.time(), 3), **entry}) + "\n"
-        if self._folder.is_dir():
+        self._write_lines()
+
+    def _write_lines(self) -> None:
+        """To the log; a full disk costs the log and nothing else."""
+        if self._folder is not None and self._log_is_open:
             with suppress(OSError), (self._folder / LOG).open("a") as log:
                 log.write(self._unwritten)
             self._unwritten = ""

@@ -11,7 +11,6 @@ A manifest that lacks what is asked for is refused: an answer to another view is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +26,7 @@ from .config import StudentConfig
 from .coreset_options import RenderOptions
 from .labels import StoredLabels
 from .methods import ImageSource
-from .plan import engine_batch_for
+from .plan import engine_batch_for, together_in_engine
 from .refresh import Refreshed
 from .sources import open_coreset_source
 from .teacher import Teacher, load_teacher
@@ -96,8 +95,7 @@ def _views(coreset: Coreset, labels: SoftLabels) -> dict[str, Any]:
             f"{coreset.folder}: expected what its labels are of in labels.settings.source and "
             f".views of its manifest, got {sorted(labels.settings) or 'nothing'}: {_AGAIN}"
         )
-    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in views.items() if k != "dtype"}
-    return kept  # the views' dtype follows from the recipe's precision
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in views.items()}
 
 
 def _config(coreset: Coreset, labels: SoftLabels, settings: dict[str, Any]) -> StudentConfig:
@@ -202,7 +200,7 @@ def _expand_config(
     named, samples = _model(coreset), len(coreset.labels_N)
     refresh = _recorded_refresh(coreset)
     batch = options.engine_batch or engine_batch_for(samples, config, refresh)
-    together = None if samples <= pool_size(config) else math.gcd(config.group, batch)
+    group = None if samples <= pool_size(config) else config.group
     recorded_vae = named["vae_precision"] if options.precision is None else "auto"
     from_patch = named["start"] == "image"
     return ExpandConfig(
@@ -216,7 +214,7 @@ def _expand_config(
         precision=options.precision or named["precision"],
         vae_precision=options.vae_precision or recorded_vae,
         batch=batch,
-        images_per_prompt=together if refresh == 1 else 1,
+        images_per_prompt=together_in_engine(group, batch, refresh),
         backend=backend,
         device=device,
         bundles=options.bundles and options.bundles.expanduser(),

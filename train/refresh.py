@@ -29,7 +29,7 @@ FINEST = 1000  # shares are rounded to a multiple of a fraction with at most thi
 class Refreshed:
     """A source of which `share` is rendered anew per epoch; the rest is kept as 8-bit pixels.
 
-    Holds N·3·H·W bytes on the device of the images, from the first epoch on. `share` in (0, 1).
+    Holds N·3·H·W bytes of the host's memory, from the first epoch on. `share` in (0, 1).
     """
 
     def __init__(self, source: ImageSource, share: float, seed: int) -> None:
@@ -41,6 +41,7 @@ class Refreshed:
         self._phases_N = ranks_N % self.share.denominator
         self._made_at_N = torch.full((source.samples,), -1, dtype=torch.int64)
         self._kept_NHWC = torch.empty(0, dtype=torch.uint8)
+        self._device = torch.device("cpu")
 
     @property
     def samples(self) -> int:
@@ -67,15 +68,16 @@ class Refreshed:
         stale_P = self._made_at_N[samples_P] != shown_P
         for made_at in shown_P[stale_P].unique().tolist():  # one epoch, but after a resume
             self._make(samples_P[stale_P & (shown_P == made_at)], made_at)
-        return to_unit(self._kept_NHWC[samples_P.to(self._kept_NHWC.device)])
+        return to_unit(self._kept_NHWC[samples_P].to(self._device))
 
     def _make(self, samples_M: Tensor, epoch: int) -> None:
         images_MCHW = self.source.render(samples_M, epoch)
         pixels_MHWC = images_MCHW.add(1).mul(127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
         if not len(self._kept_NHWC):
             shape = (self.samples, *pixels_MHWC.shape[1:])
-            self._kept_NHWC = pixels_MHWC.new_zeros(shape, dtype=torch.uint8)
-        self._kept_NHWC[samples_M.to(pixels_MHWC.device)] = pixels_MHWC.to(torch.uint8)
+            self._kept_NHWC = torch.zeros(shape, dtype=torch.uint8)
+            self._device = images_MCHW.device
+        self._kept_NHWC[samples_M] = pixels_MHWC.to("cpu", torch.uint8)
         self._made_at_N[samples_M] = epoch
 
     def describe(self) -> dict[str, Any]:

@@ -41,8 +41,9 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
             full_disk_explained(options.out, NEEDED_BYTES),
             SharedRun(options.out, report, world, overwrite=options.overwrite) as run,
         ):
-            if world.leads:
+            if isinstance(report, Record):
                 _write_settings(run.folder, plan, line)
+                report.open_log()
             skipped: dict[str, int] = {}
             if options.skip_corrupt:
                 plan, skipped = leave_out_damaged(plan, run, report)
@@ -50,12 +51,21 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
 
 
 def _write_settings(folder: Path, plan: Plan, line: str) -> None:
-    """What was asked for and filled in, and where it runs: for people, from the first second on."""
+    """What was asked for and filled in, at first, and where each session ran: for people.
+
+    A resumed run has the same settings, or its stages refuse it.
+    """
     kinds = ("options", "teacher", "student", "expand")
-    config = {kind: asdict(getattr(plan, kind)) for kind in kinds}
-    for name, value in ((CONFIG, config), (ENVIRONMENT, provenance(line, plan.device))):
-        data = json.dumps(value, indent=1, default=str) + "\n"
-        replace_file(folder / name, data.encode())
+    if not (folder / CONFIG).is_file():
+        config = {kind: asdict(getattr(plan, kind)) for kind in kinds}
+        _write_json(folder / CONFIG, config)
+    path = folder / ENVIRONMENT
+    sessions = json.loads(path.read_bytes()) if path.is_file() else []
+    _write_json(path, [*sessions, provenance(line, plan.device)])
+
+
+def _write_json(path: Path, value: Any) -> None:
+    replace_file(path, (json.dumps(value, indent=1, default=str) + "\n").encode())
 
 
 def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dict[str, Any]:

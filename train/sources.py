@@ -53,6 +53,7 @@ def _opened(plan: Plan, coreset: Coreset | None, world: World) -> Iterator[Dealt
             size_px=plan.image_size,
             seed=plan.options.seed,
             device=plan.device,
+            threads=world.threads,
         )
         return
     with open_coreset_source(coreset, plan.model, plan.expand, plan.device, world) as source:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +25,7 @@ from .optimisation import adamw, set_learning_rate
 from .pool_slots import Pool, PoolSlot
 from .world import ALONE, World
 
+RANK_STRIDE = 2654435761  # 2^32 over the golden ratio: far from the seeds of other students
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,8 +53,9 @@ class Student:
         if world.size > 1 and device.type == "cuda":
             self.network = SyncBatchNorm.convert_sync_batchnorm(self.network, world.tensors)
         if config.compile:
-            graphs = "reduce-overhead" if device.type == "cuda" else None
-            self.network.compile(dynamic=False, mode=graphs)
+            # A CUDA graph writes each backward pass to the same place: nothing may wait there.
+            graphs = device.type == "cuda" and config.accumulate == 1
+            self.network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
         self._model = self.network
         if world.size > 1:
             self._model = DistributedDataParallel(self.network, process_group=world.tensors)
@@ -68,7 +70,9 @@ class Student:
         self.draws = draws_in_training(self.network)
         self._epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._order = torch.Generator().manual_seed(seed)
-        self._dropout = torch.Generator(device).manual_seed(seed + world.rank * 2**32).get_state()
+        # A CPU's generator takes 32 bits of its seed.
+        own_seed = (seed + world.rank * RANK_STRIDE) % 2**32
+        self._dropout = torch.Generator(device).manual_seed(own_seed).get_state()
 
     def train_pool(
         self,
@@ -119,7 +123,8 @@ class Student:
             return self._learn(slot, rows_B)
         except torch.OutOfMemoryError:
             pass  # and its frames, which hold the activations, are gone
-        raise ValueError(self._which_fits(slot, rows_B))
+        own_B = rows_B.tensor_split(self._world.size)[self._world.rank]
+        raise ValueError(self._which_fits(slot, own_B))
 
     def _learn(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
         """The step; the loss is this rank's part.
@@ -135,7 +140,7 @@ class Student:
         total = torch.zeros((), device=self.device)
         for number, rows_b in enumerate(parts):
             with self._gradients_exchanged(number + 1 == len(parts)):
-                loss = self._loss(slot, rows_b)
+                loss = self._loss(self._model, slot, rows_b)
                 self.scaler.scale(loss * weight).backward()
             total += loss.detach() * (weight > 0)
         self.scaler.step(self.optimizer)
@@ -148,27 +153,38 @@ class Student:
             return nullcontext()
         return self._model.no_sync()
 
-    def _loss(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
-        """KL(labels || student) of some views, summed."""
-        inputs_BCHW = slot.views_PCHW[rows_B].contiguous(memory_format=torch.channels_last)
+    def _loss(self, model: nn.Module, slot: PoolSlot, rows_B: Tensor) -> Tensor:
+        """KL(labels || model) of some views, summed."""
+        if self.config.compile:
+            torch.compiler.cudagraph_mark_step_begin()
+        # Rows of NHWC: indexing NCHW would give up channels_last.
+        inputs_BCHW = slot.views_PCHW.permute(0, 2, 3, 1)[rows_B].permute(0, 3, 1, 2)
+        if self.config.precision == "fp32":
+            inputs_BCHW = inputs_BCHW.float()
         dtype, half = AUTOCAST[self.config.precision], self.config.precision != "fp32"
         with torch.autocast(self.device.type, dtype if half else None, enabled=half):
-            scores_BK = self._model(inputs_BCHW)
+            scores_BK = model(inputs_BCHW)
         targets_B: SoftTargets = slot.targets_P.rows(rows_B)
         labels, classes = targets_B.labels, targets_B.classes
         return softlabel(scores_BK, labels, classes, temperature=self.config.temperature).sum()
 
     def _which_fits(self, slot: PoolSlot, rows_B: Tensor) -> str:
-        """One line on a batch that does not fit, after trying halves of it."""
+        """One line on a batch that does not fit, after trying halves of it.
+
+        In a world of several ranks nothing is tried: a BatchNorm would wait for the others.
+        """
         batch, size_px = len(rows_B), self.config.size_px
         fitting = math.ceil(batch / self.config.accumulate)
         told = f"{fitting} images of {size_px} px do not fit into the memory of {self.device} while"
+        if self._world.size > 1:
+            parts = 2 * self.config.accumulate
+            return f"{told} {self.config.network} learns: give --accumulate {parts}"
         while (fitting := fitting // 2) > 0:
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                self._loss(slot, rows_B[:fitting]).backward()
+                self._loss(self.network, slot, rows_B[:fitting]).backward()
             except torch.OutOfMemoryError:
                 continue
             parts = math.ceil(batch / fitting)
@@ -186,7 +202,8 @@ class Student:
         prefix = f"{self.seed}."
         tensors = training_state(self.network, self.optimizer, prefix)
         tensors[f"{prefix}order"] = self._order.get_state()
-        tensors[f"{prefix}dropout"] = self._dropout
+        dropout = self._world.all_gather(self._dropout.tolist())
+        tensors[f"{prefix}dropout"] = torch.tensor(dropout, dtype=torch.uint8)
         losses = self._world.all_gather(float(self._epoch_loss))
         tensors[f"{prefix}loss"] = torch.tensor(sum(losses), dtype=torch.float64)
         reached = {"pool": self.pool, "batch": self.batch, "losses": self.losses}
@@ -197,8 +214,10 @@ class Student:
         prefix = f"{self.seed}."
         restore_training(self.network, self.optimizer, tensors, prefix)
         self._order.set_state(tensors[f"{prefix}order"])
+        dropout = tensors[f"{prefix}dropout"]
+        if len(dropout) == self._world.size:  # another world draws otherwise anyway
+            self._dropout = dropout[self._world.rank].clone()
         if self._world.leads:
-            self._dropout = tensors[f"{prefix}dropout"]
             self._epoch_loss.copy_(tensors[f"{prefix}loss"])
         self.pool, self.batch, self.losses = reached["pool"], reached["batch"], reached["losses"]
         self.scaler.load_state_dict(reached["scaler"])

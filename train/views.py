@@ -59,8 +59,8 @@ def _by(u_N: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def view_dtype(config: StudentConfig) -> torch.dtype:
-    """fp16 for students that compute in half. bf16 would keep 7 of a pixel's 8 bits."""
-    return torch.float32 if config.precision == "fp32" else torch.float16
+    """What `config.views` names."""
+    return torch.float32 if config.views == "fp32" else torch.float16
 
 
 def make_views(
@@ -128,8 +128,8 @@ def describe_views(config: StudentConfig) -> dict[str, Any]:
         described["pool"] = pool_size(config)
         if config.group > 1:
             described["group"] = config.group
-    if view_dtype(config) != torch.float32:
-        described["dtype"] = "fp16"
+    if config.views != "fp32":
+        described["views"] = config.views
     return described
 
 

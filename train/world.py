@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,7 @@ class World:
     values: dist.ProcessGroup | None = None
     """The group for plain values; None in a world of one."""
     tensors: dist.ProcessGroup | None = None
-    """The group for tensors; None in a world of one."""
+    """The group for tensors on this device; None in a world of one, and in `producing`."""
     beside: World | None = None
     """The same ranks in groups of their own, see `producing`."""
 
@@ -142,7 +142,17 @@ class World:
             )
         ]
         with _loss_explained():
-            return _gather_bytes(rows, described, self.tensors)
+            on_gpu = any(each.device == "cuda" for each in described)
+            group = self.tensors if on_gpu and self.tensors is not None else self.values
+            return _gather_bytes(rows, described, group)
+
+    def send(self, tensors: Iterable[Tensor]) -> None:
+        """Rank 0's content in the tensors of all ranks; they lie on the world's device."""
+        if self.size == 1:
+            return
+        with _loss_explained():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0, self.tensors)
 
 
 ALONE = World(launch=Launch(), device=torch.device("cpu"))
@@ -162,14 +172,15 @@ class _Rows(NamedTuple):
 def _gather_bytes(rows: Tensor, of_ranks: list[_Rows], group: dist.ProcessGroup | None) -> Tensor:
     """As bytes, of any type, padded to the longest: what both gloo and nccl can do."""
     kind = max(of_ranks, key=_Rows.bytes)
-    own = rows.to(kind.device).contiguous().reshape(-1).view(torch.uint8)
+    through = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    own = rows.to(through).contiguous().reshape(-1).view(torch.uint8)
     padded = own.new_zeros(kind.bytes())
     padded[: len(own)] = own
     parts = list(own.new_empty(len(of_ranks), len(padded)).unbind())
     dist.all_gather(parts, padded, group)
     parts = [part[: each.bytes()] for part, each in zip(parts, of_ranks, strict=True)]
     count = sum(each.shape[0] for each in of_ranks)
-    return torch.cat(parts).view(kind.dtype).view(count, *kind.shape[1:])
+    return torch.cat(parts).view(kind.dtype).view(count, *kind.shape[1:]).to(kind.device)
 
 
 @contextmanager
@@ -205,14 +216,18 @@ def _joined(launch: Launch, device: torch.device) -> World:
         world_size=launch.size,
         device_id=device if on_gpu else None,
     )
-    beside = World(launch=launch, device=device, **_new_groups())
-    return World(launch=launch, device=device, **_new_groups(), beside=beside)
+    # Two nccl communicators at work in two threads may wait for each other for ever: beside the
+    # students' gradients, pictures are exchanged by gloo, through the host's memory.
+    by_host = _new_group(backend="gloo", timeout=WITHOUT_LIMIT)
+    beside = World(launch=launch, device=device, values=by_host)
+    values = _new_group(backend="gloo", timeout=WITHOUT_LIMIT)
+    tensors = _new_group() if on_gpu else values
+    return World(launch=launch, device=device, values=values, tensors=tensors, beside=beside)
 
 
-def _new_groups() -> dict[str, Any]:
-    """(values, tensors) of all ranks, used by nobody else."""
-    values = dist.new_group(backend="gloo", timeout=WITHOUT_LIMIT)
-    return {"values": values, "tensors": dist.new_group()}
+def _new_group(**options: Any) -> dist.ProcessGroup:
+    """Of all ranks: never the mark of a process that is in none."""
+    return cast(dist.ProcessGroup, dist.new_group(**options))
 
 
 def own_device(launch: Launch, device: DeviceName) -> torch.device:
