@@ -169,8 +169,10 @@ class Board:
         return Cell(name="teacher", words=words, classes=len(self.counts_K))
 
     def cell(self, method: str, ipc: int, *own: str) -> Cell:
-        """A whole `train` of one method; that of the first one, as it is, holds the ceiling too."""
-        ceiling = "--ceiling" if method == self.options.methods[0] and not own else "--no-ceiling"
+        """A whole `train` of one method; that of `random`, or else the first, has the ceiling."""
+        methods = self.options.methods
+        holder = "random" if "random" in methods else methods[0]
+        ceiling = "--ceiling" if method == holder and not own else "--no-ceiling"
         words = (*self._shared(), "--method", method, "--ipc", str(ipc))
         words += ("--seeds", str(self.options.seeds), *_given("--epochs", self.options.epochs))
         name = "-".join((method, f"ipc{ipc}", *own, *[ceiling] * (ceiling == "--ceiling")))

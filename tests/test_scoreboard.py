@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from patchbloom.train.shapes import write_shapes
 from PIL import Image
+from run_processes import write_inputs
 
 BENCH = Path(__file__).parents[1] / "bench"
 MODULES = ("scoreboard", "scoreboard_cells", "scoreboard_page", "measure")
@@ -150,6 +151,40 @@ def test_a_killed_board_goes_on(
     assert "3 cells, 3 done, 0 s left" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"cell teacher of .* was run with .*another --out"):
         go_on(teacher_epochs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_part_runs(scoreboard: ModuleType, tmp_path: Path) -> None:
+    data, model = write_inputs(tmp_path)[1::2]
+    common = (*STUDENT, "--model", model, "--backend", "eager", "--bundles", str(tmp_path / "b"))
+    board = board_of(
+        *(scoreboard, Path(data), tmp_path / "board", *common),
+        **{"epochs": 3, "teacher_epochs": 1, "seeds": 2, "record": False},
+        **{"factors": (1, 2), "students": ("alexnet",), "variant": ("rho 1=--rho 1",)},
+    )
+    assert scoreboard.main(board.options, common) == 0
+    rows = scoreboard.read_rows(board, board.cells())
+    lines = {(line.part, line.group, line.label): line.cell.name for line in board.lines()}
+    row = {key: rows[name] for key, name in lines.items()}
+    assert rows.keys() - set(lines.values()) == {"teacher"}
+
+    dace = row["methods", "IPC 1", "dace"]
+    assert [row["ablation", "IPC 1", f"rho {rho}"]["evals"] for rho in (0.4, 0.8)] == [2, 4]
+    assert row["ablation", "IPC 1", "text only"]["evals"] == 5
+    assert row["gain", "IPC 1", "rho 1"]["evals"] == 5
+    assert row["patches", "dace", "r = 1 (32 px)"]["samples"] == dace["samples"] / 4 == 10
+    other = row["students", "dace", "alexnet"]
+    assert (other["bytes"], other["student"]) == (dace["bytes"], "alexnet")
+    assert other["accuracy"] != dace["accuracy"]
+    assert other["seconds_per_epoch"] > 0
+    for group, label, bytes_each in (
+        *(("10 classes", "dense", 20), ("10 classes", "top-3", 12)),
+        *(("1000 classes", "dense", 2000), ("1000 classes", "top-10", 40)),
+    ):
+        assert bytes_each <= row["codecs", group, label]["label_bytes"] < bytes_each + 1.5
+    plots = sorted(path.stem for path in (board.options.out / "plots").iterdir())
+    assert plots == sorted(board.options.parts)
 
 
 def test_the_page_says_who_wins(scoreboard: ModuleType, data: Path, tmp_path: Path) -> None:
