@@ -1,0 +1,245 @@
+"""The scoreboard: its cells, a board that is killed and goes on, and the page made of rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from patchbloom.train.shapes import write_shapes
+from PIL import Image
+from run_processes import write_inputs
+
+BENCH = Path(__file__).parents[1] / "bench"
+MODULES = ("scoreboard", "scoreboard_cells", "scoreboard_page", "measure")
+STUDENT = ("--student", "convnet-d3-w8", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def scoreboard() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        import scoreboard
+
+        yield scoreboard
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("set") / "data", train_per_class=5, val_per_class=2)
+
+
+def board_of(scoreboard: ModuleType, data: Path, out: Path, *common: str, **options: Any) -> Any:
+    given = {"recipe": "small", "image_size": 32, "ipc": (1,), **options}
+    asked = scoreboard.Options(data=str(data), out=out, **given)
+    return scoreboard.Board(options=asked, common=common)
+
+
+def test_cells_are_shared_and_say_what_they_are(scoreboard: ModuleType, data: Path) -> None:
+    common = ("--model", "prior", "--backend", "ort")
+    options = {"hard": True, "students": ("alexnet",), "variant": ("plain=--model 'a b'",)}
+    board = board_of(scoreboard, data, Path("out"), *common, factors=(1, 2, 3, 4), **options)
+    cells = {cell.name: cell for cell in board.cells()}
+    assert len(cells) == len(board.cells())
+    assert next(iter(cells)) == "teacher"
+    lines = {(line.part, line.group, line.label): line for line in board.lines()}
+
+    dace = lines["methods", "IPC 1", "dace"]
+    assert dace.cell.words[-1] == "--no-ceiling"
+    assert dace.hard.words[-2:] == ("--targets", "hard")
+    assert lines["methods", "IPC 1", "random"].cell.words[-1] == "--ceiling"
+    shared = [("ablation", "IPC 1", "rho 0.8, mixup"), ("patches", "dace", "r = 2 (16 px)")]
+    shared += [("students", "dace", "convnet-d4-w24to96"), ("codecs", "10 classes", "dense")]
+    assert all(lines[key].cell == dace.cell for key in (*shared, ("gain", "IPC 1", "dace")))
+    assert lines["gain", "IPC 1", "plain"].cell.words[-2:] == ("--model", "a b")
+    assert lines["ablation", "IPC 1", "rho 0.4"].cell.words[-3:] == ("--rho", "0.4", "--no-mixup")
+    assert lines["ablation", "IPC 1", "text only"].cell.words[-2:] == ("--start", "noise")
+    assert board.left_out() == (3, 4)  # 32 px are no multiple of 3; a class has 5 images
+
+    elsewhere = lines["students", "dace", "alexnet"].cell
+    assert elsewhere.base == dace.cell
+    words = scoreboard.command(elsewhere, board)
+    assert words[0] == "student"
+    for option, value in (
+        *zip(common[::2], common[1::2], strict=True),
+        ("--learning-rate", "0.0001"),
+        ("--coreset", "out/cells/dace-ipc1/coreset"),
+    ):
+        assert words[words.index(option) + 1] == value
+    assert [line.label for line in board.lines() if line.group == "1000 classes"] == [
+        *("dense", "top-3", "top-10", "top-50")
+    ]
+    with pytest.raises(ValueError, match="--students resnet1"):
+        board_of(scoreboard, data, Path("out"), students=("resnet1",)).cells()
+
+
+def test_time_is_told_from_the_nearest_cell(scoreboard: ModuleType, data: Path) -> None:
+    board = board_of(scoreboard, data, Path("out"), ipc=(1, 2), epochs=100)
+    cells = {cell.name: cell for cell in board.cells()}
+    cell = cells["rded-ipc2"]
+    size = board.size(cell)
+    assert (size.samples, size.epochs, size.seeds) == (80, 100, 3)
+    alike = {"method": "rded", "student": size.student, "image_size": 32, "epochs": 5}
+    near = {**alike, "cell": "rded-ipc1", "samples": 40, "seeds": 3}
+    near |= {"seconds_per_epoch": 0.5, "total_s": 12.5}
+    fewer = {**near, "cell": "rded-ipc3", "seeds": 1, "seconds_per_epoch": 9.0}
+    assert scoreboard.estimate_s(cell, size, [fewer, near]) == 10 + 100 * 2 * 0.5
+    other = {**near, "student": "vgg11"}
+    assert scoreboard.estimate_s(cell, size, [other, {**near, "method": "dace"}]) is None
+    with pytest.raises(ValueError, match=r"--rates nowhere: expected a board"):
+        scoreboard.measured_rows([Path("nowhere")])
+
+
+def kill_when(process: subprocess.Popen[bytes], path: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "it never got there"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+
+def test_a_killed_board_goes_on(
+    scoreboard: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "board"
+    shown: dict[str, Any] = {"methods": ("random", "upsample"), "parts": ("methods",)}
+    given: dict[str, Any] = {**shown, "seeds": 2, "epochs": 2, "teacher_epochs": 1}
+    words = ["--data", str(data), "--out", str(out), "--recipe", "small", "--image-size", "32"]
+    words += ["--ipc", "1", "--no-record", "--parts", "methods", "--methods", "random", "upsample"]
+    words += ["--seeds", "2", "--epochs", "2", "--teacher-epochs", "1", "--", *STUDENT]
+    process = subprocess.Popen([sys.executable, str(BENCH / "scoreboard.py"), *words])
+    kill_when(process, out / "cells" / "upsample-ipc1" / "run.json")
+    assert sorted(path.stem for path in (out / "rows").iterdir()) == [
+        "random-ipc1-ceiling",
+        "teacher",
+    ]
+    first = (out / "cells" / "random-ipc1-ceiling" / "summary.json").stat()
+
+    def go_on(**changes: Any) -> int:
+        board = board_of(scoreboard, data, out, record=False, json=True, **{**given, **changes})
+        return scoreboard.main(board.options, STUDENT)
+
+    assert go_on(ipc=(1, 99)) == 1  # the cells of 99 images per class fail, and the other is done
+    board = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(board["failed"]) == ["random-ipc99-ceiling", "upsample-ipc99"]
+    assert "has 5 training images" in board["failed"]["upsample-ipc99"]
+    assert (out / "cells" / "random-ipc1-ceiling" / "summary.json").stat() == first
+    for name, method in (("random-ipc1-ceiling", "random"), ("upsample-ipc1", "upsample")):
+        summary = json.loads((out / "cells" / name / "summary.json").read_text())
+        row = board["rows"][name]
+        assert row["accuracy"] == summary["accuracy"][method]
+        assert row["teacher"]["accuracy"] == board["rows"]["teacher"]["accuracy"][0]
+        assert row["total_s"] >= 2 * row["seconds_per_epoch"] > 0
+        assert 20 < row["label_bytes"] < 22
+        assert (row["samples"], row["epochs"], row["seeds"]) == (40, 2, 2)
+    page = (out / "scoreboard.md").read_text()
+    assert page.count("| fresh real images (ceiling) |") == 1
+    assert Image.open(out / "plots" / "methods.png").width > 400
+
+    assert go_on() == 0
+    assert go_on(dry_run=True) == 0
+    assert "3 cells, 3 done, 0 s left" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"cell teacher of .* was run with .*another --out"):
+        go_on(teacher_epochs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_part_runs(scoreboard: ModuleType, tmp_path: Path) -> None:
+    data, model = write_inputs(tmp_path)[1::2]
+    common = (*STUDENT, "--model", model, "--backend", "eager", "--bundles", str(tmp_path / "b"))
+    board = board_of(
+        *(scoreboard, Path(data), tmp_path / "board", *common),
+        **{"epochs": 3, "teacher_epochs": 1, "seeds": 2, "record": False},
+        **{"factors": (1, 2), "students": ("alexnet",), "variant": ("rho 1=--rho 1",)},
+    )
+    assert scoreboard.main(board.options, common) == 0
+    rows = scoreboard.read_rows(board, board.cells())
+    lines = {(line.part, line.group, line.label): line.cell.name for line in board.lines()}
+    row = {key: rows[name] for key, name in lines.items()}
+    assert rows.keys() - set(lines.values()) == {"teacher"}
+
+    dace = row["methods", "IPC 1", "dace"]
+    assert [row["ablation", "IPC 1", f"rho {rho}"]["evals"] for rho in (0.4, 0.8)] == [2, 4]
+    assert row["ablation", "IPC 1", "text only"]["evals"] == 5
+    assert row["gain", "IPC 1", "rho 1"]["evals"] == 5
+    assert row["patches", "dace", "r = 1 (32 px)"]["samples"] == dace["samples"] / 4 == 10
+    other = row["students", "dace", "alexnet"]
+    assert (other["bytes"], other["student"]) == (dace["bytes"], "alexnet")
+    assert other["accuracy"] != dace["accuracy"]
+    assert other["seconds_per_epoch"] > 0
+    for group, label, bytes_each in (
+        *(("10 classes", "dense", 20), ("10 classes", "top-3", 12)),
+        *(("1000 classes", "dense", 2000), ("1000 classes", "top-10", 40)),
+    ):
+        assert bytes_each <= row["codecs", group, label]["label_bytes"] < bytes_each + 1.5
+    plots = sorted(path.stem for path in (board.options.out / "plots").iterdir())
+    assert plots == sorted(board.options.parts)
+
+
+def test_the_page_says_who_wins(scoreboard: ModuleType, data: Path, tmp_path: Path) -> None:
+    parts = ("methods", "codecs", "gain")
+    board = board_of(
+        scoreboard, data, Path("out"), hard=True, parts=parts, variant=("plain=--x 1",)
+    )
+    sizes = {"without_labels": 1024, "with_labels": 2048, "with_generator": 3 * 2**20}
+
+    def row(cell: Any, accuracy: list[float | None], **more: Any) -> dict[str, Any]:
+        alike = {"student": "net", "image_size": 32, "classes": 10, "samples": 40, "epochs": 5}
+        alike["seeds"] = 3
+        told = {"accuracy": accuracy, "bytes": sizes, "label_bytes": 20.0, "evals": 4}
+        time = {"seconds_per_epoch": None, "total_s": 300.0, "ceiling": None}
+        return {**alike, **told, **time, "cell": cell.name, **more}
+
+    accuracies = {
+        "random": [30.0, 3.0],
+        "upsample": [40.0, 1.0],
+        "dace": [42.0, 1.0],
+        "text only": [35.0, 1.0],
+        "top-3": [41.5, 1.0],
+        "plain": [None, None],
+    }
+    lines = board.lines()
+    rows = {
+        line.cell.name: row(line.cell, accuracies[line.label])
+        for line in lines
+        if line.label in accuracies and line.label != "plain" and not line.cell.generated
+    }
+    rows["random-ipc1-ceiling"]["ceiling"] = [60.0, 2.0]
+    top_3 = next(line.cell for line in lines if line.label == "top-3")
+    rows[top_3.name]["label_bytes"] = 12.0
+    hard = next(line.hard for line in lines if line.label == "dace" and line.hard)
+    rows[hard.name] = row(hard, [20.0, 0.5])
+    page = scoreboard.render(lines, rows, {"rded-ipc1": "it broke"})
+
+    methods, codecs, gain = page.split("## ")[1:4]
+    assert (
+        "| 42.0 ± 1.0 | 20.0 ± 0.5 | best | 70 % | 4 | 1.0 KiB | 2.0 KiB | 3.0 MiB | 20.0 | – |"
+        in methods
+    )
+    assert "| IPC 1 | random | 30.0 ± 3.0 | – | -5.4 | 50 % |" in methods
+    assert "| IPC 1 | fresh real images (ceiling) | 60.0 ± 2.0 | – |" in methods
+    assert "| IPC 1 | rded | – |" in methods
+    assert "**dace** (42.0 ± 1.0) is first, above upsample (40.0 ± 1.0) by 2.0 standard" in methods
+    assert methods.count("(not told apart)") == 1
+    widths = {line.count("|") for line in methods.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+    assert "top-3: 1.7 times smaller than dense; -0.5 points, -0.5 standard deviations" in codecs
+    assert "hard labels" not in codecs
+    assert "(text only against upsample): -5.0 points, -5.0 standard deviations." in gain
+    assert "- mixup" not in gain  # its cell is not done
+    assert "- rded-ipc1: it broke" in page
+
+    scoreboard.write_plots(lines, rows, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{p}.png" for p in sorted(parts)]
+    assert scoreboard.render(lines, {}, {}).startswith("# Scoreboard\n\nNo cell is done.")
