@@ -43,6 +43,7 @@ OPTION_OF = {
     "student.accumulate": "--accumulate",
     "student.precision": "--student-precision",
     "student.compile": "--student-compile",
+    "student.targets": "--targets",
     "student.size_px": "--image-size",
     "student.seed": "--seed",
     "student.device": "--device",
