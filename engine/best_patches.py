@@ -1,13 +1,16 @@
 """The best patches of every class, seen as a stream, by one process or by several.
 
-Shapes: K classes, N = per_class patches of each, M rows that travel, H = W = patch_px, C = 3. A box
-is (top, left, height, width) in pixels of the upright image.
+What is kept of a patch is a row: its pixels, uint8 [H, W, 3], or the teacher's features, fp32 [D].
+
+Shapes: K classes, N = per_class patches of each, M rows that travel. A box is (top, left, height,
+width) in pixels of the upright image.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -22,10 +25,17 @@ class BestPatches:
     on their order.
     """
 
-    def __init__(self, classes: int, per_class: int, patch_px: int) -> None:
-        self.per_class, self.patch_px = per_class, patch_px
+    def __init__(
+        self,
+        classes: int,
+        per_class: int,
+        row: Sequence[int],
+        dtype: torch.dtype = torch.uint8,
+    ) -> None:
+        """`row`: the shape of what is kept of a patch."""
+        self.per_class, self.row = per_class, tuple(row)
         shape = (classes, per_class)
-        self.patches_KNHWC = torch.zeros((*shape, patch_px, patch_px, 3), dtype=torch.uint8)
+        self.rows_KN = torch.zeros((*shape, *row), dtype=dtype)
         self.losses_KN = torch.full(shape, math.nan)
         self.source_index_KN = torch.full(shape, -1, dtype=torch.int64)
         self.boxes_KN4 = torch.zeros((*shape, 4), dtype=torch.int64)
@@ -37,7 +47,7 @@ class BestPatches:
         label: int,
         key: float,
         index: int,
-        patch_HWC: torch.Tensor,
+        row: torch.Tensor,
         loss: float,
         box_4: torch.Tensor,
     ) -> None:
@@ -52,7 +62,7 @@ class BestPatches:
             heapq.heapreplace(heap, (*rank, slot))
         else:
             return
-        self.patches_KNHWC[label, slot] = patch_HWC
+        self.rows_KN[label, slot] = row
         self.losses_KN[label, slot] = loss
         self.source_index_KN[label, slot] = index
         self.boxes_KN4[label, slot] = box_4
@@ -71,13 +81,17 @@ class BestPatches:
             heap.sort(reverse=True)
             order = torch.tensor([slot for _, _, slot in heap], dtype=torch.int64)
             for tensor_KN in (
-                self.patches_KNHWC,
+                self.rows_KN,
                 self.losses_KN,
                 self.source_index_KN,
                 self.boxes_KN4,
             ):
                 tensor_KN[label, : len(order)] = tensor_KN[label, order]
             heap.clear()
+
+    def empty(self) -> BestPatches:
+        """One of the same sizes, without a patch."""
+        return BestPatches(len(self._heaps), self.per_class, self.row, self.rows_KN.dtype)
 
 
 def best_of_all(best: BestPatches, peers: Peers) -> BestPatches:
@@ -90,12 +104,12 @@ def best_of_all(best: BestPatches, peers: Peers) -> BestPatches:
     winning = _winning(best, peers)
     slots = [label for label, *_ in winning], [slot for *_, slot in winning]
     named = chain.from_iterable(peers.all_gather([entry[:3] for entry in winning]))
-    patches_MHWC = peers.all_gather_rows(best.patches_KNHWC[slots])
+    rows_M = peers.all_gather_rows(best.rows_KN[slots])
     losses_M = peers.all_gather_rows(best.losses_KN[slots])
     boxes_M4 = peers.all_gather_rows(best.boxes_KN4[slots])
-    merged = BestPatches(len(best.counts()), best.per_class, best.patch_px)
+    merged = best.empty()
     for row, (label, key, index) in enumerate(named):
-        merged.offer(label, key, index, patches_MHWC[row], float(losses_M[row]), boxes_M4[row])
+        merged.offer(label, key, index, rows_M[row], float(losses_M[row]), boxes_M4[row])
     return merged
 
 

@@ -1,4 +1,4 @@
-"""`engine`: build, verify and look at engines; look at coresets.
+"""`engine`: build, verify and look at engines; look at coresets and export them.
 
 The last line of stdout is one JSON object. Importing this module imports neither torch nor
 TensorRT: each command imports what it needs.
@@ -15,7 +15,7 @@ from tyro.extras import SubcommandApp
 from . import commands as c
 from .console import run_command
 
-Coreset = c.CoresetInfo | c.CoresetVerify | c.CoresetShow
+Coreset = c.CoresetInfo | c.CoresetVerify | c.CoresetShow | c.CoresetExport
 Engine = (
     c.EngineBuild | c.EngineVerify | c.EngineList | c.EngineInfo | c.EngineRemove | c.EngineDoctor
 )
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     coreset.command(name="info")(c.CoresetInfo)
     coreset.command(name="verify")(c.CoresetVerify)
     coreset.command(name="show")(c.CoresetShow)
+    coreset.command(name="export")(c.CoresetExport)
     app = SubcommandApp()
     app.command(name="build")(c.EngineBuild)
     app.command(name="verify")(c.EngineVerify)
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     app.command(name="info")(c.EngineInfo)
     app.command(name="remove")(c.EngineRemove)
     app.command(name="doctor")(c.EngineDoctor)
-    app.command(coreset, name="coreset", help="Look at a coreset folder.")
+    app.command(coreset, name="coreset", help="Look at a coreset folder, or export it.")
     given = sys.argv[1:] if arguments is None else list(arguments)
     return run_command(
         "engine",

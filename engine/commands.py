@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -16,6 +17,8 @@ from ..export.config import (
     VaePrecision,
     Weights,
 )
+
+ExportFormat = Literal["imagefolder", "webdataset", "parquet", "ddranking"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,32 @@ class CoresetShow:
             )
         if self.out is not None and self.out.suffix.lower() != ".png":
             raise ValueError(f"--out: expected a name that ends in .png, got {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoresetExport:
+    """Write a coreset in the layout of another library: patches, classes, and soft labels."""
+
+    folder: Positional[Path]
+    """The coreset's folder: the one with manifest.json in it."""
+    to: ExportFormat
+    """`imagefolder` for torchvision, `webdataset`, `parquet` for Hugging Face datasets,
+    `ddranking`."""
+    out: Path
+    """The folder to write."""
+    labels: bool = True
+    """With the stored soft labels, which webdataset and parquet can hold."""
+    dataset: str | None = None
+    """DD-Ranking's name of the data set, such as ImageNette: it decides the class numbers. For
+    --to ddranking, and needed there."""
+    overwrite: bool = False
+    """Replace the export in --out."""
+    json: bool = False
+    """Print nothing but the last line, the JSON object."""
+
+    def __post_init__(self) -> None:
+        if self.dataset is not None and self.to != "ddranking":
+            raise ValueError(f"--dataset is for --to ddranking, not {self.to}: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`engine coreset info|verify|show`: what each does, and how people read it."""
+"""`engine coreset info|verify|show|export`: what each does, and how people read it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import io
 from pathlib import Path
 from typing import Any
 
-from .commands import CoresetInfo, CoresetShow, CoresetVerify
+from .commands import CoresetExport, CoresetInfo, CoresetShow, CoresetVerify
 from .console import print_fields
 from .contact_sheet import contact_sheet
 from .coreset import Coreset, open_coreset
 from .durable import replace_file
+from .exports import export_coreset
 
 
-def run_coreset_command(command: CoresetInfo | CoresetVerify | CoresetShow) -> dict[str, Any]:
+def run_coreset_command(
+    command: CoresetInfo | CoresetVerify | CoresetShow | CoresetExport,
+) -> dict[str, Any]:
     """Run it, and print the result for people unless JSON alone is asked for."""
     match command:
         case CoresetInfo():
@@ -22,6 +25,15 @@ def run_coreset_command(command: CoresetInfo | CoresetVerify | CoresetShow) -> d
             result = _verify(open_coreset(command.folder))
         case CoresetShow():
             result = _show(open_coreset(command.folder), command.out, command.patches_per_class)
+        case CoresetExport():
+            result = export_coreset(
+                open_coreset(command.folder),
+                command.to,
+                command.out,
+                labels=command.labels,
+                dataset=command.dataset,
+                overwrite=command.overwrite,
+            )
     if not command.json:
         print_fields(result)
     return result

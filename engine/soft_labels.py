@@ -212,6 +212,19 @@ class SoftLabels:
         """What is stored, as it is stored, on the CPU."""
         return SoftTargets(*self._rows(epoch, samples_B))
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is kept of an answer: logits, or probabilities and classes."""
+        return tuple(part.name for part in self._file.layout.parts)
+
+    def every_epoch(self, samples_B: Sequence[int] | Tensor) -> dict[str, np.ndarray]:
+        """All epochs of some samples by part, as it is stored: [E, B, K], top-k ones [E, B, k]."""
+        rows_B = np.asarray(samples_B)
+        return {
+            name: array[:, rows_B]
+            for name, array in zip(self.parts, self._file.arrays, strict=True)
+        }
+
     def read_ahead(self, epoch: int, samples_B: Sequence[int] | Tensor) -> None:
         """Have rows that are asked for soon read from the disk meanwhile; returns at once."""
         self._file.read_ahead(epoch, np.asarray(samples_B))

@@ -48,10 +48,13 @@ RUN_OPTIONS = [
     "bundles",
     "recipe",
     "scoring",
+    "select",
+    "candidates",
     "epochs",
     "teacher_epochs",
     "teacher",
     "student",
+    "targets",
     "labels",
     "codec",
     "top_k",
@@ -267,6 +270,8 @@ def test_help_is_quick_and_imports_no_heavy_library(stage: str) -> None:
         (["--accumulate", "0"], "--accumulate 0: expected 1 or more"),
         (["--factor", "0"], "--factor 0: expected 1 or more"),
         (["--ipc", "0"], "--ipc 0: expected 1 or more"),
+        (["--candidates", "0"], "--candidates 0: expected 1 or more"),
+        (["--select", "random"], "invalid choice 'random' for argument '--select'"),
         (["--epochs", "ten"], "--epochs: expected INT, got 'ten'"),
         (["--recipe", "large"], "invalid choice 'large' for argument '--recipe'"),
         (["--resume", "--overwrite"], "give one of them"),
@@ -316,6 +321,81 @@ def test_a_class_with_fewer_images_than_patches_are_needed(
     error = train("--data", data, "--out", tmp_path / "run", "--method", "rded").error
     assert "class 'star' has 3 training images, but ipc · factor² = 4 patches are wanted" in error
     assert "give a smaller --ipc or --factor, or more images" in error
+
+
+def test_an_ipc_that_a_class_has_no_images_for(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    options = ("--method", "random", "--ipc", "2", "--factor", "2")
+    error = train("--data", shapes, "--out", tmp_path / "run", *options).error
+    assert "has 6 training images, but ipc · factor² = 8 patches are wanted" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_without_images(train: Command, data: Path, tmp_path: Path, split: str) -> None:
+    for path in (data / split / "star").iterdir():
+        path.unlink()
+    error = train("--data", data, "--out", tmp_path / "run", "--method", "random").error
+    assert f"{data / split}: no images in class folder star; add images" in error
+    assert "or remove the folder" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_of_one_image(train: Command, data: Path, tmp_path: Path) -> None:
+    """It is enough for one patch, also where dace would mix it with another of its class."""
+    for path in sorted((data / "train" / "star").iterdir())[1:]:
+        path.unlink()
+    save_parts(new_parts(32, tmp_path / "tokenizer"), tmp_path / "model")
+    model = ("--model", tmp_path / "model", "--backend", "eager", "--steps", "2", "--rho", "0.5")
+    options = ("--data", data, "--method", "dace", "random", *model, *SMALL, "--no-ceiling")
+    error = train(*options, "--out", tmp_path / "two", "--factor", "2").error
+    assert "class 'star' has 1 training images, but ipc · factor² = 4 patches are wanted" in error
+    result = train("student", *options, "--out", tmp_path / "one", "--factor", "1").result
+    for method in ("dace", "random"):
+        assert np.isfinite(result["students"][method]["losses"]).all()
+    patches = tmp_path / "one" / "coreset" / "patches"
+    assert [path.name for path in (patches / "star").iterdir()] == ["000000.png"]
+
+
+def test_one_corrupt_jpeg_among_a_thousand(train: Command, tmp_path: Path) -> None:
+    data = write_shapes(tmp_path / "data", train_per_class=100, val_per_class=1)
+    path = sorted((data / "train" / "star").iterdir())[41]
+    path.write_bytes(path.read_bytes()[:700])
+    options = ("coreset", "--data", data, "--method", "rded", *SMALL)
+    error = train(*options, "--out", tmp_path / "run").error
+    assert f"cannot decode {path}" in error
+    outcome = train(*options, "--out", tmp_path / "run2", "--skip-corrupt")
+    assert outcome.result["skipped_images"] == {"train": 1, "val": 0}
+    assert outcome.err.count("skipped, it cannot be decoded") == 1
+    manifest = json.loads((tmp_path / "run2" / "coreset" / "manifest.json").read_text())
+    used = {patch["image"] for patch in manifest["provenance"]["patches"]}
+    assert len(used) == 40
+    assert f"star/{path.name}" not in used
+
+
+def test_a_diverse_choice_and_native_scores_are_in_the_manifest(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    options = ("coreset", "--data", shapes, "--method", "rded", "random", *SMALL)
+    resnet = (*options, "--teacher", "resnet18", "--scoring", "native", "--select", "k-center")
+    train(*resnet, "--candidates", "2", "--factor", "2", "--out", tmp_path / "run").result  # noqa: B018
+    manifests = [
+        json.loads((tmp_path / "run" / name / "manifest.json").read_text())["settings"]
+        for name in ("coreset", "coreset-random")
+    ]
+    kept = [{k: m.get(k) for k in ("selection", "candidates", "scoring")} for m in manifests]
+    assert kept == [
+        {"selection": "k-center", "candidates": 2, "scoring": "native"},
+        {"selection": "random", "candidates": None, "scoring": None},
+    ]
+    told = "was run with --select = k-center, now asked for facility-location"
+    again = (*resnet, "--candidates", "2", "--factor", "2", "--select", "facility-location")
+    assert told in train(*again, "--out", tmp_path / "run").error
+    error = train(*options, "--scoring", "native", "--out", tmp_path / "other").error
+    assert "--teacher convnet-d3-w8: cannot take images of 16 px" in error
+    assert "give another --scoring or another network" in error
+    assert not (tmp_path / "other").exists()
 
 
 def test_validation_classes_that_differ(train: Command, data: Path, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from torch.nn.functional import kl_div
 METHODS = ("dace", "rded", "random", "upsample")
 RUN = (
     *("--method", *METHODS, "--backend", "eager", "--no-ceiling", "--seeds", "2", "--seed", "3"),
-    *("--recipe", "rded", "--image-size", "32", "--epochs", "3", "--batch", "8"),  # with CutMix
+    *("--recipe", "rded", "--factor", "2", "--image-size", "32", "--epochs", "3"),  # with CutMix
+    *("--batch", "8"),
     *("--teacher", "convnet-d3-w8", "--teacher-epochs", "1", "--student", "convnet-d3-w8"),
     *("--steps", "2", "--rho", "0.5", "--refresh", "0.5", "--student-precision", "bf16"),
 )

@@ -236,7 +236,7 @@ def test_the_teacher_sees_patches_enlarged(images: ImageSet):
     enlarged = interpolate(unit_NCHW, SIZE_PX, mode="bicubic").clamp(-1, 1)
     expected = ((enlarged + 1) * 127.5).permute(0, 2, 3, 1)
     assert (seen[0].float() - expected).abs().max() <= 0.51  # rounded
-    with pytest.raises(ValueError, match="scoring 'crop': expected one of pad, resize"):
+    with pytest.raises(ValueError, match="scoring 'crop': expected one of pad, resize, native"):
         select(images, teacher, scoring="crop")
 
 
@@ -248,7 +248,7 @@ def test_best_patches_are_the_lowest_of_a_stream():
     keys = rng.integers(0, 8, 200) / 4.0  # many ties
     labels = rng.integers(0, 2, 200)
     for order in (np.arange(200), rng.permutation(200)):
-        best = BestPatches(classes=2, per_class=9, patch_px=1)
+        best = BestPatches(classes=2, per_class=9, row=(1, 1, 3))
         for n in order.tolist():
             patch = torch.full((1, 1, 3), n, dtype=torch.uint8)
             box = torch.tensor([n, 0, 1, 1])
@@ -259,7 +259,7 @@ def test_best_patches_are_the_lowest_of_a_stream():
             mine = np.flatnonzero(labels == label)
             expected = mine[np.lexsort((mine, keys[mine]))][:9]
             assert best.source_index_KN[label].tolist() == expected.tolist()
-            assert best.patches_KNHWC[label, :, 0, 0, 0].tolist() == expected.tolist()
+            assert best.rows_KN[label, :, 0, 0, 0].tolist() == expected.tolist()
             assert best.boxes_KN4[label, :, 0].tolist() == expected.tolist()
             assert best.losses_KN[label].tolist() == (keys[expected] + 1).tolist()
 

@@ -31,7 +31,7 @@ PROBE = Path(__file__).with_name("torchrun_probe.py")
 IMAGES = 15  # of a class: 150 are three batches of the scorer, one for each of three ranks
 OPTIONS = (
     *("--model", "sdxl-tiny", "--method", "dace", "random", "--backend", "eager"),
-    *("--recipe", "rded", "--image-size", "32", "--steps", "2", "--rho", "0.5"),
+    *("--recipe", "rded", "--factor", "2", "--image-size", "32", "--steps", "2", "--rho", "0.5"),
     # 40 samples: five calls of the engine, and two forward passes of the teacher
     *("--engine-batch", "8", "--epochs", "4", "--teacher", "convnet-d3-w8"),
     *("--teacher-epochs", "1", "--student", "convnet-d3-w8-in", "--batch", "9", "--no-ceiling"),

@@ -14,7 +14,15 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ..engine.config import Start
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
-from .config import PriorConfig, RecipeName, Scoring, StudentPrecision, check_seed
+from .config import (
+    Choice,
+    PriorConfig,
+    RecipeName,
+    Scoring,
+    StudentPrecision,
+    Targets,
+    check_seed,
+)
 from .coreset_options import StudentElsewhere, TrainVerify
 
 LEAST_REFRESH = 0.001
@@ -41,7 +49,8 @@ class RunOptions:
     ipc: int = 1
     """Images per class; the coreset holds ipc · factor² patches of each."""
     factor: int | None = None
-    """r: patches are r times smaller than images. Left out: the recipe's, 2."""
+    """r: patches are r times smaller than images. Left out: the recipe's, 2; of `rded` 1 for images
+    of 64 px or less."""
     image_size: int | None = None
     """Side of rendered images and of what the networks see, in px. Left out: the recipe's."""
     steps: int = 5
@@ -66,8 +75,14 @@ class RunOptions:
     """How teacher and students are trained. Left out: `small` with a model of 128 px or less and,
     without a model, for --data shapes and on a CPU; `dace` elsewhere."""
     scoring: Scoring | None = None
-    """How the teacher is shown a patch that it scores: padded to the image size, as RDED does, or
-    enlarged to it. Left out: the recipe's."""
+    """How the teacher is shown a patch that it scores: padded to the image size, as RDED does,
+    enlarged to it, or `native`, as it is, by a network that takes any size. Left out: the
+    recipe's."""
+    select: Choice = "lowest-loss"
+    """Which patches are kept, of all methods but random: those of lowest loss, as RDED does, or a
+    choice among more of them that avoids near-duplicates."""
+    candidates: int = 4
+    """With another --select than lowest-loss: how many times the patches that are kept compete."""
     epochs: int | None = None
     """Epochs of the students, each with fresh images. Left out: the recipe's."""
     teacher_epochs: int | None = None
@@ -76,6 +91,9 @@ class RunOptions:
     """A network to train, torchvision:NAME, or a file. Left out: the recipe's network."""
     student: str | None = None
     """The students' network. Left out: the recipe's."""
+    targets: Targets = "soft"
+    """What students learn: the teacher's answers, or with `hard` the class alone: cross-entropy,
+    mixed by area under CutMix. No soft labels are then asked for or stored."""
     labels: LabelChoice = "record"
     """How the teacher's soft labels come: `record` trains and stores them in one pass, `stored`
     stores them first, `online` stores none. The students are the same."""
@@ -130,7 +148,7 @@ class RunOptions:
                 )
         for name in (
             *("ipc", "factor", "image_size", "steps", "engine_batch", "epochs", "teacher_epochs"),
-            *("top_k", "seeds", "batch", "accumulate", "shapes_per_class"),
+            *("top_k", "seeds", "batch", "accumulate", "shapes_per_class", "candidates"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -149,6 +167,11 @@ class RunOptions:
         if self.labels == "online" and self.codec == "topk":
             raise ValueError(
                 "--labels online stores none, so --codec topk has no use: leave one of them out"
+            )
+        if self.targets == "hard" and (self.labels != "record" or self.codec != "dense"):
+            raise ValueError(
+                "--targets hard makes no soft labels: leave out --labels and --codec, or give "
+                "--targets soft"
             )
         check_seed(self.seed)
         if self.resume and self.overwrite:
@@ -184,6 +207,8 @@ class TrainLabels(RunOptions):
         super().__post_init__()
         if self.labels == "online":
             raise ValueError("--labels online stores none: leave it out to train labels")
+        if self.targets == "hard":
+            raise ValueError("--targets hard makes no soft labels: leave it out to train labels")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 Device = Literal["auto", "cpu", "cuda"]
 RecipeName = Literal["rded", "dace", "small"]
-Scoring = Literal["pad", "resize"]
+Scoring = Literal["pad", "resize", "native"]
+Choice = Literal["lowest-loss", "facility-location", "k-center"]
 StudentPrecision = Literal["fp32", "bf16", "fp16"]
 ViewPrecision = Literal["fp32", "fp16"]
+Targets = Literal["soft", "hard"]
+SMALL_IMAGES_PX = 64  # CIFAR's 32 and Tiny-ImageNet's 64, of which RDED takes whole images
 CHANGES_NO_RESULT = ("overlap", "accumulate", "checkpoint_every", "checkpoints_kept")
 """Options of a StudentConfig that a resumed training may have otherwise; `accumulate`, so that one
 that ran out of memory can go on: the gradient is the same, though a BatchNorm sees parts."""
-
-
 MOST_SEED = 2**32 // 1000 - 1
 """Of a run: its students' seeds are 1000 times it and some, and have 32 bits."""
 
@@ -138,14 +139,18 @@ class StudentConfig:
     final_lr_fraction: float = 0.5
     """What is left of the learning rate after the last epoch, in [0, 1): the rate of epoch e of E
     is 0.5·(1 + cos(acos(2·fraction - 1)·e/E)) of the first; 0.5 is RDED's, 0 is the full cosine."""
+    targets: Targets = "soft"
+    """`soft`: KL divergence to the teacher's answer; `hard`: cross-entropy on the class, without a
+    teacher, where CutMix mixes two classes by the area that each shows."""
     temperature: float = 20.0
-    """Of teacher and student in the KL divergence (batchmean, without the T² factor)."""
+    """Of teacher and student in the KL divergence (batchmean, without the T² factor); 1 with hard
+    targets."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Share of the image's area that a view covers."""
     flip: bool = True
     """Mirror half of the views."""
     cutmix: bool = True
-    """Paste a box of another sample of the pool into every view; the teacher labels the mixture."""
+    """Paste a box of another sample of the pool into every view; the label is of the mixture."""
     pool: int = 1024
     """Samples that are rendered together and among which CutMix partners and batches are drawn."""
     group: int = 1
@@ -179,6 +184,8 @@ class StudentConfig:
         _check_crop_scale(self.crop_scale)
         if not 0 <= self.final_lr_fraction < 1:
             raise ValueError(f"final_lr_fraction {self.final_lr_fraction}: expected [0, 1)")
+        if self.targets == "hard" and self.temperature != 1:
+            raise ValueError(f"temperature {self.temperature}: expected 1 with hard targets")
 
     def recipe(self) -> dict[str, Any]:
         """How a student learns from views and labels, for a manifest that describes these itself.
@@ -190,7 +197,7 @@ class StudentConfig:
 
 _NOT_OF_THE_RECIPE = {
     *("seed", "size_px", "crop_scale", "flip", "cutmix", "views"),  # of the views
-    *("epochs", "temperature"),  # of the labels
+    *("epochs", "temperature", "targets"),  # of the labels
     *("device", "compile"),
     *CHANGES_NO_RESULT,
 }
@@ -207,17 +214,24 @@ class Recipe:
     """Side of the rendered images and of what teacher and student see, in px."""
     factor: int = 2
     """r: a patch is image_size // r wide, and r² patches take the place of one image."""
+    small_factor: int = 2
+    """r of images of 64 px or less."""
     crops: int = 5
     """Random crops per image that the teacher scores."""
     pool_per_class: int = 300
     """Images per class that are cropped and scored."""
     scoring: Scoring = "pad"
-    """How the teacher is shown a crop: padded to the image size, as RDED does, or enlarged."""
+    """How the teacher is shown a crop: padded to the image size, as RDED does, enlarged, or as it
+    is."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     batches: tuple[tuple[int, int, int], ...] = ((1, 10, 20), (10, 50, 100), (50, 100, 200))
     """(ipc, batch with fewer than 100 classes, batch with more); the first row with ipc or more.
     With the 200 classes of Tiny-ImageNet it is 100 at every ipc."""
+
+    def factor_for(self, image_size: int) -> int:
+        """r of images of `image_size` px."""
+        return self.small_factor if image_size <= SMALL_IMAGES_PX else self.factor
 
     def student_for(
         self, *, ipc: int, factor: int, classes: int, network: str | None = None
@@ -248,9 +262,10 @@ NETWORK_LEARNING_RATES = {
 RECIPES: dict[RecipeName, Recipe] = {
     "rded": Recipe(
         name="rded",
-        about="RDED's student: 300 epochs, half cosine, CutMix, T = 20; the teacher is ours, as "
-        "RDED's is unpublished",
+        about="RDED's student: 300 epochs, half cosine, CutMix, T = 20, r = 1 for images of 64 px "
+        "or less; the teacher is ours, as RDED's is unpublished",
         image_size=224,
+        small_factor=1,
     ),
     "dace": Recipe(
         name="dace",

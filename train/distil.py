@@ -22,6 +22,7 @@ from ..engine.manifest import CoresetError, canonical
 from ..engine.patches import PatchSelection, select_patches
 from .config import CHANGES_NO_RESULT
 from .evaluation import accuracies
+from .hard_labels import HardLabels
 from .labels import (
     Labels,
     OnlineLabels,
@@ -33,6 +34,7 @@ from .labels import (
 from .loop import train_students
 from .methods import Expansions, ImageSource
 from .normalisation import IMAGENET
+from .patch_teacher import patch_teacher
 from .pictures import (
     coreset_sheet,
     expansion_sheet,
@@ -135,6 +137,8 @@ class Distillation:
             "crops": plan.recipe.crops,
             "pool_per_class": plan.recipe.pool_per_class,
             "scoring": plan.scoring,
+            "select": plan.options.select,
+            "candidates": plan.options.candidates,
         }
 
     def _model_settings(self) -> dict[str, Any]:
@@ -143,7 +147,7 @@ class Distillation:
 
     def _make_coresets(self) -> StageResult:
         kinds = {
-            method: "random" if method == "random" else "lowest-loss"
+            method: "random" if method == "random" else self.plan.options.select
             for method in self.plan.options.methods
         }
         selections = {kind: self._select(kind) for kind in dict.fromkeys(kinds.values())}
@@ -169,16 +173,22 @@ class Distillation:
     def _select(self, kind: Any) -> PatchSelection:
         plan = self.plan
         teacher = None if kind == "random" else self.teacher
+        asked, diversity = None, None
+        if teacher is not None:
+            asked, diversity = patch_teacher(
+                teacher, kind, plan.scoring, plan.patch_px, plan.options.candidates
+            )
         return select_patches(
             plan.train,
-            None if teacher is None else teacher.logits_from_uint8,
+            asked,
             ipc=plan.options.ipc,
             factor=plan.factor,
             image_size_px=plan.image_size,
             crops=plan.recipe.crops,
             pool_per_class=plan.recipe.pool_per_class,
             seed=plan.options.seed,
-            method=kind,
+            method="random" if kind == "random" else "lowest-loss",
+            diversity=diversity,
             scoring=plan.scoring,
             device=plan.device,
             threads=self.run.world.threads,
@@ -209,6 +219,9 @@ class Distillation:
                 "crops": 1 if kind == "random" else sizes["crops"],
                 "pool_per_class": None if kind == "random" else sizes["pool_per_class"],
                 "scoring": None if kind == "random" else sizes["scoring"],
+                **(
+                    {} if kind in ("random", "lowest-loss") else {"candidates": sizes["candidates"]}
+                ),
             },
             model=describe_model(plan) if method == "dace" else None,
             teacher={k: v for k, v in self.teacher_stage().items() if k != "losses"},
@@ -334,6 +347,8 @@ class Distillation:
     def _label_settings(self) -> dict[str, Any]:
         """`stored` and `record` make the same labels and students."""
         options = self.plan.options
+        if options.targets == "hard":
+            return {}
         if options.labels == "online":
             return {"--labels": "online"}
         kept = {"--labels": "record or stored", "--codec": options.codec}
@@ -370,7 +385,12 @@ class Distillation:
         return StageResult(described, [result.path for result in results])
 
     def _labels(self, method: str, source: ImageSource, coreset: Coreset | None) -> Labels:
-        """Stored ones where the coreset has them, else the teacher's, kept if that is asked for."""
+        """Stored ones where the coreset has them, else the teacher's, kept if that is asked for.
+
+        With hard targets the classes, and the coreset's labels stay as they are.
+        """
+        if self.plan.options.targets == "hard":
+            return HardLabels(source, self.plan.student)
         if coreset is None or self.plan.options.labels == "online":
             return OnlineLabels(self.teacher, self.plan.student.temperature, self.run.world)
         stored = self._stored(method, source, coreset)

@@ -96,7 +96,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     model = _choose_model(options, device, report)
     recipe = _choose_recipe(options, device, model, report)
     image_size = options.image_size or _native_px(model, recipe) or recipe.image_size
-    factor = options.factor or recipe.factor
+    factor = options.factor or recipe.factor_for(image_size)
     if model is not None and image_size % model.vae_factor():
         raise ValueError(
             f"--image-size {image_size}: expected a multiple of {model.vae_factor()}, by which "
@@ -123,6 +123,10 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         torchvision_columns(teacher_source, train.class_ids)
     for option, network in (("--teacher", teacher_network), ("--student", student.network)):
         check_network(option, network, len(train.class_ids), image_size)
+    if (options.scoring or recipe.scoring) == "native" and teacher_source is None:
+        shown_px = image_size // factor
+        classes = len(train.class_ids)
+        check_network("--teacher", teacher_network, classes, image_size, shown_px=shown_px)
     plan = Plan(
         options=options,
         train=train,
@@ -152,6 +156,8 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             precision=student_precision,
             views="fp32" if student_precision == "fp32" else "fp16",
             compile=options.student_compile,
+            targets=options.targets,
+            temperature=1.0 if options.targets == "hard" else student.temperature,
             accumulate=options.accumulate,
             overlap=options.overlap == "on",
             seed=options.seed,
@@ -276,11 +282,15 @@ def _choose_teacher(given: str | None, recipe: Recipe) -> tuple[str | None, str]
     return None, given
 
 
-def check_network(option: str, name: str, classes: int, size_px: int) -> None:
+def check_network(
+    option: str, name: str, classes: int, size_px: int, *, shown_px: int | None = None
+) -> None:
     """Build it and run it without memory: what cannot work is told before anything is trained.
 
+    It is built for images of `size_px`, and shown some of `shown_px`, the same when left out.
     ValueError, naming `option`.
     """
+    shown_px = shown_px or size_px
     try:
         with torch.device("meta"):
             network = build_network(name, classes, size_px)
@@ -288,12 +298,13 @@ def check_network(option: str, name: str, classes: int, size_px: int) -> None:
         hint = " or a file of weights" if option == "--teacher" else ""
         raise ValueError(f"{option} {name}: {error}{hint}") from None
     try:
-        network(torch.empty(2, 3, size_px, size_px, device="meta"))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        network(torch.empty(2, 3, shown_px, shown_px, device="meta"))
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["it is made for one size"])[0]
+        way_out = "give a larger --image-size" if shown_px == size_px else "give another --scoring"
         raise ValueError(
-            f"{option} {name}: cannot take images of {size_px} px ({reason}): give a larger "
-            "--image-size or another network"
+            f"{option} {name}: cannot take images of {shown_px} px ({reason}): {way_out} or "
+            "another network"
         ) from None
 
 
@@ -341,7 +352,8 @@ def _say(plan: Plan, report: Report) -> None:
         f"{classes} classes; {plan.image_size} px, patches of {plan.patch_px} px"
     )
     kept_gib = label_gib(plan)
-    if kept_gib >= LARGE_LABELS_GIB and options.labels != "online":
+    stores = options.labels != "online" and options.targets == "soft"
+    if kept_gib >= LARGE_LABELS_GIB and stores:
         smaller = options.codec == "dense" and classes > 2 * options.top_k
         report.say(
             f"labels: {options.codec}, {kept_gib:.1f} GiB for each method, and as much again on "

@@ -95,7 +95,8 @@ def _headline(summary: Mapping[str, Any]) -> str:
         f"{data['classes']} classes, {settings['ipc']} image(s) per class as {settings['factor']}² "
         f"patches of {settings['patch_px']} px; {settings['image_size']} px; recipe "
         f"{settings['recipe']}; {settings['student_steps']} steps of every student; "
-        f"{settings['seeds']} student(s) per method. Accuracy in percent, of the last epoch, on "
+        f"{settings['seeds']} student(s) per method, "
+        f"{settings.get('targets', 'soft')} targets. Accuracy in percent, of the last epoch, on "
         f"all {data['validation_images']} validation images."
     )
 

@@ -102,7 +102,11 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
             skipped=skipped,
         )
         losses = {name: list(enumerate(_mean_losses(result))) for name, result in students.items()}
-        panels = {"students: KL to the teacher": losses}
+        learned = {
+            "soft": "KL to the teacher",
+            "hard": "cross-entropy, less that of CutMix's mixture",
+        }
+        panels = {f"students: {learned[job.plan.options.targets]}": losses}
         if summary["teacher"].get("losses"):
             teacher = list(enumerate(summary["teacher"]["losses"]))
             panels["teacher: cross-entropy"] = {"teacher": teacher}

@@ -46,6 +46,7 @@ OPTION_OF = {
     "student.views": "--student-precision",
     "student.precision": "--student-precision",
     "student.compile": "--student-compile",
+    "student.targets": "--targets",
     "student.size_px": "--image-size",
     "student.seed": "--seed",
     "student.device": "--device",

@@ -70,6 +70,8 @@ def make_summary(
             if value[0] is not None
         }
     samples = len(plan.class_names) * options.ipc * plan.factor**2
+    soft = options.targets == "soft"
+    stored = soft and options.labels != "online"
     return {
         "schema": SCHEMA,
         "accuracy": accuracy,
@@ -104,8 +106,9 @@ def make_summary(
             "start": options.start,
             "precision": plan.expand.precision,
             "backend": options.backend,
-            "labels": options.labels,
-            "codec": None if options.labels == "online" else options.codec,
+            "targets": options.targets,
+            "labels": options.labels if soft else None,
+            "codec": options.codec if stored else None,
             "top_k": options.top_k if options.codec == "topk" else None,
             "student": plan.student.network,
             "epochs": plan.student.epochs,

@@ -55,26 +55,29 @@ class Teacher:
         self.network = network.eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def logits(self, inputs_BCHW: Tensor, normalisation: Normalisation = IMAGENET) -> Tensor:
+    def logits(
+        self, inputs_BCHW: Tensor, normalisation: Normalisation = IMAGENET, *, native: bool = False
+    ) -> Tensor:
         """fp32 [B, K] for images normalised with the caller's `normalisation`.
 
-        Images of another size than the teacher's are resized (bilinear, antialiased).
+        Images of another size than the teacher's are resized (bilinear, antialiased), or with
+        `native` taken as they are, if the network can.
         """
         answers = []
         for part_BCHW in inputs_BCHW.split(FORWARD_BATCH[self.device.type]):
             images = self.normalisation.from_other(part_BCHW.to(self.device).float(), normalisation)
-            if images.shape[-2:] != (self.size_px, self.size_px):
+            if not native and images.shape[-2:] != (self.size_px, self.size_px):
                 size = (self.size_px, self.size_px)
                 images = interpolate(images, size, mode="bilinear", antialias=True)
             answers.append(self.network(images).float())
         logits_BK = torch.cat(answers)
         return logits_BK if self.columns is None else logits_BK[:, self.columns]
 
-    def logits_from_uint8(self, images_NHWC: Tensor) -> Tensor:
-        """fp32 [N, K] for uint8 images [N, H, W, 3]."""
+    def logits_from_uint8(self, images_NHWC: Tensor, *, native: bool = False) -> Tensor:
+        """fp32 [N, K] for uint8 images [N, H, W, 3]; `native` as of `logits`."""
         parts = images_NHWC.split(FORWARD_BATCH[self.device.type])
         own = self.normalisation
-        return torch.cat([self.logits(own.of_uint8(part), own) for part in parts])
+        return torch.cat([self.logits(own.of_uint8(part), own, native=native) for part in parts])
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says about it."""

@@ -1,0 +1,275 @@
+"""`engine coreset export`: opened again by the libraries that it is for, whole, and equal bytes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import pickletools
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from patchbloom.engine import exports, shards
+from patchbloom.engine.class_names import imagenet_names
+from patchbloom.engine.cli import main
+from patchbloom.engine.commands import ExportFormat
+from patchbloom.engine.coreset import Coreset, open_coreset, write_coreset
+from patchbloom.engine.dd_ranking import SUBSETS
+from patchbloom.engine.exports import export_coreset
+from patchbloom.engine.soft_labels import LabelBlock
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+EPOCHS, IPC, FACTOR, PATCH_PX = 3, 2, 2, 8
+EACH = IPC * FACTOR**2
+IMAGENET = imagenet_names()
+WOOF = tuple(sorted(tuple(IMAGENET)[index] for index in SUBSETS["ImageWoof"]))
+FORMATS: tuple[ExportFormat, ...] = ("imagefolder", "webdataset", "parquet", "ddranking")
+LOGITS = 4 * torch.randn(EPOCHS, 10 * EACH, 10, generator=torch.Generator().manual_seed(1))
+PATCHES = torch.randint(
+    0, 256, (10 * EACH, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
+LABELS = np.repeat(np.arange(10), EACH)
+
+
+def new_coreset(folder: Path, **changed: Any) -> Coreset:
+    """ImageWoof's ten classes: DD-Ranking numbers them in an order of its own."""
+    settings = {
+        "method": "rded",
+        "seed": 3,
+        "image_size_px": 16,
+        "factor": FACTOR,
+        "patch_px": PATCH_PX,
+        "ipc": IPC,
+    }
+    given = {
+        "patches_NHWC": PATCHES,
+        "labels_N": LABELS,
+        "class_ids": WOOF,
+        "class_names": tuple(IMAGENET[class_id] for class_id in WOOF),
+        "settings": settings,
+        "labels": LabelBlock(codec="dense", logits=LOGITS),
+        "provenance": {},
+    }
+    return write_coreset(folder, **{**given, **changed})
+
+
+@pytest.fixture(scope="module")
+def coreset(tmp_path_factory: pytest.TempPathFactory) -> Coreset:
+    """With dense labels; tests only read it."""
+    return new_coreset(tmp_path_factory.mktemp("given") / "coreset")
+
+
+@pytest.fixture(scope="module")
+def topk(tmp_path_factory: pytest.TempPathFactory) -> Coreset:
+    """The same with top-3 labels."""
+    labels = LabelBlock(codec="topk", logits=LOGITS, k=3)
+    return new_coreset(tmp_path_factory.mktemp("given") / "topk", labels=labels)
+
+
+def export(coreset: Coreset, to: ExportFormat, out: Path, **options: Any) -> dict[str, Any]:
+    named = {"dataset": "ImageWoof"} if to == "ddranking" else {}
+    return export_coreset(coreset, to, out, **named, **options)
+
+
+def sha256s(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_torchvision_opens_an_image_folder(coreset: Coreset, tmp_path: Path) -> None:
+    export(coreset, "imagefolder", tmp_path / "out")
+    images = ImageFolder(str(tmp_path / "out" / "train"))
+    assert tuple(images.classes) == WOOF
+    assert images.targets == LABELS.tolist()
+    for row, (picture, _) in enumerate(images):
+        np.testing.assert_array_equal(np.array(picture), PATCHES[row])
+    told = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert [entry["name"] for entry in told["classes"]] == list(coreset.class_names)
+    assert told["coreset"] == coreset.content_sha256
+    assert told["labels"] is None
+
+
+def test_webdataset_opens_shards(coreset: Coreset, topk: Coreset, tmp_path: Path) -> None:
+    import webdataset
+
+    shards.write_shards(coreset, coreset.soft_labels(), tmp_path, shard_bytes=60_000)
+    tars = sorted(str(path) for path in tmp_path.iterdir())
+    assert len(tars) > 2
+    assert all(Path(path).stat().st_size <= 60_000 for path in tars)
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8"))
+    assert [sample["cls"] for sample in samples] == LABELS.tolist()
+    for row, sample in enumerate(samples):
+        np.testing.assert_array_equal(sample["png"], PATCHES[row])
+        np.testing.assert_array_equal(sample["logits.npy"], LOGITS[:, row].half().numpy())
+        class_id = WOOF[LABELS[row]]
+        expected = {"class_id": class_id, "class_name": IMAGENET[class_id], "sample": row}
+        assert sample["json"] == expected
+    export(topk, "webdataset", tmp_path / "topk")
+    (path,) = (tmp_path / "topk").glob("*.tar")
+    kept = topk.soft_labels()
+    assert kept is not None
+    for row, sample in enumerate(webdataset.WebDataset(str(path), shardshuffle=False).decode()):
+        targets = [kept.targets(epoch, [row]) for epoch in range(EPOCHS)]
+        classes = [target.classes for target in targets if target.classes is not None]
+        probabilities = torch.cat([target.labels for target in targets])
+        np.testing.assert_array_equal(sample["probabilities.npy"], probabilities.numpy())
+        np.testing.assert_array_equal(sample["classes.npy"], torch.cat(classes).numpy())
+
+
+@pytest.mark.parametrize("codec", ["dense", "topk"])
+def test_hugging_face_datasets_opens_parquet(
+    coreset: Coreset, topk: Coreset, codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr("patchbloom.engine.parquet.GROUP_ROWS", 7)  # several groups, the last short
+    exported = coreset if codec == "dense" else topk
+    export(exported, "parquet", tmp_path / "out")
+    opened = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert list(opened) == ["train"]
+    rows = opened["train"]
+    assert rows.features["label"].names == list(WOOF)
+    assert rows["label"][:] == LABELS.tolist()
+    assert rows["sample"][:] == list(range(len(LABELS)))
+    labels = exported.soft_labels()
+    assert labels is not None
+    for number, row in enumerate(rows):
+        np.testing.assert_array_equal(np.array(row["image"]), PATCHES[number])
+        assert row["class_name"] == IMAGENET[WOOF[LABELS[number]]]
+        for name, expected in labels.every_epoch([number]).items():
+            np.testing.assert_array_equal(np.array(row[name], expected.dtype), expected[:, 0])
+
+
+def test_dd_ranking_is_given_what_it_documents(coreset: Coreset, tmp_path: Path) -> None:
+    """Its own steps: torch.load of images.pt, an ImageFolder of image_path, its class numbers."""
+    told = export(coreset, "ddranking", tmp_path / "out")
+    images = torch.load(tmp_path / "out" / "images.pt", map_location="cpu", weights_only=True)
+    labels = torch.load(tmp_path / "out" / "labels.pt", map_location="cpu", weights_only=True)
+    assert images.shape == (10 * IPC, 3, 16, 16)
+    assert images.dtype == torch.float32
+    assert labels.tolist() == [number for number in range(10) for _ in range(IPC)]
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+    folder = ImageFolder(str(tmp_path / "out" / "images"), transform)
+    assert folder.targets == labels.tolist()
+    assert torch.allclose(torch.stack([image for image, _ in folder]), images, atol=1e-6)
+    assert told["class_order"] == [tuple(IMAGENET)[index] for index in SUBSETS["ImageWoof"]]
+    first = WOOF.index(tuple(IMAGENET)[193]) * EACH  # the class that DD-Ranking calls 0
+    with Image.open(tmp_path / "out" / "images" / "00000" / "000001.png") as picture:
+        canvas = np.array(picture)
+    tiles = PATCHES[first + 4 : first + 8]  # of the second image
+    np.testing.assert_array_equal(canvas[:8, :8], tiles[0])
+    np.testing.assert_array_equal(canvas[8:, :8], tiles[2])
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_equal_coresets_make_equal_bytes_and_no_pickle(
+    coreset: Coreset, to: ExportFormat, tmp_path: Path
+) -> None:
+    first = export(coreset, to, tmp_path / "a")
+    export(new_coreset(tmp_path / "again", provenance={"time": 1}), to, tmp_path / "b")
+    assert sha256s(tmp_path / "a") == sha256s(tmp_path / "b")
+    assert first["files"] == len(sha256s(tmp_path / "a"))
+    told = json.loads((tmp_path / "a" / "export.json").read_text())
+    found = {
+        name: digest for name, digest in sha256s(tmp_path / "a").items() if name[-5:] != ".json"
+    }
+    assert {name: entry["sha256"] for name, entry in told["files"].items()} == found
+    pickled = [path.name for path in (tmp_path / "a").rglob("*") if zipfile.is_zipfile(path)]
+    assert sorted(pickled) == (["images.pt", "labels.pt"] if to == "ddranking" else [])
+    for name in pickled:  # of tensors alone
+        with zipfile.ZipFile(tmp_path / "a" / name) as archive:
+            stream = io.BytesIO(archive.read(f"{name.removesuffix('.pt')}/data.pkl"))
+        named = [
+            argument for code, argument, _ in pickletools.genops(stream) if code.name == "GLOBAL"
+        ]
+        assert all(name.split()[0] in ("torch._utils", "torch", "collections") for name in named)
+
+
+def test_an_export_is_whole_or_not_at_all(
+    coreset: Coreset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    export(coreset, "imagefolder", out)
+    before = sha256s(out)
+    with pytest.raises(ValueError, match="is not empty: choose another --out, or --overwrite"):
+        export(coreset, "webdataset", out)
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exports.shutil, "copyfile", full)
+        with pytest.raises(OSError, match="no space left for"):
+            export(coreset, "imagefolder", out, overwrite=True)
+    assert sha256s(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    export(coreset, "webdataset", out, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {"train-000000.tar", "export.json"}
+    (out / "mine.txt").write_text("keep me")
+    with pytest.raises(ValueError, match=r"mine\.txt is not part of an export"):
+        export(coreset, "imagefolder", out, overwrite=True)
+    assert (out / "mine.txt").read_text() == "keep me"
+
+
+def test_labels_can_be_left_out(coreset: Coreset, tmp_path: Path) -> None:
+    assert export(coreset, "webdataset", tmp_path / "with")["soft_labels"] == "dense"
+    assert export(coreset, "webdataset", tmp_path / "without", labels=False)["soft_labels"] is None
+    sizes = [next((tmp_path / name).glob("*.tar")).stat().st_size for name in ("without", "with")]
+    assert sizes[0] < sizes[1]
+    assert b".npy" not in next((tmp_path / "without").glob("*.tar")).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--to tfrecord --out OUT", "invalid choice 'tfrecord'"),
+        ("--to ddranking --out OUT", "--dataset None: expected DD-Ranking's name of the data set"),
+        ("--to ddranking --out OUT --dataset ImageNette", "expected the classes n01440764"),
+        ("--to ddranking --out OUT --dataset CIFAR100", "expected 100 classes, got 10"),
+        ("--to parquet --out OUT --dataset ImageNette", "--dataset is for --to ddranking"),
+        ("--to imagefolder --out IN/x", "lies in the coreset, which holds its own files only"),
+        ("--to imagefolder --out IN/..", "holds the coreset itself"),
+    ],
+)
+def test_unusable_input_is_one_line(
+    coreset: Coreset, words: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = words.replace("OUT", str(tmp_path / "out")).replace("IN", str(coreset.folder))
+    assert main(["coreset", "export", str(coreset.folder), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_parquet_without_pyarrow_says_what_to_install(
+    coreset: Coreset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(OSError, match=r"needs pyarrow.*pip install 'patchbloom\[parquet\]'"):
+        export(coreset, "parquet", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_exports_and_tells(
+    coreset: Coreset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = [str(coreset.folder), "--to", "webdataset", "--out", str(out), "--json"]
+    assert main(["coreset", "export", *words]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["samples"] == len(LABELS)
+    assert told["coreset"] == open_coreset(coreset.folder).content_sha256
+    assert (out / "train-000000.tar").is_file()
