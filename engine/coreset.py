@@ -5,7 +5,9 @@
     labels.safetensors           soft labels, see label_file.py
 
 Legend: N samples (patches), H and W patch size in pixels, C = 3, K classes, r factor.
-A sample is a row in class-sorted order: class 0's ipc·r² patches, then class 1's, and so on.
+A sample is a row in class-sorted order: class 0's ipc·r² patches, then class 1's, and so on. But
+for method t2i: its patches are whole images (r = 1), `generated` of a class, and its samples are
+`samples_per_class` showings of them and their variants.
 
 A coreset is written under a temporary name beside its place and renamed last, so an interrupted
 write leaves nothing that looks finished. Nothing is ever unpickled. PNG bytes are Pillow's at

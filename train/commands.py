@@ -21,8 +21,10 @@ from .coreset_options import StudentElsewhere, TrainVerify
 METHODS = ("dace", "rded", "random", "upsample", "t2i")
 GENERATED = ("t2i",)
 """Methods whose coreset holds images that a model made, and no patches of the data."""
+BY_MODEL = ("dace", "t2i")
+"""Methods that run a diffusion model."""
 STEPS = {"dace": 5, "t2i": 1}
-"""Scheduler steps of the methods that run a model, when nobody says how many."""
+"""Their scheduler steps, when nobody says how many."""
 MOST_T2I_STEPS = 4
 LabelChoice = Literal["stored", "online", "record"]
 CodecChoice = Literal["dense", "topk"]
@@ -202,18 +204,13 @@ class RunOptions:
             )
 
     def steps_of(self, method: str) -> int:
-        """Scheduler steps of `method`, which runs a model."""
+        """Scheduler steps of a method that runs a model."""
         return self.steps or STEPS[method]
 
     @property
     def generated(self) -> int | None:
         """Images per class that t2i generates; None where a budget decides it."""
         return None if self.budget_seconds is not None else self.ipc // (1 + self.variants)
-
-    @property
-    def run_model(self) -> bool:
-        """Whether a method runs a diffusion model."""
-        return any(method in STEPS for method in self.methods)
 
     @property
     def methods(self) -> tuple[str, ...]:

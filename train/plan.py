@@ -18,7 +18,7 @@ from ..engine.config import ExpandConfig
 from ..engine.images import ImageSet, check_same_classes, open_image_set
 from ..engine.prompts import class_prompts, unseen_classes
 from ..export.models import ModelSource, find_model
-from .commands import GENERATED, RunOptions
+from .commands import BY_MODEL, GENERATED, RunOptions
 from .config import RECIPES, Recipe, Scoring, StudentConfig, TeacherConfig
 from .networks import TORCHVISION, build_network
 from .record import Report
@@ -103,7 +103,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     """
     device = resolve_device(options.device)
     precision = options.precision or ("fp16" if device == "cuda" else "fp32")
-    if options.run_model:
+    if set(options.methods) & set(BY_MODEL):
         require_backend(options.backend, precision, device)
     data = data_folder(options.data, options.shapes_per_class, report)
     train, val = open_image_set(data, "train"), open_image_set(data, "val")
@@ -234,7 +234,7 @@ def data_folder(data: str, shapes_per_class: int, report: Report) -> Path:
 
 
 def _choose_model(options: RunOptions, device: str, report: Report) -> ModelSource | None:
-    if not options.run_model:
+    if not set(options.methods) & set(BY_MODEL):
         return None
     name = options.model
     if name is None:

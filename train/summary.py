@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..export.models import seen_classes
-from .commands import STEPS
+from .commands import BY_MODEL
 from .launch import read_launch
 from .plan import Plan
 
@@ -181,7 +181,7 @@ def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:
             notes.append(
                 f"{plan.model.name} was trained on images of {known} of these "
                 f"{len(plan.class_names)} classes: part of the gain of "
-                f"{' and '.join(m for m in plan.options.methods if m in STEPS)} here may be what "
+                f"{' and '.join(m for m in plan.options.methods if m in BY_MODEL)} here may be what "
                 "the model remembers of images that are not in the coreset."
             )
     return notes
