@@ -177,11 +177,11 @@ def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     seen = seen_classes(plan.model.folder) if plan.model is not None else None
     if plan.model is not None and seen is not None:
         known = sum(name in seen for name in plan.class_names)
+        by_model = " and ".join(m for m in plan.options.methods if m in BY_MODEL)
         if known:
             notes.append(
                 f"{plan.model.name} was trained on images of {known} of these "
-                f"{len(plan.class_names)} classes: part of the gain of "
-                f"{' and '.join(m for m in plan.options.methods if m in BY_MODEL)} here may be what "
-                "the model remembers of images that are not in the coreset."
+                f"{len(plan.class_names)} classes: part of the gain of {by_model} here may be "
+                "what the model remembers of images that are not in the coreset."
             )
     return notes
