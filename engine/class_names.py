@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from .class_texts import read_class_texts
+
 _WORDNET_ID = re.compile(r"[nvars]\d{8}")
 
 
@@ -60,30 +62,8 @@ def _shipped_or_folder_name(class_id: str) -> str:
 
 
 def _read_names(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"--class-names {path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"--class-names {path}: expected UTF-8 text") from None
-    if text.lstrip().startswith("{"):
-        try:
-            pairs = list(json.loads(text).items())
-        except ValueError as error:
-            raise ValueError(f"--class-names {path}: expected a JSON object ({error})") from None
-    else:
-        pairs = [_split_line(path, line) for line in text.splitlines() if line.strip()]
     names: dict[str, str] = {}
-    for class_id, name in pairs:
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"--class-names {path}: {class_id!r}: expected a name, got {name!r}")
-        if names.setdefault(class_id, name.strip()) != name.strip():
+    for class_id, name in read_class_texts("--class-names", path, "name"):
+        if names.setdefault(class_id, name) != name:
             raise ValueError(f"--class-names {path}: {class_id!r} is named twice")
     return names
-
-
-def _split_line(path: Path, line: str) -> tuple[str, str]:
-    parts = line.strip().split("\t", 1) if "\t" in line.strip() else line.strip().split(None, 1)
-    if len(parts) != 2:
-        raise ValueError(f"--class-names {path}: expected a line 'id name', got {line!r}")
-    return parts[0].strip(), parts[1].strip()

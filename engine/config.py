@@ -10,6 +10,8 @@ from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 
 Start = Literal["image", "noise"]
 Posterior = Literal["mean", "sample"]
+TEMPLATE = "A photo of a {name}"
+"""Of prompts; DACE's text-only ablation has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

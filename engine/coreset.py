@@ -5,7 +5,9 @@
     labels.safetensors           soft labels, see label_file.py
 
 Legend: N samples (patches), H and W patch size in pixels, C = 3, K classes, r factor.
-A sample is a row in class-sorted order: class 0's ipc·r² patches, then class 1's, and so on.
+A sample is a row in class-sorted order: class 0's ipc·r² patches, then class 1's, and so on. But
+for method t2i: its patches are whole images (r = 1), `generated` of a class, and its samples are
+`samples_per_class` showings of them and their variants.
 
 A coreset is written under a temporary name beside its place and renamed last, so an interrupted
 write leaves nothing that looks finished. Nothing is ever unpickled. PNG bytes are Pillow's at
@@ -79,7 +81,7 @@ class Coreset:
 
     @property
     def labels_N(self) -> Tensor:
-        """The class index of every sample, int64 [N], non-decreasing."""
+        """The class index of every patch, int64 [N], non-decreasing."""
         counts = torch.tensor([entry["patches"] for entry in self.manifest["classes"]])
         return torch.arange(len(counts)).repeat_interleave(counts)
 
@@ -162,7 +164,9 @@ def write_coreset(
     """Write a coreset folder and open it.
 
     patches_NHWC: uint8 [N, patch_px, patch_px, 3]; labels_N: class indices, non-decreasing, each
-    class ipc·r² times. `settings` must name method, seed, image_size_px, factor, patch_px and ipc.
+    class ipc·r² times, or `settings["generated"]` times where there is such a number: images that
+    were generated once and are augmented to ipc. `settings` must name method, seed, image_size_px,
+    factor, patch_px and ipc.
     `settings`, `model` and `teacher` are hashed: they hold no paths, times or host names, which
     belong into `provenance`.
 
@@ -268,12 +272,12 @@ def _check_arguments(
     check_class_ids(list(class_ids))
     if len(class_names) != len(class_ids):
         raise CoresetError(f"expected {len(class_ids)} class names, got {len(class_names)}")
-    each = settings["ipc"] * settings["factor"] ** 2
+    each = settings.get("generated", settings["ipc"] * settings["factor"] ** 2)
     expected = torch.arange(len(class_ids)).repeat_interleave(each)
     if not torch.equal(classes, expected) or len(patches) != len(expected):
         raise CoresetError(
-            f"labels: expected ipc·factor² = {each} rows of each of {len(class_ids)} classes, in "
-            f"class order; got {len(patches)} patches and labels "
+            f"labels: expected ipc·factor² (or generated) = {each} rows of each of "
+            f"{len(class_ids)} classes, in class order; got {len(patches)} patches and labels "
             f"{torch.bincount(classes.clamp_min(0)).tolist()[:8]}"
         )
     if labels is not None:

@@ -6,8 +6,9 @@ Legend: K classes, L tokens, D embedding width, P keys and values of one prompt 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch import Tensor
 from ..export.models import TOKENS, ModelParts, ModelSource, load_text_encoder, seen_classes
 from ..export.modules import PromptProjector, key_value_slots
 from ..kernels.noise import Draw, normal
+from .config import TEMPLATE
 
-TEMPLATE = "A photo of a {name}"
 CHUNK = 32  # prompts at a time: SDXL's second encoder keeps 33 states of 0.4 MB for each
 BANK_SHARE = 0.4
 """Of the free GPU memory, for keys and values: an engine's build and its activations need the rest.
@@ -40,11 +41,26 @@ class PromptBank:
     tokens: int
 
 
-def class_prompts(names: Sequence[str], template: str = TEMPLATE) -> tuple[str, ...]:
-    """Put each class name into the template; ValueError when it has no `{name}`."""
+def class_prompts(
+    names: Sequence[str],
+    template: str = TEMPLATE,
+    *,
+    class_ids: Sequence[str] = (),
+    own: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """A prompt per class: the template, or its `own` by class id; `{name}` in it is the class name.
+
+    `class_ids` go with `names`, and are needed where there are own prompts. ValueError: a template
+    without `{name}`, which would give all classes one prompt.
+    """
     if "{name}" not in template:
         raise ValueError(f"the prompt template must hold {{name}}, got {template!r}")
-    return tuple(template.replace("{name}", name) for name in names)
+    if not own:
+        return tuple(template.replace("{name}", name) for name in names)
+    return tuple(
+        own.get(class_id, template).replace("{name}", name)
+        for class_id, name in zip(class_ids, names, strict=True)
+    )
 
 
 def unseen_classes(model: ModelSource, names: Sequence[str]) -> tuple[str, ...]:
@@ -58,18 +74,18 @@ def encode_prompts(model: ModelSource, prompts: Sequence[str], *, device: str) -
     """Encode as SDXL does: penultimate states of both encoders, pooled states of the second.
 
     A model of random weights has no text encoders: its embeddings are normal numbers that depend on
-    the prompt alone.
+    the prompt alone. ValueError: a prompt that is longer than the model reads.
     """
     if model.weights == "random":
         return _random_text(model, prompts, device)
     states, pooled = [], []
     for part in ("text_encoder", "text_encoder_2"):
         tokenizer, encoder = load_text_encoder(model, part, device=device)
+        _require_short(tokenizer, prompts)
         tokens_KL = tokenizer(
             list(prompts),
             padding="max_length",
             max_length=tokenizer.model_max_length,
-            truncation=True,
             return_tensors="pt",
         ).input_ids.to(device)
         penultimate, pooled = [], []
@@ -79,6 +95,17 @@ def encode_prompts(model: ModelSource, prompts: Sequence[str], *, device: str) -
             pooled.append(output[0])
         states.append(torch.cat(penultimate))
     return TextEmbeddings(torch.cat(states, dim=-1), torch.cat(pooled))
+
+
+def _require_short(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """ValueError: what is cut off a prompt would be missing from the images without a word."""
+    most = tokenizer.model_max_length
+    for prompt, tokens in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+        if len(tokens) > most:
+            raise ValueError(
+                f"prompt {prompt!r}: expected {most} tokens at most, which the model reads, got "
+                f"{len(tokens)}: give a shorter one"
+            )
 
 
 def _random_text(model: ModelSource, prompts: Sequence[str], device: str) -> TextEmbeddings:

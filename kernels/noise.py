@@ -67,6 +67,7 @@ class Draw(IntEnum):
     SELECTION = 11
     PRIOR = 12
     REFRESH = 13
+    AUGMENTATION = 14
     ANCESTRAL = 64
     """Sampler step k draws with ANCESTRAL + k; nothing is reserved above."""
 

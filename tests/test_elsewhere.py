@@ -22,7 +22,7 @@ from patchbloom.train.views import make_views, pools
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
-METHODS = ("dace", "rded", "random", "upsample")
+METHODS = ("dace", "rded", "random", "upsample", "t2i")
 RUN = (
     *("--method", *METHODS, "--backend", "eager", "--no-ceiling", "--seeds", "2", "--seed", "3"),
     *("--recipe", "rded", "--factor", "2", "--image-size", "32", "--epochs", "3"),  # with CutMix

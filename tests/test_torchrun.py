@@ -30,7 +30,7 @@ TORCHRUN = Path(sys.executable).with_name("torchrun")
 PROBE = Path(__file__).with_name("torchrun_probe.py")
 IMAGES = 15  # of a class: 150 are three batches of the scorer, one for each of three ranks
 OPTIONS = (
-    *("--model", "sdxl-tiny", "--method", "dace", "random", "--backend", "eager"),
+    *("--model", "sdxl-tiny", "--method", "dace", "random", "t2i", "--backend", "eager"),
     *("--recipe", "rded", "--factor", "2", "--image-size", "32", "--steps", "2", "--rho", "0.5"),
     # 40 samples: five calls of the engine, and two forward passes of the teacher
     *("--engine-batch", "8", "--epochs", "4", "--teacher", "convnet-d3-w8"),
@@ -81,7 +81,7 @@ def trained(size: int, data: Path, folder: Path) -> dict[str, Any]:
 
 
 def names_in(out: Path) -> dict[str, str]:
-    folders = {"dace": "coreset", "random": "coreset-random"}
+    folders = {"dace": "coreset", "random": "coreset-random", "t2i": "coreset-t2i"}
     return {method: open_coreset(out / name).content_sha256 for method, name in folders.items()}
 
 
@@ -92,12 +92,12 @@ def errors(stderr: str) -> list[str]:
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_world_of_any_size_makes_the_same(size: int, data: Path, alone, tmp_path: Path) -> None:
     """Coresets with their labels, expansions, the teacher's answers, its accuracy, and students."""
-    assert alone["shared"].keys() == {"dace", "random"}
+    assert alone["shared"].keys() == {"dace", "random", "t2i"}
     assert alone["names"]["dace"] != alone["names"]["random"]
     together = trained(size, data, tmp_path)
     assert together["names"] == alone["names"]
     assert together["shared"] == alone["shared"]
-    assert len(alone["students"]) == 4
+    assert len(alone["students"]) == 6
     for name, (weights, told) in alone["students"].items():
         others, told_together = together["students"][name]
         assert told_together["losses"] == pytest.approx(told["losses"], rel=1e-2)
@@ -137,7 +137,7 @@ def test_a_killed_rank_ends_the_run_and_nothing_is_lost(
 
     monkeypatch.setattr(labels, "answer_pool", counted)
     assert cli.main(arguments) == 0
-    assert asked == [40] * 4  # of random, which the third pool of the second start began
+    assert asked == [40] * 8  # of random, which the third pool of the second start began, and t2i
     output = capsys.readouterr()
     assert names_in(out) == alone["names"]
     assert "labels-dace: done before" in output.err

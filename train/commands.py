@@ -7,12 +7,13 @@ chosen is said on stderr and written to RUN/summary.json.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from ..engine.config import Start
+from ..engine.config import TEMPLATE, Start
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import (
     Choice,
@@ -26,7 +27,14 @@ from .config import (
 from .coreset_options import StudentElsewhere, TrainVerify
 
 LEAST_REFRESH = 0.001
-METHODS = ("dace", "rded", "random", "upsample")
+METHODS = ("dace", "rded", "random", "upsample", "t2i")
+GENERATED = ("t2i",)
+"""Methods whose coreset holds images that a model made, and no patches of the data."""
+BY_MODEL = ("dace", "t2i")
+"""Methods that run a diffusion model."""
+STEPS = {"dace": 5, "t2i": 1}
+"""Their scheduler steps, when nobody says how many."""
+MOST_T2I_STEPS = 4
 LabelChoice = Literal["stored", "online", "record"]
 CodecChoice = Literal["dense", "topk"]
 
@@ -45,22 +53,38 @@ class RunOptions:
     backend: BackendName = "auto"
     """What runs the model; `auto` takes the fastest that works here and says which."""
     method: tuple[str, ...] = ("dace",)
-    """One or several of dace, rded, random, upsample; they share teacher, patches and recipe."""
+    """One or several of dace, rded, random, upsample, t2i; they share teacher, patches and
+    recipe."""
     ipc: int = 1
-    """Images per class; the coreset holds ipc · factor² patches of each."""
+    """Images per class; the coreset holds ipc · factor² patches of each, or, of t2i, ipc / (1 +
+    variants) generated images."""
     factor: int | None = None
     """r: patches are r times smaller than images. Left out: the recipe's, 2; of `rded` 1 for images
     of 64 px or less."""
     image_size: int | None = None
     """Side of rendered images and of what the networks see, in px. Left out: the recipe's."""
-    steps: int = 5
-    """Scheduler steps; an image takes int(steps · rho) evaluations of the UNet."""
+    steps: int | None = None
+    """Scheduler steps. Left out: 5 for dace, whose image takes int(steps · rho) evaluations of the
+    UNet, and 1 for t2i, which takes 4 at most."""
     rho: float = 0.8
     """Share of the noise schedule that is run, in (0, 1]; 1.0 still starts from the patch."""
     mixup: bool = True
     """Mix the latents of two patches of one class before the noise is added."""
     start: Start = "image"
     """`noise` starts from pure noise: patches, rho and mixup then play no part."""
+    prompt: str = TEMPLATE
+    """The model's prompt; {name} in it is the name of the class."""
+    prompts: Path | None = None
+    """Prompts of their own for some classes: a JSON object or lines "folder prompt". A class that
+    it leaves out has --prompt."""
+    variants: int = 0
+    """Augmented variants beside each generated image of t2i, anew in every epoch; published: 4."""
+    generate_size: int | None = None
+    """Side of t2i's images as the model makes them, in px; they are kept at the image size. Left
+    out: the size that the model was trained at."""
+    budget_seconds: float | None = None
+    """Generate for t2i as many images as fit into these seconds, whatever --ipc is: the epochs of
+    its students stay as long as those of --ipc."""
     precision: Precision | None = None
     """Of the model's weights. Left out: fp16 on cuda, fp32 on the CPU."""
     vae_precision: VaePrecision = "auto"
@@ -149,6 +173,7 @@ class RunOptions:
         for name in (
             *("ipc", "factor", "image_size", "steps", "engine_batch", "epochs", "teacher_epochs"),
             *("top_k", "seeds", "batch", "accumulate", "shapes_per_class", "candidates"),
+            "generate_size",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -159,11 +184,8 @@ class RunOptions:
             raise ValueError(f"--refresh {self.refresh:g}: expected {LEAST_REFRESH:g} to 1")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"--learning-rate {self.learning_rate:g}: expected more than 0")
-        if "dace" in self.methods and self.start == "image" and int(self.steps * self.rho) < 1:
-            raise ValueError(
-                f"--rho {self.rho:g} of --steps {self.steps} rounds to 0 evaluations: "
-                f"give --rho {1 / self.steps:g} or more, or more --steps"
-            )
+        self._check_steps()
+        self._check_generated()
         if self.labels == "online" and self.codec == "topk":
             raise ValueError(
                 "--labels online stores none, so --codec topk has no use: leave one of them out"
@@ -176,6 +198,47 @@ class RunOptions:
         check_seed(self.seed)
         if self.resume and self.overwrite:
             raise ValueError("--resume keeps what --overwrite removes: give one of them")
+
+    def _check_steps(self) -> None:
+        steps = self.steps_of("dace")
+        if "dace" in self.methods and self.start == "image" and int(steps * self.rho) < 1:
+            raise ValueError(
+                f"--rho {self.rho:g} of --steps {steps} rounds to 0 evaluations: "
+                f"give --rho {1 / steps:g} or more, or more --steps"
+            )
+        if "t2i" in self.methods and self.steps_of("t2i") > MOST_T2I_STEPS:
+            raise ValueError(
+                f"--steps {self.steps}: expected {MOST_T2I_STEPS} at most for t2i: leave it out "
+                "for 1, or give the methods runs of their own"
+            )
+
+    def _check_generated(self) -> None:
+        if "{name}" not in self.prompt:
+            raise ValueError(
+                f"--prompt {self.prompt!r}: expected {{name}} in it, where the name of the class "
+                "goes; --prompts gives single classes a prompt without"
+            )
+        if self.variants < 0:
+            raise ValueError(f"--variants {self.variants}: expected 0 or more")
+        if self.budget_seconds is not None and not 0 < self.budget_seconds < inf:
+            raise ValueError(
+                f"--budget-seconds {self.budget_seconds:g}: expected a number of seconds, more "
+                "than 0"
+            )
+        if "t2i" in self.methods and self.budget_seconds is None and self.ipc % (1 + self.variants):
+            raise ValueError(
+                f"--ipc {self.ipc}: expected a multiple of {1 + self.variants}, each generated "
+                f"image and its {self.variants} --variants: give another --ipc or --variants"
+            )
+
+    def steps_of(self, method: str) -> int:
+        """Scheduler steps of a method that runs a model."""
+        return self.steps or STEPS[method]
+
+    @property
+    def generated(self) -> int | None:
+        """Images per class that t2i generates; None where a budget decides it."""
+        return None if self.budget_seconds is not None else self.ipc // (1 + self.variants)
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """The stages' work: one teacher, a coreset per method, its labels, its students.
 
-All ranks of a world share the scoring of patches, the rendering, the labels, the students and the
-accuracy of a teacher that was brought along; rank 0 alone trains a teacher, whose bits name the
-coreset, and writes.
+All ranks of a world share the scoring of patches, the generation and the rendering of images, the
+labels, the students and the accuracy of a teacher that was brought along; rank 0 alone trains a
+teacher, whose bits name the coreset, and writes.
 
 RUN/teacher/, RUN/coreset/ of the primary method (dace, if it is among them, else the first) and
 RUN/coreset-METHOD/ of the others, RUN/students/METHOD-seedS.safetensors, RUN/pictures/.
@@ -20,8 +20,10 @@ from typing import Any
 from ..engine.coreset import Coreset, attach_labels, open_coreset, write_coreset
 from ..engine.manifest import CoresetError, canonical
 from ..engine.patches import PatchSelection, select_patches
+from .commands import GENERATED
 from .config import CHANGES_NO_RESULT
 from .evaluation import accuracies
+from .generated import Generated, generate, generation_settings, write_generated
 from .hard_labels import HardLabels
 from .labels import (
     Labels,
@@ -122,7 +124,8 @@ class Distillation:
             "--class-names": list(plan.class_names),
             "teacher": self.teacher_stage()["sha256"],
             **{f"--{name.replace('_', '-')}": value for name, value in self._sizes().items()},
-            **self._model_settings(),
+            **(self._model_settings() if "dace" in plan.options.methods else {}),
+            **(generation_settings(plan) if "t2i" in plan.options.methods else {}),
         }
         return self.run.stage("coreset", config, self._make_coresets, together=True)
 
@@ -142,29 +145,44 @@ class Distillation:
         }
 
     def _model_settings(self) -> dict[str, Any]:
-        model = describe_model(self.plan)
+        model = describe_model(self.plan, self.plan.expand)
         return {} if model is None else settings_by_option("model", model)
 
     def _make_coresets(self) -> StageResult:
+        methods = self.plan.options.methods
         kinds = {
             method: "random" if method == "random" else self.plan.options.select
-            for method in self.plan.options.methods
+            for method in methods
+            if method not in GENERATED
         }
+        generated = None
+        if "t2i" in methods:
+            generated = generate(self.plan, self.run.world, self.report)
         selections = {kind: self._select(kind) for kind in dict.fromkeys(kinds.values())}
-        return self._write_all(kinds, selections) if self.run.world.leads else StageResult({})
+        if not self.run.world.leads:
+            return StageResult({})
+        return self._write_all(kinds, selections, generated)
 
     def _write_all(
-        self, kinds: dict[str, str], selections: dict[str, PatchSelection]
+        self,
+        kinds: dict[str, str],
+        selections: dict[str, PatchSelection],
+        generated: Generated | None,
     ) -> StageResult:
         result: dict[str, Any] = {}
         outputs: list[Path] = []
-        for method, kind in kinds.items():
-            coreset = self._write(method, kind, selections[kind])
+        for method in self.plan.options.methods:
+            told: dict[str, Any] = {}
+            if method == "t2i" and generated is not None:
+                coreset, told = self._write_generated(generated), generated.describe()
+            else:
+                coreset = self._write(method, kinds[method], selections[kinds[method]])
             patches = {k: v for k, v in coreset.manifest["files"].items() if k.endswith(".png")}
             outputs += [coreset.folder / name for name in patches]
             result[method] = {
                 "patches_sha256": hashlib.sha256(canonical(patches)).hexdigest(),
                 "evals": coreset.manifest["model"]["evals"] if method == "dace" else 0,
+                **told,
             }
         shown = open_coreset(self.run.folder / "coreset", verify=False)
         write_picture(self.run.folder, "coreset", coreset_sheet(shown))
@@ -223,8 +241,8 @@ class Distillation:
                     {} if kind in ("random", "lowest-loss") else {"candidates": sizes["candidates"]}
                 ),
             },
-            model=describe_model(plan) if method == "dace" else None,
-            teacher={k: v for k, v in self.teacher_stage().items() if k != "losses"},
+            model=describe_model(plan, plan.expand) if method == "dace" else None,
+            teacher=self._described_teacher(),
             provenance={
                 **provenance(self.line, plan.device),
                 "patches": self._origins(selection),
@@ -232,6 +250,18 @@ class Distillation:
             },
             overwrite=True,  # of what a killed run left: the folder of a run is ours
         )
+
+    def _write_generated(self, generated: Generated) -> Coreset:
+        return write_generated(
+            self.plan,
+            generated,
+            self.coreset_folder("t2i"),
+            teacher=self._described_teacher(),
+            provenance=provenance(self.line, self.plan.device),
+        )
+
+    def _described_teacher(self) -> dict[str, Any]:
+        return {k: v for k, v in self.teacher_stage().items() if k != "losses"}
 
     def _origins(self, selection: PatchSelection) -> list[dict[str, Any]]:
         """Of every patch, in sample order: its image, where it was cut, and the teacher's loss."""

@@ -13,12 +13,13 @@ import torch
 from ..engine.backends import require_backend, resolve_device
 from ..engine.batches import fitting_batch
 from ..engine.class_names import display_names
+from ..engine.class_texts import read_prompts
 from ..engine.config import ExpandConfig
 from ..engine.images import ImageSet, check_same_classes, open_image_set
-from ..engine.prompts import unseen_classes
+from ..engine.prompts import class_prompts, unseen_classes
 from ..export.machine import cxx_compiler
 from ..export.models import ModelSource, Unavailable, find_model
-from .commands import RunOptions
+from .commands import BY_MODEL, GENERATED, RunOptions
 from .config import RECIPES, Recipe, Scoring, StudentConfig, TeacherConfig
 from .networks import TORCHVISION, build_network
 from .record import Report
@@ -53,6 +54,22 @@ class Plan:
     """torchvision:NAME or a file; None when the teacher is trained here."""
     student: StudentConfig
     expand: ExpandConfig
+    """How dace makes images of patches."""
+    generate: ExpandConfig
+    """How t2i makes images of nothing, one of each class at a time."""
+    own_prompts: dict[str, str]
+    """Of the classes in --prompts, by id."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The model's prompt for each class."""
+        template, ids = self.options.prompt, self.train.class_ids
+        return class_prompts(self.class_names, template, class_ids=ids, own=self.own_prompts)
+
+    @property
+    def samples_per_class(self) -> int:
+        """Images of a class that a student sees in an epoch, of every method."""
+        return self.options.ipc * self.factor**2
 
     @property
     def image_size(self) -> int:
@@ -87,28 +104,27 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     """
     device = resolve_device(options.device)
     precision = options.precision or ("fp16" if device == "cuda" else "fp32")
-    if "dace" in options.methods:
+    if set(options.methods) & set(BY_MODEL):
         require_backend(options.backend, precision, device)
     data = data_folder(options.data, options.shapes_per_class, report)
     train, val = open_image_set(data, "train"), open_image_set(data, "val")
     check_same_classes(train, val)
     class_names = display_names(train.class_ids, options.class_names)
+    own_prompts = read_prompts(options.prompts, train.class_ids)
     model = _choose_model(options, device, report)
     recipe = _choose_recipe(options, device, model, report)
     image_size = options.image_size or _native_px(model, recipe) or recipe.image_size
     factor = options.factor or recipe.factor_for(image_size)
-    if model is not None and image_size % model.vae_factor():
-        raise ValueError(
-            f"--image-size {image_size}: expected a multiple of {model.vae_factor()}, by which "
-            f"the VAE of {model.name} makes images smaller"
-        )
+    generate_size = options.generate_size or (image_size if model is None else model.trained_px())
+    if model is not None:
+        _check_rendered(model, options.methods, image_size, generate_size)
     if image_size % factor:
         raise ValueError(
             f"--factor {factor}: expected a divisor of the image size, {image_size} px: "
             "patches are image size / factor wide"
         )
     _check_labels(options, len(train.class_ids))
-    check_images_per_class(train, options.ipc * factor**2)
+    check_images_per_class(train, images_needed(options, factor))
     student = recipe.student_for(
         ipc=options.ipc, factor=factor, classes=len(train.class_ids), network=options.student
     )
@@ -127,6 +143,21 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         shown_px = image_size // factor
         classes = len(train.class_ids)
         check_network("--teacher", teacher_network, classes, image_size, shown_px=shown_px)
+    expand = ExpandConfig(
+        size_px=image_size,
+        steps=options.steps_of("dace"),
+        rho=options.rho,
+        mixup=options.mixup,
+        start=options.start,
+        seed=options.seed,
+        precision=precision,
+        vae_precision=options.vae_precision,
+        batch=engine_batch,
+        backend=options.backend,
+        device=device,
+        images_per_prompt=together_in_engine(group, engine_batch, options.refresh),
+        bundles=options.bundles and options.bundles.expanduser(),
+    )
     plan = Plan(
         options=options,
         train=train,
@@ -163,21 +194,17 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             seed=options.seed,
             device=device,
         ),
-        expand=ExpandConfig(
-            size_px=image_size,
-            steps=options.steps,
-            rho=options.rho,
-            mixup=options.mixup,
-            start=options.start,
-            seed=options.seed,
-            precision=precision,
-            vae_precision=options.vae_precision,
-            batch=engine_batch,
-            backend=options.backend,
-            device=device,
-            images_per_prompt=together_in_engine(group, engine_batch, options.refresh),
-            bundles=options.bundles and options.bundles.expanduser(),
+        expand=expand,
+        generate=replace(
+            expand,
+            size_px=generate_size,
+            steps=options.steps_of("t2i"),
+            start="noise",
+            mixup=False,
+            batch=options.engine_batch or fitting_batch(len(train.class_ids)),
+            images_per_prompt=1,
         ),
+        own_prompts=own_prompts,
     )
     _say(plan, report)
     return plan
@@ -238,7 +265,7 @@ def data_folder(data: str, shapes_per_class: int, report: Report) -> Path:
 
 
 def _choose_model(options: RunOptions, device: str, report: Report) -> ModelSource | None:
-    if "dace" not in options.methods:
+    if not set(options.methods) & set(BY_MODEL):
         return None
     name = options.model
     if name is None:
@@ -315,6 +342,24 @@ def _native_px(model: ModelSource | None, recipe: Recipe) -> int | None:
     return model.trained_px()
 
 
+def _check_rendered(
+    model: ModelSource, methods: tuple[str, ...], image_size: int, generate_size: int
+) -> None:
+    """ValueError for a size that the model cannot make."""
+    made = {"dace": ("--image-size", image_size), "t2i": ("--generate-size", generate_size)}
+    for option, size_px in (made[method] for method in methods if method in made):
+        if size_px % model.vae_factor():
+            raise ValueError(
+                f"{option} {size_px}: expected a multiple of {model.vae_factor()}, by which "
+                f"the VAE of {model.name} makes images smaller"
+            )
+
+
+def images_needed(options: RunOptions, factor: int) -> int:
+    """Training images of a class that the methods take patches of."""
+    return options.ipc * factor**2 if set(options.methods) - set(GENERATED) else 0
+
+
 def check_images_per_class(train: ImageSet, needed: int) -> None:
     """ValueError when a class has fewer than `needed` images: a patch is taken of each."""
     counts = [int((train.labels == index).sum()) for index in range(len(train.class_ids))]
@@ -362,9 +407,27 @@ def _say(plan: Plan, report: Report) -> None:
         )
     if plan.model is None:
         return
+    if plan.own_prompts:
+        report.say(
+            f"prompts: {len(plan.own_prompts)} of {classes} classes have their own, the others "
+            f"{options.prompt!r}"
+        )
+    if "t2i" in options.methods:
+        report.say(_said_of_t2i(plan))
     unseen = unseen_classes(plan.model, plan.class_names)
     if unseen:
         report.say(
             f"warning: {plan.model.name} has never seen {len(unseen)} of the classes, "
             f"first {unseen[0]!r}: its images of them may not help; `train prior` makes a model"
         )
+
+
+def _said_of_t2i(plan: Plan) -> str:
+    options, generate = plan.options, plan.generate
+    fitting = f"as many as fit into {options.budget_seconds or 0:g} s"
+    count = fitting if options.generated is None else str(options.generated)
+    shown = f", each and {options.variants} variants" if options.variants else ""
+    return (
+        f"t2i: images per class: {count}, made at {generate.size_px} px in {generate.steps} "
+        f"step(s), kept at {plan.image_size} px{shown}"
+    )

@@ -11,7 +11,7 @@ import torch
 
 from ..engine.config import ExpandConfig
 from ..engine.coreset import Coreset
-from ..engine.prompts import TEMPLATE, class_prompts
+from ..engine.prompts import class_prompts
 from ..engine.schedule import make_schedule
 from ..engine.turbo import Expander
 from ..export.models import (
@@ -20,7 +20,15 @@ from ..export.models import (
     weights_bytes,
     weights_sha256,
 )
-from .methods import DealtSource, Expansions, ImageSource, Mosaics, RealImages, UpsampledPatches
+from .methods import (
+    DealtSource,
+    Expansions,
+    GeneratedImages,
+    ImageSource,
+    Mosaics,
+    RealImages,
+    UpsampledPatches,
+)
 from .plan import Plan
 from .pool_rendering import SharedImages
 from .refresh import Refreshed
@@ -75,7 +83,9 @@ def open_coreset_source(
     if method == "dace":
         if model is None or expand is None:
             raise ValueError("method dace: expected a model and its settings, got none")
-        prompts_K = class_prompts(coreset.class_names, coreset.manifest["model"]["prompt"])
+        named = coreset.manifest["model"]
+        ids, own = coreset.class_ids, named.get("prompts")
+        prompts_K = class_prompts(coreset.class_names, named["prompt"], class_ids=ids, own=own)
         expander = world.in_turn(
             lambda: Expander(
                 model,
@@ -100,6 +110,15 @@ def open_coreset_source(
             seed=settings["seed"],
         )
         return
+    if method == "t2i":
+        yield GeneratedImages(
+            images_NHWC=patches_NHWC,
+            class_ids=coreset.class_ids,
+            samples_per_class=settings["samples_per_class"],
+            variants=settings["variants"],
+            seed=settings["seed"],
+        )
+        return
     yield UpsampledPatches(
         method=method,
         patches_NHWC=patches_NHWC,
@@ -109,11 +128,14 @@ def open_coreset_source(
     )
 
 
-def describe_model(plan: Plan) -> dict[str, Any] | None:
-    """What of the model names the images, for a manifest; None when nothing renders with one."""
-    if plan.model is None:
+def describe_model(plan: Plan, expand: ExpandConfig) -> dict[str, Any] | None:
+    """What of the model names the images, for a manifest; None when nothing runs one.
+
+    `expand` is how it is used: the plan's `expand` or `generate`.
+    """
+    model = plan.model
+    if model is None:
         return None
-    model, expand = plan.model, plan.expand
     schedule = make_schedule(
         model.scheduler_config(), steps=expand.steps, rho=expand.rho, start=expand.start
     )
@@ -125,7 +147,8 @@ def describe_model(plan: Plan) -> dict[str, Any] | None:
         "weights_bytes": weights_bytes(model),
         "vae": model.vae_name or "model's own",
         "scheduler": model.scheduler_config().get("_class_name"),
-        "prompt": TEMPLATE,
+        "prompt": plan.options.prompt,
+        **({"prompts": plan.own_prompts} if plan.own_prompts else {}),
         "start": expand.start,
         "steps": expand.steps,
         "rho": expand.rho if from_patch else None,

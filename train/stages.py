@@ -51,18 +51,27 @@ OPTION_OF = {
     "student.seed": "--seed",
     "student.device": "--device",
     "model.name": "--model",
+    "model.prompt": "--prompt",
+    "model.prompts": "--prompts",
     "model.start": "--start",
     "model.steps": "--steps",
     "model.rho": "--rho",
     "model.mixup": "--mixup",
     "model.precision": "--precision",
     "model.vae_precision": "--vae-precision",
+    "t2i.name": "--model",
+    "t2i.prompt": "--prompt",
+    "t2i.prompts": "--prompts",
+    "t2i.steps": "t2i's --steps",
+    "t2i.generate_size": "--generate-size",
+    "t2i.precision": "--precision",
+    "t2i.vae_precision": "--vae-precision",
 }
 """Settings that an option decides; the others follow from --recipe and from these."""
 _OURS = re.compile(
     r"(run|config|environment|summary)\.json|log\.jsonl|report\.html|stages|teacher|students|"
     r"pictures|tensorboard|"
-    r"coreset(-[a-z]+)?|\.coreset.*|.*\.partial"
+    r"coreset(-[a-z0-9]+)?|\.coreset.*|.*\.partial"
 )
 
 

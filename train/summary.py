@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..export.models import seen_classes
+from .commands import BY_MODEL
 from .launch import read_launch
 from .plan import Plan
 
@@ -100,7 +101,10 @@ def make_summary(
             "patch_px": plan.patch_px,
             "image_size": plan.image_size,
             "model": plan.model.name if plan.model is not None else None,
-            "steps": options.steps,
+            "steps": plan.expand.steps,
+            "prompt": options.prompt,
+            "prompts": plan.own_prompts or None,
+            "t2i": _generation(plan),
             "rho": options.rho if options.start == "image" else None,
             "mixup": options.mixup and options.start == "image",
             "start": options.start,
@@ -119,7 +123,7 @@ def make_summary(
             "seed": options.seed,
             "seeds": options.seeds,
         },
-        "notes": _notes(plan),
+        "notes": _notes(plan, coresets),
         "provenance": provenance(command, plan.device),
     }
 
@@ -149,18 +153,38 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _notes(plan: Plan) -> list[str]:
+def _generation(plan: Plan) -> dict[str, Any] | None:
+    """How t2i makes and varies its images; None where it is not asked for."""
+    if "t2i" not in plan.options.methods:
+        return None
+    return {
+        "steps": plan.generate.steps,
+        "generate_size": plan.generate.size_px,
+        "variants": plan.options.variants,
+        "budget_seconds": plan.options.budget_seconds,
+    }
+
+
+def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     notes = [
         "One recipe and one number of student steps for all methods; accuracies are of the last "
         "epoch, never of the best."
     ]
+    if "t2i" in coresets:
+        made, variants = coresets["t2i"], plan.options.variants
+        notes.append(
+            f"t2i: {made['generated']} generated images per class, each with {variants} variants: "
+            f"IPC {made['generated'] * (1 + variants)}. {plan.generate.steps} evaluation(s) made "
+            f"each of them, once, at {made['images_per_s']:.1f} images/s; its epochs take none."
+        )
     seen = seen_classes(plan.model.folder) if plan.model is not None else None
     if plan.model is not None and seen is not None:
         known = sum(name in seen for name in plan.class_names)
+        by_model = " and ".join(m for m in plan.options.methods if m in BY_MODEL)
         if known:
             notes.append(
                 f"{plan.model.name} was trained on images of {known} of these "
-                f"{len(plan.class_names)} classes: part of dace's gain here may be what the model "
-                "remembers of images that are not in the coreset."
+                f"{len(plan.class_names)} classes: part of the gain of {by_model} here may be "
+                "what the model remembers of images that are not in the coreset."
             )
     return notes

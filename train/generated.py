@@ -1,0 +1,208 @@
+"""Method t2i: the images of every class, generated once from pure noise and a prompt.
+
+After generative dataset distillation (Su et al. 2024, arXiv 2408.08610): SDXL-Turbo from a prompt
+with the class name, one step (1 to 4), no guidance, at the model's own size, then resized (bicubic,
+antialiased) and kept as 8-bit pixels in the coreset. There IPC is generated × augmented: of N
+images as they are and V variants of each (augmentation.py), N · (1 + V).
+
+A round is one image of each class; round g has the noise of (seed, sample = class index, epoch =
+g), and always the same calls of the engine. So the first images of a class are the same, bit for
+bit, however many follow, and an image that a budget paid for can be had again by its number. A
+budget counts the seconds of the rounds alone, on rank 0's clock: what came before, a model that is
+loaded or an engine that is built, is not generation.
+
+Legend: K classes, G images of each, B images of some classes, S side in px of what is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..engine.coreset import Coreset, write_coreset
+from ..engine.turbo import Expander
+from .methods import Expansions, ImageSource
+from .pictures import as_uint8
+from .plan import Plan
+from .pool_rendering import SharedImages
+from .record import Report
+from .sources import describe_model
+from .stages import settings_by_option
+from .world import World
+
+OF_NO_IMAGE_FROM_NOISE = ("rho", "mixup", "posterior", "weights_bytes")
+"""In a model's description: what plays no part, and what a student of stored images needs not."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What the model made."""
+
+    images_NHWC: Tensor
+    """uint8 [K·G, S, S, 3], class after class, in the order of the rounds; on the CPU."""
+    per_class: int
+    """G."""
+    seconds: float
+    """Of the rounds."""
+
+    def describe(self) -> dict[str, Any]:
+        """For the stage's result: how many there are of a class, and how fast they were made."""
+        rate = len(self.images_NHWC) / max(self.seconds, 1e-9)
+        seconds = round(self.seconds, 3)
+        return {"generated": self.per_class, "seconds": seconds, "images_per_s": round(rate, 3)}
+
+
+def generate(plan: Plan, world: World, report: Report) -> Generated:
+    """Make what the options ask for: a number of images, or as many as a budget allows.
+
+    All ranks of `world` call it and share the calls. ValueError: a budget in which not one image of
+    each class was made, or networks that overflow.
+    """
+    with _generator(plan, world) as source:
+        return generate_rounds(
+            source,
+            count=plan.options.generated,
+            budget_s=plan.options.budget_seconds,
+            size_px=plan.image_size,
+            together=plan.generate.batch * world.size,
+            world=world,
+            report=report,
+        )
+
+
+def generate_rounds(
+    source: ImageSource,
+    *,
+    count: int | None,
+    budget_s: float | None,
+    size_px: int,
+    together: int,
+    world: World,
+    report: Report,
+) -> Generated:
+    """Rounds of `source`, whose samples are the classes: `count`, or what fits into `budget_s`.
+
+    One of the two is None. A budget begins a round when it would end in time, were it as long as
+    the last. `together`: images that are held at their full size, a whole number of engine calls.
+    Raises as `generate` does.
+    """
+    classes_K, rounds_KSSC = torch.arange(source.samples), list[Tensor]()
+    began, ended_s, goes_on = time.monotonic(), [0.0], True
+    while goes_on:
+        images = [
+            _kept(source.render(classes_B, len(rounds_KSSC)), size_px)
+            for classes_B in classes_K.split(together)
+        ]
+        rounds_KSSC.append(torch.cat(images))
+        ended_s.append(time.monotonic() - began)
+        if budget_s is None:
+            goes_on = len(rounds_KSSC) != count
+            report.progress("t2i", len(rounds_KSSC), count or 1, "images per class")
+        else:
+            goes_on = world.once(lambda budget_s=budget_s: _fits_another(ended_s, budget_s))
+            note = f"{len(rounds_KSSC)} images per class"
+            report.progress("t2i", min(ended_s[-1], budget_s), budget_s, "s", note)
+    images_NSSC = torch.stack(rounds_KSSC, dim=1).flatten(0, 1)
+    return Generated(images_NSSC, len(rounds_KSSC), ended_s[-1])
+
+
+def _fits_another(ended_s: list[float], budget_s: float) -> bool:
+    """Whether a round like the last would end in the budget; `ended_s` begins with 0."""
+    if len(ended_s) == 2 and ended_s[1] > budget_s:
+        raise ValueError(
+            f"--budget-seconds {budget_s:g}: one image of each class takes {ended_s[1]:.3g} s: "
+            "give more seconds, fewer --steps or a smaller --generate-size"
+        )
+    return 2 * ended_s[-1] - ended_s[-2] <= budget_s
+
+
+def _kept(images_BCHW: Tensor, size_px: int) -> Tensor:
+    """fp32 in [-1, 1], of any size → uint8 [B, S, S, 3] on the CPU."""
+    if images_BCHW.shape[-1] != size_px:
+        images_BCHW = interpolate(
+            images_BCHW, (size_px, size_px), mode="bicubic", antialias=True, align_corners=False
+        )
+    return torch.from_numpy(as_uint8(images_BCHW))
+
+
+@contextmanager
+def _generator(plan: Plan, world: World) -> Iterator[ImageSource]:
+    """Images of (class index, round), shared by the ranks. Frees the model at the end."""
+    model, classes_K = plan.model, torch.arange(len(plan.class_names))
+    if model is None:
+        raise ValueError("method t2i: expected a model, got none")
+    expander = world.in_turn(
+        lambda: Expander(
+            model, plan.generate, patches_NHWC=None, labels_N=classes_K, prompts_K=plan.prompts
+        )
+    )
+    class_ids = plan.train.class_ids
+    own = Expansions(expander=expander, labels_N=classes_K, class_ids=class_ids)
+    try:
+        yield own if world.size == 1 else SharedImages(own, world)
+    finally:
+        expander.close()
+
+
+def write_generated(
+    plan: Plan,
+    generated: Generated,
+    folder: Path,
+    *,
+    teacher: dict[str, Any],
+    provenance: dict[str, Any],
+) -> Coreset:
+    """Write the coreset of t2i, in place of what a killed run left: its patches are whole images.
+
+    The number of images names the content, and not what decided it: a budget is provenance.
+    """
+    count, variants = generated.per_class, plan.options.variants
+    return write_coreset(
+        folder,
+        patches_NHWC=generated.images_NHWC,
+        labels_N=torch.arange(len(plan.class_names)).repeat_interleave(count),
+        class_ids=plan.train.class_ids,
+        class_names=plan.class_names,
+        settings={
+            "method": "t2i",
+            "seed": plan.options.seed,
+            "image_size_px": plan.image_size,
+            "factor": 1,
+            "patch_px": plan.image_size,
+            "ipc": count * (1 + variants),
+            "generated": count,
+            "variants": variants,
+            "samples_per_class": plan.samples_per_class,
+            "data_sha256": plan.data_sha256,
+            "generator": _described(plan),
+        },
+        teacher=teacher,
+        provenance={
+            **provenance,
+            "generation": {"budget_s": plan.options.budget_seconds, **generated.describe()},
+        },
+        overwrite=True,
+    )
+
+
+def generation_settings(plan: Plan) -> dict[str, Any]:
+    """All that decides how many images are generated, and which: for the stage's config."""
+    options = plan.options
+    described = settings_by_option("t2i", _described(plan))
+    kept = {"--budget-seconds": options.budget_seconds, "--variants": options.variants}
+    return {**kept, **described}
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    """What of the model names the generated images; plain JSON without paths."""
+    described = describe_model(plan, plan.generate) or {}
+    kept = {key: described[key] for key in described if key not in OF_NO_IMAGE_FROM_NOISE}
+    return {**kept, "generate_size": plan.generate.size_px}
