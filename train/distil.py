@@ -194,7 +194,7 @@ class Distillation:
         asked, diversity = None, None
         if teacher is not None:
             asked, diversity = patch_teacher(
-                teacher, kind, plan.scoring, plan.patch_px, plan.options.candidates
+                teacher, plan.options.select, plan.scoring, plan.patch_px, plan.options.candidates
             )
         return select_patches(
             plan.train,
