@@ -67,6 +67,9 @@ class Draw(IntEnum):
     SELECTION = 11
     PRIOR = 12
     REFRESH = 13
+    LATIN = 15
+    FEATURES = 16
+    NOISED = 17
     ANCESTRAL = 64
     """Sampler step k draws with ANCESTRAL + k; nothing is reserved above."""
 
