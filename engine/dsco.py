@@ -1,8 +1,8 @@
 """Method dsco's images: plain text-to-image sampling but for its noise, which is optimised.
 
-The images of a class depend on the seed, the class, the other images of the class and the real ones,
-and up to rounding on nothing else. So whole groups of classes, each the work of one engine batch or
-more, can be made apart and in any order.
+The images of a class depend on the seed, the class, the other images of the class and the real
+ones, and up to rounding on nothing else. So whole groups of classes, each the work of one engine
+batch or more, can be made apart and in any order.
 
 Legend: N images of one class, M of all classes of a group, F features, C h w of a latent.
 """
@@ -164,5 +164,6 @@ class NoiseOptimiser:
             noise_MCHW = normal(self.seed, Draw.ANCESTRAL + step, samples_M, 1, shape)
             state_MCHW = self._stepwise.mean(state_MCHW, classes_M, step)
             state_MCHW += self._schedule.sigmas_up[step] * noise_MCHW
-            statistics.append(channel_statistics(state_MCHW * self._schedule.model_scales[step + 1]))
+            x_MCHW = state_MCHW * self._schedule.model_scales[step + 1]
+            statistics.append(channel_statistics(x_MCHW))
         return statistics

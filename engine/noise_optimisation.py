@@ -109,8 +109,9 @@ def optimise_noise(
         return match(x_NCHW) + norm_loss(noise_NCHW)
 
     # cuDNN's choice among its algorithms would not be the same twice.
-    with torch.enable_grad(), torch.backends.cudnn.flags(
-        benchmark=False, deterministic=True, allow_tf32=False
+    with (
+        torch.enable_grad(),
+        torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False),
     ):
         first = float(loss().detach())
         for _ in range(config.iterations):

@@ -66,9 +66,7 @@ class LatentFeatures:
         x = latents_BCHW
         for layer in self._layers:
             x = leaky_relu(
-                conv2d(
-                    x, layer.weight, layer.bias, layer.stride, padding=1, groups=layer.groups
-                )
+                conv2d(x, layer.weight, layer.bias, layer.stride, padding=1, groups=layer.groups)
             )
         return x.mean((2, 3))
 
@@ -86,8 +84,8 @@ def _weights(
 def bin_means(values_RF: Tensor, bins: int, weights_RF: Tensor | None = None) -> Tensor:
     """Per column, the means of `bins` parts of equal weight of the sorted values: fp32 [bins, F].
 
-    A value at a border is split, so any number of rows has any number of parts. Without `weights_RF`
-    every row counts 1; the columns' sums of weights are equal. Computed in float64.
+    A value at a border is split, so any number of rows has any number of parts. Without
+    `weights_RF` every row counts 1. Computed in float64.
     """
     parts = []
     for first in range(0, values_RF.shape[1], COLUMNS):
@@ -116,9 +114,9 @@ class Pivots:
     """Bin means of a stream of feature rows, in the memory of 2·R rows whatever its length.
 
     Full, the R rows of the buffer join R earlier values per feature, of equal weight, and are
-    reduced to R bin means again. Up to 2·R rows in all the answer is exact. Beyond, with M rows, the
-    mean of each feature is still exact, and the values that a pivot averages have ranks that are
-    off by at most (M + R) / (2·R²) of all: a reduction moves no value by more than one of R bins.
+    reduced to R bin means again. Up to 2·R rows in all the answer is exact. Beyond, with M rows,
+    the mean of each feature is still exact, and the values that a pivot averages have ranks that
+    are off by at most (M + R) / (2·R²) of all: a reduction moves none by more than one of R bins.
     """
 
     def __init__(self, rows: int, columns: int = FEATURES, device: str | torch.device = "cpu"):

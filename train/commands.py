@@ -12,12 +12,16 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from ..engine.config import Start
+from ..engine.config import DscoConfig, Start
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import PriorConfig, RecipeName, Scoring, StudentPrecision
 from .coreset_options import StudentElsewhere, TrainVerify
 
-METHODS = ("dace", "rded", "random", "upsample")
+METHODS = ("dace", "rded", "random", "upsample", "dsco")
+GENERATED = ("dsco",)
+"""Methods whose coreset holds images that a model made, and no patches of the data."""
+BY_MODEL = ("dace", "dsco")
+"""Methods that run a diffusion model."""
 LabelChoice = Literal["stored", "online", "record"]
 CodecChoice = Literal["dense", "topk"]
 
@@ -36,9 +40,10 @@ class RunOptions:
     backend: BackendName = "auto"
     """What runs the model; `auto` takes the fastest that works here and says which."""
     method: tuple[str, ...] = ("dace",)
-    """One or several of dace, rded, random, upsample; they share teacher, patches and recipe."""
+    """One or several of dace, rded, random, upsample, dsco; they share teacher, patches and
+    recipe."""
     ipc: int = 1
-    """Images per class; the coreset holds ipc · factor² patches of each."""
+    """Images per class; the coreset holds ipc · factor² patches of each, or ipc images of dsco."""
     factor: int | None = None
     """r: patches are r times smaller than images. Left out: the recipe's, 2."""
     image_size: int | None = None
@@ -102,6 +107,11 @@ class RunOptions:
     refresh: float = 1.0
     """Share of the patches that dace expands anew in an epoch; the others are shown again, with new
     crops. Less than 1 is lossy."""
+    dsco: DscoConfig = field(default_factory=DscoConfig)
+    """Method dsco: how the noise of its images is optimised."""
+    dope: int = 0
+    """Real images per class that are added to every coreset: those that a student of the coreset is
+    least sure of. They are kept whole, and shown factor² times an epoch."""
     ceiling: bool = True
     """Also train students on fresh real images: the ceiling that the methods are measured by."""
     class_names: Path | None = None
@@ -132,6 +142,13 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        if self.dope < 0:
+            raise ValueError(f"--dope {self.dope}: expected 0 or more")
+        if "dsco" in self.methods and self.steps < 2:
+            raise ValueError(
+                f"--steps {self.steps}: expected 2 or more for dsco, which optimises the noise of "
+                "every step but the last"
+            )
         if not 0 < self.rho <= 1:
             raise ValueError(f"--rho {self.rho:g}: expected more than 0, and 1 at most")
         if not 0 < self.refresh <= 1:

@@ -1,11 +1,12 @@
 """The stages' work: one teacher, a coreset per method, its labels, its students.
 
-All ranks of a world share the scoring of patches, the rendering, the labels, the students and the
-accuracy of a teacher that was brought along; rank 0 alone trains a teacher, whose bits name the
-coreset, and writes.
+All ranks of a world share the scoring of patches, the making of images, the rendering, the labels,
+the students and the accuracy of a teacher that was brought along; rank 0 alone trains a teacher,
+whose bits name the coreset, and writes.
 
 RUN/teacher/, RUN/coreset/ of the primary method (dace, if it is among them, else the first) and
-RUN/coreset-METHOD/ of the others, RUN/students/METHOD-seedS.safetensors, RUN/pictures/.
+RUN/coreset-METHOD/ of the others, with --dope the same with -doped beside them, of which the
+students are; RUN/students/METHOD-seedS.safetensors, RUN/pictures/.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.coreset import Coreset, attach_labels, open_coreset, write_coreset
-from ..engine.manifest import CoresetError, canonical
+from ..engine.manifest import DOPED, CoresetError, canonical
 from ..engine.patches import PatchSelection, select_patches
+from .commands import GENERATED
 from .config import CHANGES_NO_RESULT
+from .doping import dope
+from .dsco import Optimised, discard_parts, dsco_settings, optimise_images, write_optimised
 from .evaluation import accuracies
 from .labels import (
     Labels,
@@ -105,7 +109,12 @@ class Distillation:
         )
 
     def coreset_folder(self, method: str) -> Path:
-        """Where the coreset of a method lies."""
+        """Where the coreset of a method lies, of which its students are."""
+        folder = self.undoped_folder(method)
+        return folder.with_name(f"{folder.name}-doped") if self.plan.options.dope else folder
+
+    def undoped_folder(self, method: str) -> Path:
+        """Where the coreset lies that the method itself made."""
         methods = self.plan.options.methods
         primary = "dace" if "dace" in methods else methods[0]
         return self.run.folder / ("coreset" if method == primary else f"coreset-{method}")
@@ -119,7 +128,8 @@ class Distillation:
             "--class-names": list(plan.class_names),
             "teacher": self.teacher_stage()["sha256"],
             **{f"--{name.replace('_', '-')}": value for name, value in self._sizes().items()},
-            **self._model_settings(),
+            **(self._model_settings() if "dace" in plan.options.methods else {}),
+            **(dsco_settings(plan) if "dsco" in plan.options.methods else {}),
         }
         return self.run.stage("coreset", config, self._make_coresets, together=True)
 
@@ -137,24 +147,37 @@ class Distillation:
         }
 
     def _model_settings(self) -> dict[str, Any]:
-        model = describe_model(self.plan)
+        model = describe_model(self.plan, self.plan.expand)
         return {} if model is None else settings_by_option("model", model)
 
     def _make_coresets(self) -> StageResult:
+        methods = self.plan.options.methods
         kinds = {
             method: "random" if method == "random" else "lowest-loss"
-            for method in self.plan.options.methods
+            for method in methods
+            if method not in GENERATED
         }
         selections = {kind: self._select(kind) for kind in dict.fromkeys(kinds.values())}
-        return self._write_all(kinds, selections) if self.run.world.leads else StageResult({})
+        optimised = None
+        if "dsco" in methods:
+            optimised = optimise_images(self.plan, self.run.folder, self.run.world, self.report)
+        if not self.run.world.leads:
+            return StageResult({})
+        return self._write_all(kinds, selections, optimised)
 
     def _write_all(
-        self, kinds: dict[str, str], selections: dict[str, PatchSelection]
+        self,
+        kinds: dict[str, str],
+        selections: dict[str, PatchSelection],
+        optimised: Optimised | None,
     ) -> StageResult:
         result: dict[str, Any] = {}
         outputs: list[Path] = []
-        for method, kind in kinds.items():
-            coreset = self._write(method, kind, selections[kind])
+        for method in self.plan.options.methods:
+            if method == "dsco" and optimised is not None:
+                coreset = self._write_optimised(optimised)
+            else:
+                coreset = self._write(method, kinds[method], selections[kinds[method]])
             patches = {k: v for k, v in coreset.manifest["files"].items() if k.endswith(".png")}
             outputs += [coreset.folder / name for name in patches]
             result[method] = {
@@ -163,6 +186,7 @@ class Distillation:
             }
         shown = open_coreset(self.run.folder / "coreset", verify=False)
         write_picture(self.run.folder, "coreset", coreset_sheet(shown))
+        discard_parts(self.run.folder)
         return StageResult(result, outputs)
 
     def _select(self, kind: Any) -> PatchSelection:
@@ -191,7 +215,7 @@ class Distillation:
     def _write(self, method: str, kind: str, selection: PatchSelection) -> Coreset:
         plan, sizes = self.plan, self._sizes()
         return write_coreset(
-            self.coreset_folder(method),
+            self.undoped_folder(method),
             patches_NHWC=selection.patches_NHWC,
             labels_N=selection.labels_N,
             class_ids=plan.train.class_ids,
@@ -209,8 +233,8 @@ class Distillation:
                 "pool_per_class": None if kind == "random" else sizes["pool_per_class"],
                 "scoring": None if kind == "random" else sizes["scoring"],
             },
-            model=describe_model(plan) if method == "dace" else None,
-            teacher={k: v for k, v in self.teacher_stage().items() if k != "losses"},
+            model=describe_model(plan, plan.expand) if method == "dace" else None,
+            teacher=self._described_teacher(),
             provenance={
                 **provenance(self.line, plan.device),
                 "patches": self._origins(selection),
@@ -218,6 +242,18 @@ class Distillation:
             },
             overwrite=True,  # of what a killed run left: the folder of a run is ours
         )
+
+    def _write_optimised(self, optimised: Optimised) -> Coreset:
+        return write_optimised(
+            self.plan,
+            optimised,
+            self.undoped_folder("dsco"),
+            teacher=self._described_teacher(),
+            provenance=provenance(self.line, self.plan.device),
+        )
+
+    def _described_teacher(self) -> dict[str, Any]:
+        return {k: v for k, v in self.teacher_stage().items() if k != "losses"}
 
     def _origins(self, selection: PatchSelection) -> list[dict[str, Any]]:
         """Of every patch, in sample order: its image, where it was cut, and the teacher's loss."""
@@ -235,6 +271,32 @@ class Distillation:
             }
             for index, box, loss in rows
         ]
+
+    def doping_stage(self, method: str) -> dict[str, Any]:
+        """Train a network on a method's coreset, and write the coreset with the real images that it
+        is least sure of."""
+        return self.run.stage(
+            f"doping-{method}",
+            {**self._undoped_settings(method), "--dope": self.plan.options.dope},
+            lambda: self._dope(method),
+            together=True,
+        )
+
+    def _dope(self, method: str) -> StageResult:
+        doped = dope(
+            self.plan,
+            self.run,
+            self.report,
+            self.teacher,
+            coreset=open_coreset(self.undoped_folder(method)),
+            folder=self.coreset_folder(method),
+            provenance=provenance(self.line, self.plan.device),
+        )
+        if doped is None:
+            return StageResult({})
+        images = {k: v for k, v in doped.manifest["files"].items() if k.startswith(f"{DOPED}/")}
+        named = {"doped_sha256": hashlib.sha256(canonical(images)).hexdigest()}
+        return StageResult(named, [doped.folder / name for name in images])
 
     def coresets(self) -> dict[str, Any]:
         """{method: what its coreset holds, its size and its name}, labels included."""
@@ -316,6 +378,16 @@ class Distillation:
 
     def _student_settings(self, method: str) -> dict[str, Any]:
         """All that decides labels and students of a method."""
+        settings = self._undoped_settings(method)
+        if self.plan.options.dope:
+            settings["--dope"] = self.plan.options.dope
+            if method != REAL:
+                settings |= self.doping_stage(method)
+        return settings | (self._label_settings() if method != REAL else {})
+
+    def _undoped_settings(self, method: str) -> dict[str, Any]:
+        """All that decides what a student of a method's own coreset learns; of labels, who makes
+        them."""
         plan = self.plan
         student = {k: v for k, v in asdict(plan.student).items() if k not in CHANGES_NO_RESULT}
         settings = {
@@ -327,7 +399,6 @@ class Distillation:
             settings["--refresh"] = plan.options.refresh
         if method != REAL:
             settings["patches"] = self.coreset_stage()[method]["patches_sha256"]
-            settings |= self._label_settings()
         return settings | (self._model_settings() if method == "dace" else {})
 
     def _label_settings(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         self._closed = False
         _OPEN.add(self)
         self.device = self._source.device
-        self._samples = len(self._coreset.labels_N)
+        self._labels_N = self._source.source.labels_N
         self._next = self._position = (0, 0)
         self._stream: Generator[LabelledPool] | None = None
         self._running = 0
@@ -96,7 +96,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        whole, rest = divmod(self._samples, self.options.batch)
+        whole, rest = divmod(len(self._labels_N), self.options.batch)
         return whole + (rest > 0 and not self.options.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
@@ -202,7 +202,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
 
     def _pools(self, epoch: int, skipped: int) -> Iterator[tuple[LabelledPool, int]]:
         """The epoch's pools after `skipped` samples, and how many of the pool to skip."""
-        sizes = [len(samples_P) for samples_P in pools(self._config, self._coreset.labels_N, epoch)]
+        sizes = [len(samples_P) for samples_P in pools(self._config, self._labels_N, epoch)]
         first = 0
         while first < len(sizes) and skipped >= sizes[first]:
             skipped -= sizes[first]
@@ -219,7 +219,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         """All pools from there on: of the thread that runs, if they come next in it."""
         if self._stream is None or self._upcoming != (epoch, first):
             self._stop()
-            items = _items(self._config, self._coreset.labels_N, epoch, first, self.epochs)
+            items = _items(self._config, self._labels_N, epoch, first, self.epochs)
             self._stream = _ahead(self._source, items, self.options.ahead)
         return self._stream
 

@@ -17,7 +17,7 @@ from ..engine.config import ExpandConfig
 from ..engine.images import ImageSet, check_same_classes, open_image_set
 from ..engine.prompts import unseen_classes
 from ..export.models import ModelSource, find_model
-from .commands import RunOptions
+from .commands import BY_MODEL, GENERATED, RunOptions
 from .config import RECIPES, Recipe, Scoring, StudentConfig, TeacherConfig
 from .networks import TORCHVISION, build_network
 from .record import Report
@@ -54,6 +54,16 @@ class Plan:
     expand: ExpandConfig
 
     @property
+    def samples_per_class(self) -> int:
+        """Images of a class that a student sees in an epoch, of every method, but for doping's."""
+        return self.options.ipc * self.factor**2
+
+    @property
+    def doped_samples_per_class(self) -> int:
+        """Real images of a class that doping adds to these."""
+        return self.options.dope * self.factor**2
+
+    @property
     def image_size(self) -> int:
         """Side of rendered images and of what the networks see, in px."""
         return self.student.size_px
@@ -86,7 +96,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     """
     device = resolve_device(options.device)
     precision = options.precision or ("fp16" if device == "cuda" else "fp32")
-    if "dace" in options.methods:
+    if set(options.methods) & set(BY_MODEL):
         require_backend(options.backend, precision, device)
     data = data_folder(options.data, options.shapes_per_class, report)
     train, val = open_image_set(data, "train"), open_image_set(data, "val")
@@ -107,13 +117,14 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             "patches are image size / factor wide"
         )
     _check_labels(options, len(train.class_ids))
-    check_images_per_class(train, options.ipc * factor**2)
+    check_images_per_class(train, images_needed(options, factor), options.dope)
     student = recipe.student_for(
         ipc=options.ipc, factor=factor, classes=len(train.class_ids), network=options.student
     )
-    samples = len(train.class_ids) * options.ipc * factor**2
+    each = (options.ipc + options.dope) * factor**2
+    samples = len(train.class_ids) * each
     engine_batch = options.engine_batch or engine_batch_for(samples, student, options.refresh)
-    group = grouping(len(train.class_ids), options.ipc * factor**2, engine_batch, student)
+    group = grouping(len(train.class_ids), each, engine_batch, student)
     teacher_source, teacher_network = _choose_teacher(options.teacher, recipe)
     if teacher_source is not None and teacher_source.startswith(TORCHVISION):
         torchvision_columns(teacher_source, train.class_ids)
@@ -207,7 +218,7 @@ def data_folder(data: str, shapes_per_class: int, report: Report) -> Path:
 
 
 def _choose_model(options: RunOptions, device: str, report: Report) -> ModelSource | None:
-    if "dace" not in options.methods:
+    if not set(options.methods) & set(BY_MODEL):
         return None
     name = options.model
     if name is None:
@@ -279,8 +290,14 @@ def _native_px(model: ModelSource | None, recipe: Recipe) -> int | None:
     return model.trained_px()
 
 
-def check_images_per_class(train: ImageSet, needed: int) -> None:
-    """ValueError when a class has fewer than `needed` images: a patch is taken of each."""
+def images_needed(options: RunOptions, factor: int) -> int:
+    """Training images of a class that the methods take patches of."""
+    return options.ipc * factor**2 if set(options.methods) - set(GENERATED) else 0
+
+
+def check_images_per_class(train: ImageSet, needed: int, doped: int = 0) -> None:
+    """ValueError when a class has fewer than `needed` images, of each of which a patch is taken, or
+    fewer than the `doped` that --dope adds."""
     counts = [int((train.labels == index).sum()) for index in range(len(train.class_ids))]
     fewest = min(range(len(counts)), key=counts.__getitem__)
     if counts[fewest] < needed:
@@ -288,6 +305,11 @@ def check_images_per_class(train: ImageSet, needed: int) -> None:
             f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
             f"ipc · factor² = {needed} patches are wanted, one of each image: "
             "give a smaller --ipc or --factor, or more images"
+        )
+    if counts[fewest] < doped:
+        raise ValueError(
+            f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
+            f"--dope {doped} asks for more: give a smaller one"
         )
 
 
@@ -304,7 +326,8 @@ def images_sha256(*sets: ImageSet) -> str:
 def label_gib(plan: Plan) -> float:
     """GiB of a method's labels as --codec keeps them, of every sample and epoch."""
     classes = len(plan.class_names)
-    answers = plan.student.epochs * classes * plan.options.ipc * plan.factor**2
+    each = plan.samples_per_class + plan.doped_samples_per_class
+    answers = plan.student.epochs * classes * each
     bytes_each = 2 * classes if plan.options.codec == "dense" else 4 * plan.options.top_k
     return bytes_each * answers / 2**30
 

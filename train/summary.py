@@ -7,12 +7,14 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from ..export.models import seen_classes
+from .commands import BY_MODEL
 from .launch import read_launch
 from .plan import Plan
 
@@ -69,7 +71,8 @@ def make_summary(
             for m, value in accuracy.items()
             if value[0] is not None
         }
-    samples = len(plan.class_names) * options.ipc * plan.factor**2
+    each = plan.samples_per_class + plan.doped_samples_per_class
+    samples = len(plan.class_names) * each
     return {
         "schema": SCHEMA,
         "accuracy": accuracy,
@@ -94,6 +97,8 @@ def make_summary(
             "recipe": plan.recipe.name,
             "about": plan.recipe.about,
             "ipc": options.ipc,
+            "dope": options.dope,
+            "dsco": asdict(options.dsco) if "dsco" in options.methods else None,
             "factor": plan.factor,
             "patch_px": plan.patch_px,
             "image_size": plan.image_size,
@@ -151,13 +156,20 @@ def _notes(plan: Plan) -> list[str]:
         "One recipe and one number of student steps for all methods; accuracies are of the last "
         "epoch, never of the best."
     ]
+    options = plan.options
+    if options.dope:
+        notes.append(
+            f"Every coreset was doped with {options.dope} real images per class, and the ceiling "
+            "has as many steps."
+        )
     seen = seen_classes(plan.model.folder) if plan.model is not None else None
     if plan.model is not None and seen is not None:
         known = sum(name in seen for name in plan.class_names)
         if known:
             notes.append(
                 f"{plan.model.name} was trained on images of {known} of these "
-                f"{len(plan.class_names)} classes: part of dace's gain here may be what the model "
-                "remembers of images that are not in the coreset."
+                f"{len(plan.class_names)} classes: part of the gain of "
+                f"{' and '.join(m for m in options.methods if m in BY_MODEL)} here may be what the "
+                "model remembers of images that are not in the coreset."
             )
     return notes
