@@ -1,8 +1,8 @@
 """The stages' work: one teacher, a coreset per method, its labels, its students.
 
 All ranks of a world share the scoring of patches, the making of images, the rendering, the labels,
-the students and the accuracy of a teacher that was brought along; rank 0 alone trains a teacher,
-whose bits name the coreset, and writes.
+the students and the accuracy of a teacher that was brought along; rank 0 alone trains a teacher, or
+a network for doping, whose bits name a coreset, and writes.
 
 RUN/teacher/, RUN/coreset/ of the primary method (dace, if it is among them, else the first) and
 RUN/coreset-METHOD/ of the others, with --dope the same with -doped beside them, of which the

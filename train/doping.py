@@ -49,24 +49,14 @@ def dope(
 ) -> Coreset | None:
     """Train a network on `coreset`, and write the coreset to `folder` with --dope real images more.
 
-    All ranks of the run's world call it; rank 0 writes, and returns what it wrote. Raises as
-    train_students does.
+    All ranks of the run's world call it, and share the margins. Rank 0 trains alone, because the
+    network's bits name the coreset; it writes, and returns what it wrote. Raises as train_students
+    does.
     """
-    world, config, seed = run.world, plan.student, plan.student_seeds[0]
-    with open_source(plan, coreset, world) as source:
-        (trained,) = train_students(
-            source,
-            OnlineLabels(teacher, config.temperature, world),
-            config,
-            seeds=(seed,),
-            val_set=None,
-            folder=run.folder / "students",
-            report=report,
-            name=f"{coreset.settings['method']}-doping",
-            world=world,
-        )
+    world, config = run.world, plan.student
+    path = world.once(lambda: _trained(plan, run.folder / "students", report, teacher, coreset))
     network = build_network(config.network, len(coreset.class_ids), config.size_px)
-    network.load_state_dict(read_tensors(trained.path)[0])
+    network.load_state_dict(read_tensors(Path(path))[0])
     network.to(teacher.device).eval()
     margins_M = all_margins(
         network, teacher, plan.train, size_px=plan.image_size, report=report, world=world
@@ -80,10 +70,30 @@ def dope(
         margins_M,
         per_class=plan.options.dope,
         views=plan.factor**2,
-        made_with={"network": config.recipe(), "epochs": config.epochs, "seed": seed},
+        made_with={
+            "student": config.recipe(),
+            "epochs": config.epochs,
+            "seed": plan.student_seeds[0],
+        },
         device=plan.device,
         provenance=provenance,
     )
+
+
+def _trained(plan: Plan, folder: Path, report: Report, teacher: Teacher, coreset: Coreset) -> str:
+    """The file of a student of the coreset, with the first of the run's seeds."""
+    with open_source(plan, coreset) as source:
+        (result,) = train_students(
+            source,
+            OnlineLabels(teacher, plan.student.temperature),
+            plan.student,
+            seeds=plan.student_seeds[:1],
+            val_set=None,
+            folder=folder,
+            report=report,
+            name=f"{coreset.settings['method']}-doping",
+        )
+    return str(result.path)
 
 
 def margins_of(probabilities_BK: Tensor, classes_B: Tensor) -> Tensor:

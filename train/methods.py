@@ -4,6 +4,7 @@ dace      the diffusion model's expansion of the sample's patch (engine/turbo.py
 rded      the mosaic of the r² patches around the sample, in a fresh order of patches
 upsample  the sample's patch, enlarged (bicubic): what dace adds noise to, and no diffusion
 random    the same for patches that no teacher chose
+dsco      the class's images as they were made once, noise optimised (stored_images.py)
 real      a fresh image of the training split: the ceiling, no distillation
 
 Every method renders ipc·r² samples of each class per epoch, so that all give a student the same
