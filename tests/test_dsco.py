@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from patchbloom.engine.backends import Backend
 from patchbloom.engine.config import DscoConfig, ExpandConfig
 from patchbloom.engine.coreset import open_coreset
 from patchbloom.engine.dsco import NoiseOptimiser
+from patchbloom.engine.images import open_image_set
 from patchbloom.engine.noise_optimisation import (
     ChannelStatistics,
     channel_statistics,
@@ -31,13 +33,13 @@ from patchbloom.engine.turbo import Expander
 from patchbloom.export.models import find_model
 from patchbloom.kernels.noise import normal
 from patchbloom.train import cli
+from patchbloom.train.doping import read_whole
 from patchbloom.train.loader import ExpandedLoader
 from patchbloom.train.prior_model import new_parts, save_parts
 from patchbloom.train.shapes import write_shapes
 from safetensors.torch import load_file
 from torch import Tensor
 
-CPU = torch.device("cpu")
 CLASSES, IPC = 3, 2
 OPTIONS = (
     *("--backend", "eager", "--recipe", "rded", "--image-size", "32", "--factor", "2"),
@@ -111,10 +113,10 @@ def streamed(values: np.ndarray, rows: int, batch: int) -> Pivots:
 
 
 def means_of_parts(values: np.ndarray, borders: np.ndarray) -> np.ndarray:
-    """Of the sorted columns, between shares in [0, 1]: each value repeated often enough to count."""
+    """Of the sorted columns, between borders in [0, 1]; each value is repeated, to be split."""
     fine = np.repeat(np.sort(values, axis=0), 120, axis=0)
-    at = np.rint(np.clip(borders, 0, 1) * len(fine)).astype(int)
-    return np.stack([fine[a:b].mean(0) for a, b in zip(at[:-1], at[1:], strict=True)])
+    at = np.rint(borders * len(fine)).astype(int)
+    return np.stack([fine[first:end].mean(0) for first, end in itertools.pairwise(at)])
 
 
 @pytest.mark.parametrize(("bins", "batch"), [(1, 60), (4, 7), (10, 33), (80, 1)])
@@ -140,21 +142,22 @@ def test_pivots_of_a_long_stream_keep_their_bound_in_constant_memory() -> None:
     np.testing.assert_allclose(actual.mean(0), values.mean(0), rtol=1e-4, atol=1e-5)
     off = (images + rows) / (2 * rows**2)
     assert off > 0.2, "a bound that all answers keep would prove nothing"
-    borders = np.arange(bins + 1) / bins
-    exact, spread = means_of_parts(values, borders), np.sort(values, axis=0)
-    lowest = np.stack([spread[np.clip(((borders - off) * images).astype(int), 0, images - 1)]])[0]
-    highest = np.stack([spread[np.clip(((borders + off) * images).astype(int), 0, images - 1)]])[0]
-    assert (actual >= lowest[:-1]).all()
-    assert (actual <= highest[1:]).all()
+    borders, spread = np.arange(bins + 1) / bins, np.sort(values, axis=0)
+
+    def at(shares: np.ndarray) -> np.ndarray:
+        return spread[np.clip((shares * images).astype(int), 0, images - 1)]
+
+    assert (actual >= at(borders[:-1] - off)).all()
+    assert (actual <= at(borders[1:] + off)).all()
+    exact = means_of_parts(values, borders)
     assert np.abs(actual - exact).max() < 0.05 * np.abs(exact).max(), "far inside the bound"
 
 
 @pytest.mark.parametrize("side", [2, 4, 7, 8, 16, 28])
 def test_features_fit_any_latent(side: int) -> None:
     def network(class_index: int) -> LatentFeatures:
-        return LatentFeatures(
-            (4, side, side), seed=1, class_index=class_index, groups=32, device=CPU
-        )
+        options: dict[str, Any] = {"seed": 1, "groups": 32, "device": torch.device("cpu")}
+        return LatentFeatures((4, side, side), class_index=class_index, **options)
 
     x = some(3, 4, side, side).requires_grad_()
     features = network(0)(x)
@@ -297,9 +300,6 @@ def test_a_run_makes_doped_coresets(finished: Path) -> None:
 
 
 def test_the_doped_images_are_training_images(finished: Path, given: tuple[str, ...]) -> None:
-    from patchbloom.engine.images import open_image_set
-    from patchbloom.train.doping import read_whole
-
     images = open_image_set(given[1], "train")
     for name in ("coreset-doped", "coreset-random-doped"):
         doped = open_coreset(finished / name)
@@ -353,7 +353,7 @@ def test_a_killed_run_goes_on_where_it_was(
 def test_two_processes_make_the_same(
     finished: Path, given: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Coresets as they are made, doped or not; labels are put in later."""
+    """Coresets, the doped ones with their labels."""
     names = ("coreset", "coreset-doped", "coreset-random-doped")
     command = [
         *(str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"),
