@@ -2,16 +2,18 @@
 
     manifest.json                what it is, how it was made, the hash of every file
     patches/<class id>/*.png     a plain ImageFolder, nothing else in it
+    doped/<class id>/*.png       another, where real images were added (train/doping.py)
     labels.safetensors           soft labels, see label_file.py
 
-Legend: N samples (patches), H and W patch size in pixels, C = 3, K classes, r factor.
+Legend: N samples (patches), H and W patch size in pixels, C = 3, K classes, r factor, D doped
+images, S image size in pixels.
 A sample is a row in class-sorted order: class 0's ipc·r² patches, then class 1's, and so on. But
-for method t2i: its patches are whole images (r = 1), `generated` of a class, and its samples are
-`samples_per_class` showings of them and their variants.
+for methods t2i and dsco: their patches are whole images (r = 1), `generated` of a class, and their
+samples are `samples_per_class` showings of them (of t2i also of their variants).
 
 A coreset is written under a temporary name beside its place and renamed last, so an interrupted
-write leaves nothing that looks finished. Nothing is ever unpickled. PNG bytes are Pillow's at
-compression level 9 without metadata: the same pixels and Pillow give the same `content_sha256`.
+write leaves nothing that looks finished. Nothing is ever unpickled. The same pixels and
+Pillow give the same `content_sha256`.
 """
 
 from __future__ import annotations
@@ -25,21 +27,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from .coreset_images import read_images, write_images
 from .durable import full_disk_explained, replace_file, replacing, write_durably
 from .label_file import LabelLayout, write_label_file
 from .manifest import (
     LABELS,
     MANIFEST,
     NOISE_SCHEME,
-    PATCHES,
     REQUIRED_SETTINGS,
     SCHEMA,
+    SCHEMA_DOPED,
     CoresetError,
     check_class_ids,
     check_files,
+    doped_files,
     file_entry,
     patch_files,
     read_manifest,
@@ -87,22 +90,26 @@ class Coreset:
 
     def patches(self) -> Tensor:
         """Every patch, uint8 [N, H, W, 3] in 0..255, class-sorted."""
-        size_px = self.settings["patch_px"]
         names = [
             name
             for entry in self.manifest["classes"]
             for name in patch_files(entry["id"], entry["patches"])
         ]
-        patches_NHWC = torch.empty((len(names), size_px, size_px, 3), dtype=torch.uint8)
-        for row, name in enumerate(names):
-            with Image.open(self.folder / name) as image:
-                if image.mode != "RGB" or image.size != (size_px, size_px):
-                    raise CoresetError(
-                        f"{self.folder / name}: expected an RGB image of {size_px}×{size_px} px, "
-                        f"got {image.mode} {image.size[0]}×{image.size[1]}"
-                    )
-                patches_NHWC[row] = torch.from_numpy(np.array(image))
-        return patches_NHWC
+        return read_images(self.folder, names, self.settings["patch_px"])
+
+    @property
+    def doped_per_class(self) -> int:
+        """Real images that doping added to each class; 0 in a coreset as a method makes it."""
+        return self.manifest["classes"][0].get("doped", 0)
+
+    def doped(self) -> Tensor:
+        """The real images that doping added, uint8 [D, S, S, 3] in 0..255, class-sorted."""
+        names = [
+            name
+            for entry in self.manifest["classes"]
+            for name in doped_files(entry["id"], entry.get("doped", 0))
+        ]
+        return read_images(self.folder, names, self.settings["image_size_px"])
 
     def soft_labels(self) -> SoftLabels | None:
         """Stored labels; None when there are none (not labelled, or the teacher answers online)."""
@@ -115,7 +122,8 @@ class Coreset:
         """Sizes on disk, with and without labels, with and without the generator.
 
         `generator` is the model's own `weights_bytes`; None where the manifest does not say. The
-        manifest is counted without its provenance, of which a student needs nothing.
+        manifest is counted without its provenance, of which a student needs nothing. `patches` has
+        the images that doping added, too.
         """
         files = self.manifest["files"]
         patches = sum(entry["bytes"] for name, entry in files.items() if name != LABELS)
@@ -158,6 +166,7 @@ def write_coreset(
     model: dict[str, Any] | None = None,
     teacher: dict[str, Any] | None = None,
     labels: AnyLabels | None = None,
+    doped_DHWC: Tensor | None = None,
     provenance: dict[str, Any],
     overwrite: bool = False,
 ) -> Coreset:
@@ -168,7 +177,8 @@ def write_coreset(
     were generated once and are augmented to ipc. `settings` must name method, seed, image_size_px,
     factor, patch_px and ipc.
     `settings`, `model` and `teacher` are hashed: they hold no paths, times or host names, which
-    belong into `provenance`.
+    belong into `provenance`. doped_DHWC: real images, uint8 [D, image_size_px, image_size_px, 3],
+    equally many of each class, in class order.
 
     Raises CoresetError for arguments that contradict each other or a folder that is not empty
     (`overwrite` replaces a coreset, and only a coreset); OSError, one clear line, on a full disk.
@@ -177,25 +187,26 @@ def write_coreset(
     patches = np.ascontiguousarray(torch.as_tensor(patches_NHWC).cpu().numpy())
     classes = torch.as_tensor(labels_N, dtype=torch.int64).cpu()
     _check_arguments(patches, classes, class_ids, class_names, settings, labels)
+    doped = _checked_doped(doped_DHWC, len(class_ids), settings)
     _check_target(folder, overwrite)
     layout = None if labels is None else labels.layout
-    needed = patches.nbytes + (0 if layout is None else layout.bytes)
+    needed = patches.nbytes + doped.nbytes + (0 if layout is None else layout.bytes)
     with full_disk_explained(folder, needed), replacing(folder, overwrite) as partial:
         files: dict[str, Any] = {}
         counts = torch.bincount(classes, minlength=len(class_ids)).tolist()
-        rows = iter(patches)
+        doped_each = len(doped) // len(class_ids)
+        rows, real = iter(patches), iter(doped)
         for class_id, count in zip(class_ids, counts, strict=True):
-            (partial / PATCHES / class_id).mkdir(parents=True)
-            for name in patch_files(class_id, count):
-                _write_png(partial / name, next(rows))
-                files[name] = file_entry(partial / name)
+            files |= write_images(partial, patch_files(class_id, count), rows)
+            files |= write_images(partial, doped_files(class_id, doped_each), real)
         if labels is not None and layout is not None:
             _write_labels(partial / LABELS, labels, layout)
             files[LABELS] = file_entry(partial / LABELS)
         content = {
-            "schema": SCHEMA,
+            "schema": SCHEMA_DOPED if doped_each else SCHEMA,
             "classes": [
                 {"index": index, "id": class_id, "name": name, "patches": count}
+                | ({"doped": doped_each} if doped_each else {})
                 for index, (class_id, name, count) in enumerate(
                     zip(class_ids, class_names, counts, strict=True)
                 )
@@ -284,6 +295,20 @@ def _check_arguments(
         _check_label_classes(labels, len(class_ids))
 
 
+def _checked_doped(doped_DHWC: Tensor | None, classes: int, settings: dict[str, Any]) -> np.ndarray:
+    size_px = settings["image_size_px"]
+    if doped_DHWC is None:
+        return np.empty((0, size_px, size_px, 3), np.uint8)
+    doped = doped_DHWC.cpu().numpy()
+    shape = doped.shape
+    if doped.dtype != np.uint8 or shape[1:] != (size_px, size_px, 3) or shape[0] % classes:
+        raise CoresetError(
+            f"doped images: expected uint8 [D, {size_px}, {size_px}, 3], D a multiple of {classes} "
+            f"classes, got {doped.dtype} {list(shape)}"
+        )
+    return doped
+
+
 def _check_label_classes(labels: AnyLabels, classes: int) -> None:
     layout = labels.layout
     if layout is not None and layout.classes != classes:
@@ -324,11 +349,6 @@ def _any_manifest(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if ours else None
-
-
-def _write_png(path: Path, patch_HWC: np.ndarray) -> None:
-    with path.open("wb") as stream:
-        Image.fromarray(patch_HWC).save(stream, "PNG", compress_level=9)
 
 
 def _write_labels(path: Path, labels: AnyLabels, layout: LabelLayout) -> None:

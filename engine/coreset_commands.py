@@ -48,6 +48,7 @@ def _info(coreset: Coreset) -> dict[str, Any]:
         "coreset": str(coreset.folder),
         "content_sha256": coreset.content_sha256,
         "patches": len(coreset.labels_N),
+        "doped_images": coreset.doped_per_class * len(coreset.class_ids),
         "classes": dict(zip(coreset.class_ids, coreset.class_names, strict=True)),
         "bytes": coreset.bytes(),
         **{key: manifest[key] for key in described},

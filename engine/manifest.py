@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "patchbloom.coreset/1"
+SCHEMA_DOPED = "patchbloom.coreset/2"
+"""Of a coreset with real images beside its patches; everything else is as in version 1."""
 NOISE_SCHEME = "philox4x32-10/box-muller/1"
 MANIFEST = "manifest.json"
 LABELS = "labels.safetensors"
-PATCHES = "patches"
+PATCHES, DOPED = "patches", "doped"
 # A killed `attach_labels` may leave these behind; the manifest, replaced last, does not list them.
 LEFTOVERS = frozenset({f"{MANIFEST}.partial", f"{LABELS}.partial", LABELS})
 REQUIRED_SETTINGS = ("method", "seed", "image_size_px", "factor", "patch_px", "ipc")
@@ -67,11 +69,17 @@ def patch_files(class_id: str, count: int) -> list[str]:
     return [f"{PATCHES}/{class_id}/{index:06d}.png" for index in range(count)]
 
 
+def doped_files(class_id: str, count: int) -> list[str]:
+    """The relative paths of the real images that doping added to a class, in order."""
+    return [f"{DOPED}/{class_id}/{index:06d}.png" for index in range(count)]
+
+
 def expected_files(manifest: dict[str, Any]) -> list[str]:
     """Every file a coreset with this manifest consists of, patches in sample order, labels last."""
-    files = [
-        name for entry in manifest["classes"] for name in patch_files(entry["id"], entry["patches"])
-    ]
+    files = []
+    for entry in manifest["classes"]:
+        files += patch_files(entry["id"], entry["patches"])
+        files += doped_files(entry["id"], entry.get("doped", 0))
     labels = manifest["labels"]
     return [*files, LABELS] if labels is not None and labels["codec"] != "none" else files
 
@@ -107,7 +115,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CoresetError(f"{path} is not valid JSON ({error}): {_AGAIN}") from None
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != SCHEMA:
+    if schema not in (SCHEMA, SCHEMA_DOPED):
         raise CoresetError(
             f"{path}: expected schema {SCHEMA!r}, got {schema!r}: open it with the version of "
             "patchbloom that wrote it, or make the coreset again"
@@ -155,7 +163,7 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
 def strays(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     """What lies in the folder and is neither listed, nor above a listed file, nor a leftover."""
     listed = {*manifest["files"], MANIFEST, *LEFTOVERS}
-    listed |= {Path(name).parent.as_posix() for name in manifest["files"]} | {PATCHES}
+    listed |= {above.as_posix() for name in manifest["files"] for above in Path(name).parents}
     for path in sorted(folder.rglob("*")):
         if path.relative_to(folder).as_posix() not in listed:
             yield path

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -102,7 +103,7 @@ class Expander:
         self._timesteps_1 = self._as_tensors(self.schedule.timesteps)
         self._moments: Tensor | None = None
         if patches_NHWC is not None and config.start == "image":
-            self._moments = self._encode(patches_NHWC)
+            self._moments = self.encode(patches_NHWC)
         self._bank_epoch: tuple[int, Tensor] | None = None
 
     def _check_coreset(self, patches_NHWC: Tensor | None, prompts_K: Sequence[str]) -> None:
@@ -141,8 +142,9 @@ class Expander:
         return vae_config.latent_channels, side, side
 
     @torch.no_grad()
-    def _encode(self, patches_NHWC: Tensor) -> Tensor:
-        """Moments of every patch, fp32 [N, 2C, h, w]; only the means when these are all we use."""
+    def encode(self, patches_NHWC: Tensor) -> Tensor:
+        """Moments of patches (uint8, any size), fp32 [N, 2C, h, w]; with posterior "mean" the means
+        alone, [N, C, h, w]."""
         channels = self._latent_CHW[0]
         kept = channels if self.config.posterior == "mean" else 2 * channels
         moments = torch.empty(len(patches_NHWC), kept, *self._latent_CHW[1:], device=self._device)
@@ -197,23 +199,29 @@ class Expander:
         elif tuple(out.shape) != shape or out.dtype != torch.float32:
             raise ValueError(f"out must be fp32 {shape}, got {out.dtype} {tuple(out.shape)}")
         for plan in self._plans(rows):
-            images_BCHW = self._expand_or_explain(plan, epoch)
+            images_BCHW = self.within_memory(partial(self._expand_batch, plan, epoch))
             slots = np.flatnonzero(plan.targets_B >= 0)
             targets = torch.from_numpy(plan.targets_B[slots]).to(out.device)
             kept = images_BCHW[torch.from_numpy(slots).to(self._device)]
             out[targets] = kept.to(out.device)
+        self.require_numbers(out)
+        return out
+
+    def require_numbers(self, images: Tensor) -> None:
+        """ValueError for NaN among them, unless `nan_gate` is off."""
         # Once a call, not once a batch: the answer waits for the GPU. Later kernels clamp, and
         # would make black pixels of NaN that a teacher labels without complaint.
-        if self.config.nan_gate and bool(out.isnan().any()):
+        if self.config.nan_gate and bool(images.isnan().any()):
             raise ValueError(
                 f"{self.model.name} makes NaN in {self.config.precision}: use --vae-precision "
                 "fp32, --precision bf16 or fp32, or weights that are not damaged"
             )
-        return out
 
-    def _expand_or_explain(self, plan: BatchPlan, epoch: int) -> Tensor:
+    def within_memory(self, call: Callable[[], Tensor]) -> Tensor:
+        """What a call of the networks returns; ValueError, saying what to do, if it does not fit
+        into memory."""
         try:
-            return self._expand_batch(plan, epoch)
+            return call()
         except torch.OutOfMemoryError:
             pass  # and the frames that hold what was computed are gone
         raise ValueError(
@@ -241,9 +249,7 @@ class Expander:
     def _expand_batch(self, plan: BatchPlan, epoch: int) -> Tensor:
         schedule, seed = self.schedule, self.config.seed
         samples_B = torch.from_numpy(plan.samples_B).to(self._device)
-        classes_G = torch.from_numpy(plan.classes_G)
-        added_GD = self._added_KD[classes_G.to(self._device)]
-        kv_GP = self._kv_KP[classes_G.to(self._kv_KP.device)].to(self._device)
+        added_GD, kv_GP = self.prompts_of(plan.classes_G)
         state_BCHW, x_BCHW = self._start(plan, samples_B, epoch)
         for step in range(schedule.evals):
             eps_BCHW = self.backend.denoise(x_BCHW, self._timesteps_1[step], added_GD, kv_GP)
@@ -261,6 +267,12 @@ class Expander:
                 epoch=epoch,
             )
         return self.backend.decode(state_BCHW)
+
+    def prompts_of(self, classes_G: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Added embeddings, keys and values of the prompts of a call, on the device."""
+        rows_G = torch.from_numpy(classes_G)
+        added_GD = self._added_KD[rows_G.to(self._device)]
+        return added_GD, self._kv_KP[rows_G.to(self._kv_KP.device)].to(self._device)
 
     def _start(self, plan: BatchPlan, samples_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """First state and model input."""

@@ -68,6 +68,9 @@ class Draw(IntEnum):
     PRIOR = 12
     REFRESH = 13
     AUGMENTATION = 14
+    LATIN = 15
+    FEATURES = 16
+    NOISED = 17
     ANCESTRAL = 64
     """Sampler step k draws with ANCESTRAL + k; nothing is reserved above."""
 

@@ -72,6 +72,8 @@ RUN_OPTIONS = [
     "student_compile",
     "overlap",
     "refresh",
+    "dsco",
+    "dope",
     "ceiling",
     "class_names",
     "device",
@@ -285,6 +287,10 @@ def test_help_is_quick_and_imports_no_heavy_library(stage: str) -> None:
         (["--ipc", "0"], "--ipc 0: expected 1 or more"),
         (["--candidates", "0"], "--candidates 0: expected 1 or more"),
         (["--select", "random"], "invalid choice 'random' for argument '--select'"),
+        (["--dope", "-1"], "--dope -1: expected 0 or more"),
+        (["--method", "dsco", "--steps", "1"], "--steps 1: expected 2 or more for dsco"),
+        (["--dsco.groups", "3"], "--dsco.groups 3: expected a power of 2 up to 256"),
+        (["--dsco.momentum", "1"], "--dsco.momentum 1.0: expected 0 or more, less than 1"),
         (["--epochs", "ten"], "--epochs: expected INT, got 'ten'"),
         (["--recipe", "large"], "invalid choice 'large' for argument '--recipe'"),
         (["--resume", "--overwrite"], "give one of them"),
@@ -415,6 +421,12 @@ def test_validation_classes_that_differ(train: Command, data: Path, tmp_path: Pa
     (data / "val" / "star").rename(data / "val" / "moon")
     error = train("--data", data, "--out", tmp_path / "run").error
     assert f"only in {data / 'train'}: star; only in {data / 'val'}: moon" in error
+
+
+def test_more_doping_than_a_class_has_images(train: Command, shapes: Path, tmp_path: Path) -> None:
+    options = ("--method", "random", "--factor", "1", "--dope", "7")
+    error = train("--data", shapes, "--out", tmp_path / "run", *options).error
+    assert "has 6 training images, but --dope 7 asks for more: give a smaller one" in error
 
 
 @pytest.mark.parametrize("factor", [3, 65, 128])

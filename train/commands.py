@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from ..engine.config import TEMPLATE, Start
+from ..engine.config import TEMPLATE, DscoConfig, Start
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import (
     Choice,
@@ -27,12 +27,12 @@ from .config import (
 from .coreset_options import StudentElsewhere, TrainVerify
 
 LEAST_REFRESH = 0.001
-METHODS = ("dace", "rded", "random", "upsample", "t2i")
-GENERATED = ("t2i",)
+METHODS = ("dace", "rded", "random", "upsample", "t2i", "dsco")
+GENERATED = ("t2i", "dsco")
 """Methods whose coreset holds images that a model made, and no patches of the data."""
-BY_MODEL = ("dace", "t2i")
+BY_MODEL = ("dace", "t2i", "dsco")
 """Methods that run a diffusion model."""
-STEPS = {"dace": 5, "t2i": 1}
+STEPS = {"dace": 5, "t2i": 1, "dsco": 5}
 """Their scheduler steps, when nobody says how many."""
 MOST_T2I_STEPS = 4
 LabelChoice = Literal["stored", "online", "record"]
@@ -53,11 +53,11 @@ class RunOptions:
     backend: BackendName = "auto"
     """What runs the model; `auto` takes the fastest that works here and says which."""
     method: tuple[str, ...] = ("dace",)
-    """One or several of dace, rded, random, upsample, t2i; they share teacher, patches and
+    """One or several of dace, rded, random, upsample, t2i, dsco; they share teacher, patches and
     recipe."""
     ipc: int = 1
-    """Images per class; the coreset holds ipc · factor² patches of each, or, of t2i, ipc / (1 +
-    variants) generated images."""
+    """Images per class; the coreset holds ipc · factor² patches of each, of t2i ipc / (1 +
+    variants) generated images, and of dsco ipc images."""
     factor: int | None = None
     """r: patches are r times smaller than images. Left out: the recipe's, 2; of `rded` 1 for images
     of 64 px or less."""
@@ -65,7 +65,7 @@ class RunOptions:
     """Side of rendered images and of what the networks see, in px. Left out: the recipe's."""
     steps: int | None = None
     """Scheduler steps. Left out: 5 for dace, whose image takes int(steps · rho) evaluations of the
-    UNet, and 1 for t2i, which takes 4 at most."""
+    UNet, and for dsco, and 1 for t2i, which takes 4 at most."""
     rho: float = 0.8
     """Share of the noise schedule that is run, in (0, 1]; 1.0 still starts from the patch."""
     mixup: bool = True
@@ -147,6 +147,11 @@ class RunOptions:
     refresh: float = 1.0
     """Share of the patches that dace expands anew in an epoch; the others are shown again, with new
     crops. Less than 1 is lossy."""
+    dsco: DscoConfig = field(default_factory=DscoConfig)
+    """Method dsco: how the noise of its images is optimised."""
+    dope: int = 0
+    """Real images per class that are added to every coreset: those that a student of the coreset is
+    least sure of. They are kept whole, and shown factor² times an epoch."""
     ceiling: bool = True
     """Also train students on fresh real images: the ceiling that the methods are measured by."""
     class_names: Path | None = None
@@ -178,6 +183,13 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        if self.dope < 0:
+            raise ValueError(f"--dope {self.dope}: expected 0 or more")
+        if "dsco" in self.methods and self.steps_of("dsco") < 2:
+            raise ValueError(
+                f"--steps {self.steps}: expected 2 or more for dsco, which optimises the noise of "
+                "every step but the last"
+            )
         if not 0 < self.rho <= 1:
             raise ValueError(f"--rho {self.rho:g}: expected more than 0, and 1 at most")
         if not LEAST_REFRESH <= self.refresh <= 1:

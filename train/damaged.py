@@ -25,7 +25,8 @@ def leave_out_damaged(plan: Plan, run: SharedRun, report: Report) -> tuple[Plan,
 
     found = run.stage("data", {"--data": plan.data_sha256}, find)
     train, val = (_without(images, found[images.split]) for images in (plan.train, plan.val))
-    check_images_per_class(train, images_needed(plan.options, plan.factor))
+    options = plan.options
+    check_images_per_class(train, images_needed(options, plan.factor), options.dope)
     left = replace(plan, train=train, val=val, data_sha256=images_sha256(train, val))
     return left, {split: len(paths) for split, paths in found.items()}
 

@@ -1,11 +1,12 @@
 """The stages' work: one teacher, a coreset per method, its labels, its students.
 
-All ranks of a world share the scoring of patches, the generation and the rendering of images, the
+All ranks of a world share the scoring of patches, the making and the rendering of images, the
 labels, the students and the accuracy of a teacher that was brought along; rank 0 alone trains a
-teacher, whose bits name the coreset, and writes.
+teacher, or a network for doping, whose bits name a coreset, and writes.
 
 RUN/teacher/, RUN/coreset/ of the primary method (dace, if it is among them, else the first) and
-RUN/coreset-METHOD/ of the others, RUN/students/METHOD-seedS.safetensors, RUN/pictures/.
+RUN/coreset-METHOD/ of the others, with --dope the same with -doped beside them, of which the
+students are; RUN/students/METHOD-seedS.safetensors, RUN/pictures/.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.coreset import Coreset, attach_labels, open_coreset, write_coreset
-from ..engine.manifest import CoresetError, canonical
+from ..engine.manifest import DOPED, CoresetError, canonical
 from ..engine.patches import PatchSelection, select_patches
 from .commands import GENERATED
 from .config import CHANGES_NO_RESULT
+from .doping import dope
+from .dsco import Optimised, discard_parts, dsco_settings, optimise_images, write_optimised
 from .evaluation import accuracies
 from .generated import Generated, generate, generation_settings, write_generated
 from .hard_labels import HardLabels
@@ -110,7 +113,12 @@ class Distillation:
         )
 
     def coreset_folder(self, method: str) -> Path:
-        """Where the coreset of a method lies."""
+        """Where the coreset of a method lies, of which its students are."""
+        folder = self.undoped_folder(method)
+        return folder.with_name(f"{folder.name}-doped") if self.plan.options.dope else folder
+
+    def undoped_folder(self, method: str) -> Path:
+        """Where the coreset lies that the method itself made."""
         methods = self.plan.options.methods
         primary = "dace" if "dace" in methods else methods[0]
         return self.run.folder / ("coreset" if method == primary else f"coreset-{method}")
@@ -126,6 +134,7 @@ class Distillation:
             **{f"--{name.replace('_', '-')}": value for name, value in self._sizes().items()},
             **(self._model_settings() if "dace" in plan.options.methods else {}),
             **(generation_settings(plan) if "t2i" in plan.options.methods else {}),
+            **(dsco_settings(plan) if "dsco" in plan.options.methods else {}),
         }
         return self.run.stage("coreset", config, self._make_coresets, together=True)
 
@@ -159,15 +168,19 @@ class Distillation:
         if "t2i" in methods:
             generated = generate(self.plan, self.run.world, self.report)
         selections = {kind: self._select(kind) for kind in dict.fromkeys(kinds.values())}
+        optimised = None
+        if "dsco" in methods:
+            optimised = optimise_images(self.plan, self.run.folder, self.run.world, self.report)
         if not self.run.world.leads:
             return StageResult({})
-        return self._write_all(kinds, selections, generated)
+        return self._write_all(kinds, selections, generated, optimised)
 
     def _write_all(
         self,
         kinds: dict[str, str],
         selections: dict[str, PatchSelection],
         generated: Generated | None,
+        optimised: Optimised | None,
     ) -> StageResult:
         result: dict[str, Any] = {}
         outputs: list[Path] = []
@@ -175,6 +188,8 @@ class Distillation:
             told: dict[str, Any] = {}
             if method == "t2i" and generated is not None:
                 coreset, told = self._write_generated(generated), generated.describe()
+            elif method == "dsco" and optimised is not None:
+                coreset = self._write_optimised(optimised)
             else:
                 coreset = self._write(method, kinds[method], selections[kinds[method]])
             patches = {k: v for k, v in coreset.manifest["files"].items() if k.endswith(".png")}
@@ -186,6 +201,7 @@ class Distillation:
             }
         shown = open_coreset(self.run.folder / "coreset", verify=False)
         write_picture(self.run.folder, "coreset", coreset_sheet(shown))
+        discard_parts(self.run.folder)
         return StageResult(result, outputs)
 
     def _select(self, kind: Any) -> PatchSelection:
@@ -220,7 +236,7 @@ class Distillation:
     def _write(self, method: str, kind: str, selection: PatchSelection) -> Coreset:
         plan, sizes = self.plan, self._sizes()
         return write_coreset(
-            self.coreset_folder(method),
+            self.undoped_folder(method),
             patches_NHWC=selection.patches_NHWC,
             labels_N=selection.labels_N,
             class_ids=plan.train.class_ids,
@@ -255,7 +271,16 @@ class Distillation:
         return write_generated(
             self.plan,
             generated,
-            self.coreset_folder("t2i"),
+            self.undoped_folder("t2i"),
+            teacher=self._described_teacher(),
+            provenance=provenance(self.line, self.plan.device),
+        )
+
+    def _write_optimised(self, optimised: Optimised) -> Coreset:
+        return write_optimised(
+            self.plan,
+            optimised,
+            self.undoped_folder("dsco"),
             teacher=self._described_teacher(),
             provenance=provenance(self.line, self.plan.device),
         )
@@ -279,6 +304,32 @@ class Distillation:
             }
             for index, box, loss in rows
         ]
+
+    def doping_stage(self, method: str) -> dict[str, Any]:
+        """Train a network on a method's coreset, and write the coreset with the real images that it
+        is least sure of."""
+        return self.run.stage(
+            f"doping-{method}",
+            {**self._undoped_settings(method), "--dope": self.plan.options.dope},
+            lambda: self._dope(method),
+            together=True,
+        )
+
+    def _dope(self, method: str) -> StageResult:
+        doped = dope(
+            self.plan,
+            self.run,
+            self.report,
+            self.teacher,
+            coreset=open_coreset(self.undoped_folder(method)),
+            folder=self.coreset_folder(method),
+            provenance=provenance(self.line, self.plan.device),
+        )
+        if doped is None:
+            return StageResult({})
+        images = {k: v for k, v in doped.manifest["files"].items() if k.startswith(f"{DOPED}/")}
+        named = {"doped_sha256": hashlib.sha256(canonical(images)).hexdigest()}
+        return StageResult(named, [doped.folder / name for name in images])
 
     def coresets(self) -> dict[str, Any]:
         """{method: what its coreset holds, its size and its name}, labels included."""
@@ -360,6 +411,16 @@ class Distillation:
 
     def _student_settings(self, method: str) -> dict[str, Any]:
         """All that decides labels and students of a method."""
+        settings = self._undoped_settings(method)
+        if self.plan.options.dope:
+            settings["--dope"] = self.plan.options.dope
+            if method != REAL:
+                settings |= self.doping_stage(method)
+        return settings | (self._label_settings() if method != REAL else {})
+
+    def _undoped_settings(self, method: str) -> dict[str, Any]:
+        """All that decides what a student of a method's own coreset learns; of labels, who makes
+        them."""
         plan = self.plan
         student = {k: v for k, v in asdict(plan.student).items() if k not in CHANGES_NO_RESULT}
         settings = {
@@ -371,7 +432,6 @@ class Distillation:
             settings["--refresh"] = plan.options.refresh
         if method != REAL:
             settings["patches"] = self.coreset_stage()[method]["patches_sha256"]
-            settings |= self._label_settings()
         return settings | (self._model_settings() if method == "dace" else {})
 
     def _label_settings(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from .recorded import (
     require_soft_labels,
     view_config,
 )
-from .refresh import Refreshed
+from .sources import own_part
 from .summary import rounded
 from .teacher import Teacher
 from .views import cutmix_of, make_views, pools
@@ -132,8 +132,7 @@ def _drift(
 def _made_by(source: ImageSource) -> dict[str, Any]:
     """What ran the model, and in which precision; None where there is no model."""
     keys = ("backend", "precision", "vae_precision")
-    if isinstance(source, Refreshed):
-        source = source.source
+    source = own_part(source)
     if not isinstance(source, Expansions):
         return dict.fromkeys(keys)
     described = source.expander.describe()

@@ -5,6 +5,7 @@ rded      the mosaic of the r² patches around the sample, in a fresh order of p
 upsample  the sample's patch, enlarged (bicubic): what dace adds noise to, and no diffusion
 random    the same for patches that no teacher chose
 t2i       the class's images as they were generated once, and variants of them (augmentation.py)
+dsco      the class's images as they were made once, noise optimised (stored_images.py)
 real      a fresh image of the training split: the ceiling, no distillation
 
 Every method renders ipc·r² samples of each class per epoch, so that all give a student the same

@@ -68,8 +68,13 @@ class Plan:
 
     @property
     def samples_per_class(self) -> int:
-        """Images of a class that a student sees in an epoch, of every method."""
+        """Images of a class that a student sees in an epoch, of every method, but for doping's."""
         return self.options.ipc * self.factor**2
+
+    @property
+    def doped_samples_per_class(self) -> int:
+        """Real images of a class that doping adds to these."""
+        return self.options.dope * self.factor**2
 
     @property
     def image_size(self) -> int:
@@ -124,13 +129,14 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             "patches are image size / factor wide"
         )
     _check_labels(options, len(train.class_ids))
-    check_images_per_class(train, images_needed(options, factor))
+    check_images_per_class(train, images_needed(options, factor), options.dope)
     student = recipe.student_for(
         ipc=options.ipc, factor=factor, classes=len(train.class_ids), network=options.student
     )
-    samples = len(train.class_ids) * options.ipc * factor**2
+    each = (options.ipc + options.dope) * factor**2
+    samples = len(train.class_ids) * each
     engine_batch = options.engine_batch or engine_batch_for(samples, student, options.refresh)
-    group = grouping(len(train.class_ids), options.ipc * factor**2, student)
+    group = grouping(len(train.class_ids), each, student)
     student_precision = options.student_precision or ("bf16" if device == "cuda" else "fp32")
     if options.student_compile:
         check_compiler()
@@ -360,8 +366,9 @@ def images_needed(options: RunOptions, factor: int) -> int:
     return options.ipc * factor**2 if set(options.methods) - set(GENERATED) else 0
 
 
-def check_images_per_class(train: ImageSet, needed: int) -> None:
-    """ValueError when a class has fewer than `needed` images: a patch is taken of each."""
+def check_images_per_class(train: ImageSet, needed: int, doped: int = 0) -> None:
+    """ValueError when a class has fewer than `needed` images, of each of which a patch is taken, or
+    fewer than the `doped` that --dope adds."""
     counts = [int((train.labels == index).sum()) for index in range(len(train.class_ids))]
     fewest = min(range(len(counts)), key=counts.__getitem__)
     if counts[fewest] < needed:
@@ -369,6 +376,11 @@ def check_images_per_class(train: ImageSet, needed: int) -> None:
             f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
             f"ipc · factor² = {needed} patches are wanted, one of each image: "
             "give a smaller --ipc or --factor, or more images"
+        )
+    if counts[fewest] < doped:
+        raise ValueError(
+            f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
+            f"--dope {doped} asks for more: give a smaller one"
         )
 
 
@@ -385,7 +397,8 @@ def images_sha256(*sets: ImageSet) -> str:
 def label_gib(plan: Plan) -> float:
     """GiB of a method's labels as --codec keeps them, of every sample and epoch."""
     classes = len(plan.class_names)
-    answers = plan.student.epochs * classes * plan.options.ipc * plan.factor**2
+    each = plan.samples_per_class + plan.doped_samples_per_class
+    answers = plan.student.epochs * classes * each
     bytes_each = 2 * classes if plan.options.codec == "dense" else 4 * plan.options.top_k
     return bytes_each * answers / 2**30
 

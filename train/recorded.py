@@ -29,6 +29,7 @@ from .methods import ImageSource
 from .plan import engine_batch_for, together_in_engine
 from .refresh import Refreshed
 from .sources import open_coreset_source
+from .stored_images import doped_samples, with_doped
 from .teacher import Teacher, load_teacher
 from .views import pool_size
 
@@ -148,7 +149,7 @@ def open_recorded_source(
     device = resolve_device(options.device)
     if coreset.settings["method"] != "dace":
         with open_coreset_source(coreset, None, None, device) as source:
-            yield source
+            yield with_doped(source, coreset, device)
         return
     expand = _expand_config(coreset, options, backend, config, device)
     try:
@@ -161,7 +162,8 @@ def open_recorded_source(
     model = _recorded_model(coreset, options.model)
     share = _recorded_refresh(coreset)
     with open_coreset_source(coreset, model, expand, device) as source:
-        yield source if share == 1 else Refreshed(source, share, coreset.settings["seed"])
+        own = source if share == 1 else Refreshed(source, share, coreset.settings["seed"])
+        yield with_doped(own, coreset, device)
 
 
 def _recorded_refresh(coreset: Coreset) -> float:
@@ -197,7 +199,8 @@ def _expand_config(
     config: StudentConfig,
     device: DeviceName,
 ) -> ExpandConfig:
-    named, samples = _model(coreset), len(coreset.labels_N)
+    named = _model(coreset)
+    samples = len(coreset.labels_N) + len(coreset.class_ids) * doped_samples(coreset)
     refresh = _recorded_refresh(coreset)
     batch = options.engine_batch or engine_batch_for(samples, config, refresh)
     group = None if samples <= pool_size(config) else config.group

@@ -74,6 +74,8 @@ def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dic
     if isinstance(options, TrainTeacher):
         return {**out, "teacher": rounded(teacher)}
     job.coreset_stage()
+    for method in options.methods if options.dope else ():
+        job.doping_stage(method)
     if isinstance(options, TrainLabels) or options.labels == "stored":
         for method in options.methods:
             job.labels_stage(method)

@@ -32,6 +32,7 @@ from .methods import (
 from .plan import Plan
 from .pool_rendering import SharedImages
 from .refresh import Refreshed
+from .stored_images import Doped, StoredImages, with_doped
 from .world import ALONE, World
 
 MEASURED_IMAGES = 256
@@ -48,13 +49,14 @@ def open_source(plan: Plan, coreset: Coreset | None, world: World = ALONE) -> It
         source = own if world.size == 1 else SharedImages(own, world.producing)
         share, seed = plan.options.refresh, plan.options.seed
         by_model = coreset is not None and coreset.settings["method"] == "dace"
-        yield Refreshed(source, share, seed) if by_model and share < 1 else source
+        source = Refreshed(source, share, seed) if by_model and share < 1 else source
+        yield with_doped(source, coreset, plan.device)
 
 
 @contextmanager
 def _opened(plan: Plan, coreset: Coreset | None, world: World) -> Iterator[DealtSource]:
     if coreset is None:
-        samples = plan.options.ipc * plan.factor**2
+        samples = plan.samples_per_class + plan.doped_samples_per_class
         yield RealImages(
             images=plan.train,
             labels_N=torch.arange(len(plan.class_names)).repeat_interleave(samples),
@@ -119,6 +121,14 @@ def open_coreset_source(
             seed=settings["seed"],
         )
         return
+    if method == "dsco":
+        yield StoredImages(
+            method=method,
+            images_NHWC=patches_NHWC,
+            class_ids=coreset.class_ids,
+            samples_per_class=settings["samples_per_class"],
+        )
+        return
     yield UpsampledPatches(
         method=method,
         patches_NHWC=patches_NHWC,
@@ -131,7 +141,7 @@ def open_coreset_source(
 def describe_model(plan: Plan, expand: ExpandConfig) -> dict[str, Any] | None:
     """What of the model names the images, for a manifest; None when nothing runs one.
 
-    `expand` is how it is used: the plan's `expand` or `generate`.
+    `expand` is how it is used: the plan's `expand` or `generate`, or dsco's own.
     """
     model = plan.model
     if model is None:
@@ -163,8 +173,9 @@ def describe_model(plan: Plan, expand: ExpandConfig) -> dict[str, Any] | None:
 
 
 def own_part(source: ImageSource) -> ImageSource:
-    """What makes images in this process, of a source that keeps some or shares the work."""
-    while isinstance(source, Refreshed | SharedImages):
+    """What makes images in this process, of a source that keeps some, shares the work, or is doped
+    with real ones."""
+    while isinstance(source, Doped | Refreshed | SharedImages):
         source = source.source
     return source
 

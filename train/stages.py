@@ -50,6 +50,10 @@ OPTION_OF = {
     "student.size_px": "--image-size",
     "student.seed": "--seed",
     "student.device": "--device",
+    "dsco.name": "--model",
+    "dsco.steps": "--steps",
+    "dsco.precision": "--precision",
+    "dsco.vae_precision": "--vae-precision",
     "model.name": "--model",
     "model.prompt": "--prompt",
     "model.prompts": "--prompts",
@@ -71,7 +75,7 @@ OPTION_OF = {
 _OURS = re.compile(
     r"(run|config|environment|summary)\.json|log\.jsonl|report\.html|stages|teacher|students|"
     r"pictures|tensorboard|"
-    r"coreset(-[a-z0-9]+)?|\.coreset.*|.*\.partial"
+    r"coreset(-[a-z0-9]+)*|\.coreset.*|.*\.partial"
 )
 
 

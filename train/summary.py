@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -70,7 +71,8 @@ def make_summary(
             for m, value in accuracy.items()
             if value[0] is not None
         }
-    samples = len(plan.class_names) * options.ipc * plan.factor**2
+    each = plan.samples_per_class + plan.doped_samples_per_class
+    samples = len(plan.class_names) * each
     soft = options.targets == "soft"
     stored = soft and options.labels != "online"
     return {
@@ -97,6 +99,8 @@ def make_summary(
             "recipe": plan.recipe.name,
             "about": plan.recipe.about,
             "ipc": options.ipc,
+            "dope": options.dope,
+            "dsco": asdict(options.dsco) if "dsco" in options.methods else None,
             "factor": plan.factor,
             "patch_px": plan.patch_px,
             "image_size": plan.image_size,
@@ -170,12 +174,18 @@ def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "One recipe and one number of student steps for all methods; accuracies are of the last "
         "epoch, never of the best."
     ]
+    options = plan.options
     if "t2i" in coresets:
-        made, variants = coresets["t2i"], plan.options.variants
+        made, variants = coresets["t2i"], options.variants
         notes.append(
             f"t2i: {made['generated']} generated images per class, each with {variants} variants: "
             f"IPC {made['generated'] * (1 + variants)}. {plan.generate.steps} evaluation(s) made "
             f"each of them, once, at {made['images_per_s']:.1f} images/s; its epochs take none."
+        )
+    if options.dope:
+        notes.append(
+            f"Every coreset was doped with {options.dope} real images per class, and the ceiling "
+            "has as many steps."
         )
     seen = seen_classes(plan.model.folder) if plan.model is not None else None
     if plan.model is not None and seen is not None:

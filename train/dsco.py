@@ -1,0 +1,235 @@
+"""Method dsco: images by noise optimisation, made once and kept in the coreset (engine/dsco.py).
+
+The model makes them at its own size; they are then resized (bicubic, antialiased) and kept as 8-bit
+pixels. Real images are seen once, as validation sees them, class by class: the memory is that of
+one class's pivots, however many images there are. Groups of classes are dealt to the ranks of a
+world, and what is done of them is kept in the run folder, so that a stopped run goes on:
+
+    RUN/dsco.partial/GROUP.safetensors      images and losses of a group of classes
+
+Legend: K classes, N = K · ipc images, M images of a group, S image size in pixels.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..engine.batches import fitting_batch
+from ..engine.config import ExpandConfig
+from ..engine.coreset import Coreset, write_coreset
+from ..engine.dsco import NoiseOptimiser, RealImages
+from ..engine.images import STANDARD_RESIZE_RATIO, center_boxes, stream_crops
+from ..engine.turbo import Expander
+from ..export.models import ModelSource
+from .checkpoint import read_tensors, write_tensors
+from .pictures import as_uint8
+from .plan import LARGE_ENGINE_BATCH, Plan
+from .record import Report
+from .sources import describe_model
+from .stages import settings_by_option
+from .world import World
+
+PARTS = "dsco.partial"
+DECODED_TOGETHER = 64  # real images
+OF_NO_STORED_IMAGE = ("rho", "mixup", "posterior", "weights_bytes")
+"""In a model's description: what plays no part, and what a student of stored images needs not."""
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """What was made of all classes."""
+
+    images_NSSC: Tensor
+    """uint8, class after class, on the CPU."""
+    losses_KS2: Tensor
+    """fp32: of every class and optimised step, the loss before and after."""
+
+
+def optimise_images(plan: Plan, folder: Path, world: World, report: Report) -> Optimised:
+    """Make ipc images of each class; all ranks of `world` call it, and get all of them.
+
+    `folder` keeps what is done. ValueError: networks that overflow, a batch that does not fit.
+    """
+    config = dsco_settings(plan)
+    with _optimiser(plan, world) as optimiser:
+        groups = optimiser.groups()
+        dealt = [groups[rank :: world.size] for rank in range(world.size)]
+        own = [
+            _made_or_kept(plan, optimiser, group, folder / PARTS, config, report)
+            for group in dealt[world.rank]
+        ]
+    world.barrier()  # the groups may take hours, and tensors do not wait for so long
+    images_NSSC = world.all_gather_rows(_together([part["images"] for part in own]))
+    losses_KS2 = world.all_gather_rows(_together([part["losses"] for part in own]))
+    classes_K = torch.tensor([index for of_rank in dealt for group in of_rank for index in group])
+    order_K = classes_K.argsort()
+    of_class = images_NSSC.view(len(order_K), plan.options.ipc, *images_NSSC.shape[1:])
+    return Optimised(of_class[order_K].flatten(0, 1), losses_KS2[order_K])
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    """One tensor; of a rank that had no group, an empty one."""
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+@contextmanager
+def _optimiser(plan: Plan, world: World) -> Iterator[NoiseOptimiser]:
+    """Frees the model at the end."""
+    model, classes, ipc = _model(plan), len(plan.class_names), plan.options.ipc
+    expander = world.in_turn(
+        lambda: Expander(
+            model,
+            dsco_expand(plan),
+            patches_NHWC=None,
+            labels_N=torch.arange(classes).repeat_interleave(ipc),
+            prompts_K=plan.prompts,
+        )
+    )
+    try:
+        yield NoiseOptimiser(expander, plan.options.dsco, classes=classes, ipc=ipc)
+    finally:
+        expander.close()
+
+
+def _model(plan: Plan) -> ModelSource:
+    if plan.model is None:
+        raise ValueError("method dsco: expected a model, got none")
+    return plan.model
+
+
+def dsco_expand(plan: Plan) -> ExpandConfig:
+    """How the model is used: from noise, at the size that it was trained at."""
+    return replace(
+        plan.expand,
+        size_px=_model(plan).trained_px(),
+        start="noise",
+        mixup=False,
+        batch=plan.options.engine_batch or _batch(len(plan.class_names), plan.options.ipc),
+        images_per_prompt=None,
+    )
+
+
+def _batch(classes: int, ipc: int) -> int:
+    """Images per call of the model when nobody says how many: of whole classes, if they fit."""
+    if ipc > LARGE_ENGINE_BATCH:
+        return fitting_batch(ipc)
+    return ipc * fitting_batch(classes, LARGE_ENGINE_BATCH // ipc)
+
+
+def _made_or_kept(
+    plan: Plan,
+    optimiser: NoiseOptimiser,
+    group: range,
+    folder: Path,
+    config: dict[str, Any],
+    report: Report,
+) -> dict[str, Tensor]:
+    """A group's images, uint8 [M, S, S, 3], and losses; of an earlier session, if it made them."""
+    path, config = folder / f"{group.start:06d}.safetensors", {**config, "classes": list(group)}
+    if path.is_file():
+        tensors, metadata = read_tensors(path)
+        if metadata.get("config") == config:
+            return tensors
+    made = optimiser.make(group, None if plan.options.dsco.data_free else _real_images(plan))
+    images_MCHW = made.images_MCHW
+    if images_MCHW.shape[-1] != plan.image_size:
+        size = (plan.image_size, plan.image_size)
+        images_MCHW = interpolate(images_MCHW, size, mode="bicubic", antialias=True)
+    tensors = {
+        "images": torch.from_numpy(np.ascontiguousarray(as_uint8(images_MCHW))),
+        "losses": torch.tensor(made.losses),
+    }
+    write_tensors(path, tensors, {"config": config})
+    report.progress("dsco", group.stop, optimiser.classes, "classes", _falls(tensors["losses"]))
+    return tensors
+
+
+def _falls(losses_KS2: Tensor) -> str:
+    before, after = losses_KS2.flatten(0, 1).mean(0).tolist()
+    return f"loss {before:.3g} to {after:.3g}"
+
+
+def _real_images(plan: Plan) -> RealImages:
+    """All training images of a class at the model's size, in order."""
+    size_px = _model(plan).trained_px()
+
+    def of_class(index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        stream = stream_crops(
+            plan.train,
+            np.flatnonzero(plan.train.labels == index),
+            center_boxes(STANDARD_RESIZE_RATIO, size_px),
+            crops=1,
+            size_px=size_px,
+            batch=DECODED_TOGETHER,
+            device=plan.device,
+        )
+        for crops in stream:
+            yield crops.pixels_BPHWC[:, 0], crops.index_B
+
+    return of_class
+
+
+def dsco_settings(plan: Plan) -> dict[str, Any]:
+    """All that decides the images, for a stage's config: plain JSON, by option."""
+    options = {
+        f"--dsco.{name.replace('_', '-')}": value
+        for name, value in asdict(plan.options.dsco).items()
+    }
+    shared = {"--ipc": plan.options.ipc, "--seed": plan.options.seed, "--data": plan.data_sha256}
+    return {**options, **shared, **settings_by_option("dsco", _generator(plan))}
+
+
+def _generator(plan: Plan) -> dict[str, Any]:
+    """What of the model names the images; plain JSON without paths."""
+    described = describe_model(plan, dsco_expand(plan)) or {}
+    kept = {key: described[key] for key in described if key not in OF_NO_STORED_IMAGE}
+    return {**kept, "generate_size": _model(plan).trained_px()}
+
+
+def write_optimised(
+    plan: Plan,
+    optimised: Optimised,
+    folder: Path,
+    *,
+    teacher: dict[str, Any],
+    provenance: dict[str, Any],
+) -> Coreset:
+    """Write the coreset of dsco, in place of what a killed run left: its patches are images."""
+    ipc = plan.options.ipc
+    return write_coreset(
+        folder,
+        patches_NHWC=optimised.images_NSSC,
+        labels_N=torch.arange(len(plan.class_names)).repeat_interleave(ipc),
+        class_ids=plan.train.class_ids,
+        class_names=plan.class_names,
+        settings={
+            "method": "dsco",
+            "seed": plan.options.seed,
+            "image_size_px": plan.image_size,
+            "factor": 1,
+            "patch_px": plan.image_size,
+            "ipc": ipc,
+            "samples_per_class": plan.samples_per_class,
+            "data_sha256": plan.data_sha256,
+            "dsco": asdict(plan.options.dsco),
+            "generator": _generator(plan),
+        },
+        teacher=teacher,
+        provenance={**provenance, "losses": optimised.losses_KS2.double().mean(0).tolist()},
+        overwrite=True,
+    )
+
+
+def discard_parts(run: Path) -> None:
+    """Once the coreset is written."""
+    shutil.rmtree(run / PARTS, ignore_errors=True)
