@@ -10,7 +10,9 @@ numbers them, which for ImageNet's subsets is an order of its own, and not that 
 
 Soft labels are left out: the stored ones are of views, one per epoch, and DD-Ranking takes one per
 image (mode S) or asks a teacher of its own (mode M). `torch.save` is what DD-Ranking reads, and a
-pickle: of tensors alone, so torch.load's weights_only does.
+pickle: of tensors alone, so torch.load's weights_only does. DD-Ranking 0.2.0 wants numpy below 2,
+so it cannot be installed beside this package: the tests follow its documented steps, and its own
+data set and training loop were run on an export by hand, both ways.
 
 Legend: N images, K classes, p patch side, r factor, H W image size.
 """

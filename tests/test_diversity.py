@@ -81,7 +81,7 @@ def test_what_is_chosen_is_cut_again_as_it_was_scored(
         (one,) = stream_crops(images, np.array([index]), boxes, crops=2, size_px=8)
         crop = one.boxes_BP4[0].tolist().index(chosen.boxes_N4[n].tolist())
         assert torch.equal(chosen.patches_NHWC[n], one.pixels_BPHWC[0, crop])
-        logits = teacher(one.pixels_BPHWC[0])[0]
+        logits = teacher(one.pixels_BPHWC[0])[0].double()
         losses = nn.functional.cross_entropy(logits, one.labels_B.expand(2), reduction="none")
         assert chosen.losses_N[n] == pytest.approx(float(losses.min()), rel=1e-4)
         assert chosen.labels_N[n] == one.labels_B
