@@ -56,6 +56,8 @@ class Options:
     """Of the students. Left out: the recipe's."""
     image_size: int | None = None
     """In px. Left out: the recipe's."""
+    factor: int | None = None
+    """r of all parts but patches. Left out: the recipe's."""
     teacher: str | None = None
     """A network to train once, torchvision:NAME, or a file. Left out: the recipe's network."""
     teacher_epochs: int | None = None
@@ -150,6 +152,10 @@ class Board:
         return self.options.image_size or RECIPES[self.options.recipe].image_size
 
     @cached_property
+    def factor(self) -> int:
+        return self.options.factor or RECIPES[self.options.recipe].factor
+
+    @cached_property
     def shared(self) -> RunOptions:
         """What all cells have in common, as `train` takes it."""
         return _parsed(("--data", self.options.data, *self.common))
@@ -174,6 +180,7 @@ class Board:
         holder = "random" if "random" in methods else methods[0]
         ceiling = "--ceiling" if method == holder and not own else "--no-ceiling"
         words = (*self._shared(), "--method", method, "--ipc", str(ipc))
+        words += ("--factor", str(self.factor))
         words += ("--seeds", str(self.options.seeds), *_given("--epochs", self.options.epochs))
         name = "-".join((method, f"ipc{ipc}", *own, *[ceiling] * (ceiling == "--ceiling")))
         return Cell(name=_slug(name), words=(*words, ceiling, *own), classes=len(self.counts_K))
@@ -184,7 +191,7 @@ class Board:
         run = _parsed(base.words)
         given = (_given(f"--{n.replace('_', '-')}", getattr(run, n)) for n in SAME_ELSEWHERE)
         rate = RECIPES[self.options.recipe].student_for(
-            ipc=run.ipc, factor=self._factor(run), classes=base.classes, network=network
+            ipc=run.ipc, factor=self.factor, classes=base.classes, network=network
         )
         words = ("student", "--data", run.data, "--student", network, "--seeds", str(run.seeds))
         words += ("--learning-rate", str(rate.learning_rate), *(w for each in given for w in each))
@@ -233,7 +240,7 @@ class Board:
         network = run.student or recipe.student.network
         if cell.base is not None:
             network = cell.words[cell.words.index("--student") + 1]
-        samples = cell.classes * run.ipc * self._factor(run) ** 2
+        samples = cell.classes * run.ipc * (run.factor or self.factor) ** 2
         epochs = run.epochs or recipe.student.epochs
         return Size(run.methods[0], network, image_size, run.seeds, samples, epochs)
 
@@ -246,9 +253,6 @@ class Board:
         o = self.options
         sized = ("--recipe", o.recipe, "--image-size", str(self.image_size))
         return ("--data", o.data, *sized, *self.common)
-
-    def _factor(self, run: RunOptions) -> int:
-        return run.factor or RECIPES[run.recipe or self.options.recipe].factor
 
     def _methods(self) -> Iterable[Line]:
         for ipc in self.options.ipc:
@@ -271,10 +275,9 @@ class Board:
 
     def _patches(self) -> Iterable[Line]:
         ipc, out = self.options.ipc[0], self.left_out()
-        usual = self._factor(_parsed(self.cell("dace", ipc).words))
         for method in COMPARED:
             for r in (r for r in self.options.factors if r not in out):
-                own = () if r == usual else ("--factor", str(r))
+                own = () if r == self.factor else ("--factor", str(r))
                 cell, label = self.cell(method, ipc, *own), f"r = {r} ({self.image_size // r} px)"
                 yield Line(part="patches", group=method, label=label, cell=cell)
 

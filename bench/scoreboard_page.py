@@ -36,7 +36,7 @@ HEADS = {
 }
 DIFFERENCES = (
     ("the teacher's choice of patches", "upsample", "random"),
-    ("the prior alone (text only)", "text only", "upsample"),
+    ("the prior alone", "text only", "upsample"),
     ("anchor patches", "dace, no mixup", "text only"),
     ("mixup", "dace", "dace, no mixup"),
 )
@@ -258,7 +258,7 @@ def _ceiling(lines: Iterable[Line], rows: Mapping[str, Row]) -> Accuracy | None:
 def _told(one: Row, other: Row) -> str:
     value = gap(one["accuracy"], other["accuracy"])
     if value is None:
-        return "no deviation to tell by"
+        return "an unknown number of standard deviations (nothing spreads)"
     clear_gap = CLEAR_GAPS.get(min(one["seeds"], other["seeds"]), CLEAR_GAP_OF_MORE)
     clear = "" if abs(value) >= clear_gap else " (not told apart)"
     return f"{value:.1f} standard deviations{clear}"

@@ -62,6 +62,7 @@ def test_cells_are_shared_and_say_what_they_are(scoreboard: ModuleType, data: Pa
     assert lines["gain", "IPC 1", "plain"].cell.words[-2:] == ("--model", "a b")
     assert lines["ablation", "IPC 1", "rho 0.4"].cell.words[-3:] == ("--rho", "0.4", "--no-mixup")
     assert lines["ablation", "IPC 1", "text only"].cell.words[-2:] == ("--start", "noise")
+    assert board.size(lines["patches", "rded", "r = 1 (32 px)"].cell).samples == 10
     assert board.left_out() == (3, 4)  # 32 px are no multiple of 3; a class has 5 images
 
     elsewhere = lines["students", "dace", "alexnet"].cell
