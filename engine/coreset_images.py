@@ -42,7 +42,12 @@ def write_images(
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as stream:
-            Image.fromarray(next(pixels)).save(stream, "PNG", compress_level=9)
+        write_png(path, next(pixels))
         entries[name] = file_entry(path)
     return entries
+
+
+def write_png(path: Path, image_HWC: np.ndarray) -> None:
+    """Write one image, uint8."""
+    with path.open("wb") as stream:
+        Image.fromarray(image_HWC).save(stream, "PNG", compress_level=9)

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patchbloom.engine import coreset as coreset_module
+from patchbloom.engine import coreset_images
 from patchbloom.engine.class_names import display_names, imagenet_names
 from patchbloom.engine.cli import main
 from patchbloom.engine.coreset import attach_labels, open_coreset, write_coreset
@@ -212,11 +213,12 @@ def _full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("writer", ["_write_png", "_write_labels", "write_durably"])
+@pytest.mark.parametrize("writer", ["write_png", "_write_labels", "write_durably"])
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
 ) -> None:
-    monkeypatch.setattr(coreset_module, writer, _full_disk)
+    owner = coreset_images if writer == "write_png" else coreset_module
+    monkeypatch.setattr(owner, writer, _full_disk)
     block = LabelBlock(codec="dense", logits=_logits())
     with pytest.raises(
         OSError, match=r"no space left for .*c: it needs up to .* MiB; free"
@@ -230,7 +232,7 @@ def test_a_full_disk_while_replacing_keeps_the_old_coreset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = _write(tmp_path / "c")
-    monkeypatch.setattr(coreset_module, "_write_png", _full_disk)
+    monkeypatch.setattr(coreset_images, "write_png", _full_disk)
     with pytest.raises(OSError, match="no space left"):
         _write(tmp_path / "c", settings={**SETTINGS, "seed": 4}, overwrite=True)
     assert open_coreset(tmp_path / "c").content_sha256 == old.content_sha256
@@ -244,7 +246,7 @@ def test_a_full_disk_while_replacing_keeps_the_old_coreset(
 def test_the_second_of_two_writers_leaves_the_first_ones_coreset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_png, wrote = coreset_module._write_png, []
+    write_png, wrote = coreset_images.write_png, []
 
     def write_after_another(path: Path, patch_HWC: np.ndarray) -> None:
         if not wrote:
@@ -253,7 +255,7 @@ def test_the_second_of_two_writers_leaves_the_first_ones_coreset(
         write_png(path, patch_HWC)
 
     other = _write(tmp_path / "other", settings={**SETTINGS, "seed": 4}).folder
-    monkeypatch.setattr(coreset_module, "_write_png", write_after_another)
+    monkeypatch.setattr(coreset_images, "write_png", write_after_another)
     with pytest.raises(FileExistsError, match="another process wrote it; use what it wrote, or"):
         _write(tmp_path / "c")
     assert open_coreset(tmp_path / "c").settings["seed"] == 4
@@ -263,7 +265,7 @@ def test_the_second_of_two_writers_leaves_the_first_ones_coreset(
 KILLED_WRITES = """
 import json, os, signal, sys, torch
 from pathlib import Path
-from patchbloom.engine import coreset, durable
+from patchbloom.engine import coreset, coreset_images, durable
 from patchbloom.engine.soft_labels import LabelBlock
 
 def write_and_label(folder, kill_at):
@@ -277,7 +279,7 @@ def write_and_label(folder, kill_at):
             return function(*arguments)
         return call
     for owner, name in (
-        (coreset, "_write_png"), (coreset, "_write_labels"), (coreset, "write_durably"),
+        (coreset_images, "write_png"), (coreset, "_write_labels"), (coreset, "write_durably"),
         (durable, "write_durably"), (os, "replace"), (os, "rename"),
     ):
         setattr(owner, name, counted(getattr(owner, name)))
