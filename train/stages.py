@@ -214,7 +214,10 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         _write_json(self.folder / STAGES / f"{name}.json", record)
 
     def _check_config(self, name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-        for key in sorted(before.keys() | now.keys()):
+        # What both have comes first: a setting that is there for one choice only follows from it.
+        for key in sorted(
+            before.keys() | now.keys(), key=lambda k: (k not in before.keys() & now.keys(), k)
+        ):
             if before.get(key) != now.get(key):
                 if key == "--data":
                     raise RunError(
