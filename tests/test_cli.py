@@ -68,6 +68,7 @@ RUN_OPTIONS = [
     "batch",
     "learning_rate",
     "accumulate",
+    "cutmix",
     "student_precision",
     "student_compile",
     "overlap",
@@ -643,6 +644,22 @@ def test_other_options_than_before_are_refused(
     assert "was run with --teacher-epochs = 1, now asked for 3" in error
     again = train("teacher", *options, "--seed", "7", "--overwrite").result
     assert again["teacher"]["sha256"] != first["teacher"]["sha256"]
+
+
+def test_what_was_asked_for_is_written_down_once(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = ("--data", shapes, "--out", out, "--method", "random", *SMALL, "--cutmix", "on")
+    train("teacher", *options)
+    first = (out / "config.json").read_text()
+    assert json.loads(first)["student"]["cutmix"] is True
+    assert "was run with --seed = 0" in train("teacher", *options, "--seed", "7").error
+    assert (out / "config.json").read_text() == first
+    sessions = json.loads((out / "environment.json").read_text())
+    assert ["--seed 7" in session["command"] for session in sessions] == [False, True]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert any(line.get("said", "").startswith("data: ") for line in lines)
 
 
 def test_a_teacher_that_is_brought_along_is_measured_like_one_that_is_trained(

@@ -137,6 +137,9 @@ class RunOptions:
     accumulate: int = 1
     """Parts that a batch is split into when it does not fit into memory whole; the gradient is that
     of the batch, a BatchNorm sees parts."""
+    cutmix: Literal["on", "off"] | None = None
+    """Paste boxes of other samples into the views that students and teacher see. Left out: the
+    recipe's."""
     student_precision: StudentPrecision | None = None
     """Of the students' passes, by autocast. Left out: bf16 on cuda, fp32 on the CPU."""
     student_compile: bool = False

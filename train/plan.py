@@ -190,6 +190,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
             batch=options.batch or student.batch,
             group=group or 1,
             learning_rate=options.learning_rate or student.learning_rate,
+            cutmix=student.cutmix if options.cutmix is None else options.cutmix == "on",
             precision=student_precision,
             views="fp32" if student_precision == "fp32" else "fp16",
             compile=options.student_compile,

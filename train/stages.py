@@ -42,6 +42,7 @@ OPTION_OF = {
     "student.batch": "--batch",
     "student.learning_rate": "--learning-rate",
     "student.final_lr_fraction": "--final-lr-fraction",
+    "student.cutmix": "--cutmix",
     "student.weight_decay": "--weight-decay",
     "student.views": "--student-precision",
     "student.precision": "--student-precision",
