@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate
 
 from ..engine.batches import fitting_batch
 from ..engine.config import ExpandConfig
-from ..engine.coreset import Coreset, write_coreset
+from ..engine.coreset import Coreset
 from ..engine.dsco import NoiseOptimiser, RealImages
 from ..engine.images import STANDARD_RESIZE_RATIO, center_boxes, stream_crops
 from ..engine.turbo import Expander
@@ -35,14 +35,12 @@ from .checkpoint import read_tensors, write_tensors
 from .pictures import as_uint8
 from .plan import LARGE_ENGINE_BATCH, Plan
 from .record import Report
-from .sources import describe_model
 from .stages import settings_by_option
+from .whole_images import describe_generator, write_whole_images
 from .world import World
 
 PARTS = "dsco.partial"
 DECODED_TOGETHER = 64  # real images
-OF_NO_STORED_IMAGE = ("rho", "mixup", "posterior", "weights_bytes")
-"""In a model's description: what plays no part, and what a student of stored images needs not."""
 
 
 @dataclass(frozen=True)
@@ -186,14 +184,11 @@ def dsco_settings(plan: Plan) -> dict[str, Any]:
         for name, value in asdict(plan.options.dsco).items()
     }
     shared = {"--ipc": plan.options.ipc, "--seed": plan.options.seed, "--data": plan.data_sha256}
-    return {**options, **shared, **settings_by_option("dsco", _generator(plan))}
-
-
-def _generator(plan: Plan) -> dict[str, Any]:
-    """What of the model names the images; plain JSON without paths."""
-    described = describe_model(plan, dsco_expand(plan)) or {}
-    kept = {key: described[key] for key in described if key not in OF_NO_STORED_IMAGE}
-    return {**kept, "generate_size": _model(plan).trained_px()}
+    return {
+        **options,
+        **shared,
+        **settings_by_option("dsco", describe_generator(plan, dsco_expand(plan))),
+    }
 
 
 def write_optimised(
@@ -205,28 +200,18 @@ def write_optimised(
     provenance: dict[str, Any],
 ) -> Coreset:
     """Write the coreset of dsco, in place of what a killed run left: its patches are images."""
-    ipc = plan.options.ipc
-    return write_coreset(
+    return write_whole_images(
+        plan,
         folder,
-        patches_NHWC=optimised.images_NSSC,
-        labels_N=torch.arange(len(plan.class_names)).repeat_interleave(ipc),
-        class_ids=plan.train.class_ids,
-        class_names=plan.class_names,
+        optimised.images_NSSC,
+        expand=dsco_expand(plan),
         settings={
             "method": "dsco",
-            "seed": plan.options.seed,
-            "image_size_px": plan.image_size,
-            "factor": 1,
-            "patch_px": plan.image_size,
-            "ipc": ipc,
-            "samples_per_class": plan.samples_per_class,
-            "data_sha256": plan.data_sha256,
+            "ipc": plan.options.ipc,
             "dsco": asdict(plan.options.dsco),
-            "generator": _generator(plan),
         },
         teacher=teacher,
         provenance={**provenance, "losses": optimised.losses_KS2.double().mean(0).tolist()},
-        overwrite=True,
     )
 
 

@@ -27,19 +27,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..engine.coreset import Coreset, write_coreset
+from ..engine.coreset import Coreset
 from ..engine.turbo import Expander
 from .methods import Expansions, ImageSource
 from .pictures import as_uint8
 from .plan import Plan
 from .pool_rendering import SharedImages
 from .record import Report
-from .sources import describe_model
 from .stages import settings_by_option
+from .whole_images import describe_generator, write_whole_images
 from .world import World
-
-OF_NO_IMAGE_FROM_NOISE = ("rho", "mixup", "posterior", "weights_bytes")
-"""In a model's description: what plays no part, and what a student of stored images needs not."""
 
 
 @dataclass(frozen=True)
@@ -165,44 +162,28 @@ def write_generated(
     The number of images names the content, and not what decided it: a budget is provenance.
     """
     count, variants = generated.per_class, plan.options.variants
-    return write_coreset(
+    return write_whole_images(
+        plan,
         folder,
-        patches_NHWC=generated.images_NHWC,
-        labels_N=torch.arange(len(plan.class_names)).repeat_interleave(count),
-        class_ids=plan.train.class_ids,
-        class_names=plan.class_names,
+        generated.images_NHWC,
+        expand=plan.generate,
         settings={
             "method": "t2i",
-            "seed": plan.options.seed,
-            "image_size_px": plan.image_size,
-            "factor": 1,
-            "patch_px": plan.image_size,
             "ipc": count * (1 + variants),
             "generated": count,
             "variants": variants,
-            "samples_per_class": plan.samples_per_class,
-            "data_sha256": plan.data_sha256,
-            "generator": _described(plan),
         },
         teacher=teacher,
         provenance={
             **provenance,
             "generation": {"budget_s": plan.options.budget_seconds, **generated.describe()},
         },
-        overwrite=True,
     )
 
 
 def generation_settings(plan: Plan) -> dict[str, Any]:
     """All that decides how many images are generated, and which: for the stage's config."""
     options = plan.options
-    described = settings_by_option("t2i", _described(plan))
+    described = settings_by_option("t2i", describe_generator(plan, plan.generate))
     kept = {"--budget-seconds": options.budget_seconds, "--variants": options.variants}
     return {**kept, **described}
-
-
-def _described(plan: Plan) -> dict[str, Any]:
-    """What of the model names the generated images; plain JSON without paths."""
-    described = describe_model(plan, plan.generate) or {}
-    kept = {key: described[key] for key in described if key not in OF_NO_IMAGE_FROM_NOISE}
-    return {**kept, "generate_size": plan.generate.size_px}
