@@ -46,7 +46,7 @@ class Options:
     out: Path
     """Folder of the board; given again, it goes on where it was stopped."""
     methods: tuple[str, ...] = ("random", "rded", "upsample", "dace")
-    """Methods of `train`, by name."""
+    """Methods of `train`, by name; one may have options of its own, as "t2i --steps 4"."""
     ipc: tuple[int, ...] = (1, 10)
     """Images per class; parts other than methods take the first."""
     seeds: int = 3
@@ -89,6 +89,13 @@ class Options:
         for line in self.variant:
             if not all(part.strip() for part in line.partition("=")):
                 raise ValueError(f"--variant {line!r}: expected NAME=OPTIONS of train")
+        if not all(entry.strip() for entry in self.methods):
+            raise ValueError("--methods: expected names, got an empty one")
+
+    @property
+    def method_names(self) -> list[str]:
+        """--methods without options of their own."""
+        return [entry.split()[0] for entry in self.methods]
 
     @property
     def trains_teacher(self) -> bool:
@@ -176,7 +183,7 @@ class Board:
 
     def cell(self, method: str, ipc: int, *own: str) -> Cell:
         """A whole `train` of one method; that of `random`, or else the first, has the ceiling."""
-        methods = self.options.methods
+        methods = self.options.method_names
         holder = "random" if "random" in methods else methods[0]
         ceiling = "--ceiling" if method == holder and not own else "--no-ceiling"
         words = (*self._shared(), "--method", method, "--ipc", str(ipc))
@@ -256,10 +263,11 @@ class Board:
 
     def _methods(self) -> Iterable[Line]:
         for ipc in self.options.ipc:
-            for method in self.options.methods:
-                cell, group = self.cell(method, ipc), f"IPC {ipc}"
-                hard = self.cell(method, ipc, *HARD) if self.options.hard else None
-                yield Line(part="methods", group=group, label=method, cell=cell, hard=hard)
+            for entry in self.options.methods:
+                method, *own = shlex.split(entry)
+                cell, group = self.cell(method, ipc, *own), f"IPC {ipc}"
+                hard = self.cell(method, ipc, *own, *HARD) if self.options.hard else None
+                yield Line(part="methods", group=group, label=entry, cell=cell, hard=hard)
 
     def _ablation(self) -> Iterable[Line]:
         ipc = self.options.ipc[0]
@@ -291,7 +299,8 @@ class Board:
                 yield Line(part="students", group=method, label=network, cell=cell)
 
     def _codecs(self) -> Iterable[Line]:
-        method = "dace" if "dace" in self.options.methods else self.options.methods[0]
+        methods = self.options.method_names
+        method = "dace" if "dace" in methods else methods[0]
         here, ipc = len(self.counts_K), self.options.ipc[0]
         for classes in dict.fromkeys((here, THOUSAND)):
             for k in (None, *(k for k in TOP_KS if 2 * k < classes)):
