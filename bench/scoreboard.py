@@ -12,9 +12,9 @@ A cell that fails is told, and the others go on. Words after `--` are options of
 A row, plain JSON: cell and words (its name and its options of `train`); method, student,
 image_size, seeds, samples (images of an epoch), epochs; accuracy [mean, std] in percent, of the
 last epoch on the whole validation split; recognised, percent of the last epoch's stored labels
-whose largest answer is the class that their view was made for, or null; seconds_per_epoch, the median over epochs, rendering and
-all students together, or null; total_s, of all stages and sessions; and of the summary ceiling,
-evals, bytes, label_bytes (of one label) and teacher.
+whose largest answer is the class that their view was made for, or null; seconds_per_epoch, the
+median over epochs, rendering and all students together, or null; total_s, of all stages and
+sessions; and of the summary ceiling, evals, bytes, label_bytes (of one label) and teacher.
 """
 
 from __future__ import annotations
