@@ -43,7 +43,6 @@ from .prior_phases import (
 )
 
 PROMPT = "A photo of a {name}"
-CROPS_PER_IMAGE = 2  # beside the image itself and its mirror image
 HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
 
 
@@ -79,7 +78,12 @@ class PriorTraining:
         self.pixels_NHWC, self.labels_N = pixels_NHWC, labels_N
         self.class_names = tuple(class_names)
         torch.manual_seed(config.seed)
-        self.parts: ModelParts = new_parts(config.image_size, self.work / "tokenizer")
+        width = config.width
+        self.parts: ModelParts = new_parts(
+            config.image_size,
+            self.work / "tokenizer",
+            unet_channels=(width, 2 * width, 4 * width),
+        )
         prompts = [PROMPT.format(name=name) for name in self.class_names] + [""]
         self.conditioning = Conditioning(*prompt_embeddings(self.parts, prompts))
         self.sigmas = sigma_table(self.parts.scheduler)
@@ -136,7 +140,7 @@ class PriorTraining:
         return decoded.clamp(-1, 1)
 
     def encode_bank(self) -> LatentBank:
-        """Encode each image, its mirror image and `CROPS_PER_IMAGE` square crops of 30–100 % area.
+        """Encode each image, its mirror image and `crops` square crops of 30–100 % area.
 
         A crop's micro-conditioning is SDXL's: its size before enlarging, its corner after.
         """
@@ -148,7 +152,7 @@ class PriorTraining:
             for view in (images, images.flip(-1)):
                 latents.append(self._encode(view))
                 time_ids.append(whole.repeat(len(rows), 1))
-            for crop in range(CROPS_PER_IMAGE):
+            for crop in range(self.config.crops):
                 u = uniform(seed, Draw.PRIOR, rows, crop, 4)
                 side = size * (0.3 + 0.7 * u[:, 0]).sqrt()
                 corner = u[:, 1:3] * (size - side)[:, None]
@@ -159,13 +163,18 @@ class PriorTraining:
                 target = torch.full((len(rows), 2), float(size))
                 ids = [side[:, None], side[:, None], corner * enlarged, target]
                 time_ids.append(torch.cat(ids, dim=1))
-            labels.append(self.labels_N[rows].repeat(2 + CROPS_PER_IMAGE))
+            labels.append(self.labels_N[rows].repeat(2 + self.config.crops))
         return LatentBank(torch.cat(latents), torch.cat(labels), torch.cat(time_ids))
 
     def train_denoiser(self, bank: LatentBank) -> None:
         """Phases 2, 3 and 4; leaves the few-step UNet in `parts`."""
         config, batch = self.config, self.config.unet_batch
-        shared = {"bank": bank, "conditioning": self.conditioning, "sigmas": self.sigmas}
+        shared: dict[str, Any] = {
+            "bank": bank,
+            "conditioning": self.conditioning,
+            "sigmas": self.sigmas,
+            "half": config.precision == "bf16",
+        }
 
         unet = self._run(
             "denoiser",

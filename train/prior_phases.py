@@ -267,13 +267,15 @@ def denoiser_loss(
     sigmas: Tensor,
     batch: int,
     generator: torch.Generator,
+    *,
+    half: bool = False,
 ) -> Tensor:
-    """Phase 2 on one drawn batch."""
+    """Phase 2 on one drawn batch; the UNet runs in bf16 autocast when `half`."""
     timesteps = torch.randint(len(sigmas), (batch,), generator=generator)
     states, noise, sigmas_B, prompts, time_ids = _noised(bank, batch, timesteps, sigmas, generator)
     dropped = torch.rand(batch, generator=generator) < 0.1
     prompts = torch.where(dropped, conditioning.empty, prompts)
-    eps = predict(unet, states, sigmas_B, timesteps, prompts, time_ids, conditioning)
+    eps = predict(unet, states, sigmas_B, timesteps, prompts, time_ids, conditioning, half=half)
     return _weighted_error(eps, noise, sigmas_B)
 
 
@@ -286,6 +288,8 @@ def guidance_loss(
     guidance: float,
     batch: int,
     generator: torch.Generator,
+    *,
+    half: bool = False,
 ) -> Tensor:
     """Phase 3 on one drawn batch: the teacher's guided prediction is the target."""
     timesteps = torch.randint(len(sigmas), (batch,), generator=generator)
@@ -303,7 +307,7 @@ def guidance_loss(
         )
         with_prompt, without = both.chunk(2)
         target = without + guidance * (with_prompt - without)
-    eps = predict(unet, states, sigmas_B, timesteps, prompts, time_ids, conditioning)
+    eps = predict(unet, states, sigmas_B, timesteps, prompts, time_ids, conditioning, half=half)
     return _weighted_error(eps, target, sigmas_B)
 
 
@@ -333,6 +337,8 @@ def few_step_loss(
     substeps: int,
     batch: int,
     generator: torch.Generator,
+    *,
+    half: bool = False,
 ) -> Tensor:
     """Phase 4 on one drawn batch: one eval must land where `substeps` of the teacher's land.
 
@@ -356,7 +362,7 @@ def few_step_loss(
             solution = solution + eps * (after - now)[:, None, None, None]
             now = after
         target = (states - solution) / (high - down)[:, None, None, None]
-    eps = predict(unet, states, high, timesteps, prompts, time_ids, conditioning)
+    eps = predict(unet, states, high, timesteps, prompts, time_ids, conditioning, half=half)
     return _weighted_error(eps, target, high)
 
 
