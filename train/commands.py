@@ -313,6 +313,8 @@ class TrainPrior:
     prior: Annotated[PriorConfig, OmitArgPrefixes] = field(default_factory=PriorConfig)
     class_names: Path | None = None
     """Names for prompts: a JSON object or lines "folder name"."""
+    device: DeviceName = "auto"
+    """`auto` is cuda where there is one."""
     skip_corrupt: bool = False
     """Leave out and count images that cannot be decoded, instead of stopping at them."""
     shapes_per_class: int = 1000
