@@ -8,8 +8,8 @@ Formula, per sample, with z = bank[row]:
     input   = state * model_scale,                 model_scale = 1 / sqrt(sigma^2 + 1)
 
 The two mixup lines run when mixup is asked for. The partner is any row of the class, the sample's
-own included; gamma is uniform on (0, 1), which is Beta(1, 1) (DACE, section 3), and Q(u) = u, or
-has the quantile function Q whose values at 0, 1 / K, ..., 1 are given, and which is linear between:
+own included. gamma is uniform on (0, 1), which is Beta(1, 1) (DACE, section 3): then Q(u) = u. Or
+its quantiles at 0, 1 / K, ..., 1 are given, and Q is linear between them:
 
     k = min(floor(u * K), K - 1)        Q(u) = Q_k + (u * K - k) * (Q_(k+1) - Q_k)
 
