@@ -37,10 +37,12 @@ from ..kernels.sampler import euler_ancestral_step
 from .backends import Backend, open_backend, resolve_device
 from .batches import BatchPlan, images_per_prompt, plan_batches
 from .config import ExpandConfig
+from .mixup_weight import mixup_quantiles
 from .prompts import encode_prompts, project_prompts
 from .schedule import make_schedule
 
 UPSAMPLING = "bicubic"
+VARIED = {"steps", "rho", "mixup", "mixup_weight", "start", "seed"}
 
 
 class Expander:
@@ -101,6 +103,7 @@ class Expander:
         del parts, text
         gc.collect()
         self._timesteps_1 = self._as_tensors(self.schedule.timesteps)
+        self._quantiles_Q = self._mixup_quantiles(config)
         self._moments: Tensor | None = None
         if patches_NHWC is not None and config.start == "image":
             self._moments = self.encode(patches_NHWC)
@@ -129,6 +132,10 @@ class Expander:
 
     def _as_tensors(self, timesteps: Sequence[float]) -> list[Tensor]:
         return [torch.tensor([t], dtype=torch.float32, device=self._device) for t in timesteps]
+
+    def _mixup_quantiles(self, config: ExpandConfig) -> Tensor | None:
+        quantiles_Q = mixup_quantiles(config.mixup_weight)
+        return None if quantiles_Q is None else quantiles_Q.to(self._device)
 
     def _latent_shape(self, parts: ModelParts) -> tuple[int, int, int]:
         vae_config: Any = parts.vae.config
@@ -289,6 +296,7 @@ class Expander:
             sigma=self.schedule.start_sigma,
             mixup=self.config.mixup and not from_noise,
             model_scale=self.schedule.model_scales[0],
+            quantiles_Q=self._quantiles_Q,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -306,7 +314,7 @@ class Expander:
             "evals": self.schedule.evals,
             "timesteps": list(self.schedule.timesteps),
             "sigmas": list(self.schedule.sigmas),
-            "mixup": config.mixup and config.start == "image",
+            **config.describe_mixup(),
             "posterior": config.posterior,
             "upsampling": UPSAMPLING,
             "size_px": config.size_px,
@@ -324,11 +332,11 @@ class Expander:
         }
 
     def varied(self, **changes: Any) -> Expander:
-        """The same patches and networks with another `steps`, `rho`, `mixup`, `start` or `seed`.
+        """The same patches and networks with other settings: those of `VARIED`.
 
         Costs nothing; closing either closes both. ValueError: another field, which needs a new one.
         """
-        wrong = changes.keys() - {"steps", "rho", "mixup", "start", "seed"}
+        wrong = changes.keys() - VARIED
         if wrong:
             raise ValueError(f"cannot vary {sorted(wrong)[0]} of an Expander: make a new one")
         other = copy.copy(self)
@@ -337,6 +345,7 @@ class Expander:
             self.model.scheduler_config(), steps=config.steps, rho=config.rho, start=config.start
         )
         other._timesteps_1 = self._as_tensors(other.schedule.timesteps)
+        other._quantiles_Q = self._mixup_quantiles(config)
         if config.start == "noise":
             other._moments = None
         elif self._moments is None:

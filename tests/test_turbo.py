@@ -139,14 +139,19 @@ def test_equals_diffusers(expander, diffusers_images, backend, steps, rho):
     assert max_error(ours.expand(SAMPLES, EPOCH), reference) <= TOLERANCE
 
 
-@pytest.mark.parametrize("posterior", ["mean", "sample"])
-def test_mixup_follows_the_formula(expander, diffusers_images, posterior):
-    ours = expander(posterior=posterior)
+@pytest.mark.parametrize(
+    ("posterior", "law"),
+    [("mean", "uniform"), ("sample", "uniform"), ("mean", "beta:0.5"), ("mean", "0.3")],
+)
+def test_mixup_follows_the_formula(expander, diffusers_images, posterior, law):
+    ours = expander(posterior=posterior).varied(mixup_weight=law)
     bank = ours.latents(EPOCH)
     first = torch.from_numpy(LABELS_N[SAMPLES] * 4)
     draw = uniform(SEED, Draw.MIXUP_PARTNER, SAMPLES, EPOCH, 1)[:, 0]
     partner = first + (draw * 4).floor().long().clamp(max=3)
     weight = uniform(SEED, Draw.MIXUP_WEIGHT, SAMPLES, EPOCH, 1).view(-1, 1, 1, 1)
+    quantile = {"beta:0.5": lambda u: (u * torch.pi / 2).sin() ** 2, "0.3": lambda u: 0 * u + 0.3}
+    weight = quantile.get(law, lambda u: u)(weight)
     mixed = weight * bank[SAMPLES] + (1 - weight) * bank[partner]
     reference = diffusers_images(SAMPLES, mixed, steps=5, rho=0.8)
     assert max_error(ours.expand(SAMPLES, EPOCH), reference) <= TOLERANCE
@@ -354,6 +359,8 @@ def test_varied_settings_share_the_networks(expander):
     assert other.backend is ours.backend
     same = expander(rho=0.4, mixup=False)
     assert torch.equal(other.expand(SAMPLES, EPOCH), same.expand(SAMPLES, EPOCH))
+    whole = ours.varied(rho=0.4, mixup_weight="1")
+    assert torch.equal(whole.expand(SAMPLES, EPOCH), same.expand(SAMPLES, EPOCH))
     with pytest.raises(ValueError, match="cannot vary size_px"):
         ours.varied(size_px=64)
 
@@ -365,6 +372,8 @@ def test_description_names_the_images(expander, model):
     assert described["backend"] == "ort"
     assert json.loads(json.dumps(described)) == described
     assert expander(start="noise", steps=1).describe()["rho"] is None
+    assert "mixup_weight" not in described
+    assert expander(mixup_weight="beta:0.50").describe()["mixup_weight"] == "beta:0.5"
 
 
 def test_what_does_not_change_is_computed_once(expander, model, patches, monkeypatch):
