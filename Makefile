@@ -8,7 +8,7 @@
 #              CPU. VENV= PYTHON=python3: with what that interpreter has; installs nothing
 # make check   ruff, pyright, import direction
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO_OUT ?= runs/demo

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -110,7 +110,7 @@ def _kernels(form: Form) -> Stage:
 
 def _expand(form: Form) -> list[Stage]:
     """Each backend beside diffusers' pipeline, one process per size, batch and backend."""
-    cases: list[tuple[int, int, str, float]] = {
+    cases: Sequence[tuple[int, int, str, float]] = {
         "rehearsal": [(32, 8, "eager", 0), (32, 8, "ort", 0)],
         "quick": [(224, 32, "eager", 60), (224, 64, "eager", 45), (512, 32, "eager", 60)],
         "full": [
@@ -153,7 +153,7 @@ def _expand_passes(form: Form) -> tuple[str, ...]:
 def _epoch(form: Form) -> Stage:
     """The paper's first and last row: 40 and 640 images."""
     shape = {
-        "rehearsal": "--size 32 --factors 2 --epochs 1 --rounds 1 --batch 8 --student convnet-d3-w8",
+        "rehearsal": "--size 32 --factors 2 --epochs 1 --rounds 1 --batch 8",
         "quick": "--size 224 --factors 2 8 --epochs 1 --rounds 1",
         "full": "--size 224",
     }[form].split()
