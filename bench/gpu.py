@@ -78,11 +78,13 @@ def run_stage(stage: Stage, out: Path, environment: Mapping[str, str]) -> Outcom
         try:
             code = process.wait(stage.limit_s)
         except subprocess.TimeoutExpired:
-            said = f"limit {stage.limit_s:.0f} s{kill(process)}"
-            return Outcome(stage.name, "timed out", time.monotonic() - began, said)
+            code = None
         finally:
-            kill(process)
+            died = kill(process)
     seconds, text = time.monotonic() - began, log.read_text("utf-8", "replace")
+    if code is None:
+        said = "" if died else f"; process {process.pid} does not die, it hangs in the driver"
+        return Outcome(stage.name, "timed out", seconds, f"limit {stage.limit_s:.0f} s{said}")
     if code:
         return Outcome(stage.name, "failed", seconds, f"exit status {code}: {last_line(text)}")
     if not stage.prints_row:
@@ -94,19 +96,17 @@ def run_stage(stage: Stage, out: Path, environment: Mapping[str, str]) -> Outcom
     return Outcome(stage.name, "ok", seconds, headline(row))
 
 
-def kill(process: subprocess.Popen[bytes]) -> str:
-    """End a stage and all of its group; "" or, when it does not die, what to add to the line."""
+def kill(process: subprocess.Popen[bytes]) -> bool:
+    """End a stage, if it still runs, and all of its group; whether it died."""
     if process.poll() is None:
         process.send_signal(signal.SIGABRT)  # faulthandler then writes every thread's traceback
         with suppress(subprocess.TimeoutExpired):
             process.wait(TRACEBACK_S)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(DEATH_S)
-    except subprocess.TimeoutExpired:
-        return f"; process {process.pid} does not die, it hangs in the driver"
-    return ""
+    return process.poll() is not None
 
 
 def last_line(text: str) -> str:
