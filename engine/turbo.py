@@ -3,7 +3,7 @@
 An image is a pure function of (model, patch, prompt, settings; seed, sample, epoch): all noise is
 counter-based (kernels/noise.py), so order, neighbours and batch composition play no part. What
 does not change is computed once: latents of the patches, text embeddings, and the cross-attention
-keys and values of every class. Legend: N samples, K classes, B images of G prompts in a batch,
+keys and values of as many classes as fit (prompt_bank.py). Legend: N samples, K classes, B images of G prompts in a batch,
 C latent channels, h w latent size, H W image size, P keys and values of a prompt.
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from ..export.bundle import default_bundles_folder
 from ..export.config import EngineSpec
 from ..export.models import (
+    DTYPES,
     ModelParts,
     ModelSource,
     load_parts,
@@ -37,7 +38,8 @@ from ..kernels.sampler import euler_ancestral_step
 from .backends import Backend, open_backend, resolve_device
 from .batches import BatchPlan, images_per_prompt, plan_batches
 from .config import ExpandConfig
-from .prompts import encode_prompts, project_prompts
+from .prompt_bank import open_prompt_bank
+from .prompts import encode_prompts
 from .schedule import make_schedule
 
 UPSAMPLING = "bicubic"
@@ -78,7 +80,9 @@ class Expander:
             device=resolve_device(config.device),
         )
         self._device = torch.device(self.spec.device)
-        text = encode_prompts(model, prompts_K, device=self.spec.device)
+        text = encode_prompts(
+            model, prompts_K, device=self.spec.device, dtype=DTYPES[config.precision]
+        )
         parts = load_parts(
             model,
             precision=config.precision,
@@ -86,16 +90,19 @@ class Expander:
             device=self.spec.device,
         )
         self._latent_CHW = self._latent_shape(parts)
-        prompts = project_prompts(
-            parts, text, conditioning_px=config.conditioning_px or config.size_px
+        self._prompts = open_prompt_bank(
+            parts,
+            text,
+            conditioning_px=config.conditioning_px or config.size_px,
+            least=self.spec.prompts,
+            budget_bytes=config.prompt_cache_bytes,
         )
-        self._added_KD, self._kv_KP = prompts.added_KD, prompts.kv_KP
         self.backend: Backend = open_backend(
             config.backend,
             model,
             parts,
             self.spec,
-            tokens=prompts.tokens,
+            tokens=self._prompts.tokens,
             bundles=config.bundles or default_bundles_folder(),
         )
         del parts, text
@@ -270,9 +277,7 @@ class Expander:
 
     def prompts_of(self, classes_G: np.ndarray) -> tuple[Tensor, Tensor]:
         """Added embeddings, keys and values of the prompts of a call, on the device."""
-        rows_G = torch.from_numpy(classes_G)
-        added_GD = self._added_KD[rows_G.to(self._device)]
-        return added_GD, self._kv_KP[rows_G.to(self._kv_KP.device)].to(self._device)
+        return self._prompts.of(classes_G)
 
     def _start(self, plan: BatchPlan, samples_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """First state and model input."""
@@ -348,4 +353,4 @@ class Expander:
         """Free the networks and the banks; the Expander is of no use afterwards."""
         self.backend.close()
         self._moments, self._bank_epoch = None, None
-        del self._kv_KP, self._added_KD
+        del self._prompts
