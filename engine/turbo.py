@@ -3,8 +3,8 @@
 An image is a pure function of (model, patch, prompt, settings; seed, sample, epoch): all noise is
 counter-based (kernels/noise.py), so order, neighbours and batch composition play no part. What
 does not change is computed once: latents of the patches, text embeddings, and the cross-attention
-keys and values of as many classes as fit (prompt_bank.py). Legend: N samples, K classes, B images of G prompts in a batch,
-C latent channels, h w latent size, H W image size, P keys and values of a prompt.
+keys and values of as many classes as fit (prompt_bank.py). Legend: N samples, K classes, B images
+of G prompts in a batch, C latent channels, h w latent size, H W image size.
 """
 
 from __future__ import annotations
