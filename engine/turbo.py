@@ -90,7 +90,7 @@ class Expander:
             device=self.spec.device,
         )
         self._latent_CHW = self._latent_shape(parts)
-        self._prompts = open_prompt_bank(
+        self.prompt_bank = open_prompt_bank(
             parts,
             text,
             conditioning_px=config.conditioning_px or config.size_px,
@@ -102,7 +102,7 @@ class Expander:
             model,
             parts,
             self.spec,
-            tokens=self._prompts.tokens,
+            tokens=self.prompt_bank.tokens,
             bundles=config.bundles or default_bundles_folder(),
         )
         del parts, text
@@ -277,7 +277,7 @@ class Expander:
 
     def prompts_of(self, classes_G: np.ndarray) -> tuple[Tensor, Tensor]:
         """Added embeddings, keys and values of the prompts of a call, on the device."""
-        return self._prompts.of(classes_G)
+        return self.prompt_bank.of(classes_G)
 
     def _start(self, plan: BatchPlan, samples_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """First state and model input."""
@@ -353,4 +353,4 @@ class Expander:
         """Free the networks and the banks; the Expander is of no use afterwards."""
         self.backend.close()
         self._moments, self._bank_epoch = None, None
-        del self._prompts
+        del self.prompt_bank

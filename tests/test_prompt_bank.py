@@ -245,7 +245,7 @@ def test_a_coreset_of_two_thousand_classes(
             prompts_K=[f"A photo of a {name}" for name in coreset.class_names],
         )
         found = [expander.expand(each, 0) for each in np.split(samples, 5)]
-        return expander._prompts, torch.cat(found)
+        return expander.prompt_bank, torch.cat(found)
 
     whole, expected = images(None)
     assert whole.resident
