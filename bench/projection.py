@@ -96,10 +96,11 @@ def _row(dataset: Dataset, ipc: int, rates: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """As people read it."""
+def table(rows: list[dict[str, Any]], source: str) -> str:
+    """As people read it; `source` is whose rates they are."""
     lines = [
-        f"PROJECTION, not measured: {EPOCHS} epochs, {TILES} patches per image, one device",
+        f"PROJECTION, not measured: {EPOCHS} epochs, {TILES} patches per image, one device, rates "
+        f"of {source}",
         f"{'set':13} {'IPC':>3} {'scoring h':>10} {'writing h':>10} {'labels h':>10} "
         f"{'patches':>9} {'dense':>9} {'top-10':>9} {'K/V':>9}",
     ]
