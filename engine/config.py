@@ -76,6 +76,9 @@ class ExpandConfig:
     """`auto` is cuda where there is one."""
     bundles: Path | None = None
     """Folder of built engines; None: patchbloom/bundles in the user's cache."""
+    prompt_cache_bytes: int | None = None
+    """For keys and values of prompts on the device, at least those of one call's; None: 40 % of the
+    free memory. No bit of an image depends on it."""
 
     def __post_init__(self) -> None:
         for field, choices in (

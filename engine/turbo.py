@@ -3,8 +3,8 @@
 An image is a pure function of (model, patch, prompt, settings; seed, sample, epoch): all noise is
 counter-based (kernels/noise.py), so order, neighbours and batch composition play no part. What
 does not change is computed once: latents of the patches, text embeddings, and the cross-attention
-keys and values of every class. Legend: N samples, K classes, B images of G prompts in a batch,
-C latent channels, h w latent size, H W image size, P keys and values of a prompt.
+keys and values of as many classes as fit (prompt_bank.py). Legend: N samples, K classes, B images
+of G prompts in a batch, C latent channels, h w latent size, H W image size.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from ..export.bundle import default_bundles_folder
 from ..export.config import EngineSpec
 from ..export.models import (
+    DTYPES,
     ModelParts,
     ModelSource,
     load_parts,
@@ -38,7 +39,8 @@ from .backends import Backend, open_backend, resolve_device
 from .batches import BatchPlan, images_per_prompt, plan_batches
 from .config import ExpandConfig
 from .mixup_weight import mixup_quantiles
-from .prompts import encode_prompts, project_prompts
+from .prompt_bank import open_prompt_bank
+from .prompts import encode_prompts
 from .schedule import make_schedule
 
 UPSAMPLING = "bicubic"
@@ -80,7 +82,9 @@ class Expander:
             device=resolve_device(config.device),
         )
         self._device = torch.device(self.spec.device)
-        text = encode_prompts(model, prompts_K, device=self.spec.device)
+        text = encode_prompts(
+            model, prompts_K, device=self.spec.device, dtype=DTYPES[config.precision]
+        )
         parts = load_parts(
             model,
             precision=config.precision,
@@ -88,16 +92,19 @@ class Expander:
             device=self.spec.device,
         )
         self._latent_CHW = self._latent_shape(parts)
-        prompts = project_prompts(
-            parts, text, conditioning_px=config.conditioning_px or config.size_px
+        self.prompt_bank = open_prompt_bank(
+            parts,
+            text,
+            conditioning_px=config.conditioning_px or config.size_px,
+            least=self.spec.prompts,
+            budget_bytes=config.prompt_cache_bytes,
         )
-        self._added_KD, self._kv_KP = prompts.added_KD, prompts.kv_KP
         self.backend: Backend = open_backend(
             config.backend,
             model,
             parts,
             self.spec,
-            tokens=prompts.tokens,
+            tokens=self.prompt_bank.tokens,
             bundles=config.bundles or default_bundles_folder(),
         )
         del parts, text
@@ -277,9 +284,7 @@ class Expander:
 
     def prompts_of(self, classes_G: np.ndarray) -> tuple[Tensor, Tensor]:
         """Added embeddings, keys and values of the prompts of a call, on the device."""
-        rows_G = torch.from_numpy(classes_G)
-        added_GD = self._added_KD[rows_G.to(self._device)]
-        return added_GD, self._kv_KP[rows_G.to(self._kv_KP.device)].to(self._device)
+        return self.prompt_bank.of(classes_G)
 
     def _start(self, plan: BatchPlan, samples_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """First state and model input."""
@@ -357,4 +362,4 @@ class Expander:
         """Free the networks and the banks; the Expander is of no use afterwards."""
         self.backend.close()
         self._moments, self._bank_epoch = None, None
-        del self._kv_KP, self._added_KD
+        del self.prompt_bank

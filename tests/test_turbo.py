@@ -25,7 +25,6 @@ from patchbloom.export.models import (
     ModelSource,
     Unavailable,
     find_model,
-    load_parts,
     weights_sha256,
 )
 from patchbloom.export.modules import PromptProjector
@@ -408,28 +407,6 @@ def test_what_does_not_change_is_computed_once(expander, model, patches, monkeyp
     ours.expand(range(12), 0)
     assert len(calls) == 2 * 4  # two batches of 8 hold 12 samples; 4 evaluations each
     assert calls[0][3].shape[0] == 2  # keys and values of 2 prompts for 8 images, not of 8
-
-
-def test_keys_and_values_of_one_chunk_of_prompts_are_kept_once(model, monkeypatch):
-    """At 1000 classes they are most of a GPU's memory: no second copy while they are made."""
-    alive: list[weakref.ref] = []
-    project = PromptProjector.forward
-
-    def forward(self, *given):
-        assert [reference() for reference in alive] == [None] * len(alive)
-        added_GD, kv_GP = project(self, *given)
-        alive.append(weakref.ref(kv_GP))
-        return added_GD, kv_GP
-
-    parts = load_parts(model, precision="fp32", device="cpu")
-    text = prompts_module.encode_prompts(model, PROMPTS, device="cpu")
-    whole = prompts_module.project_prompts(parts, text, conditioning_px=32)
-    monkeypatch.setattr(PromptProjector, "forward", forward)
-    monkeypatch.setattr(prompts_module, "CHUNK", 1)
-    chunked = prompts_module.project_prompts(parts, text, conditioning_px=32)
-    assert len(alive) == len(PROMPTS)
-    torch.testing.assert_close(chunked.kv_KP, whole.kv_KP)
-    torch.testing.assert_close(chunked.added_KD, whole.added_KD)
 
 
 def test_bench_reports_no_speed_without_the_same_pictures(model, tmp_path):
