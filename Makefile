@@ -3,6 +3,7 @@
 # make demo    the whole method on the CPU, with the shipped model and generated images
 # make test    every test that needs neither a GPU nor a data set
 # make gpu     tests that need a CUDA device, then kernels, an epoch, and expansion at full size
+# make bench-table   README's tables of figures from bench/results
 # make check   ruff, pyright, import direction
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,7 @@ TRT_BINDINGS := 10.16.1.11 11.4.0.106
 # Wheels come from the package index, not from a local folder with other builds of torch in it.
 export PIP_FIND_LINKS :=
 
-.PHONY: setup bindings demo test gpu check
+.PHONY: setup bindings demo test gpu bench-table check
 setup: $(INSTALLED) bindings
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -50,6 +51,9 @@ gpu: $(INSTALLED)
 	$(GPU_BENCH) --size 224 --batch 32 --backends diffusers diffusers-compiled eager ort inductor
 	$(GPU_BENCH) --size 224 --batch 64 --backends diffusers eager ort inductor
 	$(GPU_BENCH) --size 512 --batch 32 --backends diffusers eager ort inductor
+
+bench-table: $(INSTALLED)
+	$(BIN)/python bench/tables.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

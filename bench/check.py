@@ -32,7 +32,7 @@ LEAST_ROUNDS = 3
 CONFIGURATION = (
     *("benchmark", "model", "weights", "size_px", "batch", "evals", "images", "crops", "crop_px"),
     *("threads", "student", "student_batch", "student_precision", "backend", "codec", "top_k"),
-    *("epochs", "seeds", "ipc", "data"),
+    *("epochs", "seeds", "ipc", "data", "teacher", "teacher_images"),
 )
 """What two rows must have alike to be compared; a key that neither has is alike."""
 PEERS = {
