@@ -3,8 +3,8 @@
 # make demo    the whole method on the CPU, with the shipped model and generated images
 # make test    every test that needs neither a GPU nor a data set
 # make gpu     tests that need a CUDA device, then kernels, an epoch, and expansion at full size
-# make bench-table   README's tables of figures from bench/results
 # make check   ruff, pyright, import direction
+# make bench-table   README's tables of figures from bench/results
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -52,11 +52,11 @@ gpu: $(INSTALLED)
 	$(GPU_BENCH) --size 224 --batch 64 --backends diffusers eager ort inductor
 	$(GPU_BENCH) --size 512 --batch 32 --backends diffusers eager ort inductor
 
-bench-table: $(INSTALLED)
-	$(BIN)/python bench/tables.py
-
 check: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/python tests/import_direction.py
+
+bench-table: $(INSTALLED)
+	$(BIN)/python bench/tables.py

@@ -32,7 +32,17 @@ LEAST_ROUNDS = 3
 CONFIGURATION = (
     *("benchmark", "model", "weights", "size_px", "batch", "evals", "images", "crops", "crop_px"),
     *("threads", "student", "student_batch", "student_precision", "backend", "codec", "top_k"),
-    *("epochs", "seeds", "ipc", "data", "teacher", "teacher_images"),
+    *(
+        "epochs",
+        "seeds",
+        "ipc",
+        "classes",
+        "data",
+        "teacher",
+        "teacher_images",
+        "score_px",
+        "quick",
+    ),
 )
 """What two rows must have alike to be compared; a key that neither has is alike."""
 PEERS = {
@@ -93,25 +103,22 @@ class Figure:
 
 def read_rows(path: Path) -> dict[str, Row]:
     """The last row of every configuration. Incomparable: not a file of results of one device."""
-    rows: dict[str, Row] = {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            rows[configuration(row)] = row
-        devices = {row["device"] for row in rows.values()}
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        devices = {row["device"] for row in rows}
+        last = {configuration(row): row for row in rows}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Incomparable(
             f"{path}: expected rows of bench/results as JSON lines: {error}"
         ) from None
     if len(devices) != 1:
         raise Incomparable(f"{path}: expected rows of one device, found {sorted(devices)}")
-    return rows
+    return last
 
 
 def configuration(row: Row) -> str:
-    """`expand, model sdxl-tiny, size_px 64, …`"""
-    named = {key: row[key] for key in CONFIGURATION if row.get(key) is not None}
-    return ", ".join([named.pop("benchmark"), *(f"{key} {each}" for key, each in named.items())])
+    """`benchmark expand, model sdxl-tiny, size_px 64, …`"""
+    return ", ".join(f"{key} {row[key]}" for key in CONFIGURATION if row.get(key) is not None)
 
 
 def compare(old: dict[str, Row], new: dict[str, Row]) -> dict[str, list[Figure]]:
@@ -130,8 +137,7 @@ def compare(old: dict[str, Row], new: dict[str, Row]) -> dict[str, list[Figure]]
 
 
 def _figures(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[Figure]:
-    if not isinstance(old, dict) or not isinstance(new, dict) or (path and path[-1] in DERIVED):
-        return
+    old, new = _parts(old), _parts(new)
     if {"p20", "p50", "p80"} <= old.keys() & new.keys():
         rounds = [row["n"] for row in (old, new) if "n" in row]
         timed = any(part.endswith(TIMES) and "per_s" not in part for part in path)
@@ -139,8 +145,15 @@ def _figures(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[Figure]
         yield Figure("/".join(path), *speeds, min(rounds, default=None))
         return
     for key in new:
-        if key in old:
+        if key in old and key not in DERIVED:
             yield from _figures(old[key], new[key], (*path, key))
+
+
+def _parts(value: Any) -> Row:
+    """Of a row by key, of a list of points by their configurations; nothing of a number."""
+    if isinstance(value, list):
+        return {configuration(point): point for point in value if isinstance(point, dict)}
+    return value if isinstance(value, dict) else {}
 
 
 def _speeds(row: Row, timed: bool) -> tuple[float, float, float]:

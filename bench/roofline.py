@@ -84,7 +84,7 @@ class ImageWork:
 def measure_roofline(device: str, precisions: Iterable[Precision]) -> Roofline:
     """Time the products and the copy, in under 3 s; torch's threads are as they are."""
     return Roofline(
-        flops={precision: matmul_flops(device, precision) for precision in set(precisions)},
+        flops={precision: matmul_flops(device, precision) for precision in sorted(set(precisions))},
         copy_bytes_per_s=copy_bytes_per_s(device),
     )
 

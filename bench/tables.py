@@ -52,8 +52,7 @@ def rendered(readme: str, results: Path) -> str:
 
 def expansion(results: Path) -> Iterator[str]:
     """Images per second by backend, beside diffusers' own pipeline."""
-    for row in _last_rows(results, "expand", _expansion_setting):
-        model, size_px, batch, evals = _expansion_setting(row)
+    for (model, size_px, batch, evals), row in _last_rows(results, "expand", _expansion_setting):
         setting = f"`{model}`, {size_px} px, batch {batch}, {evals} evals"
         columns = {
             "backend": str,
@@ -68,8 +67,7 @@ def expansion(results: Path) -> Iterator[str]:
 
 def scoring(results: Path) -> Iterator[str]:
     """Images per second of the loaders that feed patch scoring."""
-    for row in _last_rows(results, "score", _scoring_setting):
-        crops, crop_px, _, threads = _scoring_setting(row)
+    for (crops, crop_px, _, threads), row in _last_rows(results, "score", _scoring_setting):
         setting = f"{crops} crops of {crop_px} px an image, {threads} threads"
         columns = {
             "loader": lambda name: "ours" if name == "dali" else name,
@@ -93,15 +91,16 @@ def _scoring_setting(row: Row) -> tuple[Any, ...]:
 
 def _last_rows(
     results: Path, benchmark: str, setting: Callable[[Row], tuple[Any, ...] | None]
-) -> list[Row]:
-    """One row per device and setting, in the order in which they came up."""
+) -> Iterator[tuple[tuple[Any, ...], Row]]:
+    """Setting and row, one per device and setting, in the order in which they came up."""
     rows: dict[tuple[Any, ...], Row] = {}
     for path in sorted(results.glob(f"*/{benchmark}.jsonl")):
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             found = setting(row)
             if found:
                 rows[(row["device"], *found)] = row
-    return list(rows.values())
+    for (_, *found), row in rows.items():
+        yield tuple(found), row
 
 
 def _block(setting: str, row: Row, columns: dict[str, Callable[[str], str]]) -> Iterator[str]:
