@@ -34,8 +34,6 @@ from patchbloom.engine.images import CropStream, ImageSet, open_image_set, strea
 from patchbloom.engine.patch_scores import IMAGENET_MEAN_RGB, PatchScorer
 from patchbloom.engine.patches import RandomResizedCrops
 from patchbloom.kernels.noise import Draw
-from patchbloom.train.networks import build_network
-from patchbloom.train.teacher import Teacher
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
@@ -97,6 +95,9 @@ def dali_pass(options: Options, images: ImageSet, order: np.ndarray) -> Callable
 
 def measure_teacher(options: Options, name: str, images: ImageSet) -> dict[str, Any]:
     """The loader alone, the teacher alone and both, on the same files; who bounds."""
+    from patchbloom.train.networks import build_network  # The loaders alone need no diffusers,
+    from patchbloom.train.teacher import Teacher  # which comes with these.
+
     count = min(options.teacher_images, len(images))
     order = np.linspace(0, len(images) - 1, count).astype(np.int64)
     teacher = Teacher(
