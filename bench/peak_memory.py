@@ -37,6 +37,7 @@ class MemoryWatch:
             CLEAR_REFS.write_text(FORGET_PEAK)
             one_pass()
             return {"process_bytes": _status_bytes("VmHWM") - self._before["process_bytes"]}
+        torch.cuda.empty_cache()  # What opening and checking the peer left there.
         torch.cuda.reset_peak_memory_stats()
         one_pass()
         torch.cuda.synchronize()
