@@ -7,6 +7,7 @@
 #              only these. DATA=DIR: images to score. OUT=DIR: rows and logs. DRY=1: a rehearsal on the
 #              CPU. VENV= PYTHON=python3: with what that interpreter has; installs nothing
 # make check   ruff, pyright, import direction
+# make bench-table   README's tables of figures from bench/results
 PYTHON ?= python3
 VENV := .venv
 BIN := .venv/bin
@@ -19,7 +20,7 @@ TRT_BINDINGS := 10.16.1.11 11.4.0.106
 # Wheels come from the package index, not from a local folder with other builds of torch in it.
 export PIP_FIND_LINKS :=
 
-.PHONY: setup bindings demo test gpu check
+.PHONY: setup bindings demo test gpu bench-table check
 setup: $(INSTALLED) bindings
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -55,3 +56,6 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/python tests/import_direction.py
+
+bench-table: $(INSTALLED)
+	$(BIN)/python bench/tables.py

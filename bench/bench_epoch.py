@@ -25,10 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
-from measure import environment, publish
+from measure import environment, publish, quantiles
 from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.soft_labels import SoftTargets
@@ -227,8 +226,7 @@ def measure(options: Options, factor: int, config: StudentConfig, device: str) -
 
 
 def _quantiles(values: list[float]) -> dict[str, float | int]:
-    p20, p50, p80 = (round(float(each), 4) for each in np.percentile(values, (20, 50, 80)))
-    return {"p20": p20, "p50": p50, "p80": p80, "n": len(values)}
+    return quantiles(values, digits=4) | {"n": len(values)}
 
 
 def main(options: Options) -> None:

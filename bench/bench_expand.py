@@ -8,6 +8,9 @@ and `inductor-bf16` in bf16. Then the clock: `diffusers` is its pipeline called 
 patches and prompts in, pictures out; ours expands samples of an open coreset. What we do once per
 coreset is outside the clock and listed in `outside_clock` with its seconds. Mixup is off, diffusers
 has none.
+
+Beside the rates: TFLOP/s and percent of roofline, by the arithmetic that an image needs
+(bench/roofline.py), and the peak of memory that each adds (bench/peak_memory.py).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,14 @@ from diffusers_peer import (
     open_random_pipeline,
     run_pipeline,
 )
-from measure import environment, measure_rates, publish, ratios
+from measure import Rate, environment, measure_rates, publish, ratios
 from patchbloom.engine.backends import resolve_device
+from patchbloom.engine.schedule import make_schedule
 from patchbloom.engine.turbo import Expander
 from patchbloom.export.config import DeviceName, Weights
 from patchbloom.export.models import DTYPES, ModelSource, find_model
 from patchbloom.kernels.pixels import upsample_patches
+from peak_memory import MemoryWatch
 from pictures import (
     EPOCH,
     MIN_PSNR_DB,
@@ -43,6 +48,7 @@ from pictures import (
     make_coreset,
     open_expander,
 )
+from roofline import count_image_work, measure_roofline, peer_precisions
 
 OUTSIDE_CLOCK = (
     "loading the model",
@@ -120,43 +126,95 @@ def new_pipeline(model: ModelSource, device: str) -> Any:
     return open_pipeline(model.folder, device=device, dtype=DTYPES[precision])
 
 
-def open_peers(
-    options: Options, model: ModelSource, device: str, coreset: Coreset
-) -> tuple[dict[str, Callable[[], int]], dict[str, Expander], dict[str, Any]]:
-    """A pass of each backend, those of ours whose pictures are diffusers', and what that took."""
+@dataclass(frozen=True)
+class Peers:
+    """What is timed, each by its name, and what opening it told."""
+
+    passes: dict[str, Callable[[], int]] = field(default_factory=dict)
+    expanders: dict[str, Expander] = field(default_factory=dict)
+    """Ours, whose pictures are diffusers'."""
+    setup_s: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def open_peers(options: Options, model: ModelSource, device: str, coreset: Coreset) -> Peers:
+    """Open every backend, hold ours against diffusers, and look at the memory of a first pass."""
+    peers = Peers()
+    watch = MemoryWatch(device)
     pipeline = new_pipeline(model, device)
     samples = torch.arange(0, len(coreset.labels_N), len(coreset.labels_N) // 8)[:8]
-    passes: dict[str, Callable[[], int]] = {}
-    expanders: dict[str, Expander] = {}
-    setup_s, errors = {}, {}
-    for name in options.backends:
-        start = time.perf_counter()
-        if name == "diffusers":
-            passes[name] = diffusers_pass(options, pipeline, coreset)
-            continue
+    if "diffusers" in options.backends:
+        peers.passes["diffusers"] = diffusers_pass(options, pipeline, coreset)
+        peers.memory["diffusers"] = watch.peak_of(peers.passes["diffusers"])
+    for name in (name for name in options.backends if name != "diffusers"):
+        watch, start = MemoryWatch(device), time.perf_counter()
         if name == "diffusers-compiled":
             compiled = new_pipeline(model, device)
             compile_pipeline(compiled)
-            passes[name] = diffusers_pass(options, compiled, coreset)
-            passes[name]()  # which compiles
-            setup_s[name] = round(time.perf_counter() - start, 2)
-            continue
-        expanders[name] = open_expander(
-            name,
-            model,
-            coreset,
-            device=device,
-            bundles=options.bundles,
-            size_px=options.size,
-            steps=options.steps,
-            rho=options.rho,
-            seed=options.seed,
-            batch=options.batch,
+            one_pass = diffusers_pass(options, compiled, coreset)
+            one_pass()  # which compiles
+            peers.setup_s[name] = round(time.perf_counter() - start, 2)
+        else:
+            expander = peers.expanders[name] = new_expander(options, name, model, device, coreset)
+            peers.setup_s[name] = round(time.perf_counter() - start, 2)
+            found = compare_with_diffusers(name, expander, pipeline, coreset, samples)
+            peers.errors[name] = found
+            one_pass = expander_pass(options, expander)
+        peers.passes[name] = one_pass
+        peers.memory[name] = watch.peak_of(one_pass)
+    return peers
+
+
+def new_expander(
+    options: Options, name: str, model: ModelSource, device: str, coreset: Coreset
+) -> Expander:
+    """Ours, at the benchmark's settings."""
+    return open_expander(
+        name,
+        model,
+        coreset,
+        device=device,
+        bundles=options.bundles,
+        size_px=options.size,
+        steps=options.steps,
+        rho=options.rho,
+        seed=options.seed,
+        batch=options.batch,
+    )
+
+
+def arithmetic(
+    options: Options, model: ModelSource, device: str, rates: dict[str, Rate]
+) -> dict[str, Any]:
+    """What an image needs, what the device reaches, and how far each peer is from it."""
+    evals = make_schedule(model.scheduler_config(), steps=options.steps, rho=options.rho).evals
+    work = count_image_work(model, size_px=options.size, batch=options.batch, evals=evals)
+    usual = default_precision(device)
+    precisions = {name: peer_precisions(name, model, usual) for name in rates}
+    roofline = measure_roofline(device, (each for pair in precisions.values() for each in pair))
+    floors_s = {name: work.floor_s(roofline, *pair) for name, pair in precisions.items()}
+    return {
+        "evals": evals,
+        "work": work.row(),
+        "roofline": roofline.row(),
+        "tflops": {name: round(rate.p50 * work.flops / 1e12, 4) for name, rate in rates.items()},
+        "percent_of_roofline": {
+            name: round(100 * rate.p50 * floors_s[name], 1) for name, rate in rates.items()
+        },
+    }
+
+
+def print_peers(rates: dict[str, Rate], found: dict[str, Any]) -> None:
+    """One line per peer."""
+    for name, rate in rates.items():
+        row, memory = rate.row(), found["peak_memory"][name]
+        held = ", ".join(f"{key[:-6]} {size / 2**20:.0f} MiB" for key, size in memory.items())
+        print(
+            f"{name:18} {row['p50']:8.1f} images/s   p20 {row['p20']:.1f}  p80 {row['p80']:.1f}  "
+            f"n {row['n']}   {found['tflops'][name]:.3g} TFLOP/s, "
+            f"{found['percent_of_roofline'][name]} % of roofline, {held}"
         )
-        setup_s[name] = round(time.perf_counter() - start, 2)
-        errors[name] = compare_with_diffusers(name, expanders[name], pipeline, coreset, samples)
-        passes[name] = expander_pass(options, expanders[name])
-    return passes, expanders, {"setup_s": setup_s, "errors": errors}
 
 
 def main(options: Options) -> None:
@@ -174,13 +232,10 @@ def main(options: Options) -> None:
         name.rpartition("-")[2] in DTYPES for name in options.backends
     ):
         raise ValueError("--weights random: expected backends without a precision in their names")
-    passes, expanders, found = open_peers(options, model, device, coreset)
-    rates = measure_rates(passes, rounds=options.rounds)
-    for name, rate in rates.items():
-        low, middle, high = (rate.row()[p] for p in ("p20", "p50", "p80"))
-        print(
-            f"{name:18} {middle:8.1f} images/s   p20 {low:.1f}  p80 {high:.1f}  n {options.rounds}"
-        )
+    peers = open_peers(options, model, device, coreset)
+    rates = measure_rates(peers.passes, rounds=options.rounds, warmup=0)  # each ran for its memory
+    found = arithmetic(options, model, device, rates) | {"peak_memory": peers.memory}
+    print_peers(rates, found)
     speedups = {
         name: ratios(rate, rates["diffusers"])
         for name, rate in rates.items()
@@ -196,10 +251,12 @@ def main(options: Options) -> None:
         "spread": {name: rate.row() for name, rate in rates.items()},
         "speedup": {name: round(speedup.p50, 2) for name, speedup in speedups.items()},
         "speedup_spread": {name: speedup.row() for name, speedup in speedups.items()},
-        "outside_clock": list(OUTSIDE_CLOCK),
         **found,
+        "outside_clock": list(OUTSIDE_CLOCK),
+        "setup_s": peers.setup_s,
+        "errors": peers.errors,
         "tolerance": {"fp32_max_abs": TOLERANCE, "half_psnr_db": MIN_PSNR_DB},
-        "engines": {name: expander.describe() for name, expander in expanders.items()},
+        "engines": {name: expander.describe() for name, expander in peers.expanders.items()},
         "images": options.images,
         "threads": options.threads,
     }

@@ -5,40 +5,36 @@
     python bench/bench_kernels.py --bytes-only               (the table of bytes, without a GPU)
 
 First the gate: kernel and reference agree, or no time is taken. Then the clock, CUDA events with a
-cleared cache (triton.testing.do_bench): p20, p50, p80 in microseconds, and for each operation the
-bytes that it must move, by the formula in its file, as a share of what a copy of 1 GiB reaches on
-the same device; beside them what eager moves, counted (eager_bytes.py). Operations on latents wait
-for their launch more than for memory: theirs is given too. A row names the targets that it missed:
-a share of copy bandwidth for pictures of 512 px, and 4 times eager where eager makes 4 passes.
+cleared cache (measure.py): p20, p50, p80 in microseconds, and for each operation the bytes that it
+must move, by the formula in its file, as a share of what a copy reaches on the same device; beside
+them what eager moves, counted (eager_bytes.py). Operations on latents wait for their launch more
+than for memory: theirs is given too. A row names the targets that it missed: a share of copy
+bandwidth for pictures of 512 px, and 4 times eager where eager makes 4 passes.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from eager_bytes import count_moved
 from kernel_case import Case
 from latent_cases import latent_cases, noise_case, schedule_case
-from measure import environment, publish
+from measure import environment, launch_us, publish, time_us
 from noise_ceiling import noise_ceiling
 from patchbloom.engine.backends import resolve_device
 from patchbloom.export.config import DeviceName
 from picture_cases import label_cases, pixel_cases
+from roofline import copy_bytes_per_s
 from torch import Tensor
 from triton.runtime import driver
 
-COPY_BYTES = 1 << 30
 LEAST_SPEEDUP, FROM_PASSES = 4.0, 4
 """Times eager, wherever eager makes so many passes."""
-LAUNCHES = 100
-"""Calls in a row whose launch time is divided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,47 +91,6 @@ def check(case: Case) -> float:
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
-
-
-def time_us(call: Callable[[], Any], device: str) -> dict[str, float]:
-    """p20, p50 and p80 of a call, in microseconds."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        taken_ms: Any = do_bench(call, warmup=25, rep=100, quantiles=[0.2, 0.5, 0.8])
-        return _row([1000 * each for each in taken_ms])
-    taken = []
-    for number in range(12):
-        began = time.perf_counter()
-        call()
-        if number >= 2:
-            taken.append(1e6 * (time.perf_counter() - began))
-    return _row([float(each) for each in np.percentile(taken, (20, 50, 80))])
-
-
-def _row(quantiles: list[float]) -> dict[str, float]:
-    return {name: round(us, 2) for name, us in zip(("p20", "p50", "p80"), quantiles, strict=True)}
-
-
-def copy_bytes_per_s(device: str) -> float:
-    """What a copy reaches: read and written."""
-    source = torch.empty(COPY_BYTES // (1 if device == "cuda" else 32), dtype=torch.uint8)
-    source = source.to(device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (time_us(lambda: target.copy_(source), device)["p50"] / 1e6)
-
-
-def launch_us(call: Callable[[], Any]) -> dict[str, float]:
-    """What a call takes of the host, which does not wait for it: p20, p50, p80 of five rounds."""
-    taken = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(LAUNCHES):
-            call()
-        taken.append(1e6 * (time.perf_counter() - began) / LAUNCHES)
-    torch.cuda.synchronize()
-    return _row([float(each) for each in np.percentile(taken, (20, 50, 80))])
 
 
 def measure(case: Case, device: str, copied: float, compiled: bool) -> dict[str, Any]:

@@ -1,15 +1,21 @@
 """How fast the loader feeds patch scoring: one decode and P random resized crops per image.
 
     python bench/bench_score.py --data DIR --peers torchvision --images 1600 --json
+    python bench/bench_score.py --data DIR --teacher resnet18 --device cuda --json
 
-The loader alone, no teacher. Every peer reads the same files, decodes each once, cuts ``crops``
-square crops of 8 to 100 % of the area, resizes them to size // 2 px with antialiasing and hands out
-uint8 batches. ``threads`` is torchvision's worker processes, and for us the threads that decode and
-those that resize: more run at once where there are more than 2 cores. Building our pipelines is
-inside the clock of every pass; torchvision's workers are started before it.
+First the loaders alone, no teacher. Every peer reads the same files, decodes each once, cuts
+``crops`` square crops of 8 to 100 % of the area, resizes them to size // 2 px with antialiasing and
+hands out uint8 batches. ``threads`` is torchvision's worker processes, and for us the threads that
+decode and those that resize: more run at once where there are more than 2 cores. Building our
+pipelines is inside the clock of every pass; torchvision's workers are started before it.
 
 Peers: ``torchvision`` is ImageFolder + DataLoader with Pillow images, as the field does it;
 ``torchvision-tensor`` crops uint8 tensors instead, which is faster.
+
+Then, with ``--teacher``, who is the bottleneck: our loader alone, the teacher alone on crops that
+are there already, and both, as scoring runs them. The slower half bounds: on a GPU both together
+come close to it, and on a CPU they share its cores. The teacher has random weights, which decide no
+speed, and is shown patches as scoring does by default: padded.
 """
 
 from __future__ import annotations
@@ -18,13 +24,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
-from measure import environment, measure_rates, publish, ratios
-from patchbloom.engine.images import ImageSet, InputError, open_image_set, stream_crops
+from measure import Rate, environment, measure_rates, publish, ratios
+from patchbloom.engine.images import CropStream, ImageSet, open_image_set, stream_crops
+from patchbloom.engine.patch_scores import IMAGENET_MEAN_RGB, PatchScorer
 from patchbloom.engine.patches import RandomResizedCrops
 from patchbloom.kernels.noise import Draw
 from PIL import Image, ImageOps
@@ -52,7 +59,11 @@ class Options:
     threads: int = 2
     rounds: int = 5
     device: str = "cpu"
-    """Where DALI decodes: cpu or cuda."""
+    """Where DALI decodes and the teacher looks: cpu or cuda."""
+    teacher: str | None = None
+    """Architecture of a teacher to time too, such as resnet18; left out: none."""
+    teacher_images: int = 256
+    """Files of one of its passes: 5 canvases each."""
     seed: int = 0
     json: bool = False
     """Print the row as the last line."""
@@ -60,26 +71,71 @@ class Options:
     """Append the row to bench/results/."""
 
 
-def dali_pass(options: Options, images: ImageSet, order: np.ndarray) -> Callable[[], int]:
-    """Our loader."""
+def open_stream(options: Options, images: ImageSet, order: np.ndarray) -> CropStream:
+    """Our loader's crops."""
     boxes = RandomResizedCrops(
         crops=options.crops, seed=options.seed, draw=Draw.SCORING_CROP, scale=SCALE, ratio=RATIO
     )
+    return stream_crops(
+        images,
+        order,
+        boxes,
+        crops=options.crops,
+        size_px=options.size // 2,
+        batch=options.batch,
+        device=options.device,
+        threads=options.threads,
+    )
 
-    def one_pass() -> int:
-        stream = stream_crops(
-            images,
-            order,
-            boxes,
-            crops=options.crops,
-            size_px=options.size // 2,
-            batch=options.batch,
-            device=options.device,
-            threads=options.threads,
-        )
-        return sum(len(batch.pixels_BPHWC) for batch in stream)
 
-    return one_pass
+def dali_pass(options: Options, images: ImageSet, order: np.ndarray) -> Callable[[], int]:
+    """Our loader."""
+    return lambda: sum(len(batch.pixels_BPHWC) for batch in open_stream(options, images, order))
+
+
+def measure_teacher(options: Options, name: str, images: ImageSet) -> dict[str, Any]:
+    """The loader alone, the teacher alone and both, on the same files; who bounds."""
+    from patchbloom.train.networks import build_network  # The loaders alone need no diffusers,
+    from patchbloom.train.teacher import Teacher  # which comes with these.
+
+    count = min(options.teacher_images, len(images))
+    order = np.linspace(0, len(images) - 1, count).astype(np.int64)
+    teacher = Teacher(
+        build_network(name, len(images.class_ids), options.size),
+        architecture=name,
+        class_ids=images.class_ids,
+        size_px=options.size,
+        device=options.device,
+    )
+    scorer = PatchScorer(
+        teacher.logits_from_uint8,
+        len(images.class_ids),
+        options.size,
+        options.batch * options.crops,
+        IMAGENET_MEAN_RGB,
+    )
+    resident = list(open_stream(options, images, order))
+
+    def score(batches: Any) -> int:
+        return sum(len(scorer(each.pixels_BPHWC, each.labels_B).losses_BP) for each in batches)
+
+    passes = {
+        "loader": dali_pass(options, images, order),
+        "teacher": lambda: score(resident),
+        "both": lambda: score(open_stream(options, images, order)),
+    }
+    rates = measure_rates(passes, rounds=options.rounds)
+    bottleneck = min(("loader", "teacher"), key=lambda half: rates[half].p50)
+    print_rates(rates)
+    reached = rates["both"].p50 / rates[bottleneck].p50
+    print(f"the {bottleneck} bounds; both together reach {100 * reached:.0f} % of it alone")
+    return {
+        "teacher": name,
+        "teacher_images": count,
+        "teacher_spread": {half: rate.row() for half, rate in rates.items()},
+        "bottleneck": bottleneck,
+        "both_over_bottleneck": round(reached, 3),
+    }
 
 
 class ManyCrops:
@@ -135,6 +191,14 @@ def check_crops(options: Options, images: ImageSet, order: np.ndarray) -> int:
     return worst
 
 
+def print_rates(rates: dict[str, Rate]) -> None:
+    """One line per rate."""
+    for name, rate in rates.items():
+        row = rate.row()
+        quantiles = f"p20 {row['p20']:.0f}  p80 {row['p80']:.0f}  n {row['n']}"
+        print(f"{name:20} {row['p50']:8.0f} images/s   {quantiles}")
+
+
 def main(options: Options) -> None:
     """Gate, measure, report."""
     images = open_image_set(options.data, "train")
@@ -148,11 +212,8 @@ def main(options: Options) -> None:
         )
     rates = measure_rates(passes, rounds=options.rounds)
     speedups = {name: ratios(rates["dali"], rates[name]) for name in options.peers}
-    for name, rate in rates.items():
-        low, middle, high = (rate.row()[p] for p in ("p20", "p50", "p80"))
-        print(
-            f"{name:20} {middle:8.0f} images/s   p20 {low:.0f}  p80 {high:.0f}  n {options.rounds}"
-        )
+    print_rates(rates)
+    scored = measure_teacher(options, options.teacher, images) if options.teacher else {}
     row = environment(options.device) | {
         "benchmark": "score",
         "images_per_s": {name: round(rate.p50, 1) for name, rate in rates.items()},
@@ -164,7 +225,9 @@ def main(options: Options) -> None:
         "crop_px": options.size // 2,
         "batch": options.batch,
         "threads": options.threads,
+        "data": options.data.resolve().name,
         "max_difference_from_pillow": difference,
+        **scored,
     }
     publish(row, record=options.record, as_json=options.json)
 
@@ -172,5 +235,5 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options))
-    except (InputError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,6 +1,8 @@
-"""The one place that takes times: rounds over peers, what ran where, rows on disk.
+"""The one place that takes times: rounds over peers, single calls, what ran where, rows on disk.
 
-A row is one JSON object in ``bench/results/<device>/<benchmark>.jsonl``, appended and never edited.
+Times are CUDA events where there is a GPU, and the host's clock elsewhere; a pass ends when the
+device is done. Warm-up is not counted. Figures are p20, p50 and p80 over n rounds. A row is one
+JSON object in ``bench/results/<device>/<benchmark>.jsonl``, appended and never edited.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +30,23 @@ LIBRARIES = (
     "triton",
     "diffusers",
     "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-cu13",
     "nvidia-dali-cuda130",
     "pillow",
 )
+GPU_QUERIES = {
+    "clock_sm_mhz": "clocks.sm",
+    "clock_sm_max_mhz": "clocks.max.sm",
+    "clock_memory_mhz": "clocks.mem",
+    "clock_memory_max_mhz": "clocks.max.mem",
+    "power_limit_w": "power.limit",
+}
+QUANTILES = (20, 50, 80)
+LAUNCHES = 100
+"""Calls in a row whose launch time is divided."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -45,11 +62,17 @@ class Rate:
 
     def row(self) -> dict[str, float | int]:
         """p20, p50, p80 over the n rounds: p20 is the slow side."""
-        p20, p50, p80 = np.percentile(self.rounds, (20, 50, 80))
-        rates = {"p20": p20, "p50": p50, "p80": p80}
-        return {name: round(float(rate), 2) for name, rate in rates.items()} | {
-            "n": len(self.rounds)
-        }
+        return quantiles(self.rounds, digits=2) | {"n": len(self.rounds)}
+
+
+def quantiles(values: Sequence[float], *, digits: int) -> dict[str, float]:
+    """p20, p50 and p80, rounded."""
+    return _quantile_row(np.percentile(values, QUANTILES), digits)
+
+
+def _quantile_row(values: Iterable[float], digits: int) -> dict[str, float]:
+    named = zip(QUANTILES, values, strict=True)
+    return {f"p{quantile}": round(float(value), digits) for quantile, value in named}
 
 
 def measure_rates(
@@ -63,13 +86,58 @@ def measure_rates(
     taken: dict[str, list[float]] = {name: [] for name in peers}
     for number in range(warmup + rounds):
         for name, one_pass in peers.items():
-            _wait_for_gpu()
-            start = time.perf_counter()
-            items = one_pass()
-            _wait_for_gpu()
+            seconds, items = timed(one_pass)
             if number >= warmup:
-                taken[name].append(items / (time.perf_counter() - start))
+                taken[name].append(items / seconds)
     return {name: Rate(tuple(rates)) for name, rates in taken.items()}
+
+
+def timed(call: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds of a call until the device is done with it, and its result.
+
+    Between two CUDA events, where there is a GPU. The second waits for the whole device: the work
+    may be on streams of its own, and an event waits for that of one alone.
+    """
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        result = call()
+        return time.perf_counter() - began, result
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    result = call()
+    torch.cuda.synchronize()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000, result
+
+
+def time_us(call: Callable[[], object], device: str) -> dict[str, float]:
+    """p20, p50 and p80 of a call that takes microseconds to milliseconds, in microseconds.
+
+    On a GPU between two events and with a cleared L2 cache (triton.testing.do_bench).
+    """
+    if device != "cpu":
+        from triton.testing import do_bench
+
+        wanted = [quantile / 100 for quantile in QUANTILES]
+        taken_ms: Any = do_bench(call, warmup=25, rep=100, quantiles=wanted)
+        return _quantile_row([1000 * each for each in taken_ms], 2)
+    taken = [timed(call)[0] for _ in range(12)]
+    return quantiles([1e6 * seconds for seconds in taken[2:]], digits=2)
+
+
+def launch_us(call: Callable[[], object]) -> dict[str, float]:
+    """What a call takes of the host, which does not wait for the GPU: p20, p50, p80 of 5 rounds."""
+    taken = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(LAUNCHES):
+            call()
+        taken.append(1e6 * (time.perf_counter() - began) / LAUNCHES)
+    torch.cuda.synchronize()
+    return quantiles(taken, digits=2)
 
 
 def ratios(fast: Rate, slow: Rate) -> Rate:
@@ -78,27 +146,51 @@ def ratios(fast: Rate, slow: Rate) -> Rate:
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
-    """What a number depends on besides the code: device, load, versions, commit, time."""
+    """What a number depends on besides the code: device, clocks, load, versions, commit, time."""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
     row: dict[str, object] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "cpu": _cpu_name(),
+        "cpu_mhz": _number(_cpu_field("cpu MHz")),
         "cores": len(os.sched_getaffinity(0)),
         "load_1min": round(os.getloadavg()[0], 2),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in LIBRARIES},
-        "commit": _commit(),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
     }
-    if device != "cpu":
-        row["driver"] = _command(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
-        row["clocks"] = _command(
-            "nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"
-        )
-    return row
+    return row if device == "cpu" else row | _gpu_row(device)
+
+
+def _gpu_row(device: str) -> dict[str, object]:
+    """Of torch and nvidia-smi, which is asked for this GPU by its id; None: it does not say."""
+    found = torch.cuda.get_device_properties(device)
+    asked = ",".join(("driver_version", *GPU_QUERIES.values()))
+    told = _command(
+        "nvidia-smi",
+        f"--id=GPU-{found.uuid}",
+        f"--query-gpu={asked}",
+        "--format=csv,noheader,nounits",
+    )
+    driver, *numbers = told.split(", ") if told else [None] * (1 + len(GPU_QUERIES))
+    return {
+        "capability": f"{found.major}.{found.minor}",
+        "sm_count": found.multi_processor_count,
+        "gpu_memory_gib": round(found.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "driver": driver,
+        **{name: _number(text) for name, text in zip(GPU_QUERIES, numbers, strict=True)},
+    }
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:  # [N/A], where the card does not tell
+        return None
 
 
 def device_name(device: str) -> str:
@@ -126,18 +218,16 @@ def publish(row: Mapping[str, object], *, record: bool, as_json: bool) -> None:
         print(json.dumps(row))
 
 
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _cpu_name() -> str:
+    return _cpu_field("model name") or platform.machine()
+
+
+def _cpu_field(name: str) -> str | None:
+    """Of the first core in /proc/cpuinfo."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        if match:
-            return match[1].strip()
-    return platform.machine()
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    match = re.search(rf"^{name}\s*:\s*(.+)", text, re.M)
+    return match[1].strip() if match else None
 
 
 def _version(distribution: str) -> str | None:
@@ -147,9 +237,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of this checkout, with -dirty when tracked files differ from it."""
-    return _command("git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty")
+def _git(*words: str) -> str | None:
+    return _command("git", "-C", str(RESULTS.parent), *words)
 
 
 def _command(*words: str) -> str | None:

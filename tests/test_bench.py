@@ -68,7 +68,8 @@ def test_bench_score(tmp_path: Path):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (60, 40 + n, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{n}.jpg")
-    options = ("--images", "10", "--rounds", "1", "--size", "32", "--batch", "4")
+    options = ["--images", "10", "--rounds", "1", "--size", "32", "--batch", "4"]
+    options += ["--teacher", "convnet-d3-w8", "--teacher-images", "6"]
     done = run_bench_score("--data", str(tmp_path), "--peers", "torchvision", *options)
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[-1])
@@ -76,6 +77,12 @@ def test_bench_score(tmp_path: Path):
     assert all(rate > 0 for rate in row["images_per_s"].values())
     assert row["images"] == 10
     assert row["max_difference_from_pillow"] <= 2
+    alone = {half: row["teacher_spread"][half]["p50"] for half in ("loader", "teacher")}
+    assert row["teacher_images"] == 6
+    assert row["bottleneck"] == min(alone, key=alone.__getitem__)
+    assert f"the {row['bottleneck']} bounds" in done.stdout
+    both = row["teacher_spread"]["both"]["p50"]
+    assert row["both_over_bottleneck"] == pytest.approx(both / min(alone.values()), rel=1e-2)
 
 
 def test_bench_score_without_data(tmp_path: Path):

@@ -1,0 +1,153 @@
+"""bench/check.py: a slower row is found, noise and other machines are not taken for one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHECK = Path(__file__).parents[1] / "bench" / "check.py"
+RATES = (98.0, 100.0, 102.0)
+
+
+def quantiles(values: tuple[float, float, float], rounds: int | None = 5) -> dict[str, Any]:
+    row: dict[str, Any] = dict(zip(("p20", "p50", "p80"), values, strict=True))
+    return row if rounds is None else row | {"n": rounds}
+
+
+def expand_row(
+    rates: tuple[float, float, float] = RATES, rounds: int = 5, **more: Any
+) -> dict[str, Any]:
+    row = {"benchmark": "expand", "device": "card", "load_1min": 1.0, "batch": 32}
+    measured = {
+        "spread": {"ort": quantiles(rates, rounds), "diffusers": quantiles(RATES, rounds)},
+        "speedup_spread": {"ort": quantiles((rates[1] / 1000,) * 3, rounds)},
+    }
+    return row | measured | more
+
+
+def epoch_row(seconds: tuple[float, float, float]) -> dict[str, Any]:
+    factors = {"r2": {"seconds": {"serial": quantiles(seconds)}, "waited_s": quantiles(seconds)}}
+    return {"benchmark": "epoch", "device": "card", "factors": factors}
+
+
+def kernel_row(us: tuple[float, float, float]) -> dict[str, Any]:
+    case = {"kernel_us": quantiles(us, None), "eager_us": quantiles(us, None)}
+    return {"benchmark": "kernels", "device": "card", "cases": {"noise 1 x 4": case}}
+
+
+def scale_row(seconds: tuple[float, float, float]) -> dict[str, Any]:
+    rates = quantiles((1 / seconds[2], 1 / seconds[1], 1 / seconds[0]))
+    points = [{"batch": batch, "images_per_s": rates, "open_s": 9.0} for batch in (1, 8)]
+    return {"benchmark": "scale", "device": "card", "points": {"expansion": points[::-1]}}
+
+
+def run(tmp_path: Path, old: list[Any], new: list[Any]) -> subprocess.CompletedProcess[str]:
+    for name, rows in (("old", old), ("new", new)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    command = [sys.executable, str(CHECK), str(tmp_path / "old.jsonl"), str(tmp_path / "new.jsonl")]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def verdicts(printed: str) -> dict[str, tuple[str, str]]:
+    """Ratio and verdict by figure."""
+    found = {}
+    for line in printed.splitlines():
+        name, _, rest = line.strip().partition(" ")
+        if "/" in name:
+            ratio, _, verdict = rest.partition(" x  ")
+            found[name] = (ratio.strip(), verdict.partition("  ")[0].strip())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rates", "rounds", "verdict", "code"),
+    [
+        ((84.0, 86.0, 88.0), 5, ("0.86", "slower"), 1),
+        ((114.0, 116.0, 118.0), 5, ("1.16", "faster"), 0),
+        ((70.0, 86.0, 99.0), 5, ("0.86", "same"), 0),  # the intervals overlap
+        ((95.9, 96.0, 96.1), 5, ("0.96", "same"), 0),  # beyond noise, within the floor
+        ((84.0, 86.0, 88.0), 2, ("0.86", "too few"), 0),
+    ],
+)
+def test_the_rule(
+    rates: tuple[float, float, float],
+    rounds: int,
+    verdict: tuple[str, str],
+    code: int,
+    tmp_path: Path,
+) -> None:
+    done = run(tmp_path, [expand_row()], [expand_row(rates, rounds)])
+    assert done.returncode == code, done.stderr
+    assert verdicts(done.stdout) == {"spread/ort": verdict, "spread/diffusers": ("1.00", "peer")}
+
+
+def test_a_peer_is_never_ours(tmp_path: Path) -> None:
+    new = expand_row()
+    new["spread"]["diffusers"] = quantiles((48.0, 50.0, 52.0))
+    done = run(tmp_path, [expand_row()], [new])
+    assert done.returncode == 0
+    assert verdicts(done.stdout)["spread/diffusers"] == ("0.50", "peer")
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (epoch_row, "factors/r2/seconds/serial"),
+        (kernel_row, "cases/noise 1 x 4/kernel_us"),
+        (scale_row, "points/expansion/batch 8/images_per_s"),
+    ],
+)
+def test_more_time_is_slower(make: Any, name: str, tmp_path: Path) -> None:
+    short, long = make((0.9, 1.0, 1.1)), make((1.8, 2.0, 2.2))
+    done = run(tmp_path, [short], [long])
+    assert done.returncode == 1
+    assert " slower\n" in done.stdout
+    assert name in done.stdout
+    assert " 0.50 x  slower" in done.stdout
+    assert "waited_s" not in done.stdout
+    assert run(tmp_path, [long], [short]).returncode == 0
+
+
+def test_the_last_row_of_the_same_configuration(tmp_path: Path) -> None:
+    slow = (49.0, 50.0, 51.0)
+    other = expand_row(slow, batch=64)
+    assert run(tmp_path, [expand_row(slow), expand_row()], [expand_row(), other]).returncode == 0
+    assert run(tmp_path, [expand_row()], [expand_row(), other, expand_row(slow)]).returncode == 1
+
+
+def test_what_else_changed_is_said(tmp_path: Path) -> None:
+    old, new = (expand_row(versions={"torch": torch}, driver="580") for torch in ("2.11", "2.15"))
+    printed = run(tmp_path, [old], [new]).stdout
+    assert "version of torch 2.11 → 2.15; load 1.0 → 1.0" in printed
+    assert "driver" not in printed
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ([expand_row(device="other")], [expand_row()], "found 'other' and 'card'"),
+        ([expand_row(batch=64)], [expand_row()], "no row of NEW has the configuration"),
+        ([epoch_row((1.0, 1.0, 1.0))], [expand_row()], "no row of NEW has the configuration"),
+        (
+            [expand_row(device="x"), expand_row()],
+            [expand_row()],
+            "rows of one device, found ['card'",
+        ),
+        ([], [expand_row()], "rows of one device, found []"),
+        (["text"], [expand_row()], "expected rows of bench/results as JSON lines"),
+    ],
+)
+def test_files_that_cannot_be_compared(
+    old: list[Any], new: list[Any], said: str, tmp_path: Path
+) -> None:
+    done = run(tmp_path, old, new)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,72 @@
+"""Times end when the device is done, peaks are a peer's own, and a row names the GPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def measure(bench: pytest.MonkeyPatch) -> ModuleType:
+    return importlib.import_module("measure")
+
+
+@pytest.fixture(scope="module")
+def peak_memory(bench: pytest.MonkeyPatch) -> ModuleType:
+    return importlib.import_module("peak_memory")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_peak_memory_is_what_a_peer_holds_and_needs(peak_memory: ModuleType, device: str) -> None:
+    def floats(mib: int) -> torch.Tensor:
+        return torch.ones(mib * MIB // 4, device=device)
+
+    floats(300)  # of another peer, and free again
+    watch = peak_memory.MemoryWatch(device)
+    held = floats(64)
+    floats(400)  # while it is opened, and not in a pass
+    found = watch.peak_of(lambda: floats(96).sum() + held.sum())
+    assert all(size > 150 * MIB for size in found.values()), found
+    limit = 190 * MIB
+    assert found["process_bytes" if device == "cpu" else "torch_bytes"] < limit, found
+
+
+@pytest.mark.gpu
+def test_a_pass_ends_when_all_streams_do(measure: ModuleType) -> None:
+    cycles = 10**8  # 50 ms and more
+    side = torch.cuda.Stream()
+
+    def on(stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(cycles)
+
+    on(side)
+    plain = min(measure.timed(lambda: on(torch.cuda.current_stream()))[0] for _ in range(3))
+    beside = min(measure.timed(lambda: on(side))[0] for _ in range(3))
+    assert plain > 0.02
+    assert beside == pytest.approx(plain, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_a_row_names_the_gpu(measure: ModuleType) -> None:
+    row = measure.environment("cuda")
+    assert row["sm_count"] > 0
+    assert row["cuda"]
+    assert set(measure.GPU_QUERIES) < set(row)
+    if row["driver"] is not None:  # Where nvidia-smi is.
+        assert 0 < row["clock_sm_mhz"] <= row["clock_sm_max_mhz"]

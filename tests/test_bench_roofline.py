@@ -1,0 +1,71 @@
+"""What stands beside a rate: the arithmetic of an image, and what the device reaches."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from patchbloom.engine.config import ExpandConfig
+from patchbloom.engine.turbo import Expander
+from patchbloom.export.models import find_model
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(scope="module")
+def roofline() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        yield importlib.import_module("roofline")
+
+
+def test_counted_work_is_what_an_expansion_computes(roofline: ModuleType) -> None:
+    model, batch = find_model("sdxl-tiny"), 4
+    config = ExpandConfig(size_px=64, batch=batch, backend="eager", device="cpu", steps=3, rho=0.7)
+    expander = Expander(
+        model,
+        config,
+        patches_NHWC=torch.zeros(batch, 32, 32, 3, dtype=torch.uint8),
+        labels_N=torch.tensor([0, 0, 1, 1]).numpy(),
+        prompts_K=("one", "two"),
+    )
+    with FlopCounterMode(display=False) as counter:
+        expander.expand(torch.arange(batch), 0)
+    work = roofline.count_image_work(model, size_px=64, batch=batch, evals=2)
+    assert expander.schedule.evals == work.evals == 2
+    assert counter.get_total_flops() == pytest.approx(batch * work.flops, rel=1e-3)
+
+
+def test_the_floor_is_by_precision(roofline: ModuleType) -> None:
+    work = roofline.ImageWork(denoiser=3e9, decoder=4e9, evals=4)
+    reached = roofline.Roofline(flops={"fp16": 12e9, "fp32": 2e9}, copy_bytes_per_s=1e9)
+    assert work.floor_s(reached, "fp16", "fp32") == 1.0 + 2.0
+    assert work.row()["image_gflop"] == 16
+    model = find_model("sdxl-tiny")
+    assert roofline.peer_precisions("ort-bf16", model, "fp32") == ("bf16", "bf16")
+    assert roofline.peer_precisions("diffusers-compiled", model, "fp32") == ("fp32", "fp32")
+
+
+def test_the_roofline_counts_products_and_both_ways_of_a_copy(
+    roofline: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    def one_ms(call, device: str) -> dict[str, float]:
+        with FlopCounterMode(display=False) as counter:
+            result = call()
+        ran.append((counter.get_total_flops(), result.nbytes, bool((result != 0).any())))
+        return {"p50": 1000.0}
+
+    monkeypatch.setattr(roofline, "time_us", one_ms)
+    found = roofline.measure_roofline("cpu", ["bf16", "bf16"])
+    (flops, _, random), (_, copied, _) = ran
+    assert random
+    assert found.flops == {"bf16": flops / 1e-3}
+    assert found.copy_bytes_per_s == 2 * copied / 1e-3
+    assert found.row() == {"matmul_tflops": {"bf16": 2.147}, "copy_gb_per_s": 268.4}
