@@ -2,13 +2,18 @@
 #              beside it, in .trt, two versions of TensorRT's Python bindings, for tests
 # make demo    the whole method on the CPU, with the shipped model and generated images
 # make test    every test that needs neither a GPU nor a data set
-# make gpu     tests that need a CUDA device, then kernels, an epoch, and expansion at full size
+# make gpu     tests that need a CUDA device, kernels, expansion at full size, an epoch, scoring: under
+#              8 minutes. FULL=1: more rounds, and the backends that compile. STAGES="tests expand-512":
+#              only these. DATA=DIR: images to score. OUT=DIR: rows and logs. DRY=1: a rehearsal on the
+#              CPU. VENV= PYTHON=python3: with what that interpreter has; installs nothing
 # make check   ruff, pyright, import direction
 # make bench-table   README's tables of figures from bench/results
 PYTHON ?= python3
+VENV := .venv
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO_OUT ?= runs/demo
+OUT ?= runs/gpu
 # Python bindings without the library: what our calls to TensorRT are held against.
 TRT_BINDINGS := 10.16.1.11 11.4.0.106
 
@@ -41,16 +46,10 @@ demo: $(INSTALLED)
 test: bindings
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# SDXL-Turbo's architecture with random weights: they decide neither speed nor memory.
-GPU_BENCH = $(BIN)/python bench/bench_expand.py --model sdxl-turbo --weights random --device cuda \
-  --images 128 --rounds 3 --json
-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -m gpu --require-gpu
-	$(BIN)/python bench/bench_kernels.py --device cuda --json
-	$(BIN)/python bench/bench_epoch.py --model sdxl-turbo --weights random --device cuda --size 224 --json
-	$(GPU_BENCH) --size 224 --batch 32 --backends diffusers diffusers-compiled eager ort inductor
-	$(GPU_BENCH) --size 224 --batch 64 --backends diffusers eager ort inductor
-	$(GPU_BENCH) --size 512 --batch 32 --backends diffusers eager ort inductor
+GPU_OPTIONS = $(if $(DRY),--dry) $(if $(FULL),--full) $(if $(STAGES),--stages $(STAGES)) \
+  $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
+gpu: $(if $(VENV),$(INSTALLED))
+	$(if $(VENV),$(BIN)/python,$(PYTHON)) bench/gpu.py $(GPU_OPTIONS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

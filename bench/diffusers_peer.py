@@ -42,9 +42,9 @@ def open_random_pipeline(model: ModelSource, *, device: str, precision: Precisio
     )
 
     def encode_prompt(prompt: list[str], **_: Any) -> tuple[Any, ...]:
-        text = encode_prompts(model, prompt, device=device)
-        dtype = parts.unet.dtype
-        return text.text_KLD.to(dtype), None, text.pooled_KD.to(dtype), None
+        text = encode_prompts(model, prompt, device=device, dtype=parts.unet.dtype)
+        text_KLD, pooled_KD = text.text_KLD.to(device), text.pooled_KD.to(device)
+        return text_KLD, None, pooled_KD, None
 
     pipeline.encode_prompt = encode_prompt
     pipeline.set_progress_bar_config(disable=True)

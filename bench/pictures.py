@@ -106,10 +106,9 @@ def compare_with_diffusers(
     expander._timesteps_1 = [timestep - 50 for timestep in timesteps]
     cases["wrong_timestep"] = expander.expand(samples, EPOCH)
     expander._timesteps_1 = timesteps
-    keys_values, added = expander._kv_KP, expander._added_KD
-    expander._kv_KP, expander._added_KD = keys_values.roll(1, 0), added.roll(1, 0)
-    cases["wrong_prompt"] = expander.expand(samples, EPOCH)
-    expander._kv_KP, expander._added_KD = keys_values, added
+    right, classes = expander.prompts_of, len(coreset.prompts_K)
+    with mock.patch.object(expander, "prompts_of", lambda asked: right((asked + 1) % classes)):
+        cases["wrong_prompt"] = expander.expand(samples, EPOCH)
     errors = {case: _errors(images, expected) for case, images in cases.items()}
     passed = {case: _passes(error, config.precision) for case, error in errors.items()}
     if passed != {"same": True, "wrong_timestep": False, "wrong_prompt": False}:

@@ -11,9 +11,10 @@ A cell that fails is told, and the others go on. Words after `--` are options of
 
 A row, plain JSON: cell and words (its name and its options of `train`); method, student,
 image_size, seeds, samples (images of an epoch), epochs; accuracy [mean, std] in percent, of the
-last epoch on the whole validation split; seconds_per_epoch, the median over epochs, rendering and
-all students together, or null; total_s, of all stages and sessions; and of the summary ceiling,
-evals, bytes, label_bytes (of one label) and teacher.
+last epoch on the whole validation split; recognised, percent of the last epoch's stored labels
+whose largest answer is the class that their view was made for, or null; seconds_per_epoch, the
+median over epochs, rendering and all students together, or null; total_s, of all stages and
+sessions; and of the summary ceiling, evals, bytes, label_bytes (of one label) and teacher.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import tyro
 from measure import environment, publish
 from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.console import print_table
+from patchbloom.engine.coreset import open_coreset
 from patchbloom.engine.durable import replace_file, replacing
 from patchbloom.train.summary import mean_and_std
 from PIL import Image
@@ -44,6 +46,7 @@ Row = dict[str, Any]
 CELLS, ROWS, PLOTS, MARKDOWN, JSON = "cells", "rows", "plots", "scoreboard.md", "scoreboard.json"
 TEACHER = Path("teacher", "teacher", "teacher.safetensors")
 THOUSAND_SET = "thousand-classes"
+OF_CORESET = ("evals", "bytes", "label_bytes", "recognised")
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
@@ -119,7 +122,7 @@ def read_row(cell: Cell, size: Size, folder: Path, base: Row | None) -> Row:
         if cell.kind == "teacher":
             per_epoch = round(stage["seconds"] / size.epochs, 3)
             return row | {"accuracy": [result["accuracy"], None], "seconds_per_epoch": per_epoch}
-        shared = {key: base[key] for key in ("evals", "bytes", "label_bytes")} if base else {}
+        shared = {key: base[key] for key in OF_CORESET} if base else {}
         row |= {"accuracy": mean_and_std(result["accuracies"]), **shared}
     else:
         summary = json.loads((folder / "summary.json").read_bytes())
@@ -131,6 +134,7 @@ def read_row(cell: Cell, size: Size, folder: Path, base: Row | None) -> Row:
             "evals": summary["evals_per_image"][method],
             "bytes": summary["bytes"][method],
             "label_bytes": round(labels / (size.samples * size.epochs), 1),
+            "recognised": _recognised(folder / "coreset"),
             "total_s": round(sum(summary["seconds"].values()), 1),
             "teacher": {k: summary["teacher"].get(k) for k in ("architecture", "accuracy")},
             "data": summary["data"],
@@ -138,6 +142,12 @@ def read_row(cell: Cell, size: Size, folder: Path, base: Row | None) -> Row:
             "content_sha256": summary["content_sha256"][method],
         }
     return row | {"seconds_per_epoch": _seconds_per_epoch(folder, size.method)}
+
+
+def _recognised(coreset: Path) -> float | None:
+    """What the teacher recognises of the last epoch, in percent; None without stored labels."""
+    labels = open_coreset(coreset, verify=False).soft_labels()
+    return None if labels is None else round(labels.recognised(labels.epochs - 1), 1)
 
 
 def _seconds_per_epoch(folder: Path, method: str) -> float | None:

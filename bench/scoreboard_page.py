@@ -41,8 +41,9 @@ DIFFERENCES = (
     ("mixup", "dace", "dace, no mixup"),
 )
 COLUMNS = (
-    *("", "line", "accuracy, %", "hard labels, %", "gap to the best", "of the ceiling", "evals"),
-    *("without labels", "with labels", "with generator", "B a label", "s per epoch", "in all"),
+    *("", "line", "accuracy, %", "hard labels, %", "gap to the best", "of the ceiling"),
+    *("recognised", "evals", "without labels", "with labels", "with generator", "B a label"),
+    *("s per epoch", "in all"),
 )
 SECOND_PANELS = {
     "patches": ("seconds_per_epoch", "s per epoch"),
@@ -143,7 +144,8 @@ def _about(rows: Mapping[str, Row]) -> str:
         f"{row['epochs']} epochs, {row['image_size']} px; students {row['student']}, "
         f"{row['seeds']} of one coreset per line, mean ± std; teacher {teacher['architecture']}, "
         f"{plus_minus([teacher['accuracy'], None])} %. Accuracy of the last epoch on the whole "
-        f"validation set. A gap is in pooled standard deviations. {row['device']}."
+        f"validation set. A gap is in pooled standard deviations. Recognised: what the teacher "
+        f"takes for its class of the last epoch's views. {row['device']}."
     )
 
 
@@ -174,7 +176,7 @@ def _cells(
     behind = gap(row["accuracy"], rows[best.cell.name]["accuracy"])
     share = 100 * row["accuracy"][0] / ceiling[0] if ceiling and ceiling[0] else None
     sizes = (row["bytes"][k] for k in ("without_labels", "with_labels", "with_generator"))
-    per_epoch = row["seconds_per_epoch"]
+    per_epoch, recognised = row["seconds_per_epoch"], row["recognised"]
     return [
         line.group,
         line.label,
@@ -182,6 +184,7 @@ def _cells(
         plus_minus(hard["accuracy"] if hard else None),
         "best" if line == best else "–" if behind is None else f"{behind:.1f}",
         "–" if share is None else f"{share:.0f} %",
+        "–" if recognised is None else f"{recognised:.0f} %",
         str(row["evals"]),
         *map(_amount, sizes),
         f"{row['label_bytes']:.1f}",

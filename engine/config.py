@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 
@@ -12,6 +13,29 @@ Start = Literal["image", "noise"]
 Posterior = Literal["mean", "sample"]
 TEMPLATE = "A photo of a {name}"
 """Of prompts; DACE's text-only ablation has it."""
+LEAST_BETA, MOST_BETA = 0.001, 1000.0
+"""Of Beta(a, a): beyond, mixup is hardly more than one of the two patches, or a fixed 0.5."""
+
+
+def parse_mixup_weight(text: str) -> tuple[Literal["fixed", "beta"], float]:
+    """What --mixup-weight asks for: ("fixed", gamma) or ("beta", a), a = 1 where it is uniform.
+
+    ValueError for anything but `uniform`, a number in [0, 1], and beta:A, A from LEAST_BETA to
+    MOST_BETA.
+    """
+    beta = text.startswith("beta:")
+    least, most = (LEAST_BETA, MOST_BETA) if beta else (0.0, 1.0)
+    try:
+        # + 0.0: -0 is 0, and has no name of its own.
+        value = 1.0 if text == "uniform" else float(text.removeprefix("beta:")) + 0.0
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:
+        raise ValueError(
+            f"--mixup-weight {text}: expected uniform, a number from 0 to 1, or beta:A, of "
+            f"Beta(A, A), with A from {LEAST_BETA:g} to {MOST_BETA:g}"
+        )
+    return ("beta" if beta or text == "uniform" else "fixed"), value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +50,8 @@ class ExpandConfig:
     """Share of the noise schedule that is run, in (0, 1]; 1.0 still starts from the patch."""
     mixup: bool = True
     """Mix the latents of two patches of one class before the noise is added."""
+    mixup_weight: str = "uniform"
+    """Of the patch itself in that mixture: `uniform`, a number in [0, 1], or beta:A, Beta(A, A)."""
     start: Start = "image"
     """`noise` starts from pure noise, text to image: patches, rho and mixup play no part."""
     seed: int = 0
@@ -50,6 +76,9 @@ class ExpandConfig:
     """`auto` is cuda where there is one."""
     bundles: Path | None = None
     """Folder of built engines; None: patchbloom/bundles in the user's cache."""
+    prompt_cache_bytes: int | None = None
+    """For keys and values of prompts on the device, at least those of one call's; None: 40 % of the
+    free memory. No bit of an image depends on it."""
 
     def __post_init__(self) -> None:
         for field, choices in (
@@ -71,6 +100,20 @@ class ExpandConfig:
             raise ValueError(f"rho must lie in (0, 1], got {self.rho}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must lie in [0, 2^64), got {self.seed}")
+        parse_mixup_weight(self.mixup_weight)
+
+    def describe_mixup(self) -> dict[str, Any]:
+        """`mixup`, and `mixup_weight` in one spelling: what of mixup names the images.
+
+        A uniform weight is left out, so that coresets made before there was a choice keep their
+        names.
+        """
+        mixup = self.mixup and self.start == "image"
+        law, value = parse_mixup_weight(self.mixup_weight)
+        if not mixup or (law, value) == ("beta", 1):
+            return {"mixup": mixup}
+        number = str(value).removesuffix(".0")
+        return {"mixup": True, "mixup_weight": f"beta:{number}" if law == "beta" else number}
 
 
 @dataclass(frozen=True, kw_only=True)

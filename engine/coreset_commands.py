@@ -42,6 +42,7 @@ def run_coreset_command(
 def _info(coreset: Coreset) -> dict[str, Any]:
     manifest = coreset.manifest
     described = ("settings", "model", "teacher", "labels", "noise")
+    labels = coreset.soft_labels()
     provenance = dict(manifest["provenance"])
     provenance.pop("patches", None)  # a line per patch: read them in manifest.json
     return {
@@ -51,6 +52,7 @@ def _info(coreset: Coreset) -> dict[str, Any]:
         "doped_images": coreset.doped_per_class * len(coreset.class_ids),
         "classes": dict(zip(coreset.class_ids, coreset.class_names, strict=True)),
         "bytes": coreset.bytes(),
+        "recognised_by_the_teacher": None if labels is None else round(labels.recognised(0), 2),
         **{key: manifest[key] for key in described},
         "provenance": provenance,
     }

@@ -1,6 +1,6 @@
-"""Class names → what the UNet needs of them, computed once; the text encoders are freed at once.
+"""Class names → prompts → their text embeddings; the text encoders are freed at once.
 
-Legend: K classes, L tokens, D embedding width, P keys and values of one prompt end to end.
+Legend: K classes, G prompts that are encoded together, L tokens, D embedding width.
 """
 
 from __future__ import annotations
@@ -13,32 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..export.models import TOKENS, ModelParts, ModelSource, load_text_encoder, seen_classes
-from ..export.modules import PromptProjector, key_value_slots
+from ..export.models import TOKENS, ModelSource, load_text_encoder, seen_classes
 from ..kernels.noise import Draw, normal
 from .config import TEMPLATE
 
 CHUNK = 32  # prompts at a time: SDXL's second encoder keeps 33 states of 0.4 MB for each
-BANK_SHARE = 0.4
-"""Of the free GPU memory, for keys and values: an engine's build and its activations need the rest.
-From the host, a prompt of SDXL-Turbo costs a copy of 25.6 MB (fp16) in every batch that has it."""
 
 
 @dataclass(frozen=True)
 class TextEmbeddings:
-    """Of K prompts: text_KLD from both encoders, pooled_KD from the second; fp32."""
+    """Of K prompts: text_KLD from both encoders, pooled_KD from the second.
+
+    On the host, pinned where they are for a GPU: 10,000 prompts of SDXL-Turbo are 3.2 GB in fp16.
+    """
 
     text_KLD: Tensor
     pooled_KD: Tensor
-
-
-@dataclass(frozen=True)
-class PromptBank:
-    """Of K prompts: the added embedding and the cross-attention keys and values of all layers."""
-
-    added_KD: Tensor
-    kv_KP: Tensor
-    tokens: int
 
 
 def class_prompts(
@@ -70,84 +60,78 @@ def unseen_classes(model: ModelSource, names: Sequence[str]) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def encode_prompts(model: ModelSource, prompts: Sequence[str], *, device: str) -> TextEmbeddings:
+def encode_prompts(
+    model: ModelSource,
+    prompts: Sequence[str],
+    *,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+) -> TextEmbeddings:
     """Encode as SDXL does: penultimate states of both encoders, pooled states of the second.
 
-    A model of random weights has no text encoders: its embeddings are normal numbers that depend on
-    the prompt alone. ValueError: a prompt that is longer than the model reads.
+    Computed on `device` in fp32, CHUNK prompts at a time, and kept in `dtype` on the host. A model
+    of random weights has no text encoders: its embeddings are normal numbers that depend on the
+    prompt alone. ValueError: a prompt that is longer than the model reads.
     """
+    width, pooled_width = model.text_widths()
+    kept: dict[str, Any] = {"dtype": dtype, "pin_memory": device == "cuda"}
+    text = TextEmbeddings(
+        torch.empty(len(prompts), TOKENS, width, **kept),
+        torch.empty(len(prompts), pooled_width, **kept),
+    )
     if model.weights == "random":
-        return _random_text(model, prompts, device)
-    states, pooled = [], []
-    for part in ("text_encoder", "text_encoder_2"):
-        tokenizer, encoder = load_text_encoder(model, part, device=device)
-        _require_short(tokenizer, prompts)
-        tokens_KL = tokenizer(
-            list(prompts),
+        _draw_text(text, prompts, device)
+        return text
+    width = _encode_part(model, "text_encoder", prompts, device, text, 0)
+    _encode_part(model, "text_encoder_2", prompts, device, text, width)
+    return text
+
+
+def _encode_part(
+    model: ModelSource,
+    part: str,
+    prompts: Sequence[str],
+    device: str,
+    text: TextEmbeddings,
+    first: int,
+) -> int:
+    """Fill the columns of `text` from `first` on, and return where they end; the encoder is freed.
+
+    The pooled states are the second encoder's.
+    """
+    tokenizer, encoder = load_text_encoder(model, part, device=device)
+    for start in range(0, len(prompts), CHUNK):
+        _require_short(tokenizer, prompts[start : start + CHUNK])
+    end = first
+    for start in range(0, len(prompts), CHUNK):
+        tokens_GL = tokenizer(
+            list(prompts[start : start + CHUNK]),
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=TOKENS,
             return_tensors="pt",
         ).input_ids.to(device)
-        penultimate, pooled = [], []
-        for tokens_GL in tokens_KL.split(CHUNK):
-            output = encoder(tokens_GL, output_hidden_states=True)
-            penultimate.append(output.hidden_states[-2])
-            pooled.append(output[0])
-        states.append(torch.cat(penultimate))
-    return TextEmbeddings(torch.cat(states, dim=-1), torch.cat(pooled))
+        output = encoder(tokens_GL, output_hidden_states=True)
+        states_GLD = output.hidden_states[-2]
+        end = first + states_GLD.shape[-1]
+        text.text_KLD[start : start + CHUNK, :, first:end] = states_GLD.cpu()
+        if part == "text_encoder_2":
+            text.pooled_KD[start : start + CHUNK] = output[0].cpu()
+    return end
 
 
 def _require_short(tokenizer: Any, prompts: Sequence[str]) -> None:
     """ValueError: what is cut off a prompt would be missing from the images without a word."""
-    most = tokenizer.model_max_length
     for prompt, tokens in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
-        if len(tokens) > most:
+        if len(tokens) > TOKENS:
             raise ValueError(
-                f"prompt {prompt!r}: expected {most} tokens at most, which the model reads, got "
+                f"prompt {prompt!r}: expected {TOKENS} tokens at most, which the model reads, got "
                 f"{len(tokens)}: give a shorter one"
             )
 
 
-def _random_text(model: ModelSource, prompts: Sequence[str], device: str) -> TextEmbeddings:
-    width, pooled_width = model.text_widths()
-    text, pooled = [], []
-    for prompt in prompts:
+def _draw_text(text: TextEmbeddings, prompts: Sequence[str], device: str) -> None:
+    for row, prompt in enumerate(prompts):
         seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8])
         sample = torch.zeros(1, dtype=torch.int64, device=device)
-        text.append(normal(seed, Draw.PRIOR, sample, 0, (TOKENS, width)))
-        pooled.append(normal(seed, Draw.PRIOR, sample, 1, (pooled_width,)))
-    return TextEmbeddings(torch.cat(text), torch.cat(pooled))
-
-
-def _empty_bank(prompts: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the device, unless it would take more than BANK_SHARE of its free memory: then on the
-    host, from where a batch fetches the rows of its prompts."""
-    size_bytes = prompts * width * dtype.itemsize
-    if device.type == "cuda" and size_bytes > BANK_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return torch.empty(prompts, width, dtype=dtype)
-    return torch.empty(prompts, width, dtype=dtype, device=device)
-
-
-@torch.no_grad()
-def project_prompts(parts: ModelParts, text: TextEmbeddings, *, conditioning_px: int) -> PromptBank:
-    """Compute keys, values and added embeddings of all prompts; `conditioning_px` as diffusers'
-    original and target size, with no crop."""
-    projector, dtype, device = PromptProjector(parts.unet), parts.unet.dtype, parts.unet.device
-    size = float(conditioning_px)
-    time_ids_6 = torch.tensor([size, size, 0, 0, size, size], device=device)
-    prompts, tokens = text.text_KLD.shape[:2]
-    width = 2 * sum(slot.size for slot in key_value_slots(parts.unet, tokens))
-    added = []
-    # Filled in place: 1000 classes of SDXL-Turbo are 25.6 GB in fp16, which must not lie there
-    # twice.
-    kv_KP = _empty_bank(prompts, width, dtype, device)
-    for text_GLD, pooled_GD, out_GP in zip(
-        text.text_KLD.split(CHUNK), text.pooled_KD.split(CHUNK), kv_KP.split(CHUNK), strict=True
-    ):
-        added_GD, kv_GP = projector(
-            text_GLD.to(device, dtype), pooled_GD.to(device, dtype), time_ids_6
-        )
-        added.append(added_GD)
-        out_GP.copy_(kv_GP)
-        del kv_GP
-    return PromptBank(torch.cat(added), kv_KP, tokens=tokens)
+        for draw, kept in enumerate((text.text_KLD, text.pooled_KD)):
+            kept[row] = normal(seed, Draw.PRIOR, sample, draw, tuple(kept.shape[1:]))[0].cpu()

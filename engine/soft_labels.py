@@ -225,6 +225,20 @@ class SoftLabels:
             for name, array in zip(self.parts, self._file.arrays, strict=True)
         }
 
+    def recognised(self, epoch: int) -> float:
+        """Percent of an epoch's views that the teacher takes for the class they were made for.
+
+        A row's largest answer is held against its class: samples are by class, as many of each.
+        Views that CutMix pasted another class into are among them.
+        """
+        each, hits = self.samples // self.classes, 0
+        for label in range(self.classes):
+            answers = self.targets(epoch, range(label * each, (label + 1) * each))
+            largest = answers.labels.argmax(1, keepdim=True)
+            taken = largest if answers.classes is None else answers.classes.gather(1, largest)
+            hits += int((taken == label).sum())
+        return 100 * hits / self.samples
+
     def read_ahead(self, epoch: int, samples_B: Sequence[int] | Tensor) -> None:
         """Have rows that are asked for soon read from the disk meanwhile; returns at once."""
         self._file.read_ahead(epoch, np.asarray(samples_B))

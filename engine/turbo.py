@@ -3,8 +3,8 @@
 An image is a pure function of (model, patch, prompt, settings; seed, sample, epoch): all noise is
 counter-based (kernels/noise.py), so order, neighbours and batch composition play no part. What
 does not change is computed once: latents of the patches, text embeddings, and the cross-attention
-keys and values of every class. Legend: N samples, K classes, B images of G prompts in a batch,
-C latent channels, h w latent size, H W image size, P keys and values of a prompt.
+keys and values of as many classes as fit (prompt_bank.py). Legend: N samples, K classes, B images
+of G prompts in a batch, C latent channels, h w latent size, H W image size.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from ..export.bundle import default_bundles_folder
 from ..export.config import EngineSpec
 from ..export.models import (
+    DTYPES,
     ModelParts,
     ModelSource,
     load_parts,
@@ -37,10 +38,13 @@ from ..kernels.sampler import euler_ancestral_step
 from .backends import Backend, open_backend, resolve_device
 from .batches import BatchPlan, images_per_prompt, plan_batches
 from .config import ExpandConfig
-from .prompts import encode_prompts, project_prompts
+from .mixup_weight import mixup_quantiles
+from .prompt_bank import open_prompt_bank
+from .prompts import encode_prompts
 from .schedule import make_schedule
 
 UPSAMPLING = "bicubic"
+VARIED = {"steps", "rho", "mixup", "mixup_weight", "start", "seed"}
 
 
 class Expander:
@@ -78,7 +82,9 @@ class Expander:
             device=resolve_device(config.device),
         )
         self._device = torch.device(self.spec.device)
-        text = encode_prompts(model, prompts_K, device=self.spec.device)
+        text = encode_prompts(
+            model, prompts_K, device=self.spec.device, dtype=DTYPES[config.precision]
+        )
         parts = load_parts(
             model,
             precision=config.precision,
@@ -86,21 +92,25 @@ class Expander:
             device=self.spec.device,
         )
         self._latent_CHW = self._latent_shape(parts)
-        prompts = project_prompts(
-            parts, text, conditioning_px=config.conditioning_px or config.size_px
+        self.prompt_bank = open_prompt_bank(
+            parts,
+            text,
+            conditioning_px=config.conditioning_px or config.size_px,
+            least=self.spec.prompts,
+            budget_bytes=config.prompt_cache_bytes,
         )
-        self._added_KD, self._kv_KP = prompts.added_KD, prompts.kv_KP
         self.backend: Backend = open_backend(
             config.backend,
             model,
             parts,
             self.spec,
-            tokens=prompts.tokens,
+            tokens=self.prompt_bank.tokens,
             bundles=config.bundles or default_bundles_folder(),
         )
         del parts, text
         gc.collect()
         self._timesteps_1 = self._as_tensors(self.schedule.timesteps)
+        self._quantiles_Q = self._mixup_quantiles(config)
         self._moments: Tensor | None = None
         if patches_NHWC is not None and config.start == "image":
             self._moments = self.encode(patches_NHWC)
@@ -129,6 +139,10 @@ class Expander:
 
     def _as_tensors(self, timesteps: Sequence[float]) -> list[Tensor]:
         return [torch.tensor([t], dtype=torch.float32, device=self._device) for t in timesteps]
+
+    def _mixup_quantiles(self, config: ExpandConfig) -> Tensor | None:
+        quantiles_Q = mixup_quantiles(config.mixup_weight)
+        return None if quantiles_Q is None else quantiles_Q.to(self._device)
 
     def _latent_shape(self, parts: ModelParts) -> tuple[int, int, int]:
         vae_config: Any = parts.vae.config
@@ -270,9 +284,7 @@ class Expander:
 
     def prompts_of(self, classes_G: np.ndarray) -> tuple[Tensor, Tensor]:
         """Added embeddings, keys and values of the prompts of a call, on the device."""
-        rows_G = torch.from_numpy(classes_G)
-        added_GD = self._added_KD[rows_G.to(self._device)]
-        return added_GD, self._kv_KP[rows_G.to(self._kv_KP.device)].to(self._device)
+        return self.prompt_bank.of(classes_G)
 
     def _start(self, plan: BatchPlan, samples_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """First state and model input."""
@@ -289,6 +301,7 @@ class Expander:
             sigma=self.schedule.start_sigma,
             mixup=self.config.mixup and not from_noise,
             model_scale=self.schedule.model_scales[0],
+            quantiles_Q=self._quantiles_Q,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -306,7 +319,7 @@ class Expander:
             "evals": self.schedule.evals,
             "timesteps": list(self.schedule.timesteps),
             "sigmas": list(self.schedule.sigmas),
-            "mixup": config.mixup and config.start == "image",
+            **config.describe_mixup(),
             "posterior": config.posterior,
             "upsampling": UPSAMPLING,
             "size_px": config.size_px,
@@ -324,11 +337,11 @@ class Expander:
         }
 
     def varied(self, **changes: Any) -> Expander:
-        """The same patches and networks with another `steps`, `rho`, `mixup`, `start` or `seed`.
+        """The same patches and networks with other settings: those of `VARIED`.
 
         Costs nothing; closing either closes both. ValueError: another field, which needs a new one.
         """
-        wrong = changes.keys() - {"steps", "rho", "mixup", "start", "seed"}
+        wrong = changes.keys() - VARIED
         if wrong:
             raise ValueError(f"cannot vary {sorted(wrong)[0]} of an Expander: make a new one")
         other = copy.copy(self)
@@ -337,6 +350,7 @@ class Expander:
             self.model.scheduler_config(), steps=config.steps, rho=config.rho, start=config.start
         )
         other._timesteps_1 = self._as_tensors(other.schedule.timesteps)
+        other._quantiles_Q = self._mixup_quantiles(config)
         if config.start == "noise":
             other._moments = None
         elif self._moments is None:
@@ -348,4 +362,4 @@ class Expander:
         """Free the networks and the banks; the Expander is of no use afterwards."""
         self.backend.close()
         self._moments, self._bank_epoch = None, None
-        del self._kv_KP, self._added_KD
+        del self.prompt_bank

@@ -170,12 +170,17 @@ class PromptProjector(nn.Module):
     """What the UNet needs of a prompt: (text_GLD, pooled_GD, time_ids_6) → (added_GD, kv_GP).
 
     time_ids is SDXL's micro-conditioning: original height and width, crop top and left, target
-    height and width, in pixels.
+    height and width, in pixels. Shares the UNet's weights, and holds no others of it: 13 % of
+    SDXL-Turbo's.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_cross_attentions(unet))
+        layers = _cross_attentions(unet)
+        self.heads = [layer.heads for layer in layers for _ in range(2)]
+        self.projections = nn.ModuleList(
+            project for layer in layers for project in (layer.to_k, layer.to_v)
+        )
         self.time_proj, self.embedding = unet.add_time_proj, unet.add_embedding
 
     def forward(
@@ -186,11 +191,9 @@ class PromptProjector(nn.Module):
         times_GD = times_D.expand(prompts, -1).to(pooled_GD.dtype)
         added_GD = self.embedding(torch.cat([pooled_GD, times_GD], dim=-1))
         pieces = []
-        for layer in self.layers:
-            attention: Any = layer
-            for project in (attention.to_k, attention.to_v):
-                heads_GLhd = project(text_GLD).unflatten(-1, (attention.heads, -1))
-                pieces.append(heads_GLhd.transpose(1, 2).flatten(1))
+        for heads, project in zip(self.heads, self.projections, strict=True):
+            heads_GLhd = project(text_GLD).unflatten(-1, (heads, -1))
+            pieces.append(heads_GLhd.transpose(1, 2).flatten(1))
         return added_GD, torch.cat(pieces, dim=1)
 
 

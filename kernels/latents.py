@@ -3,22 +3,30 @@
 Formula, per sample, with z = bank[row]:
 
     partner = class_first + min(floor(u * class_count), class_count - 1)    u: Draw.MIXUP_PARTNER
-    z       = gamma * z + (1 - gamma) * bank[partner]                   gamma: Draw.MIXUP_WEIGHT
+    z       = gamma * z + (1 - gamma) * bank[partner]         gamma = Q(u), u: Draw.MIXUP_WEIGHT
     state   = z + sigma * n                                                 n: Draw.START
     input   = state * model_scale,                 model_scale = 1 / sqrt(sigma^2 + 1)
 
 The two mixup lines run when mixup is asked for. The partner is any row of the class, the sample's
-own included; gamma is uniform on (0, 1), which is Beta(1, 1) (DACE, section 3). The state is
-diffusers' (x = z + sigma n); u, gamma and n are functions of (seed, sample, epoch) alone. Element
-e of n is element e of the latent in C, H, W order, whichever layout the model input is written in.
+own included. gamma is uniform on (0, 1), which is Beta(1, 1) (DACE, section 3): then Q(u) = u. Or
+its quantiles at 0, 1 / K, ..., 1 are given, and Q is linear between them:
+
+    k = min(floor(u * K), K - 1)        Q(u) = Q_k + (u * K - k) * (Q_(k+1) - Q_k)
+
+Kernel and reference agree on gamma to the bit: the step to the knot is exact, and nothing is fused.
+The state is diffusers' (x = z + sigma n); u, gamma and n are functions of (seed, sample, epoch)
+alone. Element e of n is element e of the latent in C, H, W order, whichever layout the model input
+is written in.
 
 Bytes per element of a bank of b and a model input of s bytes, beside five indices per sample:
 
     b (2 b with mixup), read;    4 + s, written
 
+and two numbers of the table per program, if there is one.
+
 Eager torch moves 601 instead of 14 (mixup, b = 4, s = 2), most of it for the noise.
 
-Shapes: N rows of the bank, class-sorted; B samples; C, H, W of one latent.
+Shapes: N rows of the bank, class-sorted; B samples; C, H, W of one latent; Q = K + 1 knots.
 """
 
 import math
@@ -57,18 +65,31 @@ def start_state_reference(
     sigma: float,
     mixup: bool,
     model_scale: float,
+    quantiles_Q: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(state, model input), both fp32 [B, C, H, W], in plain torch."""
     latents = bank_NCHW[rows_B].float()
     if mixup:
         partner_u = uniform_reference(seed, Draw.MIXUP_PARTNER, samples_B, epoch, 1)[:, 0]
-        gamma = uniform_reference(seed, Draw.MIXUP_WEIGHT, samples_B, epoch, 1)[:, :, None, None]
+        gamma_B1 = uniform_reference(seed, Draw.MIXUP_WEIGHT, samples_B, epoch, 1)
+        if quantiles_Q is not None:
+            gamma_B1 = _at_quantile(quantiles_Q, gamma_B1)
+        gamma = gamma_B1[:, :, None, None]
         offset_B = torch.minimum((partner_u * class_count_B).long(), class_count_B - 1)
         partners = bank_NCHW[class_first_B + offset_B].float()
         latents = gamma * latents + (1.0 - gamma) * partners
     noise = normal_reference(seed, Draw.START, samples_B, epoch, bank_NCHW.shape[1:])
     state = latents + sigma * noise
     return state, state * model_scale
+
+
+def _at_quantile(quantiles_Q: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Q(u), fp32 in u's shape."""
+    last = len(quantiles_Q) - 2
+    position = u * (last + 1)
+    knot = position.long().clamp_(max=last)
+    left = quantiles_Q[knot]
+    return left + (position - knot) * (quantiles_Q[knot + 1] - left)
 
 
 @triton.jit(do_not_specialize=["epoch", "seed_lo", "seed_hi"])
@@ -80,6 +101,7 @@ def start_state_kernel(
     samples_ptr,
     class_first_ptr,
     class_count_ptr,
+    quantiles_ptr,
     numel,
     pixels,
     sigma,
@@ -91,10 +113,14 @@ def start_state_kernel(
     PARTNER: tl.constexpr,
     WEIGHT: tl.constexpr,
     MIXUP: tl.constexpr,
+    INTERVALS: tl.constexpr,
     NHWC: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Program (sample, block) writes 4 GROUPS elements of one latent; NHWC: of the model input."""
+    """Program (sample, block) writes 4 GROUPS elements of one latent; NHWC: of the model input.
+
+    INTERVALS: K, or 0 where gamma is uniform.
+    """
     index = tl.program_id(0)
     first_group = tl.program_id(1) * GROUPS
     element = first_group * 4 + tl.arange(0, 4 * GROUPS)
@@ -111,6 +137,12 @@ def start_state_kernel(
         partner = first + tl.minimum(offset, count - 1)
         other = tl.load(bank_ptr + partner * numel + element, mask=inside).to(tl.float32)
         gamma = unit_of(weight_word)
+        if INTERVALS:
+            position = gamma * INTERVALS
+            knot = tl.minimum(position.to(tl.int32), INTERVALS - 1)
+            left = tl.load(quantiles_ptr + knot)
+            right = tl.load(quantiles_ptr + knot + 1)
+            gamma = left + (position - knot.to(tl.float32)) * (right - left)
         latent = gamma * latent + (1.0 - gamma) * other
     group = first_group + tl.arange(0, GROUPS)
     noise = normal_block(group, START, sample, epoch, seed_lo, seed_hi)
@@ -138,12 +170,20 @@ def start_state_into(
     sigma: float,
     mixup: bool,
     model_scale: float,
+    quantiles_Q: torch.Tensor | None,
 ) -> None:
     """What ``start_state`` does once it has checked."""
     inputs = bank_NCHW, rows_B, samples_B, class_first_B, class_count_B
     if not runs_kernel(bank_NCHW):
-        settings = {"sigma": sigma, "mixup": mixup, "model_scale": model_scale}
-        results = start_state_reference(*inputs, seed=seed, epoch=epoch, **settings)
+        results = start_state_reference(
+            *inputs,
+            seed=seed,
+            epoch=epoch,
+            sigma=sigma,
+            mixup=mixup,
+            model_scale=model_scale,
+            quantiles_Q=quantiles_Q,
+        )
         state.copy_(results[0])
         model_input.copy_(results[1])
         return
@@ -155,6 +195,7 @@ def start_state_into(
         state,
         model_input,
         *inputs,
+        bank_NCHW if quantiles_Q is None else quantiles_Q,  # not read without
         numel,
         math.prod(bank_NCHW.shape[2:]),
         sigma,
@@ -164,6 +205,7 @@ def start_state_into(
         PARTNER=int(Draw.MIXUP_PARTNER),
         WEIGHT=int(Draw.MIXUP_WEIGHT),
         MIXUP=mixup,
+        INTERVALS=0 if quantiles_Q is None else len(quantiles_Q) - 1,
         NHWC=not model_input.is_contiguous(),
         GROUPS=GROUPS_PER_PROGRAM,
     )
@@ -181,6 +223,7 @@ def start_state(
     sigma: float,
     mixup: bool,
     model_scale: float,
+    quantiles_Q: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -188,16 +231,22 @@ def start_state(
     """The first state (fp32) and the first model input (``dtype``), both [B, C, H, W].
 
     ``bank_NCHW`` is fp32 or fp16, the index tensors int64 on the same device; ``rows_B`` and
-    class_first + class_count stay inside the bank (not checked: that would need a sync). The model
-    input is contiguous, or channels_last. Give ``out`` = (state, model input) to write into buffers
-    of your own, whose dtype and layout then count. No gradient flows. Raises TypeError or
-    ValueError for a dtype, shape, device or layout that does not fit.
+    class_first + class_count stay inside the bank (not checked: that would need a sync).
+    ``quantiles_Q``, fp32, two knots or more, ascending in [0, 1] (not checked either), are those of
+    the mixup weight; None: it is uniform. The model input is contiguous, or channels_last. Give
+    ``out`` = (state, model input) to write into buffers of your own, whose dtype and layout then
+    count. No gradient flows. Raises TypeError or ValueError for a dtype, shape, device or layout
+    that does not fit.
     """
     require("bank_NCHW", bank_NCHW, dtype=FLOATS, shape=("N", "C", "H", "W"))
     require("rows_B", rows_B, dtype=torch.int64, shape=("B",), like=bank_NCHW)
     indices = {"samples_B": samples_B, "class_first_B": class_first_B}
     for name, tensor in {**indices, "class_count_B": class_count_B}.items():
         require(name, tensor, dtype=torch.int64, shape=rows_B.shape, like=bank_NCHW)
+    if quantiles_Q is not None:
+        require("quantiles_Q", quantiles_Q, dtype=torch.float32, shape=("Q",), like=bank_NCHW)
+        if len(quantiles_Q) < 2:
+            raise ValueError(f"quantiles_Q: expected 2 knots or more, got {len(quantiles_Q)}")
     sizes = (len(rows_B), *bank_NCHW.shape[1:])
     if out is None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -209,5 +258,6 @@ def start_state(
     require("out[1]", out[1], dtype=dtypes, shape=sizes, like=bank_NCHW, channels_last=True)
     require_words(seed, Draw.START, epoch)
     inputs = bank_NCHW, rows_B, samples_B, class_first_B, class_count_B
-    start_state_into(*out, *inputs, signed(seed, 64), epoch, sigma, mixup, model_scale)
+    words = signed(seed, 64), epoch
+    start_state_into(*out, *inputs, *words, sigma, mixup, model_scale, quantiles_Q)
     return out

@@ -415,6 +415,18 @@ def test_topk_labels_are_stored_and_read(tmp_path: Path) -> None:
         labels.logits(0, [0])
 
 
+@pytest.mark.parametrize("codec", ["dense", "topk"])
+def test_recognised_counts_the_rows_whose_answer_is_their_class(codec, tmp_path: Path) -> None:
+    logits = torch.zeros(2, 12, 3)
+    logits[1, torch.arange(12), torch.arange(12) // 4] = 1.0  # four rows of each class
+    logits[1, [0, 5], [2, 2]] = 2.0
+    _write(tmp_path / "c", labels=LabelBlock(codec=codec, logits=logits, k=1))
+    labels = open_coreset(tmp_path / "c").soft_labels()
+    assert labels is not None
+    assert labels.recognised(1) == pytest.approx(100 * 10 / 12)
+    assert labels.recognised(0) == pytest.approx(100 * 4 / 12)  # ties: the first class
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

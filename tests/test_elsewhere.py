@@ -29,6 +29,7 @@ RUN = (
     *("--batch", "8"),
     *("--teacher", "convnet-d3-w8", "--teacher-epochs", "1", "--student", "convnet-d3-w8"),
     *("--steps", "2", "--rho", "0.5", "--refresh", "0.5", "--student-precision", "bf16"),
+    *("--mixup-weight", "beta:0.5"),
 )
 
 Train = Callable[..., dict[str, Any]]

@@ -236,6 +236,23 @@ def test_mixup_stays_in_the_class_and_is_uniform():
     np.testing.assert_allclose(state[clear, 2, 0, 0].numpy(), expected[clear], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("quantiles", "error", "message"),
+    [
+        (torch.tensor([0.5]), ValueError, "quantiles_Q: expected 2 knots or more, got 1"),
+        (torch.tensor([0, 1]), TypeError, "quantiles_Q: expected float32, got int64"),
+        (torch.ones(2, 2), ValueError, r"quantiles_Q: expected shape \[Q\]"),
+    ],
+)
+def test_start_state_refuses_a_table_that_is_none(quantiles, error, message):
+    rows = torch.arange(3)
+    with pytest.raises(error, match=message):
+        start_state(
+            torch.ones(3, 4, 2, 2), rows, rows, rows, rows,
+            seed=1, epoch=0, sigma=0.0, mixup=True, model_scale=1.0, quantiles_Q=quantiles,
+        )  # fmt: skip
+
+
 def test_mixup_in_a_class_of_one_changes_nothing():
     bank = torch.randn(3, 4, 2, 2)
     rows = torch.arange(3)

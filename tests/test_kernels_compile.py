@@ -31,9 +31,9 @@ SIDES = {"height": "i32", "width": "i32", "size": "i32"}
 INDICES = ("rows_ptr", "samples_ptr", "class_first_ptr", "class_count_ptr")
 START = {
     "state_ptr": "*fp32", "input_ptr": "*fp16", "bank_ptr": "*fp16",
-    **dict.fromkeys(INDICES, "*i64"), "numel": "i32", "pixels": "i32",
+    **dict.fromkeys(INDICES, "*i64"), "quantiles_ptr": "*fp32", "numel": "i32", "pixels": "i32",
     "sigma": "fp32", "model_scale": "fp32",
-    **WORDS, "START": 0, "PARTNER": 2, "WEIGHT": 3, "GROUPS": 128,
+    **WORDS, "START": 0, "PARTNER": 2, "WEIGHT": 3, "INTERVALS": 0, "GROUPS": 128,
 }  # fmt: skip
 STEP = {
     "next_state_ptr": "*fp32", "next_input_ptr": "*fp16", "state_ptr": "*fp32", "eps_ptr": "*fp16",
@@ -68,6 +68,10 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "noise, half": (noise_kernel, {**NOISE, "out_ptr": "*fp16", "NORMAL": True}),
     "noise, uniforms": (noise_kernel, {**NOISE, "NORMAL": False}),
     "start_state, mixup": (start_state_kernel, {**START, "MIXUP": True, "NHWC": False}),
+    "start_state, weights of a table": (
+        start_state_kernel,
+        {**START, "MIXUP": True, "INTERVALS": 4096, "NHWC": False},
+    ),
     "start_state, NHWC": (start_state_kernel, {**START, "MIXUP": True, "NHWC": True}),
     "start_state, fp32": (
         start_state_kernel,

@@ -67,12 +67,13 @@ def _operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     ours = images.requires_grad_(), *named
     patches = torch.randint(0, 256, (2, 5, 5, 3), dtype=torch.uint8)
     state, eps = state.clone(), eps.clone()  # not views: the checker would test those as well
-    start = (*outs, bank, *_whole_bank(), -5, 1, 2.5, True, 0.25)
+    start = (*outs, bank, *_whole_bank(), -5, 1, 2.5, True, 0.25, torch.tensor([0.0, 0.4, 1.0]))
     step = (*outs, state.clone(), eps, SAMPLES, 2.0, 1.0, 0.5, 0.3, -5, 2, 1)
     order = torch.randperm(4).repeat(2, 1)
     return {
         "noise": (noise_into, (torch.empty(3, 5), SAMPLES, -5, 1, 2, True)),
         "start_state": (start_state_into, start),
+        "start_state, uniform weights": (start_state_into, (*start[:-1], None)),
         "step": (euler_ancestral_step_into, step),
         "step, functional": (
             euler_ancestral_step_op,
@@ -112,7 +113,9 @@ def _samples(epoch: int, bank: torch.Tensor, *named: torch.Tensor) -> Data:
     rows, table = named[:4], named[4:]
     sigmas = {"sigma": 2.0, "sigma_down": 1.0, "sigma_up": 0.5, "next_scale": 0.3}
     names = {"seed": SEED, "epoch": epoch}
-    first, planes = start_state(bank, *rows, **names, sigma=2.5, mixup=True, model_scale=0.25)
+    mixed = {"sigma": 2.5, "mixup": True, "model_scale": 0.25}
+    quantiles_Q = bank.new_tensor([0.0, 0.4, 1.0])
+    first, planes = start_state(bank, *rows, **names, **mixed, quantiles_Q=quantiles_Q)
     _, nhwc = start_state(
         bank, *rows, **names, sigma=1.5, mixup=False, model_scale=0.5, channels_last=True
     )

@@ -6,6 +6,8 @@ shows. The interpreter is chosen before ``import triton``, so the cases run in a
 own: this file is also that program (``TRITON_INTERPRET=1 python tests/test_kernels_triton.py``).
 """
 
+from typing import Any
+
 import pytest
 import torch
 import triton
@@ -178,6 +180,29 @@ def start_states(device: str) -> None:
                 assert nhwc.is_contiguous(memory_format=torch.channels_last)
                 close(nhwc_state, state.cpu(), **EXACT)
                 close(nhwc, model_input.cpu(), **EXACT)
+
+
+@case
+def mixup_weights_are_the_reference_bit_for_bit(device: str) -> None:
+    """Of a bank of 1 and 0, the class of row 0 being row 1, and no noise: the state is gamma."""
+    bank = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1)
+    samples = torch.cat((SAMPLES, torch.arange(100, 160)))
+    zeros = torch.zeros_like(samples)
+    names = bank, zeros, samples, zeros + 1, zeros + 1
+    settings: dict[str, Any] = {"seed": SEED, "epoch": EPOCH, "sigma": 0.0, "model_scale": 1.0}
+    gammas = []
+    curved = torch.linspace(0, 1, 4097) ** 3
+    for quantiles in (None, torch.tensor([0.0, 1.0]), curved, curved[::4096] * 0 + 0.3):
+        ours = None if quantiles is None else quantiles.to(device)
+        state, _ = start_state(
+            *(tensor.to(device) for tensor in names), mixup=True, quantiles_Q=ours, **settings
+        )
+        expected = start_state_reference(*names, mixup=True, quantiles_Q=quantiles, **settings)
+        close(state, expected[0], **EXACT)
+        gammas.append(expected[0].flatten())
+    close(gammas[1], gammas[0], **EXACT)
+    close(gammas[2], gammas[0] ** 3, rtol=0.0, atol=1e-7)
+    close(gammas[3], torch.full_like(gammas[0], 0.3), **EXACT)
 
 
 @case

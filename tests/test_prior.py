@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,15 @@ from patchbloom.train import prior_phases
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.prior import PriorTraining
 from patchbloom.train.prior_model import POSTERIOR_STD, new_parts, prompt_embeddings, save_parts
+from patchbloom.train.prior_phases import (
+    Conditioning,
+    LatentBank,
+    SampledSteps,
+    denoiser_loss,
+    few_step_loss,
+    guidance_loss,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 TINY = PriorConfig(
     image_size=32,
@@ -25,11 +37,13 @@ TINY = PriorConfig(
 )
 
 
-def _training(out: Path) -> PriorTraining:
+def _training(out: Path, device: str = "cpu", **changes: Any) -> PriorTraining:
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randint(0, 256, (8, 32, 32, 3), generator=generator, dtype=torch.uint8)
     labels = torch.arange(8) // 4
-    return PriorTraining(TINY, pixels, labels, ["disc", "ring"], out, report=lambda line: None)
+    config = replace(TINY, **changes)
+    names = ["disc", "ring"]
+    return PriorTraining(config, pixels, labels, names, out, lambda line: None, device)
 
 
 def _weights(folder: Path) -> dict[str, bytes]:
@@ -93,6 +107,60 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     monkeypatch.undo()
     resumed = _training(tmp_path / "model").run(data="noise", command="train prior")
     assert _weights(resumed) == _weights(trained)
+
+
+def test_a_wider_one_in_bf16_without_crops(tmp_path: Path) -> None:
+    training = _training(tmp_path / "model", width=64, precision="bf16", crops=0)
+    folder = training.run(data="noise", command="train prior")
+    unet = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder).unet
+    assert unet.config.block_out_channels == [64, 128, 256]
+    assert all(math.isfinite(loss) for phase in training.phases for _, loss in phase.losses)
+    assert len(training.encode_bank().labels_N) == 8 * 2
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_it(tmp_path: Path) -> None:
+    folder = _training(tmp_path / "model", device="cuda").run(data="noise", command="train prior")
+    assert StableDiffusionXLImg2ImgPipeline.from_pretrained(folder) is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*Disabling autocast")
+def test_every_loss_stays_on_the_device_of_its_bank(tmp_path: Path) -> None:
+    """Tensors without data that say they are a GPU's: one left on the CPU is refused."""
+    parts = new_parts(32, tmp_path, unet_channels=(16, 32, 64), vae_channels=(8, 16, 32))
+    steps = prior_phases.sampled_steps(parts.scheduler, 5)
+    fake = FakeTensorMode()
+
+    def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
+        told = fake.from_tensor(tensor)
+        with fake:
+            return told.detach().to("cuda")
+
+    for module in (*parts.unet.modules(), *parts.vae.modules()):
+        for name, weight in list(module._parameters.items()):
+            if weight is not None:
+                module._parameters[name] = torch.nn.Parameter(on_gpu(weight))
+    shapes = [(8, 4, 8, 8), (8,), (8, 6)]
+    latents, classes, time_ids = (on_gpu(torch.zeros(shape)) for shape in shapes)
+    prompts = [on_gpu(torch.zeros(shape)) for shape in [(3, 77, 64), (3, 32)]]
+    images, sigmas = on_gpu(torch.zeros(2, 3, 32, 32)), on_gpu(torch.ones(1000))
+    visited = SampledSteps(*map(on_gpu, (steps.timesteps, steps.sigmas, steps.sigmas_down)))
+    draw = torch.Generator()
+    with fake:
+        bank = LatentBank(latents, classes.long(), time_ids)
+        shared: dict[str, Any] = {
+            "bank": bank,
+            "conditioning": Conditioning(*prompts),
+            "sigmas": sigmas,
+        }
+        more: dict[str, Any] = {"batch": 4, "generator": draw, "half": True}
+        losses = [
+            prior_phases.vae_loss(parts.vae, images, draw),
+            denoiser_loss(parts.unet, **shared, **more),
+            guidance_loss(parts.unet, parts.unet, **shared, guidance=3.0, **more),
+            few_step_loss(parts.unet, parts.unet, **shared, visited=visited, substeps=2, **more),
+        ]
+    assert [str(loss.device) for loss in losses] == ["cuda:0"] * 4
 
 
 def test_sampled_steps_are_the_schedulers_own() -> None:

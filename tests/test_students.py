@@ -182,10 +182,15 @@ def test_learning_rates_follow_the_recipes() -> None:
     assert learning_rate(full, 300) == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("start", ["image", "noise"])
-def test_the_sheet_of_expansions_shows_what_its_rows_say(monkeypatch, start: Start) -> None:
+@pytest.mark.parametrize(
+    ("start", "weight", "mixup"),
+    [("image", "uniform", "mixup"), ("image", "0.5", "mixup 0.5"), ("noise", "uniform", "")],
+)
+def test_the_sheet_of_expansions_shows_what_its_rows_say(
+    monkeypatch, start: Start, weight: str, mixup: str
+) -> None:
     class Fake:
-        config = ExpandConfig(size_px=32, steps=4, start=start)
+        config = ExpandConfig(size_px=32, steps=4, start=start, mixup_weight=weight)
 
         def varied(self, **changes):
             assert start == "image" or changes["start"] == "noise"
@@ -196,7 +201,7 @@ def test_the_sheet_of_expansions_shows_what_its_rows_say(monkeypatch, start: Sta
 
     monkeypatch.setattr(pictures, "contact_sheet", lambda rows: [name for name, _ in rows])
     rows = pictures.expansion_sheet(Fake(), PATCHES, [0, 4])
-    from_patches = ["rho 0.4", "rho 0.6", "rho 0.8", "rho 1", "rho 0.8, mixup"]
+    from_patches = ["rho 0.4", "rho 0.6", "rho 0.8", "rho 1", f"rho 0.8, {mixup}"]
     assert rows == ["patch", *(from_patches if start == "image" else []), "text only"]
 
 

@@ -25,7 +25,6 @@ from patchbloom.export.models import (
     ModelSource,
     Unavailable,
     find_model,
-    load_parts,
     weights_sha256,
 )
 from patchbloom.export.modules import PromptProjector
@@ -139,14 +138,19 @@ def test_equals_diffusers(expander, diffusers_images, backend, steps, rho):
     assert max_error(ours.expand(SAMPLES, EPOCH), reference) <= TOLERANCE
 
 
-@pytest.mark.parametrize("posterior", ["mean", "sample"])
-def test_mixup_follows_the_formula(expander, diffusers_images, posterior):
-    ours = expander(posterior=posterior)
+@pytest.mark.parametrize(
+    ("posterior", "law"),
+    [("mean", "uniform"), ("sample", "uniform"), ("mean", "beta:0.5"), ("mean", "0.3")],
+)
+def test_mixup_follows_the_formula(expander, diffusers_images, posterior, law):
+    ours = expander(posterior=posterior).varied(mixup_weight=law)
     bank = ours.latents(EPOCH)
     first = torch.from_numpy(LABELS_N[SAMPLES] * 4)
     draw = uniform(SEED, Draw.MIXUP_PARTNER, SAMPLES, EPOCH, 1)[:, 0]
     partner = first + (draw * 4).floor().long().clamp(max=3)
     weight = uniform(SEED, Draw.MIXUP_WEIGHT, SAMPLES, EPOCH, 1).view(-1, 1, 1, 1)
+    quantile = {"beta:0.5": lambda u: (u * torch.pi / 2).sin() ** 2, "0.3": lambda u: 0 * u + 0.3}
+    weight = quantile.get(law, lambda u: u)(weight)
     mixed = weight * bank[SAMPLES] + (1 - weight) * bank[partner]
     reference = diffusers_images(SAMPLES, mixed, steps=5, rho=0.8)
     assert max_error(ours.expand(SAMPLES, EPOCH), reference) <= TOLERANCE
@@ -354,6 +358,8 @@ def test_varied_settings_share_the_networks(expander):
     assert other.backend is ours.backend
     same = expander(rho=0.4, mixup=False)
     assert torch.equal(other.expand(SAMPLES, EPOCH), same.expand(SAMPLES, EPOCH))
+    whole = ours.varied(rho=0.4, mixup_weight="1")
+    assert torch.equal(whole.expand(SAMPLES, EPOCH), same.expand(SAMPLES, EPOCH))
     with pytest.raises(ValueError, match="cannot vary size_px"):
         ours.varied(size_px=64)
 
@@ -365,6 +371,8 @@ def test_description_names_the_images(expander, model):
     assert described["backend"] == "ort"
     assert json.loads(json.dumps(described)) == described
     assert expander(start="noise", steps=1).describe()["rho"] is None
+    assert "mixup_weight" not in described
+    assert expander(mixup_weight="beta:0.50").describe()["mixup_weight"] == "beta:0.5"
 
 
 def test_what_does_not_change_is_computed_once(expander, model, patches, monkeypatch):
@@ -399,28 +407,6 @@ def test_what_does_not_change_is_computed_once(expander, model, patches, monkeyp
     ours.expand(range(12), 0)
     assert len(calls) == 2 * 4  # two batches of 8 hold 12 samples; 4 evaluations each
     assert calls[0][3].shape[0] == 2  # keys and values of 2 prompts for 8 images, not of 8
-
-
-def test_keys_and_values_of_one_chunk_of_prompts_are_kept_once(model, monkeypatch):
-    """At 1000 classes they are most of a GPU's memory: no second copy while they are made."""
-    alive: list[weakref.ref] = []
-    project = PromptProjector.forward
-
-    def forward(self, *given):
-        assert [reference() for reference in alive] == [None] * len(alive)
-        added_GD, kv_GP = project(self, *given)
-        alive.append(weakref.ref(kv_GP))
-        return added_GD, kv_GP
-
-    parts = load_parts(model, precision="fp32", device="cpu")
-    text = prompts_module.encode_prompts(model, PROMPTS, device="cpu")
-    whole = prompts_module.project_prompts(parts, text, conditioning_px=32)
-    monkeypatch.setattr(PromptProjector, "forward", forward)
-    monkeypatch.setattr(prompts_module, "CHUNK", 1)
-    chunked = prompts_module.project_prompts(parts, text, conditioning_px=32)
-    assert len(alive) == len(PROMPTS)
-    torch.testing.assert_close(chunked.kv_KP, whole.kv_KP)
-    torch.testing.assert_close(chunked.added_KD, whole.added_KD)
 
 
 def test_bench_reports_no_speed_without_the_same_pictures(model, tmp_path):

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from ..engine.config import TEMPLATE, DscoConfig, Start
+from ..engine.config import TEMPLATE, DscoConfig, Start, parse_mixup_weight
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import (
     Choice,
@@ -70,6 +70,9 @@ class RunOptions:
     """Share of the noise schedule that is run, in (0, 1]; 1.0 still starts from the patch."""
     mixup: bool = True
     """Mix the latents of two patches of one class before the noise is added."""
+    mixup_weight: str = "uniform"
+    """Weight of the patch itself in that mixture, its partner having the rest: `uniform`, drawn
+    from 0 to 1, a number, the same for all, or beta:A, drawn from Beta(A, A)."""
     start: Start = "image"
     """`noise` starts from pure noise: patches, rho and mixup then play no part."""
     prompt: str = TEMPLATE
@@ -200,6 +203,7 @@ class RunOptions:
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"--learning-rate {self.learning_rate:g}: expected more than 0")
         self._check_steps()
+        self._check_mixup()
         self._check_generated()
         if self.labels == "online" and self.codec == "topk":
             raise ValueError(
@@ -225,6 +229,14 @@ class RunOptions:
             raise ValueError(
                 f"--steps {self.steps}: expected {MOST_T2I_STEPS} at most for t2i: leave it out "
                 "for 1, or give the methods runs of their own"
+            )
+
+    def _check_mixup(self) -> None:
+        law = parse_mixup_weight(self.mixup_weight)
+        if law != ("beta", 1) and not (self.mixup and self.start == "image"):
+            other = "--no-mixup" if self.start == "image" else "--start noise"
+            raise ValueError(
+                f"--mixup-weight {self.mixup_weight} has no use with {other}: leave one of them out"
             )
 
     def _check_generated(self) -> None:
@@ -313,6 +325,8 @@ class TrainPrior:
     prior: Annotated[PriorConfig, OmitArgPrefixes] = field(default_factory=PriorConfig)
     class_names: Path | None = None
     """Names for prompts: a JSON object or lines "folder name"."""
+    device: DeviceName = "auto"
+    """`auto` is cuda where there is one."""
     skip_corrupt: bool = False
     """Leave out and count images that cannot be decoded, instead of stopping at them."""
     shapes_per_class: int = 1000

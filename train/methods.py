@@ -36,8 +36,8 @@ from .augmentation import augment, draw_variants
 
 WHAT_NAMES_AN_EXPANSION = (
     "model", "revision", "weights_sha256", "vae", "scheduler", "start", "steps", "rho", "evals",
-    "timesteps", "sigmas", "mixup", "posterior", "upsampling", "size_px", "conditioning_px", "seed",
-    "precision", "vae_precision",
+    "timesteps", "sigmas", "mixup", "mixup_weight", "posterior", "upsampling", "size_px",
+    "conditioning_px", "seed", "precision", "vae_precision",
 )  # fmt: skip
 AUGMENTED_TOGETHER = 64  # images: variants take 30 bytes of scratch per byte of them
 
@@ -101,7 +101,8 @@ class Expansions:
     def describe(self) -> dict[str, Any]:
         """Of the Expander's description what names the images, not what made them or how fast."""
         described = self.expander.describe()
-        return {"method": "dace", **{key: described[key] for key in WHAT_NAMES_AN_EXPANSION}}
+        named = {key: described[key] for key in described if key in WHAT_NAMES_AN_EXPANSION}
+        return {"method": "dace", **named}
 
 
 @dataclass(frozen=True, kw_only=True)

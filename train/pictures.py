@@ -64,7 +64,9 @@ def expansion_sheet(
         variants += [
             (f"rho {rho:g}", {"rho": rho, "mixup": False}) for rho in RHOS if int(steps * rho) >= 1
         ]
-        variants.append((f"rho {expander.config.rho:g}, mixup", {"mixup": True}))
+        weight = expander.config.mixup_weight
+        mixup = "mixup" if weight == "uniform" else f"mixup {weight}"
+        variants.append((f"rho {expander.config.rho:g}, {mixup}", {"mixup": True}))
     variants.append(("text only", {"start": "noise"}))
     for name, changes in variants:
         rows.append((name, as_uint8(expander.varied(**changes).expand(samples, epoch=0))))

@@ -154,6 +154,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         steps=options.steps_of("dace"),
         rho=options.rho,
         mixup=options.mixup,
+        mixup_weight=options.mixup_weight,
         start=options.start,
         seed=options.seed,
         precision=precision,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.noise import Draw, uniform
 from ..kernels.student_input import student_input
@@ -43,7 +43,6 @@ from .prior_phases import (
 )
 
 PROMPT = "A photo of a {name}"
-CROPS_PER_IMAGE = 2  # beside the image itself and its mirror image
 HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
 
 
@@ -69,6 +68,7 @@ class PriorTraining:
         class_names: Sequence[str],
         out: Path,
         report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+        device: str = "cpu",
     ) -> None:
         if pixels_NHWC.shape[1:] != (config.image_size, config.image_size, 3):
             raise ValueError(
@@ -79,10 +79,19 @@ class PriorTraining:
         self.pixels_NHWC, self.labels_N = pixels_NHWC, labels_N
         self.class_names = tuple(class_names)
         torch.manual_seed(config.seed)
-        self.parts: ModelParts = new_parts(config.image_size, self.work / "tokenizer")
+        width = config.width
+        self.parts: ModelParts = new_parts(
+            config.image_size,
+            self.work / "tokenizer",
+            unet_channels=(width, 2 * width, 4 * width),
+        )
         prompts = [PROMPT.format(name=name) for name in self.class_names] + [""]
-        self.conditioning = Conditioning(*prompt_embeddings(self.parts, prompts))
-        self.sigmas = sigma_table(self.parts.scheduler)
+        states_GLD, pooled_GD = prompt_embeddings(self.parts, prompts)
+        self.device = torch.device(device)
+        self.conditioning = Conditioning(states_GLD.to(device), pooled_GD.to(device))
+        self.sigmas = sigma_table(self.parts.scheduler).to(device)
+        for module in (self.parts.vae, self.parts.unet):
+            nn.Module.to(module, device)
         self.phases: list[Phase[Any]] = []
 
     def _run(
@@ -100,6 +109,10 @@ class PriorTraining:
             phase, loss_of, seed=self.config.seed, checkpoint=checkpoint, report=self.report
         )
 
+    def _images(self, rows: Tensor | slice) -> Tensor:
+        """Training images on the device, float [B, 3, H, W] in [-1, 1]."""
+        return to_unit(self.pixels_NHWC[rows].to(self.device))
+
     def train_vae(self) -> None:
         """Phase 1; sets the scaling factor to 1 / std of the latents' means."""
         fix_posterior_width(self.parts.vae)
@@ -107,7 +120,7 @@ class PriorTraining:
 
         def loss_of(vae: AutoencoderKL, generator: torch.Generator) -> Tensor:
             rows = torch.randint(len(self.pixels_NHWC), (batch,), generator=generator)
-            images = to_unit(self.pixels_NHWC[rows])
+            images = self._images(rows)
             if torch.rand((), generator=generator) < 0.5:
                 images = images.flip(-1)
             return vae_loss(vae, images, generator)
@@ -120,7 +133,7 @@ class PriorTraining:
     @torch.no_grad()
     def _latent_std(self, vae: AutoencoderKL) -> float:
         rows = torch.arange(0, len(self.pixels_NHWC), max(1, len(self.pixels_NHWC) // 1024))
-        means = [latent_means(vae, to_unit(self.pixels_NHWC[part])) for part in rows.split(128)]
+        means = [latent_means(vae, self._images(part)) for part in rows.split(128)]
         return float(torch.cat(means).std())
 
     @torch.no_grad()
@@ -136,36 +149,49 @@ class PriorTraining:
         return decoded.clamp(-1, 1)
 
     def encode_bank(self) -> LatentBank:
-        """Encode each image, its mirror image and `CROPS_PER_IMAGE` square crops of 30–100 % area.
+        """Encode each image, its mirror image and `crops` square crops of 30–100 % area.
 
         A crop's micro-conditioning is SDXL's: its size before enlarging, its corner after.
         """
         size, seed = self.config.image_size, self.config.seed
         latents, labels, time_ids = [], [], []
         for rows in torch.arange(len(self.labels_N)).split(256):
-            images = to_unit(self.pixels_NHWC[rows])
+            images = self._images(rows)
             whole = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32)
             for view in (images, images.flip(-1)):
                 latents.append(self._encode(view))
                 time_ids.append(whole.repeat(len(rows), 1))
-            for crop in range(CROPS_PER_IMAGE):
+            for crop in range(self.config.crops):
                 u = uniform(seed, Draw.PRIOR, rows, crop, 4)
                 side = size * (0.3 + 0.7 * u[:, 0]).sqrt()
                 corner = u[:, 1:3] * (size - side)[:, None]
                 boxes = torch.cat([corner, side[:, None], side[:, None]], dim=1)
-                view = student_input(images, boxes, u[:, 3] < 0.5, size, HALF_UNIT, HALF_UNIT)
+                view = student_input(
+                    images,
+                    boxes.to(self.device),
+                    (u[:, 3] < 0.5).to(self.device),
+                    size,
+                    HALF_UNIT,
+                    HALF_UNIT,
+                )
                 latents.append(self._encode(view.contiguous()))
                 enlarged = size / side[:, None]
                 target = torch.full((len(rows), 2), float(size))
                 ids = [side[:, None], side[:, None], corner * enlarged, target]
                 time_ids.append(torch.cat(ids, dim=1))
-            labels.append(self.labels_N[rows].repeat(2 + CROPS_PER_IMAGE))
-        return LatentBank(torch.cat(latents), torch.cat(labels), torch.cat(time_ids))
+            labels.append(self.labels_N[rows].repeat(2 + self.config.crops))
+        on_device = (torch.cat(part).to(self.device) for part in (latents, labels, time_ids))
+        return LatentBank(*on_device)
 
     def train_denoiser(self, bank: LatentBank) -> None:
         """Phases 2, 3 and 4; leaves the few-step UNet in `parts`."""
         config, batch = self.config, self.config.unet_batch
-        shared = {"bank": bank, "conditioning": self.conditioning, "sigmas": self.sigmas}
+        shared: dict[str, Any] = {
+            "bank": bank,
+            "conditioning": self.conditioning,
+            "sigmas": self.sigmas,
+            "half": config.precision == "bf16",
+        }
 
         unet = self._run(
             "denoiser",
@@ -184,7 +210,7 @@ class PriorTraining:
                 module, unet, **shared, guidance=config.guidance, batch=batch, generator=generator
             ),
         )
-        visited = sampled_steps(self.parts.scheduler, config.steps)
+        visited = sampled_steps(self.parts.scheduler, config.steps, self.device)
         self.parts.unet = self._run(
             "few_step",
             self._trainable_copy(guided),
@@ -205,31 +231,31 @@ class PriorTraining:
     def _trainable_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
         copy: Any = UNet2DConditionModel.from_config(unet.config)
         copy.load_state_dict(unet.state_dict())
-        return copy
+        return copy.to(unet.device)
 
     @torch.no_grad()
     def sample_sheet(self, bank: LatentBank, columns: int = 12) -> Image.Image:
         """Per class a row: 2 reconstructions, samples from real images at rho 0.8, from noise."""
-        steps = sampled_steps(self.parts.scheduler, self.config.steps)
-        sigmas_up = self.parts.scheduler.sigmas[1:].float().square() - steps.sigmas_down.square()
+        steps = sampled_steps(self.parts.scheduler, self.config.steps, self.device)
+        low = self.parts.scheduler.sigmas[1:].float().to(self.device)
+        sigmas_up = low.square() - steps.sigmas_down.square()
         rows = []
         for label in range(len(self.class_names)):
             of_class = torch.nonzero(self.labels_N == label).flatten()[: columns // 2]
-            real = self._encode(to_unit(self.pixels_NHWC[of_class]))
+            real = self._encode(self._images(of_class))
             half = len(real)
             draw = torch.Generator().manual_seed(self.config.seed + label)
 
             def noise(like, draw=draw):
-                return torch.randn(like.shape, generator=draw)
+                return torch.randn(like.shape, generator=draw).to(like.device)
 
             states = torch.cat(
                 [real + steps.sigmas[1] * noise(real), noise(real) * steps.sigmas[0]]
             )
-            prompts = torch.full((2 * half,), label)
-            whole = torch.tensor(
-                [self.config.image_size] * 2 + [0, 0] + [self.config.image_size] * 2
-            )
-            ids = whole.float().repeat(2 * half, 1)
+            prompts = torch.full((2 * half,), label, device=self.device)
+            side = float(self.config.image_size)
+            ids = torch.tensor([side, side, 0, 0, side, side], device=self.device)
+            ids = ids.repeat(2 * half, 1)
             for k, (t, high, down) in enumerate(
                 zip(steps.timesteps, steps.sigmas, steps.sigmas_down, strict=True)
             ):
@@ -249,14 +275,14 @@ class PriorTraining:
                 states = torch.cat([states[:half], part]) if k == 0 else part
             tiles = self.decode(torch.cat([real[:2], states]))
             rows.append(torch.cat(list(tiles), dim=2))
-        sheet = torch.cat(rows, dim=1).permute(1, 2, 0)
+        sheet = torch.cat(rows, dim=1).permute(1, 2, 0).cpu()
         return Image.fromarray(((sheet + 1) * 127.5).round().clamp(0, 255).byte().numpy())
 
     @torch.no_grad()
     def reconstruction_psnr_db(self, count: int = 512) -> float:
         """PSNR of the autoencoder's reconstructions of the first training images of every class."""
         every = max(1, len(self.pixels_NHWC) // count)
-        images = to_unit(self.pixels_NHWC[::every])
+        images = self._images(slice(None, None, every))
         error = [(self.decode(self._encode(x)) - x).square().mean() for x in images.split(128)]
         return float(-10 * torch.log10(torch.stack(error).mean() / 4))
 

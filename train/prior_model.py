@@ -116,7 +116,7 @@ def new_parts(
         "layers_per_block": 1,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": (1, 2, 4),
+        "attention_head_dim": tuple(max(1, unet_channels[0] // 32) * each for each in (1, 2, 4)),
         "transformer_layers_per_block": (1, 1, 1),
         "use_linear_projection": True,
         "cross_attention_dim": 2 * TEXT_WIDTH,

@@ -11,8 +11,9 @@
                distillation, Salimans & Ho 2022).
 
 Shapes: B batch, latents z_B4hw scaled to unit variance, states x = z + sigma·n (diffusers'
-convention), UNet input x / sqrt(sigma² + 1). Every step draws from a generator seeded by (seed,
-phase, step), so a resumed run takes the same steps as an uninterrupted one.
+convention), UNet input x / sqrt(sigma² + 1). Every step draws from a CPU generator seeded by (seed,
+phase, step), so a resumed run takes the same steps as an uninterrupted one, on any device. All
+tensors of a loss lie on the device of its bank.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def run_phase(
     )
     first = 0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        device = next(module.parameters()).device
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
         module.load_state_dict(saved["module"])
         average.load_state_dict(saved["average"])
         optimiser.load_state_dict(saved["optimiser"])
@@ -177,14 +179,14 @@ def vae_loss(vae: AutoencoderKL, images_BCHW: Tensor, generator: torch.Generator
     on one core with AMX.
     """
     channels = vae.config["latent_channels"]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(images_BCHW.device.type, torch.bfloat16):
         mean = vae.quant_conv(vae.encoder(images_BCHW))[:, :channels].float()  # pyright: ignore
-        noise = torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         sample = vae.post_quant_conv(mean + POSTERIOR_STD * noise)  # pyright: ignore
         decoded = vae.decoder(sample).float()
     loss = l1_loss(decoded, images_BCHW) + 1e-4 * mean.square().mean()
     pairs = zip(_gradients(decoded), _gradients(images_BCHW), strict=True)
-    return loss + 0.5 * sum((l1_loss(a, b) for a, b in pairs), torch.zeros(()))
+    return loss + 0.5 * sum((l1_loss(a, b) for a, b in pairs), torch.zeros_like(loss))
 
 
 # ---------------------------------------------------------------- phases 2–4: the denoiser
@@ -198,8 +200,12 @@ class LatentBank:
     labels_N: Tensor  # int64
     time_ids_N6: Tensor  # original h, w; crop top, left; target h, w
 
+    @property
+    def device(self) -> torch.device:
+        return self.latents_N4hw.device
+
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        rows = torch.randint(len(self.labels_N), (batch,), generator=generator)
+        rows = torch.randint(len(self.labels_N), (batch,), generator=generator).to(self.device)
         return self.latents_N4hw[rows], self.labels_N[rows], self.time_ids_N6[rows]
 
 
@@ -235,7 +241,7 @@ def predict(
     """Predict the noise in `states`; bf16 autocast when `half` (frozen models: 1.7 × faster)."""
     scaled = states_B4hw / (sigmas_B.square() + 1).sqrt()[:, None, None, None]
     added = {"text_embeds": conditioning.pooled_GD[prompts_B], "time_ids": time_ids_B6}
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+    with torch.autocast(states_B4hw.device.type, torch.bfloat16, enabled=half):
         eps = unet(
             scaled,
             timesteps_B,
@@ -255,7 +261,7 @@ def _noised(
     bank: LatentBank, batch: int, timesteps_B: Tensor, sigmas: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     latents, labels, time_ids = bank.draw(batch, generator)
-    noise = torch.randn(latents.shape, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator).to(bank.device)
     sigmas_B = sigmas[timesteps_B]
     return latents + sigmas_B[:, None, None, None] * noise, noise, sigmas_B, labels, time_ids
 
@@ -267,13 +273,15 @@ def denoiser_loss(
     sigmas: Tensor,
     batch: int,
     generator: torch.Generator,
+    *,
+    half: bool = False,
 ) -> Tensor:
-    """Phase 2 on one drawn batch."""
-    timesteps = torch.randint(len(sigmas), (batch,), generator=generator)
+    """Phase 2 on one drawn batch; the UNet runs in bf16 autocast when `half`."""
+    timesteps = torch.randint(len(sigmas), (batch,), generator=generator).to(bank.device)
     states, noise, sigmas_B, prompts, time_ids = _noised(bank, batch, timesteps, sigmas, generator)
-    dropped = torch.rand(batch, generator=generator) < 0.1
+    dropped = (torch.rand(batch, generator=generator) < 0.1).to(bank.device)
     prompts = torch.where(dropped, conditioning.empty, prompts)
-    eps = predict(unet, states, sigmas_B, timesteps, prompts, time_ids, conditioning)
+    eps = predict(unet, states, sigmas_B, timesteps, prompts, time_ids, conditioning, half=half)
     return _weighted_error(eps, noise, sigmas_B)
 
 
@@ -286,9 +294,11 @@ def guidance_loss(
     guidance: float,
     batch: int,
     generator: torch.Generator,
+    *,
+    half: bool = False,
 ) -> Tensor:
     """Phase 3 on one drawn batch: the teacher's guided prediction is the target."""
-    timesteps = torch.randint(len(sigmas), (batch,), generator=generator)
+    timesteps = torch.randint(len(sigmas), (batch,), generator=generator).to(bank.device)
     states, _, sigmas_B, prompts, time_ids = _noised(bank, batch, timesteps, sigmas, generator)
     with torch.no_grad():
         both = predict(
@@ -303,7 +313,7 @@ def guidance_loss(
         )
         with_prompt, without = both.chunk(2)
         target = without + guidance * (with_prompt - without)
-    eps = predict(unet, states, sigmas_B, timesteps, prompts, time_ids, conditioning)
+    eps = predict(unet, states, sigmas_B, timesteps, prompts, time_ids, conditioning, half=half)
     return _weighted_error(eps, target, sigmas_B)
 
 
@@ -316,11 +326,12 @@ class SampledSteps:
     sigmas_down: Tensor  # [S]
 
 
-def sampled_steps(scheduler, steps: int) -> SampledSteps:
+def sampled_steps(scheduler, steps: int, device: torch.device | str = "cpu") -> SampledSteps:
     """Read the evals of `steps` Euler-ancestral steps off the scheduler (k-diffusion's eta = 1)."""
     scheduler.set_timesteps(steps)
     high, low = scheduler.sigmas[:-1].float(), scheduler.sigmas[1:].float()
-    return SampledSteps(scheduler.timesteps.long().clone(), high, low.square() / high)
+    timesteps = scheduler.timesteps.long().clone()
+    return SampledSteps(timesteps.to(device), high.to(device), (low.square() / high).to(device))
 
 
 def few_step_loss(
@@ -333,13 +344,15 @@ def few_step_loss(
     substeps: int,
     batch: int,
     generator: torch.Generator,
+    *,
+    half: bool = False,
 ) -> Tensor:
     """Phase 4 on one drawn batch: one eval must land where `substeps` of the teacher's land.
 
     The target of a state x at sigma is the slope (x - x_down) / (sigma - sigma_down), where x_down
     is the teacher's solution of the probability-flow ODE at sigma_down.
     """
-    which = torch.randint(len(visited.timesteps), (batch,), generator=generator)
+    which = torch.randint(len(visited.timesteps), (batch,), generator=generator).to(bank.device)
     timesteps, down = visited.timesteps[which], visited.sigmas_down[which]
     states, _, high, prompts, time_ids = _noised(bank, batch, timesteps, sigmas, generator)
     with torch.no_grad():
@@ -356,13 +369,13 @@ def few_step_loss(
             solution = solution + eps * (after - now)[:, None, None, None]
             now = after
         target = (states - solution) / (high - down)[:, None, None, None]
-    eps = predict(unet, states, high, timesteps, prompts, time_ids, conditioning)
+    eps = predict(unet, states, high, timesteps, prompts, time_ids, conditioning, half=half)
     return _weighted_error(eps, target, high)
 
 
 def _timestep_of(sigmas_B: Tensor, table: Tensor) -> Tensor:
     """Fractional timestep of a sigma, linear in log sigma: the sinusoidal embedding takes it."""
-    log_table, log_sigma = table.log(), sigmas_B.clamp(min=float(table[0])).log()
+    log_table, log_sigma = table.log(), torch.maximum(sigmas_B, table[0]).log()
     above = torch.searchsorted(log_table, log_sigma).clamp(1, len(table) - 1)
     low, high = log_table[above - 1], log_table[above]
     return (above - 1) + ((log_sigma - low) / (high - low)).clamp(0, 1)

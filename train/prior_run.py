@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..engine.backends import resolve_device
 from ..engine.class_names import display_names
 from ..engine.durable import full_disk_explained, replace_file
 from ..engine.images import ImageSet, open_image_set, stream_center
@@ -40,7 +41,9 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
             _prepare_out(command, json.loads(json.dumps(settings)))
             pixels_NHWC, labels_N, skipped = _load(images, command, report)
             training = PriorTraining(
-                command.prior, pixels_NHWC, labels_N, names, command.out, report=report.say
+                *(command.prior, pixels_NHWC, labels_N, names, command.out),
+                report=report.say,
+                device=resolve_device(command.device),
             )
             folder = training.run(data=_said_name(command), command=line)
     source = ModelSource(folder.name, folder, folder / "vae")

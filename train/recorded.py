@@ -209,7 +209,7 @@ def _expand_config(
     return ExpandConfig(
         size_px=coreset.settings["image_size_px"],
         steps=named["steps"],
-        **({"rho": named["rho"], "mixup": named["mixup"]} if from_patch else {}),
+        **({"rho": named["rho"], **_mixup(named)} if from_patch else {}),
         start=named["start"],
         seed=coreset.settings["seed"],
         posterior=named["posterior"],
@@ -222,6 +222,11 @@ def _expand_config(
         device=device,
         bundles=options.bundles and options.bundles.expanduser(),
     )
+
+
+def _mixup(named: dict[str, Any]) -> dict[str, Any]:
+    """As ExpandConfig.describe_mixup told it: a weight that is not there is uniform."""
+    return {key: named[key] for key in ("mixup", "mixup_weight") if key in named}
 
 
 _NAMES_THE_IMAGES = (

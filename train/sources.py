@@ -164,7 +164,7 @@ def describe_model(plan: Plan, expand: ExpandConfig) -> dict[str, Any] | None:
         "rho": expand.rho if from_patch else None,
         "evals": schedule.evals,
         "sigmas": list(schedule.sigmas),
-        "mixup": expand.mixup and from_patch,
+        **expand.describe_mixup(),
         "posterior": expand.posterior,
         "conditioning_px": expand.conditioning_px or expand.size_px,
         "precision": expand.precision,

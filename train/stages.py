@@ -62,6 +62,7 @@ OPTION_OF = {
     "model.steps": "--steps",
     "model.rho": "--rho",
     "model.mixup": "--mixup",
+    "model.mixup_weight": "--mixup-weight",
     "model.precision": "--precision",
     "model.vae_precision": "--vae-precision",
     "t2i.name": "--model",

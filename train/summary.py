@@ -75,6 +75,7 @@ def make_summary(
     samples = len(plan.class_names) * each
     soft = options.targets == "soft"
     stored = soft and options.labels != "online"
+    mixup = options.mixup and options.start == "image"
     return {
         "schema": SCHEMA,
         "accuracy": accuracy,
@@ -110,7 +111,8 @@ def make_summary(
             "prompts": plan.own_prompts or None,
             "t2i": _generation(plan),
             "rho": options.rho if options.start == "image" else None,
-            "mixup": options.mixup and options.start == "image",
+            "mixup": mixup,
+            "mixup_weight": options.mixup_weight if mixup else None,
             "start": options.start,
             "precision": plan.expand.precision,
             "backend": options.backend,

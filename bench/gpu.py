@@ -1,0 +1,254 @@
+"""`make gpu`: every stage of gpu_stages.py in turn, and a table of what came of it.
+
+    python bench/gpu.py                     on a machine with a CUDA device, under 8 minutes
+    python bench/gpu.py --full --stages expand-512
+    python bench/gpu.py --dry               the rehearsal, on the CPU
+
+A stage is a process group of its own and is killed whole at its limit, after Python has written
+into its log where it hung; the next stage starts all the same. A stage whose libraries are not here
+is skipped and says which. `--out` gets a log per stage, summary.txt, and the rows as bench/results/
+has them, <device>/<benchmark>.jsonl, each with its stage and command.
+
+Nothing is installed or downloaded: the stages find the package through links to this checkout. The
+options are read by argparse, because tyro may be among what is missing.
+
+Exit status: 0 when no stage failed; 1 when one failed, timed out or was not run; 2 when nothing can
+be run as asked; 130 when stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from gpu_stages import Form, Stage, make_stages, missing
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("kernels", "export", "engine", "train")
+TRACEBACK_S, DEATH_S = 5.0, 10.0
+"""What a hanging stage gets to say where it hangs, and what its death may take in the driver."""
+TOLD_LINES = 15
+"""Of the log of a stage that failed."""
+
+Status = Literal["ok", "skipped", "failed", "timed out", "stopped", "not run"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a stage."""
+
+    name: str
+    status: Status
+    seconds: float = 0.0
+    said: str = ""
+    """Its result, or what was wrong, in one line."""
+
+
+def run_stage(stage: Stage, out: Path, environment: Mapping[str, str]) -> Outcome:
+    """Run one stage, its output into out/<name>.log and its row into out.
+
+    KeyboardInterrupt passes, after the stage's processes are dead.
+    """
+    if lacking := missing(stage.needs):
+        return Outcome(stage.name, "skipped", said=f"needs {', '.join(lacking)}")
+    log, began = out / f"{stage.name}.log", time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *stage.words],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(stage.limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            died = kill(process)
+    seconds, text = time.monotonic() - began, log.read_text("utf-8", "replace")
+    if code is None:
+        said = "" if died else f"; process {process.pid} does not die, it hangs in the driver"
+        return Outcome(stage.name, "timed out", seconds, f"limit {stage.limit_s:.0f} s{said}")
+    if code:
+        return Outcome(stage.name, "failed", seconds, f"exit status {code}: {last_line(text)}")
+    if not stage.prints_row:
+        return Outcome(stage.name, "ok", seconds, last_line(text).strip("= "))
+    row = last_row(text)
+    if row is None:
+        return Outcome(stage.name, "failed", seconds, "exit status 0, but no row")
+    record(row | {"stage": stage.name, "command": ["python", *stage.words]}, out)
+    return Outcome(stage.name, "ok", seconds, headline(row))
+
+
+def kill(process: subprocess.Popen[bytes]) -> bool:
+    """End a stage, if it still runs, and all of its group; whether it died."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGABRT)  # faulthandler then writes every thread's traceback
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(TRACEBACK_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(DEATH_S)
+    return process.poll() is not None
+
+
+def last_line(text: str) -> str:
+    """The last line that is not empty."""
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
+
+
+def last_row(text: str) -> dict[str, Any] | None:
+    """The last line that is a JSON object: libraries may warn after it."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            with suppress(json.JSONDecodeError):
+                return json.loads(line)
+    return None
+
+
+def record(row: Mapping[str, Any], out: Path) -> None:
+    """Append the row to out/<device>/<benchmark>.jsonl."""
+    from measure import append_row  # which imports torch
+
+    append_row(str(row["benchmark"]), row, out)
+
+
+def headline(row: Mapping[str, Any]) -> str:
+    """The figures of a row, in one line."""
+    if "images_per_s" in row:
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in row["images_per_s"].items())
+        return f"{rates} images/s"
+    if "factors" in row:
+        seconds = (
+            f"{factor['patches']} images {factor['seconds']['overlapped']['p50']:g}"
+            for factor in row["factors"].values()
+        )
+        return f"{', '.join(seconds)} s per epoch"
+    cases = row["cases"].values()
+    behind = sum(bool(case.get("missed")) for case in cases)
+    return f"{len(cases)} cases, targets missed by {behind}, copy {row['copy_gb_per_s']:g} GB/s"
+
+
+def summary(form: Form, outcomes: Sequence[Outcome]) -> str:
+    """The table."""
+    width = max(len(outcome.name) for outcome in outcomes)
+    lines = [f"{'stage':{width}}  {'':9}  {'s':>5}  result"]
+    for each in outcomes:
+        seconds = f"{each.seconds:5.0f}" if each.seconds else f"{'-':>5}"
+        lines.append(f"{each.name:{width}}  {each.status:9}  {seconds}  {each.said}".rstrip())
+    total = sum(outcome.seconds for outcome in outcomes)
+    good = sum(outcome.status == "ok" for outcome in outcomes)
+    return "\n".join([*lines, f"{form}: {good} of {len(outcomes)} stages ok, {total:.0f} s", ""])
+
+
+def link_package(folder: Path) -> None:
+    """Make `folder`, which then goes into PYTHONPATH, hold this checkout's package."""
+    (folder / "patchbloom").mkdir()
+    for name in FOLDERS:
+        (folder / "patchbloom" / name).symlink_to(ROOT / name, target_is_directory=True)
+
+
+def run_stages(stages: Sequence[Stage], out: Path) -> list[Outcome]:
+    """Every stage in turn. Ctrl-C, or SIGTERM, ends the one that runs; the others are not run."""
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as package:
+        link_package(Path(package))
+        paths = (package, os.environ.get("PYTHONPATH"))
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "PYTHONFAULTHANDLER": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        for number, stage in enumerate(stages):
+            print(f"[{number + 1}/{len(stages)}] {stage.name}: ", end="", flush=True)
+            try:
+                outcome = run_stage(stage, out, environment)
+            except KeyboardInterrupt:
+                outcome = Outcome(stage.name, "stopped")
+            print(f"{outcome.status}, {outcome.seconds:.0f} s", flush=True)
+            outcomes.append(outcome)
+            if outcome.status == "stopped":
+                return outcomes + [Outcome(each.name, "not run") for each in stages[number + 1 :]]
+    return outcomes
+
+
+def report(form: Form, outcomes: Sequence[Outcome], out: Path) -> int:
+    """Print the ends of failed stages' logs and the table; the exit status."""
+    for each in outcomes:
+        if each.status in ("failed", "timed out"):
+            tail = (out / f"{each.name}.log").read_text("utf-8", "replace").splitlines()
+            print(f"\n--- {each.name}, {each.status}; the end of its log:")
+            print("\n".join(tail[-TOLD_LINES:]))
+    table = summary(form, outcomes)
+    (out / "summary.txt").write_text(table, "utf-8")
+    print(f"\n{table}rows and logs: {out}")
+    statuses = {outcome.status for outcome in outcomes}
+    if "stopped" in statuses:
+        return 130
+    return 0 if statuses <= {"ok", "skipped"} else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is asked; the exit status. ValueError: it cannot be run."""
+    parser = argparse.ArgumentParser(description="GPU tests and benchmarks, stage by stage.")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--dry", action="store_true", help="rehearse on the CPU, with sdxl-tiny")
+    forms.add_argument("--full", action="store_true", help="more rounds, and what compiles first")
+    parser.add_argument("--stages", nargs="*", default=[], help="beginnings of stages' names")
+    parser.add_argument("--data", type=Path, help="an ImageFolder to score; else one is generated")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="rows and logs")
+    options = parser.parse_args(arguments)
+    form: Form = "rehearsal" if options.dry else "full" if options.full else "quick"
+    out = options.out.resolve()
+    data = options.data and options.data.resolve()
+    stages = make_stages(form, data, out / "images")
+    for wanted in options.stages:
+        if not any(stage.name.startswith(wanted) for stage in stages):
+            names = ", ".join(stage.name for stage in stages)
+            raise ValueError(f"--stages {wanted}: expected the beginning of one of {names}")
+    if options.stages:
+        stages = [each for each in stages if each.name.startswith(tuple(options.stages))]
+    if data and not data.is_dir():
+        raise ValueError(f"--data {options.data}: expected an image folder, found none")
+    require_device(form)
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # an aborted stage leaves no core file
+    return report(form, run_stages(stages, out), out)
+
+
+def require_device(form: Form) -> None:
+    """ValueError: no torch, or no CUDA device outside a rehearsal."""
+    if find_spec("torch") is None:
+        raise ValueError(f"expected torch, {sys.executable} has none: run an interpreter that does")
+    if form != "rehearsal":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("expected a CUDA device, found none: rehearse on the CPU with --dry")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

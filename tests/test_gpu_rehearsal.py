@@ -1,0 +1,188 @@
+"""`make gpu` without a GPU: its rehearsal, and its runner on stages that hang, fail or lack."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).parents[1]
+GPU = ROOT / "bench" / "gpu.py"
+HANGS = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(sys.argv[1], "w").write(str(child.pid))
+def waits_for_the_device():
+    time.sleep(600)
+waits_for_the_device()
+"""
+WHERE = "import patchbloom.kernels.noise as noise; print(noise.__file__)"
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "bench"))
+        yield importlib.import_module("gpu")
+
+
+def run_gpu(*options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(GPU), *map(str, options)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.timeout(1200)  # every library is imported ten times
+def test_every_stage_is_rehearsed(gpu: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run_gpu("--dry", "--out", out, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = [line.split(maxsplit=3) for line in (out / "summary.txt").read_text().splitlines()]
+    names = [stage.name for stage in gpu.make_stages("rehearsal", None, out)]
+    assert [line[0] for line in table[1:-1]] == names
+    assert {line[1] for line in table[1:-1]} == {"ok"}
+    for kind in ("tests", "kernels", "expand", "epoch", "score"):
+        assert any(name.startswith(kind) for name in names)
+    rows = [json.loads(line) for path in out.glob("*/*.jsonl") for line in path.open()]
+    assert {row["stage"]: row["benchmark"] for row in rows} == {
+        "kernels": "kernels",
+        "expand-32px-8-eager": "expand",
+        "expand-32px-8-ort": "expand",
+        "epoch": "epoch",
+        "score-cpu": "score",
+    }
+    said = {line[0]: line[3] for line in table[1:-1]}
+    assert re.fullmatch(r"diffusers [\d.]+, ort [\d.]+ images/s", said["expand-32px-8-ort"])
+    assert re.fullmatch(r"40 images [\d.]+ s per epoch", said["epoch"])
+    assert re.match(r"\d+ skipped", said["tests-kernels"])
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_one_bad_stage_does_not_lose_the_others(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+
+    def stage(name: str, *words: str, limit_s: float = 60, **more: Any) -> Any:
+        return gpu.Stage(name=name, words=words, limit_s=limit_s, **{"needs": (), **more})
+
+    row = {"benchmark": "score", "device": "A Card", "images_per_s": {"dali": 12.5}}
+    stages = [
+        stage("hangs", "-c", HANGS, str(tmp_path / "pid"), limit_s=2),
+        stage("fails", "-c", "raise OSError('out of memory')"),
+        stage("forgets", "-c", "print('no row')"),
+        stage("lacks", "-c", "", needs=("torch", "no-such-library", "nor-this")),
+        stage("finds", "-c", WHERE, prints_row=False),
+        stage("rows", "-c", f"print({json.dumps(row)!r}); print('a warning')"),
+    ]
+    outcomes = gpu.run_stages(stages, tmp_path)
+    assert gpu.report("quick", outcomes, tmp_path) == 1
+    found = {outcome.name: (outcome.status, outcome.said) for outcome in outcomes}
+    assert found["hangs"] == ("timed out", "limit 2 s")
+    assert found["fails"] == ("failed", "exit status 1: OSError: out of memory")
+    assert found["forgets"] == ("failed", "exit status 0, but no row")
+    assert found["lacks"] == ("skipped", "needs no-such-library, nor-this")
+    assert found["finds"][0] == "ok"
+    assert str(ROOT) not in found["finds"][1]  # but through links, wherever it is installed
+    assert found["rows"] == ("ok", "dali 12.5 images/s")
+    (line,) = (tmp_path / "a-card" / "score.jsonl").read_text().splitlines()
+    assert json.loads(line) == row | {"stage": "rows", "command": ["python", *stages[-1].words]}
+    assert "in waits_for_the_device" in (tmp_path / "hangs.log").read_text()
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+    told = capsys.readouterr().out
+    assert "in waits_for_the_device" in told
+    assert told.index("--- fails, failed") < told.index("stage    ")
+    assert gpu.report("quick", outcomes[3:], tmp_path) == 0
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_it_can_be_stopped(sent: signal.Signals, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, str(GPU), "--dry", "--stages", "kernels", "epoch", "--out", tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        log = tmp_path / "kernels.log"
+        while not log.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(sent)
+        told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.search(r"^kernels +stopped", told, re.MULTILINE)
+    assert re.search(r"^epoch +not run", told, re.MULTILINE)
+    assert not (tmp_path / "epoch.log").exists()
+
+
+def test_the_table_is_complete(gpu: ModuleType, tmp_path: Path) -> None:
+    """Every GPU test is in it, and the quick form ends in time whatever hangs."""
+    files = {
+        f"tests/{path.name}"
+        for path in Path(__file__).parent.glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and "pytest.mark.gpu" in map(ast.unparse, node.decorator_list)
+    }
+    quick = gpu.make_stages("quick", None, tmp_path)
+    assert files == {word for stage in quick for word in stage.words if word.startswith("tests/")}
+    assert sum(stage.limit_s for stage in quick) <= 465  # and 15 s of the runner's own
+    for form in ("quick", "full", "rehearsal"):
+        stages = gpu.make_stages(form, ROOT / "photographs", tmp_path)
+        assert len({stage.name for stage in stages}) == len(stages)
+        (cpu,) = (stage for stage in stages if stage.name == "score-cpu")
+        assert cpu.words[cpu.words.index("--data") + 1] == str(ROOT / "photographs")
+        assert "score-images" not in {stage.name for stage in stages}
+
+
+@pytest.mark.parametrize("form", ["quick", "full"])
+def test_options_of_the_gpu_forms_are_known(gpu: ModuleType, tmp_path: Path, form: str) -> None:
+    """The rehearsal has others: here each benchmark reads those that it is given on a GPU."""
+    for stage in gpu.make_stages(form, None, tmp_path):
+        program, *words = stage.words
+        if program.startswith("bench/bench_"):
+            bench = importlib.import_module(Path(program).stem)
+            options = tyro.cli(bench.Options, args=words)
+            assert (options.device, options.json, options.record) == (
+                "cpu" if stage.name == "score-cpu" else "cuda",
+                True,
+                False,
+            )
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--dry", "--stages", "expnd"], "error: --stages expnd: expected the beginning of one of"),
+        (["--dry", "--data", "nowhere"], "error: --data nowhere: expected an image folder"),
+        (["--full"], "error: expected a CUDA device, found none"),
+    ],
+)
+def test_what_cannot_be_run_is_told(options: list[str], told: str, tmp_path: Path) -> None:
+    done = run_gpu(*options, "--out", tmp_path / "out", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert done.stderr.startswith(told)
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
