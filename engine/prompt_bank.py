@@ -187,8 +187,8 @@ def open_prompt_bank(
     if not bank.resident:
         print(
             f"prompts: keys and values of {bank.capacity} of {prompts} classes are kept "
-            f"({bank.kept_bytes / 1e9:.1f} GB), the others are computed as they come; for this "
-            f"{bank.weights_bytes / 1e9:.2f} GB of the UNet's weights stay",
+            f"({bank.kept_bytes / 1e6:,.1f} MB), the others are computed as they come; for this "
+            f"{bank.weights_bytes / 1e6:,.1f} MB of the UNet's weights stay",
             file=sys.stderr,
             flush=True,
         )
