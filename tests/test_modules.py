@@ -126,7 +126,12 @@ def test_full_size_parameters_shapes_and_flops():
     with FlopCounterMode(display=False) as stock:
         text = torch.empty(batch, 77, 2048, **half)
         unet(x, timestep, encoder_hidden_states=text, added_cond_kwargs=conditions)
-    added, keys_values = PromptProjector(unet)(
+    projector = PromptProjector(unet)
+    of_unet = sum(p.nbytes for p in projector.parameters()) / sum(
+        p.nbytes for p in unet.parameters()
+    )
+    assert of_unet == pytest.approx(0.13, abs=0.005)  # what stays where not all K and V are kept
+    added, keys_values = projector(
         torch.empty(prompts, 77, 2048, **half),
         torch.empty(prompts, 1280, **half),
         torch.empty(6, device="meta"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -27,16 +27,16 @@ RATES = {
 }
 
 
-@pytest.fixture(scope="module")
-def projection() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("projection", BENCH / "projection.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["projection"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["projection"]
+@pytest.fixture
+def projection(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module("projection")
+
+
+@pytest.fixture
+def bench_scale(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module("bench_scale")
 
 
 def write_photos(folder: Path, count: int, side_px: int) -> Path:
@@ -111,47 +111,56 @@ def test_rates_come_from_a_results_file(projection, tmp_path: Path):
         projection.read_rates(tmp_path / "nowhere")
 
 
-def run_bench_scale(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCH / "bench_scale.py"), "--no-record", "--json"]
-    return subprocess.run(
-        [*command, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=ENVIRONMENT,
-    )
-
-
-def test_bench_scale(tmp_path: Path):
+def test_bench_scale(bench_scale: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Two parts in children, and a projection from given rates."""
     rates = tmp_path / "rates.json"
     rates.write_text(json.dumps(RATES))
-    data = write_photos(tmp_path / "photos", 12, 40)
-    done = run_bench_scale(
-        *("--parts", "coreset", "scoring", "projection", "--data", str(data), "--threads", "1"),
-        *("--classes", "40", "--cached-prompts", "16", "--expanded", "16", "--coreset-size", "16"),
-        *("--images", "10", "20", "--score-size", "32", "--rounds", "1", "--rates", str(rates)),
+    options = bench_scale.Options(
+        parts=("coreset", "scoring", "projection"),
+        data=write_photos(tmp_path / "photos", 12, 40),
+        rates=rates,
+        device="cpu",
+        classes=(40,),
+        cached_prompts=16,
+        expanded=16,
+        coreset_size=16,
+        images=(10, 20),
+        score_size=32,
+        threads=1,
+        rounds=1,
+        record=False,
+        json=True,
     )
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout.splitlines()[-1])
-    coreset, *_ = row["points"]["coreset"]
+    bench_scale.main(options)
+    printed = capsys.readouterr().out
+    row = json.loads(printed.splitlines()[-1])
+    (coreset,) = row["points"]["coreset"]
     assert coreset["prompts_kept"] == 16
     assert coreset["kept_bytes"] < coreset["all_keys_values_bytes"]
-    assert coreset["text_bytes"] > 0
-    assert coreset["projector_bytes"] > 0
+    assert min(coreset["text_bytes"], coreset["projector_bytes"]) > 0
     assert [point["listings"] for point in row["points"]["scoring"]] == [1, 2]
     assert row["scoring_memory"].keys() == {"peak_bytes"}
     assert row["rates"]["score_images_per_s"] == row["points"]["scoring"][-1]["images_per_s"]
     assert row["projection_rates"] == RATES
-    assert "PROJECTION, not measured" in done.stdout
+    assert "PROJECTION, not measured" in printed
 
 
-def test_bench_scale_without_rates_or_data(tmp_path: Path):
-    done = run_bench_scale("--parts", "projection")
-    assert done.returncode != 0
-    assert done.stderr.startswith("error: projection: expected score_images_per_s")
-    done = run_bench_scale("--parts", "scoring", "--data", str(tmp_path / "nowhere"), "--quick")
-    assert done.returncode != 0
-    assert "error: data folder" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: scoring, images 100: the child ended")
+def test_bench_scale_reports_what_is_missing(bench_scale: ModuleType, tmp_path: Path):
+    with pytest.raises(ValueError, match="projection: expected score_images_per_s, labels_per_s"):
+        bench_scale.report_projection({}, "this run")
+    options = bench_scale.Options(data=tmp_path / "nowhere", device="cpu")
+    asked = bench_scale.points_of(options, "scoring", "cpu")[0]
+    with pytest.raises(RuntimeError, match="scoring, images 1000: the child ended with 1"):
+        bench_scale.run_point("scoring", asked, 1)
+
+
+def test_memory_that_grows_is_not_flat(bench_scale: ModuleType):
+    def points(*peaks: float) -> list[dict[str, float]]:
+        return [
+            {"images": 1000 * (n + 1), "peak_bytes": peak, "peak_gpu_bytes": 0}
+            for n, peak in enumerate(peaks)
+        ]
+
+    flat = {"growth": 0.04, "bytes_per_image": 20_000, "flat": True}
+    assert bench_scale.growth(points(1e9, 1.01e9, 1.04e9)) == {"peak_bytes": flat}
+    assert not bench_scale.growth(points(1e9, 1.06e9, 1e9))["peak_bytes"]["flat"]
