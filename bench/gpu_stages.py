@@ -72,16 +72,22 @@ def _tests(form: Form) -> list[Stage]:
     words = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
     words += () if form == "rehearsal" else ("--require-gpu",)
     files = {
-        "kernels": ("tests/test_kernels_triton.py", "tests/test_softlabel_triton.py"),
+        "kernels": (
+            "tests/test_kernels_triton.py",
+            "tests/test_softlabel_triton.py",
+            "tests/test_bench_measure.py",
+        ),
         "overlap": ("tests/test_overlap.py",),
         "decode": ("tests/test_images.py",),
         "ort": ("tests/test_export.py",),
+        "models": ("tests/test_prior.py", "tests/test_prompt_bank.py"),
     }
     needs = {
         "decode": ("torchvision", "nvidia-dali-cuda130"),
         "ort": ("diffusers", "transformers", *_ONNX, _ort(form)),
+        "models": ("diffusers", "transformers"),
     }
-    quick_s = {"kernels": 55.0, "overlap": 15.0, "decode": 20.0, "ort": 20.0}
+    quick_s = {"kernels": 55.0, "overlap": 15.0, "decode": 15.0, "ort": 20.0, "models": 20.0}
     return [
         Stage(
             name=f"tests-{name}",
@@ -103,7 +109,7 @@ def _kernels(form: Form) -> Stage:
     return Stage(
         name="kernels",
         words=("bench/bench_kernels.py", *_device(form), *compiled),
-        limit_s=_limit_s(form, 50),
+        limit_s=_limit_s(form, 45),
         needs=_BENCH,
     )
 
@@ -144,7 +150,7 @@ def _expand_passes(form: Form) -> tuple[str, ...]:
     """How much is expanded how often; of a class 40 patches, which decides how engines group."""
     options = {
         "rehearsal": "--images 8 --rounds 1 --classes 2 --patches-per-class 8 --threads 1",
-        "quick": "--images 64 --rounds 2 --classes 2 --patches-per-class 40",
+        "quick": "--images 64 --rounds 3 --classes 2 --patches-per-class 40",
         "full": "--images 128 --rounds 3 --classes 10 --patches-per-class 40",
     }[form]
     return tuple(options.split())
@@ -160,14 +166,14 @@ def _epoch(form: Form) -> Stage:
     return Stage(
         name="epoch",
         words=("bench/bench_epoch.py", *_device(form), *_model(form), "--backend", "eager", *shape),
-        limit_s=_limit_s(form, 80),
+        limit_s=_limit_s(form, 70),
         needs=(*_BENCH, "rich"),
     )
 
 
 def _score(form: Form, data: Path | None, images: Path) -> list[Stage]:
     """Decoding by each kind of device; before it, without data, the images to decode."""
-    count, rounds = {"rehearsal": (40, 1), "quick": (1000, 2), "full": (2000, 5)}[form]
+    count, rounds = {"rehearsal": (40, 1), "quick": (1000, 3), "full": (2000, 5)}[form]
     write = Stage(
         name="score-images",
         words=("bench/score_images.py", str(images), str(count)),
