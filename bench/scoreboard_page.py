@@ -176,7 +176,7 @@ def _cells(
     behind = gap(row["accuracy"], rows[best.cell.name]["accuracy"])
     share = 100 * row["accuracy"][0] / ceiling[0] if ceiling and ceiling[0] else None
     sizes = (row["bytes"][k] for k in ("without_labels", "with_labels", "with_generator"))
-    per_epoch, recognised = row["seconds_per_epoch"], row["recognised"]
+    per_epoch, recognised = row["seconds_per_epoch"], row.get("recognised")
     return [
         line.group,
         line.label,
