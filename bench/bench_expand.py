@@ -233,7 +233,7 @@ def main(options: Options) -> None:
     ):
         raise ValueError("--weights random: expected backends without a precision in their names")
     peers = open_peers(options, model, device, coreset)
-    rates = measure_rates(peers.passes, rounds=options.rounds, warmup=0)  # each ran for its memory
+    rates = measure_rates(peers.passes, rounds=options.rounds)
     found = arithmetic(options, model, device, rates) | {"peak_memory": peers.memory}
     print_peers(rates, found)
     speedups = {

@@ -98,12 +98,14 @@ def run_stage(stage: Stage, out: Path, environment: Mapping[str, str]) -> Outcom
 
 def kill(process: subprocess.Popen[bytes]) -> bool:
     """End a stage, if it still runs, and all of its group; whether it died."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGABRT)  # faulthandler then writes every thread's traceback
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(TRACEBACK_S)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGABRT)  # faulthandler then writes every thread's traceback
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(TRACEBACK_S)
+    finally:  # after a second Ctrl-C, too
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         process.wait(DEATH_S)
     return process.poll() is not None
@@ -202,7 +204,7 @@ def report(form: Form, outcomes: Sequence[Outcome], out: Path) -> int:
     statuses = {outcome.status for outcome in outcomes}
     if "stopped" in statuses:
         return 130
-    return 0 if statuses <= {"ok", "skipped"} else 1
+    return 0 if "ok" in statuses <= {"ok", "skipped"} else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -218,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     form: Form = "rehearsal" if options.dry else "full" if options.full else "quick"
     out = options.out.resolve()
     data = options.data and options.data.resolve()
-    stages = make_stages(form, data, out / "images")
+    stages = make_stages(form, data, out / f"images-{form}")
     for wanted in options.stages:
         if not any(stage.name.startswith(wanted) for stage in stages):
             names = ", ".join(stage.name for stage in stages)

@@ -122,7 +122,7 @@ def read_row(cell: Cell, size: Size, folder: Path, base: Row | None) -> Row:
         if cell.kind == "teacher":
             per_epoch = round(stage["seconds"] / size.epochs, 3)
             return row | {"accuracy": [result["accuracy"], None], "seconds_per_epoch": per_epoch}
-        shared = {key: base[key] for key in OF_CORESET} if base else {}
+        shared = {key: base.get(key) for key in OF_CORESET} if base else {}
         row |= {"accuracy": mean_and_std(result["accuracies"]), **shared}
     else:
         summary = json.loads((folder / "summary.json").read_bytes())

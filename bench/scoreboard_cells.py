@@ -183,9 +183,9 @@ class Board:
 
     def cell(self, method: str, ipc: int, *own: str) -> Cell:
         """A whole `train` of one method; that of `random`, or else the first, has the ceiling."""
-        methods = self.options.method_names
+        methods = self.options.methods
         holder = "random" if "random" in methods else methods[0]
-        ceiling = "--ceiling" if method == holder and not own else "--no-ceiling"
+        ceiling = "--ceiling" if shlex.join((method, *own)) == holder else "--no-ceiling"
         words = (*self._shared(), "--method", method, "--ipc", str(ipc))
         words += ("--factor", str(self.factor))
         words += ("--seeds", str(self.options.seeds), *_given("--epochs", self.options.epochs))

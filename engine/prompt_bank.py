@@ -73,6 +73,7 @@ class PromptBank:
         if self.capacity == prompts:
             self._keep(range(prompts), ())
             self._text = self._projector = None
+        self._record_use()
 
     @property
     def resident(self) -> bool:
@@ -97,6 +98,7 @@ class PromptBank:
         different ones.
         """
         if self.resident:
+            self._await_last_use()
             return self._copies(classes_G)
         wanted = dict.fromkeys(classes_G.tolist())
         if len(wanted) > self.capacity:
@@ -107,16 +109,22 @@ class PromptBank:
         with self._lock:
             # Another stream may still read the rows that this call overwrites, or write those that
             # it reads.
-            if self._last_use is not None:
-                torch.cuda.current_stream().wait_event(self._last_use)
+            self._await_last_use()
             self._keep([each for each in wanted if each not in self._rows], wanted)
             for each in wanted:
                 self._rows[each] = self._rows.pop(each)
             found = self._copies([self._rows[each] for each in classes_G.tolist()])
-            if self._device.type == "cuda":
-                self._last_use = torch.cuda.Event()
-                self._last_use.record()
+            self._record_use()
         return found
+
+    def _record_use(self) -> None:
+        if self._device.type == "cuda":
+            self._last_use = torch.cuda.Event()
+            self._last_use.record()
+
+    def _await_last_use(self) -> None:
+        if self._last_use is not None:
+            torch.cuda.current_stream().wait_event(self._last_use)
 
     def _copies(self, rows_G: Collection[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         at_G = torch.as_tensor(rows_G, dtype=torch.int64).to(self._device)

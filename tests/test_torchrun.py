@@ -36,7 +36,7 @@ OPTIONS = (
     *("--engine-batch", "8", "--epochs", "4", "--teacher", "convnet-d3-w8"),
     *("--teacher-epochs", "1", "--student", "convnet-d3-w8-in", "--batch", "9", "--no-ceiling"),
 )
-ROUNDING = 1e-4
+ROUNDING = 5e-4  # of a weight, after 20 steps that move it by up to 1e-3 each
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,14 @@ from ..engine.durable import full_disk_explained, replace_file
 from ..engine.images import ImageSet, open_image_set, stream_center
 from ..export.models import ModelSource, weights_sha256
 from .commands import TrainPrior
+from .config import PriorConfig
 from .plan import data_folder, images_sha256
 from .prior import PriorTraining
 from .record import Record, Report
 from .stages import RunError
 
 MOST_GIB = 4.0
-NEEDED_BYTES = 400 * 2**20  # weights, and checkpoints with their averages and optimiser states
+NEEDED_BYTES = 400 * 2**20  # of width 32: weights, checkpoints, their averages, optimiser states
 WORK, SETTINGS, CARD = ".work", "settings.json", "model_card.json"
 
 
@@ -37,7 +38,8 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
         names = display_names(images.class_ids, command.class_names)
         _check_memory(images, command.prior.image_size)
         settings = {**command.prior.as_dict(), "data": images_sha256(images), "classes": names}
-        with full_disk_explained(command.out, NEEDED_BYTES):
+        needed_bytes = NEEDED_BYTES * command.prior.width**2 // 32**2
+        with full_disk_explained(command.out, needed_bytes):
             _prepare_out(command, json.loads(json.dumps(settings)))
             pixels_NHWC, labels_N, skipped = _load(images, command, report)
             training = PriorTraining(
@@ -94,6 +96,7 @@ def _prepare_out(command: TrainPrior, settings: dict[str, Any]) -> None:
 
 
 def _check_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    before = {**PriorConfig().as_dict(), **before}  # an option that it did not have yet
     for key in now:
         if before.get(key) != now[key]:
             raise RunError(
