@@ -59,7 +59,7 @@ def expansion(results: Path) -> Iterator[str]:
             "images/s": lambda name, row=row: _interval(row["spread"][name], ".0f"),
             "× diffusers": lambda name, row=row: _ratio(row, name),
             "of the roofline": lambda name, row=row: _share(row, name),
-            "peak memory": lambda name, row=row: _memory(row, name),
+            "memory added": lambda name, row=row: _memory(row, name),
             "error of pictures": lambda name, row=row: _pictures(row, name),
         }
         yield from _block(setting, row, columns)
