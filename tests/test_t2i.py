@@ -23,8 +23,8 @@ from patchbloom.train.augmentation import Variants, augment, draw_variants
 from patchbloom.train.coreset_options import RenderOptions
 from patchbloom.train.generated import generate_rounds
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.methods import GeneratedImages
 from patchbloom.train.recorded import open_recorded_source
+from patchbloom.train.stored_images import StoredImages
 from patchbloom.train.world import ALONE
 from run_processes import write_inputs
 from student_cases import CONFIG, Silent
@@ -201,11 +201,12 @@ def _sampled(image_HWC: np.ndarray, y: int, x: int, angle: float) -> np.ndarray:
     return value
 
 
-def source(images: int, variants: int, shown: int, size_px: int = 10) -> GeneratedImages:
+def source(images: int, variants: int, shown: int, size_px: int = 10) -> StoredImages:
     """Two classes of `images` different images, `shown` samples of each in an epoch."""
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (2 * images, size_px, size_px, 3), generator=generator)
-    return GeneratedImages(
+    return StoredImages(
+        method="t2i",
         images_NHWC=pixels.to(torch.uint8),
         class_ids=("a", "b"),
         samples_per_class=shown,

@@ -4,7 +4,7 @@ dace      the diffusion model's expansion of the sample's patch (engine/turbo.py
 rded      the mosaic of the r² patches around the sample, in a fresh order of patches
 upsample  the sample's patch, enlarged (bicubic): what dace adds noise to, and no diffusion
 random    the same for patches that no teacher chose
-t2i       the class's images as they were generated once, and variants of them (augmentation.py)
+t2i       the class's images as they were generated once, and variants of them (stored_images.py)
 dsco      the class's images as they were made once, noise optimised (stored_images.py)
 real      a fresh image of the training split: the ceiling, no distillation
 
@@ -32,14 +32,12 @@ from ..engine.turbo import Expander
 from ..kernels.mosaic import mosaic
 from ..kernels.noise import Draw, uniform, uniform_numpy
 from ..kernels.pixels import upsample_patches
-from .augmentation import augment, draw_variants
 
 WHAT_NAMES_AN_EXPANSION = (
     "model", "revision", "weights_sha256", "vae", "scheduler", "start", "steps", "rho", "evals",
     "timesteps", "sigmas", "mixup", "mixup_weight", "posterior", "upsampling", "size_px",
     "conditioning_px", "seed", "precision", "vae_precision",
 )  # fmt: skip
-AUGMENTED_TOGETHER = 64  # images: variants take 30 bytes of scratch per byte of them
 
 
 class ImageSource(Protocol):
@@ -161,58 +159,6 @@ class Mosaics:
     def describe(self) -> dict[str, Any]:
         size_px = self.factor * self.patches_NHWC.shape[1]
         return {"method": "rded", "factor": self.factor, "seed": self.seed, "size_px": size_px}
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratedImages:
-    """Method t2i. A class has G images, and M = G · (1 + variants) with their variants.
-
-    An epoch shows `samples_per_class` J of these M: sample j of a class is number (epoch · J + j)
-    mod M of them, where the G images come first as they are, then a variant of each, and so on. So
-    all are shown equally often, whatever G. Variants are drawn anew in every epoch.
-    """
-
-    images_NHWC: Tensor
-    """uint8 [K·G, H, W, 3], class after class, on the device to render on."""
-    class_ids: tuple[str, ...]
-    samples_per_class: int
-    variants: int
-    """Augmented images beside each image itself, 0 or more."""
-    seed: int
-
-    @property
-    def samples(self) -> int:
-        return len(self.class_ids) * self.samples_per_class
-
-    @property
-    def labels_N(self) -> Tensor:
-        return torch.arange(len(self.class_ids)).repeat_interleave(self.samples_per_class)
-
-    def render(self, samples_P: Tensor, epoch: int) -> Tensor:
-        parts = samples_P.split(AUGMENTED_TOGETHER)
-        return torch.cat([to_unit(self._shown(samples_B, epoch)) for samples_B in parts])
-
-    def _shown(self, samples_B: Tensor, epoch: int) -> Tensor:
-        """uint8 [B, H, W, 3]."""
-        images = len(self.images_NHWC) // len(self.class_ids)
-        each = self.samples_per_class
-        number_B = (epoch * each + samples_B % each) % (images * (1 + self.variants))
-        rows_B = samples_B // each * images + number_B % images
-        shown_BHWC = self.images_NHWC[rows_B.to(self.images_NHWC.device)]
-        varied_B = number_B >= images
-        if varied_B.any():
-            variants = draw_variants(self.seed, samples_B[varied_B], epoch)
-            varied_B = varied_B.to(shown_BHWC.device)
-            shown_BHWC[varied_B] = augment(shown_BHWC[varied_B], variants)
-        return shown_BHWC
-
-    def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
-        return one_by_one(samples_P)
-
-    def describe(self) -> dict[str, Any]:
-        described = {"method": "t2i", "size_px": self.images_NHWC.shape[1]}
-        varied = {"variants": self.variants, "seed": self.seed} if self.variants else {}
-        return described | varied
 
 
 @dataclass(kw_only=True)

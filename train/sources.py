@@ -23,7 +23,6 @@ from ..export.models import (
 from .methods import (
     DealtSource,
     Expansions,
-    GeneratedImages,
     ImageSource,
     Mosaics,
     RealImages,
@@ -112,21 +111,14 @@ def open_coreset_source(
             seed=settings["seed"],
         )
         return
-    if method == "t2i":
-        yield GeneratedImages(
-            images_NHWC=patches_NHWC,
-            class_ids=coreset.class_ids,
-            samples_per_class=settings["samples_per_class"],
-            variants=settings["variants"],
-            seed=settings["seed"],
-        )
-        return
-    if method == "dsco":
+    if method in ("t2i", "dsco"):
+        varied = {key: settings[key] for key in ("variants", "seed")} if method == "t2i" else {}
         yield StoredImages(
             method=method,
             images_NHWC=patches_NHWC,
             class_ids=coreset.class_ids,
             samples_per_class=settings["samples_per_class"],
+            **varied,
         )
         return
     yield UpsampledPatches(

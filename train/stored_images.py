@@ -1,8 +1,11 @@
-"""Images that a coreset keeps whole: those of method dsco, and the real ones that doping adds.
+"""Images that a coreset keeps whole: of methods t2i and dsco, and the real ones that doping adds.
 
-A class has G of them, of which an epoch shows J: sample j of the class is number (epoch · J + j)
-mod G, so that all are shown equally often. J is G · r², as many views of an image as other methods
-take of the r² patches in its place. Legend: K classes, P samples asked for, S image size in pixels.
+A class has G of them, and M = G · (1 + variants) with their variants (augmentation.py). An epoch
+shows J of these M: sample j of the class is number (epoch · J + j) mod M, where the G images come
+first as they are, then a variant of each, and so on: all are shown equally often, whatever G.
+Variants are drawn anew in every epoch. J is r² times ipc, of doped images r² times G: as many
+views of an image as other methods take of the r² patches in its place. Legend: K classes, P samples
+asked for, S image size in pixels.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import torch
 from torch import Tensor
 
 from ..engine.coreset import Coreset
+from .augmentation import augment, draw_variants
 from .methods import ImageSource, one_by_one, to_unit
+
+AUGMENTED_TOGETHER = 64  # images: variants take 30 bytes of scratch per byte of them
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredImages:
-    """Method dsco: images as they are, the same in every epoch."""
+    """Images as they are, the same in every epoch, and variants of them where there are any."""
 
     method: str
     images_NHWC: Tensor
@@ -28,6 +34,10 @@ class StoredImages:
     class_ids: tuple[str, ...]
     samples_per_class: int
     """J."""
+    variants: int = 0
+    """Augmented images beside each image itself."""
+    seed: int = 0
+    """Of the variants."""
 
     @property
     def samples(self) -> int:
@@ -38,16 +48,29 @@ class StoredImages:
         return torch.arange(len(self.class_ids)).repeat_interleave(self.samples_per_class)
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
+        parts = samples_P.split(AUGMENTED_TOGETHER)
+        return torch.cat([to_unit(self._shown(samples_B, epoch)) for samples_B in parts])
+
+    def _shown(self, samples_B: Tensor, epoch: int) -> Tensor:
+        """uint8 [B, S, S, 3]."""
         images, each = len(self.images_NHWC) // len(self.class_ids), self.samples_per_class
-        number_P = (epoch * each + samples_P % each) % images
-        rows_P = samples_P // each * images + number_P
-        return to_unit(self.images_NHWC[rows_P.to(self.images_NHWC.device)])
+        number_B = (epoch * each + samples_B % each) % (images * (1 + self.variants))
+        rows_B = samples_B // each * images + number_B % images
+        shown_BHWC = self.images_NHWC[rows_B.to(self.images_NHWC.device)]
+        varied_B = number_B >= images
+        if varied_B.any():
+            variants = draw_variants(self.seed, samples_B[varied_B], epoch)
+            varied_B = varied_B.to(shown_BHWC.device)
+            shown_BHWC[varied_B] = augment(shown_BHWC[varied_B], variants)
+        return shown_BHWC
 
     def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
         return one_by_one(samples_P)
 
     def describe(self) -> dict[str, Any]:
-        return {"method": self.method, "size_px": self.images_NHWC.shape[1]}
+        described = {"method": self.method, "size_px": self.images_NHWC.shape[1]}
+        varied = {"variants": self.variants, "seed": self.seed} if self.variants else {}
+        return described | varied
 
 
 @dataclass(frozen=True, kw_only=True)
