@@ -18,6 +18,7 @@ from patchbloom.train import pictures
 from patchbloom.train.checkpoint import CheckpointError
 from patchbloom.train.config import RECIPES
 from patchbloom.train.evaluation import accuracies
+from patchbloom.train.hard_labels import HardLabels
 from patchbloom.train.labels import OnlineLabels
 from patchbloom.train.methods import RealImages, UpsampledPatches, render_all, to_unit
 from patchbloom.train.networks import build_network
@@ -42,7 +43,9 @@ from student_cases import (
     upsampled,
     weights,
 )
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.nn.modules.module import register_module_forward_hook
 
 AS_IT_IS = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -284,6 +287,24 @@ def test_students_learn_and_are_scored_in_percent(online, sets) -> None:
             round(result.accuracy * len(sets[1]) / 100)
         )
     assert not list(folder.glob("student.checkpoint-*"))
+
+
+def test_a_student_is_measured_in_the_precision_that_it_learned_in(
+    source, sets, tmp_path: Path
+) -> None:
+    seen: set[tuple[bool, torch.dtype]] = set()
+
+    def see(module: nn.Module, given: object, answer: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            seen.add((module.training, answer.dtype))
+
+    config = replace(CONFIG, epochs=1, targets="hard", temperature=1.0, precision="bf16")
+    hook = register_module_forward_hook(see)
+    try:
+        train(source, HardLabels(source, config), sets, tmp_path, config=config, seeds=[0])
+    finally:
+        hook.remove()
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
 
 
 def test_a_student_is_the_same_alone_and_in_company(online, sets, source, tmp_path: Path) -> None:

@@ -172,7 +172,8 @@ class StudentConfig:
     views: ViewPrecision = "fp32"
     """Of the views, which teacher and student see. bf16 would keep 7 of a pixel's 8 bits."""
     precision: StudentPrecision = "fp32"
-    """Of a student's forward and backward pass, by autocast; weights and optimiser stay in fp32."""
+    """Of a student's passes, in training and validation, by autocast; weights and optimiser stay in
+    fp32."""
     compile: bool = False
     """Compile the network with torch.compile, on a GPU as CUDA graphs."""
     accumulate: int = 1

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..engine.images import STANDARD_RESIZE_RATIO, ImageSet, center_boxes, stream_crops
 from ..engine.peers import share_of
+from .config import StudentPrecision
+from .networks import autocast
 from .normalisation import IMAGENET, Normalisation
 from .world import ALONE, World
 
@@ -26,13 +28,15 @@ def accuracies(
     size_px: int,
     device: torch.device,
     normalisation: Normalisation = IMAGENET,
+    precision: StudentPrecision = "fp32",
     world: World = ALONE,
 ) -> list[float]:
     """Top-1 accuracy of each network in percent (0-100); resize 8/7 and centre crop.
 
     A network is a module, which is left in eval mode, or any function from normalised images
-    [B, 3, size_px, size_px] to logits [B, K]. Files that cannot be decoded are refused. The ranks
-    of `world` share the images, batch by batch, and all get the same answer.
+    [B, 3, size_px, size_px] to logits [B, K]; its passes run under autocast at `precision`. Files
+    that cannot be decoded are refused. The ranks of `world` share the images, batch by batch, and
+    all get the same answer.
     """
     for network in networks:
         if isinstance(network, nn.Module):
@@ -51,7 +55,8 @@ def accuracies(
     )
     for crops in stream:
         inputs_BCHW = normalisation.of_uint8(crops.pixels_BPHWC[:, 0])
-        answers = [network(inputs_BCHW).argmax(1).cpu() for network in networks]
+        with autocast(device, precision):
+            answers = [network(inputs_BCHW).argmax(1).cpu() for network in networks]
         right += torch.stack([_matches(answer_B, crops.labels_B) for answer_B in answers])
     of_ranks = zip(*world.all_gather(right.tolist()), strict=True)
     return [100.0 * sum(counts) / len(images) for counts in of_ranks]

@@ -81,7 +81,12 @@ def train_students(
         for network in networks:  # of a BatchNorm every rank has its own: rank 0's is kept
             world.send(network.buffers())
         scores = accuracies(
-            networks, val_set, size_px=config.size_px, device=training.device, world=world
+            networks,
+            val_set,
+            size_px=config.size_px,
+            device=training.device,
+            precision=config.precision,
+            world=world,
         )
     for student, path, accuracy in zip(training.students, paths, scores, strict=True):
         metadata = {

@@ -29,10 +29,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .config import StudentPrecision
+
 SMALL_IMAGE_PX = 96
 """Up to here a ResNet keeps the full resolution in its stem."""
 TORCHVISION = "torchvision:"
 CONVNET = re.compile(r"convnet-d([345])(?:-w(\d+)(?:to(\d+))?)?(?:-(bn|in|none))?")
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ("convnet-d{3,4,5}", "resnet18", "resnet50", "vgg11", "alexnet", "vit-s")
 
 
@@ -53,6 +56,12 @@ def build_network(name: str, classes: int, size_px: int) -> nn.Module:
             "width and norm: convnet-d4-w24to96-bn) or torchvision:NAME"
         )
     return network.to(memory_format=torch.channels_last)
+
+
+def autocast(device: torch.device, precision: StudentPrecision) -> torch.autocast:
+    """What a network's passes run under; nothing changes at fp32."""
+    dtype = _AUTOCAST.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def draws_in_training(network: nn.Module) -> bool:

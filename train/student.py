@@ -20,13 +20,12 @@ from ..engine.soft_labels import SoftTargets
 from ..kernels.softlabel import softlabel
 from .checkpoint import Tensors, restore_training, training_state
 from .config import StudentConfig
-from .networks import build_network, draws_in_training
+from .networks import autocast, build_network, draws_in_training
 from .optimisation import adamw, set_learning_rate
 from .pool_slots import Pool, PoolSlot
 from .world import ALONE, World
 
 RANK_STRIDE = 2654435761  # 2^32 over the golden ratio: far from the seeds of other students
-AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Student:
@@ -161,8 +160,7 @@ class Student:
         inputs_BCHW = slot.views_PCHW.permute(0, 2, 3, 1)[rows_B].permute(0, 3, 1, 2)
         if self.config.precision == "fp32":
             inputs_BCHW = inputs_BCHW.float()
-        dtype, half = AUTOCAST[self.config.precision], self.config.precision != "fp32"
-        with torch.autocast(self.device.type, dtype if half else None, enabled=half):
+        with autocast(self.device, self.config.precision):
             scores_BK = model(inputs_BCHW)
         targets_B: SoftTargets = slot.targets_P.rows(rows_B)
         labels, classes = targets_B.labels, targets_B.classes
