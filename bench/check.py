@@ -9,17 +9,20 @@ rate or a time. The rule: a figure is **slower** when both hold, and **faster** 
 - beyond noise: the intervals p20–p80 of old and new do not overlap;
 - beyond the floor: the ratio is below 1 - FLOOR (or above 1 / (1 - FLOOR)).
 
-Otherwise it is the `same`. Under LEAST_ROUNDS rounds the spread says little: `too few`. Peers that
-are not ours are shown as `peer`, never judged: when they changed too, it was the machine.
+Otherwise it is the `same`. Under LEAST_ROUNDS rounds the spread says little: `too few`, which is no
+verdict. Peers that are not ours are shown as `peer`, never judged: when they changed too, it was
+the machine. A configuration or a figure of ours that only OLD has is `missing`: what cannot be
+measured any more is no better than what is slower. `--partial` says that NEW is meant to have less.
 
-Exit 1: something of ours is slower. Exit 2: the files cannot be compared (another device, no
-figure in common, not JSON lines).
+Exit 1: something of ours is slower or missing. Exit 2: the files cannot be compared (another
+device, nothing that could be judged, not JSON lines).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,19 +33,10 @@ import tyro
 FLOOR = 0.05
 LEAST_ROUNDS = 3
 CONFIGURATION = (
-    *("benchmark", "model", "weights", "size_px", "batch", "evals", "images", "crops", "crop_px"),
-    *("threads", "student", "student_batch", "student_precision", "backend", "codec", "top_k"),
-    *(
-        "epochs",
-        "seeds",
-        "ipc",
-        "classes",
-        "data",
-        "teacher",
-        "teacher_images",
-        "score_px",
-        "quick",
-    ),
+    *("benchmark", "model", "weights", "size_px", "batch", "engine_batch", "evals", "images"),
+    *("classes", "patches_per_class", "ipc", "data", "crops", "crop_px", "score_px"),
+    *("backend", "threads", "student", "student_batch", "student_precision", "seeds", "epochs"),
+    *("teacher", "teacher_images", "codec", "top_k", "quick"),
 )
 """What two rows must have alike to be compared; a key that neither has is alike."""
 PEERS = {
@@ -64,6 +58,8 @@ class Options:
     """Result file of before."""
     new: tyro.conf.Positional[Path]
     """Result file of now."""
+    partial: bool = False
+    """NEW is of fewer configurations or figures; what it lacks is told, and is no error."""
 
 
 class Incomparable(ValueError):  # noqa: N818 - reads as the message does
@@ -121,32 +117,68 @@ def configuration(row: Row) -> str:
     return ", ".join(f"{key} {row[key]}" for key in CONFIGURATION if row.get(key) is not None)
 
 
-def compare(old: dict[str, Row], new: dict[str, Row]) -> dict[str, list[Figure]]:
-    """Figures in common, by configuration. Incomparable: another device, or no such figure."""
+@dataclass(frozen=True)
+class Comparison:
+    """One configuration of both files."""
+
+    name: str
+    figures: list[Figure]
+    missing: list[str]
+    """Figures of ours that only the old row has."""
+    notes: list[str]
+    """What else is not alike."""
+
+
+def compare(old: dict[str, Row], new: dict[str, Row]) -> tuple[list[Comparison], list[str]]:
+    """Configurations in common, and those that only `old` has.
+
+    Incomparable: another device, or no figure that can be judged.
+    """
     (was, now) = (next(iter(rows.values()))["device"] for rows in (old, new))
     if was != now:
         raise Incomparable(f"expected results of one device, found {was!r} and {now!r}")
-    figures = {name: list(_figures(old[name], new[name])) for name in new if name in old}
-    if not any(figures.values()):
-        known = "; ".join(old)
+    found = [_compare_rows(name, old[name], new[name]) for name in new if name in old]
+    if not any(each.figures for each in found):
         raise Incomparable(
             f"no row of NEW has the configuration of one of OLD, or no figure in common: NEW has "
-            f"{'; '.join(new)}; OLD has {known}; measure the same again"
+            f"{'; '.join(new)}; OLD has {'; '.join(old)}; measure the same again"
         )
-    return figures
+    verdicts = {figure.verdict for each in found for figure in each.figures}
+    if verdicts <= {"peer", "too few"}:
+        raise Incomparable(
+            f"nothing can be judged: expected figures of ours of at least {LEAST_ROUNDS} rounds in "
+            f"both files, found only {' and '.join(sorted(verdicts))}; measure with more --rounds"
+        )
+    return found, [name for name in old if name not in new]
 
 
-def _figures(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[Figure]:
-    old, new = _parts(old), _parts(new)
-    if {"p20", "p50", "p80"} <= old.keys() & new.keys():
-        rounds = [row["n"] for row in (old, new) if "n" in row]
-        timed = any(part.endswith(TIMES) and "per_s" not in part for part in path)
-        speeds = _speeds(old, timed), _speeds(new, timed)
-        yield Figure("/".join(path), *speeds, min(rounds, default=None))
+def _compare_rows(name: str, old: Row, new: Row) -> Comparison:
+    was, now = dict(_spreads(old)), dict(_spreads(new))
+    figures = [
+        Figure("/".join(path), *_both_speeds(path, was[path], now[path]))
+        for path in now
+        if path in was
+    ]
+    missing = ["/".join(path) for path in was if path not in now and path[-1] not in PEERS]
+    return Comparison(name, figures, missing, differences(old, new))
+
+
+def _spreads(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Row]]:
+    """Every figure with quantiles, by where it is in the row."""
+    parts = _parts(value)
+    if {"p20", "p50", "p80"} <= parts.keys():
+        yield path, parts
         return
-    for key in new:
-        if key in old and key not in DERIVED:
-            yield from _figures(old[key], new[key], (*path, key))
+    for key, part in parts.items():
+        if key not in DERIVED:
+            yield from _spreads(part, (*path, key))
+
+
+def _both_speeds(path: tuple[str, ...], old: Row, new: Row) -> tuple[Any, Any, int | None]:
+    """What a Figure is made of."""
+    timed = any(part.endswith(TIMES) and "per_s" not in part for part in path)
+    rounds = [row["n"] for row in (old, new) if "n" in row]
+    return _speeds(old, timed), _speeds(new, timed), min(rounds, default=None)
 
 
 def _parts(value: Any) -> Row:
@@ -174,18 +206,23 @@ def differences(old: Row, new: Row) -> list[str]:
 
 
 def main(options: Options) -> int:
-    """Print the table; 1 if something is slower, else 0."""
-    old, new = read_rows(options.old), read_rows(options.new)
-    slower = 0
-    for name, figures in compare(old, new).items():
-        print(f"\n{name}\n  {'; '.join(differences(old[name], new[name]))}")
-        width = max((len(figure.name) for figure in figures), default=0)
-        for figure in figures:
-            noise = "".join(f"  {each}" for each in _intervals(figure))
+    """Print the table; 1 if something is slower or missing, else 0."""
+    found, lost = compare(read_rows(options.old), read_rows(options.new))
+    for each in found:
+        print(f"\n{each.name}\n  {'; '.join(each.notes)}")
+        width = max(map(len, [*(figure.name for figure in each.figures), *each.missing]), default=0)
+        for figure in each.figures:
+            noise = "".join(f"  {side}" for side in _intervals(figure))
             print(f"  {figure.name:{width}}  {figure.ratio:5.2f} x  {figure.verdict:8}{noise}")
-        slower += sum(figure.verdict == "slower" for figure in figures)
-    print(f"\n{slower} slower" if slower else "\nnothing slower")
-    return 1 if slower else 0
+        for name in each.missing:
+            print(f"  {name:{width}}          missing")
+    for name in lost:
+        print(f"\n{name}\n  missing")
+    counts = Counter(figure.verdict for each in found for figure in each.figures)
+    counts["missing"] = len(lost) + sum(len(each.missing) for each in found)
+    told = [f"{counts[name]} {name}" for name in ("slower", "missing", "too few") if counts[name]]
+    print(f"\n{', '.join(told) or 'nothing slower, nothing missing'}")
+    return 1 if counts["slower"] or (counts["missing"] and not options.partial) else 0
 
 
 def _intervals(figure: Figure) -> Iterator[str]:

@@ -46,11 +46,14 @@ def scale_row(seconds: tuple[float, float, float]) -> dict[str, Any]:
     return {"benchmark": "scale", "device": "card", "points": {"expansion": points[::-1]}}
 
 
-def run(tmp_path: Path, old: list[Any], new: list[Any]) -> subprocess.CompletedProcess[str]:
+def run(
+    tmp_path: Path, old: list[Any], new: list[Any], *more: str
+) -> subprocess.CompletedProcess[str]:
     for name, rows in (("old", old), ("new", new)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(text)
-    command = [sys.executable, str(CHECK), str(tmp_path / "old.jsonl"), str(tmp_path / "new.jsonl")]
+    files = (str(tmp_path / "old.jsonl"), str(tmp_path / "new.jsonl"))
+    command = [sys.executable, str(CHECK), *files, *more]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
@@ -72,7 +75,7 @@ def verdicts(printed: str) -> dict[str, tuple[str, str]]:
         ((114.0, 116.0, 118.0), 5, ("1.16", "faster"), 0),
         ((70.0, 86.0, 99.0), 5, ("0.86", "same"), 0),  # the intervals overlap
         ((95.9, 96.0, 96.1), 5, ("0.96", "same"), 0),  # beyond noise, within the floor
-        ((84.0, 86.0, 88.0), 2, ("0.86", "too few"), 0),
+        ((84.0, 86.0, 88.0), 3, ("0.86", "slower"), 1),
     ],
 )
 def test_the_rule(
@@ -112,6 +115,30 @@ def test_more_time_is_slower(make: Any, name: str, tmp_path: Path) -> None:
     assert " 0.50 x  slower" in done.stdout
     assert "waited_s" not in done.stdout
     assert run(tmp_path, [long], [short]).returncode == 0
+
+
+def test_few_rounds_are_no_verdict(tmp_path: Path) -> None:
+    few = run(tmp_path, [expand_row()], [expand_row((84.0, 86.0, 88.0), 2)])
+    assert few.returncode == 2
+    assert "found only peer and too few; measure with more --rounds" in few.stderr
+    fine = expand_row(batch=64)
+    beside = run(tmp_path, [expand_row(), fine], [expand_row((84.0, 86.0, 88.0), 2), fine])
+    assert beside.returncode == 0
+    assert verdicts(beside.stdout)["spread/ort"] == ("1.00", "same")
+    assert beside.stdout.endswith("\n1 too few\n")
+
+
+def test_what_is_missing_is_an_error_unless_it_is_meant(tmp_path: Path) -> None:
+    old = [expand_row(), expand_row(batch=64)]
+    old[0]["spread"]["trt"] = quantiles(RATES)
+    del (new := expand_row())["spread"]["diffusers"]
+    done = run(tmp_path, old, [new])
+    assert done.returncode == 1
+    assert "spread/trt          missing" in done.stdout
+    assert "diffusers" not in done.stdout
+    assert "benchmark expand, batch 64\n  missing" in done.stdout
+    assert done.stdout.endswith("\n2 missing\n")
+    assert run(tmp_path, old, [new], "--partial").returncode == 0
 
 
 def test_the_last_row_of_the_same_configuration(tmp_path: Path) -> None:
