@@ -3,9 +3,10 @@
     python bench/tables.py        (rewrites README.md in place)
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, which stay; nothing else is
-touched. Of every device and setting the last row counts, as a whole: its peers were measured side
-by side. Figures are medians, in brackets p20–p80. A row of expansion without an engine of ours
-compares nothing and is left out.
+touched. A block is of one device and setting, and of the commit at which it was measured last; rows
+of that commit add their peers, each beside the diffusers pipeline of its own row, since `make gpu`
+gives every backend a process. Figures are medians, in brackets p20–p80. A row of expansion without
+anything beside diffusers compares nothing and is left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import tyro
 ROOT = Path(__file__).parents[1]
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 Row = dict[str, Any]
+Columns = dict[str, Callable[[Row, str], str]]
+"""What a line says under each head, of a peer's row and its name there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,63 +55,81 @@ def rendered(readme: str, results: Path) -> str:
 
 def expansion(results: Path) -> Iterator[str]:
     """Images per second by backend, beside diffusers' own pipeline."""
-    for (model, size_px, batch, evals), row in _last_rows(results, "expand", _expansion_setting):
-        setting = f"`{model}`, {size_px} px, batch {batch}, {evals} evals"
-        columns = {
-            "backend": str,
-            "images/s": lambda name, row=row: _interval(row["spread"][name], ".0f"),
-            "× diffusers": lambda name, row=row: _ratio(row, name),
-            "of the roofline": lambda name, row=row: _share(row, name),
-            "memory added": lambda name, row=row: _memory(row, name),
-            "error of pictures": lambda name, row=row: _pictures(row, name),
+    for setting, rows in _blocks(results, "expand", _expansion_setting):
+        model, weights, size_px, batch, evals = setting
+        told = "" if weights == "pretrained" else f" with {weights} weights"
+        columns: Columns = {
+            "backend": lambda _, name: name,
+            "images/s": lambda row, name: _interval(row["spread"][name], ".0f"),
+            "× diffusers": _ratio,
+            "of the roofline": _share,
+            "memory added": _memory,
+            "error of pictures": _pictures,
         }
-        yield from _block(setting, row, columns)
+        yield from _block(
+            f"`{model}`{told}, {size_px} px, batch {batch}, {evals} evals", rows, columns
+        )
 
 
 def scoring(results: Path) -> Iterator[str]:
     """Images per second of the loaders that feed patch scoring."""
-    for (crops, crop_px, _, threads), row in _last_rows(results, "score", _scoring_setting):
-        setting = f"{crops} crops of {crop_px} px an image, {threads} threads"
-        columns = {
-            "loader": lambda name: "ours" if name == "dali" else name,
-            "images/s": lambda name, row=row: _interval(row["spread"][name], ".0f"),
-            "ours is faster by": lambda name, row=row: _ratio(row, name),
+    for (crops, crop_px, _, threads), rows in _blocks(results, "score", _scoring_setting):
+        columns: Columns = {
+            "loader": lambda _, name: "ours" if name == "dali" else name,
+            "images/s": lambda row, name: _interval(row["spread"][name], ".0f"),
+            "ours is faster by": _ratio,
         }
-        yield from _block(setting, row, columns)
+        yield from _block(
+            f"{crops} crops of {crop_px} px an image, {threads} threads", rows, columns
+        )
 
 
 TABLES: dict[str, Callable[[Path], Iterator[str]]] = {"expand": expansion, "score": scoring}
 
 
 def _expansion_setting(row: Row) -> tuple[Any, ...] | None:
-    engine = next(iter(row["engines"].values()), None)
-    return engine and tuple(engine[key] for key in ("model", "size_px", "batch", "evals"))
+    """None: it compares nothing, or is of before rows told their setting."""
+    if "size_px" not in row or len(row["spread"]) < 2:
+        return None
+    return tuple(row[key] for key in ("model", "weights", "size_px", "batch", "evals"))
 
 
 def _scoring_setting(row: Row) -> tuple[Any, ...]:
     return tuple(row[key] for key in ("crops", "crop_px", "batch", "threads"))
 
 
-def _last_rows(
+def _blocks(
     results: Path, benchmark: str, setting: Callable[[Row], tuple[Any, ...] | None]
-) -> Iterator[tuple[tuple[Any, ...], Row]]:
-    """Setting and row, one per device and setting, in the order in which they came up."""
-    rows: dict[tuple[Any, ...], Row] = {}
+) -> Iterator[tuple[tuple[Any, ...], list[Row]]]:
+    """Setting and rows of its last commit, in the order in which settings came up."""
+    blocks: dict[tuple[Any, ...], list[Row]] = {}
     for path in sorted(results.glob(f"*/{benchmark}.jsonl")):
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             found = setting(row)
             if found:
-                rows[(row["device"], *found)] = row
-    for (_, *found), row in rows.items():
-        yield tuple(found), row
+                block = blocks.setdefault((row["device"], *found), [])
+                if block and _commit(block[-1]) != _commit(row):
+                    block.clear()
+                block.append(row)
+    for (_, *found), block in blocks.items():
+        yield tuple(found), block
 
 
-def _block(setting: str, row: Row, columns: dict[str, Callable[[str], str]]) -> Iterator[str]:
+def _commit(row: Row) -> str:
+    return f"{row['commit']}{'-dirty' if row.get('dirty') else ''}"
+
+
+def _block(setting: str, rows: list[Row], columns: Columns) -> Iterator[str]:
     """A caption and a table with a line per peer; a column that is empty is left out."""
-    commit = f"{row['commit']}{'-dirty' if row.get('dirty') else ''}"
-    rounds = next(iter(row["spread"].values()))["n"]
-    yield f"\n{setting}; {row['device']} ({row['time'][:10]}, commit {commit}, n = {rounds}):\n"
-    cells = {head: [cell(name) for name in row["spread"]] for head, cell in columns.items()}
+    last = rows[-1]
+    of_peers = {name: row for row in rows for name in row["spread"]}
+    counts = {row["spread"][name]["n"] for name, row in of_peers.items()}
+    rounds = "–".join(str(n) for n in sorted({min(counts), max(counts)}))
+    when = f"{last['time'][:10]}, commit {_commit(last)}, n = {rounds}"
+    yield f"\n{setting}; {last['device']} ({when}):\n"
+    cells = {
+        head: [cell(row, name) for name, row in of_peers.items()] for head, cell in columns.items()
+    }
     cells = {head: column for head, column in cells.items() if any(column)}
     yield _line(list(cells))
     yield _line(["---"] * len(cells))

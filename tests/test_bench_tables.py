@@ -36,12 +36,16 @@ def spread(p50: float) -> dict[str, float]:
 
 
 def expand_row(p50: float, batch: int = 32, **more: Any) -> dict[str, Any]:
-    engine = {"model": "sdxl-tiny", "size_px": 64, "batch": batch, "evals": 4, "precision": "fp32"}
     return {
         "device": "card",
+        "model": "sdxl-tiny",
+        "weights": "pretrained",
+        "size_px": 64,
+        "batch": batch,
+        "evals": 4,
         "time": "2026-01-02T03:04:05+00:00",
         "commit": "abc",
-        "engines": {"ort": engine},
+        "engines": {"ort": {"precision": "fp32"}},
         "spread": {"diffusers": spread(10), "ort": spread(p50)},
         "speedup_spread": {"ort": spread(p50 / 10)},
         "errors": {"ort": {"same": {"max_abs": 2e-6, "psnr_db": 130.0}}},
@@ -55,7 +59,7 @@ def test_readme_is_up_to_date(tables: ModuleType) -> None:
 
 
 def test_the_last_row_of_a_setting_is_shown(tables: ModuleType, tmp_path: Path) -> None:
-    no_engine = expand_row(77.0) | {"engines": {}}
+    alone = expand_row(77.0) | {"spread": {"diffusers": spread(77.0)}}
     counted = expand_row(
         30.0,
         batch=64,
@@ -64,7 +68,7 @@ def test_the_last_row_of_a_setting_is_shown(tables: ModuleType, tmp_path: Path) 
         peak_memory={"ort": {"torch_bytes": 1 << 20, "device_bytes": 3 << 20}},
     )
     (tmp_path / "card").mkdir()
-    rows = [expand_row(20.0), counted, expand_row(21.0), no_engine]
+    rows = [expand_row(20.0), counted, expand_row(21.0), alone]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "card" / "expand.jsonl").write_text(text)
     found = tables.rendered(MARKED, tmp_path)
@@ -78,6 +82,40 @@ def test_the_last_row_of_a_setting_is_shown(tables: ModuleType, tmp_path: Path) 
     assert tables.rendered(found, tmp_path) == found
     for line in MARKED.splitlines():
         assert line == "| stale |" or line in found.splitlines()
+
+
+def test_backends_in_processes_of_their_own_are_one_table(
+    tables: ModuleType, tmp_path: Path
+) -> None:
+    def of_one(name: str, p50: float, slow: float, **more: Any) -> dict[str, Any]:
+        return expand_row(0.0) | {
+            "weights": "random",
+            "engines": {},
+            "errors": {},
+            "spread": {"diffusers": spread(slow), name: spread(p50)},
+            "speedup_spread": {name: spread(p50 / slow)},
+            **more,
+        }
+
+    rows = [
+        of_one("trt", 99.0, 10.0, commit="old"),
+        of_one("eager", 30.0, 10.0),
+        of_one("diffusers-compiled", 44.0, 11.0),
+    ]
+    (tmp_path / "card").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, expand_row(50.0)])
+    (tmp_path / "card" / "expand.jsonl").write_text(text)
+    lines = tables.rendered(MARKED, tmp_path).splitlines()
+    first = lines.index(next(line for line in lines if "with random weights" in line))
+    assert lines[first + 4 : first + 8] == [
+        "| diffusers | 11 (10–12) |  |",
+        "| eager | 30 (29–31) | 3.00 (2.00–4.00) |",
+        "| diffusers-compiled | 44 (43–45) | 4.00 (3.00–5.00) |",
+        "",
+    ]
+    assert (
+        "| ort | 50 (49–51) | 5.00 (4.00–6.00) | 2e-06 |" in lines
+    )  # other weights: another table
 
 
 def test_a_missing_marker_is_said(tables: ModuleType, tmp_path: Path) -> None:
