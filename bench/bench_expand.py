@@ -29,6 +29,7 @@ from diffusers_peer import (
     open_pipeline,
     open_random_pipeline,
     run_pipeline,
+    upcast_vae,
 )
 from measure import Rate, environment, measure_rates, publish, ratios
 from patchbloom.engine.backends import resolve_device
@@ -50,6 +51,11 @@ from pictures import (
 )
 from roofline import count_image_work, measure_roofline, peer_precisions
 
+VARIANTS: dict[str, Callable[[Any], None]] = {
+    "diffusers-compiled": compile_pipeline,
+    "diffusers-upcast": upcast_vae,
+}
+"""Diffusers' pipeline otherwise."""
 OUTSIDE_CLOCK = (
     "loading the model",
     "finding or building the engine",
@@ -65,8 +71,9 @@ class Options:
     model: str = "sdxl-tiny"
     """Name or folder of a model."""
     backends: tuple[str, ...] = ("diffusers", "ort")
-    """What to time: diffusers, diffusers-compiled, eager, ort, inductor, trt; with -bf16, -fp16 or
-    -fp32 another precision than the device's usual one (fp32 on the CPU, fp16 on a GPU)."""
+    """What to time: diffusers, diffusers-compiled, diffusers-upcast (in fp16 with a VAE in fp32, as
+    SDXL's own asks for), eager, ort, inductor, trt; with -bf16, -fp16 or -fp32 another precision
+    than the device's usual one (fp32 on the CPU, fp16 on a GPU)."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
     weights: Weights = "pretrained"
@@ -149,10 +156,10 @@ def open_peers(options: Options, model: ModelSource, device: str, coreset: Cores
         peers.memory["diffusers"] = watch.peak_of(peers.passes["diffusers"])
     for name in (name for name in options.backends if name != "diffusers"):
         watch, start = MemoryWatch(device), time.perf_counter()
-        if name == "diffusers-compiled":
-            compiled = new_pipeline(model, device)
-            compile_pipeline(compiled)
-            one_pass = diffusers_pass(options, compiled, coreset)
+        if name in VARIANTS:
+            variant = new_pipeline(model, device)
+            VARIANTS[name](variant)
+            one_pass = diffusers_pass(options, variant, coreset)
             one_pass()  # which compiles
             peers.setup_s[name] = round(time.perf_counter() - start, 2)
         else:
@@ -258,6 +265,8 @@ def main(options: Options) -> None:
         "tolerance": {"fp32_max_abs": TOLERANCE, "half_psnr_db": MIN_PSNR_DB},
         "engines": {name: expander.describe() for name, expander in peers.expanders.items()},
         "images": options.images,
+        "classes": options.classes,
+        "patches_per_class": options.patches_per_class,
         "threads": options.threads,
     }
     publish(row, record=options.record, as_json=options.json)

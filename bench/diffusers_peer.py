@@ -60,6 +60,19 @@ def compile_pipeline(pipeline: Any) -> None:
     pipeline.vae.decode = torch.compile(pipeline.vae.decode, **settings)
 
 
+def upcast_vae(pipeline: Any) -> None:
+    """Let the VAE of an fp16 pipeline run in fp32, as the configuration of SDXL's own VAE asks.
+
+    ValueError: the pipeline is in another precision, where it would change nothing.
+    """
+    if pipeline.vae.dtype != torch.float16:
+        raise ValueError(
+            "diffusers-upcast: expected a pipeline in fp16, which is what a GPU has here; this one "
+            f"is in {str(pipeline.vae.dtype).removeprefix('torch.')}; leave it out"
+        )
+    pipeline.vae.register_to_config(force_upcast=True)
+
+
 class OurNoise:
     """Stands in for diffusers' `randn_tensor`: the start noise first, then a draw per step."""
 

@@ -76,13 +76,25 @@ def test_bench_score(tmp_path: Path):
     assert set(row["images_per_s"]) == {"dali", "torchvision"}
     assert all(rate > 0 for rate in row["images_per_s"].values())
     assert row["images"] == 10
-    assert row["max_difference_from_pillow"] <= 2
+    difference = row["difference_from_pillow"]
+    assert difference["max"] <= 2
+    assert difference["mirrored_mean"] > 10  # of noise
     alone = {half: row["teacher_spread"][half]["p50"] for half in ("loader", "teacher")}
     assert row["teacher_images"] == 6
     assert row["bottleneck"] == min(alone, key=alone.__getitem__)
     assert f"the {row['bottleneck']} bounds" in done.stdout
     both = row["teacher_spread"]["both"]["p50"]
     assert row["both_over_bottleneck"] == pytest.approx(both / min(alone.values()), rel=1e-2)
+
+
+def test_bench_score_tells_when_its_gate_is_blind(tmp_path: Path):
+    for n in range(2):
+        folder = tmp_path / "train" / "ab"[n]
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 40), (90, 90, 90)).save(folder / f"{n}.jpg")
+    done = run_bench_score("--data", str(tmp_path), "--size", "32", "--rounds", "1")
+    assert done.returncode != 0
+    assert "cannot tell crops from mirrored ones" in done.stderr
 
 
 def test_bench_score_without_data(tmp_path: Path):
