@@ -41,6 +41,7 @@ from patchbloom.kernels.pixels import upsample_patches
 from peak_memory import MemoryWatch
 from pictures import (
     EPOCH,
+    MARGIN_DB,
     MIN_PSNR_DB,
     TOLERANCE,
     Coreset,
@@ -262,7 +263,11 @@ def main(options: Options) -> None:
         "outside_clock": list(OUTSIDE_CLOCK),
         "setup_s": peers.setup_s,
         "errors": peers.errors,
-        "tolerance": {"fp32_max_abs": TOLERANCE, "half_psnr_db": MIN_PSNR_DB},
+        "tolerance": {
+            "fp32_max_abs": TOLERANCE,
+            "half_psnr_db": MIN_PSNR_DB,
+            "half_margin_db": MARGIN_DB,
+        },
         "engines": {name: expander.describe() for name, expander in peers.expanders.items()},
         "images": options.images,
         "classes": options.classes,

@@ -1,9 +1,12 @@
 """The gate of every figure on expansion: our pictures against diffusers' own img2img pipeline's.
 
 Both start from the same pixels and draw the same noise; of the encoder's posterior diffusers takes
-the mean here, as we do. A backend passes when its pictures are
-diffusers' and those of wrong prompts and of a wrong timestep are not: in fp32 by the max abs error,
-at most TOLERANCE of the range [-1, 1]; in half precision by the PSNR, at least MIN_PSNR_DB.
+the mean here, as we do. A backend passes when its pictures are diffusers' and those of wrong
+prompts and of a wrong timestep are not. In fp32 by the max abs error, at most TOLERANCE of the
+range [-1, 1]. In half precision by the PSNR: at least MIN_PSNR_DB, and the wrong ones more than
+MARGIN_DB below the right ones. They need not be below MIN_PSNR_DB: random weights hardly listen to
+prompts and timesteps. SDXL-Turbo's architecture with such weights, 64 px, bf16 on a CPU: 52.3 dB,
+and 43.4 and 40.4 dB for the wrong ones.
 
 A backend's name may end in its precision: "ort" is fp32 on the CPU and fp16 on a GPU.
 """
@@ -28,6 +31,8 @@ from torch import Tensor
 
 TOLERANCE = 1e-4
 MIN_PSNR_DB = 40.0
+MARGIN_DB = 6.0
+CONTROLS = ("wrong_timestep", "wrong_prompt")
 EPOCH = 0
 
 
@@ -110,13 +115,26 @@ def compare_with_diffusers(
     with mock.patch.object(expander, "prompts_of", lambda asked: right((asked + 1) % classes)):
         cases["wrong_prompt"] = expander.expand(samples, EPOCH)
     errors = {case: _errors(images, expected) for case, images in cases.items()}
-    passed = {case: _passes(error, config.precision) for case, error in errors.items()}
-    if passed != {"same": True, "wrong_timestep": False, "wrong_prompt": False}:
-        raise RuntimeError(
-            f"{name}: expected diffusers' pictures, and that wrong prompts and timesteps are "
-            f"caught, got {errors}; nothing is reported"
-        )
+    check_errors(name, errors, config.precision)
     return errors
+
+
+def check_errors(name: str, errors: dict[str, dict[str, float]], precision: Precision) -> None:
+    """RuntimeError: not diffusers' pictures, or wrong ones pass too; `errors` as of `_errors`."""
+    same = errors["same"]
+    if precision == "fp32":
+        right = same["max_abs"] <= TOLERANCE
+        told = all(errors[case]["max_abs"] > TOLERANCE for case in CONTROLS)
+        expected = f"a max abs error of at most {TOLERANCE:g}, and more for wrong ones"
+    else:
+        right = same["psnr_db"] >= MIN_PSNR_DB
+        told = all(errors[case]["psnr_db"] < same["psnr_db"] - MARGIN_DB for case in CONTROLS)
+        expected = f"at least {MIN_PSNR_DB:g} dB, and {MARGIN_DB:g} dB less for wrong ones"
+    if not (right and told):
+        failed = "wrong prompts or timesteps pass too" if right else "pictures are not diffusers'"
+        raise RuntimeError(
+            f"{name}: {failed}: expected {expected}, got {errors}; nothing is reported"
+        )
 
 
 def _no_noise(shape: tuple[int, ...], **wanted: Any) -> Tensor:
@@ -130,9 +148,3 @@ def _errors(images: Tensor, expected: Tensor) -> dict[str, float]:
         "relative_l2": float(difference.norm() / expected.double().norm()),
         "psnr_db": round(float(10 * (4 / difference.square().mean()).log10()), 1),
     }
-
-
-def _passes(error: dict[str, float], precision: Precision) -> bool:
-    if precision == "fp32":
-        return error["max_abs"] <= TOLERANCE
-    return error["psnr_db"] >= MIN_PSNR_DB
