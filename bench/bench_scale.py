@@ -46,7 +46,7 @@ from scale_parts import AXES, Options, Point, points_of
 FLAT = 0.05
 POINTS = Path(__file__).with_name("scale_points.py")
 FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-"""glibc then gives blocks of 1 MiB and more back when they are freed. By default it keeps them, more
+"""glibc then gives blocks of 1 MiB and more back when freed. By default it keeps many of them, more
 or less of them by chance, and a peak over more images sees more of that chance. Imagenette at 224
 px: heap in use is the same at 1,000 and 9,000 images (170 MiB without a teacher), the free heap
 beside it is 53 to 106 MiB, and the peak went from 861 to 901; so set, it is 802 and 803. With the
