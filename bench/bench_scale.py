@@ -1,7 +1,8 @@
 """How cost grows: with the batch, classes, images, epochs and processes; and what ImageNet takes.
 
     python bench/bench_scale.py --data DIR --json
-    python bench/bench_scale.py --parts scoring --quick --no-record
+    python bench/bench_scale.py --parts scoring --size 224 --data DIR
+    python bench/bench_scale.py --parts projection --rates bench/results/DEVICE/scale-*.jsonl
 
 expansion   images/s against the engine's batch
 coreset     generated classes, IPC 1: write, verify, read, open, expand; with room for few prompts'
@@ -10,9 +11,14 @@ scoring     images scored by a small untrained teacher: memory must stay flat (�
 labels      dense soft labels against epochs: seconds and bytes
 ranks       `torchrun N train labels`, from a teacher that is there: the whole command with its
             start, on the CPU with gloo; the gate is one content_sha256 at any N
-projection  what ImageNet-1k and -21k would take at these rates, or those of --rates
+projection  what ImageNet-1k and -21k would take at the rates of this run and those of --rates, as
+            far as they were measured at this size, model, backend and teacher (projection.py)
 
-Every point runs in a process of its own (scale_points.py); its peak memory is that process's.
+Every point runs in a process of its own (scale_points.py); its peak memory is that process's. A
+part that is done has its row at once, `scale-PART`; one that fails has a row of the points before
+the failure, without a rate, and the others go on.
+
+Exit status: 1 when a part failed or memory was not flat; 2 when nothing can be run as asked.
 """
 
 from __future__ import annotations
@@ -24,146 +30,53 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from measure import environment, publish
 from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.coreset import open_coreset
-from patchbloom.export.config import DeviceName, Weights
-from projection import missing_rates, project, read_rates, table
+from pictures import default_precision
+from projection import BENCHMARK, Target, commands, project, rates_for, read_rows, table
+from scale_parts import AXES, Options, Point, points_of
 
-Part = Literal["expansion", "coreset", "scoring", "labels", "ranks", "projection"]
-Point = dict[str, Any]
-PARTS: tuple[Part, ...] = ("expansion", "coreset", "scoring", "labels", "ranks", "projection")
 FLAT = 0.05
 POINTS = Path(__file__).with_name("scale_points.py")
-AXES = {"expansion": "batch", "coreset": "classes", "scoring": "images", "labels": "epochs"}
+FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""glibc then gives blocks of 1 MiB and more back when freed. By default it keeps many of them, more
+or less of them by chance, and a peak over more images sees more of that chance. Imagenette at 224
+px: heap in use is the same at 1,000 and 9,000 images (170 MiB without a teacher), the free heap
+beside it is 53 to 106 MiB, and the peak went from 861 to 901; so set, it is 802 and 803. With the
+teacher it went from 1,207 at 1,000 to 1,285 at 1,600; so set, it is 1,110 at 1,000."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How cost grows."""
-
-    parts: tuple[Part, ...] = PARTS
-    """Which of them to run; projection alone needs --rates."""
-    quick: bool = False
-    """Few and small points, whatever the sizes below say."""
-    data: Path | None = None
-    """For scoring: an ImageFolder with train/, or a plain one; None: generated images of 64 px.
-    Where it has fewer images than a point, they are listed again, and the row says so."""
-    model: str = "sdxl-tiny"
-    """Name or folder of a model; of labels and ranks too."""
-    weights: Weights = "pretrained"
-    """`random`, for expansion and coreset: the architecture alone."""
-    backend: str = "eager"
-    """Of the expander: eager, ort, inductor or trt; eager-bf16 is another precision."""
-    device: DeviceName = "auto"
-    """`auto` is cuda where there is one; ranks are measured on the CPU."""
-    size: int = 64
-    """Image size of expansion in px; patches have half of it."""
-    coreset_size: int = 32
-    """The same for coresets: 10,000 classes are 40,000 patches to write and encode."""
-    batches: tuple[int, ...] = (1, 4, 16, 32, 64)
-    classes: tuple[int, ...] = (10, 1000, 10_000)
-    cached_prompts: int = 64
-    """Prompts whose keys and values have room in the part coreset."""
-    images: tuple[int, ...] = (1000, 3000, 9000)
-    epochs: tuple[int, ...] = (1, 8, 64)
-    worlds: tuple[int, ...] = (1, 2)
-    score_size: int = 224
-    """Image size of scoring in px; crops have half of it."""
-    teacher: str = "convnet-d3-w8"
-    """Untrained network of the part scoring."""
-    expanded: int = 128
-    """Images of one timed pass of expansion and coreset."""
-    shapes_per_class: int = 100
-    """Generated training images of a class, for labels and ranks."""
-    rates: Path | None = None
-    """For the projection: a results file, whose last row is taken; None: this run's rates."""
-    threads: int = 2
-    rounds: int = 3
-    json: bool = False
-    """Print the row as the last line."""
-    record: bool = True
-    """Append the row to bench/results/."""
-
-    def sized(self) -> Options:
-        """Itself, or its quick form."""
-        if not self.quick:
-            return self
-        return replace(
-            self,
-            batches=(1, 8),
-            classes=(10, 200),
-            images=(100, 300),
-            epochs=(1, 2),
-            worlds=(1, 2),
-            score_size=64,
-            expanded=32,
-            shapes_per_class=20,
-            rounds=1,
-        )
-
-
-def points_of(options: Options, part: str, device: str) -> list[Point]:
-    """What each child process is asked for."""
-    expander = {
-        "model": options.model,
-        "weights": options.weights,
-        "backend": options.backend,
-        "device": device,
-    }
-    shared = {"images": options.expanded, "rounds": options.rounds}
-    if part == "expansion":
-        sized = {"expander": expander | {"size_px": options.size}, "classes": 10, **shared}
-        return [sized | {"batch": batch} for batch in options.batches]
-    if part == "coreset":
-        sized = {"expander": expander | {"size_px": options.coreset_size}, "batch": 32, **shared}
-        room = {"cached_prompts": options.cached_prompts}
-        return [sized | room | {"classes": count} for count in options.classes]
-    if part == "scoring":
-        asked = {
-            "data": options.data and str(options.data.expanduser()),
-            "size_px": options.score_size,
-            "crops": 5,
-            "batch": 64,
-            "teacher": options.teacher,
-            "device": device,
-            "threads": options.threads,
-        }
-        return [asked | {"images": count} for count in options.images]
-    asked = {
-        "model": options.model,
-        "backend": options.backend.partition("-")[0],
-        "device": device,
-        "shapes_per_class": options.shapes_per_class,
-    }
-    return [asked | {"epochs": count} for count in options.epochs]
-
-
-def run_point(part: str, asked: Point, threads: int) -> Point:
-    """What a child measured, with the point's place on its axis.
+def run_points(options: Options, part: str, device: str) -> Iterator[Point]:
+    """What children measured, one after the other, each with its place on the part's axis.
 
     RuntimeError: a child that failed; it has said why on stderr.
     """
-    words = [sys.executable, str(POINTS), part, str(threads), json.dumps(asked)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     axis = AXES[part]
-    if done.returncode:
-        raise RuntimeError(f"{part}, {axis} {asked[axis]}: the child ended with {done.returncode}")
-    return {axis: asked[axis], **json.loads(done.stdout.splitlines()[-1])}
+    more = FREED_AT_ONCE if part == "scoring" else {}
+    for asked in points_of(options, part, device):
+        words = [sys.executable, str(POINTS), part, str(options.threads), json.dumps(asked)]
+        done = subprocess.run(
+            words, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | more
+        )
+        if done.returncode:
+            raise RuntimeError(f"{axis} {asked[axis]}: the child ended with {done.returncode}")
+        yield {axis: asked[axis], **json.loads(done.stdout.splitlines()[-1])}
 
 
-def run_ranks(options: Options) -> list[Point]:
+def run_ranks(options: Options) -> Iterator[Point]:
     """One teacher, then labels by worlds of every size, each from a copy of that run.
 
-    RuntimeError: a command that failed, or coresets that differ.
+    RuntimeError: a command that failed, or a coreset unlike the first.
     """
     with tempfile.TemporaryDirectory() as name:
-        prepared, points = Path(name) / "prepared", []
+        prepared, first = Path(name) / "prepared", None
         asked = ["--data", "shapes", "--model", options.model, "--backend", "eager"]
         asked += ["--device", "cpu", "--epochs", str(options.epochs[-1]), "--engine-batch", "8"]
         asked += ["--teacher-epochs", "1", "--shapes-per-class", str(options.shapes_per_class)]
@@ -174,16 +87,12 @@ def run_ranks(options: Options) -> list[Point]:
             launch = [_script("torchrun"), "--standalone", "--nproc-per-node", str(size)]
             began = time.perf_counter()
             _train([*launch, _script("train")], "labels", out, asked)
-            points.append(
-                {
-                    "world": size,
-                    "seconds": round(time.perf_counter() - began, 2),
-                    "content_sha256": open_coreset(out / "coreset").content_sha256,
-                }
-            )
-    if len({point["content_sha256"] for point in points}) != 1:
-        raise RuntimeError(f"ranks: expected one coreset at any world size, got {points}")
-    return points
+            seconds = round(time.perf_counter() - began, 2)
+            content = open_coreset(out / "coreset").content_sha256
+            first = first or content
+            if content != first:
+                raise RuntimeError(f"world {size}: expected coreset {first}, got {content}")
+            yield {"world": size, "seconds": seconds, "content_sha256": content}
 
 
 def _script(name: str) -> str:
@@ -195,48 +104,52 @@ def _train(launch: list[str], stage: str, out: Path, asked: list[str]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # at more threads, the ranks share cores
     done = subprocess.run(words, stdout=subprocess.DEVNULL, env=environment, check=False)
     if done.returncode:
-        raise RuntimeError(f"ranks: {' '.join(words[:5])} … ended with {done.returncode}")
+        raise RuntimeError(f"{' '.join(words[:5])} … ended with {done.returncode}")
 
 
-def growth(points: list[Point]) -> dict[str, dict[str, Any]]:
+def growth(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
     """Of the peaks on the host, and on the GPU if there is one: largest over smallest, less 1.
 
     A process is some 0.9 GB of libraries, beside which a slow leak would look flat: so also what
-    every image more has taken between the first and the last point.
+    every image more has taken between the first and the last point. The verdict is `flat`,
+    `NOT flat`, or `one point`, of which nothing can be said.
     """
     found = {}
     for key in ("peak_bytes", "peak_gpu_bytes"):
         peaks = [point[key] for point in points]
         if not all(peaks):
             continue
+        if len(peaks) == 1:
+            found[key] = {"verdict": "one point"}
+            continue
         grown, more = max(peaks) / min(peaks) - 1, points[-1]["images"] - points[0]["images"]
-        each = (peaks[-1] - peaks[0]) / more if more else 0.0
         found[key] = {
+            "verdict": "flat" if grown <= FLAT else "NOT flat",
             "growth": round(grown, 4),
-            "bytes_per_image": round(each),
-            "flat": grown <= FLAT,
+            "bytes_per_image": round((peaks[-1] - peaks[0]) / more) if more else None,
         }
     return found
 
 
-def rates_of(measured: dict[str, list[Point]]) -> dict[str, float]:
-    """Rates of the largest points, as a projection wants them; only those that were measured."""
-    rates = {}
-    if "scoring" in measured:
-        rates["score_images_per_s"] = measured["scoring"][-1]["images_per_s"]
-    if "labels" in measured:
-        rates["labels_per_s"] = measured["labels"][-1]["labels_per_s"]
-    if "coreset" in measured:
-        largest = measured["coreset"][-1]
-        patches = 4 * largest["classes"]
-        rates["write_patches_per_s"] = round(patches / largest["write_s"], 1)
-        rates["bytes_per_patch"] = round(largest["patch_bytes"] / patches, 1)
-        rates["bytes_per_prompt"] = largest["all_keys_values_bytes"] / largest["classes"]
-    return rates
+def rates_of(part: str, points: Sequence[Point]) -> dict[str, float]:
+    """Of the part's largest point, as a projection wants them; of some parts none."""
+    largest = points[-1]
+    if part == "scoring":
+        return {"score_images_per_s": largest["images_per_s"]}
+    if part == "labels":
+        return {"labels_per_s": largest["labels_per_s"]}
+    if part != "coreset":
+        return {}
+    patches = 4 * largest["classes"]
+    return {
+        "write_patches_per_s": round(patches / largest["write_s"], 1),
+        "bytes_per_patch": round(largest["patch_bytes"] / patches, 1),
+        "bytes_per_prompt": largest["all_keys_values_bytes"] / largest["classes"],
+    }
 
 
-def show(part: str, points: list[Point]) -> None:
-    """A line per point."""
+def show(part: str, points: Sequence[Point], memory: dict[str, dict[str, Any]]) -> None:
+    """A line per point, and per verdict on its memory."""
     print(f"\n{part}")
     for point in points:
         cells = []
@@ -248,64 +161,95 @@ def show(part: str, points: list[Point]) -> None:
             else:
                 cells.append(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}")
         print("  " + "   ".join(cells))
+    for key, found in memory.items():
+        measured = ""
+        if "growth" in found:
+            measured = f", within {100 * found['growth']:.1f} % (limit {100 * FLAT:.0f} %)"
+        print(f"  {key.removesuffix('_bytes')} memory: {found['verdict']}{measured}")
 
 
-def main(options: Options) -> None:
-    """Run the parts, one child after the other, and report."""
-    options, device = options.sized(), resolve_device(options.device)
-    given = read_rates(options.rates.expanduser()) if options.rates else None
-    measured: dict[str, list[Point]] = {}
-    for part in options.parts:
-        if part == "ranks":
-            measured[part] = run_ranks(options)
-        elif part != "projection":
-            asked = points_of(options, part, device)
-            measured[part] = [run_point(part, each, options.threads) for each in asked]
-        if part in measured:
-            show(part, measured[part])
-    row: dict[str, Any] = environment(device) | {
-        "benchmark": "scale",
+def run_part(options: Options, part: str, device: str) -> dict[str, Any] | None:
+    """Measure one part, print and publish it; its row, in which `failed` is why it ended early.
+
+    None: it failed before its first point.
+    """
+    points, failed = [], None
+    try:
+        every = run_ranks(options) if part == "ranks" else run_points(options, part, device)
+        for point in every:
+            points.append(point)
+    except (ValueError, OSError, RuntimeError) as error:
+        failed = f"{part}: {error}"
+        print(f"failed: {failed}", file=sys.stderr, flush=True)
+    if not points:
+        return None
+    memory = growth(points) if part == "scoring" else {}
+    show(part, points, memory)
+    row = environment("cpu" if part == "ranks" else device) | {
+        "benchmark": f"{BENCHMARK}{part}",
         "model": options.model,
-        "weights": options.weights,
-        "backend": options.backend,
-        "size_px": {"expansion": options.size, "coreset": options.coreset_size},
-        "points": measured,
-        "rates": rates_of(measured),
-        "threads": options.threads,
-        "rounds": options.rounds,
-        "score_px": options.score_size,
+        "weights": options.weights if part in ("expansion", "coreset") else "pretrained",
+        "backend": "eager" if part == "ranks" else options.backend,
+        "precision": options.backend.partition("-")[2],
+        "size_px": options.size,
+        "evals": points[-1].get("evals"),
         "teacher": options.teacher,
         "data": "generated" if options.data is None else options.data.name,
+        "generated": options.data is None,
+        "threads": options.threads,
+        "rounds": options.rounds,
         "quick": options.quick,
+        "points": points,
+        "memory": memory,
+        "rates": {} if failed else rates_of(part, points),
+        "failed": failed,
     }
-    if "scoring" in measured:
-        row["scoring_memory"] = growth(measured["scoring"])
-        for key, found in row["scoring_memory"].items():
-            print(
-                f"scoring: {key.removesuffix('_bytes')} memory grows by "
-                f"{100 * found['growth']:.1f} %, {found['bytes_per_image']} B per image: "
-                f"{'flat' if found['flat'] else 'NOT flat'} (limit 5 %)"
-            )
-    if "projection" in options.parts:
-        source = str(options.rates) if given else f"this run: {options.model}"
-        row |= report_projection(given or row["rates"], source)
     publish(row, record=options.record, as_json=options.json)
+    return row
 
 
-def report_projection(rates: dict[str, float], source: str) -> dict[str, Any]:
-    """Print it. ValueError: rates that this run did not measure and no file gave."""
-    if missing := missing_rates(rates):
-        raise ValueError(
-            f"projection: expected {', '.join(missing)}: run the parts coreset, scoring and "
-            "labels too, give --rates, or leave projection out of --parts"
-        )
-    rows = project(rates)
-    print(f"\n{table(rows, source)}")
-    return {"projection": rows, "projection_rates": rates, "projection_source": source}
+def report_projection(options: Options, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Print it, from the (file, row) that fit; what was not measured, with the command for it."""
+    target = Target(
+        model=options.model,
+        backend=options.backend,
+        size_px=options.size,
+        teacher=options.teacher,
+    )
+    rates = rates_for(target, rows)
+    print(f"\n{table(target, rates)}")
+    row = {
+        "benchmark": f"{BENCHMARK}projection",
+        "target": asdict(target),
+        "projection": project(rates),
+        "rates": {name: asdict(origin) for name, origin in rates.items()},
+        "not_measured": commands(target, rates),
+    }
+    publish(row, record=False, as_json=options.json)
+
+
+def main(options: Options) -> int:
+    """Run the parts, one child after the other, and report; the exit status.
+
+    ValueError, OSError: files of --rates that are none, before anything runs.
+    """
+    device = resolve_device(options.device)
+    backend, _, precision = options.backend.partition("-")
+    named = f"{backend}-{precision or default_precision(device)}"
+    options = replace(options.sized(), backend=named)
+    known = read_rows([path.expanduser() for path in options.rates])
+    measured = [run_part(options, part, device) for part in options.parts if part != "projection"]
+    done = [row for row in measured if row is not None]
+    if "projection" in options.parts:
+        report_projection(options, [*known, *(("this run", row) for row in done)])
+    verdicts = {found["verdict"] for row in done for found in row["memory"].values()}
+    complete = len(done) == len(measured) and not any(row["failed"] for row in done)
+    return 0 if complete and "NOT flat" not in verdicts else 1
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(main(tyro.cli(Options)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -5,9 +5,12 @@
     python bench/gpu.py --dry               the rehearsal, on the CPU
 
 A stage is a process group of its own and is killed whole at its limit, after Python has written
-into its log where it hung; the next stage starts all the same. A stage whose libraries are not here
-is skipped and says which. `--out` gets a log per stage, summary.txt, and the rows as bench/results/
-has them, <device>/<benchmark>.jsonl, each with its stage and command.
+into its log where it hung; the next stage starts all the same. One that hangs in the driver, where
+no signal arrives, is left behind after DEATH_S, and the table says so. What a stage may take, its
+death included, is at most what is left of the form's total; where nothing is left, it is not run.
+A stage whose libraries are not here is skipped and says which. `--out` gets a log per stage,
+summary.txt, and the rows as bench/results/ has them, <device>/<benchmark>.jsonl, each with its
+stage and command.
 
 Nothing is installed or downloaded: the stages find the package through links to this checkout. The
 options are read by argparse, because tyro may be among what is missing.
@@ -31,15 +34,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
-from gpu_stages import Form, Stage, make_stages, missing
+from gpu_stages import TOTAL_S, Form, Stage, make_stages, missing
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kernels", "export", "engine", "train")
 TRACEBACK_S, DEATH_S = 5.0, 10.0
 """What a hanging stage gets to say where it hangs, and what its death may take in the driver."""
+REPORT_S = 5.0
+"""Of a form's total, for the table."""
 TOLD_LINES = 15
 """Of the log of a stage that failed."""
 
@@ -57,13 +63,18 @@ class Outcome:
     """Its result, or what was wrong, in one line."""
 
 
-def run_stage(stage: Stage, out: Path, environment: Mapping[str, str]) -> Outcome:
-    """Run one stage, its output into out/<name>.log and its row into out.
+def run_stage(
+    stage: Stage, out: Path, environment: Mapping[str, str], left_s: float = inf
+) -> Outcome:
+    """Run one stage, its output into out/<name>.log and its row into out, in `left_s` at most.
 
     KeyboardInterrupt passes, after the stage's processes are dead.
     """
     if lacking := missing(stage.needs):
         return Outcome(stage.name, "skipped", said=f"needs {', '.join(lacking)}")
+    limit_s = min(stage.limit_s, left_s - TRACEBACK_S - DEATH_S)
+    if limit_s <= 0:
+        return Outcome(stage.name, "not run", said="no time left")
     log, began = out / f"{stage.name}.log", time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -76,15 +87,17 @@ def run_stage(stage: Stage, out: Path, environment: Mapping[str, str]) -> Outcom
             start_new_session=True,
         )
         try:
-            code = process.wait(stage.limit_s)
+            code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             code = None
         finally:
             died = kill(process)
     seconds, text = time.monotonic() - began, log.read_text("utf-8", "replace")
     if code is None:
-        said = "" if died else f"; process {process.pid} does not die, it hangs in the driver"
-        return Outcome(stage.name, "timed out", seconds, f"limit {stage.limit_s:.0f} s{said}")
+        said = "" if limit_s == stage.limit_s else f", what was left, of {stage.limit_s:.0f} s"
+        if not died:
+            said += f"; process {process.pid} does not die, it hangs in the driver"
+        return Outcome(stage.name, "timed out", seconds, f"limit {limit_s:.0f} s{said}")
     if code:
         return Outcome(stage.name, "failed", seconds, f"exit status {code}: {last_line(text)}")
     if not stage.prints_row:
@@ -167,8 +180,11 @@ def link_package(folder: Path) -> None:
         (folder / "patchbloom" / name).symlink_to(ROOT / name, target_is_directory=True)
 
 
-def run_stages(stages: Sequence[Stage], out: Path) -> list[Outcome]:
-    """Every stage in turn. Ctrl-C, or SIGTERM, ends the one that runs; the others are not run."""
+def run_stages(stages: Sequence[Stage], out: Path, deadline: float = inf) -> list[Outcome]:
+    """Every stage in turn, all of them before `deadline`, a time of time.monotonic().
+
+    Ctrl-C, or SIGTERM, ends the one that runs; the others are not run.
+    """
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as package:
         link_package(Path(package))
@@ -181,7 +197,7 @@ def run_stages(stages: Sequence[Stage], out: Path) -> list[Outcome]:
         for number, stage in enumerate(stages):
             print(f"[{number + 1}/{len(stages)}] {stage.name}: ", end="", flush=True)
             try:
-                outcome = run_stage(stage, out, environment)
+                outcome = run_stage(stage, out, environment, deadline - time.monotonic())
             except KeyboardInterrupt:
                 outcome = Outcome(stage.name, "stopped")
             print(f"{outcome.status}, {outcome.seconds:.0f} s", flush=True)
@@ -209,6 +225,7 @@ def report(form: Form, outcomes: Sequence[Outcome], out: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked; the exit status. ValueError: it cannot be run."""
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description="GPU tests and benchmarks, stage by stage.")
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--dry", action="store_true", help="rehearse on the CPU, with sdxl-tiny")
@@ -234,7 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # an aborted stage leaves no core file
-    return report(form, run_stages(stages, out), out)
+    outcomes = run_stages(stages, out, began + TOTAL_S[form] - REPORT_S)
+    return report(form, outcomes, out)
 
 
 def require_device(form: Form) -> None:

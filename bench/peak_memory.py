@@ -6,8 +6,9 @@
 On a GPU `torch_bytes` is of torch's allocator (max_memory_allocated); ONNX Runtime and TensorRT
 allocate outside it, so `device_bytes` is what the device holds more after the pass, with torch's
 cache of free memory. On the CPU `process_bytes` is of the resident set (VmHWM), which the kernel
-counts anew for every peer; weights that are mapped count as they are read. What opening a peer
-takes for a while, such as an engine's build, is in none of them.
+counts anew for every peer; weights that are mapped count as they are read. What opening and
+checking a peer takes for a while, such as an engine's build, is in none of them: heap that is free
+by then goes back to the system before a pass (glibc alone can be asked to).
 """
 
 from __future__ import annotations
@@ -31,12 +32,17 @@ class MemoryWatch:
         self._device = device
         self._before = self._in_use()
 
-    def peak_of(self, one_pass: Callable[[], object]) -> dict[str, int]:
-        """Bytes that the peer holds and its pass needs on top, from one more pass."""
+    def peak_of(self, one_pass: Callable[[], object]) -> dict[str, int | None]:
+        """Bytes that the peer holds and its pass needs on top, from one more pass.
+
+        None: not known, because the kernel does not let this process count anew.
+        """
         if self._device == "cpu":
-            CLEAR_REFS.write_text(FORGET_PEAK)
+            _give_back_heap()
+            known = _forget_peak()
             one_pass()
-            return {"process_bytes": _status_bytes("VmHWM") - self._before["process_bytes"]}
+            grown = _status_bytes("VmHWM") - self._before["process_bytes"]
+            return {"process_bytes": grown if known else None}
         torch.cuda.empty_cache()  # What opening and checking the peer left there.
         torch.cuda.reset_peak_memory_stats()
         one_pass()
@@ -45,13 +51,29 @@ class MemoryWatch:
         return {name: found - self._before[name] for name, found in peak.items()}
 
     def _in_use(self) -> dict[str, int]:
-        gc.collect()
         if self._device == "cpu":
-            ctypes.CDLL(None).malloc_trim(0)  # Else a peer grows into what others have freed.
+            _give_back_heap()  # Else a peer grows into what others have freed.
             return {"process_bytes": _status_bytes("VmRSS")}
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return {"torch_bytes": torch.cuda.memory_allocated(), "device_bytes": _device_bytes()}
+
+
+def _give_back_heap() -> None:
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+def _forget_peak() -> bool:
+    """Whether VmHWM now counts anew."""
+    try:
+        CLEAR_REFS.write_text(FORGET_PEAK)
+    except OSError:
+        return False
+    return True
 
 
 def _device_bytes() -> int:

@@ -32,7 +32,7 @@ from patchbloom.train.networks import build_network
 from patchbloom.train.run import run_stages
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.teacher import Teacher
-from pictures import default_precision, make_coreset, open_expander
+from pictures import make_coreset, open_expander
 
 FACTOR = 2
 PATCHES_PER_CLASS = FACTOR**2  # at IPC 1
@@ -43,7 +43,7 @@ def expansion(
 ) -> dict[str, Any]:
     """Images/s of an open coreset at one engine batch; `images` of a pass, rounded up to calls.
 
-    `expander`: model, weights, backend, device, size_px.
+    `expander`: model, weights, backend with its precision (eager-fp32), device, size_px.
     """
     coreset = make_coreset(
         classes=classes, patches_per_class=40, side_px=expander["size_px"] // FACTOR, seed=0
@@ -172,7 +172,7 @@ def _text_bytes(expander: dict[str, Any]) -> int:
 
 
 def _precision(expander: dict[str, Any]) -> Any:
-    return expander["backend"].partition("-")[2] or default_precision(expander["device"])
+    return expander["backend"].partition("-")[2]
 
 
 def scoring(
@@ -190,6 +190,8 @@ def scoring(
 
     Without `data`, generated JPEGs, listed once each. Of a set that is smaller than `images`, the
     files are listed again: `listings` is how often.
+
+    What grows with the images is the list alone: 111 B each, so 0.9 MB from 1,000 to 9,000.
     """
     with tempfile.TemporaryDirectory() as name:
         if data is None:
@@ -235,15 +237,29 @@ def _listed(given: ImageSet, images: int) -> ImageSet:
 
 
 def labels(
-    *, epochs: int, model: str, backend: str, device: str, shapes_per_class: int
+    *,
+    epochs: int,
+    model: str,
+    backend: str,
+    size_px: int,
+    teacher: str,
+    device: str,
+    shapes_per_class: int,
 ) -> dict[str, Any]:
-    """Seconds and bytes of a coreset's dense labels; teacher and patches are made before."""
+    """Seconds and bytes of a coreset's dense labels; teacher and patches are made before.
+
+    `backend` with its precision, as of an expander.
+    """
+    name_of_backend, _, precision = backend.partition("-")
     with tempfile.TemporaryDirectory() as name:
         asked: dict[str, Any] = {
             "data": "shapes",
             "out": Path(name) / "run",
             "model": model,
-            "backend": backend,
+            "backend": name_of_backend,
+            "precision": precision,
+            "image_size": size_px,
+            "teacher": teacher,
             "device": device,
             "epochs": epochs,
             "teacher_epochs": 1,
@@ -260,6 +276,7 @@ def labels(
             "seconds": round(seconds, 2),
             "labels_per_s": round(shown / seconds, 1),
             "label_bytes": kept.manifest["files"][LABELS]["bytes"],
+            "evals": kept.manifest["model"]["evals"],
         }
 
 

@@ -4,7 +4,8 @@ An ``ImageSet`` is an ImageFolder that was listed, not opened. ``stream_crops`` 
 once, decodes it once to upright RGB (greyscale, CMYK, palette and alpha are converted, EXIF
 rotation is applied) and cuts P crops of it. What comes out for an image depends on the file, its
 boxes and the decoder only: not on batch size, number of threads, order, or a damaged neighbour.
-Memory does not grow with the number of images.
+Memory grows with the number of images by their list alone: 95 B each where paths have 30 letters,
+and 16 B for an order of them; 1.6 GB for the 14 million of ImageNet-21k.
 
 Shapes: B images, P crops of one image, H = W = ``size_px``, C = 3 (RGB). A box is (top, left,
 height, width) in whole pixels of the upright image.

@@ -46,6 +46,22 @@ def test_peak_memory_is_what_a_peer_holds_and_needs(peak_memory: ModuleType, dev
     assert found["process_bytes" if device == "cpu" else "torch_bytes"] < limit, found
 
 
+def test_a_peak_has_no_heap_that_is_free_by_then(peak_memory: ModuleType) -> None:
+    watch = peak_memory.MemoryWatch("cpu")
+    built = [bytearray(50_000) for _ in range(4000)]
+    kept = [bytearray(50_000) for _ in built[::100]]  # the last holds the top of the heap
+    del built[:]
+    found = watch.peak_of(lambda: len(kept))
+    assert found["process_bytes"] < 60 * MIB, found
+
+
+def test_a_peak_that_cannot_be_counted_anew_is_not_known(
+    peak_memory: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(peak_memory, "CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
+    assert peak_memory.MemoryWatch("cpu").peak_of(list) == {"process_bytes": None}
+
+
 @pytest.mark.gpu
 def test_a_pass_ends_when_all_streams_do(measure: ModuleType) -> None:
     cycles = 10**8  # 50 ms and more

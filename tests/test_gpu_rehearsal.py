@@ -118,6 +118,62 @@ def test_one_bad_stage_does_not_lose_the_others(
     assert gpu.report("quick", outcomes[3:], tmp_path) == 0
 
 
+SLEEPS = "import time; print('sleeping', flush=True); time.sleep(600)"
+OUTLIVES = f"import signal; signal.signal(signal.SIGABRT, signal.SIG_IGN); {SLEEPS}"
+
+
+def sleeper(gpu: ModuleType, name: str, program: str, limit_s: float = 60) -> Any:
+    return gpu.Stage(name=name, words=("-c", program), limit_s=limit_s, needs=(), prints_row=False)
+
+
+def test_the_quick_form_ends_in_time_whatever_hangs(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deaths count: the last stage that hangs does so in what is left before them."""
+    monkeypatch.setitem(gpu.TOTAL_S, "quick", 12.0)
+    for name, seconds in {"TRACEBACK_S": 1.5, "DEATH_S": 1.5, "REPORT_S": 1.0}.items():
+        monkeypatch.setattr(gpu, name, seconds)
+    stages = [
+        sleeper(gpu, "hangs", OUTLIVES, limit_s=2),
+        sleeper(gpu, "hangs-too", OUTLIVES),
+        sleeper(gpu, "late", "print('done')"),
+    ]
+    monkeypatch.setattr(gpu, "make_stages", lambda *_: stages)
+    monkeypatch.setattr(gpu, "require_device", lambda _: None)
+    before = signal.getsignal(signal.SIGTERM)
+    began = time.monotonic()
+    try:
+        assert gpu.main(["--out", str(tmp_path)]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - began < 12
+    lines = (tmp_path / "summary.txt").read_text().splitlines()
+    assert re.fullmatch(r"hangs +timed out +\d+  limit 2 s", lines[1])
+    assert re.fullmatch(r"hangs-too +timed out +\d+  limit \d s, what was left, of 60 s", lines[2])
+    assert re.fullmatch(r"late +not run +-  no time left", lines[3])
+
+
+def test_a_process_that_does_not_die_is_left_behind(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a driver's call: neither signal arrives."""
+    monkeypatch.setattr(gpu, "TRACEBACK_S", 0.2)
+    monkeypatch.setattr(gpu, "DEATH_S", 0.2)
+    monkeypatch.setattr(gpu.os, "killpg", lambda *_: None)
+    stages = [sleeper(gpu, "hangs", OUTLIVES, limit_s=5), sleeper(gpu, "next", "print('done')")]
+    began = time.monotonic()
+    hung, following = gpu.run_stages(stages, tmp_path)
+    assert time.monotonic() - began < 60
+    assert hung.status == "timed out"
+    found = re.fullmatch(
+        r"limit 5 s; process (\d+) does not die, it hangs in the driver", hung.said
+    )
+    assert found is not None, hung.said
+    monkeypatch.undo()
+    os.killpg(int(found[1]), signal.SIGKILL)
+    assert (following.status, following.said) == ("ok", "done")
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_it_can_be_stopped(sent: signal.Signals, tmp_path: Path) -> None:
     with subprocess.Popen(
@@ -147,7 +203,8 @@ def test_the_table_is_complete(gpu: ModuleType, tmp_path: Path) -> None:
     }
     quick = gpu.make_stages("quick", None, tmp_path)
     assert files == {word for stage in quick for word in stage.words if word.startswith("tests/")}
-    assert sum(stage.limit_s for stage in quick) <= 465  # and 15 s of the runner's own
+    own_s = gpu.TRACEBACK_S + gpu.DEATH_S + gpu.REPORT_S
+    assert sum(stage.limit_s for stage in quick) + own_s <= gpu.TOTAL_S["quick"] == 480
     for form in ("quick", "full", "rehearsal"):
         stages = gpu.make_stages(form, ROOT / "photographs", tmp_path)
         assert len({stage.name for stage in stages}) == len(stages)

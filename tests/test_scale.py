@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,12 +19,28 @@ from PIL import Image
 
 BENCH = Path(__file__).parents[1] / "bench"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-RATES = {
+VALUES = {
     "score_images_per_s": 500.0,
     "labels_per_s": 250.0,
     "write_patches_per_s": 1000.0,
     "bytes_per_patch": 20_000,
     "bytes_per_prompt": 25_600_000,
+}
+ROW = {
+    "benchmark": "scale-scoring",
+    "device": "A Card",
+    "commit": "abc1234",
+    "dirty": True,
+    "quick": False,
+    "time": "2026-01-02T03:04:05+00:00",
+    "model": "sdxl-turbo",
+    "backend": "trt-fp16",
+    "precision": "fp16",
+    "size_px": 224,
+    "teacher": "resnet18",
+    "generated": False,
+    "evals": 4,
+    "rates": VALUES,
 }
 
 
@@ -84,8 +101,16 @@ def test_scoring_holds_no_image(scored):
     assert abs(many["peak_bytes"] - few["peak_bytes"]) < 80e6
 
 
-def test_a_projection_is_the_arithmetic_it_says(projection):
-    rows = {(row["dataset"], row["ipc"]): row for row in projection.project(RATES)}
+@pytest.fixture
+def target(projection: ModuleType) -> Any:
+    return projection.Target(
+        model="sdxl-turbo", backend="trt-fp16", size_px=224, teacher="resnet18"
+    )
+
+
+def test_a_projection_is_the_arithmetic_it_says(projection: ModuleType, target: Any):
+    rates = projection.rates_for(target, [("scale.jsonl", ROW)])
+    rows = {(row["dataset"], row["ipc"]): row for row in projection.project(rates)}
     assert len(rows) == 6
     assert all(row["projection"] for row in rows.values())
     row = rows["ImageNet-1k", 10]
@@ -96,71 +121,187 @@ def test_a_projection_is_the_arithmetic_it_says(projection):
     assert row["dense_label_bytes"] == 50 * row["top_10_label_bytes"]
     assert row["keys_values_bytes"] == 25.6e9
     assert rows["ImageNet-21k", 1]["patch_bytes"] == 21_841 * 4 * 20_000
-    assert projection.table(list(rows.values()), "a test").startswith("PROJECTION, not measured")
+    table = projection.table(target, rates)
+    assert table.startswith("PROJECTION, not measured")
+    assert "one device: A Card" in table
+    assert "labels_per_s: 250 from scale.jsonl: commit abc1234-dirty, 2026-01-02" in table
+    assert "bench_scale.py" not in table
 
 
-def test_rates_come_from_a_results_file(projection, tmp_path: Path):
-    path = tmp_path / "scale.jsonl"
-    path.write_text(json.dumps({"rates": {}}) + "\n" + json.dumps({"rates": RATES}) + "\n")
-    assert projection.read_rates(path) == RATES
-    for wrong in ("", "[1]", json.dumps({"rates": RATES | {"labels_per_s": 0}})):
-        path.write_text(wrong)
-        with pytest.raises(ValueError, match=r"--rates .*: expected .*labels_per_s.*, positive"):
-            projection.read_rates(path)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        projection.read_rates(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("changed", "lost"),
+    [
+        (
+            {"size_px": 64},
+            {"score_images_per_s", "labels_per_s", "write_patches_per_s", "bytes_per_patch"},
+        ),
+        ({"model": "sdxl-tiny"}, {"labels_per_s", "bytes_per_prompt"}),
+        ({"backend": "trt-fp32", "precision": "fp32"}, {"labels_per_s", "bytes_per_prompt"}),
+        ({"evals": 1}, {"labels_per_s"}),
+        ({"teacher": "resnet50"}, {"score_images_per_s", "labels_per_s"}),
+        ({"generated": True}, {"score_images_per_s"}),
+        ({"rates": VALUES | {"labels_per_s": 0}}, {"labels_per_s"}),
+    ],
+)
+def test_a_rate_counts_for_what_it_was_measured_at(
+    projection: ModuleType, target: Any, changed: dict[str, Any], lost: set[str]
+):
+    """What is lost has no figure, and the command that measures it at the target instead."""
+    rates = projection.rates_for(target, [("scale.jsonl", ROW | changed)])
+    assert VALUES.keys() - rates.keys() == lost
+    named = projection.commands(target, rates)
+    assert named.keys() == lost
+    assert all("--size 224" in command for command in named.values())
+    if "labels_per_s" in lost:
+        assert named["labels_per_s"] == (
+            "python bench/bench_scale.py --parts labels --teacher resnet18 --model sdxl-turbo "
+            "--backend trt-fp16 --size 224"
+        )
+        assert {row["labels_h"] for row in projection.project(rates)} == {None}
+        assert f"labels_per_s: not measured at this: {named['labels_per_s']}" in (
+            projection.table(target, rates)
+        )
+
+
+def test_rates_are_of_one_device_and_the_last(projection: ModuleType, target: Any):
+    rows = [
+        ("other", ROW | {"device": "Another Card"}),
+        ("old", ROW),
+        ("new", ROW | {"rates": {"labels_per_s": 300.0}, "quick": True}),
+    ]
+    rates = projection.rates_for(target, rows)
+    assert {name: origin.file for name, origin in rates.items()} == dict.fromkeys(VALUES, "old") | {
+        "labels_per_s": "new"
+    }
+    assert str(rates["labels_per_s"]) == "300 from new: commit abc1234-dirty, quick, 2026-01-02"
+    assert projection.rates_for(target, rows[:1] + rows[2:]).keys() == {"labels_per_s"}
+
+
+def test_rates_come_from_results_files(projection: ModuleType, tmp_path: Path):
+    paths = [tmp_path / "scale-scoring.jsonl", tmp_path / "scale-labels.jsonl"]
+    for path in paths:
+        path.write_text(2 * (json.dumps(ROW) + "\n"))
+    assert projection.read_rows(paths) == [(str(path), ROW) for path in paths for _ in range(2)]
+    for wrong in ("", "[1]", "{", json.dumps(ROW | {"benchmark": "score"}), json.dumps(VALUES)):
+        paths[1].write_text(wrong)
+        with pytest.raises(ValueError, match=r"--rates .*labels.jsonl: expected rows with rates"):
+            projection.read_rows(paths)
+    with pytest.raises(FileNotFoundError, match="expected a results file, found none"):
+        projection.read_rows([tmp_path / "nowhere"])
+
+
+def rows_of(printed: str) -> dict[str, dict[str, Any]]:
+    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    return {row["benchmark"]: row for row in rows}
 
 
 def test_bench_scale(bench_scale: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Two parts in children, and a projection from given rates."""
-    rates = tmp_path / "rates.json"
-    rates.write_text(json.dumps(RATES))
+    """Two parts in children, and a projection from their rates; one rate was not asked for."""
     options = bench_scale.Options(
         parts=("coreset", "scoring", "projection"),
         data=write_photos(tmp_path / "photos", 12, 40),
-        rates=rates,
         device="cpu",
         classes=(40,),
         cached_prompts=16,
         expanded=16,
-        coreset_size=16,
+        size=32,
         images=(10, 20),
-        score_size=32,
         threads=1,
         rounds=1,
         record=False,
         json=True,
     )
-    bench_scale.main(options)
+    assert bench_scale.main(options) == 0
     printed = capsys.readouterr().out
-    row = json.loads(printed.splitlines()[-1])
-    (coreset,) = row["points"]["coreset"]
+    rows = rows_of(printed)
+    (coreset,) = rows["scale-coreset"]["points"]
     assert coreset["prompts_kept"] == 16
     assert coreset["kept_bytes"] < coreset["all_keys_values_bytes"]
     assert min(coreset["text_bytes"], coreset["projector_bytes"]) > 0
-    assert [point["listings"] for point in row["points"]["scoring"]] == [1, 2]
-    assert row["scoring_memory"].keys() == {"peak_bytes"}
-    assert row["rates"]["score_images_per_s"] == row["points"]["scoring"][-1]["images_per_s"]
-    assert row["projection_rates"] == RATES
+    scoring = rows["scale-scoring"]
+    assert [point["listings"] for point in scoring["points"]] == [1, 2]
+    assert scoring["memory"].keys() == {"peak_bytes"}
+    assert scoring["rates"] == {"score_images_per_s": scoring["points"][-1]["images_per_s"]}
+    assert (scoring["backend"], scoring["precision"]) == ("eager-fp32", "fp32")
+    projected = rows["scale-projection"]
+    assert projected["not_measured"].keys() == {"labels_per_s"}
+    rate = projected["rates"]["score_images_per_s"]
+    assert rate["value"] == scoring["points"][-1]["images_per_s"]
+    assert (rate["file"], rate["device"]) == ("this run", scoring["device"])
     assert "PROJECTION, not measured" in printed
 
 
-def test_bench_scale_reports_what_is_missing(bench_scale: ModuleType, tmp_path: Path):
-    with pytest.raises(ValueError, match="projection: expected score_images_per_s, labels_per_s"):
-        bench_scale.report_projection({}, "this run")
-    options = bench_scale.Options(data=tmp_path / "nowhere", device="cpu")
-    asked = bench_scale.points_of(options, "scoring", "cpu")[0]
-    with pytest.raises(RuntimeError, match="scoring, images 1000: the child ended with 1"):
-        bench_scale.run_point("scoring", asked, 1)
+def scored_points(*peaks: float) -> list[dict[str, float]]:
+    return [
+        {"images": 1000 * (n + 1), "images_per_s": 5.0, "peak_bytes": peak, "peak_gpu_bytes": 0}
+        for n, peak in enumerate(peaks)
+    ]
 
 
-def test_memory_that_grows_is_not_flat(bench_scale: ModuleType):
-    def points(*peaks: float) -> list[dict[str, float]]:
-        return [
-            {"images": 1000 * (n + 1), "peak_bytes": peak, "peak_gpu_bytes": 0}
-            for n, peak in enumerate(peaks)
-        ]
+def test_a_failed_part_loses_no_other(
+    bench_scale: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Not the parts before and after it, and not the points before its failure."""
+    expanded = {"batch": 1, "images_per_s": {"p50": 5.0}, "evals": 4, "peak_bytes": 1}
 
-    flat = {"growth": 0.04, "bytes_per_image": 20_000, "flat": True}
-    assert bench_scale.growth(points(1e9, 1.01e9, 1.04e9)) == {"peak_bytes": flat}
-    assert not bench_scale.growth(points(1e9, 1.06e9, 1e9))["peak_bytes"]["flat"]
+    def points(_: Any, part: str, __: str) -> Iterator[dict[str, Any]]:
+        if part == "expansion":
+            yield expanded
+            raise RuntimeError("batch 8: the child ended with -9")
+        if part == "labels":
+            raise OSError("no room left")
+        yield from scored_points(1e9, 1.01e9)
+
+    monkeypatch.setattr(bench_scale, "run_points", points)
+    asked = bench_scale.Options(device="cpu", record=False, json=True)
+    parts = ("expansion", "labels", "scoring")
+    assert bench_scale.main(replace(asked, parts=parts)) == 1
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [
+        "failed: expansion: batch 8: the child ended with -9",
+        "failed: labels: no room left",
+    ]
+    rows = rows_of(told.out)
+    assert rows.keys() == {"scale-expansion", "scale-scoring"}
+    assert rows["scale-expansion"]["points"] == [expanded]
+    assert rows["scale-expansion"]["failed"] == "expansion: batch 8: the child ended with -9"
+    assert rows["scale-scoring"]["rates"] == {"score_images_per_s": 5.0}
+    assert bench_scale.main(replace(asked, parts=("scoring",))) == 0
+    assert bench_scale.main(replace(asked, parts=("labels",))) == 1
+
+
+def test_a_child_that_fails_is_named(bench_scale: ModuleType, tmp_path: Path):
+    options = bench_scale.Options(data=tmp_path / "nowhere", device="cpu", backend="eager-fp32")
+    with pytest.raises(RuntimeError, match="images 1000: the child ended with 1"):
+        next(bench_scale.run_points(options, "scoring", "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("peaks", "verdict", "status"),
+    [
+        ((1e9, 1.01e9, 1.04e9), "flat", 0),
+        ((1e9, 1.06e9, 1e9), "NOT flat", 1),
+        ((1e9,), "one point", 0),
+    ],
+)
+def test_memory_that_grows_ends_with_1(
+    bench_scale: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    peaks: tuple[float, ...],
+    verdict: str,
+    status: int,
+):
+    monkeypatch.setattr(bench_scale, "run_points", lambda *_: iter(scored_points(*peaks)))
+    options = bench_scale.Options(
+        parts=("scoring", "projection"), device="cpu", record=False, json=True
+    )
+    assert bench_scale.main(options) == status
+    told = capsys.readouterr().out
+    assert f"peak memory: {verdict}" in told
+    rows = rows_of(told)
+    assert rows.keys() == {"scale-scoring", "scale-projection"}
+    memory = rows["scale-scoring"]["memory"]["peak_bytes"]
+    assert memory["verdict"] == verdict
+    if verdict == "flat":
+        assert (memory["growth"], memory["bytes_per_image"]) == (0.04, 20_000)

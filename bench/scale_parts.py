@@ -1,0 +1,119 @@
+"""What can be asked of bench_scale.py, and what it then asks of scale_points.py, point by point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from patchbloom.export.config import DeviceName, Weights
+
+Part = Literal["expansion", "coreset", "scoring", "labels", "ranks", "projection"]
+Point = dict[str, Any]
+PARTS: tuple[Part, ...] = ("expansion", "coreset", "scoring", "labels", "ranks", "projection")
+AXES = {
+    "expansion": "batch",
+    "coreset": "classes",
+    "scoring": "images",
+    "labels": "epochs",
+    "ranks": "world",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How cost grows."""
+
+    parts: tuple[Part, ...] = PARTS
+    """Which of them to run; projection alone needs --rates."""
+    quick: bool = False
+    """Few and small points, whatever the counts below say."""
+    data: Path | None = None
+    """For scoring: an ImageFolder with train/, or a plain one; None: generated images of 64 px,
+    whose rate says nothing about ImageNet. Where it has fewer images than a point, they are listed
+    again, and the row says so."""
+    model: str = "sdxl-tiny"
+    """Name or folder of a model; of labels and ranks too."""
+    weights: Weights = "pretrained"
+    """`random`, for expansion and coreset: the architecture alone."""
+    backend: str = "eager"
+    """Of the expander and of labels: eager, ort, inductor or trt; eager-bf16 is another precision
+    than the device's usual one (fp32 on the CPU, fp16 on a GPU)."""
+    device: DeviceName = "auto"
+    """`auto` is cuda where there is one; ranks are measured on the CPU."""
+    size: int = 64
+    """Image size in px, of every part and of the projection; patches and crops have half of it."""
+    batches: tuple[int, ...] = (1, 4, 16, 32, 64)
+    classes: tuple[int, ...] = (10, 1000, 10_000)
+    cached_prompts: int = 64
+    """Prompts whose keys and values have room in the part coreset."""
+    images: tuple[int, ...] = (1000, 3000, 9000)
+    epochs: tuple[int, ...] = (1, 8, 64)
+    worlds: tuple[int, ...] = (1, 2)
+    teacher: str = "convnet-d3-w8"
+    """Network of scoring, untrained, and of labels, trained for one epoch."""
+    expanded: int = 128
+    """Images of one timed pass of expansion and coreset."""
+    shapes_per_class: int = 100
+    """Generated training images of a class, for labels and ranks."""
+    rates: tuple[Path, ...] = ()
+    """For the projection: results files of before, which count where this run has no such rate."""
+    threads: int = 2
+    rounds: int = 3
+    json: bool = False
+    """Print every row as a line of its own, the projection last."""
+    record: bool = True
+    """Append the rows to bench/results/; a projection is none."""
+
+    def sized(self) -> Options:
+        """Itself, or its quick form."""
+        if not self.quick:
+            return self
+        return replace(
+            self,
+            batches=(1, 8),
+            classes=(10, 200),
+            images=(100, 300),
+            epochs=(1, 2),
+            worlds=(1, 2),
+            expanded=32,
+            shapes_per_class=20,
+            rounds=1,
+        )
+
+
+def points_of(options: Options, part: str, device: str) -> list[Point]:
+    """What each child process is asked for; the backend's name has its precision."""
+    expander = {
+        "model": options.model,
+        "weights": options.weights,
+        "backend": options.backend,
+        "device": device,
+        "size_px": options.size,
+    }
+    shared = {"expander": expander, "images": options.expanded, "rounds": options.rounds}
+    if part == "expansion":
+        return [shared | {"classes": 10, "batch": batch} for batch in options.batches]
+    if part == "coreset":
+        room = {"batch": 32, "cached_prompts": options.cached_prompts}
+        return [shared | room | {"classes": count} for count in options.classes]
+    if part == "scoring":
+        asked = {
+            "data": options.data and str(options.data.expanduser()),
+            "size_px": options.size,
+            "crops": 5,
+            "batch": 64,
+            "teacher": options.teacher,
+            "device": device,
+            "threads": options.threads,
+        }
+        return [asked | {"images": count} for count in options.images]
+    asked = {
+        "model": options.model,
+        "backend": options.backend,
+        "size_px": options.size,
+        "teacher": options.teacher,
+        "device": device,
+        "shapes_per_class": options.shapes_per_class,
+    }
+    return [asked | {"epochs": count} for count in options.epochs]
