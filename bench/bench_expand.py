@@ -143,7 +143,7 @@ class Peers:
     """Ours, whose pictures are diffusers'."""
     setup_s: dict[str, float] = field(default_factory=dict)
     errors: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    memory: dict[str, dict[str, int | None]] = field(default_factory=dict)
 
 
 def open_peers(options: Options, model: ModelSource, device: str, coreset: Coreset) -> Peers:
@@ -217,7 +217,10 @@ def print_peers(rates: dict[str, Rate], found: dict[str, Any]) -> None:
     """One line per peer."""
     for name, rate in rates.items():
         row, memory = rate.row(), found["peak_memory"][name]
-        held = ", ".join(f"{key[:-6]} {size / 2**20:.0f} MiB" for key, size in memory.items())
+        held = ", ".join(
+            f"{key[:-6]} {'not known' if size is None else f'{size / 2**20:.0f} MiB'}"
+            for key, size in memory.items()
+        )
         print(
             f"{name:18} {row['p50']:8.1f} images/s   p20 {row['p20']:.1f}  p80 {row['p80']:.1f}  "
             f"n {row['n']}   {found['tflops'][name]:.3g} TFLOP/s, "

@@ -44,6 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kernels", "export", "engine", "train")
 TRACEBACK_S, DEATH_S = 5.0, 10.0
 """What a hanging stage gets to say where it hangs, and what its death may take in the driver."""
+ANSWER_S = 60.0
+"""What torch may take to say whether there is a device."""
 REPORT_S = 5.0
 """Of a form's total, for the table."""
 TOLD_LINES = 15
@@ -256,14 +258,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def require_device(form: Form) -> None:
-    """ValueError: no torch, or no CUDA device outside a rehearsal."""
+    """ValueError: no torch, or no CUDA device that answers, outside a rehearsal."""
     if find_spec("torch") is None:
         raise ValueError(f"expected torch, {sys.executable} has none: run an interpreter that does")
-    if form != "rehearsal":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ValueError("expected a CUDA device, found none: rehearse on the CPU with --dry")
+    if form == "rehearsal":
+        return
+    question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    # Not asked here: a driver that hangs would keep this process.
+    process = subprocess.Popen([sys.executable, "-c", question], start_new_session=True)
+    try:
+        code = process.wait(ANSWER_S)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"expected a CUDA device, none answered in {ANSWER_S:.0f} s") from None
+    finally:
+        kill(process)
+    if code:
+        raise ValueError("expected a CUDA device, found none: rehearse on the CPU with --dry")
 
 
 if __name__ == "__main__":
