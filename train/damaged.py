@@ -34,18 +34,19 @@ def leave_out_damaged(plan: Plan, run: SharedRun, report: Report) -> tuple[Plan,
     options = plan.options
     check_images_per_class(train, images_needed(options, plan.factor), options.dope)
     if any(found.values()) and run.own is not None:
-        _begin_anew(plan, run.own, report)
+        _begin_anew(plan, run.own, report, train)
     left = replace(plan, train=train, val=val, data_sha256=images_sha256(train, val))
     return left, {split: len(paths) for split, paths in found.items()}
 
 
-def _begin_anew(plan: Plan, run: RunFolder, report: Report) -> None:
+def _begin_anew(plan: Plan, run: RunFolder, report: Report, train: ImageSet) -> None:
     """Forget what was begun of all images, of which some are damaged: it can never end.
 
-    A teacher that was brought along has only been measured, and is measured again.
+    A teacher that was brought along has only been measured, and is measured again. The checkpoint
+    of one that is trained here stays when `train`, what is left of the training images, is all.
     """
-    checkpoint = run.folder / "teacher" / CHECKPOINT
-    stages = (("teacher", plan.teacher_source is not None, [checkpoint]), ("coreset", False, []))
+    checkpoint = [] if len(train) == len(plan.train) else [run.folder / "teacher" / CHECKPOINT]
+    stages = (("teacher", plan.teacher_source is not None, checkpoint), ("coreset", False, []))
     for name, may_be_done, leftovers in stages:
         record = run.read(name)
         if record is None or record["config"]["--data"] != plan.data_sha256:
