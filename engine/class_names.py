@@ -34,8 +34,8 @@ def display_names(
         missing = [class_id for class_id in class_ids if class_id not in names]
         if missing:
             raise ValueError(
-                f"{class_names_file}: expected a name for each of {len(class_ids)} classes, "
-                f"{len(missing)} missing, first {missing[0]!r}: add a line {missing[0]!r} and name"
+                f"--class-names {class_names_file}: expected a name for each of {len(class_ids)} "
+                f"classes, {len(missing)} missing, first {missing[0]!r}: add its id and a name"
             )
         return tuple(names[class_id] for class_id in class_ids)
     return tuple(_shipped_or_folder_name(class_id) for class_id in class_ids)
@@ -65,5 +65,5 @@ def _read_names(path: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for class_id, name in read_class_texts("--class-names", path, "name"):
         if names.setdefault(class_id, name) != name:
-            raise ValueError(f"--class-names {path}: {class_id!r} is named twice")
+            raise ValueError(f"--class-names {path}: {class_id!r} is named twice: keep one of them")
     return names

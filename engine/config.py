@@ -148,10 +148,14 @@ class DscoConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{_option(name)} {getattr(self, name)}: expected {least} or more")
         for name in ("feature_weight", "match_weight", "repulsion_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{_option(name)} {getattr(self, name)}: expected 0 or more")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--dsco.learning-rate {self.learning_rate}: expected more than 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{_option(name)} {getattr(self, name)}: expected a finite number, 0 or more"
+                )
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"--dsco.learning-rate {self.learning_rate}: expected a finite number above 0"
+            )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"--dsco.momentum {self.momentum}: expected 0 or more, less than 1")
         if self.groups not in (1, 2, 4, 8, 16, 32, 64, 128, 256):

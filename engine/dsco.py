@@ -66,19 +66,30 @@ class NoiseOptimiser:
             range(first, min(first + each, self.classes)) for first in range(0, self.classes, each)
         ]
 
-    def make(self, group: range, real: RealImages | None) -> OptimisedImages:
+    def make(
+        self,
+        group: range,
+        real: RealImages | None,
+        progress: Callable[[float], None] = lambda done: None,
+    ) -> OptimisedImages:
         """Images of a group of classes; `real` is not needed with `data_free`.
 
-        ValueError: NaN, a call that does not fit into memory, a class without real images.
+        `progress` is told the classes done, counting parts of them. ValueError: NaN, a call that
+        does not fit into memory, a loss that is not finite, a class without real images.
         """
-        matches_KS = [self._matches(index, real) for index in group]
+        steps = self._schedule.evals - 1
+        parts = steps + 2  # of a class: what it is matched with, the steps, the pictures
+        matches_KS: list[Sequence[Match]] = []
+        for index in group:
+            matches_KS.append(self._matches(index, real))
+            progress(len(matches_KS) / parts)
         classes_M = np.repeat(np.asarray(group), self.ipc)
         samples_KN = [self._samples(index) for index in group]
         state_MCHW = self._schedule.start_sigma * torch.cat(
             [latin_hypercube(self.seed, each, self._stepwise.latent_CHW) for each in samples_KN]
         )
         losses: list[list[tuple[float, float]]] = [[] for _ in group]
-        for step in range(self._schedule.evals - 1):
+        for step in range(steps):
             state_MCHW = self._stepwise.mean(state_MCHW, classes_M, step)
             for row, mean_NCHW in enumerate(state_MCHW.split(self.ipc)):
                 noise_NCHW, ended = self._optimise(
@@ -86,6 +97,7 @@ class NoiseOptimiser:
                 )
                 mean_NCHW += self._schedule.sigmas_up[step] * noise_NCHW
                 losses[row].append(ended)
+                progress((len(group) * (step + 1) + row + 1) / parts)
         state_MCHW = self._stepwise.mean(state_MCHW, classes_M, self._schedule.evals - 1)
         return OptimisedImages(self._stepwise.decode(state_MCHW, classes_M), losses)
 

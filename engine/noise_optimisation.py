@@ -99,7 +99,8 @@ def optimise_noise(
 ) -> tuple[Tensor, tuple[float, float]]:
     """The optimised noise, fp32 [N, C, h, w], and the loss before and after.
 
-    `scale` is 1 / sqrt(sigma² + 1) of the level that the step leads to.
+    `scale` is 1 / sqrt(sigma² + 1) of the level that the step leads to. ValueError for a loss that
+    was finite and is no more.
     """
     noise_NCHW = noise_NCHW.clone().requires_grad_()
     sgd = torch.optim.SGD([noise_NCHW], lr=config.learning_rate, momentum=config.momentum)
@@ -118,4 +119,10 @@ def optimise_noise(
             sgd.zero_grad(set_to_none=True)
             loss().backward()
             sgd.step()
-        return noise_NCHW.detach(), (first, float(loss().detach()))
+        last = float(loss().detach())
+    if math.isfinite(first) and not math.isfinite(last):
+        raise ValueError(
+            f"method dsco: the loss went from {first:.3g} to {last} in {config.iterations} "
+            f"iterations: give a smaller --dsco.learning-rate than {config.learning_rate:g}"
+        )
+    return noise_NCHW.detach(), (first, last)

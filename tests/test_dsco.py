@@ -223,10 +223,12 @@ def real(class_index: int) -> Iterator[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("data_free", [False, True])
 def test_the_noise_is_optimised_and_nothing_else(model: Path, data_free: bool) -> None:
     """Every loss falls, the denoiser is run once a step, and the same seed makes the same."""
-    making = optimiser(model, data_free=data_free)
+    making, done = optimiser(model, data_free=data_free), list[float]()
     groups = making.groups()
     assert [list(group) for group in groups] == [[0, 1], [2]]
-    made = [making.make(group, None if data_free else real) for group in groups]
+    made = [making.make(group, None if data_free else real, done.append) for group in groups]
+    quarters = [0.25 * part for part in range(1, 7)]  # a match, two steps and the pictures
+    assert done == [*quarters, *quarters[:3]]
     templates = 3 * 2 if data_free else 0  # classes, and calls of 4 of 6 for each of 2 steps
     assert making._expander.backend.denoised == 2 * 3 + templates * 2
     images = torch.cat([each.images_MCHW for each in made])
@@ -330,11 +332,11 @@ def test_a_killed_run_goes_on_where_it_was(
     made: list[range] = []
     make = NoiseOptimiser.make
 
-    def make_some(self: NoiseOptimiser, group: range, real: Any) -> Any:
+    def make_some(self: NoiseOptimiser, group: range, *rest: Any) -> Any:
         if len(made) == 1:
             raise MemoryError("killed")
         made.append(group)
-        return make(self, group, real)
+        return make(self, group, *rest)
 
     options = (*given, "--out", tmp_path / "run", "--method", "dsco")
     monkeypatch.setattr(NoiseOptimiser, "make", make_some)

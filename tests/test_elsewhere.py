@@ -179,10 +179,11 @@ def test_a_manifest_that_says_too_little_is_refused(
     assert told in train("student", *options)["error"]
 
 
-def test_a_coreset_without_labels_is_refused(train: Train, elsewhere, tmp_path: Path) -> None:
+def test_labels_that_a_coreset_has_not_are_refused(train: Train, given: Path, elsewhere) -> None:
     folder = elsewhere("rded")
     attach_labels(folder, LabelBlock(codec="none"))
-    error = train("student", "--coreset", folder, "--out", tmp_path / "out")["error"]
+    teacher = given / "run" / "teacher" / "teacher.safetensors"
+    error = train("verify", "--coreset", folder, "--teacher", teacher)["error"]
     assert "holds no soft labels" in error
 
 

@@ -52,6 +52,13 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return trained(1, data, tmp_path_factory.mktemp("alone"))
 
 
+@pytest.fixture(scope="module")
+def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("teacher")
+    assert cli.main(["teacher", *OPTIONS, "--data", str(data), "--out", str(out)]) == 0
+    return out / "teacher" / "teacher.safetensors"
+
+
 def torchrun(size: int, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     words = [str(TORCHRUN), "--standalone", "--nproc-per-node", str(size), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", **more}
@@ -105,6 +112,30 @@ def test_a_world_of_any_size_makes_the_same(size: int, data: Path, alone, tmp_pa
         assert max(differences) < ROUNDING
 
 
+@pytest.mark.parametrize(
+    ("choice", "sizes"),
+    [
+        # 40 patches are cut again, one batch: rank 1 has none. 80 are two, one for each.
+        ("facility-location", ("--ipc", "1", "--candidates", "3")),
+        ("k-center", ("--ipc", "2", "--candidates", "2")),
+    ],
+)
+def test_a_diverse_choice_is_that_of_one_process(
+    data: Path, teacher: Path, tmp_path: Path, choice: str, sizes: tuple[str, ...]
+) -> None:
+    options = (*OPTIONS, "--method", "rded", "--data", data, "--teacher", teacher)
+    words = [str(word) for word in ("coreset", *options, "--select", choice, *sizes)]
+    assert cli.main([*words, "--out", str(tmp_path / "alone")]) == 0
+    run = torchrun(2, TORCHRUN.with_name("train"), *words, "--out", tmp_path / "two")
+    assert run.returncode == 0, run.stderr
+    alone, two = (open_coreset(tmp_path / out / "coreset") for out in ("alone", "two"))
+    assert two.content_sha256 == alone.content_sha256
+    origins = [each.manifest["provenance"]["patches"] for each in (alone, two)]
+    assert origins[0] == origins[1]
+    lowest = sorted(origins[0], key=lambda patch: (patch["image"].split("/")[-2], patch["loss"]))
+    assert origins[0] != lowest, "in the order of the choice"
+
+
 def test_a_killed_rank_ends_the_run_and_nothing_is_lost(
     data: Path,
     alone,
@@ -153,14 +184,11 @@ def test_an_error_of_all_is_told_once(data: Path, tmp_path: Path) -> None:
     ], run.stderr
 
 
-def test_an_error_of_one_is_told_by_it(data: Path, tmp_path: Path) -> None:
+def test_an_error_of_one_is_told_by_it(data: Path, teacher: Path, tmp_path: Path) -> None:
     """A damaged file in the second batch that is scored, which is rank 1's."""
     damaged = shutil.copytree(data, tmp_path / "data")
     path = sorted((damaged / "train").iterdir())[6] / "00003.jpg"
     path.write_bytes(path.read_bytes()[:100])
-    teacher = tmp_path / "teacher" / "teacher" / "teacher.safetensors"
-    trained = (*OPTIONS, "--data", str(data), "--out", str(tmp_path / "teacher"))
-    assert cli.main(["teacher", *trained]) == 0
     options = (*OPTIONS, "--data", damaged, "--out", tmp_path / "run", "--teacher", teacher)
     train = TORCHRUN.with_name("train")
     run = torchrun(2, train, "coreset", *options)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
-from .config import StudentPrecision, check_seed
+from .config import RecipeName, StudentPrecision, Targets, check_seed
 
 LabelKind = Literal["probabilities", "logits"]
 
@@ -90,7 +90,7 @@ class LoaderOptions(RenderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StudentElsewhere(RenderOptions):
-    """Train students from a coreset folder with stored labels: no teacher, no original images."""
+    """Train students from a coreset folder alone: no teacher, no original images."""
 
     coreset: Path
     """The coreset folder. Its manifest says what images, views and labels are, and the recipe."""
@@ -103,21 +103,36 @@ class StudentElsewhere(RenderOptions):
     """Training images per class of --data shapes, as the coreset's run had them."""
     backend: BackendName = "auto"
     """What runs the model; `auto` takes the fastest that works here and says which."""
+    targets: Targets | None = None
+    """What students learn: the stored labels, or with `hard` the class alone: cross-entropy, mixed
+    by area under CutMix. Left out: the labels, or the classes where none are stored."""
+    recipe: RecipeName | None = None
+    """How students are trained, where no labels are stored; with labels the manifest says it. Left
+    out: `small` for images of 128 px or less, `dace` for others."""
+    factor: int | None = None
+    """r of the run that wrote whole images without labels (t2i, dsco): a view is 1/r of an image or
+    more. Left out: the recipe's; of patches the manifest says it."""
+    cutmix: Literal["on", "off"] | None = None
+    """With hard targets: paste boxes of other samples into the views. Left out: the manifest's, or
+    the recipe's."""
     student: str | None = None
-    """The students' network. Left out: the manifest's."""
+    """The students' network. Left out: the manifest's, or the recipe's."""
     epochs: int | None = None
-    """Epochs of the students, no more than have labels. Left out: as many."""
+    """Epochs of the students, no more than have labels if they learn these. Left out: as many, or
+    the recipe's."""
     batch: int | None = None
-    """Views per optimiser step; with CutMix a divisor of the manifest's pool. Left out: the
-    manifest's."""
+    """Views per optimiser step; with CutMix and stored labels a divisor of the manifest's pool.
+    Left out: the manifest's, or the recipe's."""
     learning_rate: float | None = None
-    """Of the first epoch. Left out: the manifest's."""
+    """Of the first epoch. Left out: the manifest's, or the recipe's."""
     final_lr_fraction: float | None = None
-    """What is left of it after the last epoch, in [0, 1). Left out: the manifest's."""
+    """What is left of it after the last epoch, in [0, 1). Left out: the manifest's, or the
+    recipe's."""
     weight_decay: float | None = None
-    """Decoupled; none on 1-D parameters. Left out: the manifest's."""
+    """Decoupled; none on 1-D parameters. Left out: the manifest's, or the recipe's."""
     student_precision: StudentPrecision | None = None
-    """Of the students' passes, by autocast. Left out: the manifest's."""
+    """Of the students' passes, by autocast. Left out: the manifest's; without labels bf16 on cuda,
+    fp32 on the CPU."""
     student_compile: bool = False
     """Compile the students' network with torch.compile, on a GPU as CUDA graphs."""
     accumulate: int = 1
@@ -135,6 +150,7 @@ class StudentElsewhere(RenderOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_at_least_1(self, "shapes_per_class", "epochs", "batch", "accumulate", "seeds")
+        _check_at_least_1(self, "factor")
         if self.seed is not None:
             check_seed(self.seed)
 

@@ -138,7 +138,12 @@ def _made_or_kept(
         tensors, metadata = read_tensors(path)
         if metadata.get("config") == config:
             return tensors
-    made = optimiser.make(group, None if plan.options.dsco.data_free else _real_images(plan))
+    classes = optimiser.classes
+    made = optimiser.make(
+        group,
+        None if plan.options.dsco.data_free else _real_images(plan),
+        lambda done: report.progress("dsco", round(group.start + done, 1), classes, "classes"),
+    )
     images_MCHW = made.images_MCHW
     if images_MCHW.shape[-1] != plan.image_size:
         size = (plan.image_size, plan.image_size)
@@ -148,7 +153,7 @@ def _made_or_kept(
         "losses": torch.tensor(made.losses),
     }
     write_tensors(path, tensors, {"config": config})
-    report.progress("dsco", group.stop, optimiser.classes, "classes", _falls(tensors["losses"]))
+    report.progress("dsco", group.stop, classes, "classes", _falls(tensors["losses"]))
     return tensors
 
 

@@ -3,7 +3,8 @@
     OUT/stages/student.json, OUT/students/METHOD-seedS.safetensors, OUT/tensorboard/, OUT/log.jsonl
 
 Neither the original images nor the teacher are needed; with --data the students are measured on a
-validation split. With the same seeds, and the same engine on the same kind of device, they are the
+validation split. They learn the stored labels, or with hard targets the classes, which every
+coreset has. With the same seeds, and the same engine on the same kind of device, they are the
 students of the coreset's own run: bit for bit on a CPU.
 """
 
@@ -17,8 +18,10 @@ from ..engine.backends import resolve_device
 from ..engine.coreset import Coreset, open_coreset
 from ..engine.durable import full_disk_explained
 from ..engine.images import ImageSet, open_image_set
-from .config import CHANGES_NO_RESULT, StudentConfig
+from .config import CHANGES_NO_RESULT, StudentConfig, Targets
 from .coreset_options import StudentElsewhere
+from .hard_labels import HardLabels
+from .hard_recipe import hard_config
 from .loop import train_students
 from .plan import check_compiler, check_network, data_folder, images_sha256, student_seeds
 from .record import Record, Report
@@ -42,7 +45,7 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
         if not options.overwrite:
             _require_own(options.out)
         coreset = open_coreset(options.coreset.expanduser())
-        config = _student_config(coreset, options)
+        config = _student_config(coreset, options, report)
         val = _validation(options, report)
         with (
             full_disk_explained(options.out, NEEDED_BYTES),
@@ -59,6 +62,7 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
         "run": str(options.out),
         "coreset": coreset.content_sha256,
         "method": coreset.settings["method"],
+        "targets": config.targets,
         "validation_images": None if val is None else len(val),
         "accuracy": None if accuracies is None else mean_and_std(accuracies),
         "students": rounded({k: v for k, v in students.items() if k != "provenance"}),
@@ -81,25 +85,48 @@ def _require_own(out: Path) -> None:
         )
 
 
-def _student_config(coreset: Coreset, options: StudentElsewhere) -> StudentConfig:
+def _student_config(coreset: Coreset, options: StudentElsewhere, report: Report) -> StudentConfig:
     if options.student_compile:
         check_compiler()
-    config = student_config(
-        coreset,
-        device=resolve_device(options.device),
-        network=options.student,
-        epochs=options.epochs,
-        batch=options.batch,
-        learning_rate=options.learning_rate,
-        final_lr_fraction=options.final_lr_fraction,
-        weight_decay=options.weight_decay,
-        precision=options.student_precision,
-        compile=options.student_compile,
-        accumulate=options.accumulate,
-        overlap=options.overlap == "on",
-    )
+    device = resolve_device(options.device)
+    changes = {
+        "network": options.student,
+        "epochs": options.epochs,
+        "batch": options.batch,
+        "learning_rate": options.learning_rate,
+        "final_lr_fraction": options.final_lr_fraction,
+        "weight_decay": options.weight_decay,
+        "precision": options.student_precision,
+        "compile": options.student_compile,
+        "accumulate": options.accumulate,
+        "overlap": options.overlap == "on",
+    }
+    if _targets(coreset, options, report) == "hard":
+        config = hard_config(coreset, options, report, device=device, **changes)
+    else:
+        config = student_config(coreset, device=device, **changes)
+        _refuse_what_hard_targets_take(options)
     check_network("--student", config.network, len(coreset.class_ids), config.size_px)
     return config
+
+
+def _targets(coreset: Coreset, options: StudentElsewhere, report: Report) -> Targets:
+    if options.targets is not None:
+        return options.targets
+    if coreset.soft_labels() is not None:
+        return "soft"
+    report.say("targets: hard, the classes alone, as the coreset holds no soft labels")
+    return "hard"
+
+
+def _refuse_what_hard_targets_take(options: StudentElsewhere) -> None:
+    for name in ("recipe", "factor", "cutmix"):
+        value = getattr(options, name)
+        if value is not None:
+            raise ValueError(
+                f"--{name} {value}: the stored labels are of the manifest's recipe and views: "
+                "leave it out, or give --targets hard"
+            )
 
 
 def _validation(options: StudentElsewhere, report: Report) -> ImageSet | None:
@@ -139,7 +166,10 @@ def _train(
     line: str,
 ) -> StageResult:
     with open_recorded_source(coreset, options, options.backend, config) as source:
-        labels = fitting_labels(coreset, source, config, options)
+        hard = config.targets == "hard"
+        labels = (
+            HardLabels(source, config) if hard else fitting_labels(coreset, source, config, options)
+        )
         results = train_students(
             source,
             labels,

@@ -45,7 +45,8 @@ def require_soft_labels(coreset: Coreset) -> SoftLabels:
     if stored is None:
         raise CoresetError(
             f"{coreset.folder} holds no soft labels: expected those of `train labels` or of a run "
-            "with --labels record; make them where the teacher is"
+            "with --labels record; make them where the teacher is, or train students on the "
+            "classes alone with `train student --targets hard`"
         )
     return stored
 

@@ -81,6 +81,11 @@ class SharedRun(AbstractContextManager["SharedRun"]):
         if work is not None and self.world.same(False):
             work()
 
+    @property
+    def own(self) -> RunFolder | None:
+        """The folder itself, for what rank 0 alone does; None on the ranks that follow."""
+        return self._own
+
     def seconds(self) -> dict[str, float]:
         """Of stages.RunFolder; nothing on the ranks that follow."""
         return {} if self._own is None else self._own.seconds()

@@ -1,0 +1,141 @@
+"""One file that cannot be decoded among a thousand JPEGs: refused by name, or left out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from patchbloom.engine.coreset import open_coreset
+from patchbloom.train import cli
+from PIL import Image
+
+CLASSES, EACH = 10, 100
+BAD = "c4/041.jpg"
+OPTIONS = (
+    *("--method", "rded", "random", "--recipe", "small", "--image-size", "32", "--factor", "2"),
+    *("--teacher", "convnet-d3-w8", "--teacher-epochs", "2", "--student", "convnet-d3-w8"),
+    *("--epochs", "1", "--seeds", "1", "--no-ceiling"),
+)
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that it ends with."""
+        lines = [line for line in self.err.splitlines() if line.startswith("train: error: ")]
+        assert (self.code, len(lines)) == (2, 1), self.err
+        assert self.err.splitlines()[-1] == lines[0]
+        return lines[0]
+
+    @property
+    def result(self) -> dict:
+        assert self.code == 0, self.err
+        return json.loads(self.out.splitlines()[-1])
+
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture
+def train(capsys: pytest.CaptureFixture[str]) -> Train:
+    """Run `train STAGE ...` in this process; all of it where the stage is empty."""
+
+    def run(stage: str, *more: str | Path) -> Outcome:
+        capsys.readouterr()
+        code = cli.main([*([stage] if stage else []), *OPTIONS, *map(str, more)])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/: 999 JPEGs of 32 px, and none at BAD; run/: the coresets of these."""
+    folder, rng = tmp_path_factory.mktemp("given"), np.random.default_rng(0)
+    for split, each in (("train", EACH), ("val", 2)):
+        for label in range(CLASSES):
+            of_class = folder / "data" / split / f"c{label}"
+            of_class.mkdir(parents=True)
+            colour = np.array([20 * label, 200 - 15 * label, 90])
+            for n in range(each):
+                pixels = colour + rng.integers(0, 55, (32, 32, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(of_class / f"{n:03}.jpg")
+    (folder / "data" / "train" / BAD).unlink()
+    places = ("--data", str(folder / "data"), "--out", str(folder / "run"))
+    assert cli.main(["coreset", *places, *OPTIONS]) == 0
+    return folder
+
+
+@pytest.fixture(params=["cut", "text"])
+def thousand(request: pytest.FixtureRequest, others: Path, tmp_path: Path) -> Path:
+    """The 999 and one that was cut short, or is no image at all."""
+    data = tmp_path / "data"
+    shutil.copytree(others / "data", data)
+    whole = (data / "train" / BAD).with_name("040.jpg").read_bytes()
+    (data / "train" / BAD).write_bytes(whole[:700] if request.param == "cut" else b"no picture\n")
+    assert len(list(data.glob("train/*/*.jpg"))) == CLASSES * EACH
+    return data
+
+
+def names(run: Path) -> list[str]:
+    folders = (run / "coreset", run / "coreset-random")
+    return [open_coreset(folder).content_sha256 for folder in folders]
+
+
+def test_a_run_that_stopped_at_it_goes_on_without_it(
+    train: Train, others: Path, thousand: Path, tmp_path: Path
+) -> None:
+    bad, out = thousand / "train" / BAD, tmp_path / "run"
+    error = train("coreset", "--data", thousand, "--out", out).error
+    assert f"cannot decode {bad}: " in error
+    assert error.endswith("replace or remove the file, or leave such files out with --skip-corrupt")
+    assert train("coreset", "--data", thousand, "--out", out).error == error
+    outcome = train("coreset", "--data", thousand, "--out", out, "--skip-corrupt")
+    assert outcome.result["skipped_images"] == {"train": 1, "val": 0}
+    assert outcome.err.count(f"skipped, it cannot be decoded: {bad}") == 1
+    assert "teacher: begun anew, without the images that are left out" in outcome.err
+    assert names(out) == names(others / "run")
+    result = train("", "--data", thousand, "--out", out, "--skip-corrupt", "--resume").result
+    assert result["skipped_images"] == {"train": 1, "val": 0}
+    assert set(result["accuracy"]) == {"rded", "random"}
+
+
+@pytest.mark.parametrize("thousand", ["text"], indirect=True)
+def test_scoring_stops_at_it_and_goes_on_without_it(
+    train: Train, others: Path, thousand: Path, tmp_path: Path
+) -> None:
+    """A teacher that was brought along has seen no training image before patches are scored."""
+    out, teacher = tmp_path / "run", others / "run" / "teacher" / "teacher.safetensors"
+    given = ("coreset", "--data", thousand, "--out", out, "--teacher", teacher)
+    assert f"cannot decode {thousand / 'train' / BAD}: " in train(*given).error
+    told = {path.stem: json.loads(path.read_text()) for path in (out / "stages").iterdir()}
+    states = {name: stage["state"] for name, stage in told.items()}
+    assert states == {"teacher": "done", "coreset": "begun"}
+    assert not list(out.glob("*coreset*"))
+    assert train(*given, "--skip-corrupt").result["skipped_images"] == {"train": 1, "val": 0}
+    assert names(out) == names(others / "run")
+
+
+def test_a_teacher_of_images_that_are_left_out_later_is_not_taken_over(
+    train: Train, others: Path, tmp_path: Path
+) -> None:
+    data, run = (shutil.copytree(others / name, tmp_path / name) for name in ("data", "run"))
+    path = data / "train" / "c4" / "040.jpg"
+    path.write_bytes(bytes(path.stat().st_size))  # names and sizes are what a run knows them by
+    given = ("coreset", "--data", data, "--out", run, "--skip-corrupt")
+    error = train(*given).error
+    assert "the teacher stage of" in error
+    assert "was run with images that --skip-corrupt leaves out: start again with" in error
+    assert names(run) == names(others / "run")
