@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.engine import coreset, durable
-from patchbloom.train import cli, distil, plan, run
+from patchbloom.train import cli, distil, planning, run
 from patchbloom.train.commands import STAGES, RunOptions, TrainPrior, TrainReport
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.coreset_options import LoaderOptions, StudentElsewhere, TrainVerify
@@ -464,10 +464,10 @@ def test_generated_images_have_one_recipe_with_and_without_a_model(
     options = RunOptions(data="shapes", out=tmp_path, method=("random",))
     for device in ("cpu", "cuda"):
         with Record() as record:
-            assert plan._choose_recipe(options, device, None, record).name == "small"
+            assert planning._choose_recipe(options, device, None, record).name == "small"
     photographs = dataclasses.replace(options, data="photographs")
     with Record() as record:
-        assert plan._choose_recipe(photographs, "cuda", None, record).name == "dace"
+        assert planning._choose_recipe(photographs, "cuda", None, record).name == "dace"
 
 
 def test_an_image_size_that_the_model_cannot_make(
