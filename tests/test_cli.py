@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.engine import coreset, durable
-from patchbloom.train import cli, distil, planning, run
+from patchbloom.train import cli, planning, run, run_labels
 from patchbloom.train.commands import STAGES, RunOptions, TrainPrior, TrainReport
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.coreset_options import LoaderOptions, StudentElsewhere, TrainVerify
@@ -569,7 +569,7 @@ def test_a_recording_cut_short_under_finished_students_is_made_again(
     given = ("student", "--data", shapes, "--method", "random", *SMALL, "--no-ceiling")
     train(*given, "--out", tmp_path / "whole").result  # noqa: B018
     with monkeypatch.context() as patch:
-        patch.setattr(distil, "attach_labels", killed)
+        patch.setattr(run_labels, "attach_labels", killed)
         assert "as if killed" in train(*given, "--out", tmp_path / "cut").error
     recording = tmp_path / "cut" / "students" / "random.labels.partial"
     os.truncate(recording, 100)
