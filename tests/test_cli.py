@@ -652,6 +652,10 @@ def test_other_options_than_before_are_refused(
     assert "was run with --teacher-epochs = 1, now asked for 3" in error
     again = train("teacher", *options, "--seed", "7", "--overwrite").result
     assert again["teacher"]["sha256"] != first["teacher"]["sha256"]
+    dace = ("coreset", "--data", shapes, "--out", tmp_path / "dace", "--model", "sdxl-tiny", *SMALL)
+    train(*dace).result  # noqa: B018
+    error = train(*dace, "--mixup-weight", "0.5").error
+    assert "was run with --mixup-weight = uniform, now asked for 0.5" in error
 
 
 def test_what_was_asked_for_is_written_down_once(
