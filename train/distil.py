@@ -203,8 +203,8 @@ class Distillation:
             rate = rendering_rate(source)
             if self.run.world.leads:
                 self._draw(method, own_part(source), coreset)
-            kept = self._labels(method, source, coreset)
-            labels = kept.choose()
+            run_labels = self._labels(method, source, coreset)
+            labels = run_labels.choose()
             results = train_students(
                 source,
                 labels,
@@ -216,7 +216,7 @@ class Distillation:
                 name=method,
                 world=self.run.world,
             )
-            kept.keep(labels)
+            run_labels.keep(labels)
         described = {
             "accuracies": [result.accuracy for result in results],
             "losses": [list(result.losses) for result in results],
