@@ -31,7 +31,8 @@ from patchbloom.export.config import BackendName
 from patchbloom.train.checkpoint import read_tensors
 from patchbloom.train.commands import CodecChoice, LabelChoice, TrainCoreset
 from patchbloom.train.distil import Distillation
-from patchbloom.train.plan import Plan, make_plan
+from patchbloom.train.plan import Plan
+from patchbloom.train.planning import make_plan
 from patchbloom.train.record import Record
 from patchbloom.train.run import run_stages
 from patchbloom.train.shared_run import SharedRun

@@ -20,9 +20,10 @@ import tyro
 from patchbloom.engine.images import open_image_set
 from patchbloom.train.commands import RunOptions, Train
 from patchbloom.train.config import RECIPES, RecipeName
+from patchbloom.train.data_folder import data_folder
 from patchbloom.train.networks import TORCHVISION
-from patchbloom.train.plan import check_network, data_folder
 from patchbloom.train.record import Silence
+from patchbloom.train.requirements import check_network
 
 Part = Literal["methods", "ablation", "patches", "students", "codecs", "gain"]
 PARTS: tuple[Part, ...] = ("methods", "ablation", "patches", "students", "codecs", "gain")

@@ -17,13 +17,13 @@ from patchbloom.engine.soft_labels import SoftTargets
 from patchbloom.train import pictures
 from patchbloom.train.checkpoint import CheckpointError
 from patchbloom.train.config import RECIPES
+from patchbloom.train.engine_batches import LARGE_ENGINE_BATCH, grouping
 from patchbloom.train.evaluation import accuracies
 from patchbloom.train.hard_labels import HardLabels
 from patchbloom.train.labels import OnlineLabels
 from patchbloom.train.methods import RealImages, UpsampledPatches, render_all, to_unit
 from patchbloom.train.networks import build_network
 from patchbloom.train.normalisation import IMAGENET, Normalisation
-from patchbloom.train.plan import LARGE_ENGINE_BATCH, grouping
 from patchbloom.train.pool_slots import pools_from
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.teacher import Teacher

@@ -18,7 +18,7 @@ from patchbloom.engine.coreset import Coreset, open_coreset
 from patchbloom.engine.prompts import class_prompts, encode_prompts
 from patchbloom.engine.turbo import Expander
 from patchbloom.export.models import find_model
-from patchbloom.train import cli, distil, generated, whole_images
+from patchbloom.train import cli, generated, run_coresets, whole_images
 from patchbloom.train.augmentation import Variants, augment, draw_variants
 from patchbloom.train.coreset_options import RenderOptions
 from patchbloom.train.generated import generate_rounds
@@ -402,7 +402,7 @@ def test_a_stopped_generation_resumes_and_a_finished_one_is_not_paid_again(
         patch.setattr(whole_images, "write_coreset", stopped)
         assert "as if killed" in train(*SHORT, *PDA, "--out", out)["error"]
     train("coreset", *SHORT, *PDA, "--out", out)
-    monkeypatch.setattr(distil, "generate", stopped)
+    monkeypatch.setattr(run_coresets, "generate", stopped)
     result = train(*SHORT, *PDA, "--out", out, "--resume")
     then = json.loads((whole / "summary.json").read_text())
     assert result["content_sha256"] == then["content_sha256"]

@@ -11,8 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from ..engine.images import ImageSet, InputError, stream_center
-from .plan import Plan, check_images_per_class, images_needed, images_sha256
+from .data_folder import images_sha256
+from .plan import Plan
 from .record import Report
+from .requirements import check_images_per_class, images_needed
 from .shared_run import SharedRun
 from .stages import RunError, RunFolder, StageResult
 from .teacher_training import CHECKPOINT

@@ -32,8 +32,9 @@ from ..engine.images import STANDARD_RESIZE_RATIO, center_boxes, stream_crops
 from ..engine.turbo import Expander
 from ..export.models import ModelSource
 from .checkpoint import read_tensors, write_tensors
+from .engine_batches import LARGE_ENGINE_BATCH
 from .pictures import as_uint8
-from .plan import LARGE_ENGINE_BATCH, Plan
+from .plan import Plan
 from .record import Report
 from .stages import settings_by_option
 from .whole_images import describe_generator, write_whole_images

@@ -20,12 +20,14 @@ from ..engine.durable import full_disk_explained
 from ..engine.images import ImageSet, open_image_set
 from .config import CHANGES_NO_RESULT, StudentConfig, Targets
 from .coreset_options import StudentElsewhere
+from .data_folder import data_folder, images_sha256
 from .hard_labels import HardLabels
 from .hard_recipe import hard_config
 from .loop import train_students
-from .plan import check_compiler, check_network, data_folder, images_sha256, student_seeds
+from .plan import student_seeds
 from .record import Record, Report
 from .recorded import fitting_labels, open_recorded_source, student_config
+from .requirements import check_compiler, check_network
 from .stages import RunFolder, StageResult, check_out, settings_by_option
 from .summary import mean_and_std, provenance, rounded
 

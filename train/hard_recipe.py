@@ -15,7 +15,8 @@ from ..engine.coreset import Coreset
 from ..export.config import DeviceName
 from .config import RECIPES, Recipe, StudentConfig
 from .coreset_options import StudentElsewhere
-from .plan import SMALL_MODEL_PX, grouping
+from .engine_batches import grouping
+from .planning import SMALL_MODEL_PX
 from .record import Report
 from .recorded import student_config
 from .stored_images import doped_samples

@@ -27,18 +27,8 @@ class SharedImages:
 
     def __init__(self, source: DealtSource, world: World) -> None:
         self.source, self._world = source, world
-
-    @property
-    def samples(self) -> int:
-        return self.source.samples
-
-    @property
-    def labels_N(self) -> Tensor:
-        return self.source.labels_N
-
-    @property
-    def class_ids(self) -> tuple[str, ...]:
-        return self.source.class_ids
+        self.samples, self.labels_N = source.samples, source.labels_N
+        self.class_ids = source.class_ids
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
         """`source.render`, on every rank: fp32 [P, 3, H, W] in [-1, 1]."""

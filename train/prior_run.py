@@ -19,7 +19,7 @@ from ..engine.images import ImageSet, open_image_set, stream_center
 from ..export.models import ModelSource, weights_sha256
 from .commands import TrainPrior
 from .config import PriorConfig
-from .plan import data_folder, images_sha256
+from .data_folder import data_folder, images_sha256
 from .prior import PriorTraining
 from .record import Record, Report
 from .stages import RunError

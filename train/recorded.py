@@ -24,9 +24,9 @@ from ..export.config import BackendName, DeviceName
 from ..export.models import ModelError, ModelSource, Unavailable, find_model, weights_sha256
 from .config import StudentConfig
 from .coreset_options import RenderOptions
+from .engine_batches import engine_batch_for, together_in_engine
 from .labels import StoredLabels
 from .methods import ImageSource
-from .plan import engine_batch_for, together_in_engine
 from .refresh import Refreshed
 from .sources import open_coreset_source
 from .stored_images import doped_samples, with_doped

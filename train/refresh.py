@@ -36,24 +36,14 @@ class Refreshed:
         if not 0 < share < 1:
             raise ValueError(f"share {share:g}: expected more than 0 and less than 1")
         self.source, self.share = source, Fraction(share).limit_denominator(FINEST)
+        self.samples, self.labels_N = source.samples, source.labels_N
+        self.class_ids = source.class_ids
         u_N = uniform(seed, Draw.REFRESH, torch.arange(source.samples), 0, 1)[:, 0]
         ranks_N = torch.argsort(torch.argsort(u_N, stable=True))
         self._phases_N = ranks_N % self.share.denominator
         self._made_at_N = torch.full((source.samples,), -1, dtype=torch.int64)
         self._kept_NHWC = torch.empty(0, dtype=torch.uint8)
         self._device = torch.device("cpu")
-
-    @property
-    def samples(self) -> int:
-        return self.source.samples
-
-    @property
-    def labels_N(self) -> Tensor:
-        return self.source.labels_N
-
-    @property
-    def class_ids(self) -> tuple[str, ...]:
-        return self.source.class_ids
 
     def shown(self, samples_P: Tensor, epoch: int) -> Tensor:
         """The epoch whose image each sample shows at `epoch`: int64 [P]."""

@@ -12,7 +12,8 @@ from .commands import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from .damaged import leave_out_damaged
 from .distil import Distillation
 from .pictures import curves
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planning import make_plan
 from .record import Record, Silence
 from .report import PICTURES, SUMMARY, accuracy_rows, write_report
 from .shared_run import SharedRun

@@ -74,6 +74,8 @@ OPTION_OF = {
     "t2i.vae_precision": "--vae-precision",
 }
 """Settings that an option decides; the others follow from --recipe and from these."""
+LEFT_OUT = {"--mixup-weight": "uniform"}
+"""What a setting is where a config leaves it out (ExpandConfig.describe_mixup)."""
 _OURS = re.compile(
     r"(run|config|environment|summary)\.json|log\.jsonl|report\.html|stages|teacher|students|"
     r"pictures|tensorboard|"
@@ -231,9 +233,10 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                         f"the images have changed since the {name} stage of {self.folder} was run: "
                         "give the same data to --resume, or start again with --overwrite"
                     )
+                was, asked = (settings.get(key, LEFT_OUT.get(key)) for settings in (before, now))
                 raise RunError(
-                    f"the {name} stage of {self.folder} was run with {key} = {before.get(key)}, "
-                    f"now asked for {now.get(key)}: give the same options to --resume, "
+                    f"the {name} stage of {self.folder} was run with {key} = {was}, "
+                    f"now asked for {asked}: give the same options to --resume, "
                     "another --out, or --overwrite"
                 )
 

@@ -1,0 +1,72 @@
+"""What the tests of `train` as a command share: a command's outcome, small data, quick options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from patchbloom.train import cli
+from patchbloom.train.shapes import write_shapes
+
+SMALL = (
+    *("--recipe", "small", "--image-size", "32", "--seeds", "1"),
+    *("--teacher", "convnet-d3-w8", "--student", "convnet-d3-w8"),
+    *("--teacher-epochs", "1", "--epochs", "1"),
+)
+
+
+@dataclass
+class Outcome:
+    """What one command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The last line of stderr, which must be the only line that reports the error."""
+        lines = [line for line in self.err.splitlines() if line.startswith("train: error: ")]
+        assert self.code == 2, self.err
+        assert len(lines) == 1, self.err
+        assert self.err.splitlines()[-1] == lines[0]
+        return lines[0]
+
+    @property
+    def result(self) -> dict:
+        """The last line of stdout."""
+        assert self.code == 0, self.err
+        return json.loads(self.out.splitlines()[-1])
+
+
+Command = Callable[..., Outcome]
+
+
+def runner(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `train ...` in this process."""
+
+    def run(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other take minutes on busy cores, for networks of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_small_set(folder: Path) -> Path:
+    """Six training and two validation images of each of the ten classes."""
+    return write_shapes(folder / "s", train_per_class=6, val_per_class=2)

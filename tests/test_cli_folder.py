@@ -1,0 +1,181 @@
+"""Guards the run folder: whose it is, what a resume refuses, full disks, files that changed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_cases import SMALL, Command, one_thread, runner, write_small_set
+from patchbloom.engine import coreset, durable
+from patchbloom.train import run_labels
+from patchbloom.train.record import Record
+from patchbloom.train.stages import RunFolder
+
+
+@pytest.fixture
+def train(capsys: pytest.CaptureFixture[str]) -> Command:
+    return runner(capsys)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_set(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes more rights than this user has")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("found", ["file", "folder", "run"])
+def test_an_out_folder_that_is_not_empty(
+    train: Command, shapes: Path, tmp_path: Path, found: str
+) -> None:
+    out = tmp_path / "run"
+    if found == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "thesis.tex").write_text("mine")
+    if found == "run":
+        (out / "run.json").write_text('{"schema": "patchbloom.run/1"}')
+    for option in ([], ["--overwrite"], ["--resume"]):
+        error = train("--data", shapes, "--out", out, *option).error
+        assert "not a folder" in error if found == "file" else "'thesis.tex'" in error
+        assert "choose another --out" in error
+    assert "mine" in (out if found == "file" else out / "thesis.tex").read_text()
+
+
+def test_a_run_is_neither_resumed_nor_replaced_unasked(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text('{"schema": "patchbloom.run/1"}')
+    error = train("--data", shapes, "--out", tmp_path).error
+    assert "--resume goes on with that run, --overwrite replaces it" in error
+
+
+def test_another_process_at_work_in_the_folder(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    options = ("--data", shapes, "--out", tmp_path / "run", "--method", "rded", *SMALL)
+    with Record() as record, RunFolder(tmp_path / "run", record):
+        (tmp_path / "run" / "teacher").mkdir()
+        for option in ("--resume", "--overwrite"):
+            error = train(*options, option).error
+            assert f"another process works in {tmp_path / 'run'}" in error
+        assert (tmp_path / "run" / "teacher").is_dir()
+
+
+def test_other_options_than_before_are_refused(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    options = ("--data", shapes, "--out", tmp_path / "run", "--method", "random", *SMALL)
+    first = train("teacher", *options).result
+    assert first == train("teacher", *options).result
+    error = train("teacher", *options, "--seed", "7").error
+    assert "was run with --seed = 0, now asked for 7: give the same options" in error
+    error = train("teacher", *options, "--teacher-epochs", "3").error
+    assert "was run with --teacher-epochs = 1, now asked for 3" in error
+    again = train("teacher", *options, "--seed", "7", "--overwrite").result
+    assert again["teacher"]["sha256"] != first["teacher"]["sha256"]
+    dace = ("coreset", "--data", shapes, "--out", tmp_path / "dace", "--model", "sdxl-tiny", *SMALL)
+    train(*dace).result  # noqa: B018
+    error = train(*dace, "--mixup-weight", "0.5").error
+    assert "was run with --mixup-weight = uniform, now asked for 0.5" in error
+
+
+def test_what_was_asked_for_is_written_down_once(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = ("--data", shapes, "--out", out, "--method", "random", *SMALL, "--cutmix", "on")
+    train("teacher", *options)
+    first = (out / "config.json").read_text()
+    assert json.loads(first)["student"]["cutmix"] is True
+    assert "was run with --seed = 0" in train("teacher", *options, "--seed", "7").error
+    assert (out / "config.json").read_text() == first
+    sessions = json.loads((out / "environment.json").read_text())
+    assert ["--seed 7" in session["command"] for session in sessions] == [False, True]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert any(line.get("said", "").startswith("data: ") for line in lines)
+
+
+def test_a_changed_byte_in_a_coreset(train: Command, shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--data", shapes, "--out", out, "--method", "random", *SMALL)
+    train("coreset", *options).result  # noqa: B018
+    path = out / "coreset" / "patches" / "star" / "000001.png"
+    path.write_bytes(path.read_bytes()[:-9] + b"x" + path.read_bytes()[-8:])
+    error = train("student", *options).error
+    assert f"{path} is not as the coreset stage left it (it was changed)" in error
+    path.unlink()
+    error = train("student", *options).error
+    assert "(it is missing)" in error
+    assert "restore it, or start again with --overwrite" in error
+
+
+def test_a_recording_cut_short_under_finished_students_is_made_again(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise OSError("as if killed")
+
+    given = ("student", "--data", shapes, "--method", "random", *SMALL, "--no-ceiling")
+    train(*given, "--out", tmp_path / "whole").result  # noqa: B018
+    with monkeypatch.context() as patch:
+        patch.setattr(run_labels, "attach_labels", killed)
+        assert "as if killed" in train(*given, "--out", tmp_path / "cut").error
+    recording = tmp_path / "cut" / "students" / "random.labels.partial"
+    os.truncate(recording, 100)
+    told = train(*given, "--out", tmp_path / "cut")
+    assert told.result["students"]["random"]["losses"]
+    assert f"labels: {recording} was cut short or is of other labels: begun anew" in told.err
+    stored = [tmp_path / out / "coreset" / "labels.safetensors" for out in ("whole", "cut")]
+    assert stored[0].read_bytes() == stored[1].read_bytes()
+
+
+def test_a_full_disk(train: Command, shapes: Path, small_disk: Path) -> None:
+    options = ("--data", shapes, "--method", "rded", *SMALL, "--teacher", "convnet-d3-w64")
+    error = train("--out", small_disk / "run", *options).error
+    assert f"no space left for {small_disk / 'run'}" in error
+    assert "free some, or choose an --out on another disk" in error
+
+
+@pytest.mark.parametrize("full", ["teacher", "coreset", "students", "stages"])
+def test_a_disk_that_is_full_at_any_moment_and_resumed(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """As the small disk, at every writer and for every user: the kernel's error, then --resume."""
+    out = tmp_path / "run"
+
+    def refuse(path: Path, data: bytes) -> None:
+        if full in path.parts[len(out.parts) :]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, data)
+
+    write = durable.write_durably
+    with monkeypatch.context() as patch:
+        for module in (durable, coreset):
+            patch.setattr(module, "write_durably", refuse)
+        options = ("--data", shapes, "--out", out, "--method", "random", "--no-ceiling", *SMALL)
+        error = train(*options).error
+    assert f"no space left for {out}" in error
+    assert set(train(*options, "--resume").result["accuracy"]) == {"random"}

@@ -1,0 +1,166 @@
+"""Guards what `train` chooses, says and refuses before it trains: model, networks, machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+from cli_cases import SMALL, Command, runner, write_small_set
+from patchbloom.train import planning, run
+from patchbloom.train.commands import RunOptions
+from patchbloom.train.prior_model import new_parts, save_parts
+from patchbloom.train.record import Record
+from patchbloom.train.stages import RunFolder
+
+
+@pytest.fixture
+def train(capsys: pytest.CaptureFixture[str]) -> Command:
+    return runner(capsys)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_set(tmp_path_factory.mktemp("data"))
+
+
+def test_generated_images_have_one_recipe_with_and_without_a_model(
+    tmp_path: Path,
+) -> None:
+    """Methods are compared across commands too: random alone, on a GPU, beside dace."""
+    options = RunOptions(data="shapes", out=tmp_path, method=("random",))
+    for device in ("cpu", "cuda"):
+        with Record() as record:
+            assert planning._choose_recipe(options, device, None, record).name == "small"
+    photographs = dataclasses.replace(options, data="photographs")
+    with Record() as record:
+        assert planning._choose_recipe(photographs, "cuda", None, record).name == "dace"
+
+
+def test_engines_are_built_where_bundles_says(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way out that the message of a full cache offers."""
+    monkeypatch.setattr(run, "_run", lambda job, *_: {"bundles": str(job.plan.expand.bundles)})
+    options = ("--model", "sdxl-tiny", "--bundles", tmp_path / "engines")
+    result = train("--data", shapes, "--out", tmp_path / "run", *options).result
+    assert result["bundles"] == str(tmp_path / "engines")
+
+
+@pytest.mark.parametrize("factor", [3, 65, 128])
+def test_a_factor_that_does_not_fit_the_image(
+    train: Command, shapes: Path, tmp_path: Path, factor: int
+) -> None:
+    options = ("--method", "rded", "--factor", str(factor), "--recipe", "small")
+    error = train("--data", shapes, "--out", tmp_path / "run", *options).error
+    assert f"--factor {factor}: expected a divisor of the image size, 64 px" in error
+
+
+def test_an_image_size_that_the_model_cannot_make(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    save_parts(new_parts(32, tmp_path / "tokenizer"), tmp_path / "model")
+    options = ("--model", tmp_path / "model", "--image-size", "34")
+    error = train("--data", shapes, "--out", tmp_path / "run", *options).error
+    assert "--image-size 34: expected a multiple of 4, by which the VAE of model makes" in error
+
+
+def test_an_unknown_model(train: Command, shapes: Path, tmp_path: Path) -> None:
+    error = train("--data", shapes, "--out", tmp_path / "run", "--model", "sdxl-huge").error
+    assert "unknown model 'sdxl-huge': it is neither a folder nor one of sdxl-turbo" in error
+
+
+def test_a_folder_that_is_no_model(train: Command, shapes: Path, tmp_path: Path) -> None:
+    error = train("--data", shapes, "--out", tmp_path / "run", "--model", shapes).error
+    assert "is no model in diffusers' SDXL layout" in error
+
+
+def test_an_interrupted_download(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from patchbloom.export import hub
+
+    def cut(*_: object, local_files_only: bool = False, **__: object) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError("not in the cache")
+        raise ConnectionError("Connection broken: IncompleteRead(1048576 bytes read)")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cut)
+    monkeypatch.setattr(hub, "_listing", lambda *_: [])
+    error = train("--data", shapes, "--out", tmp_path / "run", "--model", "sdxl-turbo").error
+    assert "download of stabilityai/sdxl-turbo did not finish (Connection broken" in error
+    assert "run the same command again and it goes on where it stopped" in error
+
+
+@pytest.mark.parametrize("option", ["--student", "--teacher"])
+def test_an_unknown_network(train: Command, shapes: Path, tmp_path: Path, option: str) -> None:
+    options = ("--method", "rded", option, "resnet19")
+    error = train("--data", shapes, "--out", tmp_path / "run", *options).error
+    assert f"{option} resnet19" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_too_deep_for_the_images_is_told_first(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    error = train(
+        "--data", shapes, "--out", tmp_path / "run", "--method", "random",
+        "--student", "torchvision:alexnet", "--image-size", "32",
+    ).error  # fmt: skip
+    assert "--student torchvision:alexnet: cannot take images of 32 px" in error
+    assert "larger --image-size" in error
+
+
+def test_a_teacher_that_cannot_be_had_is_told_before_a_run_is_replaced(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with Record() as record, RunFolder(out, record):
+        (out / "teacher").mkdir()
+    options = ("--data", shapes, "--out", out, "--method", "rded", "--overwrite", "--teacher")
+    error = train(*options, "torchvision:resnet19").error
+    assert "teacher torchvision:resnet19 is unknown: expected one of alexnet, " in error
+    error = train(*options, "torchvision:resnet18").error
+    assert "knows ImageNet-1k's classes by their WordNet ids; 'bars' is none" in error
+    assert (out / "teacher").is_dir()
+
+
+def test_large_labels_are_told_before_the_run(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_run", lambda *_: {})
+    options = ("--data", shapes, "--out", tmp_path / "run", "--method", "rded")
+    assert "labels:" not in train(*options, *SMALL).err
+    err = train(*options, *SMALL, "--epochs", "5000000", "--overwrite").err
+    assert "labels: dense, 3.7 GiB for each method, and as much again on the disk while" in err
+    assert "coreset; --labels online keeps none" in err  # topk would be as large, of ten classes
+    topk = ("--codec", "topk", "--top-k", "2", "--epochs", "5000000", "--overwrite")
+    assert "labels: topk, 1.5 GiB for each method" in train(*options, *SMALL, *topk).err
+
+
+def test_labels_that_would_be_no_smaller(train: Command, shapes: Path, tmp_path: Path) -> None:
+    options = ("--method", "rded", "--codec", "topk")
+    error = train("--data", shapes, "--out", tmp_path / "run", *options).error
+    assert "--codec topk --top-k 10 keeps 10 of 10 probabilities, no less than dense" in error
+    error = train("--data", shapes, "--out", tmp_path / "run", *options, "--top-k", "5").error
+    assert "keeps 5 of 10 probabilities" in error
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--device", "cuda"], "torch finds no CUDA GPU here: run on a machine with an NVIDIA GPU"),
+        (["--backend", "trt"], "the trt backend needs an NVIDIA GPU (torch finds none"),
+        (["--backend", "inductor", "--precision", "fp16"], "fp32 or bf16 on the CPU, not fp16"),
+        (["--backend", "ort", "--precision", "bf16"], "the ort backend runs fp32 on the CPU"),
+    ],
+)
+def test_what_this_machine_lacks_is_told_before_anything_is_trained(
+    train: Command, shapes: Path, tmp_path: Path, options: list[str], told: str
+) -> None:
+    assert told in train("--data", shapes, "--out", tmp_path / "run", *options).error
+    assert not (tmp_path / "run").exists()
