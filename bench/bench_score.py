@@ -180,21 +180,9 @@ def check_crops(options: Options, images: ImageSet, order: np.ndarray) -> dict[s
     255: the largest and the mean difference, and the control's mean. RuntimeError: too far from
     Pillow's, or the control is not.
     """
-    boxes = RandomResizedCrops(
-        crops=options.crops, seed=options.seed, draw=Draw.SCORING_CROP, scale=SCALE, ratio=RATIO
-    )
     size_px = options.size // 2
-    stream = stream_crops(
-        images,
-        order[:8],
-        boxes,
-        crops=options.crops,
-        size_px=size_px,
-        batch=options.batch,
-        device=options.device,
-    )
     same, mirrored = [], []
-    for batch in stream:
+    for batch in open_stream(options, images, order[:8]):
         for b, index in enumerate(batch.index_B.tolist()):
             path = images.root / images.paths[index]
             upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")

@@ -154,11 +154,7 @@ def compare(old: dict[str, Row], new: dict[str, Row]) -> tuple[list[Comparison],
 
 def _compare_rows(name: str, old: Row, new: Row) -> Comparison:
     was, now = dict(_spreads(old)), dict(_spreads(new))
-    figures = [
-        Figure("/".join(path), *_both_speeds(path, was[path], now[path]))
-        for path in now
-        if path in was
-    ]
+    figures = [_figure(path, was[path], now[path]) for path in now if path in was]
     missing = ["/".join(path) for path in was if path not in now and path[-1] not in PEERS]
     return Comparison(name, figures, missing, differences(old, new))
 
@@ -174,11 +170,11 @@ def _spreads(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
             yield from _spreads(part, (*path, key))
 
 
-def _both_speeds(path: tuple[str, ...], old: Row, new: Row) -> tuple[Any, Any, int | None]:
-    """What a Figure is made of."""
+def _figure(path: tuple[str, ...], old: Row, new: Row) -> Figure:
     timed = any(part.endswith(TIMES) and "per_s" not in part for part in path)
     rounds = [row["n"] for row in (old, new) if "n" in row]
-    return _speeds(old, timed), _speeds(new, timed), min(rounds, default=None)
+    speeds = _speeds(old, timed), _speeds(new, timed)
+    return Figure("/".join(path), *speeds, min(rounds, default=None))
 
 
 def _parts(value: Any) -> Row:

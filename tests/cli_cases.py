@@ -1,4 +1,4 @@
-"""What the tests of `train` as a command share: a command's outcome, small data, quick options."""
+"""What tests of `train` as a command share: its outcome, small data and models, quick options."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from patchbloom.train import cli
+from patchbloom.train.prior_model import new_parts, save_parts
 from patchbloom.train.shapes import write_shapes
 
 SMALL = (
@@ -65,6 +67,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def write_small_model(folder: Path) -> None:
+    """A model of 32 px with random weights, always the same, into `folder`/model."""
+    torch.manual_seed(0)
+    channels: dict[str, Any] = {"unet_channels": (16, 32, 64), "vae_channels": (8, 16, 16)}
+    save_parts(new_parts(32, folder / "tokenizer", **channels), folder / "model")
 
 
 def write_small_set(folder: Path) -> Path:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cli_cases import Command, runner
 from patchbloom.engine.coreset import open_coreset
 from patchbloom.train import cli
 from PIL import Image
@@ -23,41 +22,11 @@ OPTIONS = (
 )
 
 
-@dataclass
-class Outcome:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line that it ends with."""
-        lines = [line for line in self.err.splitlines() if line.startswith("train: error: ")]
-        assert (self.code, len(lines)) == (2, 1), self.err
-        assert self.err.splitlines()[-1] == lines[0]
-        return lines[0]
-
-    @property
-    def result(self) -> dict:
-        assert self.code == 0, self.err
-        return json.loads(self.out.splitlines()[-1])
-
-
-Train = Callable[..., Outcome]
-
-
 @pytest.fixture
-def train(capsys: pytest.CaptureFixture[str]) -> Train:
+def train(capsys: pytest.CaptureFixture[str]) -> Command:
     """Run `train STAGE ...` in this process; all of it where the stage is empty."""
-
-    def run(stage: str, *more: str | Path) -> Outcome:
-        capsys.readouterr()
-        code = cli.main([*([stage] if stage else []), *OPTIONS, *map(str, more)])
-        return Outcome(code, *capsys.readouterr())
-
-    return run
+    run = runner(capsys)
+    return lambda stage, *more: run(*([stage] if stage else []), *OPTIONS, *more)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +64,7 @@ def names(run: Path) -> list[str]:
 
 
 def test_a_run_that_stopped_at_it_goes_on_without_it(
-    train: Train, others: Path, thousand: Path, tmp_path: Path
+    train: Command, others: Path, thousand: Path, tmp_path: Path
 ) -> None:
     bad, out = thousand / "train" / BAD, tmp_path / "run"
     error = train("coreset", "--data", thousand, "--out", out).error
@@ -114,7 +83,7 @@ def test_a_run_that_stopped_at_it_goes_on_without_it(
 
 @pytest.mark.parametrize("thousand", ["text"], indirect=True)
 def test_scoring_stops_at_it_and_goes_on_without_it(
-    train: Train, others: Path, thousand: Path, tmp_path: Path
+    train: Command, others: Path, thousand: Path, tmp_path: Path
 ) -> None:
     """A teacher that was brought along has seen no training image before patches are scored."""
     out, teacher = tmp_path / "run", others / "run" / "teacher" / "teacher.safetensors"
@@ -129,7 +98,7 @@ def test_scoring_stops_at_it_and_goes_on_without_it(
 
 
 def test_a_teacher_of_images_that_are_left_out_later_is_not_taken_over(
-    train: Train, others: Path, tmp_path: Path
+    train: Command, others: Path, tmp_path: Path
 ) -> None:
     data, run = (shutil.copytree(others / name, tmp_path / name) for name in ("data", "run"))
     path = data / "train" / "c4" / "040.jpg"

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from cli_cases import Command, runner, write_small_model
 from patchbloom.engine.coreset import Coreset, open_coreset
 from patchbloom.train import cli
-from patchbloom.train.prior_model import new_parts, save_parts
 from patchbloom.train.shapes import write_shapes
 
 OPTIONS = (
@@ -21,16 +17,12 @@ OPTIONS = (
 )
 FREE = ("--dsco.data-free", "--dsco.templates", "3")
 
-Train = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """A model with random weights, a teacher, and a set without one whole training image."""
     folder = tmp_path_factory.mktemp("given")
-    torch.manual_seed(0)
-    channels: dict[str, Any] = {"unet_channels": (16, 32, 64), "vae_channels": (8, 16, 16)}
-    save_parts(new_parts(32, folder / "tokenizer", **channels), folder / "model")
+    write_small_model(folder)
     write_shapes(folder / "data", train_per_class=4, val_per_class=2)
     own = ("--data", str(folder / "data"), "--model", str(folder / "model"))
     trained = ("--teacher", "convnet-d3-w8", "--out", str(folder / "trained"))
@@ -41,26 +33,16 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def train(given: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> Train:
-    """Run `train ...`; its result, or {"error": the one line that it ends with}."""
-
-    def run(*more: str | Path) -> dict[str, Any]:
-        capsys.readouterr()
-        code = cli.main([*OPTIONS, *given, *map(str, more)])
-        told = capsys.readouterr()
-        if code == 0:
-            return json.loads(told.out.splitlines()[-1])
-        assert code == 2, told.err
-        return {"error": told.err.splitlines()[-1]}
-
-    return run
+def train(given: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> Command:
+    run = runner(capsys)
+    return lambda *more: run(*OPTIONS, *given, *more)
 
 
-def test_images_are_made_of_no_real_one(train: Train, tmp_path: Path) -> None:
+def test_images_are_made_of_no_real_one(train: Command, tmp_path: Path) -> None:
     """Of every class as many as are asked for, and others than are not optimised."""
 
     def made(name: str, *more: str) -> Coreset:
-        result = train("--out", tmp_path / name, *FREE, *more)
+        result = train("--out", tmp_path / name, *FREE, *more).result
         assert 0 <= result["accuracy"]["dsco"][0] <= 100
         return open_coreset(tmp_path / name / "coreset")
 
@@ -90,7 +72,7 @@ def test_images_are_made_of_no_real_one(train: Train, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_optimised_is_told(
-    train: Train, tmp_path: Path, options: tuple[str, ...], told: str
+    train: Command, tmp_path: Path, options: tuple[str, ...], told: str
 ) -> None:
-    assert told in train("--out", tmp_path / "run", *options)["error"]
+    assert told in train("--out", tmp_path / "run", *options).error
     assert not (tmp_path / "run" / "coreset").exists()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_cases import write_small_model
 from patchbloom.engine.backends import Backend
 from patchbloom.engine.config import DscoConfig, ExpandConfig
 from patchbloom.engine.coreset import open_coreset
@@ -35,7 +36,6 @@ from patchbloom.kernels.noise import normal
 from patchbloom.train import cli
 from patchbloom.train.doping import read_whole
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.prior_model import new_parts, save_parts
 from patchbloom.train.shapes import write_shapes
 from safetensors.torch import load_file
 from torch import Tensor
@@ -173,9 +173,7 @@ def test_features_fit_any_latent(side: int) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, 32 px."""
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    channels: dict[str, Any] = {"unet_channels": (16, 32, 64), "vae_channels": (8, 16, 16)}
-    save_parts(new_parts(32, folder / "tokenizer", **channels), folder / "model")
+    write_small_model(folder)
     return folder / "model"
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from cli_cases import write_small_model
 from patchbloom.engine.coreset import Coreset, attach_labels, open_coreset
 from patchbloom.engine.soft_labels import Codec, LabelBlock
 from patchbloom.train import cli, drift
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.methods import UpsampledPatches
-from patchbloom.train.prior_model import new_parts, save_parts
 from patchbloom.train.shapes import write_shapes
 from patchbloom.train.teacher import Teacher, load_teacher
 from patchbloom.train.views import make_views, pools
@@ -56,9 +56,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/, model/ with random weights, and run/: a finished run of all methods."""
     folder = tmp_path_factory.mktemp("given")
     write_shapes(folder / "data", train_per_class=5, val_per_class=2)
-    torch.manual_seed(0)
-    channels: dict[str, Any] = {"unet_channels": (16, 32, 64), "vae_channels": (8, 16, 16)}
-    save_parts(new_parts(32, folder / "tokenizer", **channels), folder / "model")
+    write_small_model(folder)
     places = ("--data", folder / "data", "--model", folder / "model", "--out", folder / "run")
     assert cli.main([*map(str, places), *RUN]) == 0
     return folder

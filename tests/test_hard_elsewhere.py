@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from cli_cases import write_small_model
 from patchbloom.engine.coreset import open_coreset
 from patchbloom.train import cli
-from patchbloom.train.prior_model import new_parts, save_parts
 from patchbloom.train.shapes import write_shapes
 from safetensors.torch import load_file
 
@@ -49,9 +49,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/, model/, hard/: a run with hard targets, and soft/: rded's coreset with labels."""
     folder = tmp_path_factory.mktemp("given")
     write_shapes(folder / "data", train_per_class=5, val_per_class=2)
-    torch.manual_seed(0)
-    channels: dict[str, Any] = {"unet_channels": (16, 32, 64), "vae_channels": (8, 16, 16)}
-    save_parts(new_parts(32, folder / "tokenizer", **channels), folder / "model")
+    write_small_model(folder)
     places = ("--data", str(folder / "data"), "--model", str(folder / "model"), *RUN)
     hard = ("--targets", "hard", "--out", str(folder / "hard"), "--method", *METHODS)
     assert cli.main(["student", *places, *hard]) == 0

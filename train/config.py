@@ -30,6 +30,11 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed {seed}: expected 0 to {MOST_SEED}")
 
 
+def usual_precision(device: Device) -> StudentPrecision:
+    """Of a student's passes, when nobody says; `device` is cpu or cuda."""
+    return "bf16" if device == "cuda" else "fp32"
+
+
 def _check_at_least(config: object, least: float, *names: str) -> None:
     for name in names:
         if getattr(config, name) < least:
@@ -200,6 +205,11 @@ class StudentConfig:
             raise ValueError(f"final_lr_fraction {self.final_lr_fraction}: expected [0, 1)")
         if self.targets == "hard" and self.temperature != 1:
             raise ValueError(f"temperature {self.temperature}: expected 1 with hard targets")
+
+    def at(self, precision: StudentPrecision) -> StudentConfig:
+        """With passes of another precision, and views that keep all that such a pass can see."""
+        views = "fp32" if precision == "fp32" else "fp16"
+        return replace(self, precision=precision, views=views)
 
     def recipe(self) -> dict[str, Any]:
         """How a student learns from views and labels, for a manifest that describes these itself.

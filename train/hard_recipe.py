@@ -13,7 +13,7 @@ from typing import Any
 
 from ..engine.coreset import Coreset
 from ..export.config import DeviceName
-from .config import RECIPES, Recipe, StudentConfig
+from .config import RECIPES, Recipe, StudentConfig, usual_precision
 from .coreset_options import StudentElsewhere
 from .engine_batches import grouping
 from .planning import SMALL_MODEL_PX
@@ -42,7 +42,7 @@ def hard_config(
         config = student_config(coreset, device=device)
     changes = {name: value for name, value in changes.items() if value is not None}
     if "precision" in changes:
-        changes["views"] = "fp32" if changes["precision"] == "fp32" else "fp16"
+        config = config.at(changes.pop("precision"))
     if options.cutmix is not None:
         changes["cutmix"] = options.cutmix == "on"
     return replace(config, targets="hard", temperature=1.0, **changes)
@@ -71,13 +71,10 @@ def _filled_in(
             f"class that students of {coreset.folder} see in an epoch: give the --factor of its run"
         )
     student = recipe.student_for(ipc=ipc, factor=factor, classes=classes, network=options.student)
-    precision = "bf16" if device == "cuda" else "fp32"
     return replace(
-        student,
+        student.at(usual_precision(device)),
         size_px=settings["image_size_px"],
         group=grouping(classes, each + doped_samples(coreset), student) or 1,
-        precision=precision,
-        views="fp32" if precision == "fp32" else "fp16",
         seed=settings["seed"],
         device=device,
     )

@@ -15,7 +15,7 @@ from ..export.config import DeviceName, Precision
 from ..export.models import ModelSource, find_model
 from .announcement import announce
 from .commands import BY_MODEL, RunOptions
-from .config import RECIPES, Recipe, StudentConfig, TeacherConfig
+from .config import RECIPES, Recipe, StudentConfig, TeacherConfig, usual_precision
 from .data_folder import data_folder, images_sha256
 from .engine_batches import engine_batch_for, grouping, together_in_engine
 from .networks import TORCHVISION
@@ -199,17 +199,14 @@ def _teacher_config(options: RunOptions, given: _Given, network: str) -> Teacher
 def _student_config(
     options: RunOptions, given: _Given, recipe: StudentConfig, group: int | None
 ) -> StudentConfig:
-    precision = options.student_precision or ("bf16" if given.device == "cuda" else "fp32")
     return replace(
-        recipe,
+        recipe.at(options.student_precision or usual_precision(given.device)),
         size_px=given.image_size,
         epochs=options.epochs or recipe.epochs,
         batch=options.batch or recipe.batch,
         group=group or 1,
         learning_rate=options.learning_rate or recipe.learning_rate,
         cutmix=recipe.cutmix if options.cutmix is None else options.cutmix == "on",
-        precision=precision,
-        views="fp32" if precision == "fp32" else "fp16",
         compile=options.student_compile,
         targets=options.targets,
         temperature=1.0 if options.targets == "hard" else recipe.temperature,
