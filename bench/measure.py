@@ -146,8 +146,12 @@ def ratios(fast: Rate, slow: Rate) -> Rate:
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
-    """What a number depends on besides the code: device, clocks, load, versions, commit, time."""
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    """What a number depends on: device, clocks, load, versions, commit, time.
+
+    `dirty`: what runs is not the commit; rows appended under results/ are no code.
+    """
+    code = (":(top)", ":(top,exclude)bench/results")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
     row: dict[str, object] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),

@@ -61,6 +61,22 @@ def run_bench_score(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
+def test_rows_of_before_do_not_make_a_commit_dirty(measure, tmp_path: Path, monkeypatch):
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    code, rows = tmp_path / "bench" / "code.py", results / "rows.jsonl"
+    for file in (code, rows):
+        file.write_text("1\n")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for words in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "first")):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(measure, "RESULTS", results)
+    rows.write_text("1\n2\n")
+    assert measure.environment()["dirty"] is False
+    code.write_text("2\n")
+    assert measure.environment()["dirty"] is True
+
+
 def test_bench_score(tmp_path: Path):
     rng = np.random.default_rng(0)
     for n in range(12):
