@@ -22,6 +22,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -29,6 +30,7 @@ from typing import Generic, TypeVar
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import l1_loss
 
 from .prior_model import POSTERIOR_STD
@@ -239,9 +241,10 @@ def predict(
     half: bool = False,
 ) -> Tensor:
     """Predict the noise in `states`; bf16 autocast when `half` (frozen models: 1.7 × faster)."""
+    device = states_B4hw.device.type
     scaled = states_B4hw / (sigmas_B.square() + 1).sqrt()[:, None, None, None]
     added = {"text_embeds": conditioning.pooled_GD[prompts_B], "time_ids": time_ids_B6}
-    with torch.autocast(states_B4hw.device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(device, torch.bfloat16, enabled=half), _attention(device, half):
         eps = unet(
             scaled,
             timesteps_B,
@@ -250,6 +253,15 @@ def predict(
             return_dict=False,
         )[0]
     return eps.float()
+
+
+def _attention(device: str, half: bool) -> AbstractContextManager[None]:
+    """Plain products where a CPU differentiates in bf16: a step of the denoiser is 1.4 × faster.
+
+    The backward pass of torch's fused attention takes a third of such a step (torch 2.15).
+    """
+    plain = device == "cpu" and half and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 def _weighted_error(prediction: Tensor, target: Tensor, sigmas_B: Tensor) -> Tensor:
