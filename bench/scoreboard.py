@@ -30,21 +30,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 from measure import environment, publish
 from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.console import print_table
 from patchbloom.engine.coreset import open_coreset
-from patchbloom.engine.durable import replace_file, replacing
+from patchbloom.engine.durable import replace_file
 from patchbloom.train.summary import mean_and_std
-from PIL import Image
-from scoreboard_cells import THOUSAND, THOUSAND_PX, Board, Cell, Options, Size
+from scoreboard_cells import Board, Cell, Options, Size
 from scoreboard_page import duration, plus_minus, render, write_plots
+from thousand_classes import write_thousand
 
 Row = dict[str, Any]
 CELLS, ROWS, PLOTS, MARKDOWN, JSON = "cells", "rows", "plots", "scoreboard.md", "scoreboard.json"
-TEACHER = Path("teacher", "teacher", "teacher.safetensors")
+TEACHER = Path("teacher", "teacher.safetensors")
 THOUSAND_SET = "thousand-classes"
 OF_CORESET = ("evals", "bytes", "label_bytes", "recognised")
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
@@ -55,17 +54,15 @@ def command(cell: Cell, board: Board) -> list[str]:
     out, words = board.options.out, list(cell.words)
     if cell.base is not None:
         words += ["--coreset", str(out / CELLS / cell.base.name / "coreset")]
-    elif cell.generated:
-        words += ["--data", str(out / THOUSAND_SET), "--resume"]
-    elif cell.kind == "teacher":
-        words += ["--resume"]
     else:
-        given = board.options.teacher
-        words += [
-            "--teacher",
-            str(out / CELLS / TEACHER) if board.options.trains_teacher else given,
-        ]
         words += ["--resume"]
+    if cell.generated:
+        words += ["--data", str(out / THOUSAND_SET)]
+    if not cell.kind:
+        own = board.thousand_teacher if cell.generated else board.teacher
+        made = str(out / CELLS / own.name / TEACHER)
+        trained = cell.generated or board.options.trains_teacher
+        words += ["--teacher", made if trained else board.options.teacher or ""]
     return [*words, "--out", str(out / CELLS / cell.name)]
 
 
@@ -94,22 +91,6 @@ def run(cell: Cell, board: Board) -> str | None:
             process.communicate()
             raise
     return (said or f"exit code {process.returncode}") if process.returncode else None
-
-
-def write_thousand(folder: Path) -> None:
-    """A set of 1000 classes, each with a mosaic of 16 colours: one image in either split."""
-    if folder.is_dir():
-        return
-    with replacing(folder, overwrite=False) as partial:
-        for split, noise in (("train", 0), ("val", 1)):
-            for number in range(THOUSAND):
-                colours = np.random.default_rng(number).integers(32, 224, (4, 4, 3))
-                side = THOUSAND_PX // 4
-                pixels = colours.repeat(side, 0).repeat(side, 1)
-                pixels += np.random.default_rng((number, noise)).integers(-16, 17, pixels.shape)
-                place = partial / split / f"class{number:04d}"
-                place.mkdir(parents=True)
-                Image.fromarray(pixels.astype(np.uint8)).save(place / "0.png")
 
 
 def read_row(cell: Cell, size: Size, folder: Path, base: Row | None) -> Row:
@@ -253,7 +234,7 @@ def run_all(board: Board, cells: Sequence[Cell], rows: dict[str, Row]) -> dict[s
             failed[cell.name] = error
         if cell.name in failed:
             print(f"failed: {cell.name}: {failed[cell.name]}", file=sys.stderr, flush=True)
-            if cell.kind == "teacher":
+            if cell is board.teacher:
                 raise ValueError(f"no cell can go on without its teacher: {failed[cell.name]}")
             continue
         row: Row = environment(device) | {"benchmark": "scoreboard"}

@@ -24,6 +24,7 @@ from patchbloom.train.data_folder import data_folder
 from patchbloom.train.networks import TORCHVISION
 from patchbloom.train.record import Silence
 from patchbloom.train.requirements import check_network
+from thousand_classes import CLASSES, IMAGES, SIZE_PX
 
 Part = Literal["methods", "ablation", "patches", "students", "codecs", "gain"]
 PARTS: tuple[Part, ...] = ("methods", "ablation", "patches", "students", "codecs", "gain")
@@ -35,7 +36,9 @@ HARD = ("--targets", "hard")
 TOP_KS = (3, 10, 50)
 SAME_ELSEWHERE = ("model", "backend", "device", "bundles", "engine_batch", "shapes_per_class")
 """Options that `train student --coreset` has to be given again."""
-THOUSAND, THOUSAND_PX = 1000, 32
+_THOUSAND = ("--recipe", "small", "--image-size", str(SIZE_PX))
+THOUSAND_EPOCHS, THOUSAND_TEACHER_EPOCHS = 20, 8
+"""Of the set of 1000 classes, where nobody says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,15 +210,21 @@ class Board:
             name=_slug(f"{base.name}-{network}"), words=words, classes=base.classes, base=base
         )
 
+    @cached_property
+    def thousand_teacher(self) -> Cell:
+        """What trains the teacher of the generated set of 1000 classes."""
+        epochs = self.options.teacher_epochs or THOUSAND_TEACHER_EPOCHS
+        words = ("teacher", *_THOUSAND, "--method", "random", "--teacher-epochs", str(epochs))
+        return Cell(name="thousand-teacher", words=words, classes=CLASSES, generated=True)
+
     def thousand(self, *codec: str) -> Cell:
-        """Bytes and code path of a codec at 1000 classes; nothing is to be learned from the set."""
-        words = (
-            *("--method", "upsample", "--ipc", "1", "--factor", "1", "--recipe", "small"),
-            *("--image-size", str(THOUSAND_PX), "--epochs", "2", "--teacher-epochs", "1"),
-            *("--seeds", "1", "--no-ceiling", *codec),
-        )
+        """Students of whole images of the set of 1000 classes, by labels of a codec."""
+        o = self.options
+        words = (*_THOUSAND, "--method", "upsample", "--ipc", str(o.ipc[0]), "--factor", "1")
+        words += ("--epochs", str(o.epochs or THOUSAND_EPOCHS), "--seeds", str(o.seeds))
         name = _slug(f"thousand-{'-'.join(codec) or 'dense'}")
-        return Cell(name=name, words=words, classes=THOUSAND, generated=True)
+        words += ("--no-ceiling", *codec)
+        return Cell(name=name, words=words, classes=CLASSES, generated=True)
 
     def lines(self) -> list[Line]:
         """Every line of every part that was asked for."""
@@ -232,7 +241,9 @@ class Board:
     def cells(self) -> list[Cell]:
         """Each cell once, the teacher first, one that others need before them."""
         cells = [self.teacher] if self.options.trains_teacher else []
-        for line in self.lines():
+        lines = self.lines()
+        cells += [self.thousand_teacher] if any(line.cell.generated for line in lines) else []
+        for line in lines:
             cells += [cell for cell in (line.cell.base, line.cell, line.hard) if cell is not None]
         return list(dict.fromkeys(cells))
 
@@ -243,7 +254,7 @@ class Board:
         image_size = run.image_size or self.image_size
         if cell.kind == "teacher":
             network, epochs = run.teacher or recipe.teacher.network, run.teacher_epochs
-            images = int(self.counts_K.sum())
+            images = CLASSES * IMAGES["train"] if cell.generated else int(self.counts_K.sum())
             return Size("teacher", network, image_size, 1, images, epochs or recipe.teacher.epochs)
         network = run.student or recipe.student.network
         if cell.base is not None:
@@ -303,7 +314,7 @@ class Board:
         methods = self.options.method_names
         method = "dace" if "dace" in methods else methods[0]
         here, ipc = len(self.counts_K), self.options.ipc[0]
-        for classes in dict.fromkeys((here, THOUSAND)):
+        for classes in dict.fromkeys((here, CLASSES)):
             for k in (None, *(k for k in TOP_KS if 2 * k < classes)):
                 own = () if k is None else ("--codec", "topk", "--top-k", str(k))
                 cell = self.cell(method, ipc, *own) if classes == here else self.thousand(*own)

@@ -230,12 +230,8 @@ def _codec_notes(lines: Sequence[Line], rows: Mapping[str, Row]) -> Iterator[str
             continue
         smaller = whole["label_bytes"] / row["label_bytes"]
         points = row["accuracy"][0] - whole["accuracy"][0]
-        told = (
-            "bytes alone, the set is generated"
-            if line.cell.generated
-            else f"{points:+.1f} points, {_told(row, whole)}"
-        )
-        yield f"{line.group}, {line.label}: {smaller:.1f} times smaller than dense; {told}."
+        told = f"{smaller:.1f} times smaller than dense; {points:+.1f} points, {_told(row, whole)}"
+        yield f"{line.group}, {line.label}: {told}."
 
 
 def _ranked(lines: Sequence[Line], rows: Mapping[str, Row]) -> list[Line]:

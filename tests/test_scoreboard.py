@@ -78,6 +78,17 @@ def test_cells_are_shared_and_say_what_they_are(scoreboard: ModuleType, data: Pa
     assert [line.label for line in board.lines() if line.group == "1000 classes"] == [
         *("dense", "top-3", "top-10", "top-50")
     ]
+    dense = lines["codecs", "1000 classes", "dense"].cell
+    words = scoreboard.command(dense, board)
+    made = "out/cells/thousand-teacher/teacher/teacher.safetensors"
+    for option, value in (("--data", "out/thousand-classes"), ("--teacher", made), ("--ipc", "1")):
+        assert words[words.index(option) + 1] == value
+    order = [cell.name for cell in board.cells()]
+    assert order.index("thousand-teacher") < order.index(dense.name)
+    teacher = next(cell for cell in board.cells() if cell.name == "thousand-teacher")
+    assert scoreboard.command(teacher, board)[0] == "teacher"
+    assert board.size(teacher).samples == 10_000
+    assert "--model" not in words
     with pytest.raises(ValueError, match="--students resnet1"):
         board_of(scoreboard, data, Path("out"), students=("resnet1",)).cells()
 
@@ -169,7 +180,7 @@ def test_every_part_runs(scoreboard: ModuleType, tmp_path: Path) -> None:
     rows = scoreboard.read_rows(board, board.cells())
     lines = {(line.part, line.group, line.label): line.cell.name for line in board.lines()}
     row = {key: rows[name] for key, name in lines.items()}
-    assert rows.keys() - set(lines.values()) == {"teacher"}
+    assert rows.keys() - set(lines.values()) == {"teacher", "thousand-teacher"}
 
     dace = row["methods", "IPC 1", "dace"]
     assert [row["ablation", "IPC 1", f"rho {rho}"]["evals"] for rho in (0.4, 0.8)] == [2, 4]
