@@ -31,6 +31,8 @@ def read_class_texts(option: str, path: Path, what: str) -> list[tuple[str, str]
     else:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         pairs = [_split_line(f"{option} {path}", line, what) for line in lines]
+    if not pairs:
+        raise ValueError(f"{option} {path}: it is empty: expected a {what} for one class or more")
     for class_id, value in pairs:
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{option} {path}: {class_id!r}: expected a {what}, got {value!r}")
@@ -53,7 +55,7 @@ def read_prompts(path: Path | None, class_ids: Sequence[str]) -> dict[str, str]:
             known = ", ".join(class_ids[:3])
             raise ValueError(
                 f"--prompts {path}: expected ids of the {len(class_ids)} classes ({known}, …), "
-                f"got {class_id!r}: correct it, or leave it out"
+                f"got {class_id!r}: correct it (a tab ends an id with spaces), or leave it out"
             )
         prompts[class_id] = prompt
     return {class_id: prompts[class_id] for class_id in class_ids if class_id in prompts}

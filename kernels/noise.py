@@ -71,6 +71,7 @@ class Draw(IntEnum):
     LATIN = 15
     FEATURES = 16
     NOISED = 17
+    CEILING = 18
     ANCESTRAL = 64
     """Sampler step k draws with ANCESTRAL + k; nothing is reserved above."""
 

@@ -278,6 +278,18 @@ def finished(given: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+def test_hard_targets_are_doped_with_the_same_images(
+    finished: Path, given: tuple[str, ...], tmp_path: Path
+) -> None:
+    teacher = ("--teacher", str(finished / "teacher" / "teacher.safetensors"))
+    out = ("--out", str(tmp_path / "run"), "--method", "random", "--dope", "1", *teacher)
+    assert cli.main([*given, *out, "--targets", "hard"]) == 0
+    hard = open_coreset(tmp_path / "run" / "coreset-doped")
+    soft = open_coreset(finished / "coreset-random-doped")
+    assert torch.equal(hard.doped(), soft.doped())
+    assert hard.soft_labels() is None
+
+
 def test_a_run_makes_doped_coresets(finished: Path) -> None:
     own, doped = open_coreset(finished / "coreset"), open_coreset(finished / "coreset-doped")
     assert own.manifest["schema"] == "patchbloom.coreset/1"

@@ -116,6 +116,8 @@ def test_own_prompts_go_by_class_id_and_the_others_by_template(tmp_path: Path, t
         ("red_fox a fox\nred_fox a fox\n", "'red_fox' is given twice: keep one of them"),
         ('{"red_fox": "a fox", "red_fox": "b"}', "'red_fox' is given twice: keep one of them"),
         ("redfox a fox\n", r"ids of the 3 classes \(n01440764, .*\), got 'redfox': correct it"),
+        ("", "it is empty: expected a prompt for one class or more"),
+        ("red fox a fox\n", r"got 'red': correct it \(a tab ends an id with spaces\)"),
         ("red_fox\n", "expected a line 'id prompt', got 'red_fox'"),
         ('{"red_fox": ["a", "b"]}', "'red_fox': expected a prompt, got"),
         (None, "no such file"),

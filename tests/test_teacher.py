@@ -15,7 +15,13 @@ import torchvision
 from patchbloom.engine.class_names import imagenet_names
 from patchbloom.engine.images import ImageSet, open_image_set
 from patchbloom.train.checkpoint import CheckpointError, read_tensors, write_tensors
-from patchbloom.train.config import TeacherConfig
+from patchbloom.train.config import (
+    MOST_STUDENTS,
+    TeacherConfig,
+    doping_seed,
+    student_seeds,
+    teacher_start,
+)
 from patchbloom.train.evaluation import accuracies
 from patchbloom.train.networks import build_network, draws_in_training
 from patchbloom.train.normalisation import IMAGENET, Normalisation
@@ -161,6 +167,25 @@ def test_a_killed_training_resumes_to_the_same_weights(sets, tmp_path: Path) -> 
     assert training_losses(tmp_path / "killed") == report.curves["teacher/loss"]
     other = train_teacher(*sets, replace(CONFIG, seed=1), tmp_path / "other", Silent())
     assert other.sha256 != whole.sha256
+
+
+def test_no_student_starts_where_its_teacher_did(sets, tmp_path: Path) -> None:
+    still = replace(CONFIG, epochs=1, learning_rate=1e-9, weight_decay=0.0)
+    for seed in (0, 7):
+        train_teacher(*sets, replace(still, seed=seed), tmp_path / str(seed), Silent())
+        tensors, _ = read_tensors(tmp_path / str(seed) / TEACHER)
+        name = next(name for name, value in tensors.items() if value.ndim == 4)
+
+        def distance(start: int, name=name, trained=tensors) -> float:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(start)
+                first = build_network(CONFIG.network, 10, 32).state_dict()[name]
+            return float((first - trained[name]).abs().max())
+
+        assert distance(teacher_start(seed)) < 1e-6
+        others = (*student_seeds(seed, MOST_STUDENTS), doping_seed(seed), seed)
+        assert len(set(others)) >= MOST_STUDENTS + 1
+        assert min(distance(start) for start in others[::50] + others[-2:]) > 1e-2
 
 
 def test_a_finished_teacher_is_loaded_and_another_config_refused(sets, tmp_path: Path) -> None:

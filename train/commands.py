@@ -16,6 +16,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from ..engine.config import TEMPLATE, DscoConfig, Start, parse_mixup_weight
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import (
+    MOST_STUDENTS,
     Choice,
     PriorConfig,
     RecipeName,
@@ -78,8 +79,9 @@ class RunOptions:
     prompt: str = TEMPLATE
     """The model's prompt; {name} in it is the name of the class."""
     prompts: Path | None = None
-    """Prompts of their own for some classes: a JSON object or lines "folder prompt". A class that
-    it leaves out has --prompt."""
+    """Prompts of their own for some classes: a JSON object {folder: prompt}, or lines of a folder,
+    a tab (or a space, where no folder's name has one) and its prompt. A class that it leaves out
+    has --prompt."""
     variants: int = 0
     """Augmented variants beside each generated image of t2i, anew in every epoch; published: 4."""
     generate_size: int | None = None
@@ -189,6 +191,8 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        if self.seeds > MOST_STUDENTS:
+            raise ValueError(f"--seeds {self.seeds}: expected {MOST_STUDENTS} at most")
         if self.dope < 0:
             raise ValueError(f"--dope {self.dope}: expected 0 or more")
         if "dsco" in self.methods and self.steps_of("dsco") < 2:

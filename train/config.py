@@ -20,7 +20,9 @@ SMALL_IMAGES_PX = 64  # CIFAR's 32 and Tiny-ImageNet's 64, of which RDED takes w
 CHANGES_NO_RESULT = ("overlap", "accumulate", "checkpoint_every", "checkpoints_kept")
 """Options of a StudentConfig that a resumed training may have otherwise; `accumulate`, so that one
 that ran out of memory can go on: the gradient is the same, though a BatchNorm sees parts."""
-MOST_SEED = 2**32 // 1000 - 1
+MOST_STUDENTS = 998
+_STARTS = 1000  # of a run: its students', then that of a network for doping, then the teacher's
+MOST_SEED = 2**32 // _STARTS - 1
 """Of a run: its students' seeds are 1000 times it and some, and have 32 bits."""
 
 
@@ -28,6 +30,21 @@ def check_seed(seed: int) -> None:
     """ValueError for a seed that would share students with another one."""
     if not 0 <= seed <= MOST_SEED:
         raise ValueError(f"--seed {seed}: expected 0 to {MOST_SEED}")
+
+
+def student_seeds(seed: int, count: int) -> tuple[int, ...]:
+    """Of `count` students, at most MOST_STUDENTS; no other network of any run starts from one."""
+    return tuple(_STARTS * seed + k for k in range(count))
+
+
+def doping_seed(seed: int) -> int:
+    """Of the student whose margins decide what a coreset is doped with; none of those examined."""
+    return _STARTS * seed + MOST_STUDENTS
+
+
+def teacher_start(seed: int) -> int:
+    """The seed of a teacher's first weights: a student must not start where its teacher did."""
+    return _STARTS * seed + MOST_STUDENTS + 1
 
 
 def usual_precision(device: Device) -> StudentPrecision:

@@ -78,11 +78,11 @@ def _without(images: ImageSet, paths: list[str]) -> ImageSet:
     left_out = set(paths)
     kept = np.array([path not in left_out for path in images.paths])
     labels = images.labels[kept]
-    for index, class_id in enumerate(images.class_ids):
-        if not (labels == index).any():
-            raise InputError(
-                f"{images.root / class_id}: not one image in it can be decoded: "
-                "add images or remove the folder"
-            )
+    counts = np.bincount(labels, minlength=len(images.class_ids))
+    if not counts.all():
+        raise InputError(
+            f"{images.root / images.class_ids[counts.argmin()]}: not one image in it can be "
+            "decoded: add images or remove the folder"
+        )
     whole = tuple(path for path in images.paths if path not in left_out)
     return replace(images, paths=whole, labels=labels)

@@ -13,6 +13,7 @@ Legend: M training images, B of a batch, K classes, S image size in pixels.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..engine.coreset import Coreset, write_coreset
 from ..engine.images import STANDARD_RESIZE_RATIO, ImageSet, center_boxes, stream_crops
 from ..engine.peers import share_of
 from .checkpoint import read_tensors
+from .config import StudentConfig, doping_seed
 from .evaluation import FORWARD_BATCH
 from .labels import OnlineLabels
 from .loop import train_students
@@ -53,8 +55,10 @@ def dope(
     network's bits name the coreset; it writes, and returns what it wrote. Raises as train_students
     does.
     """
-    world, config = run.world, plan.student
-    path = world.once(lambda: _trained(plan, run.folder / "students", report, teacher, coreset))
+    world, config = run.world, _doping_student(plan)
+    path = world.once(
+        lambda: _trained(plan, config, run.folder / "students", report, teacher, coreset)
+    )
     network = build_network(config.network, len(coreset.class_ids), config.size_px)
     network.load_state_dict(read_tensors(Path(path))[0])
     network.to(teacher.device).eval()
@@ -73,21 +77,33 @@ def dope(
         made_with={
             "student": config.recipe(),
             "epochs": config.epochs,
-            "seed": plan.student_seeds[0],
+            "seed": doping_seed(plan.options.seed),
         },
         device=plan.device,
         provenance=provenance,
     )
 
 
-def _trained(plan: Plan, folder: Path, report: Report, teacher: Teacher, coreset: Coreset) -> str:
-    """The file of a student of the coreset, with the first of the run's seeds."""
+def _doping_student(plan: Plan) -> StudentConfig:
+    """As the run's, but learning from soft labels, so that --targets dope with the same images."""
+    return replace(plan.student, targets="soft", temperature=plan.recipe.student.temperature)
+
+
+def _trained(
+    plan: Plan,
+    config: StudentConfig,
+    folder: Path,
+    report: Report,
+    teacher: Teacher,
+    coreset: Coreset,
+) -> str:
+    """The file of a student of the coreset, with a seed that none of those examined has."""
     with open_source(plan, coreset) as source:
         (result,) = train_students(
             source,
-            OnlineLabels(teacher, plan.student.temperature),
-            plan.student,
-            seeds=plan.student_seeds[:1],
+            OnlineLabels(teacher, config.temperature),
+            config,
+            seeds=[doping_seed(plan.options.seed)],
             val_set=None,
             folder=folder,
             report=report,

@@ -18,13 +18,12 @@ from ..engine.backends import resolve_device
 from ..engine.coreset import Coreset, open_coreset
 from ..engine.durable import full_disk_explained
 from ..engine.images import ImageSet, open_image_set
-from .config import CHANGES_NO_RESULT, StudentConfig, Targets
+from .config import CHANGES_NO_RESULT, StudentConfig, Targets, student_seeds
 from .coreset_options import StudentElsewhere
 from .data_folder import data_folder, images_sha256
 from .hard_labels import HardLabels
 from .hard_recipe import hard_config
 from .loop import train_students
-from .plan import student_seeds
 from .record import Record, Report
 from .recorded import fitting_labels, open_recorded_source, student_config
 from .requirements import check_compiler, check_network

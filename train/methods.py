@@ -208,7 +208,7 @@ class RealImages:
 
     def drawn(self, samples: np.ndarray, epoch: int) -> np.ndarray:
         """Which image of the split each sample is at `epoch`: indices of `images.paths`."""
-        u_P = uniform_numpy(self.seed, Draw.SELECTION, samples, epoch, 1)[:, 0]
+        u_P = uniform_numpy(self.seed, Draw.CEILING, samples, epoch, 1)[:, 0]
         classes_P = self.labels_N.numpy()[samples]
         within_P = np.floor(u_P.astype(np.float64) * self._count_K[classes_P]).astype(np.int64)
         return self._first_K[classes_P] + within_P

@@ -9,7 +9,7 @@ from ..engine.images import ImageSet
 from ..engine.prompts import class_prompts
 from ..export.models import ModelSource
 from .commands import RunOptions
-from .config import Recipe, Scoring, StudentConfig, TeacherConfig
+from .config import Recipe, Scoring, StudentConfig, TeacherConfig, student_seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,3 @@ class Plan:
     def student_seeds(self) -> tuple[int, ...]:
         """One per student."""
         return student_seeds(self.options.seed, self.options.seeds)
-
-
-def student_seeds(seed: int, count: int) -> tuple[int, ...]:
-    """Seeds of `count` students of a run; no two runs of different --seed share one."""
-    return tuple(1000 * seed + k for k in range(count))

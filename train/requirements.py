@@ -6,6 +6,7 @@ option, what was found and a way out.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ..engine.images import ImageSet
@@ -89,8 +90,8 @@ def images_needed(options: RunOptions, factor: int) -> int:
 def check_images_per_class(train: ImageSet, needed: int, doped: int = 0) -> None:
     """ValueError when a class has fewer than `needed` images, of each of which a patch is taken, or
     fewer than the `doped` that --dope adds."""
-    counts = [int((train.labels == index).sum()) for index in range(len(train.class_ids))]
-    fewest = min(range(len(counts)), key=counts.__getitem__)
+    counts = np.bincount(train.labels, minlength=len(train.class_ids))
+    fewest = int(counts.argmin())
     if counts[fewest] < needed:
         raise ValueError(
             f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "

@@ -52,6 +52,8 @@ OPTION_OF = {
     "student.seed": "--seed",
     "student.device": "--device",
     "dsco.name": "--model",
+    "dsco.prompt": "--prompt",
+    "dsco.prompts": "--prompts",
     "dsco.steps": "--steps",
     "dsco.precision": "--precision",
     "dsco.vae_precision": "--vae-precision",

@@ -24,7 +24,7 @@ from ..engine.images import ImageSet, check_same_classes, stream_crops
 from ..engine.patches import RandomResizedCrops
 from ..kernels.noise import Draw, uniform_numpy
 from .checkpoint import read_tensors, require_same, restore_training, training_state, write_tensors
-from .config import TeacherConfig
+from .config import TeacherConfig, teacher_start
 from .evaluation import accuracies
 from .networks import build_network
 from .normalisation import IMAGENET
@@ -102,7 +102,7 @@ class _TeacherTraining:
         self.identity = identity
         self.device = torch.device(resolve_device(config.device))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(teacher_start(config.seed))
             network = build_network(config.network, len(images.class_ids), config.size_px)
         self.network = network.to(self.device)
         self.optimizer = adamw(self.network, config.learning_rate, config.weight_decay)
