@@ -287,6 +287,8 @@ def test_hard_targets_are_doped_with_the_same_images(
     hard = open_coreset(tmp_path / "run" / "coreset-doped")
     soft = open_coreset(finished / "coreset-random-doped")
     assert torch.equal(hard.doped(), soft.doped())
+    margins = [coreset.manifest["provenance"]["doped"] for coreset in (hard, soft)]
+    assert margins[0] == margins[1]
     assert hard.soft_labels() is None
 
 
