@@ -21,7 +21,7 @@ from patchbloom.export.models import find_model
 from patchbloom.train import cli, generated, run_coresets, whole_images
 from patchbloom.train.augmentation import Variants, augment, draw_variants
 from patchbloom.train.coreset_options import RenderOptions
-from patchbloom.train.generated import generate_rounds
+from patchbloom.train.generated import KeptRounds, generate_rounds
 from patchbloom.train.loader import ExpandedLoader
 from patchbloom.train.recorded import open_recorded_source
 from patchbloom.train.stored_images import StoredImages
@@ -260,6 +260,10 @@ def test_a_variant_is_a_function_of_seed_sample_and_epoch() -> None:
     assert torch.equal(replace(shows, variants=0).render(every, 3)[~varied], images[~varied])
 
 
+def _killed() -> float:
+    raise RuntimeError("no seconds are left")
+
+
 class Clocked:
     """Ten classes; every call takes the next of these seconds, on a clock of its own."""
 
@@ -270,7 +274,7 @@ class Clocked:
         self.asked: list[tuple[list[int], int]] = []
 
     def render(self, samples_P: torch.Tensor, epoch: int) -> torch.Tensor:
-        self.now += next(self._seconds)
+        self.now += next(self._seconds, None) or _killed()
         self.asked.append((samples_P.tolist(), epoch))
         value_P = (samples_P + 10 * epoch).float() / 127.5 - 1
         return value_P[:, None, None, None].expand(-1, 3, 4, 4)
@@ -289,27 +293,40 @@ class Clocked:
     ],
 )
 def test_a_budget_buys_the_first_rounds_that_fit(
-    monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], budget_s: float, made: int
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    seconds: tuple[float, ...],
+    budget_s: float,
+    made: int,
 ) -> None:
-    def rounds(clocked: Any, count: int | None, budget_s: float | None, together: int):
+    def rounds(clocked: Any, count: int | None, budget_s: float | None, together: int, **config):
         monkeypatch.setattr(generated.time, "monotonic", clocked.monotonic)
         options: dict[str, Any] = {"size_px": 4, "together": together, "world": ALONE}
+        options["kept"] = KeptRounds(tmp_path, config)
         return generate_rounds(clocked, count=count, budget_s=budget_s, report=Silent(), **options)
 
-    bought = rounds(Clocked(*seconds), None, budget_s, 16)
+    killed = Clocked(*seconds[: made // 2])
+    with pytest.raises(RuntimeError, match="no seconds are left"):
+        rounds(killed, None, budget_s, 16)
+    resumed = Clocked(*seconds[made // 2 :])
+    bought = rounds(resumed, None, budget_s, 16)
+    assert [epoch for _, epoch in resumed.asked] == list(range(made // 2, made))
     assert (bought.per_class, bought.seconds) == (made, sum(seconds[:made]))
     of_class_3 = bought.images_NHWC.view(10, made, -1)[3, :, 0]
     assert of_class_3.tolist() == [3 + 10 * number for number in range(made)]
     clocked = Clocked(*[1.0] * 40)
-    counted = rounds(clocked, made, None, 4)
+    counted = rounds(clocked, made, None, 4, other="settings")
     assert torch.equal(counted.images_NHWC, bought.images_NHWC)
     assert clocked.asked[:3] == [([0, 1, 2, 3], 0), ([4, 5, 6, 7], 0), ([8, 9], 0)]
 
 
-def test_a_budget_without_a_round_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_without_a_round_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     clocked: Any = Clocked(3.0)
     monkeypatch.setattr(generated.time, "monotonic", clocked.monotonic)
     options: dict[str, Any] = {"size_px": 4, "together": 16, "world": ALONE, "report": Silent()}
+    options["kept"] = KeptRounds(tmp_path, {})
     with pytest.raises(ValueError, match=r"--budget-seconds 2: one image of each class takes 3 s"):
         generate_rounds(clocked, count=None, budget_s=2.0, **options)
 

@@ -5,17 +5,21 @@ with the class name, one step (1 to 4), no guidance, at the model's own size, th
 antialiased) and kept as 8-bit pixels in the coreset. There IPC is generated × augmented: of N
 images as they are and V variants of each (augmentation.py), N · (1 + V).
 
+    RUN/t2i.partial/ROUND.safetensors      images and seconds of a round, until it is written whole
+
 A round is one image of each class; round g has the noise of (seed, sample = class index, epoch =
 g), and always the same calls of the engine. So the first images of a class are the same, bit for
 bit, however many follow, and an image that a budget paid for can be had again by its number. A
-budget counts the seconds of the rounds alone, on rank 0's clock: what came before, a model that is
-loaded or an engine that is built, is not generation.
+killed run makes none of its rounds again, and they count as what they took. A budget counts the
+seconds of the rounds alone, on rank 0's clock: what came before, a model that is loaded or an
+engine that is built, is not generation.
 
 Legend: K classes, G images of each, B images of some classes, S side in px of what is kept.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +33,7 @@ from torch.nn.functional import interpolate
 
 from ..engine.coreset import Coreset
 from ..engine.turbo import Expander
+from .checkpoint import read_tensors, write_tensors
 from .methods import Expansions, ImageSource
 from .pictures import as_uint8
 from .plan import Plan
@@ -38,13 +43,15 @@ from .stages import settings_by_option
 from .whole_images import describe_generator, write_whole_images
 from .world import World
 
+PARTS = "t2i.partial"
+
 
 @dataclass(frozen=True)
 class Generated:
     """What the model made."""
 
     images_NHWC: Tensor
-    """uint8 [K·G, S, S, 3], class after class, in the order of the rounds; on the CPU."""
+    """uint8 [K·G, S, S, 3], class after class, in the order of the rounds; on rank 0's CPU."""
     per_class: int
     """G."""
     seconds: float
@@ -57,11 +64,40 @@ class Generated:
         return {"generated": self.per_class, "seconds": seconds, "images_per_s": round(rate, 3)}
 
 
-def generate(plan: Plan, world: World, report: Report) -> Generated:
+class KeptRounds:
+    """The rounds that earlier sessions of a run ended, on rank 0's disk."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self._folder, self._config = folder, config
+
+    def read(self) -> list[tuple[Tensor, float]]:
+        """The first rounds without a gap, of this config: images, uint8 [K, S, S, 3], and seconds.
+
+        CheckpointError for a file that is damaged.
+        """
+        found: list[tuple[Tensor, float]] = []
+        while (path := self._path(len(found))).is_file():
+            tensors, metadata = read_tensors(path)
+            if metadata.get("config") != self._config:
+                break
+            found.append((tensors["images"], tensors["seconds"].item()))
+        return found
+
+    def add(self, number: int, images_KSSC: Tensor, seconds: float) -> None:
+        """Keep a round; OSError on a full disk."""
+        tensors = {"images": images_KSSC, "seconds": torch.tensor(seconds, dtype=torch.float64)}
+        write_tensors(self._path(number), tensors, {"config": self._config})
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.safetensors"
+
+
+def generate(plan: Plan, folder: Path, world: World, report: Report) -> Generated:
     """Make what the options ask for: a number of images, or as many as a budget allows.
 
-    All ranks of `world` call it and share the calls. ValueError: a budget in which not one image of
-    each class was made, or networks that overflow.
+    All ranks of `world` call it and share the calls; the run `folder` keeps what is done.
+    ValueError: a budget in which not one image of     each class was made, or networks that
+    overflow.
     """
     with _generator(plan, world) as source:
         return generate_rounds(
@@ -70,6 +106,7 @@ def generate(plan: Plan, world: World, report: Report) -> Generated:
             budget_s=plan.options.budget_seconds,
             size_px=plan.image_size,
             together=plan.generate.batch * world.size,
+            kept=KeptRounds(folder / PARTS, _round_settings(plan)),
             world=world,
             report=report,
         )
@@ -82,6 +119,7 @@ def generate_rounds(
     budget_s: float | None,
     size_px: int,
     together: int,
+    kept: KeptRounds,
     world: World,
     report: Report,
 ) -> Generated:
@@ -91,24 +129,41 @@ def generate_rounds(
     the last. `together`: images that are held at their full size, a whole number of engine calls.
     Raises as `generate` does.
     """
-    classes_K, rounds_KSSC = torch.arange(source.samples), list[Tensor]()
-    began, ended_s, goes_on = time.monotonic(), [0.0], True
-    while goes_on:
-        images = [
-            _kept(source.render(classes_B, len(rounds_KSSC)), size_px)
-            for classes_B in classes_K.split(together)
-        ]
-        rounds_KSSC.append(torch.cat(images))
-        ended_s.append(time.monotonic() - began)
-        if budget_s is None:
-            goes_on = len(rounds_KSSC) != count
-            report.progress("t2i", len(rounds_KSSC), count or 1, "images per class")
+    classes_K, rounds_KSSC, ended_s = torch.arange(source.samples), list[Tensor](), [0.0]
+    found = kept.read() if world.leads else []
+    known = world.once(lambda: len(found))
+    while world.once(lambda: _goes_on(ended_s, count, budget_s)):
+        number, began = len(ended_s) - 1, time.monotonic()
+        if number >= known:
+            parts = classes_K.split(together)
+            images = torch.cat([_as_kept(source.render(part, number), size_px) for part in parts])
+            seconds = time.monotonic() - began
+            if world.leads:
+                kept.add(number, images, seconds)
         else:
-            goes_on = world.once(lambda budget_s=budget_s: _fits_another(ended_s, budget_s))
-            note = f"{len(rounds_KSSC)} images per class"
-            report.progress("t2i", min(ended_s[-1], budget_s), budget_s, "s", note)
+            images, seconds = found[number] if found else (torch.empty(0), 0.0)
+        rounds_KSSC.append(images)
+        ended_s.append(ended_s[-1] + seconds)
+        _tell(report, ended_s, count, budget_s)
+    if not world.leads:
+        return Generated(torch.empty(0), len(rounds_KSSC), ended_s[-1])
     images_NSSC = torch.stack(rounds_KSSC, dim=1).flatten(0, 1)
     return Generated(images_NSSC, len(rounds_KSSC), ended_s[-1])
+
+
+def _goes_on(ended_s: list[float], count: int | None, budget_s: float | None) -> bool:
+    if budget_s is None:
+        return len(ended_s) - 1 != count
+    return len(ended_s) == 1 or _fits_another(ended_s, budget_s)
+
+
+def _tell(report: Report, ended_s: list[float], count: int | None, budget_s: float | None) -> None:
+    made = len(ended_s) - 1
+    if budget_s is None:
+        report.progress("t2i", made, count or 1, "images per class")
+    else:
+        note = f"{made} images per class"
+        report.progress("t2i", min(ended_s[-1], budget_s), budget_s, "s", note)
 
 
 def _fits_another(ended_s: list[float], budget_s: float) -> bool:
@@ -121,7 +176,7 @@ def _fits_another(ended_s: list[float], budget_s: float) -> bool:
     return 2 * ended_s[-1] - ended_s[-2] <= budget_s
 
 
-def _kept(images_BCHW: Tensor, size_px: int) -> Tensor:
+def _as_kept(images_BCHW: Tensor, size_px: int) -> Tensor:
     """fp32 in [-1, 1], of any size → uint8 [B, S, S, 3] on the CPU."""
     if images_BCHW.shape[-1] != size_px:
         images_BCHW = interpolate(
@@ -179,6 +234,18 @@ def write_generated(
             "generation": {"budget_s": plan.options.budget_seconds, **generated.describe()},
         },
     )
+
+
+def _round_settings(plan: Plan) -> dict[str, Any]:
+    """All that decides the images of a round."""
+    shared = {"--seed": plan.options.seed, "--image-size": plan.image_size}
+    names = {"classes": list(plan.class_names)}
+    return {**shared, **names, **settings_by_option("t2i", describe_generator(plan, plan.generate))}
+
+
+def discard_rounds(run: Path) -> None:
+    """Once the coreset is written."""
+    shutil.rmtree(run / PARTS, ignore_errors=True)
 
 
 def generation_settings(plan: Plan) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..engine.manifest import canonical
 from ..engine.patches import PatchSelection
 from .commands import GENERATED
 from .dsco import Optimised, discard_parts, optimise_images, write_optimised
-from .generated import Generated, generate, write_generated
+from .generated import Generated, discard_rounds, generate, write_generated
 from .pictures import coreset_sheet, write_picture
 from .plan import Plan
 from .record import Report
@@ -86,7 +86,7 @@ class RunCoresets:
             for method in methods
             if method not in GENERATED
         }
-        generated = generate(plan, world, report) if "t2i" in methods else None
+        generated = generate(plan, self._run.folder, world, report) if "t2i" in methods else None
         selections = {
             kind: select(plan, kind, None if kind == "random" else teacher(), world, report)
             for kind in dict.fromkeys(kinds.values())
@@ -131,4 +131,5 @@ class RunCoresets:
         shown = open_coreset(self._run.folder / "coreset", verify=False)
         write_picture(self._run.folder, "coreset", coreset_sheet(shown))
         discard_parts(self._run.folder)
+        discard_rounds(self._run.folder)
         return StageResult(result, outputs)
