@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
-from patchbloom.train import prior_phases
+from patchbloom.train import prior_loop, prior_phases
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.prior import PriorTraining
 from patchbloom.train.prior_model import POSTERIOR_STD, new_parts, prompt_embeddings, save_parts
@@ -89,7 +89,7 @@ def test_latents_have_unit_variance_and_the_posterior_its_width(trained: Path) -
 def test_a_stopped_run_goes_on_to_the_same_weights(
     trained: Path, stopped_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = prior_phases.torch.save
+    real = prior_loop.torch.save
 
     class StoppedError(Exception):
         pass
@@ -100,8 +100,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
             path.replace(path.with_suffix(".pt"))
             raise StoppedError
 
-    monkeypatch.setattr(prior_phases, "CHECKPOINT_EVERY_S", -1.0)
-    monkeypatch.setattr(prior_phases.torch, "save", save_then_stop)
+    monkeypatch.setattr(prior_loop, "CHECKPOINT_EVERY_S", -1.0)
+    monkeypatch.setattr(prior_loop.torch, "save", save_then_stop)
     with pytest.raises(StoppedError):
         _training(tmp_path / "model").run(data="noise", command="train prior")
     monkeypatch.undo()
