@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
-from patchbloom.train import prior_phases
+from patchbloom.train import prior, prior_loop, prior_phases
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.prior import PriorTraining
 from patchbloom.train.prior_model import POSTERIOR_STD, new_parts, prompt_embeddings, save_parts
@@ -23,6 +25,7 @@ from patchbloom.train.prior_phases import (
     few_step_loss,
     guidance_loss,
 )
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 TINY = PriorConfig(
@@ -40,7 +43,7 @@ TINY = PriorConfig(
 def _training(out: Path, device: str = "cpu", **changes: Any) -> PriorTraining:
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randint(0, 256, (8, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(8) // 4
+    labels = torch.tensor([0] * 7 + [1])
     config = replace(TINY, **changes)
     names = ["disc", "ring"]
     return PriorTraining(config, pixels, labels, names, out, lambda line: None, device)
@@ -72,7 +75,8 @@ def test_the_folder_opens_in_diffusers_and_says_how_it_was_made(trained: Path) -
     assert card["class_names"] == ["disc", "ring"]
     assert card["phases"]["few_step"]["steps"] == 2
     assert card["config"]["guidance"] == 3.0
-    assert (trained / "samples.png").is_file()
+    with Image.open(trained / "samples.png") as sheet:
+        assert sheet.size == (14 * 32, 2 * 32)
 
 
 def test_latents_have_unit_variance_and_the_posterior_its_width(trained: Path) -> None:
@@ -89,7 +93,7 @@ def test_latents_have_unit_variance_and_the_posterior_its_width(trained: Path) -
 def test_a_stopped_run_goes_on_to_the_same_weights(
     trained: Path, stopped_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = prior_phases.torch.save
+    real = prior_loop.torch.save
 
     class StoppedError(Exception):
         pass
@@ -100,8 +104,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
             path.replace(path.with_suffix(".pt"))
             raise StoppedError
 
-    monkeypatch.setattr(prior_phases, "CHECKPOINT_EVERY_S", -1.0)
-    monkeypatch.setattr(prior_phases.torch, "save", save_then_stop)
+    monkeypatch.setattr(prior_loop, "CHECKPOINT_EVERY_S", -1.0)
+    monkeypatch.setattr(prior_loop.torch, "save", save_then_stop)
     with pytest.raises(StoppedError):
         _training(tmp_path / "model").run(data="noise", command="train prior")
     monkeypatch.undo()
@@ -109,8 +113,51 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert _weights(resumed) == _weights(trained)
 
 
+def _without_gradient(loss: torch.Tensor) -> torch.Tensor:
+    """Itself, with a gradient that is NaN."""
+    return loss + (loss * 0).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("spoilt_step", "spoil", "message"),
+    [
+        (1, lambda loss: loss * torch.nan, "loss is nan at step 1 of 2"),
+        (2, _without_gradient, "weights are not finite after 2 steps"),
+    ],
+)
+def test_a_prior_that_diverges_is_never_installed(
+    trained: Path,
+    spoilt_step: int,
+    spoil: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(trained, out)
+    (out / ".work" / "few_step.pt").unlink()
+    steps = 0
+
+    def spoilt(*given: Any, **named: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        loss = few_step_loss(*given, **named)
+        return spoil(loss) if steps == spoilt_step else loss
+
+    monkeypatch.setattr(prior, "few_step_loss", spoilt)
+    with pytest.raises(ValueError, match=f"diverged in phase few_step, its {message}.*--seed"):
+        _training(out).run(data="other", command="train prior")
+    assert steps == spoilt_step
+    monkeypatch.undo()
+    if spoilt_step == 2:  # its checkpoint was written
+        with pytest.raises(ValueError, match=message):
+            _training(out).run(data="other", command="train prior")
+    assert _weights(out) == _weights(trained)
+    assert json.loads((out / "model_card.json").read_text())["data"] == "noise"
+
+
 def test_a_wider_one_in_bf16_without_crops(tmp_path: Path) -> None:
-    training = _training(tmp_path / "model", width=64, precision="bf16", crops=0)
+    training = _training(tmp_path / "model", width=64, precision="bf16", crops=0, steps=1)
     folder = training.run(data="noise", command="train prior")
     unet = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder).unet
     assert unet.config.block_out_channels == [64, 128, 256]

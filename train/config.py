@@ -5,6 +5,7 @@ Sources: RDED's published procedure; DACE (paper), where what it leaves open is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ StudentPrecision = Literal["fp32", "bf16", "fp16"]
 PriorPrecision = Literal["fp32", "bf16"]
 ViewPrecision = Literal["fp32", "fp16"]
 Targets = Literal["soft", "hard"]
+TIMESTEPS = 1000  # of a prior's noise schedule, as SDXL's
 SMALL_IMAGES_PX = 64  # CIFAR's 32 and Tiny-ImageNet's 64, of which RDED takes whole images
 CHANGES_NO_RESULT = ("overlap", "accumulate", "checkpoint_every", "checkpoints_kept")
 """Options of a StudentConfig that a resumed training may have otherwise; `accumulate`, so that one
@@ -109,11 +111,15 @@ class PriorConfig:
             raise ValueError(f"image_size {self.image_size}: expected a multiple of 16, 32 or more")
         if self.width < 32 or self.width % 32:
             raise ValueError(f"width {self.width}: expected a multiple of 32")
-        if self.crops < 0:
-            raise ValueError(f"crops {self.crops}: expected 0 or more")
-        for name in ("vae_steps", "unet_steps", "guidance_steps", "few_step_steps", "substeps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
+        if not 1 <= self.steps <= TIMESTEPS:
+            raise ValueError(f"steps {self.steps}: expected 1 to {TIMESTEPS}")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance {self.guidance}: expected a finite number, 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed}: expected 0 to 2^63 - 1")
+        _check_at_least(self, 0, "crops")
+        _check_at_least(self, 1, "vae_steps", "unet_steps", "guidance_steps", "few_step_steps")
+        _check_at_least(self, 1, "vae_batch", "unet_batch", "substeps")
 
     def as_dict(self) -> dict:
         """The options as plain values, for the model card."""

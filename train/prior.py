@@ -9,7 +9,6 @@ stopped at any point and goes on from the last checkpoint in `OUT/.work`.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import time
@@ -25,22 +24,20 @@ from torch import Tensor, nn
 from ..kernels.noise import Draw, uniform
 from ..kernels.student_input import student_input
 from .config import PriorConfig
-from .prior_model import ModelParts, new_parts, prompt_embeddings, save_parts
+from .prior_loop import LossOf, M, Phase, run_phase
+from .prior_model import ModelParts, move_model, new_parts, prompt_embeddings, save_parts
 from .prior_phases import (
     Conditioning,
     LatentBank,
-    M,
-    Phase,
     denoiser_loss,
     few_step_loss,
     fix_posterior_width,
     guidance_loss,
-    predict,
-    run_phase,
     sampled_steps,
     sigma_table,
     vae_loss,
 )
+from .prior_samples import samples_of_class
 
 PROMPT = "A photo of a {name}"
 HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
@@ -100,7 +97,7 @@ class PriorTraining:
         module: M,
         steps: int,
         learning_rate: float,
-        loss_of: Callable[[M, torch.Generator], Tensor],
+        loss_of: LossOf[M],
     ) -> M:
         phase = Phase(name=name, module=module, steps=steps, learning_rate=learning_rate)
         self.phases.append(phase)
@@ -234,53 +231,29 @@ class PriorTraining:
         return copy.to(unet.device)
 
     @torch.no_grad()
-    def sample_sheet(self, bank: LatentBank, columns: int = 12) -> Image.Image:
-        """Per class a row: 2 reconstructions, samples from real images at rho 0.8, from noise."""
-        steps = sampled_steps(self.parts.scheduler, self.config.steps, self.device)
-        low = self.parts.scheduler.sigmas[1:].float().to(self.device)
-        sigmas_up = low.square() - steps.sigmas_down.square()
+    def sample_sheet(self, count: int = 6) -> Image.Image:
+        """Per class a row: 2 reconstructions, `count` samples from real images, as many from noise.
+
+        Real ones come from the first `count` images of the class, repeated where it has fewer.
+        """
         rows = []
         for label in range(len(self.class_names)):
-            of_class = torch.nonzero(self.labels_N == label).flatten()[: columns // 2]
-            real = self._encode(self._images(of_class))
-            half = len(real)
-            draw = torch.Generator().manual_seed(self.config.seed + label)
-
-            def noise(like, draw=draw):
-                return torch.randn(like.shape, generator=draw).to(like.device)
-
-            states = torch.cat(
-                [real + steps.sigmas[1] * noise(real), noise(real) * steps.sigmas[0]]
+            of_class = torch.nonzero(self.labels_N == label).flatten()
+            real = self._encode(self._images(of_class[torch.arange(count) % len(of_class)]))
+            sampled = samples_of_class(
+                *(self.parts.unet, self.parts.scheduler, self.conditioning, real, label),
+                steps=self.config.steps,
+                size_px=self.config.image_size,
+                seed=self.config.seed + label,
             )
-            prompts = torch.full((2 * half,), label, device=self.device)
-            side = float(self.config.image_size)
-            ids = torch.tensor([side, side, 0, 0, side, side], device=self.device)
-            ids = ids.repeat(2 * half, 1)
-            for k, (t, high, down) in enumerate(
-                zip(steps.timesteps, steps.sigmas, steps.sigmas_down, strict=True)
-            ):
-                active = slice(half, None) if k == 0 else slice(None)
-                part = states[active]
-                count = len(part)
-                eps = predict(
-                    self.parts.unet,
-                    part,
-                    high.repeat(count),
-                    t.repeat(count),
-                    prompts[:count],
-                    ids[:count],
-                    self.conditioning,
-                )
-                part = part + eps * (down - high) + sigmas_up[k].clamp(min=0).sqrt() * noise(part)
-                states = torch.cat([states[:half], part]) if k == 0 else part
-            tiles = self.decode(torch.cat([real[:2], states]))
+            tiles = self.decode(torch.cat([real[:2], sampled]))
             rows.append(torch.cat(list(tiles), dim=2))
         sheet = torch.cat(rows, dim=1).permute(1, 2, 0).cpu()
         return Image.fromarray(((sheet + 1) * 127.5).round().clamp(0, 255).byte().numpy())
 
     @torch.no_grad()
     def reconstruction_psnr_db(self, count: int = 512) -> float:
-        """PSNR of the autoencoder's reconstructions of the first training images of every class."""
+        """PSNR of the reconstructions of every n-th training image; n = images // `count`, or 1."""
         every = max(1, len(self.pixels_NHWC) // count)
         images = self._images(slice(None, None, every))
         error = [(self.decode(self._encode(x)) - x).square().mean() for x in images.split(128)]
@@ -307,7 +280,10 @@ class PriorTraining:
         }
 
     def run(self, *, data: str, command: str) -> Path:
-        """Run all phases and write the model folder; return it."""
+        """Run all phases, then write the model folder, over the model there; return it.
+
+        ValueError when a phase diverges: what is in the folder then stays.
+        """
         began = time.monotonic()
         self.train_vae()
         bank = self.encode_bank()
@@ -316,16 +292,10 @@ class PriorTraining:
         building = self.out / ".building"
         shutil.rmtree(building, ignore_errors=True)
         save_parts(self.parts, building)
-        self.sample_sheet(bank).save(building / "samples.png")
+        self.sample_sheet().save(building / "samples.png")
         card = self.card(data, command)
         card["seconds_of_this_session"] = round(time.monotonic() - began, 1)
-        (building / "model_card.json").write_text(json.dumps(card, indent=1) + "\n")
-        for item in building.iterdir():
-            target = self.out / item.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            item.replace(target)
-        building.rmdir()
-        if not all(math.isfinite(loss) for p in self.phases for _, loss in p.losses):
-            raise ValueError("the prior diverged: a loss is not finite; try another --seed")
+        text = json.dumps(card, indent=1, allow_nan=False) + "\n"
+        (building / "model_card.json").write_text(text)
+        move_model(building, self.out)
         return self.out

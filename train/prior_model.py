@@ -9,6 +9,7 @@ model of some dozen prompts needs; the UNet learns what the embeddings mean.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
+
+from .config import TIMESTEPS
 
 TOKENS = 77
 TEXT_WIDTH = 32
@@ -130,7 +133,7 @@ def new_parts(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        num_train_timesteps=1000,
+        num_train_timesteps=TIMESTEPS,
         prediction_type="epsilon",
         timestep_spacing="trailing",
     )
@@ -164,6 +167,21 @@ def save_parts(parts: ModelParts, folder: Path, *, half: bool = True) -> None:
     _cast(parts.unet, parts.vae, dtype=torch.float16 if half else dtype)
     pipeline.save_pretrained(folder, safe_serialization=True)
     _cast(parts.unet, parts.vae, dtype=dtype)
+
+
+def move_model(built: Path, folder: Path) -> None:
+    """Move all that is in `built` into `folder`, over what has the same name; `built` is gone then.
+
+    unet/ goes first and comes last: a folder without it does not open, so a process killed on the
+    way leaves no mixture of two models that does.
+    """
+    items = sorted(built.iterdir(), key=lambda item: item.name == "unet")
+    for item in (items[-1], *items[:-1]):
+        if (folder / item.name).is_dir():
+            shutil.rmtree(folder / item.name)
+    for item in items:
+        item.replace(folder / item.name)
+    built.rmdir()
 
 
 def _cast(*modules: nn.Module, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The four training phases of a small latent diffusion prior, each a resumable loop of pure steps.
+"""What the four training phases of a small latent diffusion prior minimise, on one drawn batch.
 
 1. `vae`       autoencoder: L1 on pixels and on their gradients, posterior of fixed width.
 2. `denoiser`  epsilon prediction, weighted (1 + sigma²) so that errors count alike at every noise
@@ -11,21 +11,16 @@
                distillation, Salimans & Ho 2022).
 
 Shapes: B batch, latents z_B4hw scaled to unit variance, states x = z + sigma·n (diffusers'
-convention), UNet input x / sqrt(sigma² + 1). Every step draws from a CPU generator seeded by (seed,
-phase, step), so a resumed run takes the same steps as an uninterrupted one, on any device. All
-tensors of a loss lie on the device of its bank.
+convention), UNet input x / sqrt(sigma² + 1). All tensors of a loss lie on the device of its bank;
+draws come from a CPU generator, so that they are the same on any device.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Generic, TypeVar
+from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -36,124 +31,6 @@ from torch.nn.functional import l1_loss
 from .prior_model import POSTERIOR_STD
 
 WEIGHT_CAP = 30.0  # of 1 + sigma²: reached at t = 820; beyond it the prediction is the class mean
-CHECKPOINT_EVERY_S = 120.0
-M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass
-class Phase(Generic[M]):
-    """One training loop: what it optimises, for how long, and the losses it saw."""
-
-    name: str
-    module: M
-    steps: int
-    learning_rate: float
-    ema_decay: float = 0.999
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-def _learning_rate_scale(step: int, steps: int, warmup: int = 200) -> float:
-    """Linear warm-up, then a cosine down to 2 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.02 + 0.49 * (1 + math.cos(math.pi * progress))
-
-
-def step_generator(seed: int, phase: str, step: int) -> torch.Generator:
-    """The random stream of one step: a function of its name, not of what ran before."""
-    words = f"{seed}/{phase}/{step}".encode()
-    return torch.Generator().manual_seed(int.from_bytes(words, "big") % (2**63 - 25))
-
-
-def run_phase(
-    phase: Phase[M],
-    loss_of: Callable[[M, torch.Generator], Tensor],
-    *,
-    seed: int,
-    checkpoint: Path,
-    report: Callable[[str], None],
-) -> M:
-    """Run `phase` to its end, from `checkpoint` when there is one; return the averaged module.
-
-    `loss_of(module, generator)` draws a batch and returns a scalar loss. The checkpoint holds
-    module, average, optimiser and step; it is written every two minutes and at the end.
-    """
-    module, average = phase.module, copy.deepcopy(phase.module)
-    module.train()
-    average.eval()
-    average.requires_grad_(False)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        trained, lr=phase.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    first = 0
-    if checkpoint.exists():
-        device = next(module.parameters()).device
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        module.load_state_dict(saved["module"])
-        average.load_state_dict(saved["average"])
-        optimiser.load_state_dict(saved["optimiser"])
-        first, phase.losses, phase.seconds = saved["step"], saved["losses"], saved["seconds"]
-    began, spent, written = time.monotonic(), phase.seconds, time.monotonic()
-    running, since = 0.0, 0
-    for step in range(first, phase.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = phase.learning_rate * _learning_rate_scale(step, phase.steps)
-        loss = loss_of(module, step_generator(seed, phase.name, step))
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        decay = min(phase.ema_decay, (1 + step) / (10 + step))
-        _average_into(average, module, decay)
-        running, since = running + loss.item(), since + 1
-        now = time.monotonic()
-        phase.seconds = spent + now - began
-        last = step + 1 == phase.steps
-        if (step + 1) % 100 == 0 or last:
-            phase.losses.append((step + 1, running / since))
-            rate = (step + 1 - first) / (now - began)
-            left = (phase.steps - step - 1) / rate
-            report(
-                f"{phase.name} {step + 1}/{phase.steps}  loss {running / since:.4f}  "
-                f"{rate:.2f} steps/s  {left / 60:.1f} min left"
-            )
-            running, since = 0.0, 0
-        if now - written > CHECKPOINT_EVERY_S or last:
-            _write_checkpoint(checkpoint, phase, module, average, optimiser, step + 1)
-            written = now
-    return average
-
-
-def _average_into(average: nn.Module, module: nn.Module, decay: float) -> None:
-    with torch.no_grad():
-        torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-
-
-def _write_checkpoint(
-    path: Path,
-    phase: Phase,
-    module: nn.Module,
-    average: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    step: int,
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    torch.save(
-        {
-            "module": module.state_dict(),
-            "average": average.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "step": step,
-            "losses": phase.losses,
-            "seconds": phase.seconds,
-        },
-        temporary,
-    )
-    temporary.replace(path)
 
 
 # ---------------------------------------------------------------- phase 1: the autoencoder
@@ -255,7 +132,7 @@ def predict(
     return eps.float()
 
 
-def _attention(device: str, half: bool) -> AbstractContextManager[None]:
+def _attention(device: str, half: bool) -> AbstractContextManager[object]:
     """Plain products where a CPU differentiates in bf16: a step of the denoiser is 1.4 × faster.
 
     The backward pass of torch's fused attention takes a third of such a step (torch 2.15).

@@ -15,7 +15,7 @@ import torch
 from ..engine.backends import resolve_device
 from ..engine.class_names import display_names
 from ..engine.durable import full_disk_explained, replace_file
-from ..engine.images import ImageSet, open_image_set, stream_center
+from ..engine.images import ImageSet, InputError, open_image_set, stream_center
 from ..export.models import ModelSource, weights_sha256
 from .commands import TrainPrior
 from .config import PriorConfig
@@ -37,11 +37,13 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
         )
         names = display_names(images.class_ids, command.class_names)
         _check_memory(images, command.prior.image_size)
-        settings = {**command.prior.as_dict(), "data": images_sha256(images), "classes": names}
+        settings = command.prior.as_dict()
+        settings |= {"data": images_sha256(images), "classes": list(names)}
         needed_bytes = NEEDED_BYTES * command.prior.width**2 // 32**2
         with full_disk_explained(command.out, needed_bytes):
-            _prepare_out(command, json.loads(json.dumps(settings)))
+            _check_out(command, settings)
             pixels_NHWC, labels_N, skipped = _load(images, command, report)
+            _begin(command, settings)
             training = PriorTraining(
                 *(command.prior, pixels_NHWC, labels_N, names, command.out),
                 report=report.say,
@@ -77,38 +79,58 @@ def _check_memory(images: ImageSet, size_px: int) -> None:
         )
 
 
-def _prepare_out(command: TrainPrior, settings: dict[str, Any]) -> None:
-    """Make the folder, or accept the one that is to be resumed or replaced."""
+def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
+    """RunError unless the folder is free, or holds what the command may go on with or replace."""
     out, record = command.out, command.out / WORK / SETTINGS
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} exists and is not a folder: choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        ours = record.is_file() or (out / CARD).is_file()
-        if not ours or not (command.resume or command.overwrite):
-            what = "--resume or --overwrite the model there, or choose" if ours else "choose"
-            raise RunError(f"--out {out} is not empty: {what} another --out")
-        if command.overwrite:
-            shutil.rmtree(out)
-        elif record.is_file():
-            _check_settings(out, json.loads(record.read_text()), settings)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(record, (json.dumps(settings, indent=1) + "\n").encode())
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    begun = record.is_file()
+    if not begun and not (out / CARD).is_file():
+        raise RunError(f"--out {out} is not empty: choose another --out")
+    if not command.resume and not command.overwrite:
+        what = "--resume or --overwrite" if begun else "--overwrite"
+        raise RunError(f"--out {out} is not empty: {what} the model there, or choose another --out")
+    if command.overwrite:
+        return
+    if not begun:
+        raise RunError(
+            f"--out {out} holds a model without the training that --resume would go on with (no "
+            f"{WORK}/{SETTINGS}): give --overwrite to replace it, or choose another --out"
+        )
+    _check_settings(out, json.loads(record.read_text()), settings)
 
 
 def _check_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     before = {**PriorConfig().as_dict(), **before}  # an option that it did not have yet
+    unsaid = {"data": "other images in --data", "classes": "other --class-names"}
     for key in now:
         if before.get(key) != now[key]:
+            option = f"--{key.replace('_', '-')} {before.get(key)}, now {now[key]}"
             raise RunError(
-                f"{out} was begun with --{key.replace('_', '-')} {before.get(key)}, now "
-                f"{now[key]}: give the same options to --resume, or choose another --out"
+                f"{out} was begun with {unsaid.get(key, option)}: "
+                "give the same options to --resume, or choose another --out"
             )
+
+
+def _begin(command: TrainPrior, settings: dict[str, Any]) -> None:
+    """Write down what is trained. A model to be overwritten stays until the new one is whole."""
+    record = command.out / WORK / SETTINGS
+    if command.overwrite and record.parent.is_dir():
+        record.unlink(missing_ok=True)  # first: what else is left cannot be resumed then
+        shutil.rmtree(record.parent)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(record, (json.dumps(settings, indent=1) + "\n").encode())
 
 
 def _load(
     images: ImageSet, command: TrainPrior, report: Report
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """All images, centre-cropped: uint8 [N, H, W, 3], their classes, and how many were skipped."""
+    """All images, centre-cropped: uint8 [N, H, W, 3], their classes, and how many were skipped.
+
+    InputError for a class that --skip-corrupt leaves without an image.
+    """
     size_px = command.prior.image_size
     stream = stream_center(images, size_px=size_px, skip_corrupt=command.skip_corrupt)
     pixels_NHWC = torch.empty(len(images), size_px, size_px, 3, dtype=torch.uint8)
@@ -120,4 +142,14 @@ def _load(
         labels_N[count:end] = batch.labels_B
         count = end
         report.progress("decode", end, len(images), "images")
+    _check_no_class_emptied(images, labels_N[:count])
     return pixels_NHWC[:count], labels_N[:count], len(images) - count
+
+
+def _check_no_class_emptied(images: ImageSet, labels_N: torch.Tensor) -> None:
+    counts = torch.bincount(labels_N, minlength=len(images.class_ids))
+    if not counts.all():
+        raise InputError(
+            f"{images.root / images.class_ids[int(counts.argmin())]}: not one image in it can be "
+            "decoded: add images or remove the folder"
+        )

@@ -1,0 +1,181 @@
+"""`train prior`'s folder: what may be gone on with or replaced, and a kill at any call."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from patchbloom.engine.images import InputError
+from patchbloom.export.models import ModelError, find_model
+from patchbloom.train import prior_run
+from patchbloom.train.commands import TrainPrior
+from patchbloom.train.config import PriorConfig
+from patchbloom.train.prior_model import move_model
+from patchbloom.train.stages import RunError
+from PIL import Image
+
+
+class BegunError(Exception):
+    """The training itself, which no test here is about."""
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainPrior:
+    """Of three images in two classes; its training ends as soon as it begins."""
+
+    def begin(training: Any, **_: Any) -> None:
+        raise BegunError
+
+    monkeypatch.setattr(prior_run.PriorTraining, "run", begin)
+    draw = np.random.default_rng(0)
+    for name in ("disc/a", "disc/b", "ring/a"):
+        path = tmp_path / "data" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    config = PriorConfig(image_size=32)
+    data, out = str(tmp_path / "data"), tmp_path / "model"
+    return TrainPrior(data=data, out=out, prior=config, device="cpu")
+
+
+def _begin(command: TrainPrior, **changes: Any) -> None:
+    with pytest.raises(BegunError):
+        prior_run.run_prior(replace(command, **changes), "train prior")
+
+
+def _refused(command: TrainPrior, kind: type[ValueError], **changes: Any) -> str:
+    with pytest.raises(kind) as caught:
+        prior_run.run_prior(replace(command, **changes), "train prior")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def _write_model(folder: Path, text: str) -> None:
+    """All files that a model needs to open, each with `text` in it."""
+    stems = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model")
+    stems |= dict.fromkeys(("text_encoder", "text_encoder_2"), "model")
+    names = [
+        f"{part}/{name}" for part in stems for name in ("config.json", f"{stems[part]}.safetensors")
+    ]
+    for name in (*names, "scheduler/scheduler_config.json", "model_card.json", "samples.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def _texts(folder: Path) -> set[str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and ".work" not in path.parts]
+    return {path.read_text() for path in files}
+
+
+def test_a_model_without_its_training_is_not_resumed_and_stays_until_replaced(
+    command: TrainPrior,
+) -> None:
+    _write_model(command.out, "old")
+    error = _refused(command, RunError, resume=True)
+    assert "(no .work/settings.json): give --overwrite to replace it, or choose another" in error
+    assert "is not empty: --overwrite the model there" in _refused(command, RunError)
+    assert not (command.out / ".work").exists()
+    _begin(command, overwrite=True)
+    (command.out / ".work" / "vae.pt").write_text("of the first")
+    seeded = replace(command.prior, seed=1)
+    assert "--seed 0, now 1: give the same" in _refused(
+        command, RunError, resume=True, prior=seeded
+    )
+    _begin(command, overwrite=True, prior=seeded)
+    assert not (command.out / ".work" / "vae.pt").exists()
+    assert json.loads((command.out / ".work" / "settings.json").read_text())["seed"] == 1
+    assert _texts(command.out) == {"old"}
+    _begin(command, resume=True, prior=seeded)
+
+
+def test_a_resume_with_other_images_or_names_says_so(command: TrainPrior, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("disc plate\nring hoop\n")
+    _begin(command)
+    _begin(command, resume=True)
+    error = _refused(command, RunError, resume=True, class_names=names)
+    assert "was begun with other --class-names: give the same options to --resume" in error
+    (tmp_path / "data" / "disc" / "b.png").unlink()
+    error = _refused(command, RunError, resume=True)
+    assert "was begun with other images in --data: give the same options to --resume" in error
+
+
+def test_a_class_without_an_image_that_opens_is_refused_before_training(
+    command: TrainPrior, tmp_path: Path
+) -> None:
+    only = tmp_path / "data" / "ring" / "a.png"
+    only.write_bytes(only.read_bytes()[:60])
+    error = _refused(command, InputError, skip_corrupt=True)
+    assert f"{only.parent}: not one image in it can be decoded: add images or remove" in error
+    shutil.copy(tmp_path / "data" / "disc" / "a.png", only.parent / "b.png")
+    _begin(command, skip_corrupt=True)  # nothing was left behind that is in its way
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("steps", 0), ("steps", 1001), ("vae_batch", 0), ("unet_batch", 0)),
+        *(("guidance", float("nan")), ("guidance", float("inf"))),
+        *(("seed", -1), ("seed", 2**63)),
+    ],
+)
+def test_what_would_fail_late_is_refused_early(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} {value}: expected "):
+        PriorConfig(**{name: value})
+
+
+class KilledError(Exception):
+    """In place of a call that would have removed or moved something."""
+
+
+def _move_killed_at(last: int, built: Path, out: Path) -> bool:
+    """Whether a move_model that may make only `last` - 1 such calls needed more."""
+    calls = 0
+
+    def counted(real: Callable) -> Callable:
+        def call(*given: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise KilledError
+            return real(*given, **named)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("unlink", "rmdir", "replace"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        try:
+            move_model(built, out)
+        except KilledError:
+            return True
+    return False
+
+
+def test_a_kill_while_a_model_is_replaced_leaves_no_mixture_that_opens(tmp_path: Path) -> None:
+    out, built = tmp_path / "model", tmp_path / "model" / ".building"
+    found, killed, last = set(), True, 0
+    while killed:
+        last += 1
+        shutil.rmtree(out, ignore_errors=True)
+        _write_model(out, "old")
+        _write_model(built, "new")
+        killed = _move_killed_at(last, built, out)
+        shutil.rmtree(built, ignore_errors=True)
+        try:
+            find_model(out)
+            found.add(" and ".join(sorted(_texts(out))))
+        except ModelError:
+            found.add("nothing that opens")
+        _write_model(built, "new")
+        move_model(built, out)
+        assert _texts(out) == {"new"}
+        assert not built.exists()
+    assert last > 20
+    assert found == {"old", "nothing that opens", "new"}
