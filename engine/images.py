@@ -127,6 +127,16 @@ def check_same_classes(train: ImageSet, val: ImageSet) -> None:
         )
 
 
+def check_no_class_emptied(images: ImageSet, decoded: np.ndarray) -> None:
+    """InputError when no image of some class is among `decoded`, the classes of those that were."""
+    counts = np.bincount(decoded, minlength=len(images.class_ids))
+    if not counts.all():
+        raise InputError(
+            f"{images.root / images.class_ids[counts.argmin()]}: not one image in it can be "
+            "decoded: add images or remove the folder"
+        )
+
+
 def center_boxes(resize_ratio: float, size_px: int) -> BoxFn:
     """Boxes of "resize the shorter side to size_px * resize_ratio, crop the centre of size_px".
 

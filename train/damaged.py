@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..engine.images import ImageSet, InputError, stream_center
+from ..engine.images import ImageSet, check_no_class_emptied, stream_center
 from .data_folder import images_sha256
 from .plan import Plan
 from .record import Report
@@ -78,11 +78,6 @@ def _without(images: ImageSet, paths: list[str]) -> ImageSet:
     left_out = set(paths)
     kept = np.array([path not in left_out for path in images.paths])
     labels = images.labels[kept]
-    counts = np.bincount(labels, minlength=len(images.class_ids))
-    if not counts.all():
-        raise InputError(
-            f"{images.root / images.class_ids[counts.argmin()]}: not one image in it can be "
-            "decoded: add images or remove the folder"
-        )
+    check_no_class_emptied(images, labels)
     whole = tuple(path for path in images.paths if path not in left_out)
     return replace(images, paths=whole, labels=labels)

@@ -15,7 +15,7 @@ import torch
 from ..engine.backends import resolve_device
 from ..engine.class_names import display_names
 from ..engine.durable import full_disk_explained, replace_file
-from ..engine.images import ImageSet, InputError, open_image_set, stream_center
+from ..engine.images import ImageSet, check_no_class_emptied, open_image_set, stream_center
 from ..export.models import ModelSource, weights_sha256
 from .commands import TrainPrior
 from .config import PriorConfig
@@ -142,14 +142,5 @@ def _load(
         labels_N[count:end] = batch.labels_B
         count = end
         report.progress("decode", end, len(images), "images")
-    _check_no_class_emptied(images, labels_N[:count])
+    check_no_class_emptied(images, labels_N[:count].numpy())
     return pixels_NHWC[:count], labels_N[:count], len(images) - count
-
-
-def _check_no_class_emptied(images: ImageSet, labels_N: torch.Tensor) -> None:
-    counts = torch.bincount(labels_N, minlength=len(images.class_ids))
-    if not counts.all():
-        raise InputError(
-            f"{images.root / images.class_ids[int(counts.argmin())]}: not one image in it can be "
-            "decoded: add images or remove the folder"
-        )
