@@ -3,6 +3,12 @@
 A cell is one configuration and one run folder, OUT/cells/NAME. Most are a whole `train` of one
 method; one is the teacher that they share; students of another network are `train student` on the
 coreset of another cell. Cells that several parts need are one.
+
+Words after `--` are options of `train` for every whole `train` and for the teacher. A `train
+student` takes those of SAME_ELSEWHERE, RUN_ALIKE and --learning-rate, and the manifest of its
+coreset has the others; with hard targets, of which no manifest tells a recipe, it takes HARD_ALIKE
+too. A cell of the set of 1000 classes, whose data, model and method are its own, takes --device and
+those of RUN_ALIKE, and no others.
 """
 
 from __future__ import annotations
@@ -13,21 +19,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import tyro
-from patchbloom.engine.images import open_image_set
+from patchbloom.engine.images import ImageSet, open_image_set
 from patchbloom.train.commands import RunOptions, Train
-from patchbloom.train.config import RECIPES, RecipeName
-from patchbloom.train.data_folder import data_folder
-from patchbloom.train.networks import TORCHVISION
+from patchbloom.train.config import RECIPES
+from patchbloom.train.data_folder import data_folder, images_sha256
 from patchbloom.train.record import Silence
 from patchbloom.train.requirements import check_network
+from scoreboard_options import Options, Part
 from thousand_classes import CLASSES, IMAGES, SIZE_PX
 
-Part = Literal["methods", "ablation", "patches", "students", "codecs", "gain"]
-PARTS: tuple[Part, ...] = ("methods", "ablation", "patches", "students", "codecs", "gain")
+CELLS = "cells"
+"""Folder of a board in which the cells' run folders are."""
+TEACHER = Path("teacher", "teacher.safetensors")
 COMPARED = ("rded", "dace")
 """Methods of the parts patches and students."""
 TEXT_ONLY, NO_MIXUP = ("--start", "noise"), ("--no-mixup",)
@@ -36,76 +42,13 @@ HARD = ("--targets", "hard")
 TOP_KS = (3, 10, 50)
 SAME_ELSEWHERE = ("model", "backend", "device", "bundles", "engine_batch", "shapes_per_class")
 """Options that `train student --coreset` has to be given again."""
+RUN_ALIKE = ("student_precision", "student_compile", "accumulate", "overlap")
+"""Options that say how students are trained on this machine, whatever they learn from."""
+HARD_ALIKE = ("recipe", "epochs", "batch", "cutmix")
+"""Options that decide students of hard targets, and that a coreset without labels does not tell."""
 _THOUSAND = ("--recipe", "small", "--image-size", str(SIZE_PX))
 THOUSAND_EPOCHS, THOUSAND_TEACHER_EPOCHS = 20, 8
 """Of the set of 1000 classes, where nobody says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """All methods under one recipe. Words after `--` are options of `train` for every cell."""
-
-    data: str
-    """An image folder with train/ and val/ (or test/), or `shapes`: the generated set."""
-    out: Path
-    """Folder of the board; given again, it goes on where it was stopped."""
-    methods: tuple[str, ...] = ("random", "rded", "upsample", "dace")
-    """Methods of `train`, by name; one may have options of its own, as "t2i --steps 4"."""
-    ipc: tuple[int, ...] = (1, 10)
-    """Images per class; parts other than methods take the first."""
-    seeds: int = 3
-    """Students per cell."""
-    recipe: RecipeName = "dace"
-    epochs: int | None = None
-    """Of the students. Left out: the recipe's."""
-    image_size: int | None = None
-    """In px. Left out: the recipe's."""
-    factor: int | None = None
-    """r of all parts but patches. Left out: the recipe's."""
-    teacher: str | None = None
-    """A network to train once, torchvision:NAME, or a file. Left out: the recipe's network."""
-    teacher_epochs: int | None = None
-    """Left out: the recipe's."""
-    parts: tuple[Part, ...] = PARTS
-    """methods: by IPC. ablation: DACE's Table 4. patches: its Figure 5 and Table 3. students: its
-    Tables 5 and 6. codecs: of labels, at these classes and at 1000. gain: where it comes from."""
-    factors: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    """r of the part patches; those that the image size or the smallest class rules out are told."""
-    students: tuple[str, ...] = ("vgg11", "vit-s", "alexnet", "resnet18")
-    """Networks of the part students, beside the recipe's."""
-    variant: tuple[str, ...] = ()
-    """More lines of the part gain, "NAME=OPTIONS of train" for method dace, as "unguided=--model
-    DIR"."""
-    hard: bool = False
-    """Also train students on hard labels, by `train --targets hard`."""
-    rates: tuple[Path, ...] = ()
-    """Other boards, or files of their rows, that tell a --dry-run how long a cell takes."""
-    dry_run: bool = False
-    """List the cells and their time; run none."""
-    json: bool = False
-    """Print the board as the last line."""
-    record: bool = True
-    """Append a row per cell to bench/results/."""
-
-    def __post_init__(self) -> None:
-        if not (self.methods and self.ipc and self.parts):
-            raise ValueError("--methods, --ipc, --parts: expected one or several of each")
-        for line in self.variant:
-            if not all(part.strip() for part in line.partition("=")):
-                raise ValueError(f"--variant {line!r}: expected NAME=OPTIONS of train")
-        if not all(entry.strip() for entry in self.methods):
-            raise ValueError("--methods: expected names, got an empty one")
-
-    @property
-    def method_names(self) -> list[str]:
-        """--methods without options of their own."""
-        return [entry.split()[0] for entry in self.methods]
-
-    @property
-    def trains_teacher(self) -> bool:
-        """False where --teacher is one that exists."""
-        given = self.teacher
-        return given is None or not (given.startswith(TORCHVISION) or Path(given).is_file())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +57,8 @@ class Cell:
 
     name: str
     words: tuple[str, ...]
-    """Options of `train` that decide the result, without paths below OUT."""
+    """Options of `train` that decide the result, without paths below OUT and what follows from the
+    words of `base`."""
     classes: int
     base: Cell | None = None
     """Whose coreset this cell's students learn from."""
@@ -156,7 +100,7 @@ class Board:
 
     options: Options
     common: tuple[str, ...]
-    """Options of `train` for every cell."""
+    """Options of `train`, as the module says for which cells."""
 
     @cached_property
     def image_size(self) -> int:
@@ -164,7 +108,9 @@ class Board:
 
     @cached_property
     def factor(self) -> int:
-        return self.options.factor or RECIPES[self.options.recipe].factor
+        """r of all parts but patches; what `train` takes when it is left out."""
+        recipe = RECIPES[self.options.recipe]
+        return self.options.factor or recipe.factor_for(self.image_size)
 
     @cached_property
     def shared(self) -> RunOptions:
@@ -174,8 +120,34 @@ class Board:
     @cached_property
     def counts_K(self) -> np.ndarray:
         """Training images of each class."""
+        return np.bincount(self.images("train").labels)
+
+    def images(self, split: str) -> ImageSet:
+        """A split of --data as it is now."""
         folder = data_folder(self.options.data, self.shared.shapes_per_class, Silence())
-        return np.bincount(open_image_set(folder, "train").labels)
+        return open_image_set(folder, split)
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Of both splits of --data."""
+        return images_sha256(self.images("train"), self.images("val"))
+
+    @cached_property
+    def validation_sha256(self) -> str:
+        """Of what students are measured on."""
+        return images_sha256(self.images("val"))
+
+    def coreset(self, cell: Cell) -> Path:
+        """Folder of the coreset of which the cell's students are, of a whole `train`."""
+        name = "coreset-doped" if _parsed(cell.words).dope else "coreset"
+        return self.options.out / CELLS / cell.name / name
+
+    def teacher_spec(self, *, generated: bool) -> str:
+        """What a whole `train` is given as --teacher: one that exists, or a file to be trained."""
+        if generated or self.options.trains_teacher:
+            own = self.thousand_teacher if generated else self.teacher
+            return str(self.options.out / CELLS / own.name / TEACHER)
+        return self.options.teacher or ""
 
     @cached_property
     def teacher(self) -> Cell:
@@ -197,24 +169,41 @@ class Board:
         return Cell(name=_slug(name), words=(*words, ceiling, *own), classes=len(self.counts_K))
 
     def elsewhere(self, base: Cell, network: str) -> Cell:
-        """Students of another network, on the coreset of `base`."""
+        """Students of another network, on the coreset of `base`.
+
+        ValueError for a network that cannot take the images, or where no labels are stored.
+        """
         check_network("--students", network, base.classes, self.image_size)
         run = _parsed(base.words)
+        if run.targets == "soft" and run.labels == "online":
+            raise ValueError(
+                "--labels online stores no labels, and the part students learns from stored ones: "
+                "leave it out, or give --parts without students"
+            )
         given = (_given(f"--{n.replace('_', '-')}", getattr(run, n)) for n in SAME_ELSEWHERE)
         rate = RECIPES[self.options.recipe].student_for(
             ipc=run.ipc, factor=self.factor, classes=base.classes, network=network
         )
         words = ("student", "--data", run.data, "--student", network, "--seeds", str(run.seeds))
-        words += ("--learning-rate", str(rate.learning_rate), *(w for each in given for w in each))
+        learning_rate = run.learning_rate or rate.learning_rate
+        words += ("--learning-rate", str(learning_rate), *(w for each in given for w in each))
         return Cell(
             name=_slug(f"{base.name}-{network}"), words=words, classes=base.classes, base=base
         )
+
+    def learn_as(self, base: Cell) -> tuple[str, ...]:
+        """Options with which `train student` learns from the coreset of `base` what that did."""
+        run = _parsed(base.words)
+        alike = RUN_ALIKE if run.targets == "soft" else (*RUN_ALIKE, *HARD_ALIKE)
+        words = ("--coreset", str(self.coreset(base)), "--targets", run.targets)
+        return (*words, *_chosen(run, alike))
 
     @cached_property
     def thousand_teacher(self) -> Cell:
         """What trains the teacher of the generated set of 1000 classes."""
         epochs = self.options.teacher_epochs or THOUSAND_TEACHER_EPOCHS
         words = ("teacher", *_THOUSAND, "--method", "random", "--teacher-epochs", str(epochs))
+        words += _chosen(self.shared, ("device", *RUN_ALIKE))
         return Cell(name="thousand-teacher", words=words, classes=CLASSES, generated=True)
 
     def thousand(self, *codec: str) -> Cell:
@@ -223,7 +212,7 @@ class Board:
         words = (*_THOUSAND, "--method", "upsample", "--ipc", str(o.ipc[0]), "--factor", "1")
         words += ("--epochs", str(o.epochs or THOUSAND_EPOCHS), "--seeds", str(o.seeds))
         name = _slug(f"thousand-{'-'.join(codec) or 'dense'}")
-        words += ("--no-ceiling", *codec)
+        words += ("--no-ceiling", *_chosen(self.shared, ("device", *RUN_ALIKE)), *codec)
         return Cell(name=name, words=words, classes=CLASSES, generated=True)
 
     def lines(self) -> list[Line]:
@@ -259,7 +248,7 @@ class Board:
         network = run.student or recipe.student.network
         if cell.base is not None:
             network = cell.words[cell.words.index("--student") + 1]
-        samples = cell.classes * run.ipc * (run.factor or self.factor) ** 2
+        samples = cell.classes * (run.ipc + run.dope) * (run.factor or self.factor) ** 2
         epochs = run.epochs or recipe.student.epochs
         return Size(run.methods[0], network, image_size, run.seeds, samples, epochs)
 
@@ -343,6 +332,18 @@ def _parsed(words: Sequence[str]) -> Train:
 
 def _given(option: str, value: object) -> tuple[str, ...]:
     return () if value is None else (option, str(value))
+
+
+def _chosen(run: RunOptions, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of these options that are not what they are by themselves."""
+    by_itself = _parsed(())
+    words: list[str] = []
+    for name in names:
+        value = getattr(run, name)
+        if value != getattr(by_itself, name):
+            option = f"--{name.replace('_', '-')}"
+            words += [option] if value is True else [option, str(value)]
+    return tuple(words)
 
 
 def _slug(text: str) -> str:
