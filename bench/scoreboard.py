@@ -8,7 +8,7 @@ A board is a folder: cells/NAME are run folders of `train`, rows/NAME.json what 
 (never run again), scoreboard.md, scoreboard.json and plots/*.png what they come to. Killed and
 started again with the same options, it goes on in the cell where it was, from its last checkpoint.
 A cell that fails is told, and the others go on. Words after `--` are options of `train`
-(scoreboard_cells.py says for which cells), and scoreboard_rows.py says what a row is.
+(scoreboard_board.py says for which cells), and scoreboard_rows.py says what a row is.
 
 A row of a cell is appended to bench/results/DEVICE/scoreboard.jsonl when the cell is done. After
 --no-record, `cat board/rows/*.json` gives the same lines to append.
@@ -28,7 +28,8 @@ from measure import environment, publish
 from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.console import print_table
 from patchbloom.engine.durable import replace_file
-from scoreboard_cells import CELLS, Board, Cell, Size
+from scoreboard_board import Board
+from scoreboard_cells import CELLS, Cell, Size
 from scoreboard_options import Options
 from scoreboard_page import duration, plus_minus, render, write_plots
 from scoreboard_rows import ROWS, Row, check_alike, measured_rows, read_row, read_rows

@@ -6,7 +6,7 @@ one student. A gap is the difference of two means over their pooled deviation,
     (a - b) / sqrt((std_a² + std_b²) / 2)
 
 Below CLEAR_GAPS, by the number of students, Student's t-test at 5 % does not tell them apart. Rows
-are scoreboard.py's, by the name of their cell.
+are scoreboard_rows.py's, by the name of their cell.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ from patchbloom.engine.coreset import open_coreset
 from patchbloom.train.brought_teacher import name_of
 from patchbloom.train.networks import TORCHVISION
 from patchbloom.train.summary import mean_and_std
-from scoreboard_cells import CELLS, Board, Cell, Size
+from scoreboard_board import Board
+from scoreboard_cells import CELLS, Cell, Size
 
 Row = dict[str, Any]
 Identity = tuple[object, ...]
