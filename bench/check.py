@@ -33,8 +33,8 @@ import tyro
 FLOOR = 0.05
 LEAST_ROUNDS = 3
 CONFIGURATION = (
-    *("benchmark", "model", "weights", "size_px", "batch", "engine_batch", "evals", "images"),
-    *("classes", "patches_per_class", "ipc", "data", "crops", "crop_px", "score_px"),
+    *("benchmark", "cell", "model", "weights", "size_px", "batch", "engine_batch", "evals"),
+    *("images", "classes", "patches_per_class", "ipc", "data", "crops", "crop_px", "score_px"),
     *("backend", "threads", "student", "student_batch", "student_precision", "seeds", "epochs"),
     *("teacher", "teacher_images", "codec", "top_k", "quick"),
 )

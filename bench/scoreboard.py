@@ -7,14 +7,11 @@
 A board is a folder: cells/NAME are run folders of `train`, rows/NAME.json what a finished one told
 (never run again), scoreboard.md, scoreboard.json and plots/*.png what they come to. Killed and
 started again with the same options, it goes on in the cell where it was, from its last checkpoint.
-A cell that fails is told, and the others go on. Words after `--` are options of `train`.
+A cell that fails is told, and the others go on. Words after `--` are options of `train`
+(scoreboard_board.py says for which cells), and scoreboard_rows.py says what a row is.
 
-A row, plain JSON: cell and words (its name and its options of `train`); method, student,
-image_size, seeds, samples (images of an epoch), epochs; accuracy [mean, std] in percent, of the
-last epoch on the whole validation split; recognised, percent of the last epoch's stored labels
-whose largest answer is the class that their view was made for, or null; seconds_per_epoch, the
-median over epochs, rendering and all students together, or null; total_s, of all stages and
-sessions; and of the summary ceiling, evals, bytes, label_bytes (of one label) and teacher.
+A row of a cell is appended to bench/results/DEVICE/scoreboard.jsonl when the cell is done. After
+--no-record, `cat board/rows/*.json` gives the same lines to append.
 """
 
 from __future__ import annotations
@@ -22,30 +19,24 @@ from __future__ import annotations
 import ctypes
 import json
 import signal
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import tyro
 from measure import environment, publish
 from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.console import print_table
-from patchbloom.engine.coreset import open_coreset
 from patchbloom.engine.durable import replace_file
-from patchbloom.train.summary import mean_and_std
-from scoreboard_cells import Board, Cell, Options, Size
+from scoreboard_board import Board
+from scoreboard_cells import CELLS, Cell, Size
+from scoreboard_options import Options
 from scoreboard_page import duration, plus_minus, render, write_plots
+from scoreboard_rows import ROWS, Row, check_alike, measured_rows, read_row, read_rows
 from thousand_classes import write_thousand
 
-Row = dict[str, Any]
-CELLS, ROWS, PLOTS, MARKDOWN, JSON = "cells", "rows", "plots", "scoreboard.md", "scoreboard.json"
-TEACHER = Path("teacher", "teacher.safetensors")
+PLOTS, MARKDOWN, JSON = "plots", "scoreboard.md", "scoreboard.json"
 THOUSAND_SET = "thousand-classes"
-OF_CORESET = ("evals", "bytes", "label_bytes", "recognised")
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
@@ -53,16 +44,13 @@ def command(cell: Cell, board: Board) -> list[str]:
     """Arguments of `train` that begin the cell, or go on with it."""
     out, words = board.options.out, list(cell.words)
     if cell.base is not None:
-        words += ["--coreset", str(out / CELLS / cell.base.name / "coreset")]
+        words += board.learn_as(cell.base)
     else:
         words += ["--resume"]
     if cell.generated:
         words += ["--data", str(out / THOUSAND_SET)]
     if not cell.kind:
-        own = board.thousand_teacher if cell.generated else board.teacher
-        made = str(out / CELLS / own.name / TEACHER)
-        trained = cell.generated or board.options.trains_teacher
-        words += ["--teacher", made if trained else board.options.teacher or ""]
+        words += ["--teacher", board.teacher_spec(generated=cell.generated)]
     return [*words, "--out", str(out / CELLS / cell.name)]
 
 
@@ -91,79 +79,6 @@ def run(cell: Cell, board: Board) -> str | None:
             process.communicate()
             raise
     return (said or f"exit code {process.returncode}") if process.returncode else None
-
-
-def read_row(cell: Cell, size: Size, folder: Path, base: Row | None) -> Row:
-    """What a finished cell tells."""
-    row: Row = {"cell": cell.name, "words": list(cell.words), **asdict(size)}
-    row |= {"classes": cell.classes, "ceiling": None}
-    if cell.kind:
-        stage = json.loads((folder / "stages" / f"{cell.kind}.json").read_bytes())
-        result, row["total_s"] = stage["result"], round(stage["seconds"], 1)
-        if cell.kind == "teacher":
-            per_epoch = round(stage["seconds"] / size.epochs, 3)
-            return row | {"accuracy": [result["accuracy"], None], "seconds_per_epoch": per_epoch}
-        shared = {key: base.get(key) for key in OF_CORESET} if base else {}
-        row |= {"accuracy": mean_and_std(result["accuracies"]), **shared}
-    else:
-        summary = json.loads((folder / "summary.json").read_bytes())
-        method, settings = size.method, summary["settings"]
-        labels = summary["bytes"][method]["labels"]
-        row |= {
-            "accuracy": summary["accuracy"][method],
-            "ceiling": summary["ceiling"],
-            "evals": summary["evals_per_image"][method],
-            "bytes": summary["bytes"][method],
-            "label_bytes": round(labels / (size.samples * size.epochs), 1),
-            "recognised": _recognised(folder / "coreset"),
-            "total_s": round(sum(summary["seconds"].values()), 1),
-            "teacher": {k: summary["teacher"].get(k) for k in ("architecture", "accuracy")},
-            "data": summary["data"],
-            "recipe": settings["recipe"],
-            "content_sha256": summary["content_sha256"][method],
-        }
-    return row | {"seconds_per_epoch": _seconds_per_epoch(folder, size.method)}
-
-
-def _recognised(coreset: Path) -> float | None:
-    """What the teacher recognises of the last epoch, in percent; None without stored labels."""
-    labels = open_coreset(coreset, verify=False).soft_labels()
-    return None if labels is None else round(labels.recognised(labels.epochs - 1), 1)
-
-
-def _seconds_per_epoch(folder: Path, method: str) -> float | None:
-    """The median that the log tells; None when the log was lost to a full disk."""
-    log = folder / "log.jsonl"
-    lines = (json.loads(line) for line in log.open()) if log.is_file() else iter(())
-    seconds = [line["value"] for line in lines if line.get("tag") == f"{method}/seconds"]
-    return round(statistics.median(seconds), 4) if seconds else None
-
-
-def read_rows(board: Board, cells: Sequence[Cell]) -> dict[str, Row]:
-    """Rows of the cells that are done; ValueError for one that was run with other options."""
-    rows = {}
-    for cell in cells:
-        path = board.options.out / ROWS / f"{cell.name}.json"
-        if not path.is_file():
-            continue
-        row = rows[cell.name] = json.loads(path.read_bytes())
-        if row["words"] != list(cell.words):
-            raise ValueError(
-                f"cell {cell.name} of {board.options.out} was run with {' '.join(row['words'])}, "
-                f"now asked for {' '.join(cell.words)}: give the same options, or another --out"
-            )
-    return rows
-
-
-def measured_rows(places: Iterable[Path]) -> list[Row]:
-    """Rows of other boards, or of files with a row per line; ValueError for anything else."""
-    rows: list[Row] = []
-    for place in places:
-        found = sorted((place / ROWS).glob("*.json")) if place.is_dir() else [place]
-        if not found or not all(path.is_file() for path in found):
-            raise ValueError(f"--rates {place}: expected a board or a file of rows, found none")
-        rows += [json.loads(line) for path in found for line in path.read_text().splitlines()]
-    return rows
 
 
 def estimate_s(cell: Cell, size: Size, rows: Iterable[Row]) -> float | None:
@@ -238,8 +153,9 @@ def run_all(board: Board, cells: Sequence[Cell], rows: dict[str, Row]) -> dict[s
                 raise ValueError(f"no cell can go on without its teacher: {failed[cell.name]}")
             continue
         row: Row = environment(device) | {"benchmark": "scoreboard"}
-        row |= read_row(cell, size, out / CELLS / cell.name, base)
-        replace_file(out / ROWS / f"{cell.name}.json", json.dumps(row).encode())
+        row |= read_row(cell, board, base)
+        check_alike(board, cells, {**rows, cell.name: row})
+        replace_file(out / ROWS / f"{cell.name}.json", f"{json.dumps(row)}\n".encode())
         rows[cell.name] = row
         publish(row, record=board.options.record, as_json=False)
         print(

@@ -6,13 +6,14 @@ one student. A gap is the difference of two means over their pooled deviation,
     (a - b) / sqrt((std_a² + std_b²) / 2)
 
 Below CLEAR_GAPS, by the number of students, Student's t-test at 5 % does not tell them apart. Rows
-are scoreboard.py's, by the name of their cell.
+are scoreboard_rows.py's, by the name of their cell.
 """
 
 from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from scoreboard_cells import Line
 
 Row = Mapping[str, Any]
 Accuracy = Sequence[Any]
+OF_WHAT = "which are of students of one coreset and one teacher, not of several of these"
 CLEAR_GAPS = {2: 4.31, 3: 2.27, 4: 1.74, 5: 1.46}
 CLEAR_GAP_OF_MORE = 1.29  # of 6 students, and more than is needed for more of them
 HEADS = {
@@ -134,7 +136,7 @@ def _bars(axes: Axes, lines: Sequence[Line], rows: Mapping[str, Row], key: str) 
 
 def _about(rows: Mapping[str, Row]) -> str:
     """What all cells share."""
-    row = next((row for row in rows.values() if row.get("data")), None)
+    row = next((row for row in rows.values() if row.get("recipe")), None)
     if row is None:
         return "No cell is done."
     data, teacher = row["data"], row["teacher"]
@@ -145,8 +147,21 @@ def _about(rows: Mapping[str, Row]) -> str:
         f"{row['seeds']} of one coreset per line, mean ± std; teacher {teacher['architecture']}, "
         f"{plus_minus([teacher['accuracy'], None])} %. Accuracy of the last epoch on the whole "
         f"validation set. A gap is in pooled standard deviations. Recognised: what the teacher "
-        f"takes for its class of the last epoch's views. {row['device']}."
+        f"takes for its class of the last epoch's views. {row['device']}.{_commits(rows)}"
     )
+
+
+def _commits(rows: Mapping[str, Row]) -> str:
+    """Which commits measured the cells, where there are several."""
+    told = Counter(
+        f"{row['commit']}{'-dirty' if row.get('dirty') else ''}"
+        for row in rows.values()
+        if row.get("commit")
+    )
+    if len(told) < 2:
+        return ""
+    each = ", ".join(f"{commit} ({count})" for commit, count in told.items())
+    return f" The cells were measured at {len(told)} commits: {each}; a gap may be of the code."
 
 
 def _table(lines: Sequence[Line], rows: Mapping[str, Row]) -> Iterator[str]:
@@ -202,7 +217,7 @@ def _winners(lines: Sequence[Line], rows: Mapping[str, Row]) -> Iterator[str]:
         one, other = rows[first.cell.name], rows[second.cell.name]
         yield (
             f"{group}: **{first.label}** ({plus_minus(one['accuracy'])}) is first, above "
-            f"{second.label} ({plus_minus(other['accuracy'])}) by {_told(one, other)}."
+            f"{second.label} ({plus_minus(other['accuracy'])}) by {_told(one, other)}, {OF_WHAT}."
         )
 
 

@@ -12,13 +12,20 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tyro
+from patchbloom.train.brought_teacher import name_of
+from patchbloom.train.coreset_options import StudentElsewhere
 from patchbloom.train.shapes import write_shapes
 from PIL import Image
 from run_processes import write_inputs
 
 BENCH = Path(__file__).parents[1] / "bench"
-MODULES = ("scoreboard", "scoreboard_cells", "scoreboard_page", "measure")
+MODULES = (
+    *("scoreboard", "scoreboard_board", "scoreboard_cells", "scoreboard_options"),
+    *("scoreboard_page", "scoreboard_rows", "measure"),
+)
 STUDENT = ("--student", "convnet-d3-w8", "--device", "cpu")
+DOPED = (*STUDENT, "--dope", "1")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +100,84 @@ def test_cells_are_shared_and_say_what_they_are(scoreboard: ModuleType, data: Pa
         board_of(scoreboard, data, Path("out"), students=("resnet1",)).cells()
 
 
+def test_cells_take_what_is_given_for_every_cell(scoreboard: ModuleType, data: Path) -> None:
+    def elsewhere(*common: str) -> tuple[Any, StudentElsewhere]:
+        board = board_of(
+            *(scoreboard, data, Path("out"), "--device", "cpu", *common),
+            **{"parts": ("students", "codecs"), "students": ("vit-s",)},
+        )
+        cell = next(cell for cell in board.cells() if cell.base is not None)
+        words = scoreboard.command(cell, board)[1:]
+        return board, tyro.cli(StudentElsewhere, args=words)
+
+    _, soft = elsewhere()
+    assert (soft.targets, soft.coreset.name, soft.recipe) == ("soft", "coreset", None)
+    assert soft.learning_rate == 1e-4  # RDED's for a ViT
+    board, doped = elsewhere("--dope", "2", "--learning-rate", "0.1")
+    assert (doped.targets, doped.coreset.name) == ("soft", "coreset-doped")
+    assert doped.learning_rate == 0.1
+    assert {board.size(cell).samples for cell in board.cells() if cell.base} == {10 * (1 + 2) * 4}
+    _, hard = elsewhere("--targets", "hard", "--batch", "5", "--student-precision", "bf16")
+    assert (hard.targets, hard.recipe, hard.batch) == ("hard", "small", 5)
+    assert hard.student_precision == "bf16"
+    with pytest.raises(ValueError, match="--labels online stores no labels, and the part students"):
+        elsewhere("--labels", "online")
+
+    board, _ = elsewhere("--accumulate", "2", "--student-compile", "--model", "prior")
+    thousand = board.thousand().words
+    assert thousand[-6:] == (
+        *("--no-ceiling", "--device", "cpu"),
+        *("--student-compile", "--accumulate", "2"),
+    )
+    assert board.thousand_teacher.words[-3:] == thousand[-3:]
+    sizes = {32: 1, 64: 1, 96: 2}
+    boards = (board_of(scoreboard, data, Path("out"), recipe="rded", image_size=px) for px in sizes)
+    assert [board.factor for board in boards] == list(sizes.values())
+
+
+def test_rows_of_other_teachers_or_images_are_refused(
+    scoreboard: ModuleType, data: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+    teacher.write_bytes(b"one")
+    board = board_of(
+        *(scoreboard, data, tmp_path, *STUDENT),
+        **{"teacher": str(teacher), "parts": ("students",), "students": ("alexnet",)},
+    )
+    cells = board.cells()
+    base, other = (next(cell for cell in cells if bool(cell.base) is has) for has in (False, True))
+    of_base = {
+        "data": {"sha256": board.data_sha256},
+        "teacher": {"sha256": "weights", "source": name_of(str(teacher))},
+        "content_sha256": "patches",
+    }
+    of_other = {
+        "data": {"validation_sha256": board.validation_sha256},
+        "content_sha256": "patches",
+    }
+    (tmp_path / "rows").mkdir()
+
+    def read(**changes: Any) -> Any:
+        told = {base: of_base, other: {**of_other, **changes}}
+        for cell, row in told.items():
+            row = {"words": list(cell.words), **row}
+            (tmp_path / "rows" / f"{cell.name}.json").write_text(json.dumps(row))
+        return scoreboard.read_rows(board, cells)
+
+    assert read().keys() == {base.name, other.name}
+    assert read(data=None, content_sha256=None)  # a row of before does not tell
+    for changes, told in (
+        ({"teacher": {"sha256": "others"}}, f"the teacher's weights of cell {base.name} .weights"),
+        ({"data": {"validation_sha256": "x"}}, "the validation images of what is given now"),
+        ({"content_sha256": "x"}, f"the coreset of cell {base.name} .patches., found x"),
+    ):
+        with pytest.raises(ValueError, match=f"cell {other.name} of .*: expected {told}"):
+            read(**changes)
+    teacher.write_bytes(b"another")
+    with pytest.raises(ValueError, match=f"cell {base.name} .* the teacher of what is given now"):
+        read()
+
+
 def test_time_is_told_from_the_nearest_cell(scoreboard: ModuleType, data: Path) -> None:
     board = board_of(scoreboard, data, Path("out"), ipc=(1, 2), epochs=100)
     cells = {cell.name: cell for cell in board.cells()}
@@ -128,7 +213,7 @@ def test_a_killed_board_goes_on(
     given: dict[str, Any] = {**shown, "seeds": 2, "epochs": 2, "teacher_epochs": 1}
     words = ["--data", str(data), "--out", str(out), "--recipe", "small", "--image-size", "32"]
     words += ["--ipc", "1", "--no-record", "--parts", "methods", "--methods", "random", "upsample"]
-    words += ["--seeds", "2", "--epochs", "2", "--teacher-epochs", "1", "--", *STUDENT]
+    words += ["--seeds", "2", "--epochs", "2", "--teacher-epochs", "1", "--", *DOPED]
     process = subprocess.Popen([sys.executable, str(BENCH / "scoreboard.py"), *words])
     kill_when(process, out / "cells" / "upsample-ipc1" / "run.json")
     assert sorted(path.stem for path in (out / "rows").iterdir()) == [
@@ -139,7 +224,7 @@ def test_a_killed_board_goes_on(
 
     def go_on(**changes: Any) -> int:
         board = board_of(scoreboard, data, out, record=False, json=True, **{**given, **changes})
-        return scoreboard.main(board.options, STUDENT)
+        return scoreboard.main(board.options, DOPED)
 
     assert go_on(ipc=(1, 99)) == 1  # the cells of 99 images per class fail, and the other is done
     board = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -151,10 +236,11 @@ def test_a_killed_board_goes_on(
         row = board["rows"][name]
         assert row["accuracy"] == summary["accuracy"][method]
         assert row["teacher"]["accuracy"] == board["rows"]["teacher"]["accuracy"][0]
+        assert row["teacher"]["sha256"] == board["rows"]["teacher"]["teacher"]["sha256"]
         assert row["total_s"] >= 2 * row["seconds_per_epoch"] > 0
         assert 20 < row["label_bytes"] < 22
         assert 0 < row["recognised"] < 100
-        assert (row["samples"], row["epochs"], row["seeds"]) == (40, 2, 2)
+        assert (row["samples"], row["epochs"], row["seeds"]) == (80, 2, 2)
     page = (out / "scoreboard.md").read_text()
     assert page.count("| fresh real images (ceiling) |") == 1
     assert Image.open(out / "plots" / "methods.png").width > 400
@@ -164,13 +250,19 @@ def test_a_killed_board_goes_on(
     assert "3 cells, 3 done, 0 s left" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"cell teacher of .* was run with .*another --out"):
         go_on(teacher_epochs=2)
+    published = tmp_path / "scoreboard.jsonl"
+    published.write_text("".join(path.read_text() for path in sorted((out / "rows").iterdir())))
+    assert [row["cell"] for row in scoreboard.measured_rows([published])] == sorted(board["rows"])
+    (out / "cells" / "teacher" / "teacher" / "teacher.safetensors").write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"cell random-.* the teacher of what is given now"):
+        go_on()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_part_runs(scoreboard: ModuleType, tmp_path: Path) -> None:
     data, model = write_inputs(tmp_path)[1::2]
-    common = (*STUDENT, "--model", model, "--backend", "eager", "--bundles", str(tmp_path / "b"))
+    common = (*DOPED, "--model", model, "--backend", "eager", "--bundles", str(tmp_path / "b"))
     board = board_of(
         *(scoreboard, Path(data), tmp_path / "board", *common),
         **{"epochs": 3, "teacher_epochs": 1, "seeds": 2, "record": False},
@@ -186,9 +278,10 @@ def test_every_part_runs(scoreboard: ModuleType, tmp_path: Path) -> None:
     assert [row["ablation", "IPC 1", f"rho {rho}"]["evals"] for rho in (0.4, 0.8)] == [2, 4]
     assert row["ablation", "IPC 1", "text only"]["evals"] == 5
     assert row["gain", "IPC 1", "rho 1"]["evals"] == 5
-    assert row["patches", "dace", "r = 1 (32 px)"]["samples"] == dace["samples"] / 4 == 10
+    assert row["patches", "dace", "r = 1 (32 px)"]["samples"] == dace["samples"] / 4 == 20
     other = row["students", "dace", "alexnet"]
     assert (other["bytes"], other["student"]) == (dace["bytes"], "alexnet")
+    assert other["content_sha256"] == dace["content_sha256"]  # soft labels and doped images too
     assert other["accuracy"] != dace["accuracy"]
     assert other["seconds_per_epoch"] > 0
     for group, label, bytes_each in (
@@ -229,6 +322,12 @@ def test_the_page_says_who_wins(scoreboard: ModuleType, data: Path, tmp_path: Pa
         if line.label in accuracies and line.label != "plain" and not line.cell.generated
     }
     rows["random-ipc1-ceiling"]["ceiling"] = [60.0, 2.0]
+    counts = {"training_images": 50, "validation_images": 20, "classes": 10}
+    rows["random-ipc1-ceiling"] |= {
+        **{"commit": "abc", "dirty": True, "device": "cpu", "recipe": "small"},
+        **{"data": {"name": "set", **counts}, "teacher": {"architecture": "net", "accuracy": 9.0}},
+    }
+    rows["dace-ipc1"]["commit"] = "def"
     top_3 = next(line.cell for line in lines if line.label == "top-3")
     rows[top_3.name]["label_bytes"] = 12.0
     hard = next(line.hard for line in lines if line.label == "dace" and line.hard)
@@ -241,7 +340,8 @@ def test_the_page_says_who_wins(scoreboard: ModuleType, data: Path, tmp_path: Pa
     assert "| IPC 1 | fresh real images (ceiling) | 60.0 ± 2.0 | – |" in methods
     assert "| IPC 1 | rded | – |" in methods
     assert "**dace** (42.0 ± 1.0) is first, above upsample (40.0 ± 1.0) by 2.0 standard" in methods
-    assert methods.count("(not told apart)") == 1
+    assert methods.count("(not told apart), which are of students of one coreset and one") == 1
+    assert "measured at 2 commits: abc-dirty (1), def (1); a gap" in page
     widths = {line.count("|") for line in methods.splitlines() if line.startswith("|")}
     assert len(widths) == 1
     assert "top-3: 1.7 times smaller than dense; -0.5 points, -0.5 standard deviations" in codecs

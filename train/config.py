@@ -300,11 +300,12 @@ NETWORK_LEARNING_RATES = {
     "vgg11": 5e-4,
     "alexnet": 1e-4,
     "vit_b_16": 1e-4,
+    "vit-s": 1e-4,
     "swin_t": 1e-4,
     "mobilenet_v2": 2.5e-3,
     "efficientnet_b0": 2e-3,
 }
-"""Student networks that RDED trains at another rate than the recipe's."""
+"""Student networks that RDED trains at another rate than the recipe's; vit-s as its ViT-B."""
 
 RECIPES: dict[RecipeName, Recipe] = {
     "rded": Recipe(

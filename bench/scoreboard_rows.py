@@ -1,0 +1,186 @@
+"""Rows of a scoreboard: what a finished cell tells, and whether rows of one board belong together.
+
+A row is OUT/rows/NAME.json, a line of JSON. Beside the environment of measure.py:
+
+    cell, words             the cell's name, and its options of `train`
+    method, student, image_size, seeds, samples, epochs     samples: images of an epoch
+    classes, accuracy       [mean, std] in percent, of the last epoch on the whole validation split
+    ceiling, evals, bytes   of the summary, label_bytes being of one label
+    recognised              percent of the last epoch's stored labels whose largest answer is the
+                            class that their view was made for, or null
+    seconds_per_epoch       the median over epochs, rendering and all students together, or null
+    total_s                 of all stages and sessions
+    recipe, data, teacher   of the summary, teacher.source being --teacher: a file by its sha256
+    content_sha256          of the coreset that the students learned from
+
+Students of one board have one data set and one teacher, those of the generated set their own. A key
+that a row lacks, as rows of before do, is not compared.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from patchbloom.engine.coreset import open_coreset
+from patchbloom.train.brought_teacher import name_of
+from patchbloom.train.networks import TORCHVISION
+from patchbloom.train.summary import mean_and_std
+from scoreboard_board import Board
+from scoreboard_cells import CELLS, Cell, Size
+
+Row = dict[str, Any]
+Identity = tuple[object, ...]
+ROWS = "rows"
+OF_CORESET = ("evals", "bytes", "label_bytes", "recognised")
+OF_TEACHER = ("architecture", "accuracy", "sha256")
+ALIKE = {
+    ("data", "sha256"): "images",
+    ("data", "validation_sha256"): "validation images",
+    ("teacher", "source"): "teacher",
+    ("teacher", "sha256"): "teacher's weights",
+}
+"""What all rows of a board have in common, by where it is in a row."""
+
+
+def read_row(cell: Cell, board: Board, base: Row | None) -> Row:
+    """What a finished cell tells; `base` is the row of the cell whose coreset it learned from."""
+    size, folder = board.size(cell), board.options.out / CELLS / cell.name
+    row: Row = {"cell": cell.name, "words": list(cell.words), **asdict(size)}
+    row |= {"classes": cell.classes, "ceiling": None}
+    if cell.kind == "teacher":
+        return row | _of_teacher(_stage(folder, "teacher"), size)
+    if cell.kind == "student":
+        row |= _of_students(_stage(folder, "student"), base or {})
+    else:
+        row |= _of_run(folder, size, board.coreset(cell))
+    return row | {"seconds_per_epoch": _seconds_per_epoch(folder, size.method)}
+
+
+def _of_teacher(stage: dict[str, Any], size: Size) -> Row:
+    return {
+        "accuracy": [stage["result"]["accuracy"], None],
+        "seconds_per_epoch": round(stage["seconds"] / size.epochs, 3),
+        "total_s": round(stage["seconds"], 1),
+        "teacher": {key: stage["result"][key] for key in OF_TEACHER},
+        "data": {"sha256": stage["config"]["--data"]},
+    }
+
+
+def _of_students(stage: dict[str, Any], base: Row) -> Row:
+    config = stage["config"]
+    return {
+        "accuracy": mean_and_std(stage["result"]["accuracies"]),
+        **{key: base.get(key) for key in OF_CORESET},
+        "total_s": round(stage["seconds"], 1),
+        "data": {"validation_sha256": config["validation images"]},
+        "content_sha256": config["--coreset"],
+    }
+
+
+def _of_run(folder: Path, size: Size, coreset: Path) -> Row:
+    summary, method = json.loads((folder / "summary.json").read_bytes()), size.method
+    labels = summary["bytes"][method]["labels"]
+    teacher = {key: summary["teacher"].get(key) for key in OF_TEACHER}
+    return {
+        "accuracy": summary["accuracy"][method],
+        "ceiling": summary["ceiling"],
+        "evals": summary["evals_per_image"][method],
+        "bytes": summary["bytes"][method],
+        "label_bytes": round(labels / (size.samples * size.epochs), 1),
+        "recognised": _recognised(coreset),
+        "total_s": round(sum(summary["seconds"].values()), 1),
+        "teacher": teacher | {"source": _stage(folder, "teacher")["config"]["--teacher"]},
+        "data": summary["data"],
+        "recipe": summary["settings"]["recipe"],
+        "content_sha256": summary["content_sha256"][method],
+    }
+
+
+def _stage(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "stages" / f"{name}.json").read_bytes())
+
+
+def _recognised(coreset: Path) -> float | None:
+    """What the teacher recognises of the last epoch, in percent; None without stored labels."""
+    labels = open_coreset(coreset, verify=False).soft_labels()
+    return None if labels is None else round(labels.recognised(labels.epochs - 1), 1)
+
+
+def _seconds_per_epoch(folder: Path, method: str) -> float | None:
+    """The median that the log tells; None when the log was lost to a full disk."""
+    log = folder / "log.jsonl"
+    lines = (json.loads(line) for line in log.open()) if log.is_file() else iter(())
+    seconds = [line["value"] for line in lines if line.get("tag") == f"{method}/seconds"]
+    return round(statistics.median(seconds), 4) if seconds else None
+
+
+def read_rows(board: Board, cells: Sequence[Cell]) -> dict[str, Row]:
+    """Rows of the cells that are done.
+
+    ValueError for one that was run with other options, or as check_alike raises it.
+    """
+    rows = {}
+    for cell in cells:
+        path = board.options.out / ROWS / f"{cell.name}.json"
+        if not path.is_file():
+            continue
+        row = rows[cell.name] = json.loads(path.read_bytes())
+        if row["words"] != list(cell.words):
+            raise ValueError(
+                f"cell {cell.name} of {board.options.out} was run with {' '.join(row['words'])}, "
+                f"now asked for {' '.join(cell.words)}: give the same options, or another --out"
+            )
+    check_alike(board, cells, rows)
+    return rows
+
+
+def check_alike(board: Board, cells: Sequence[Cell], rows: Mapping[str, Row]) -> None:
+    """ValueError for a row of other images, another teacher or, of a base, another coreset than
+    what is given now, or than another row has."""
+    known = {key: (value, "what is given now") for key, value in _given_now(board)}
+    for cell in (cell for cell in cells if cell.name in rows):
+        for key, what, found in _identities(cell, rows[cell.name]):
+            expected, whose = known.setdefault(key, (found, f"cell {cell.name}"))
+            if found != expected:
+                raise ValueError(
+                    f"cell {cell.name} of {board.options.out}: expected the {what} of {whose} "
+                    f"({expected}), found {found}: give what the board was run with, or another "
+                    "--out"
+                )
+
+
+def _identities(cell: Cell, row: Row) -> Iterator[tuple[Identity, str, str]]:
+    """What a row may share with others: how it is known, how it is called, and its value."""
+    for (part, name), what in ALIKE.items():
+        value = (row.get(part) or {}).get(name)
+        if value is not None:
+            yield (cell.generated, part, name), what, value
+    if row.get("content_sha256") is not None:
+        yield ("coreset", (cell.base or cell).name), "coreset", row["content_sha256"]
+
+
+def _given_now(board: Board) -> Iterator[tuple[Identity, str]]:
+    """Of the data set that is given, and of the teachers that are there."""
+    if not board.shared.skip_corrupt:  # a row is then of the images that were left
+        yield (False, "data", "sha256"), board.data_sha256
+    yield (False, "data", "validation_sha256"), board.validation_sha256
+    for generated in (False, True):
+        spec = board.teacher_spec(generated=generated)
+        if spec.startswith(TORCHVISION) or Path(spec).is_file():
+            yield (generated, "teacher", "source"), name_of(spec)
+
+
+def measured_rows(places: Iterable[Path]) -> list[Row]:
+    """Rows of other boards, or of files with a row per line; ValueError for anything else."""
+    rows: list[Row] = []
+    for place in places:
+        found = sorted((place / ROWS).glob("*.json")) if place.is_dir() else [place]
+        if not found or not all(path.is_file() for path in found):
+            raise ValueError(f"--rates {place}: expected a board or a file of rows, found none")
+        rows += [json.loads(line) for path in found for line in path.read_text().splitlines()]
+    return rows
