@@ -11,6 +11,7 @@ import pytest
 import torch
 from patchbloom.engine.class_names import imagenet_names
 from patchbloom.engine.coreset import Coreset, attach_labels, write_coreset
+from patchbloom.engine.dd_ranking import SUBSETS
 from patchbloom.engine.exports import export_coreset
 from patchbloom.engine.soft_labels import LabelBlock
 from patchbloom.train.sources import open_coreset_source
@@ -19,7 +20,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 EPOCHS, SIZE_PX = 3, 16
-CLASSES = ("apple", "bread", "cheese")
+CLASSES = tuple(imagenet_names())[:3]
 OWN_COLOURS, DOPED_COLOUR = (0, 1), 2
 """The brightest channel of each image of a class: no variant changes which it is."""
 
@@ -112,6 +113,7 @@ def test_an_image_has_the_labels_of_what_students_saw_of_it(
                 varied = not np.array_equal(image_CHW.permute(1, 2, 0), stored[key])
                 seen.setdefault(key, {})[sample, epoch] = varied
     assert len({len(views) for views in seen.values()}) > 1  # not all have as many labels
+    assert sum(sum(views.values()) for views in seen.values()) == 12  # four of a class
 
     told = export_coreset(coreset, to, tmp_path / "out")
     assert (told["images"], told["doped_images"]) == (9, 3)
@@ -161,32 +163,35 @@ def test_dd_ranking_gets_doped_images_after_those_of_their_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """Of t2i as many images as are stored, whatever its IPC counts."""
-    monkeypatch.setattr("patchbloom.engine.dd_ranking.CLASS_COUNTS", {"CIFAR10": 3})
+    monkeypatch.setitem(SUBSETS, "ImageNette", (1, 2, 0))  # in an order of its own
     make, made, real = (written, 2, 1) if method == "t2i" else (rded, 2, 2)
     coreset = make(tmp_path / "coreset")
-    told = export_coreset(coreset, "ddranking", tmp_path / "out", dataset="CIFAR10")
+    told = export_coreset(coreset, "ddranking", tmp_path / "out", dataset="ImageNette")
     each = made + real
     assert (told["ipc"], told["images"], told["doped_images"]) == (each, 3 * each, 3 * real)
-    assert told["classes_checked"] == "by number alone"
+    assert told["classes_checked"] == "by id"
     labels = torch.load(tmp_path / "out" / "labels.pt", weights_only=True)
     assert labels.tolist() == [0] * each + [1] * each + [2] * each
     images = torch.load(tmp_path / "out" / "images.pt", weights_only=True)
     assert images.shape == (3 * each, 3, SIZE_PX, SIZE_PX)
-    patches = coreset.patches().unflatten(0, (3, -1))[2]
+    patches = coreset.patches().unflatten(0, (3, -1))[0]  # DD-Ranking's number 2
     with Image.open(tmp_path / "out" / "images" / "00002" / f"{made - 1:06d}.png") as picture:
         side = patches.shape[1]
         expected = patches[1 if method == "t2i" else 4]  # the first tile of the second mosaic
         np.testing.assert_array_equal(np.array(picture)[:side, :side], expected)
     with Image.open(tmp_path / "out" / "images" / "00002" / f"{made:06d}.png") as picture:
-        np.testing.assert_array_equal(picture, coreset.doped()[2 * real])
+        np.testing.assert_array_equal(picture, coreset.doped()[0])
 
 
 def test_dd_ranking_refuses_doped_images_of_another_size(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("patchbloom.engine.dd_ranking.CLASS_COUNTS", {"CIFAR10": 3})
+    monkeypatch.setattr("patchbloom.engine.dd_ranking.CLASS_COUNTS", {"TinyImageNet": 3})
     coreset = rded(tmp_path / "coreset", image_size_px=17)
     with pytest.raises(ValueError, match=r"doped images of 16 px, .* got 17 px: export to another"):
-        export_coreset(coreset, "ddranking", tmp_path / "out", dataset="CIFAR10")
+        export_coreset(coreset, "ddranking", tmp_path / "out", dataset="TinyImageNet")
     assert not (tmp_path / "out").exists()
+    whole = written(tmp_path / "whole")
+    told = export_coreset(whole, "ddranking", tmp_path / "out", dataset="TinyImageNet")
+    assert told["classes_checked"] == "by number alone"
 
 
 def test_imagenet_is_known_by_its_classes(tmp_path: Path) -> None:
