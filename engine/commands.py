@@ -65,7 +65,7 @@ class CoresetShow:
 
 @dataclass(frozen=True, kw_only=True)
 class CoresetExport:
-    """Write a coreset in the layout of another library: patches, classes, and soft labels."""
+    """Write a coreset in the layout of another library: images, classes, and soft labels."""
 
     folder: Positional[Path]
     """The coreset's folder: the one with manifest.json in it."""
@@ -75,10 +75,12 @@ class CoresetExport:
     out: Path
     """The folder to write."""
     labels: bool = True
-    """With the stored soft labels, which webdataset and parquet can hold."""
+    """With the stored soft labels, which webdataset and parquet can hold. They are of views of what
+    is made of an image (export.json says what), several of each; refused where they are of none."""
     dataset: str | None = None
     """DD-Ranking's name of the data set, such as ImageNette: it decides the class numbers. For
-    --to ddranking, and needed there."""
+    --to ddranking, and needed there. Of CIFAR10, CIFAR100 and TinyImageNet the number of classes is
+    checked, not which they are."""
     overwrite: bool = False
     """Replace the export in --out."""
     json: bool = False

@@ -4,9 +4,12 @@
     labels.pt                int64 [N], for `hard_labels` or `labels`
     images/00000/000000.png  the same images, a folder per class number, for `image_path`
 
-An image is the mosaic of r² patches, so N is ipc of every class and H = W the images' size: the
-budget that DD-Ranking counts, at the size of its test images. Classes are numbered as DD-Ranking
-numbers them, which for ImageNet's subsets is an order of its own, and not that of the folders.
+An image is the mosaic of r² patches, so H = W is the images' size and N as many of every class as
+DD-Ranking counts as its budget: ipc, or what was generated once, and the real images that doping
+added after them. Classes are numbered as DD-Ranking numbers them, which for ImageNet's subsets is
+an order of its own, and not that of the folders. Of ImageNet and its subsets every class id is
+checked. CIFAR's and TinyImageNet's are not known here: their number is checked, and that CIFAR's
+are none of ImageNet's.
 
 Soft labels are left out: the stored ones are of views, one per epoch, and DD-Ranking takes one per
 image (mode S) or asks a teacher of its own (mode M). `torch.save` is what DD-Ranking reads, and a
@@ -14,7 +17,8 @@ pickle: of tensors alone, so torch.load's weights_only does. DD-Ranking 0.2.0 wa
 so it cannot be installed beside this package: the tests follow its documented steps, and its own
 data set and training loop were run on an export by hand, both ways.
 
-Legend: N images, K classes, p patch side, r factor, H W image size.
+Legend: N images, K classes, M mosaics and D doped images of a class, r factor, T = r² patches of a
+mosaic, H W image size.
 """
 
 from __future__ import annotations
@@ -32,9 +36,10 @@ from .manifest import CoresetError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-CLASS_COUNTS = {"CIFAR10": 10, "CIFAR100": 100, "TinyImageNet": 200, "ImageNet1K": 1000}
-"""Data sets that DD-Ranking numbers in the order of their class folders, by its names."""
+CLASS_COUNTS = {"CIFAR10": 10, "CIFAR100": 100, "TinyImageNet": 200}
+"""Data sets whose class ids are not known here, numbered in the order of their class folders."""
 SUBSETS = {
+    "ImageNet1K": tuple(range(1000)),
     "ImageNette": (0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
     "ImageWoof": (193, 182, 258, 162, 155, 167, 159, 273, 207, 229),
     "ImageMeow": (281, 282, 283, 284, 285, 291, 292, 290, 289, 287),
@@ -48,12 +53,12 @@ SUBSETS = {
 def write_dd_ranking(coreset: Coreset, dataset: str | None, folder: Path) -> dict[str, Any]:
     """Fill `folder`; what is told of it: data set, ipc, image size, class ids in its order.
 
-    CoresetError when the coreset's classes are not those of `dataset`, or there is none.
+    CoresetError when there is no such `dataset`, the coreset's classes are not as many, or, of
+    ImageNet and its subsets, not the same; or when doped images are of another size than mosaics.
     """
     classes = _class_order(coreset, dataset)
-    settings = coreset.settings
-    ipc, factor = settings["ipc"], settings["factor"]
-    images_NHWC = mosaic(coreset.patches(), _rows(classes, ipc, factor**2), factor)
+    images_NHWC = _images(coreset, classes)
+    ipc = len(images_NHWC) // len(classes)
     for number in range(len(classes)):
         (folder / "images" / f"{number:05d}").mkdir(parents=True)
         for each in range(ipc):
@@ -67,7 +72,8 @@ def write_dd_ranking(coreset: Coreset, dataset: str | None, folder: Path) -> dic
         "ipc": ipc,
         "image_size_px": images_NHWC.shape[1],
         "class_order": [coreset.class_ids[index] for index in classes],
-        "samples": len(images_NHWC),
+        "classes_checked": "by number alone" if dataset in CLASS_COUNTS else "by id",
+        "images": len(images_NHWC),
     }
 
 
@@ -83,7 +89,14 @@ def _class_order(coreset: Coreset, dataset: str | None) -> list[int]:
     if dataset in CLASS_COUNTS:
         if len(ids) != CLASS_COUNTS[dataset]:
             raise CoresetError(
-                f"--dataset {dataset}: expected {CLASS_COUNTS[dataset]} classes, got {len(ids)}"
+                f"--dataset {dataset}: expected {CLASS_COUNTS[dataset]} classes, got {len(ids)}: "
+                "give the data set that the coreset was made of"
+            )
+        foreign = [class_id for class_id in ids if class_id in imagenet_names()]
+        if foreign and dataset in _LIKE_CIFAR:
+            raise CoresetError(
+                f"--dataset {dataset}: expected its classes, got {foreign[0]}, which is one of "
+                "ImageNet's: give the data set that the coreset was made of"
             )
         return list(range(len(ids)))
     every = tuple(imagenet_names())
@@ -96,10 +109,25 @@ def _class_order(coreset: Coreset, dataset: str | None) -> list[int]:
     return [ids.index(class_id) for class_id in wanted]
 
 
-def _rows(classes: list[int], ipc: int, tiles: int) -> torch.Tensor:
-    """The patches of every image: int64 [N, r²]."""
-    within = torch.arange(ipc * tiles).reshape(ipc, tiles)
-    return torch.cat([index * ipc * tiles + within for index in classes])
+def _images(coreset: Coreset, classes: list[int]) -> torch.Tensor:
+    """Mosaics and, after those of a class, its doped images: uint8 [N, H, W, 3]."""
+    factor, order_K = coreset.settings["factor"], torch.tensor(classes)
+    patches_N = torch.arange(len(coreset.labels_N))
+    patches_KMT = patches_N.reshape(len(classes), -1, factor**2)[order_K]
+    made_NHWC = mosaic(coreset.patches(), patches_KMT.flatten(0, 1), factor)
+    if not coreset.doped_per_class:
+        return made_NHWC
+    real_NHWC = coreset.doped()
+    if made_NHWC.shape[1:] != real_NHWC.shape[1:]:
+        raise CoresetError(
+            f"{coreset.folder}: expected doped images of {made_NHWC.shape[1]} px, the size of its "
+            f"mosaics, as images.pt holds one size, got {real_NHWC.shape[1]} px: export to another "
+            "format, or the coreset without doped images"
+        )
+    by_class = (len(classes), -1)
+    made_KMHWC = made_NHWC.unflatten(0, by_class)  # in DD-Ranking's order already
+    real_KDHWC = real_NHWC.unflatten(0, by_class)[order_K]
+    return torch.cat([made_KMHWC, real_KDHWC], 1).flatten(0, 1)
 
 
 def _normalised(images_NHWC: torch.Tensor, dataset: str | None) -> torch.Tensor:

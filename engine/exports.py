@@ -1,6 +1,7 @@
-"""A coreset in the layouts of other libraries: patches, classes and, where they fit, soft labels.
+"""A coreset in the layouts of other libraries: images, classes and, where they fit, soft labels.
 
     imagefolder  train/<class id>/000000.png          torchvision's ImageFolder(OUT/train)
+                 train/<class id>/doped_000000.png    after the patches, where doping added some
     webdataset   train-000000.tar, …                  shards.py
     parquet      data/train-00000-of-00001.parquet    parquet.py
     ddranking    images.pt, labels.pt, images/        dd_ranking.py
@@ -8,10 +9,11 @@
     export.json  beside them: the coreset's name, the classes in order, what the labels are of, and
                  size and SHA-256 of every file
 
-All that a coreset holds is training data, so the one split is `train`. Soft labels are the
-teacher's answers to views, one per epoch, of the images that are made of a patch: export.json says
-of which. Patches are the coreset's own PNG bytes. The same coreset gives the same bytes, and an
-export is there whole or not at all.
+All that a coreset holds is training data, so the one split is `train`: patches, and the real images
+that doping added, which may be larger. Both are the coreset's own PNG bytes. Soft labels are the
+teacher's answers to views of images that are made of the stored ones, not to these as they are.
+Each is exported once, with the image that it is of (showings.py); export.json says what was made of
+it. The same coreset gives the same bytes, and an export is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ from .commands import ExportFormat
 from .coreset import Coreset
 from .dd_ranking import write_dd_ranking
 from .durable import full_disk_explained, replacing, write_durably
-from .manifest import CoresetError, file_entry, patch_files, spelled
+from .manifest import CoresetError, file_entry, spelled
 from .parquet import write_parquet
 from .shards import write_shards
+from .showings import VIEW_COLUMNS, stored_images, told_of_labels
 from .soft_labels import SoftLabels
 
-SCHEMA, MARK = "patchbloom.export/1", "export.json"
+SCHEMA, MARK = "patchbloom.export/2", "export.json"
+OF_ANY_VERSION = "patchbloom.export/"
 HOLDS_LABELS = ("webdataset", "parquet")
 
 
@@ -50,8 +54,8 @@ def export_coreset(
     name of the data set, for `ddranking` alone.
 
     Raises CoresetError for a folder that is not empty (`overwrite` replaces an export, and only an
-    export) or classes that `dataset` does not have; Unavailable without pyarrow, for `parquet`;
-    OSError, one clear line, on a full disk.
+    export), soft labels that are of no stored image, or what write_dd_ranking refuses; Unavailable
+    without pyarrow, for `parquet`; OSError, one clear line, on a full disk.
     """
     out = out.expanduser()
     _check_target(coreset, out, overwrite)
@@ -63,7 +67,7 @@ def export_coreset(
         "ddranking": lambda folder: write_dd_ranking(coreset, dataset, folder),
     }
     with full_disk_explained(out, _needed_bytes(coreset, to)), replacing(out, overwrite) as partial:
-        told = writers[to](partial)
+        told = {**_counts(coreset), **writers[to](partial)}
         _write_mark(coreset, to, stored, partial, told)
     files = json.loads((out / MARK).read_bytes())["files"]
     return {
@@ -77,12 +81,17 @@ def export_coreset(
     }
 
 
+def _counts(coreset: Coreset) -> dict[str, int]:
+    doped = len(coreset.class_ids) * coreset.doped_per_class
+    return {"images": len(coreset.labels_N) + doped, "doped_images": doped}
+
+
 def _write_image_folder(coreset: Coreset, folder: Path) -> dict[str, Any]:
-    for entry in coreset.manifest["classes"]:
-        (folder / "train" / entry["id"]).mkdir(parents=True)
-        for name in patch_files(entry["id"], entry["patches"]):
-            shutil.copyfile(coreset.folder / name, folder / "train" / entry["id"] / Path(name).name)
-    return {"split": "train", "samples": len(coreset.labels_N)}
+    for image in stored_images(coreset, None):
+        path = folder / "train" / image.class_id / f"{image.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(coreset.folder / image.file, path)
+    return {"split": "train"}
 
 
 def _write_mark(
@@ -102,9 +111,14 @@ def _write_mark(
         "classes": manifest["classes"],
         "settings": coreset.settings,
         "labels": None if stored is None else manifest["labels"],
+        "views": None if stored is None else _told_of_views(coreset),
         "files": {path.relative_to(folder).as_posix(): file_entry(path) for path in paths},
     }
     write_durably(folder / MARK, spelled(described))
+
+
+def _told_of_views(coreset: Coreset) -> dict[str, Any]:
+    return {"columns": VIEW_COLUMNS, "meaning": told_of_labels(coreset)}
 
 
 def _needed_bytes(coreset: Coreset, to: ExportFormat) -> int:
@@ -113,7 +127,8 @@ def _needed_bytes(coreset: Coreset, to: ExportFormat) -> int:
     if to != "ddranking":
         return 2 * stored
     settings = coreset.settings
-    images = len(coreset.class_ids) * settings["ipc"]
+    mosaics = len(coreset.labels_N) // settings["factor"] ** 2
+    images = mosaics + _counts(coreset)["doped_images"]
     return 2 * stored + images * 3 * 4 * settings["image_size_px"] ** 2
 
 
@@ -144,6 +159,7 @@ def _exported_files(out: Path) -> set[str]:
     """What an export in `out` consists of; nothing if there is none."""
     try:
         mark = json.loads((out / MARK).read_bytes())
-        return {MARK, *mark["files"]} if mark["schema"] == SCHEMA else set()
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = mark["schema"].startswith(OF_ANY_VERSION)
+        return {MARK, *mark["files"]} if ours else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()

@@ -1,22 +1,25 @@
 """A coreset as Parquet files that Hugging Face datasets opens: `load_dataset(OUT)["train"]`.
 
     image        {bytes: the patch's PNG, path}, which datasets decodes to an image
+    doped        bool: a real image that doping added, of its own size, and not a patch
     label        int64, a ClassLabel whose names are the class ids in order
     class_name   for prompts and people
-    sample       int64: the row of the coreset that labels and noise know it by
-    logits                     dense soft labels, fp16 [E][K]
-    probabilities, classes     top-k ones, fp16 and int16 [E][k]
+    logits                     dense soft labels, fp16 [A][K]
+    probabilities, classes     top-k ones, fp16 and int16 [A][k]
+    views                      what each is of, int32 [A][3]: sample, epoch, variant
 
 The features are in the files' metadata, as datasets writes them itself. Row groups take about
 GROUP_BYTES of soft labels or GROUP_ROWS rows; nothing larger is in memory. Needs pyarrow, of which
 one version gives the same bytes for the same coreset.
 
-Legend: N samples, E epochs, K classes, k kept probabilities, B rows of a group.
+Legend: A answers of an image (showings.py), K classes, k kept probabilities, R answers of a group.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,12 @@ import numpy as np
 
 from ..export.models import Unavailable
 from .coreset import Coreset
-from .manifest import patch_files
+from .showings import StoredImage, stored_images
 from .soft_labels import SoftLabels
 
 GROUP_ROWS = 100
 GROUP_BYTES = 2**26
-_PARTS = {"logits": "float16", "probabilities": "float16", "classes": "int16"}
+_PARTS = {"logits": "float16", "probabilities": "float16", "classes": "int16", "views": "int32"}
 
 
 def write_parquet(coreset: Coreset, labels: SoftLabels | None, folder: Path) -> dict[str, Any]:
@@ -39,19 +42,16 @@ def write_parquet(coreset: Coreset, labels: SoftLabels | None, folder: Path) -> 
     """
     pa, pq = _pyarrow()
     schema = _schema(pa, coreset, labels)
-    rows = _rows(coreset)
+    images, most = stored_images(coreset, labels), _group_rows(coreset, labels)
     path = folder / "data" / "train-00000-of-00001.parquet"
     path.parent.mkdir()
     with pq.ParquetWriter(path, schema, compression="none", store_schema=True) as writer:
-        for first in range(0, len(rows), _group_rows(labels)):
-            group = rows[first : first + _group_rows(labels)]
-            columns = _columns(pa, coreset, group)
+        while group := list(islice(images, most)):
+            columns = _columns(coreset.folder, group)
             if labels is not None:
-                samples = [row["sample"] for row in group]
-                for name, values_EBk in labels.every_epoch(samples).items():
-                    columns[name] = _nested(pa, values_EBk.transpose(1, 0, 2))
+                columns |= _label_columns(pa, group, labels)
             writer.write_table(pa.table(columns, schema=schema), row_group_size=len(group))
-    return {"split": "train", "samples": len(rows)}
+    return {"split": "train"}
 
 
 def _pyarrow() -> tuple[Any, Any]:
@@ -65,21 +65,13 @@ def _pyarrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def _rows(coreset: Coreset) -> list[dict[str, Any]]:
-    """What a row says, in sample order, but for the pixels and the labels."""
-    named = [
-        {"file": file, "label": entry["index"], "class_name": entry["name"]}
-        for entry in coreset.manifest["classes"]
-        for file in patch_files(entry["id"], entry["patches"])
-    ]
-    return [{**row, "sample": sample} for sample, row in enumerate(named)]
-
-
-def _group_rows(labels: SoftLabels | None) -> int:
+def _group_rows(coreset: Coreset, labels: SoftLabels | None) -> int:
     if labels is None:
         return GROUP_ROWS
-    bytes_each = labels.epochs * (4 * labels.k if labels.k else 2 * labels.classes)
-    return max(1, min(GROUP_ROWS, GROUP_BYTES // bytes_each))
+    images = len(coreset.labels_N) + len(coreset.class_ids) * coreset.doped_per_class
+    bytes_each = 4 * labels.k if labels.k else 2 * labels.classes
+    bytes_all = labels.epochs * labels.samples * bytes_each
+    return max(1, min(GROUP_ROWS, GROUP_BYTES * images // bytes_all))
 
 
 def _schema(pa: Any, coreset: Coreset, labels: SoftLabels | None) -> Any:
@@ -87,34 +79,44 @@ def _schema(pa: Any, coreset: Coreset, labels: SoftLabels | None) -> Any:
         "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
         "label": pa.int64(),
         "class_name": pa.string(),
-        "sample": pa.int64(),
+        "doped": pa.bool_(),
     }
     features: dict[str, Any] = {
         "image": {"_type": "Image"},
         "label": {"names": list(coreset.class_ids), "_type": "ClassLabel"},
         "class_name": {"dtype": "string", "_type": "Value"},
-        "sample": {"dtype": "int64", "_type": "Value"},
+        "doped": {"dtype": "bool", "_type": "Value"},
     }
-    for name in () if labels is None else labels.parts:
+    for name in () if labels is None else (*labels.parts, "views"):
         kind = _PARTS[name]
-        fields[name] = pa.list_(pa.list_(pa.float16() if kind == "float16" else pa.int16()))
+        fields[name] = pa.list_(pa.list_(pa.type_for_alias(kind)))
         each = {"feature": {"dtype": kind, "_type": "Value"}, "_type": "List"}
         features[name] = {"feature": each, "_type": "List"}
     told = json.dumps({"info": {"features": features}})
     return pa.schema(list(fields.items()), metadata={"huggingface": told})
 
 
-def _columns(pa: Any, coreset: Coreset, group: list[dict[str, Any]]) -> dict[str, Any]:
-    images = [
-        {"bytes": (coreset.folder / row["file"]).read_bytes(), "path": row["file"]} for row in group
-    ]
-    columns = {name: [row[name] for row in group] for name in ("label", "class_name", "sample")}
-    return {"image": images, **columns}
+def _columns(folder: Path, group: list[StoredImage]) -> dict[str, Any]:
+    return {
+        "image": [
+            {"bytes": (folder / image.file).read_bytes(), "path": image.file} for image in group
+        ],
+        "label": [image.class_index for image in group],
+        "class_name": [image.class_name for image in group],
+        "doped": [image.doped for image in group],
+    }
 
 
-def _nested(pa: Any, values_BEk: np.ndarray) -> Any:
-    """[B, E, k] as B lists of E lists."""
-    rows, epochs, kept = values_BEk.shape
-    flat = pa.array(np.ascontiguousarray(values_BEk).reshape(-1))
-    inner = pa.ListArray.from_arrays(np.arange(rows * epochs + 1, dtype=np.int32) * kept, flat)
-    return pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * epochs, inner)
+def _label_columns(pa: Any, group: list[StoredImage], labels: SoftLabels) -> dict[str, Any]:
+    views_R3 = np.concatenate([image.views_A3 for image in group])
+    parts = {**labels.answers(views_R3[:, 1], views_R3[:, 0]), "views": views_R3}
+    counts = [len(image.views_A3) for image in group]
+    return {name: _nested(pa, values_Rk, counts) for name, values_Rk in parts.items()}
+
+
+def _nested(pa: Any, values_Rk: np.ndarray, counts: Sequence[int]) -> Any:
+    """[R, k] as a list of rows per image, which has so many of them."""
+    answers, kept = values_Rk.shape
+    flat = pa.array(np.ascontiguousarray(values_Rk).reshape(-1))
+    inner = pa.ListArray.from_arrays(np.arange(answers + 1, dtype=np.int32) * kept, flat)
+    return pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), inner)

@@ -2,15 +2,17 @@
 
     train-000000.tar, …       at most SHARD_BYTES each, but for a single sample that is larger
     <class>_<number>.png      the patch: index of the class, 5 digits, and number in it, 6 digits
+    <class>_doped_<number>.png                            a real image, where doping added some
     <class>_<number>.cls      the class index
-    <class>_<number>.json     {"class_id", "class_name", "sample"}
-    <class>_<number>.logits.npy                           dense soft labels, fp16 [E, K]
-    <class>_<number>.probabilities.npy, .classes.npy      top-k ones, fp16 and int16 [E, k]
+    <class>_<number>.json     {"class_id", "class_name", "doped"}
+    <class>_<number>.logits.npy                           dense soft labels, fp16 [A, K]
+    <class>_<number>.probabilities.npy, .classes.npy      top-k ones, fp16 and int16 [A, k]
+    <class>_<number>.views.npy      what each is of, int32 [A, 3]: sample, epoch, variant
 
 WebDataset's own decoders read all of it; nothing in it is a pickle. Entries carry neither time nor
 owner, so equal coresets give equal bytes.
 
-Legend: E epochs, K classes, k kept probabilities.
+Legend: A answers of an image (showings.py), K classes, k kept probabilities.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from .coreset import Coreset
-from .manifest import patch_files
+from .showings import StoredImage, stored_images
 from .soft_labels import SoftLabels
 
 SHARD_BYTES = 2**30
@@ -38,14 +40,15 @@ def write_shards(
     coreset: Coreset, labels: SoftLabels | None, folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> dict[str, Any]:
     """Fill `folder` with shards of at most `shard_bytes`; what is told of them."""
-    samples, count = _samples(coreset, labels), 0
+    images = stored_images(coreset, labels)
+    samples, count = (_sample(coreset.folder, image, labels) for image in images), 0
     pending = next(samples, None)
     while pending is not None:
         path = folder / f"train-{count:06d}.tar"
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
             pending = _fill(shard, pending, samples, shard_bytes - tarfile.RECORDSIZE)
         count += 1
-    return {"split": "train", "samples": len(coreset.labels_N), "shards": count}
+    return {"split": "train", "shards": count}
 
 
 def _fill(
@@ -64,22 +67,19 @@ def _fill(
     return pending
 
 
-def _samples(coreset: Coreset, labels: SoftLabels | None) -> Iterator[Entries]:
-    """Of every sample, in order."""
-    sample = 0
-    for entry in coreset.manifest["classes"]:
-        for number, name in enumerate(patch_files(entry["id"], entry["patches"])):
-            key = f"{entry['index']:05d}_{number:06d}"
-            told = {"class_id": entry["id"], "class_name": entry["name"], "sample": sample}
-            entries = [
-                (f"{key}.png", (coreset.folder / name).read_bytes()),
-                (f"{key}.cls", str(entry["index"]).encode()),
-                (f"{key}.json", json.dumps(told, sort_keys=True).encode()),
-            ]
-            parts = {} if labels is None else labels.every_epoch([sample])
-            entries += [(f"{key}.{part}.npy", _npy(rows[:, 0])) for part, rows in parts.items()]
-            yield entries
-            sample += 1
+def _sample(folder: Path, image: StoredImage, labels: SoftLabels | None) -> Entries:
+    key = f"{image.class_index:05d}_{image.name}"
+    told = {"class_id": image.class_id, "class_name": image.class_name, "doped": image.doped}
+    entries = [
+        (f"{key}.png", (folder / image.file).read_bytes()),
+        (f"{key}.cls", str(image.class_index).encode()),
+        (f"{key}.json", json.dumps(told, sort_keys=True).encode()),
+    ]
+    if labels is None:
+        return entries
+    parts = labels.answers(image.views_A3[:, 1], image.views_A3[:, 0])
+    arrays = {**parts, "views": image.views_A3}
+    return entries + [(f"{key}.{part}.npy", _npy(rows)) for part, rows in arrays.items()]
 
 
 def _npy(values: np.ndarray) -> bytes:

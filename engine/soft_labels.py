@@ -217,11 +217,10 @@ class SoftLabels:
         """What is kept of an answer: logits, or probabilities and classes."""
         return tuple(part.name for part in self._file.layout.parts)
 
-    def every_epoch(self, samples_B: Sequence[int] | Tensor) -> dict[str, np.ndarray]:
-        """All epochs of some samples by part, as it is stored: [E, B, K], top-k ones [E, B, k]."""
-        rows_B = np.asarray(samples_B)
+    def answers(self, epochs_A: np.ndarray, samples_A: np.ndarray) -> dict[str, np.ndarray]:
+        """Those to A views by part, as they are stored: [A, K], top-k ones [A, k]."""
         return {
-            name: array[:, rows_B]
+            name: array[epochs_A, samples_A]
             for name, array in zip(self.parts, self._file.arrays, strict=True)
         }
 

@@ -113,7 +113,7 @@ def test_webdataset_opens_shards(coreset: Coreset, topk: Coreset, tmp_path: Path
         np.testing.assert_array_equal(sample["png"], PATCHES[row])
         np.testing.assert_array_equal(sample["logits.npy"], LOGITS[:, row].half().numpy())
         class_id = WOOF[LABELS[row]]
-        expected = {"class_id": class_id, "class_name": IMAGENET[class_id], "sample": row}
+        expected = {"class_id": class_id, "class_name": IMAGENET[class_id], "doped": False}
         assert sample["json"] == expected
     export(topk, "webdataset", tmp_path / "topk")
     (path,) = (tmp_path / "topk").glob("*.tar")
@@ -125,6 +125,8 @@ def test_webdataset_opens_shards(coreset: Coreset, topk: Coreset, tmp_path: Path
         probabilities = torch.cat([target.labels for target in targets])
         np.testing.assert_array_equal(sample["probabilities.npy"], probabilities.numpy())
         np.testing.assert_array_equal(sample["classes.npy"], torch.cat(classes).numpy())
+        views = [[row, epoch, 0] for epoch in range(EPOCHS)]
+        assert sample["views.npy"].tolist() == views
 
 
 @pytest.mark.parametrize("codec", ["dense", "topk"])
@@ -141,14 +143,16 @@ def test_hugging_face_datasets_opens_parquet(
     rows = opened["train"]
     assert rows.features["label"].names == list(WOOF)
     assert rows["label"][:] == LABELS.tolist()
-    assert rows["sample"][:] == list(range(len(LABELS)))
+    assert not any(rows["doped"][:])
     labels = exported.soft_labels()
     assert labels is not None
     for number, row in enumerate(rows):
         np.testing.assert_array_equal(np.array(row["image"]), PATCHES[number])
         assert row["class_name"] == IMAGENET[WOOF[LABELS[number]]]
-        for name, expected in labels.every_epoch([number]).items():
-            np.testing.assert_array_equal(np.array(row[name], expected.dtype), expected[:, 0])
+        assert row["views"] == [[number, epoch, 0] for epoch in range(EPOCHS)]
+        answers = labels.answers(np.arange(EPOCHS), np.full(EPOCHS, number))
+        for name, expected in answers.items():
+            np.testing.assert_array_equal(np.array(row[name], expected.dtype), expected)
 
 
 def test_dd_ranking_is_given_what_it_documents(coreset: Coreset, tmp_path: Path) -> None:
@@ -217,6 +221,9 @@ def test_an_export_is_whole_or_not_at_all(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     export(coreset, "webdataset", out, overwrite=True)
     assert {path.name for path in out.iterdir()} == {"train-000000.tar", "export.json"}
+    mark = out / "export.json"
+    mark.write_text(mark.read_text().replace("patchbloom.export/2", "patchbloom.export/1"))
+    export(coreset, "webdataset", out, overwrite=True)
     (out / "mine.txt").write_text("keep me")
     with pytest.raises(ValueError, match=r"mine\.txt is not part of an export"):
         export(coreset, "imagefolder", out, overwrite=True)
@@ -238,6 +245,7 @@ def test_labels_can_be_left_out(coreset: Coreset, tmp_path: Path) -> None:
         ("--to ddranking --out OUT", "--dataset None: expected DD-Ranking's name of the data set"),
         ("--to ddranking --out OUT --dataset ImageNette", "expected the classes n01440764"),
         ("--to ddranking --out OUT --dataset CIFAR100", "expected 100 classes, got 10"),
+        ("--to ddranking --out OUT --dataset CIFAR10", "n02086240, which is one of ImageNet's"),
         ("--to parquet --out OUT --dataset ImageNette", "--dataset is for --to ddranking"),
         ("--to imagefolder --out IN/x", "lies in the coreset, which holds its own files only"),
         ("--to imagefolder --out IN/..", "holds the coreset itself"),
@@ -270,6 +278,6 @@ def test_the_command_exports_and_tells(
     words = [str(coreset.folder), "--to", "webdataset", "--out", str(out), "--json"]
     assert main(["coreset", "export", *words]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["samples"] == len(LABELS)
+    assert told["images"] == len(LABELS)
     assert told["coreset"] == open_coreset(coreset.folder).content_sha256
     assert (out / "train-000000.tar").is_file()

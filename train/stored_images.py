@@ -1,11 +1,9 @@
 """Images that a coreset keeps whole: of methods t2i and dsco, and the real ones that doping adds.
 
-A class has G of them, and M = G · (1 + variants) with their variants (augmentation.py). An epoch
-shows J of these M: sample j of the class is number (epoch · J + j) mod M, where the G images come
-first as they are, then a variant of each, and so on: all are shown equally often, whatever G.
-Variants are drawn anew in every epoch. J is r² times ipc, of doped images r² times G: as many
-views of an image as other methods take of the r² patches in its place. Legend: K classes, P samples
-asked for, S image size in pixels.
+Which of them, or of their variants (augmentation.py), a sample shows in an epoch is said by
+engine/showings.py. Variants are drawn anew in every epoch. Of G images of a class an epoch shows J:
+r² times ipc, of doped images r² times G, as many views of an image as other methods take of the r²
+patches in its place. Legend: K classes, P samples asked for, S image size in pixels.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine.coreset import Coreset
+from ..engine.showings import shown
 from .augmentation import augment, draw_variants
 from .methods import ImageSource, one_by_one, to_unit
 
@@ -54,10 +53,12 @@ class StoredImages:
     def _shown(self, samples_B: Tensor, epoch: int) -> Tensor:
         """uint8 [B, S, S, 3]."""
         images, each = len(self.images_NHWC) // len(self.class_ids), self.samples_per_class
-        number_B = (epoch * each + samples_B % each) % (images * (1 + self.variants))
-        rows_B = samples_B // each * images + number_B % images
+        image_B, variant_B = shown(
+            samples_B % each, epoch, each=each, images=images, variants=self.variants
+        )
+        rows_B = samples_B // each * images + image_B
         shown_BHWC = self.images_NHWC[rows_B.to(self.images_NHWC.device)]
-        varied_B = number_B >= images
+        varied_B = variant_B > 0
         if varied_B.any():
             variants = draw_variants(self.seed, samples_B[varied_B], epoch)
             varied_B = varied_B.to(shown_BHWC.device)
