@@ -36,14 +36,16 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from measure import environment, publish
+from measure import Rate, environment, publish
 from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.coreset import open_coreset
 from pictures import default_precision
 from projection import BENCHMARK, Target, commands, project, rates_for, read_rows, table
-from scale_parts import AXES, Options, Point, points_of
+from scale_parts import AXES, Options, Point, points_of, settings_of
 
 FLAT = 0.05
+SLOPES = {"scoring": "score_images_per_s", "labels": "labels_per_s"}
+"""Parts whose rate is the slope of their two largest points, and its name."""
 POINTS = Path(__file__).with_name("scale_points.py")
 FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """glibc then gives blocks of 1 MiB and more back when freed. By default it keeps many of them, more
@@ -78,6 +80,7 @@ def run_ranks(options: Options) -> Iterator[Point]:
     with tempfile.TemporaryDirectory() as name:
         prepared, first = Path(name) / "prepared", None
         asked = ["--data", "shapes", "--model", options.model, "--backend", "eager"]
+        asked += ["--teacher", options.teacher, "--image-size", str(options.size)]
         asked += ["--device", "cpu", "--epochs", str(options.epochs[-1]), "--engine-batch", "8"]
         asked += ["--teacher-epochs", "1", "--shapes-per-class", str(options.shapes_per_class)]
         _train([_script("train")], "teacher", prepared, asked)
@@ -131,20 +134,42 @@ def growth(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def rates_of(part: str, points: Sequence[Point]) -> dict[str, float]:
-    """Of the part's largest point, as a projection wants them; of some parts none."""
+def slopes(points: Sequence[Point]) -> Rate | None:
+    """Items per second between the two largest points, round by round: the start cancels.
+
+    None: one point, or a larger one that was as fast.
+    """
+    if len(points) < 2:
+        return None
+    (fewer, more), items = points[-2:], points[-1]["items"] - points[-2]["items"]
+    taken_s = [
+        long - short for short, long in zip(fewer["rounds_s"], more["rounds_s"], strict=True)
+    ]
+    if items <= 0 or min(taken_s) <= 0:
+        return None
+    return Rate(tuple(items / seconds for seconds in taken_s))
+
+
+def rates_of(part: str, points: Sequence[Point]) -> dict[str, dict[str, Any]]:
+    """What a projection wants: `rates`, and how they spread; of some parts none.
+
+    Of scoring and labels the slope of the two largest points, which has no start in it.
+    """
     largest = points[-1]
-    if part == "scoring":
-        return {"score_images_per_s": largest["images_per_s"]}
-    if part == "labels":
-        return {"labels_per_s": largest["labels_per_s"]}
+    if part in SLOPES:
+        slope, name = slopes(points), SLOPES[part]
+        if slope is None:
+            return {"rates": {}}
+        return {"rates": {name: round(slope.p50, 1)}, "rates_spread": {name: slope.row()}}
     if part != "coreset":
-        return {}
+        return {"rates": {}}
     patches = 4 * largest["classes"]
     return {
-        "write_patches_per_s": round(patches / largest["write_s"], 1),
-        "bytes_per_patch": round(largest["patch_bytes"] / patches, 1),
-        "bytes_per_prompt": largest["all_keys_values_bytes"] / largest["classes"],
+        "rates": {
+            "write_patches_per_s": round(patches / largest["write_s"], 1),
+            "bytes_per_patch": round(largest["patch_bytes"] / patches, 1),
+            "bytes_per_prompt": largest["all_keys_values_bytes"] / largest["classes"],
+        }
     }
 
 
@@ -154,6 +179,8 @@ def show(part: str, points: Sequence[Point], memory: dict[str, dict[str, Any]]) 
     for point in points:
         cells = []
         for name, value in point.items():
+            if isinstance(value, list):
+                continue
             if name.endswith("_bytes"):
                 cells.append(f"{name.removesuffix('_bytes')} {value / 1e6:,.1f} MB")
             elif isinstance(value, dict):
@@ -187,21 +214,12 @@ def run_part(options: Options, part: str, device: str) -> dict[str, Any] | None:
     show(part, points, memory)
     row = environment("cpu" if part == "ranks" else device) | {
         "benchmark": f"{BENCHMARK}{part}",
-        "model": options.model,
-        "weights": options.weights if part in ("expansion", "coreset") else "pretrained",
-        "backend": "eager" if part == "ranks" else options.backend,
-        "precision": options.backend.partition("-")[2],
-        "size_px": options.size,
+        **settings_of(options, part),
         "evals": points[-1].get("evals"),
-        "teacher": options.teacher,
-        "data": "generated" if options.data is None else options.data.name,
-        "generated": options.data is None,
-        "threads": options.threads,
-        "rounds": options.rounds,
         "quick": options.quick,
         "points": points,
         "memory": memory,
-        "rates": {} if failed else rates_of(part, points),
+        **({"rates": {}} if failed else rates_of(part, points)),
         "failed": failed,
     }
     publish(row, record=options.record, as_json=options.json)

@@ -411,16 +411,7 @@ def test_what_does_not_change_is_computed_once(expander, model, patches, monkeyp
 
 def test_bench_reports_no_speed_without_the_same_pictures(model, tmp_path):
     bench = Path(__file__).parents[1] / "bench" / "bench_expand.py"
-    options = [
-        "--backends",
-        "diffusers",
-        "diffusers-bf16",
-        "eager",
-        "--batch",
-        "4",
-        "--images",
-        "4",
-    ]
+    options = ["--backends", "diffusers", "eager", "--batch", "4", "--images", "4", "--size", "32"]
     options += ["--classes", "2", "--patches-per-class", "4", "--rounds", "1", "--threads", "1"]
     done = subprocess.run(
         [sys.executable, bench, "--model", model.folder, "--no-record", "--json", *options],
