@@ -30,7 +30,8 @@ def open_pipeline(folder: Path, *, device: str = "cpu", dtype: torch.dtype = tor
 def open_random_pipeline(model: ModelSource, *, device: str, precision: Precision) -> Any:
     """The same of an architecture without weights: texts are the seeded ones of encode_prompts."""
     parts = load_parts(model, precision=precision, device=device)
-    pipeline = StableDiffusionXLImg2ImgPipeline(
+    make: Any = StableDiffusionXLImg2ImgPipeline
+    pipeline = make(
         vae=parts.vae,
         unet=parts.unet,
         scheduler=EulerAncestralDiscreteScheduler.from_config(model.scheduler_config()),

@@ -287,7 +287,7 @@ def labels(
         run_stages(TrainCoreset(**asked), "bench_scale")
         taken_s = []
         for number in range(rounds):
-            copied = asked | {"out": Path(name) / f"round{number}"}
+            copied: dict[str, Any] = asked | {"out": Path(name) / f"round{number}"}
             shutil.copytree(asked["out"], copied["out"])
             labelled = TrainLabels(**copied)
             taken_s.append(timed(lambda labelled=labelled: run_stages(labelled, "bench_scale"))[0])
