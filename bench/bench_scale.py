@@ -7,7 +7,8 @@
 expansion   images/s against the engine's batch
 coreset     generated classes, IPC 1: write, verify, read, open, expand; with room for few prompts'
             keys and values
-scoring     images scored by a small untrained teacher: memory must stay flat (± 5 %)
+scoring     images scored by a small untrained teacher: memory must stay flat (± 5 %), with the
+            allocator as it is and where it gives back what is freed
 labels      dense soft labels against epochs: seconds and bytes
 ranks       `torchrun N train labels`, from a teacher that is there: the whole command with its
             start, on the CPU with gloo; the gate is one content_sha256 at any N
@@ -47,12 +48,16 @@ FLAT = 0.05
 SLOPES = {"scoring": "score_images_per_s", "labels": "labels_per_s"}
 """Parts whose rate is the slope of their two largest points, and its name."""
 POINTS = Path(__file__).with_name("scale_points.py")
-FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-"""glibc then gives blocks of 1 MiB and more back when freed. By default it keeps many of them, more
-or less of them by chance, and a peak over more images sees more of that chance. Imagenette at 224
-px: heap in use is the same at 1,000 and 9,000 images (170 MiB without a teacher), the free heap
-beside it is 53 to 106 MiB, and the peak went from 861 to 901; so set, it is 802 and 803. With the
-teacher it went from 1,207 at 1,000 to 1,285 at 1,600; so set, it is 1,110 at 1,000."""
+AS_IT_IS = "as it is"
+ALLOCATORS = {AS_IT_IS: {}, "freed at once": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}
+"""Environments of scoring, by what its points and its verdicts on memory call them.
+
+Freed at once, glibc gives blocks of 1 MiB and more back when freed. As it is, and as users have it,
+it keeps many of them, more or less of them by chance, and a peak over more images sees more of
+that chance. Imagenette at 224 px: heap in use is the same at 1,000 and 9,000 images (170 MiB
+without a teacher), the free heap beside it is 53 to 106 MiB, and the peak went from 861 to 901;
+freed at once, it is 802 and 803. With the teacher it went from 1,207 at 1,000 to 1,285 at 1,600;
+freed at once, it is 1,110 at 1,000."""
 
 
 def run_points(options: Options, part: str, device: str) -> Iterator[Point]:
@@ -61,15 +66,16 @@ def run_points(options: Options, part: str, device: str) -> Iterator[Point]:
     RuntimeError: a child that failed; it has said why on stderr.
     """
     axis = AXES[part]
-    more = FREED_AT_ONCE if part == "scoring" else {}
-    for asked in points_of(options, part, device):
-        words = [sys.executable, str(POINTS), part, str(options.threads), json.dumps(asked)]
-        done = subprocess.run(
-            words, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | more
-        )
-        if done.returncode:
-            raise RuntimeError(f"{axis} {asked[axis]}: the child ended with {done.returncode}")
-        yield {axis: asked[axis], **json.loads(done.stdout.splitlines()[-1])}
+    for allocator, more in ALLOCATORS.items() if part == "scoring" else [(None, {})]:
+        named = {"allocator": allocator} if allocator else {}
+        for asked in points_of(options, part, device):
+            words = [sys.executable, str(POINTS), part, str(options.threads), json.dumps(asked)]
+            done = subprocess.run(
+                words, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | more
+            )
+            if done.returncode:
+                raise RuntimeError(f"{axis} {asked[axis]}: the child ended with {done.returncode}")
+            yield {axis: asked[axis], **named, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def run_ranks(options: Options) -> Iterator[Point]:
@@ -117,7 +123,7 @@ def growth(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
     every image more has taken between the first and the last point. The verdict is `flat`,
     `NOT flat`, or `one point`, of which nothing can be said.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for key in ("peak_bytes", "peak_gpu_bytes"):
         peaks = [point[key] for point in points]
         if not all(peaks):
@@ -132,6 +138,11 @@ def growth(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
             "bytes_per_image": round((peaks[-1] - peaks[0]) / more) if more else None,
         }
     return found
+
+
+def under(allocator: str, points: Sequence[Point]) -> list[Point]:
+    """Those of one allocator; a point that names none is as it is."""
+    return [point for point in points if point.get("allocator", AS_IT_IS) == allocator]
 
 
 def slopes(points: Sequence[Point]) -> Rate | None:
@@ -192,7 +203,7 @@ def show(part: str, points: Sequence[Point], memory: dict[str, dict[str, Any]]) 
         measured = ""
         if "growth" in found:
             measured = f", within {100 * found['growth']:.1f} % (limit {100 * FLAT:.0f} %)"
-        print(f"  {key.removesuffix('_bytes')} memory: {found['verdict']}{measured}")
+        print(f"  {key.replace('_bytes', '')} memory: {found['verdict']}{measured}")
 
 
 def run_part(options: Options, part: str, device: str) -> dict[str, Any] | None:
@@ -210,16 +221,20 @@ def run_part(options: Options, part: str, device: str) -> dict[str, Any] | None:
         print(f"failed: {failed}", file=sys.stderr, flush=True)
     if not points:
         return None
-    memory = growth(points) if part == "scoring" else {}
+    plain = under(AS_IT_IS, points)
+    memory = {}
+    for name in ALLOCATORS if part == "scoring" else ():
+        judged = growth(of_name) if (of_name := under(name, points)) else {}
+        memory |= judged if name == AS_IT_IS else {f"{key}, {name}": judged[key] for key in judged}
     show(part, points, memory)
     row = environment("cpu" if part == "ranks" else device) | {
         "benchmark": f"{BENCHMARK}{part}",
         **settings_of(options, part),
-        "evals": points[-1].get("evals"),
+        "evals": plain[-1].get("evals"),
         "quick": options.quick,
         "points": points,
         "memory": memory,
-        **({"rates": {}} if failed else rates_of(part, points)),
+        **({"rates": {}} if failed else rates_of(part, plain)),
         "failed": failed,
     }
     publish(row, record=options.record, as_json=options.json)
