@@ -189,7 +189,7 @@ def test_few_rounds_are_no_verdict(tmp_path: Path) -> None:
     fine = expand_row(batch=64)
     beside = run(tmp_path, [expand_row(), fine], [expand_row((84.0, 86.0, 88.0), 2), fine])
     assert beside.returncode == 0
-    assert verdicts(beside.stdout)["spread/ort"] == ("1.00", "same")
+    assert verdicts(beside.stdout)["speedup_spread/ort"] == ("1.00", "same")
     assert beside.stdout.endswith("\n1 too few\n")
 
 
