@@ -18,7 +18,15 @@ import tyro
 from diffusers_peer import open_pipeline
 from measure import environment, publish
 from patchbloom.export.models import find_model
-from pictures import TOLERANCE, compare_with_diffusers, make_coreset, open_expander
+from pictures import (
+    TOLERANCE,
+    Errors,
+    compare,
+    expander_cases,
+    make_coreset,
+    open_expander,
+    pipeline_pictures,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +68,7 @@ def main(options: Options) -> None:
         side_px=options.size // 2,
         seed=options.seed,
     )
-    errors: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
+    errors: dict[str, dict[int, Errors]] = {}
     print("backend        batch   max abs  relative L2     PSNR  wrong timestep  wrong prompt")
     for name in options.backends:
         for batch in options.batches:
@@ -76,9 +84,10 @@ def main(options: Options) -> None:
                 seed=options.seed,
                 batch=batch,
             )
-            found = compare_with_diffusers(
-                name, expander, pipeline, coreset, torch.arange(batch) * 7 % len(coreset.labels_N)
-            )
+            samples = torch.arange(batch) * 7 % len(coreset.labels_N)
+            expected = pipeline_pictures(pipeline, coreset, samples, expander.config)
+            cases = expander_cases(expander, coreset, samples)
+            found = compare(name, cases, expected, expander.config.precision)
             errors.setdefault(name, {})[batch] = found
             same = found["same"]
             print(

@@ -7,7 +7,8 @@
 expansion   images/s against the engine's batch
 coreset     generated classes, IPC 1: write, verify, read, open, expand; with room for few prompts'
             keys and values
-scoring     images scored by a small untrained teacher: memory must stay flat (± 5 %)
+scoring     images scored by a small untrained teacher: memory must stay flat (± 5 %), with the
+            allocator as it is and where it gives back what is freed
 labels      dense soft labels against epochs: seconds and bytes
 ranks       `torchrun N train labels`, from a teacher that is there: the whole command with its
             start, on the CPU with gloo; the gate is one content_sha256 at any N
@@ -36,21 +37,27 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from measure import environment, publish
+from measure import Rate, environment, publish
 from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.coreset import open_coreset
 from pictures import default_precision
 from projection import BENCHMARK, Target, commands, project, rates_for, read_rows, table
-from scale_parts import AXES, Options, Point, points_of
+from scale_parts import AXES, Options, Point, points_of, settings_of
 
 FLAT = 0.05
+SLOPES = {"scoring": "score_images_per_s", "labels": "labels_per_s"}
+"""Parts whose rate is the slope of their two largest points, and its name."""
 POINTS = Path(__file__).with_name("scale_points.py")
-FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-"""glibc then gives blocks of 1 MiB and more back when freed. By default it keeps many of them, more
-or less of them by chance, and a peak over more images sees more of that chance. Imagenette at 224
-px: heap in use is the same at 1,000 and 9,000 images (170 MiB without a teacher), the free heap
-beside it is 53 to 106 MiB, and the peak went from 861 to 901; so set, it is 802 and 803. With the
-teacher it went from 1,207 at 1,000 to 1,285 at 1,600; so set, it is 1,110 at 1,000."""
+AS_IT_IS = "as it is"
+ALLOCATORS = {AS_IT_IS: {}, "freed at once": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}
+"""Environments of scoring, by what its points and its verdicts on memory call them.
+
+Freed at once, glibc gives blocks of 1 MiB and more back when freed. As it is, and as users have it,
+it keeps many of them, more or less of them by chance, and a peak over more images sees more of
+that chance. Imagenette at 224 px: heap in use is the same at 1,000 and 9,000 images (170 MiB
+without a teacher), the free heap beside it is 53 to 106 MiB, and the peak went from 861 to 901;
+freed at once, it is 802 and 803. With the teacher it went from 1,207 at 1,000 to 1,285 at 1,600;
+freed at once, it is 1,110 at 1,000."""
 
 
 def run_points(options: Options, part: str, device: str) -> Iterator[Point]:
@@ -59,15 +66,16 @@ def run_points(options: Options, part: str, device: str) -> Iterator[Point]:
     RuntimeError: a child that failed; it has said why on stderr.
     """
     axis = AXES[part]
-    more = FREED_AT_ONCE if part == "scoring" else {}
-    for asked in points_of(options, part, device):
-        words = [sys.executable, str(POINTS), part, str(options.threads), json.dumps(asked)]
-        done = subprocess.run(
-            words, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | more
-        )
-        if done.returncode:
-            raise RuntimeError(f"{axis} {asked[axis]}: the child ended with {done.returncode}")
-        yield {axis: asked[axis], **json.loads(done.stdout.splitlines()[-1])}
+    for allocator, more in ALLOCATORS.items() if part == "scoring" else [(None, {})]:
+        named = {"allocator": allocator} if allocator else {}
+        for asked in points_of(options, part, device):
+            words = [sys.executable, str(POINTS), part, str(options.threads), json.dumps(asked)]
+            done = subprocess.run(
+                words, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | more
+            )
+            if done.returncode:
+                raise RuntimeError(f"{axis} {asked[axis]}: the child ended with {done.returncode}")
+            yield {axis: asked[axis], **named, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def run_ranks(options: Options) -> Iterator[Point]:
@@ -78,6 +86,7 @@ def run_ranks(options: Options) -> Iterator[Point]:
     with tempfile.TemporaryDirectory() as name:
         prepared, first = Path(name) / "prepared", None
         asked = ["--data", "shapes", "--model", options.model, "--backend", "eager"]
+        asked += ["--teacher", options.teacher, "--image-size", str(options.size)]
         asked += ["--device", "cpu", "--epochs", str(options.epochs[-1]), "--engine-batch", "8"]
         asked += ["--teacher-epochs", "1", "--shapes-per-class", str(options.shapes_per_class)]
         _train([_script("train")], "teacher", prepared, asked)
@@ -114,7 +123,7 @@ def growth(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
     every image more has taken between the first and the last point. The verdict is `flat`,
     `NOT flat`, or `one point`, of which nothing can be said.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for key in ("peak_bytes", "peak_gpu_bytes"):
         peaks = [point[key] for point in points]
         if not all(peaks):
@@ -131,20 +140,47 @@ def growth(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def rates_of(part: str, points: Sequence[Point]) -> dict[str, float]:
-    """Of the part's largest point, as a projection wants them; of some parts none."""
+def under(allocator: str, points: Sequence[Point]) -> list[Point]:
+    """Those of one allocator; a point that names none is as it is."""
+    return [point for point in points if point.get("allocator", AS_IT_IS) == allocator]
+
+
+def slopes(points: Sequence[Point]) -> Rate | None:
+    """Items per second between the two largest points, round by round: the start cancels.
+
+    None: one point, or a larger one that was as fast.
+    """
+    if len(points) < 2:
+        return None
+    (fewer, more), items = points[-2:], points[-1]["items"] - points[-2]["items"]
+    taken_s = [
+        long - short for short, long in zip(fewer["rounds_s"], more["rounds_s"], strict=True)
+    ]
+    if items <= 0 or min(taken_s) <= 0:
+        return None
+    return Rate(tuple(items / seconds for seconds in taken_s))
+
+
+def rates_of(part: str, points: Sequence[Point]) -> dict[str, dict[str, Any]]:
+    """What a projection wants: `rates`, and how they spread; of some parts none.
+
+    Of scoring and labels the slope of the two largest points, which has no start in it.
+    """
     largest = points[-1]
-    if part == "scoring":
-        return {"score_images_per_s": largest["images_per_s"]}
-    if part == "labels":
-        return {"labels_per_s": largest["labels_per_s"]}
+    if part in SLOPES:
+        slope, name = slopes(points), SLOPES[part]
+        if slope is None:
+            return {"rates": {}}
+        return {"rates": {name: round(slope.p50, 1)}, "rates_spread": {name: slope.row()}}
     if part != "coreset":
-        return {}
+        return {"rates": {}}
     patches = 4 * largest["classes"]
     return {
-        "write_patches_per_s": round(patches / largest["write_s"], 1),
-        "bytes_per_patch": round(largest["patch_bytes"] / patches, 1),
-        "bytes_per_prompt": largest["all_keys_values_bytes"] / largest["classes"],
+        "rates": {
+            "write_patches_per_s": round(patches / largest["write_s"], 1),
+            "bytes_per_patch": round(largest["patch_bytes"] / patches, 1),
+            "bytes_per_prompt": largest["all_keys_values_bytes"] / largest["classes"],
+        }
     }
 
 
@@ -154,6 +190,8 @@ def show(part: str, points: Sequence[Point], memory: dict[str, dict[str, Any]]) 
     for point in points:
         cells = []
         for name, value in point.items():
+            if isinstance(value, list):
+                continue
             if name.endswith("_bytes"):
                 cells.append(f"{name.removesuffix('_bytes')} {value / 1e6:,.1f} MB")
             elif isinstance(value, dict):
@@ -165,7 +203,7 @@ def show(part: str, points: Sequence[Point], memory: dict[str, dict[str, Any]]) 
         measured = ""
         if "growth" in found:
             measured = f", within {100 * found['growth']:.1f} % (limit {100 * FLAT:.0f} %)"
-        print(f"  {key.removesuffix('_bytes')} memory: {found['verdict']}{measured}")
+        print(f"  {key.replace('_bytes', '')} memory: {found['verdict']}{measured}")
 
 
 def run_part(options: Options, part: str, device: str) -> dict[str, Any] | None:
@@ -183,25 +221,20 @@ def run_part(options: Options, part: str, device: str) -> dict[str, Any] | None:
         print(f"failed: {failed}", file=sys.stderr, flush=True)
     if not points:
         return None
-    memory = growth(points) if part == "scoring" else {}
+    plain = under(AS_IT_IS, points)
+    memory = {}
+    for name in ALLOCATORS if part == "scoring" else ():
+        judged = growth(of_name) if (of_name := under(name, points)) else {}
+        memory |= judged if name == AS_IT_IS else {f"{key}, {name}": judged[key] for key in judged}
     show(part, points, memory)
     row = environment("cpu" if part == "ranks" else device) | {
         "benchmark": f"{BENCHMARK}{part}",
-        "model": options.model,
-        "weights": options.weights if part in ("expansion", "coreset") else "pretrained",
-        "backend": "eager" if part == "ranks" else options.backend,
-        "precision": options.backend.partition("-")[2],
-        "size_px": options.size,
-        "evals": points[-1].get("evals"),
-        "teacher": options.teacher,
-        "data": "generated" if options.data is None else options.data.name,
-        "generated": options.data is None,
-        "threads": options.threads,
-        "rounds": options.rounds,
+        **settings_of(options, part),
+        "evals": plain[-1].get("evals"),
         "quick": options.quick,
         "points": points,
         "memory": memory,
-        "rates": {} if failed else rates_of(part, points),
+        **({"rates": {}} if failed else rates_of(part, plain)),
         "failed": failed,
     }
     publish(row, record=options.record, as_json=options.json)

@@ -247,6 +247,7 @@ def main(options: Options) -> None:
         "batch": options.batch,
         "threads": options.threads,
         "data": options.data.resolve().name,
+        "decoder": options.device,
         "difference_from_pillow": difference,
         **scored,
     }

@@ -2,17 +2,24 @@
 
     python bench/check.py OLD.jsonl NEW.jsonl
 
-Of each configuration the last row of either file counts. Every figure that both rows have, with
-p20, p50 and p80, is compared by the ratio of its medians, new speed / old speed, whether it is a
-rate or a time. The rule: a figure is **slower** when both hold, and **faster** the other way round:
+Of each configuration the last row of either file counts. Every figure that both rows have is
+compared by the ratio of its medians, new speed / old speed, whether it is a rate or a time. The
+rule: a figure is **slower** when both hold, and **faster** the other way round:
 
-- beyond noise: the intervals p20–p80 of old and new do not overlap;
+- beyond noise: the intervals p20-p80 of old and new, each WIDER times its width wider at both
+  ends, do not overlap;
 - beyond the floor: the ratio is below 1 - FLOOR (or above 1 / (1 - FLOOR)).
 
-Otherwise it is the `same`. Under LEAST_ROUNDS rounds the spread says little: `too few`, which is no
-verdict. Peers that are not ours are shown as `peer`, never judged: when they changed too, it was
-the machine. A configuration or a figure of ours that only OLD has is `missing`: what cannot be
-measured any more is no better than what is slower. `--partial` says that NEW is meant to have less.
+Otherwise it is the `same`. Rounds of equal speed are so called slower in under 1 % of figures
+(simulated: normal, heavy-tailed, with dips; 0.3 to 0.9 % at 5 rounds, less at more). Under
+LEAST_ROUNDS rounds the spread says little: `too few`, which is no verdict; a figure without a
+spread is one round.
+
+Where the row has the ratio to a peer of the same rounds (`speedup_spread`), that one is judged: it
+lacks what the machine did to both. The rate beside it is then `shown`, with no verdict. Peers that
+are not ours are shown as `peer`. A configuration or a figure of ours that only OLD has is
+`missing`: what cannot be measured any more is no better than what is slower. `--partial` says that
+NEW is meant to have less.
 
 Exit 1: something of ours is slower or missing. Exit 2: the files cannot be compared (another
 device, nothing that could be judged, not JSON lines).
@@ -23,31 +30,37 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+from peer_names import is_peer
 
 FLOOR = 0.05
-LEAST_ROUNDS = 3
+WIDER = 0.5
+LEAST_ROUNDS = 5
 CONFIGURATION = (
     *("benchmark", "cell", "model", "weights", "size_px", "batch", "engine_batch", "evals"),
     *("images", "classes", "patches_per_class", "ipc", "data", "crops", "crop_px", "score_px"),
     *("backend", "threads", "student", "student_batch", "student_precision", "seeds", "epochs"),
-    *("teacher", "teacher_images", "codec", "top_k", "quick"),
+    *("teacher", "teacher_images", "codec", "top_k", "quick", "generated", "world"),
+    *("expanded", "cached_prompts", "shapes_per_class", "allocator"),
 )
 """What two rows must have alike to be compared; a key that neither has is alike."""
-PEERS = {
-    *("diffusers", "diffusers-compiled", "torchvision", "torchvision-tensor"),
-    *("eager_us", "compiled_us"),
-}
-DERIVED = {"speedup_spread", "ratio_spread", "waited_s"}
+RATIOS = "speedup_spread"
+OVER_PEERS = {"score"}
+"""Benchmarks whose ratios have the name of the peer that ours is held against."""
+DERIVED = {"speedup_over", "ratio_spread", "waited_s"}
 """Ratios of other figures, and what is no speed."""
 TIMES = ("_us", "_s", "_ms", "seconds")
 """How the names of times end; what is no time is a rate."""
+SINGLE = ("seconds", "images_per_s", "labels_per_s")
+"""Figures that a point of bench_scale.py may have as one number, measured once."""
 Row = dict[str, Any]
+Where = tuple[str, ...]
+"""Keys down to a figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +90,8 @@ class Figure:
     new: tuple[float, float, float]
     rounds: int | None
     """Fewest of both; None: they do not say, and are many."""
+    judged: str | None = None
+    """None: by the rule; else the verdict: peer or shown."""
 
     @property
     def ratio(self) -> float:
@@ -85,16 +100,23 @@ class Figure:
 
     @property
     def verdict(self) -> str:
-        """slower, faster, same, too few, or peer."""
-        if self.name.rpartition("/")[2] in PEERS:
-            return "peer"
+        """slower, faster, same, too few, shown, or peer."""
+        if self.judged is not None:
+            return self.judged
         if self.rounds is not None and self.rounds < LEAST_ROUNDS:
             return "too few"
-        if self.ratio < 1 - FLOOR and self.new[2] < self.old[0]:
+        (old_low, old_high), (new_low, new_high) = _widened(self.old), _widened(self.new)
+        if self.ratio < 1 - FLOOR and new_high < old_low:
             return "slower"
-        if self.ratio > 1 / (1 - FLOOR) and self.new[0] > self.old[2]:
+        if self.ratio > 1 / (1 - FLOOR) and new_low > old_high:
             return "faster"
         return "same"
+
+
+def _widened(figure: tuple[float, float, float]) -> tuple[float, float]:
+    slow, _, fast = figure
+    more = WIDER * (fast - slow)
+    return slow - more, fast + more
 
 
 def read_rows(path: Path) -> dict[str, Row]:
@@ -144,7 +166,7 @@ def compare(old: dict[str, Row], new: dict[str, Row]) -> tuple[list[Comparison],
             f"{'; '.join(new)}; OLD has {'; '.join(old)}; measure the same again"
         )
     verdicts = {figure.verdict for each in found for figure in each.figures}
-    if verdicts <= {"peer", "too few"}:
+    if verdicts <= {"peer", "too few", "shown"}:
         raise Incomparable(
             f"nothing can be judged: expected figures of ours of at least {LEAST_ROUNDS} rounds in "
             f"both files, found only {' and '.join(sorted(verdicts))}; measure with more --rounds"
@@ -154,27 +176,43 @@ def compare(old: dict[str, Row], new: dict[str, Row]) -> tuple[list[Comparison],
 
 def _compare_rows(name: str, old: Row, new: Row) -> Comparison:
     was, now = dict(_spreads(old)), dict(_spreads(new))
-    figures = [_figure(path, was[path], now[path]) for path in now if path in was]
-    missing = ["/".join(path) for path in was if path not in now and path[-1] not in PEERS]
-    return Comparison(name, figures, missing, differences(old, new))
+    both = [path for path in now if path in was]
+    figures = [_figure(path, was[path], now[path], _unjudged(path, both, new)) for path in both]
+    missing = [path for path in was if path not in now and _unjudged(path, was, old) != "peer"]
+    return Comparison(name, figures, ["/".join(path) for path in missing], differences(old, new))
 
 
-def _spreads(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Row]]:
-    """Every figure with quantiles, by where it is in the row."""
+def _unjudged(path: Where, both: Collection[Where], row: Row) -> str | None:
+    """`peer`, of somebody else; `shown`, a rate of ours beside its ratio; None: to be judged."""
+    over_peers = row["benchmark"] in OVER_PEERS
+    if path[0] == RATIOS and over_peers:
+        return None
+    if is_peer(path[-1]):
+        return "peer"
+    ratios = {each[-1] for each in both if each[0] == RATIOS}
+    return (
+        "shown" if path[0] == "spread" and (over_peers or path[-1] in ratios) and ratios else None
+    )
+
+
+def _spreads(value: Any, path: Where = ()) -> Iterator[tuple[Where, Row]]:
+    """Every figure, with quantiles or as one number, by where it is in the row."""
     parts = _parts(value)
     if {"p20", "p50", "p80"} <= parts.keys():
         yield path, parts
         return
     for key, part in parts.items():
-        if key not in DERIVED:
+        if key in SINGLE and isinstance(part, int | float) and part > 0:
+            yield (*path, key), {"p20": part, "p50": part, "p80": part, "n": 1}
+        elif key not in DERIVED:
             yield from _spreads(part, (*path, key))
 
 
-def _figure(path: tuple[str, ...], old: Row, new: Row) -> Figure:
+def _figure(path: Where, old: Row, new: Row, judged: str | None) -> Figure:
     timed = any(part.endswith(TIMES) and "per_s" not in part for part in path)
     rounds = [row["n"] for row in (old, new) if "n" in row]
     speeds = _speeds(old, timed), _speeds(new, timed)
-    return Figure("/".join(path), *speeds, min(rounds, default=None))
+    return Figure("/".join(path), *speeds, min(rounds, default=None), judged)
 
 
 def _parts(value: Any) -> Row:

@@ -28,6 +28,7 @@ from patchbloom.export.models import (
     load_parts,
     resolve_vae_precision,
 )
+from peer_names import split_name
 from torch.utils.flop_counter import FlopCounterMode
 
 SIDES = {"cpu": 1024, "cuda": 8192}
@@ -125,6 +126,8 @@ def _flops(graph: Graph) -> int:
 
 def peer_precisions(name: str, model: ModelSource, usual: Precision) -> tuple[Precision, Precision]:
     """Of a peer's denoiser and decoder: its name may end in a precision, as "ort-bf16" does."""
-    ending: Any = name.rpartition("-")[2]
-    precision = ending if ending in DTYPES else usual
+    peer, named = split_name(name)
+    precision = named or usual
+    if peer == "diffusers-upcast":
+        return precision, "fp32"
     return precision, resolve_vae_precision(model, precision)

@@ -18,6 +18,8 @@ AXES = {
     "labels": "epochs",
     "ranks": "world",
 }
+CROPS = 5
+"""Of an image, in scoring."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Options:
     epochs: tuple[int, ...] = (1, 8, 64)
     worlds: tuple[int, ...] = (1, 2)
     teacher: str = "convnet-d3-w8"
-    """Network of scoring, untrained, and of labels, trained for one epoch."""
+    """Network of scoring, untrained, and of labels and ranks, trained for one epoch."""
     expanded: int = 128
     """Images of one timed pass of expansion and coreset."""
     shapes_per_class: int = 100
@@ -59,7 +61,9 @@ class Options:
     rates: tuple[Path, ...] = ()
     """For the projection: results files of before, which count where this run has no such rate."""
     threads: int = 2
-    rounds: int = 3
+    """Of a process; ranks have one each."""
+    rounds: int = 5
+    """Of expansion, coreset, scoring and labels; ranks are timed once."""
     json: bool = False
     """Print every row as a line of its own, the projection last."""
     record: bool = True
@@ -82,6 +86,39 @@ class Options:
         )
 
 
+def settings_of(options: Options, part: str) -> dict[str, Any]:
+    """What a part's points have in common, as its row tells it; of a part that has none of a
+    setting, not that setting. The backend's name has its precision."""
+    drawn = {"data": "generated", "generated": True, "threads": options.threads}
+    given = {
+        "data": "generated" if options.data is None else options.data.name,
+        "generated": options.data is None,
+    }
+    made = {"model": options.model, "weights": options.weights, "size_px": options.size} | {
+        "backend": options.backend,
+        "precision": options.backend.partition("-")[2],
+        "expanded": options.expanded,
+        "rounds": options.rounds,
+    }
+    trained = {
+        "teacher": options.teacher,
+        "shapes_per_class": options.shapes_per_class,
+        "weights": "pretrained",
+    }
+    if part == "expansion":
+        return made | drawn
+    if part == "coreset":
+        return made | drawn | {"cached_prompts": options.cached_prompts}
+    if part == "scoring":
+        scored = {"size_px": options.size, "teacher": options.teacher, "crops": CROPS}
+        return scored | drawn | given | {"rounds": options.rounds}
+    labelled = {key: made[key] for key in ("model", "size_px", "backend", "precision", "rounds")}
+    if part == "labels":
+        return labelled | trained | drawn
+    alone = {"backend": "eager", "precision": "fp32", "threads": 1, "rounds": 1}
+    return labelled | trained | drawn | alone | {"epochs": options.epochs[-1]}
+
+
 def points_of(options: Options, part: str, device: str) -> list[Point]:
     """What each child process is asked for; the backend's name has its precision."""
     expander = {
@@ -101,11 +138,12 @@ def points_of(options: Options, part: str, device: str) -> list[Point]:
         asked = {
             "data": options.data and str(options.data.expanduser()),
             "size_px": options.size,
-            "crops": 5,
+            "crops": CROPS,
             "batch": 64,
             "teacher": options.teacher,
             "device": device,
             "threads": options.threads,
+            "rounds": options.rounds,
         }
         return [asked | {"images": count} for count in options.images]
     asked = {
@@ -115,5 +153,6 @@ def points_of(options: Options, part: str, device: str) -> list[Point]:
         "teacher": options.teacher,
         "device": device,
         "shapes_per_class": options.shapes_per_class,
+        "rounds": options.rounds,
     }
     return [asked | {"epochs": count} for count in options.epochs]

@@ -9,6 +9,7 @@ the host (its highest resident set) and `peak_gpu_bytes` of the whole GPU (0 wit
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import measure_rates
+from measure import Rate, measure_rates, timed
 from patchbloom.engine.coreset import Coreset, open_coreset, write_coreset
 from patchbloom.engine.images import ImageSet, open_image_set
 from patchbloom.engine.manifest import LABELS
@@ -185,8 +186,11 @@ def scoring(
     teacher: str,
     device: str,
     threads: int,
+    rounds: int,
 ) -> dict[str, Any]:
     """Every image decoded, cropped and scored by an untrained teacher; the best patches, IPC 1.
+
+    So `rounds` times over: `seconds` and `images_per_s` have the start of the loader in them.
 
     Without `data`, generated JPEGs, listed once each. Of a set that is smaller than `images`, the
     files are listed again: `listings` is how often.
@@ -206,25 +210,35 @@ def scoring(
             size_px=size_px,
             device=device,
         )
-        began = time.perf_counter()
-        select_patches(
-            chosen,
-            asked.logits_from_uint8,
-            ipc=1,
-            factor=FACTOR,
-            image_size_px=size_px,
-            crops=crops,
-            pool_per_class=len(chosen),
-            seed=0,
-            batch=batch,
-            device=device,
-            threads=threads,
-        )
-        seconds = time.perf_counter() - began
+        taken_s = [
+            timed(
+                lambda: select_patches(
+                    chosen,
+                    asked.logits_from_uint8,
+                    ipc=1,
+                    factor=FACTOR,
+                    image_size_px=size_px,
+                    crops=crops,
+                    pool_per_class=len(chosen),
+                    seed=0,
+                    batch=batch,
+                    device=device,
+                    threads=threads,
+                )
+            )[0]
+            for _ in range(rounds)
+        ]
+    return _figures(taken_s, len(chosen), "images_per_s") | {"listings": -(-images // len(given))}
+
+
+def _figures(taken_s: list[float], items: int, name: str) -> dict[str, Any]:
+    """Seconds of every round, start included, their quantiles, and the rate's under `name`."""
+    rate = Rate(tuple(items / seconds for seconds in taken_s))
     return {
-        "seconds": round(seconds, 2),
-        "images_per_s": round(len(chosen) / seconds, 1),
-        "listings": -(-images // len(given)),
+        "seconds": Rate(tuple(taken_s)).row(),
+        name: rate.row(),
+        "items": items,
+        "rounds_s": [round(seconds, 3) for seconds in taken_s],
     }
 
 
@@ -245,8 +259,12 @@ def labels(
     teacher: str,
     device: str,
     shapes_per_class: int,
+    rounds: int,
 ) -> dict[str, Any]:
     """Seconds and bytes of a coreset's dense labels; teacher and patches are made before.
+
+    Every round labels a copy of that run: its `seconds` and `labels_per_s` have the start in them,
+    with the engine's opening.
 
     `backend` with its precision, as of an expander.
     """
@@ -267,14 +285,14 @@ def labels(
             "codec": "dense",
         }
         run_stages(TrainCoreset(**asked), "bench_scale")
-        began = time.perf_counter()
-        run_stages(TrainLabels(**asked), "bench_scale")
-        seconds = time.perf_counter() - began
-        kept = open_coreset(asked["out"] / "coreset")
-        shown = len(kept.labels_N) * epochs
-        return {
-            "seconds": round(seconds, 2),
-            "labels_per_s": round(shown / seconds, 1),
+        taken_s = []
+        for number in range(rounds):
+            copied: dict[str, Any] = asked | {"out": Path(name) / f"round{number}"}
+            shutil.copytree(asked["out"], copied["out"])
+            labelled = TrainLabels(**copied)
+            taken_s.append(timed(lambda labelled=labelled: run_stages(labelled, "bench_scale"))[0])
+        kept = open_coreset(copied["out"] / "coreset")
+        return _figures(taken_s, len(kept.labels_N) * epochs, "labels_per_s") | {
             "label_bytes": kept.manifest["files"][LABELS]["bytes"],
             "evals": kept.manifest["model"]["evals"],
         }

@@ -5,8 +5,10 @@
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, which stay; nothing else is
 touched. A block is of one device and setting, and of the commit at which it was measured last; rows
 of that commit add their peers, each beside the diffusers pipeline of its own row, since `make gpu`
-gives every backend a process. Figures are medians, in brackets p20–p80. A row of expansion without
-anything beside diffusers compares nothing and is left out.
+gives every backend a process. Only rows of the same work meet in a table. A backend in another
+precision than diffusers' usual one is faster by that alone: a column has what it gains within its
+own precision, where that pipeline was timed. Figures are medians, in brackets p20–p80. A row of
+expansion without anything beside diffusers compares nothing and is left out.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from peer_names import default_precision, is_peer, split_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
@@ -56,31 +59,42 @@ def rendered(readme: str, results: Path) -> str:
 def expansion(results: Path) -> Iterator[str]:
     """Images per second by backend, beside diffusers' own pipeline."""
     for setting, rows in _blocks(results, "expand", _expansion_setting):
-        model, weights, size_px, batch, evals = setting
+        model, weights, size_px, batch, evals, images, classes, _, threads = setting
         told = "" if weights == "pretrained" else f" with {weights} weights"
         columns: Columns = {
             "backend": lambda _, name: name,
+            "precision": _precision,
             "images/s": lambda row, name: _interval(row["spread"][name], ".0f"),
-            "× diffusers": _ratio,
+            f"× diffusers ({_usual(rows[-1])})": _ratio,
+            "× diffusers, same precision": _ratio_within_precision,
+            "× diffusers, VAE in fp32": lambda row, name: _over(row, name, "diffusers-upcast"),
             "of the roofline": _share,
             "memory added": _memory,
             "error of pictures": _pictures,
         }
         yield from _block(
-            f"`{model}`{told}, {size_px} px, batch {batch}, {evals} evals", rows, columns
+            f"`{model}`{told}, {size_px} px, batch {batch}, {evals} evals, {images} images of "
+            f"{classes} classes, {threads} threads",
+            rows,
+            columns,
         )
 
 
 def scoring(results: Path) -> Iterator[str]:
     """Images per second of the loaders that feed patch scoring."""
-    for (crops, crop_px, _, threads), rows in _blocks(results, "score", _scoring_setting):
+    for setting, rows in _blocks(results, "score", _scoring_setting):
+        crops, crop_px, _, threads, data, images, decoder = setting
         columns: Columns = {
             "loader": lambda _, name: "ours" if name == "dali" else name,
             "images/s": lambda row, name: _interval(row["spread"][name], ".0f"),
             "ours is faster by": _ratio,
         }
+        where = "" if decoder == "cpu" else ", decoded on the GPU"
         yield from _block(
-            f"{crops} crops of {crop_px} px an image, {threads} threads", rows, columns
+            f"{images} images of {data}, {crops} crops of {crop_px} px each, {threads} threads"
+            f"{where}",
+            rows,
+            columns,
         )
 
 
@@ -91,11 +105,20 @@ def _expansion_setting(row: Row) -> tuple[Any, ...] | None:
     """None: it compares nothing, or is of before rows told their setting."""
     if "size_px" not in row or len(row["spread"]) < 2:
         return None
-    return tuple(row[key] for key in ("model", "weights", "size_px", "batch", "evals"))
+    told = (row[key] for key in ("model", "weights", "size_px", "batch", "evals"))
+    return (
+        *told,
+        row["images"],
+        row.get("classes", 10),
+        row.get("patches_per_class", 40),
+        row["threads"],
+    )
 
 
 def _scoring_setting(row: Row) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("crops", "crop_px", "batch", "threads"))
+    """Rows of before the data's name was told are of Imagenette, decoded on the CPU."""
+    told = (row[key] for key in ("crops", "crop_px", "batch", "threads"))
+    return *told, row.get("data", "imagenette"), row["images"], row.get("decoder", "cpu")
 
 
 def _blocks(
@@ -151,6 +174,35 @@ def _ratio(row: Row, name: str) -> str:
     return _interval(spread, ".2f") if spread else ""
 
 
+def _precision(row: Row, name: str) -> str:
+    """Of the denoiser, and of the decoder where it is another."""
+    if "precision" not in row:  # Rows of before: ours told it, peers had the device's usual one.
+        told = row["engines"].get(name, {}).get("precision")
+        return told or split_name(name)[1] or _usual(row)
+    precision, of_vae = row["precision"][name], row["vae_precision"][name]
+    return precision if precision == of_vae else f"{precision}, VAE {of_vae}"
+
+
+def _usual(row: Row) -> str:
+    """Precision of `diffusers` on the row's device: a GPU tells its multiprocessors."""
+    return default_precision("cuda" if "sm_count" in row else "cpu")
+
+
+def _ratio_within_precision(row: Row, name: str) -> str:
+    """Over diffusers' pipeline in the precision of the backend; of peers, nothing."""
+    if is_peer(name):
+        return ""
+    precision = _precision(row, name).partition(",")[0]
+    if precision == _usual(row):
+        return _ratio(row, name)
+    return _over(row, name, f"diffusers-{precision}")
+
+
+def _over(row: Row, name: str, peer: str) -> str:
+    spread = row.get("speedup_over", {}).get(peer, {}).get(name)
+    return _interval(spread, ".2f") if spread else ""
+
+
 def _share(row: Row, name: str) -> str:
     percent = row.get("percent_of_roofline", {}).get(name)
     return "" if percent is None else f"{percent:.0f} %"
@@ -164,11 +216,11 @@ def _memory(row: Row, name: str) -> str:
 
 
 def _pictures(row: Row, name: str) -> str:
-    """How far from diffusers': max abs error in fp32, PSNR in half precision."""
+    """How far from diffusers: max abs error in fp32, PSNR in half precision."""
     if name not in row["errors"]:
         return ""
     same = row["errors"][name]["same"]
-    if row["engines"][name]["precision"] == "fp32":
+    if _precision(row, name) == _usual(row) == "fp32":
         return f"{same['max_abs']:.0e}"
     return f"{same['psnr_db']:.0f} dB"
 

@@ -17,17 +17,18 @@ def pictures() -> Iterator[ModuleType]:
         yield importlib.import_module("pictures")
 
 
-def errors_of(key: str, same: float, timestep: float, prompt: float) -> dict[str, dict[str, float]]:
+def errors_of(same: float, timestep: float, prompt: float, max_abs: float = 2e-6) -> dict:
     cases = {"same": same, "wrong_timestep": timestep, "wrong_prompt": prompt}
-    return {case: {key: error} for case, error in cases.items()}
+    return {case: {"relative_l2": error, "max_abs": max_abs} for case, error in cases.items()}
 
 
 @pytest.mark.parametrize(
     ("precision", "errors"),
     [
-        ("fp32", errors_of("max_abs", 2e-6, 0.3, 0.5)),
-        ("bf16", errors_of("psnr_db", 52.3, 43.4, 40.4)),  # random weights, measured
-        ("fp16", errors_of("psnr_db", float("inf"), 43.4, 40.4)),
+        ("fp32", errors_of(1e-6, 0.12, 0.26)),
+        ("bf16", errors_of(0.0141, 0.0393, 0.0555)),  # random weights, measured
+        ("bf16", errors_of(0.0472, 0.123, 0.220)),  # sdxl-tiny
+        ("fp16", errors_of(0.0, 0.12, 0.26)),
     ],
 )
 def test_right_pictures_pass(
@@ -36,16 +37,22 @@ def test_right_pictures_pass(
     pictures.check_errors("eager", errors, precision)
 
 
+NAN = float("nan")
+NOT_DIFFUSERS, BLIND = "pictures are not diffusers'", "wrong prompts or timesteps pass too"
+
+
 @pytest.mark.parametrize(
     ("precision", "errors", "said"),
     [
-        ("fp32", errors_of("max_abs", 2e-4, 0.3, 0.5), "pictures are not diffusers'"),
-        ("fp32", errors_of("max_abs", float("nan"), 0.3, 0.5), "pictures are not diffusers'"),
-        ("fp32", errors_of("max_abs", 2e-6, 0.3, 9e-5), "wrong prompts or timesteps pass too"),
-        ("bf16", errors_of("psnr_db", 39.9, 10.0, 10.0), "at least 40 dB, and 6 dB less"),
-        ("bf16", errors_of("psnr_db", float("nan"), 10.0, 10.0), "pictures are not diffusers'"),
-        ("bf16", errors_of("psnr_db", 52.3, 46.4, 40.4), "wrong prompts or timesteps pass too"),
-        ("fp16", errors_of("psnr_db", *[float("inf")] * 3), "wrong prompts or timesteps pass too"),
+        ("fp32", errors_of(2e-4, 0.3, 0.5), NOT_DIFFUSERS),
+        ("fp32", errors_of(1e-6, 0.3, 0.5, max_abs=2e-4), NOT_DIFFUSERS),
+        ("fp32", errors_of(NAN, 0.3, 0.5, max_abs=NAN), NOT_DIFFUSERS),
+        ("fp32", errors_of(2e-6, 0.3, 9e-5), BLIND),
+        ("bf16", errors_of(0.071, 0.5, 0.5), "at most 0.07, of wrong ones 2 times it"),
+        ("bf16", errors_of(NAN, 0.5, 0.5), NOT_DIFFUSERS),
+        ("bf16", errors_of(0.04, 0.079, 0.5), BLIND),
+        ("fp16", errors_of(0.03, 0.5, 0.5), NOT_DIFFUSERS),
+        ("fp16", errors_of(0.0, 0.0, 0.0), BLIND),
     ],
 )
 def test_other_pictures_and_a_blind_gate_do_not(
@@ -53,3 +60,8 @@ def test_other_pictures_and_a_blind_gate_do_not(
 ) -> None:
     with pytest.raises(RuntimeError, match=said):
         pictures.check_errors("eager", errors, precision)
+
+
+def test_the_bound_is_of_the_coarser_side(pictures: ModuleType) -> None:
+    assert pictures.coarser("fp32", "fp16") == pictures.coarser("fp16", "fp32") == "fp16"
+    assert pictures.coarser("bf16", "fp16") == "bf16"

@@ -49,6 +49,9 @@ def test_the_floor_is_by_precision(roofline: ModuleType) -> None:
     model = find_model("sdxl-tiny")
     assert roofline.peer_precisions("ort-bf16", model, "fp32") == ("bf16", "bf16")
     assert roofline.peer_precisions("diffusers-compiled", model, "fp32") == ("fp32", "fp32")
+    assert roofline.peer_precisions("diffusers-compiled-bf16", model, "fp32") == ("bf16", "bf16")
+    assert roofline.peer_precisions("diffusers", model, "fp16") == ("fp16", "fp16")
+    assert roofline.peer_precisions("diffusers-upcast", model, "fp16") == ("fp16", "fp32")
 
 
 def test_the_roofline_counts_products_and_both_ways_of_a_copy(

@@ -43,6 +43,8 @@ def expand_row(p50: float, batch: int = 32, **more: Any) -> dict[str, Any]:
         "size_px": 64,
         "batch": batch,
         "evals": 4,
+        "images": 64,
+        "threads": 2,
         "time": "2026-01-02T03:04:05+00:00",
         "commit": "abc",
         "engines": {"ort": {"precision": "fp32"}},
@@ -72,10 +74,13 @@ def test_the_last_row_of_a_setting_is_shown(tables: ModuleType, tmp_path: Path) 
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "card" / "expand.jsonl").write_text(text)
     found = tables.rendered(MARKED, tmp_path)
-    assert "`sdxl-tiny`, 64 px, batch 32, 4 evals; card (2026-01-02, commit abc, n = 5):" in found
-    assert "| ort | 21 (20–22) | 2.10 (1.10–3.10) | 2e-06 |" in found
+    assert (
+        "4 evals, 64 images of 10 classes, 2 threads; card (2026-01-02, commit abc, n = 5):"
+        in found
+    )
+    assert "| ort | fp32 | 21 (20–22) | 2.10 (1.10–3.10) | 2.10 (1.10–3.10) | 2e-06 |" in found
     assert "commit abc-dirty, n = 5" in found
-    assert "| ort | 30 (29–31) | 3.00 (2.00–4.00) | 37 % | 3 MiB | 2e-06 |" in found
+    assert "| 3.00 (2.00–4.00) | 3.00 (2.00–4.00) | 37 % | 3 MiB | 2e-06 |" in found
     assert "20 (19–21)" not in found
     assert "77" not in found
     assert "stale" not in found
@@ -108,14 +113,54 @@ def test_backends_in_processes_of_their_own_are_one_table(
     lines = tables.rendered(MARKED, tmp_path).splitlines()
     first = lines.index(next(line for line in lines if "with random weights" in line))
     assert lines[first + 4 : first + 8] == [
-        "| diffusers | 11 (10–12) |  |",
-        "| eager | 30 (29–31) | 3.00 (2.00–4.00) |",
-        "| diffusers-compiled | 44 (43–45) | 4.00 (3.00–5.00) |",
+        "| diffusers | fp32 | 11 (10–12) |  |  |",
+        "| eager | fp32 | 30 (29–31) | 3.00 (2.00–4.00) | 3.00 (2.00–4.00) |",
+        "| diffusers-compiled | fp32 | 44 (43–45) | 4.00 (3.00–5.00) |  |",
         "",
     ]
     assert (
-        "| ort | 50 (49–51) | 5.00 (4.00–6.00) | 2e-06 |" in lines
+        "| ort | fp32 | 50 (49–51) | 5.00 (4.00–6.00) | 5.00 (4.00–6.00) | 2e-06 |" in lines
     )  # other weights: another table
+
+
+def test_precisions_are_told_apart(tables: ModuleType, tmp_path: Path) -> None:
+    """A row of a GPU: ours in bf16 over diffusers in fp16, in bf16, and with its VAE in fp32."""
+    names = ("diffusers", "diffusers-upcast", "diffusers-bf16", "eager-bf16")
+    row = expand_row(0.0, sm_count=132) | {
+        "spread": {name: spread(10) for name in names},
+        "speedup_spread": {"eager-bf16": spread(4)},
+        "speedup_over": {
+            name: {"eager-bf16": spread(4 + n)} for n, name in enumerate(names) if "d" in name
+        },
+        "precision": dict(zip(names, ("fp16", "fp16", "bf16", "bf16"), strict=True)),
+        "vae_precision": dict(zip(names, ("fp16", "fp32", "bf16", "bf16"), strict=True)),
+        "engines": {"eager-bf16": {"precision": "bf16"}},
+        "errors": {"eager-bf16": {"same": {"max_abs": 0.1, "psnr_db": 44.0}}},
+    }
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "expand.jsonl").write_text(json.dumps(row) + "\n")
+    lines = tables.rendered(MARKED, tmp_path).splitlines()
+    assert (
+        "| backend | precision | images/s | × diffusers (fp16) | × diffusers, same precision "
+        "| × diffusers, VAE in fp32 | error of pictures |"
+    ) in lines
+    ours = "| eager-bf16 | bf16 | 10 (9–11) | 4.00 (3.00–5.00) | 6.00 (5.00–7.00) "
+    assert f"{ours}| 5.00 (4.00–6.00) | 44 dB |" in lines
+    assert "| diffusers-upcast | fp16, VAE fp32 | 10 (9–11) |  |  |  |  |" in lines
+
+
+@pytest.mark.parametrize("changed", [{"images": 128}, {"classes": 2}, {"threads": 1}])
+def test_other_work_is_another_table(
+    tables: ModuleType, tmp_path: Path, changed: dict[str, int]
+) -> None:
+    (tmp_path / "card").mkdir()
+    rows = [expand_row(20.0), expand_row(30.0, **changed), expand_row(21.0, classes=10)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "card" / "expand.jsonl").write_text(text)
+    found = tables.rendered(MARKED, tmp_path)
+    assert found.count("| backend |") == 2
+    assert "21 (20–22)" in found
+    assert "30 (29–31)" in found
 
 
 def test_a_missing_marker_is_said(tables: ModuleType, tmp_path: Path) -> None:

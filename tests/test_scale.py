@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str
         "teacher": "convnet-d3-w8",
         "device": "cpu",
         "threads": 2,
+        "rounds": 1,
     }
 
     def score(images: int) -> dict[str, Any]:
@@ -219,23 +220,78 @@ def test_bench_scale(bench_scale: ModuleType, tmp_path: Path, capsys: pytest.Cap
     assert coreset["kept_bytes"] < coreset["all_keys_values_bytes"]
     assert min(coreset["text_bytes"], coreset["projector_bytes"]) > 0
     scoring = rows["scale-scoring"]
-    assert [point["listings"] for point in scoring["points"]] == [1, 2]
-    assert scoring["memory"].keys() == {"peak_bytes"}
-    assert scoring["rates"] == {"score_images_per_s": scoring["points"][-1]["images_per_s"]}
-    assert (scoring["backend"], scoring["precision"]) == ("eager-fp32", "fp32")
+    assert [(point["allocator"], point["listings"]) for point in scoring["points"]] == [
+        (name, listings) for name in ("as it is", "freed at once") for listings in (1, 2)
+    ]
+    assert scoring["memory"].keys() == {"peak_bytes", "peak_bytes, freed at once"}
+    assert [point["items"] for point in scoring["points"]] == [10, 20] * 2
+    assert (scoring["data"], scoring["generated"], scoring["teacher"]) == (
+        "photos",
+        False,
+        "convnet-d3-w8",
+    )
+    assert not {"backend", "model"} & scoring.keys()
+    coreset = rows["scale-coreset"]
+    assert (coreset["backend"], coreset["cached_prompts"]) == ("eager-fp32", 16)
+    assert (coreset["data"], coreset["generated"]) == ("generated", True)
+    assert "teacher" not in coreset
     projected = rows["scale-projection"]
-    assert projected["not_measured"].keys() == {"labels_per_s"}
-    rate = projected["rates"]["score_images_per_s"]
-    assert rate["value"] == scoring["points"][-1]["images_per_s"]
-    assert (rate["file"], rate["device"]) == ("this run", scoring["device"])
+    # Few images: the slope may be lost in the noise, and then there is no rate.
+    rate = scoring["rates"].get("score_images_per_s")
+    lost = {"labels_per_s"} if rate else {"labels_per_s", "score_images_per_s"}
+    assert projected["not_measured"].keys() == lost
+    written = projected["rates"]["write_patches_per_s"]
+    assert (written["file"], written["device"]) == ("this run", coreset["device"])
     assert "PROJECTION, not measured" in printed
 
 
 def scored_points(*peaks: float) -> list[dict[str, float]]:
     return [
-        {"images": 1000 * (n + 1), "images_per_s": 5.0, "peak_bytes": peak, "peak_gpu_bytes": 0}
-        for n, peak in enumerate(peaks)
+        {
+            "images": 1000 * n,
+            "items": 1000 * n,
+            "rounds_s": [9.0 + 200.0 * n] * 3,  # of which 9 to start
+            "peak_bytes": peak,
+            "peak_gpu_bytes": 0,
+        }
+        for n, peak in enumerate(peaks, 1)
     ]
+
+
+def test_a_rate_has_no_start_in_it(bench_scale: ModuleType):
+    points = scored_points(1e9, 1e9, 1e9)
+    found = bench_scale.rates_of("scoring", points)
+    assert found["rates"] == {"score_images_per_s": 5.0}
+    assert found["rates_spread"]["score_images_per_s"]["n"] == 3
+    assert bench_scale.rates_of("labels", points)["rates"] == {"labels_per_s": 5.0}
+    points[-1]["rounds_s"] = points[-2]["rounds_s"]
+    assert bench_scale.rates_of("scoring", points) == {"rates": {}}
+    assert bench_scale.rates_of("scoring", points[:1]) == {"rates": {}}
+
+
+def test_ranks_are_asked_for_what_their_row_says(
+    bench_scale: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+
+    def train(launch: list[str], stage: str, out: Path, words: list[str]) -> None:
+        out.mkdir(exist_ok=True)
+        asked.append(words)
+
+    monkeypatch.setattr(bench_scale, "_train", train)
+    same = SimpleNamespace(content_sha256="x")
+    monkeypatch.setattr(bench_scale, "open_coreset", lambda _: same)
+    options = bench_scale.Options(teacher="convnet-d3-w16", size=32, backend="ort-fp32")
+    assert len(list(bench_scale.run_ranks(options))) == 2
+    told = bench_scale.settings_of(options, "ranks")
+    for words in asked:
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        assert given["--teacher"] == told["teacher"] == "convnet-d3-w16"
+        assert given["--image-size"] == str(told["size_px"]) == "32"
+        assert given["--backend"] == told["backend"] == "eager"
+        assert given["--epochs"] == str(told["epochs"])
+        assert given["--shapes-per-class"] == str(told["shapes_per_class"])
+    assert (told["threads"], told["data"], told["generated"]) == (1, "generated", True)
 
 
 def test_a_failed_part_loses_no_other(

@@ -423,6 +423,7 @@ def test_bench_reports_no_speed_without_the_same_pictures(model, tmp_path):
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[-1])
     assert row["images_per_s"].keys() == {"diffusers", "eager"}
+    assert row["precision"] == {"diffusers": "fp32", "eager": "fp32"}
     errors = {case: error["max_abs"] for case, error in row["errors"]["eager"].items()}
     assert errors["same"] <= TOLERANCE < min(errors["wrong_prompt"], errors["wrong_timestep"])
 

@@ -1,0 +1,33 @@
+"""Who is measured beside us, by name, and what a name says of its precision. No torch.
+
+A name is WHAT or WHAT-PRECISION: `ort`, `eager-bf16`, `diffusers`, `diffusers-compiled-bf16`.
+Without a precision it is in the device's usual one. Everything in `PEERS` is somebody else's.
+"""
+
+from __future__ import annotations
+
+from patchbloom.export.config import Precision
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+DIFFUSERS = ("diffusers", "diffusers-compiled", "diffusers-upcast")
+"""The pipeline as users call it; compiled as diffusers advises; in fp16 with a VAE in fp32."""
+LOADERS = ("torchvision", "torchvision-tensor")
+PEERS = {*DIFFUSERS, *LOADERS, "eager_us", "compiled_us"}
+
+
+def split_name(name: str) -> tuple[str, Precision | None]:
+    """What it is, and the precision at the end of its name; None: the device's usual one."""
+    for precision in PRECISIONS:
+        if name.endswith(f"-{precision}"):
+            return name.removesuffix(f"-{precision}"), precision
+    return name, None
+
+
+def is_peer(name: str) -> bool:
+    """Whether it is somebody else's, in any precision."""
+    return split_name(name)[0] in PEERS
+
+
+def default_precision(device: str) -> Precision:
+    """Of a device, `cpu` or `cuda`: where a name does not say another."""
+    return "fp16" if device == "cuda" else "fp32"

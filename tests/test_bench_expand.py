@@ -1,0 +1,57 @@
+"""bench_expand.py: who is compared with whom."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench_expand() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        yield importlib.import_module("bench_expand")
+
+
+def test_ours_is_compared_with_every_peer(bench_expand: ModuleType) -> None:
+    speeds = {"diffusers": 10, "diffusers-bf16": 20, "diffusers-upcast": 5, "eager-bf16": 40}
+    rates = {name: bench_expand.Rate((speed, speed, 2 * speed)) for name, speed in speeds.items()}
+    found = bench_expand.compared(rates)
+    over = {
+        peer: {name: ratio["p50"] for name, ratio in ours.items()}
+        for peer, ours in found["speedup_over"].items()
+    }
+    assert over == {
+        "diffusers": {"eager-bf16": 4},
+        "diffusers-bf16": {"eager-bf16": 2},
+        "diffusers-upcast": {"eager-bf16": 8},
+    }
+    assert found["speedup"] == {"diffusers-bf16": 2, "diffusers-upcast": 0.5, "eager-bf16": 4}
+    del rates["diffusers"]
+    alone = bench_expand.compared(rates)
+    assert alone["speedup"] == {}
+    assert alone["speedup_over"]["diffusers-upcast"].keys() == {"eager-bf16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "peer", "precision", "is_peer"),
+    [
+        ("diffusers", "diffusers", None, True),
+        ("diffusers-compiled-bf16", "diffusers-compiled", "bf16", True),
+        ("diffusers-upcast", "diffusers-upcast", None, True),
+        ("torchvision-tensor", "torchvision-tensor", None, True),
+        ("inductor-fp16", "inductor", "fp16", False),
+        ("ort", "ort", None, False),
+    ],
+)
+def test_what_a_name_says(
+    bench_expand: ModuleType, name: str, peer: str, precision: str | None, is_peer: bool
+) -> None:
+    assert bench_expand.split_name(name) == (peer, precision)
+    assert bench_expand.is_peer(name) is is_peer
