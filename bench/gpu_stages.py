@@ -233,10 +233,11 @@ def _score(form: Form, data: Path | None, images: Path) -> list[Stage]:
     options += ("--threads", str(min(16, len(os.sched_getaffinity(0)))))
     if form == "rehearsal":
         options += ("--size", "64", "--batch", "8", "--teacher-images", "16")
-    devices = ("cpu",) if form == "rehearsal" else ("cpu", "cuda")
     peers, teacher = ("--peers", "torchvision", "torchvision-tensor"), ("--teacher", "resnet18")
-    cases = [(f"score-{device}", device, peers) for device in devices]
-    cases.append(("score-teacher", devices[-1], teacher))
+    cases = [("score-cpu", "cpu", peers), ("score-cuda", "cuda", peers)]
+    cases.append(("score-teacher", "cuda", teacher))
+    if form == "rehearsal":  # in one process, as imports are most of it
+        cases = [("score-cpu", "cpu", (*peers, *teacher))]
     decode = [
         Stage(
             name=name,
@@ -245,7 +246,7 @@ def _score(form: Form, data: Path | None, images: Path) -> list[Stage]:
                 *("--json", "--no-record", *options, *words),
             ),
             **_limits(form, 20, 70),
-            needs=(*_LOADER, *(("diffusers", "transformers") if words == teacher else ())),
+            needs=(*_LOADER, *(("diffusers", "transformers") if "--teacher" in words else ())),
         )
         for name, device, words in cases
     ]

@@ -68,8 +68,10 @@ def test_every_stage_is_rehearsed(gpu: ModuleType, tmp_path: Path) -> None:
         "profile-expand": "profile",
         "epoch-eager": "epoch",
         "score-cpu": "score",
-        "score-teacher": "score",
     }
+    (scored,) = (row for row in rows if row["stage"] == "score-cpu")
+    assert scored["bottleneck"] in ("loader", "teacher")
+    assert scored["speedup"].keys() == {"torchvision", "torchvision-tensor"}
     random = {row["stage"] for row in rows if row.get("weights") == "random"}
     assert random >= {"expand-32px-8-eager", "profile-expand", "epoch-eager"}
     said = {line[0]: line[3] for line in table[1:-1]}
@@ -207,20 +209,29 @@ def test_a_process_that_does_not_die_is_left_behind(
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_it_can_be_stopped(sent: signal.Signals, tmp_path: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, str(GPU), "--dry", "--stages", "kernels", "epoch", "--out", tmp_path],
+        [
+            sys.executable,
+            str(GPU),
+            "--dry",
+            "--stages",
+            "tests-overlap",
+            "score-images",
+            "--out",
+            tmp_path,
+        ],
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        log = tmp_path / "kernels.log"
+        log = tmp_path / "tests-overlap.log"
         while not log.exists():
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(sent)
         told, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.search(r"^kernels +stopped", told, re.MULTILINE)
-    assert re.search(r"^epoch-eager +not run", told, re.MULTILINE)
-    assert not (tmp_path / "epoch-eager.log").exists()
+    assert re.search(r"^tests-overlap +stopped", told, re.MULTILINE)
+    assert re.search(r"^score-images +not run", told, re.MULTILINE)
+    assert not (tmp_path / "score-images.log").exists()
 
 
 def test_the_table_is_complete(gpu: ModuleType, tmp_path: Path) -> None:
