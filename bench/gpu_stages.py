@@ -197,7 +197,7 @@ def _epoch(form: Form) -> list[Stage]:
     """In the quick form the last row of the paper's table alone, overlapped: 640 images."""
     gpu = "--size 224 --batch 64 --epochs 3 --rounds 3"
     cases = {
-        "rehearsal": [("eager", "--size 32 --factors 2 --epochs 1 --rounds 1 --batch 8")],
+        "rehearsal": [("eager", "--size 32 --factors 2 --epochs 1 --rounds 1 --batch 10")],
         "quick": [("eager", f"{gpu} --factors 8 --runs overlapped")],
         "full": [
             ("eager", f"{gpu} --factors 2 3 4 5 7 8"),
