@@ -168,7 +168,8 @@ def headline(row: Mapping[str, Any]) -> str:
     """The figures of a row, in one line."""
     if "images_per_s" in row:
         rates = ", ".join(f"{name} {rate:g}" for name, rate in row["images_per_s"].items())
-        return f"{rates} images/s"
+        bound = f", the {row['bottleneck']} bounds" if "bottleneck" in row else ""
+        return f"{rates} images/s{bound}"
     if "factors" in row:
         seconds = (
             f"{factor['patches']} images {factor['seconds']['overlapped']['p50']:g}"
