@@ -4,8 +4,9 @@
 # make test    every test that needs neither a GPU nor a data set
 # make gpu     tests that need a CUDA device, kernels, expansion at full size, an epoch, scoring: under
 #              8 minutes. FULL=1: more rounds, and the backends that compile. STAGES="tests expand-512":
-#              only these. DATA=DIR: images to score. OUT=DIR: rows and logs. DRY=1: a rehearsal on the
-#              CPU. VENV= PYTHON=python3: with what that interpreter has; installs nothing
+#              only these. DATA=DIR: images to score. OUT=DIR: rows and logs. Installs nothing: it runs
+#              .venv where make setup has made it, else PYTHON, and with VENV= PYTHON always. DRY=1: a
+#              rehearsal on the CPU, after make setup
 # make check   ruff, pyright, import direction
 # make bench-table   README's tables of figures from bench/results
 PYTHON ?= python3
@@ -48,8 +49,12 @@ test: bindings
 
 GPU_OPTIONS = $(if $(DRY),--dry) $(if $(FULL),--full) $(if $(STAGES),--stages $(STAGES)) \
   $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
+GPU_PYTHON = $(if $(and $(VENV),$(or $(DRY),$(wildcard $(INSTALLED)))),$(BIN)/python,$(PYTHON))
+ifdef DRY
 gpu: $(if $(VENV),$(INSTALLED))
-	$(if $(VENV),$(BIN)/python,$(PYTHON)) bench/gpu.py $(GPU_OPTIONS)
+endif
+gpu:
+	$(GPU_PYTHON) bench/gpu.py $(GPU_OPTIONS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -7,52 +7,57 @@ Ten classes at ipc 1: factor r means 10 r² patches of size / r pixels, one imag
 one student, batch 10, stored labels of fp16 logits. Four runs take turns, each in one process with
 the same engine:
 
-    generate     the ring is filled and nobody learns
+    generate     an epoch's views and labels are rendered, and nobody learns
     train        a student learns from images that are there already
     serial       both, `--overlap off`
     overlapped   both, `--overlap on`, and how long the student waited
 
-The gate, before any time: over an epoch of many small pools, with deterministic kernels, a serial
-and an overlapped student end with the same weights: bit for bit on the CPU; on a GPU, where some
-kernels have no deterministic form, NEAR of the distance to a student that learned from another
-epoch's images, which is the negative control and what a slot read too late would look like. The
-first epoch of every run is not counted.
+A run is `epochs` epochs, and its time one number: from its start to its last step, divided by its
+epochs (epoch_runs.py). Before the clock every run is made once, for one epoch, which is not
+counted; n is the rounds. Outside the clock: opening the engine, encoding the patches, making the
+student's network, writing its weights.
+
+The gate, before any time: over many small pools, every slot used twice, with deterministic kernels,
+a serial and an overlapped student end with the same weights: bit for bit on the CPU; on a GPU,
+where some kernels have no deterministic form, NEAR of the distance to a student that learned from
+another epoch's images, which is the negative control and what a slot read too late would look like.
+
+With `--json` the row so far is printed after every factor, as `partial`; the last line is the row.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
+from epoch_runs import EpochTime, Given, Kept, Part, render_epochs, train_student
 from measure import environment, publish, quantiles
 from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.config import ExpandConfig
-from patchbloom.engine.soft_labels import SoftTargets
 from patchbloom.engine.turbo import Expander
 from patchbloom.export.config import BackendName, DeviceName, Weights
 from patchbloom.export.models import find_model
-from patchbloom.train.checkpoint import read_tensors
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.lockstep import SLOTS
-from patchbloom.train.loop import train_students
 from patchbloom.train.methods import Expansions, ImageSource
-from patchbloom.train.overlap import Ring
-from patchbloom.train.pool_slots import PoolSlot, fill_slot, pools_from
 from pictures import default_precision, make_coreset
 from torch import Tensor
 
+Run = Literal["generate", "train", "serial", "overlapped"]
+
 CLASSES = 10
 PAPER_S = {2: 2.53, 3: 2.76, 4: 6.39, 5: 8.23, 7: 16.58, 8: 22.49}
-"""DACE, Table 3: seconds per epoch on four A6000, for the row; not measured here."""
+"""DACE, Table 3: seconds per epoch of SDXL-Turbo on four A6000, at PAPER_SETTING; not measured
+here, and beside no other setting."""
+PAPER_SETTING = {"model": "sdxl-turbo", "size_px": 224, "evals": 4}
 NEAR = {"cpu": 0.0, "cuda": 0.1}
 """How far overlap may move a student, of the distance to one that learned from other images."""
-GATE_POOLS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +73,16 @@ class Options:
     """`auto` is cuda where there is one."""
     size: int = 64
     """Image size in px; the paper's is 224."""
-    factors: tuple[int, ...] = (2, 3, 4, 5, 7, 8)
-    """r: 10 r² patches of size / r pixels."""
+    factors: tuple[int, ...] = (2, 5, 8)
+    """r: 10 r² patches of size / r pixels. The paper has 2, 3, 4, 5, 7 and 8."""
+    runs: tuple[Run, ...] = ("generate", "train", "serial", "overlapped")
+    """What to time."""
     student: str | None = None
     """Left out: resnet18 on a GPU, convnet-d4-w24to96 on the CPU."""
-    epochs: int = 3
-    """Timed epochs of a run, after one that is not counted."""
-    rounds: int = 2
-    """Turns of the four runs."""
+    epochs: int = 2
+    """Epochs of a run: the more, the less what overlap cannot hide at both its ends counts."""
+    rounds: int = 5
+    """Turns of the runs: n, as a run gives one number."""
     batch: int = 32
     """Images per call of the engine."""
     bundles: Path | None = None
@@ -84,92 +91,6 @@ class Options:
     """Print the row as the last line."""
     record: bool = True
     """Append the row to bench/results/."""
-
-
-class Kept:
-    """A source that has all its images of one epoch: what is left is the student."""
-
-    def __init__(self, source: ImageSource, epoch: int = 0) -> None:
-        self.samples, self.labels_N, self.class_ids = (
-            source.samples,
-            source.labels_N,
-            source.class_ids,
-        )
-        self._images_NCHW = source.render(torch.arange(source.samples), epoch)
-
-    def render(self, samples_P: Tensor, epoch: int) -> Tensor:
-        return self._images_NCHW[samples_P.to(self._images_NCHW.device)]
-
-    def describe(self) -> dict[str, Any]:
-        return {"method": "kept"}
-
-
-class Given:
-    """Labels as if read from a coreset: the same for every epoch."""
-
-    def __init__(self, samples: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._logits_NK = torch.randn(samples, CLASSES, generator=generator).half()
-
-    def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
-        return SoftTargets(self._logits_NK[samples_P].to(views_PCHW.device))
-
-    def flush(self) -> None: ...
-
-    def describe(self) -> dict[str, Any]:
-        return {"codec": "dense"}
-
-
-class Clock:
-    """A Report that keeps what the loop says of every epoch."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.waited_s: list[float] = []
-
-    def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None: ...
-
-    def scalar(self, tag: str, step: int, value: float) -> None:
-        for name, values in (("seconds", self.seconds), ("waited_s", self.waited_s)):
-            if tag.endswith(f"/{name}"):
-                values.append(value)
-
-    def say(self, line: str) -> None: ...
-
-
-def generate_s(
-    source: ImageSource, labels: Given, config: StudentConfig, device: str
-) -> list[float]:
-    """Seconds of every epoch when nobody learns."""
-    where = torch.device(device)
-    slots = [PoolSlot(config, source.samples, where) for _ in range(SLOTS[device])]
-    seconds, began = [], time.perf_counter()
-    with Ring(
-        slots,
-        lambda slot, pool: fill_slot(slot, pool, source, labels, config),
-        pools_from(config, source.labels_N, 0),
-        device=where,
-        overlap=False,
-    ) as ring:
-        while taken := ring.take():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            epochs = sum(pool.ends_epoch for pool, _ in taken)
-            if epochs:
-                now = time.perf_counter()
-                seconds += [(now - began) / epochs] * epochs
-                began = now
-    return seconds
-
-
-def train_s(source: ImageSource, labels: Given, config: StudentConfig) -> tuple[Clock, dict]:
-    """What the loop says of its epochs, and the student's weights."""
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        (result,) = train_students(
-            source, labels, config, seeds=[0], val_set=None, folder=Path(folder), report=clock
-        )
-        return clock, read_tensors(result.path)[0]
 
 
 def open_source(options: Options, factor: int, device: str) -> Expansions:
@@ -198,19 +119,23 @@ def open_source(options: Options, factor: int, device: str) -> Expansions:
 
 
 def check_overlap(
-    source: ImageSource, labels: Given, config: StudentConfig, device: str
+    source: ImageSource, config: StudentConfig, device: str, batch: int
 ) -> dict[str, float]:
     """Relative L2 distance of a serial student's weights to an overlapped one's and the control's.
 
+    Of a part of the samples: `batch` in a pool, and pools for every slot twice.
     RuntimeError when overlap changes the student, or other images do not.
     """
-    pool = max(config.batch, source.samples // GATE_POOLS)
-    serial = replace(config, epochs=1, pool=pool, compile=False, overlap=False)
+    pools = 2 * SLOTS[device]
+    part = Part(source, min(source.samples, pools * batch))
+    labels, pool = Given(part.samples, CLASSES), max(config.batch, part.samples // pools)
+    epochs = -(-pools // -(-part.samples // pool))
+    serial = replace(config, epochs=epochs, pool=pool, compile=False, overlap=False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        weights = train_s(source, labels, serial)[1]
-        overlapped = train_s(source, labels, replace(serial, overlap=True))[1]
-        other = train_s(Kept(source, epoch=1), labels, serial)[1]
+        weights = train_student(part, labels, serial)[1]
+        overlapped = train_student(part, labels, replace(serial, overlap=True))[1]
+        other = train_student(Kept(part, epoch=epochs), labels, serial)[1]
     finally:
         torch.use_deterministic_algorithms(False)
     found = {
@@ -236,26 +161,47 @@ def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return float((a - b).norm() / a.norm())
 
 
+def make_runs(
+    wanted: tuple[Run, ...], source: ImageSource
+) -> dict[Run, Callable[[StudentConfig], EpochTime]]:
+    """What is timed: each call is one run."""
+    labels = Given(source.samples, CLASSES)
+    kept = Kept(source) if "train" in wanted else source
+
+    def serial(config: StudentConfig) -> EpochTime:
+        return train_student(source, labels, replace(config, overlap=False))[0]
+
+    calls: dict[Run, Callable[[StudentConfig], EpochTime]] = {
+        "generate": lambda config: render_epochs(source, labels, config),
+        "train": lambda config: train_student(kept, labels, replace(config, overlap=False))[0],
+        "serial": serial,
+        "overlapped": lambda config: train_student(source, labels, config)[0],
+    }
+    return {name: calls[name] for name in wanted}
+
+
+def time_runs(
+    runs: dict[Run, Callable[[StudentConfig], EpochTime]], config: StudentConfig, rounds: int
+) -> dict[Run, list[EpochTime]]:
+    """One time of every run per round, after a run of one epoch each that is not counted."""
+    for run in runs.values():
+        run(replace(config, epochs=1))
+    taken: dict[Run, list[EpochTime]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            taken[name].append(run(config))
+    return taken
+
+
 def measure(options: Options, factor: int, config: StudentConfig, device: str) -> dict[str, Any]:
     """The row of one factor. RuntimeError when the gate does not hold."""
     source = open_source(options, factor, device)
-    labels, kept = Given(source.samples), Kept(source)
-    gate = check_overlap(source, labels, config, device)
-    taken: dict[str, list[float]] = {n: [] for n in ("generate", "train", "serial", "overlapped")}
-    waited: list[float] = []
-    for _ in range(options.rounds):
-        taken["generate"] += generate_s(source, labels, config, device)[1:]
-        taken["train"] += train_s(kept, labels, replace(config, overlap=False))[0].seconds[1:]
-        serial, _ = train_s(source, labels, replace(config, overlap=False))
-        overlapped, _ = train_s(source, labels, config)
-        taken["serial"] += serial.seconds[1:]
-        taken["overlapped"] += overlapped.seconds[1:]
-        waited += overlapped.waited_s[1:]
     described = source.expander.describe()
+    gate = check_overlap(source, config, device, described["batch"])
+    taken = time_runs(make_runs(options.runs, source), config, options.rounds)
     source.expander.close()
-    seconds = {name: _quantiles(values) for name, values in taken.items()}
-    longer = max(seconds["generate"]["p50"], seconds["train"]["p50"])
-    return {
+    seconds = {name: _quantiles([each.seconds for each in taken[name]]) for name in taken}
+    row = {
         "patches": source.samples,
         "patch_px": options.size // factor,
         "evals": described["evals"],
@@ -263,15 +209,33 @@ def measure(options: Options, factor: int, config: StudentConfig, device: str) -
         "backend": described["backend"],
         "gate": gate,
         "seconds": seconds,
-        "waited_s": _quantiles(waited),
-        "overlapped_over_longer_half": round(seconds["overlapped"]["p50"] / longer, 3),
-        "paper_s": PAPER_S.get(factor),
-        "speedup_over_serial": round(seconds["serial"]["p50"] / seconds["overlapped"]["p50"], 3),
     }
+    if "overlapped" in taken:
+        row["waited_s"] = _quantiles([each.waited_s for each in taken["overlapped"]])
+    if len(taken) == 4:
+        longer = max(seconds["generate"]["p50"], seconds["train"]["p50"])
+        overlapped = seconds["overlapped"]["p50"]
+        row["overlapped_over_longer_half"] = round(overlapped / longer, 3)
+        row["speedup_over_serial"] = round(seconds["serial"]["p50"] / overlapped, 3)
+    setting = {"model": options.model, "size_px": options.size, "evals": described["evals"]}
+    if setting == PAPER_SETTING and factor in PAPER_S:
+        row["paper_s"] = PAPER_S[factor]
+    return row
 
 
 def _quantiles(values: list[float]) -> dict[str, float | int]:
     return quantiles(values, digits=4) | {"n": len(values)}
+
+
+def print_factor(factor: int, row: dict[str, Any]) -> None:
+    """One line: what an epoch takes in every run."""
+    parts = [f"{name} {seconds['p50']:.2f} s" for name, seconds in row["seconds"].items()]
+    if "waited_s" in row:
+        parts.append(f"waited {row['waited_s']['p50']:.2f} s")
+    if "overlapped_over_longer_half" in row:
+        parts.append(f"{row['overlapped_over_longer_half']:.2f} x the longer half")
+    size = f"{row['patches']} images, patches of {row['patch_px']} px"
+    print(f"r {factor}, {size}: {', '.join(parts)}", flush=True)
 
 
 def main(options: Options) -> None:
@@ -281,35 +245,32 @@ def main(options: Options) -> None:
     config = StudentConfig(
         network=options.student or ("convnet-d4-w24to96" if small else "resnet18"),
         size_px=options.size,
-        epochs=1 + options.epochs,
+        epochs=options.epochs,
         batch=10,
         precision="fp32" if small else "bf16",
         device=options.device,
     )
-    print("   r  patch  images   generate   train    serial  overlapped  waited   / longer half")
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
+    row: dict[str, Any] = {}
     for factor in options.factors:
-        row = rows[f"r{factor}"] = measure(options, factor, config, device)
-        p50 = {name: seconds["p50"] for name, seconds in row["seconds"].items()}
-        print(
-            f"{factor:4d} {row['patch_px']:4d}px {row['patches']:7d} {p50['generate']:9.2f}s "
-            f"{p50['train']:7.2f}s {p50['serial']:7.2f}s {p50['overlapped']:9.2f}s "
-            f"{row['waited_s']['p50']:7.2f}s {row['overlapped_over_longer_half']:13.2f}",
-            flush=True,
-        )
-    row = environment(device) | {
-        "benchmark": "epoch",
-        "model": options.model,
-        "weights": options.weights,
-        "size_px": options.size,
-        "backend": next(iter(rows.values()))["backend"],
-        "engine_batch": options.batch,
-        "student": config.network,
-        "student_batch": config.batch,
-        "student_precision": config.precision,
-        "threads": torch.get_num_threads(),
-        "factors": rows,
-    }
+        if row and options.json:
+            print(json.dumps(row | {"partial": True}), flush=True)
+        rows[f"r{factor}"] = measure(options, factor, config, device)
+        print_factor(factor, rows[f"r{factor}"])
+        row = environment(device) | {
+            "benchmark": "epoch",
+            "model": options.model,
+            "weights": options.weights,
+            "size_px": options.size,
+            "backend": rows[f"r{factor}"]["backend"],
+            "engine_batch": options.batch,
+            "student": config.network,
+            "student_batch": config.batch,
+            "student_precision": config.precision,
+            "epochs": options.epochs,
+            "threads": torch.get_num_threads(),
+            "factors": rows,
+        }
     publish(row, record=options.record, as_json=options.json)
 
 

@@ -10,10 +10,13 @@ must move, by the formula in its file, as a share of what a copy reaches on the 
 them what eager moves, counted (eager_bytes.py). Operations on latents wait for their launch more
 than for memory: theirs is given too. A row names the targets that it missed: a share of copy
 bandwidth for pictures of 512 px, and 4 times eager where eager makes 4 passes.
+
+With `--json` the row so far is printed after every case, as `partial`; the last line is the row.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -135,10 +138,16 @@ def bytes_row(case: Case) -> dict[str, Any]:
 
 
 def noise_row(gnormal_per_s: float, device: str) -> dict[str, Any]:
-    """Numbers per second beside what arithmetic allows; on the CPU, instructions of sm_90 alone."""
+    """Numbers per second beside what arithmetic allows; on the CPU, instructions of sm_90 alone.
+
+    `ceiling` null, with the reason, where the machine code cannot be had or read.
+    """
     row: dict[str, Any] = {"gnormal_per_s": round(gnormal_per_s, 3)}
     major, minor = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
-    ceiling = noise_ceiling(10 * major + minor)
+    try:
+        ceiling = noise_ceiling(10 * major + minor)
+    except (OSError, ValueError) as error:
+        return row | {"ceiling": None, "no_ceiling": str(error)}
     row["instructions_per_normal"] = round(ceiling.instructions_per_normal, 1)
     row["instructions_from"] = f"SASS of sm_{ceiling.capability}, {ceiling.unit} decides"
     if device == "cuda":
@@ -168,7 +177,7 @@ def print_case(name: str, row: dict[str, Any]) -> None:
     if "launch_us" in row:
         parts.append(f"launch {row['launch_us']['p50']} us")
     if "gnormal_per_s" in row:
-        ceiling = row.get("ceiling_gnormal_per_s", "none on the CPU")
+        ceiling = row.get("ceiling_gnormal_per_s", row.get("no_ceiling", "none on the CPU"))
         parts.append(f"{row['gnormal_per_s']} Gnormal/s, ceiling {ceiling}")
     if "remark" in row:
         parts.append(row["remark"])
@@ -197,18 +206,19 @@ def main(options: Options) -> None:
     device = resolve_device(options.device)
     copied = copy_bytes_per_s(device)
     print(f"copy: {copied / 1e9:.1f} GB/s")
+    row = environment(device) | {
+        "benchmark": "kernels",
+        "copy_gb_per_s": round(copied / 1e9, 1),
+    }
     rows = {}
     for case in make_cases(device):
         if options.only in case.name:
             rows[case.name] = measure(case, device, copied, options.compiled)
             print_case(case.name, rows[case.name])
+            if options.json:
+                print(json.dumps(row | {"partial": True, "cases": rows}), flush=True)
     print_bytes(rows)
-    row = environment(device) | {
-        "benchmark": "kernels",
-        "copy_gb_per_s": round(copied / 1e9, 1),
-        "seconds": round(time.perf_counter() - began, 1),
-        "cases": rows,
-    }
+    row |= {"seconds": round(time.perf_counter() - began, 1), "cases": rows}
     publish(row, record=options.record, as_json=options.json)
 
 

@@ -7,16 +7,17 @@
 A stage is a process group of its own and is killed whole at its limit, after Python has written
 into its log where it hung; the next stage starts all the same. One that hangs in the driver, where
 no signal arrives, is left behind after DEATH_S, and the table says so. What a stage may take, its
-death included, is at most what is left of the form's total; where nothing is left, it is not run.
-A stage whose libraries are not here is skipped and says which. `--out` gets a log per stage,
-summary.txt, and the rows as bench/results/ has them, <device>/<benchmark>.jsonl, each with its
-stage and command.
+death included, is at most what is left of the form's total without the least times of the stages
+after it; where nothing is left, it is not run. A stage whose libraries are not here, or do not
+import, is skipped and says which. `--out` gets a log per stage, summary.txt, and the rows as
+bench/results/ has them, <device>/<benchmark>.jsonl, each with its stage and command; of a benchmark
+that did not end, the row so far.
 
 Nothing is installed or downloaded: the stages find the package through links to this checkout. The
 options are read by argparse, because tyro may be among what is missing.
 
 Exit status: 0 when no stage failed; 1 when one failed, timed out or was not run; 2 when nothing can
-be run as asked; 130 when stopped.
+be run as asked; 3 when benchmarks were asked for and every one was skipped; 130 when stopped.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
-from gpu_stages import TOTAL_S, Form, Stage, make_stages, missing
+from gpu_needs import find_lacking
+from gpu_stages import TOTAL_S, Form, Stage, make_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kernels", "export", "engine", "train")
@@ -48,8 +50,12 @@ ANSWER_S = 60.0
 """What torch may take to say whether there is a device."""
 REPORT_S = 5.0
 """Of a form's total, for the table."""
-TOLD_LINES = 15
-"""Of the log of a stage that failed."""
+TOLD_LINES, TOLD_WIDTH = 15, 300
+"""Of the log of a stage that failed, without its rows."""
+COST_WIDTH = 40
+"""Of the name of a kernel in the table."""
+NOTHING_MEASURED = 3
+"""Exit status."""
 
 Status = Literal["ok", "skipped", "failed", "timed out", "stopped", "not run"]
 
@@ -63,18 +69,22 @@ class Outcome:
     seconds: float = 0.0
     said: str = ""
     """Its result, or what was wrong, in one line."""
+    is_benchmark: bool = False
 
 
-def run_stage(
-    stage: Stage, out: Path, environment: Mapping[str, str], left_s: float = inf
-) -> Outcome:
-    """Run one stage, its output into out/<name>.log and its row into out, in `left_s` at most.
+def allowed_s(stage: Stage, later: Sequence[Stage], left_s: float) -> float:
+    """What a stage may take of `left_s`: up to its limit, but the later ones keep their least, and
+    it its own; in any case its death has room."""
+    left_s -= TRACEBACK_S + DEATH_S
+    spare_s = left_s - sum(each.least_s for each in later)
+    return min(stage.limit_s, max(spare_s, min(stage.least_s, left_s)))
+
+
+def run_stage(stage: Stage, out: Path, environment: Mapping[str, str], limit_s: float) -> Outcome:
+    """Run one stage, its output into out/<name>.log and its row into out, in `limit_s` at most.
 
     KeyboardInterrupt passes, after the stage's processes are dead.
     """
-    if lacking := missing(stage.needs):
-        return Outcome(stage.name, "skipped", said=f"needs {', '.join(lacking)}")
-    limit_s = min(stage.limit_s, left_s - TRACEBACK_S - DEATH_S)
     if limit_s <= 0:
         return Outcome(stage.name, "not run", said="no time left")
     log, began = out / f"{stage.name}.log", time.monotonic()
@@ -95,20 +105,25 @@ def run_stage(
         finally:
             died = kill(process)
     seconds, text = time.monotonic() - began, log.read_text("utf-8", "replace")
+    row = last_row(text) if stage.prints_row else None
+    told = ""
+    if row is not None:
+        record(row | {"stage": stage.name, "command": ["python", *stage.words]}, out)
+        told = headline(row)
+    so_far = f"; until then {told}" if told else ""
     if code is None:
         said = "" if limit_s == stage.limit_s else f", what was left, of {stage.limit_s:.0f} s"
         if not died:
             said += f"; process {process.pid} does not die, it hangs in the driver"
-        return Outcome(stage.name, "timed out", seconds, f"limit {limit_s:.0f} s{said}")
+        return Outcome(stage.name, "timed out", seconds, f"limit {limit_s:.0f} s{said}{so_far}")
     if code:
-        return Outcome(stage.name, "failed", seconds, f"exit status {code}: {last_line(text)}")
+        said = f"exit status {code}: {last_line(text)}{so_far}"
+        return Outcome(stage.name, "failed", seconds, said)
     if not stage.prints_row:
         return Outcome(stage.name, "ok", seconds, last_line(text).strip("= "))
-    row = last_row(text)
     if row is None:
         return Outcome(stage.name, "failed", seconds, "exit status 0, but no row")
-    record(row | {"stage": stage.name, "command": ["python", *stage.words]}, out)
-    return Outcome(stage.name, "ok", seconds, headline(row))
+    return Outcome(stage.name, "ok", seconds, told)
 
 
 def kill(process: subprocess.Popen[bytes]) -> bool:
@@ -132,11 +147,13 @@ def last_line(text: str) -> str:
 
 
 def last_row(text: str) -> dict[str, Any] | None:
-    """The last line that is a JSON object: libraries may warn after it."""
+    """The last line that is a row: libraries may warn after it."""
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             with suppress(json.JSONDecodeError):
-                return json.loads(line)
+                row = json.loads(line)
+                if "benchmark" in row:
+                    return row
     return None
 
 
@@ -151,13 +168,17 @@ def headline(row: Mapping[str, Any]) -> str:
     """The figures of a row, in one line."""
     if "images_per_s" in row:
         rates = ", ".join(f"{name} {rate:g}" for name, rate in row["images_per_s"].items())
-        return f"{rates} images/s"
+        bound = f", the {row['bottleneck']} bounds" if "bottleneck" in row else ""
+        return f"{rates} images/s{bound}"
     if "factors" in row:
         seconds = (
             f"{factor['patches']} images {factor['seconds']['overlapped']['p50']:g}"
             for factor in row["factors"].values()
         )
         return f"{', '.join(seconds)} s per epoch"
+    if "costs" in row:
+        costs = (f"{each['share']:.0%} {each['name'][:COST_WIDTH]}" for each in row["costs"][:3])
+        return f"busy {row['busy']:.0%}: {', '.join(costs)}"
     cases = row["cases"].values()
     behind = sum(bool(case.get("missed")) for case in cases)
     return f"{len(cases)} cases, targets missed by {behind}, copy {row['copy_gb_per_s']:g} GB/s"
@@ -188,6 +209,7 @@ def run_stages(stages: Sequence[Stage], out: Path, deadline: float = inf) -> lis
     Ctrl-C, or SIGTERM, ends the one that runs; the others are not run.
     """
     outcomes: list[Outcome] = []
+    lacking = find_lacking(name for stage in stages for name in stage.needs)
     with tempfile.TemporaryDirectory() as package:
         link_package(Path(package))
         paths = (package, os.environ.get("PYTHONPATH"))
@@ -198,10 +220,16 @@ def run_stages(stages: Sequence[Stage], out: Path, deadline: float = inf) -> lis
         }
         for number, stage in enumerate(stages):
             print(f"[{number + 1}/{len(stages)}] {stage.name}: ", end="", flush=True)
+            later = [each for each in stages[number + 1 :] if not lacking.keys() & set(each.needs)]
+            limit_s = allowed_s(stage, later, deadline - time.monotonic())
             try:
-                outcome = run_stage(stage, out, environment, deadline - time.monotonic())
+                if lacks := [lacking[name] for name in stage.needs if name in lacking]:
+                    outcome = Outcome(stage.name, "skipped", said=f"needs {', '.join(lacks)}")
+                else:
+                    outcome = run_stage(stage, out, environment, limit_s)
             except KeyboardInterrupt:
                 outcome = Outcome(stage.name, "stopped")
+            outcome = replace(outcome, is_benchmark=stage.prints_row)
             print(f"{outcome.status}, {outcome.seconds:.0f} s", flush=True)
             outcomes.append(outcome)
             if outcome.status == "stopped":
@@ -215,6 +243,7 @@ def report(form: Form, outcomes: Sequence[Outcome], out: Path) -> int:
         if each.status in ("failed", "timed out"):
             tail = (out / f"{each.name}.log").read_text("utf-8", "replace").splitlines()
             print(f"\n--- {each.name}, {each.status}; the end of its log:")
+            tail = [line[:TOLD_WIDTH] for line in tail if not line.startswith('{"')]
             print("\n".join(tail[-TOLD_LINES:]))
     table = summary(form, outcomes)
     (out / "summary.txt").write_text(table, "utf-8")
@@ -222,6 +251,10 @@ def report(form: Form, outcomes: Sequence[Outcome], out: Path) -> int:
     statuses = {outcome.status for outcome in outcomes}
     if "stopped" in statuses:
         return 130
+    benchmarks = {outcome.status for outcome in outcomes if outcome.is_benchmark}
+    if benchmarks == {"skipped"} and statuses <= {"ok", "skipped"}:
+        print("nothing was measured: what every benchmark needs is above")
+        return NOTHING_MEASURED
     return 0 if "ok" in statuses <= {"ok", "skipped"} else 1
 
 
@@ -260,7 +293,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def require_device(form: Form) -> None:
     """ValueError: no torch, or no CUDA device that answers, outside a rehearsal."""
     if find_spec("torch") is None:
-        raise ValueError(f"expected torch, {sys.executable} has none: run an interpreter that does")
+        raise ValueError(
+            f"expected torch, {sys.executable} has none: run an interpreter that does, with "
+            "make gpu VENV= PYTHON=..., or make setup where there is a network"
+        )
     if form == "rehearsal":
         return
     question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
@@ -282,3 +318,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first stage
+        sys.exit(130)

@@ -1,7 +1,7 @@
 """What `make gpu` runs: each stage's command, time limit and needs, in three forms.
 
     quick       full-size networks with random weights, few rounds; 8 minutes whatever hangs: a
-                stage gets no more than what is left of them
+                stage gets its limit, but leaves the later ones the least that they need
     full        more rounds, and the backends that first build an engine or compile, which takes
                 longer than the quick form has
     rehearsal   the same programs on the CPU, with sdxl-tiny and small shapes; what compiles for
@@ -14,11 +14,7 @@ Standard library only: the table is read before it is known what else is here.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import Literal
@@ -46,9 +42,11 @@ class Stage:
     limit_s: float
     """After so many seconds it is killed, with all its processes."""
     needs: tuple[str, ...]
-    """Names as pip knows them, see `missing`."""
+    """Names as pip knows them, see gpu_needs.py."""
+    least_s: float = 0.0
+    """Seconds that earlier stages leave it."""
     prints_row: bool = True
-    """Its last line of JSON is a row."""
+    """A benchmark: its last line of JSON is a row."""
 
 
 def make_stages(form: Form, data: Path | None, images: Path) -> list[Stage]:
@@ -57,13 +55,17 @@ def make_stages(form: Form, data: Path | None, images: Path) -> list[Stage]:
         *_tests(form),
         _kernels(form),
         *_expand(form),
-        _epoch(form),
+        _profile(form),
+        *_epoch(form),
         *_score(form, data, images),
     ]
 
 
-def _limit_s(form: Form, quick_s: float) -> float:
-    return {"quick": quick_s, "full": FULL_S, "rehearsal": REHEARSAL_S}[form]
+def _limits(form: Form, least_s: float, most_s: float) -> dict[str, float]:
+    """What the quick form leaves a stage, and what it may take there; the others are not short."""
+    if form == "quick":
+        return {"least_s": least_s, "limit_s": most_s}
+    return {"limit_s": FULL_S if form == "full" else REHEARSAL_S}
 
 
 def _device(form: Form) -> tuple[str, ...]:
@@ -90,12 +92,18 @@ def _tests(form: Form) -> list[Stage]:
         "ort": ("diffusers", "transformers", *_ONNX, _ort(form)),
         "models": ("diffusers", "transformers"),
     }
-    quick_s = {"kernels": 55.0, "overlap": 15.0, "decode": 15.0, "ort": 20.0, "models": 20.0}
+    quick_s = {
+        "kernels": (40, 80),
+        "overlap": (10, 40),
+        "decode": (10, 40),
+        "ort": (15, 50),
+        "models": (15, 50),
+    }
     return [
         Stage(
             name=f"tests-{name}",
             words=(*words, *files[name]),
-            limit_s=_limit_s(form, quick_s[name]),
+            **_limits(form, *quick_s[name]),
             needs=(*_TESTS, *needs.get(name, ())),
             prints_row=False,
         )
@@ -112,47 +120,67 @@ def _kernels(form: Form) -> Stage:
     return Stage(
         name="kernels",
         words=("bench/bench_kernels.py", *_device(form), *compiled),
-        limit_s=_limit_s(form, 45),
+        **_limits(form, 40, 90),
         needs=_BENCH,
     )
 
 
 def _expand(form: Form) -> list[Stage]:
-    """Each backend beside diffusers' pipeline, one process per size, batch and backend.
+    """Each backend beside diffusers' pipeline, one process per size, batch and peers.
 
-    Once also beside the pipeline with SDXL's own VAE, which runs in fp32.
+    Once also beside the pipeline with SDXL's own VAE, which runs in fp32: in fp16 alone.
     """
-    cases: Sequence[tuple[int, int, str, float]] = {
-        "rehearsal": [(32, 8, "eager", 0), (32, 8, "ort", 0)],
+    upcast = ("diffusers-upcast", "eager")
+    cases: list[tuple[int, int, tuple[str, ...], float, float]] = {
+        "rehearsal": [(32, 8, ("eager",), 0, 0), (32, 8, ("ort",), 0, 0)],
         "quick": [
-            *[(224, 32, "eager", 50), (224, 64, "eager", 35), (512, 32, "eager", 50)],
-            (224, 32, "diffusers-upcast", 25),
+            (224, 32, upcast, 45, 110),
+            (224, 64, ("eager",), 30, 80),
+            (512, 32, ("eager",), 40, 100),
         ],
         "full": [
-            (size, batch, backend, 0)
+            (size, batch, names, 0, 0)
             for size, batch in ((224, 32), (224, 64), (512, 32))
-            for backend in ("eager", "ort", "inductor", "diffusers-compiled", "diffusers-upcast")
+            for names in (
+                *(("eager",), ("ort",), ("inductor",)),
+                *(("diffusers-compiled", "eager"), upcast),
+            )
         ],
     }[form]
     needs = {"ort": (*_ONNX, _ort(form)), "inductor": ("a C++ compiler",)}
     return [
         Stage(
-            name=f"expand-{size}px-{batch}-{backend}",
+            name=f"expand-{size}px-{batch}-{names[0]}",
             words=(
                 *("bench/bench_expand.py", *_device(form), *_model(form)),
-                *("--size", str(size), "--batch", str(batch), "--backends", "diffusers", backend),
+                *("--size", str(size), "--batch", str(batch), "--backends", "diffusers", *names),
                 *_expand_passes(form),
             ),
-            limit_s=_limit_s(form, quick_s),
-            needs=(*_BENCH, *needs.get(backend, ())),
+            **_limits(form, *quick_s),
+            needs=(*_BENCH, *needs.get(names[0], ())),
         )
-        for size, batch, backend, quick_s in cases
+        for size, batch, names, *quick_s in cases
     ]
+
+
+def _profile(form: Form) -> Stage:
+    """Where the time of an expansion goes."""
+    shape = "--size 32 --batch 8 --images 8" if form == "rehearsal" else "--size 224 --images 64"
+    return Stage(
+        name="profile-expand",
+        words=(
+            *("bench/profile_expand.py", *_device(form), *_model(form), *shape.split()),
+            *("--backend", "eager"),
+        ),
+        **_limits(form, 25, 70),
+        needs=_BENCH,
+    )
 
 
 def _model(form: Form) -> tuple[str, ...]:
     """Random weights: they decide neither speed nor memory, and nothing is downloaded."""
-    return () if form == "rehearsal" else ("--model", "sdxl-turbo", "--weights", "random")
+    model = "sdxl-tiny" if form == "rehearsal" else "sdxl-turbo"
+    return ("--model", model, "--weights", "random")
 
 
 def _expand_passes(form: Form) -> tuple[str, ...]:
@@ -165,78 +193,61 @@ def _expand_passes(form: Form) -> tuple[str, ...]:
     return tuple(options.split())
 
 
-def _epoch(form: Form) -> Stage:
-    """In the quick form the last row of the paper's table alone: 640 images."""
-    shape = {
-        "rehearsal": "--size 32 --factors 2 --epochs 1 --rounds 1 --batch 8",
-        "quick": "--size 224 --factors 8 --epochs 1 --rounds 1",
-        "full": "--size 224",
-    }[form].split()
-    return Stage(
-        name="epoch",
-        words=("bench/bench_epoch.py", *_device(form), *_model(form), "--backend", "eager", *shape),
-        limit_s=_limit_s(form, 60),
-        needs=(*_BENCH, "rich"),
-    )
+def _epoch(form: Form) -> list[Stage]:
+    """In the quick form the last row of the paper's table alone, overlapped: 640 images."""
+    gpu = "--size 224 --batch 64 --epochs 3 --rounds 3"
+    cases = {
+        "rehearsal": [("eager", "--size 32 --factors 2 --epochs 1 --rounds 1 --batch 10")],
+        "quick": [("eager", f"{gpu} --factors 8 --runs overlapped")],
+        "full": [
+            ("eager", f"{gpu} --factors 2 3 4 5 7 8"),
+            ("inductor", f"{gpu} --factors 8"),
+        ],
+    }[form]
+    return [
+        Stage(
+            name=f"epoch-{backend}",
+            words=(
+                *("bench/bench_epoch.py", *_device(form), *_model(form)),
+                *("--backend", backend, *shape.split()),
+            ),
+            **_limits(form, 75, 130),
+            needs=(*_BENCH, "rich", *(("a C++ compiler",) if backend == "inductor" else ())),
+        )
+        for backend, shape in cases
+    ]
 
 
 def _score(form: Form, data: Path | None, images: Path) -> list[Stage]:
-    """Decoding by each kind of device; before it, without data, the images to decode."""
+    """Decoding by each kind of device, and with a teacher by the last; before it, without data, the
+    images to decode."""
     count, rounds = {"rehearsal": (40, 1), "quick": (1000, 3), "full": (2000, 5)}[form]
     write = Stage(
         name="score-images",
         words=("bench/score_images.py", str(images), str(count)),
-        limit_s=_limit_s(form, 15),
+        **_limits(form, 8, 30),
         needs=("numpy", "pillow"),
         prints_row=False,
     )
-    options = ("--images", str(count), "--rounds", str(rounds), "--peers", "torchvision")
+    options = ("--images", str(count), "--rounds", str(rounds))
     options += ("--threads", str(min(16, len(os.sched_getaffinity(0)))))
     if form == "rehearsal":
-        options += ("--size", "64", "--batch", "8")
+        options += ("--size", "64", "--batch", "8", "--teacher-images", "16")
+    peers, teacher = ("--peers", "torchvision", "torchvision-tensor"), ("--teacher", "resnet18")
+    cases = [("score-cpu", "cpu", peers), ("score-cuda", "cuda", peers)]
+    cases.append(("score-teacher", "cuda", teacher))
+    if form == "rehearsal":  # in one process, as imports are most of it
+        cases = [("score-cpu", "cpu", (*peers, *teacher))]
     decode = [
         Stage(
-            name=f"score-{device}",
+            name=name,
             words=(
                 *("bench/bench_score.py", "--data", str(data or images), "--device", device),
-                *("--json", "--no-record", *options),
+                *("--json", "--no-record", *options, *words),
             ),
-            limit_s=_limit_s(form, 25),
-            needs=_LOADER,
+            **_limits(form, 20, 70),
+            needs=(*_LOADER, *(("diffusers", "transformers") if "--teacher" in words else ())),
         )
-        for device in (("cpu",) if form == "rehearsal" else ("cpu", "cuda"))
+        for name, device, words in cases
     ]
     return decode if data else [write, *decode]
-
-
-def missing(needs: tuple[str, ...]) -> list[str]:
-    """Those of a stage's needs that are not here."""
-    return [name for name in needs if not _SEARCHES.get(name, lambda n=name: _is_module(n))()]
-
-
-def _is_module(name: str) -> bool:
-    name = {"pillow": "PIL"}.get(name, name.replace("-", "_"))
-    return find_spec(name) is not None
-
-
-def _is_dali() -> bool:
-    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-
-
-def _is_ort_for_gpus() -> bool:
-    """Of the module: onnxruntime and onnxruntime-gpu have one name."""
-    if not _is_module("onnxruntime"):
-        return False
-    return "CUDAExecutionProvider" in import_module("onnxruntime").get_available_providers()
-
-
-def _is_compiler() -> bool:
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    return any(name and shutil.which(name) for name in names)
-
-
-_SEARCHES: dict[str, Callable[[], bool]] = {
-    "nvidia-dali-cuda130": _is_dali,
-    "onnxruntime-gpu": _is_ort_for_gpus,
-    "a C++ compiler": _is_compiler,
-}

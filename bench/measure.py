@@ -3,6 +3,9 @@
 Times are CUDA events where there is a GPU, and the host's clock elsewhere; a pass ends when the
 device is done. Warm-up is not counted. Figures are p20, p50 and p80 over n rounds. A row is one
 JSON object in ``bench/results/<device>/<benchmark>.jsonl``, appended and never edited.
+
+Taken elsewhere, by the host's clock: how long a bench, its stages and what it does once ran, and
+what the training loop says of its epochs, which is what a user sees (epoch_runs.py).
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,11 +71,7 @@ class Rate:
 
 def quantiles(values: Sequence[float], *, digits: int) -> dict[str, float]:
     """p20, p50 and p80, rounded."""
-    return _quantile_row(np.percentile(values, QUANTILES), digits)
-
-
-def _quantile_row(values: Iterable[float], digits: int) -> dict[str, float]:
-    named = zip(QUANTILES, values, strict=True)
+    named = zip(QUANTILES, np.percentile(values, QUANTILES), strict=True)
     return {f"p{quantile}": round(float(value), digits) for quantile, value in named}
 
 
@@ -112,23 +112,23 @@ def timed(call: Callable[[], Result]) -> tuple[float, Result]:
     return start.elapsed_time(end) / 1000, result
 
 
-def time_us(call: Callable[[], object], device: str) -> dict[str, float]:
-    """p20, p50 and p80 of a call that takes microseconds to milliseconds, in microseconds.
+def time_us(call: Callable[[], object], device: str) -> dict[str, float | int]:
+    """p20, p50 and p80 of a call that takes microseconds to milliseconds, in microseconds, and n.
 
     On a GPU between two events and with a cleared L2 cache (triton.testing.do_bench).
     """
     if device != "cpu":
         from triton.testing import do_bench
 
-        wanted = [quantile / 100 for quantile in QUANTILES]
-        taken_ms: Any = do_bench(call, warmup=25, rep=100, quantiles=wanted)
-        return _quantile_row([1000 * each for each in taken_ms], 2)
-    taken = [timed(call)[0] for _ in range(12)]
-    return quantiles([1e6 * seconds for seconds in taken[2:]], digits=2)
+        taken_ms: Any = do_bench(call, warmup=25, rep=100, return_mode="all")
+        taken_us = [1e3 * each for each in taken_ms]
+    else:
+        taken_us = [1e6 * timed(call)[0] for _ in range(12)][2:]
+    return quantiles(taken_us, digits=2) | {"n": len(taken_us)}
 
 
-def launch_us(call: Callable[[], object]) -> dict[str, float]:
-    """What a call takes of the host, which does not wait for the GPU: p20, p50, p80 of 5 rounds."""
+def launch_us(call: Callable[[], object]) -> dict[str, float | int]:
+    """What a call takes of the host, which does not wait for the GPU: p20, p50, p80 of n rounds."""
     taken = []
     for _ in range(5):
         torch.cuda.synchronize()
@@ -137,7 +137,7 @@ def launch_us(call: Callable[[], object]) -> dict[str, float]:
             call()
         taken.append(1e6 * (time.perf_counter() - began) / LAUNCHES)
     torch.cuda.synchronize()
-    return quantiles(taken, digits=2)
+    return quantiles(taken, digits=2) | {"n": len(taken)}
 
 
 def ratios(fast: Rate, slow: Rate) -> Rate:
@@ -170,10 +170,14 @@ def environment(device: str = "cpu") -> dict[str, object]:
 
 
 def _gpu_row(device: str) -> dict[str, object]:
-    """Of torch and nvidia-smi, which is asked for this GPU by its id; None: it does not say."""
+    """Of torch and nvidia-smi, which is asked for this GPU by its id; None: it does not say.
+
+    It is asked while the GPU multiplies matrices: the clocks of an idle one say nothing.
+    """
     found = torch.cuda.get_device_properties(device)
     asked = ",".join(("driver_version", *GPU_QUERIES.values()))
-    told = _command(
+    told = _ask_under_load(
+        device,
         "nvidia-smi",
         f"--id=GPU-{found.uuid}",
         f"--query-gpu={asked}",
@@ -188,6 +192,17 @@ def _gpu_row(device: str) -> dict[str, object]:
         "driver": driver,
         **{name: _number(text) for name, text in zip(GPU_QUERIES, numbers, strict=True)},
     }
+
+
+def _ask_under_load(device: str, *words: str) -> str | None:
+    a = torch.randn(4096, 4096, dtype=torch.float16, device=device)
+    out = torch.empty_like(a)
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(_command, *words)
+        while not asked.done():
+            torch.mm(a, a, out=out)
+            torch.cuda.synchronize(device)
+        return asked.result()
 
 
 def _number(text: str | None) -> float | None:

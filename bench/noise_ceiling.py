@@ -12,7 +12,8 @@ lane of an SM, by the throughput table of the CUDA C++ Programming Guide (comput
     integer   LOP3, IADD3, SHF, ISETP, FSEL, FMNMX and others  64
     special   MUFU, conversions                                16
 
-The slowest unit is the ceiling. FFMA, FMUL and FADD (128) are never slower than issue.
+The slowest unit is the ceiling. FFMA, FMUL and FADD (128) are never slower than issue. Later
+generations (10.0 and up) have other tables, and no ceiling here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ import triton
 from patchbloom.kernels.noise import GROUPS_PER_PROGRAM, noise_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.errors import PTXASError
 
+KNOWN = range(80, 100)
+"""Compute capabilities, times 10, that the table is of."""
 WARPS = 4
 LANES_PER_CYCLE = {"issue": 128, "multiply": 64, "integer": 64, "special": 16}
 MULTIPLY = {"IMAD"}
@@ -62,7 +66,16 @@ class Ceiling:
 
 
 def noise_ceiling(capability: int = 90) -> Ceiling:
-    """Compile, disassemble, count. OSError where cuobjdump cannot be run."""
+    """Compile, disassemble, count.
+
+    OSError where cuobjdump cannot be run; ValueError: an architecture that is not KNOWN, or that
+    this Triton's tools do not make or show as straight code.
+    """
+    if capability not in KNOWN:
+        raise ValueError(
+            f"sm_{capability}: expected sm_{KNOWN[0]} to sm_{KNOWN[-1]}, of which throughputs are "
+            "known"
+        )
     executed = Counter(executed_opcodes(_sass(capability)))
     numbers = 4 * GROUPS_PER_PROGRAM / (32 * WARPS)
     total = sum(executed.values())
@@ -98,7 +111,12 @@ def executed_opcodes(sass: str) -> list[str]:
         if opcode == "CALL":
             raise ValueError(f"SASS at {address:#x}: expected straight code, found a call")
         if opcode == "BRA":
-            next_address = int(re.findall(r"0x([0-9a-f]+)", rest)[-1], 16)
+            targets = re.findall(r"0x([0-9a-f]+)", rest)
+            if not targets:
+                raise ValueError(
+                    f"SASS at {address:#x}: expected an address, found {rest.strip()!r}"
+                )
+            next_address = int(targets[-1], 16)
             if next_address <= address:
                 raise ValueError(f"SASS at {address:#x}: expected straight code, found a loop")
     raise ValueError("SASS: expected an EXIT, found none; is it cuobjdump -sass of a kernel?")
@@ -112,14 +130,20 @@ def _sass(capability: int) -> str:
     signature = {name: kinds.get(name, "constexpr") for name in names}
     aligned = ("out_ptr", "samples_ptr", "count")
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    kernel = triton.compile(
-        ASTSource(noise_kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"enable_fp_fusion": False, "num_warps": WARPS},
-    )
+    try:
+        kernel = triton.compile(
+            ASTSource(noise_kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", capability, 32),
+            options={"enable_fp_fusion": False, "num_warps": WARPS},
+        )
+    except PTXASError as error:
+        raise ValueError(f"sm_{capability}: {error}") from error
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         command = [str(tool), "-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"sm_{capability}: cuobjdump: {done.stderr.strip()}")
+    return done.stdout

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,20 +52,42 @@ class Noise:
 
 def test_the_gate_holds_for_what_is_rendered_as_it_should_be(bench_epoch: ModuleType) -> None:
     source = Noise()
-    found = bench_epoch.check_overlap(source, bench_epoch.Given(40), CONFIG, "cpu")
+    found = bench_epoch.check_overlap(source, CONFIG, "cpu", batch=8)
     assert found["overlapped"] == 0
     assert found["other_images"] > 1e-3
-    assert source.calls == 5 + 5 + 1  # pools of 8, twice; the control's images at once
+    assert source.calls == 10 + 10 + 1  # 5 pools, twice, for 4 slots; the control's images at once
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_gate_sees_late_images(bench_epoch: ModuleType, device: str) -> None:
-    """By the rule of either device: from the last pool of the second student on."""
+@pytest.mark.parametrize(("device", "pools"), [("cpu", 10), ("cuda", 4)])
+def test_the_gate_sees_late_images(bench_epoch: ModuleType, device: str, pools: int) -> None:
+    """By the rule of either device: the last pool of the second student."""
+    source = Noise(whole=2 * pools - 1)
     with pytest.raises(RuntimeError, match=r"overlap changed the student: .* no time is reported"):
-        bench_epoch.check_overlap(Noise(whole=7), bench_epoch.Given(40), CONFIG, device)
+        bench_epoch.check_overlap(source, CONFIG, device, batch=8)
+    assert source.calls == 2 * pools + 1
+
+
+class Slow(Noise):
+    """What comes first takes long, as what compiles does; then every call takes as long."""
+
+    def render(self, samples_P: Tensor, epoch: int) -> Tensor:
+        time.sleep(0.1 if self.calls else 2.0)
+        return super().render(samples_P, epoch)
+
+
+def test_what_comes_first_is_not_in_the_times(bench_epoch: ModuleType) -> None:
+    """One time a run, of an epoch on average, though without overlap its epochs come together."""
+    source = Slow()
+    runs = bench_epoch.make_runs(("serial", "overlapped", "generate"), source)
+    taken = bench_epoch.time_runs(runs, replace(CONFIG, epochs=3), rounds=2)
+    assert source.calls == 3 + 2 * 3 * 3
+    for name, times in taken.items():
+        assert len(times) == 2, name
+        assert all(0.1 <= each.seconds < 0.6 for each in times), (name, times)
+    assert all(0 < each.waited_s <= each.seconds for each in taken["overlapped"])
 
 
 def test_a_blind_gate_is_told(bench_epoch: ModuleType) -> None:
     with pytest.raises(RuntimeError, match="the gate is blind"):
-        bench_epoch.check_overlap(Noise(changes=False), bench_epoch.Given(40), CONFIG, "cpu")
+        bench_epoch.check_overlap(Noise(changes=False), CONFIG, "cpu", batch=8)

@@ -1,0 +1,160 @@
+"""Where the time of an expansion goes: the largest costs of one pass, by torch's profiler.
+
+    python bench/profile_expand.py --json                                           (CPU, sdxl-tiny)
+    python bench/profile_expand.py --model sdxl-turbo --weights random --size 224 --json    (a GPU)
+
+A cost is all calls of one kernel, by the time that it takes of the device; on a CPU all calls of
+one operation, without those that it calls. Shares are of all costs together. `busy` is that sum
+over the time of a pass without the profiler: on a GPU well below 1 means that it waits for the
+host, which no faster kernel mends.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from measure import environment, publish, timed
+from patchbloom.engine.backends import resolve_device
+from patchbloom.export.config import DeviceName, Weights
+from patchbloom.export.models import find_model
+from pictures import EPOCH, make_coreset, open_expander
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+NAME_LENGTH = 120
+"""Of a template's instance what tells it from others; the rest is cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The largest costs of an expansion."""
+
+    model: str = "sdxl-tiny"
+    """Name or folder of a model."""
+    weights: Weights = "pretrained"
+    """`random`: the architecture alone; speed does not depend on weights."""
+    backend: str = "eager"
+    """eager, ort, inductor or trt; with -bf16, -fp16 or -fp32 another precision than the device's
+    usual one. On a CPU ort is one call, which says nothing."""
+    device: DeviceName = "auto"
+    """`auto` is cuda where there is one."""
+    size: int = 64
+    """Image size in px; patches have half of it."""
+    batch: int = 32
+    """Images per call of the engine."""
+    images: int = 32
+    """Images of the pass."""
+    classes: int = 2
+    patches_per_class: int = 40
+    largest: int = 10
+    """Costs to name."""
+    bundles: Path | None = None
+    """Folder of built engines; by default the user's cache."""
+    json: bool = False
+    """Print the row as the last line."""
+    record: bool = True
+    """Append the row to bench/results/."""
+
+
+def costs_of(call: Callable[[], object], device: str) -> list[dict[str, Any]]:
+    """Name, calls and milliseconds of every kernel, or operation, largest first.
+
+    RuntimeError: the profiler saw none.
+    """
+    on_gpu = device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiled:
+        timed(call)
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    found = [
+        {
+            "name": each.key[:NAME_LENGTH],
+            "calls": each.count,
+            "ms": (each.self_device_time_total if on_gpu else each.self_cpu_time_total) / 1e3,
+        }
+        for each in profiled.key_averages()
+        if each.device_type == kind and not each.is_user_annotation
+    ]
+    if not any(each["ms"] for each in found):
+        raise RuntimeError(f"the profiler saw nothing on {device}: is CUPTI here and allowed?")
+    return sorted(found, key=lambda each: -each["ms"])
+
+
+def measure(options: Options, device: str) -> dict[str, Any]:
+    """Seconds of a pass, and its costs."""
+    coreset = make_coreset(
+        classes=options.classes,
+        patches_per_class=options.patches_per_class,
+        side_px=options.size // 2,
+        seed=0,
+    )
+    expander = open_expander(
+        options.backend,
+        find_model(options.model, options.weights),
+        coreset,
+        device=device,
+        bundles=options.bundles,
+        size_px=options.size,
+        batch=options.batch,
+        nan_gate=options.weights != "random",
+    )
+    samples = torch.arange(options.images)
+
+    def one_pass() -> object:
+        return expander.expand(samples, EPOCH)
+
+    one_pass()
+    seconds, _ = timed(one_pass)
+    costs = costs_of(one_pass, device)
+    described = expander.describe()
+    expander.close()
+    total_ms = sum(each["ms"] for each in costs)
+    return {
+        "backend": described["backend"],
+        "evals": described["evals"],
+        "pass_s": round(seconds, 4),
+        "busy": round(total_ms / 1e3 / seconds, 3),
+        "costs": [
+            each | {"ms": round(each["ms"], 3), "share": round(each["ms"] / total_ms, 3)}
+            for each in costs[: options.largest]
+        ],
+    }
+
+
+def main(options: Options) -> None:
+    """Measure, report."""
+    if options.images > options.classes * options.patches_per_class:
+        raise ValueError(
+            f"--images {options.images}: expected at most {options.classes} classes x "
+            f"{options.patches_per_class} patches"
+        )
+    device = resolve_device(options.device)
+    found = measure(options, device)
+    print(f"a pass {found['pass_s']:.3f} s, busy {found['busy']:.2f}")
+    for each in found["costs"]:
+        print(f"{100 * each['share']:5.1f} %  {each['ms']:9.2f} ms  {each['calls']:6d} x  ", end="")
+        print(each["name"])
+    row = environment(device) | {
+        "benchmark": "profile",
+        "model": options.model,
+        "weights": options.weights,
+        "size_px": options.size,
+        "batch": options.batch,
+        "images": options.images,
+        "threads": torch.get_num_threads(),
+        **found,
+    }
+    publish(row, record=options.record, as_json=options.json)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
