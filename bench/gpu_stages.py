@@ -188,7 +188,7 @@ def _expand_passes(form: Form) -> tuple[str, ...]:
     options = {
         "rehearsal": "--images 8 --rounds 1 --classes 2 --patches-per-class 8 --threads 1",
         "quick": "--images 64 --rounds 3 --classes 2 --patches-per-class 40",
-        "full": "--images 128 --rounds 3 --classes 10 --patches-per-class 40",
+        "full": "--images 128 --rounds 5 --classes 10 --patches-per-class 40",
     }[form]
     return tuple(options.split())
 
