@@ -221,6 +221,8 @@ def test_it_can_be_stopped(sent: signal.Signals, tmp_path: Path) -> None:
         ],
         stdout=subprocess.PIPE,
         text=True,
+        # A shell without job control ignores SIGINT for what it starts in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         log = tmp_path / "tests-overlap.log"
         while not log.exists():

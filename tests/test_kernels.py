@@ -81,7 +81,7 @@ def test_draws_are_frozen():
         "START": 0, "POSTERIOR": 1, "MIXUP_PARTNER": 2, "MIXUP_WEIGHT": 3, "SCORING_CROP": 4,
         "STUDENT_CROP": 5, "FLIP": 6, "CUTMIX": 7, "ORDER": 8, "PATCH_SHUFFLE": 9,
         "TEACHER_CROP": 10, "SELECTION": 11, "PRIOR": 12, "REFRESH": 13, "AUGMENTATION": 14,
-        "LATIN": 15, "FEATURES": 16, "NOISED": 17, "ANCESTRAL": 64,
+        "LATIN": 15, "FEATURES": 16, "NOISED": 17, "CEILING": 18, "ANCESTRAL": 64,
     }  # fmt: skip
 
 
