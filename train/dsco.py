@@ -12,7 +12,6 @@ Legend: K classes, N = K · ipc images, M images of a group, S image size in pix
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ..engine.batches import fitting_batch
 from ..engine.config import ExpandConfig
@@ -33,11 +31,10 @@ from ..engine.turbo import Expander
 from ..export.models import ModelSource
 from .checkpoint import read_tensors, write_tensors
 from .engine_batches import LARGE_ENGINE_BATCH
-from .pictures import as_uint8
 from .plan import Plan
 from .record import Report
 from .stages import settings_by_option
-from .whole_images import describe_generator, write_whole_images
+from .whole_images import as_stored, describe_generator, write_whole_images
 from .world import World
 
 PARTS = "dsco.partial"
@@ -145,12 +142,8 @@ def _made_or_kept(
         None if plan.options.dsco.data_free else _real_images(plan),
         lambda done: report.progress("dsco", round(group.start + done, 1), classes, "classes"),
     )
-    images_MCHW = made.images_MCHW
-    if images_MCHW.shape[-1] != plan.image_size:
-        size = (plan.image_size, plan.image_size)
-        images_MCHW = interpolate(images_MCHW, size, mode="bicubic", antialias=True)
     tensors = {
-        "images": torch.from_numpy(np.ascontiguousarray(as_uint8(images_MCHW))),
+        "images": as_stored(made.images_MCHW, plan.image_size),
         "losses": torch.tensor(made.losses),
     }
     write_tensors(path, tensors, {"config": config})
@@ -219,8 +212,3 @@ def write_optimised(
         teacher=teacher,
         provenance={**provenance, "losses": optimised.losses_KS2.double().mean(0).tolist()},
     )
-
-
-def discard_parts(run: Path) -> None:
-    """Once the coreset is written."""
-    shutil.rmtree(run / PARTS, ignore_errors=True)

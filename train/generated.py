@@ -19,7 +19,6 @@ Legend: K classes, G images of each, B images of some classes, S side in px of w
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,21 +28,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ..engine.coreset import Coreset
 from ..engine.turbo import Expander
 from .checkpoint import read_tensors, write_tensors
 from .methods import Expansions, ImageSource
-from .pictures import as_uint8
 from .plan import Plan
 from .pool_rendering import SharedImages
 from .record import Report
 from .stages import settings_by_option
-from .whole_images import describe_generator, write_whole_images
+from .whole_images import as_stored, describe_generator, write_whole_images
 from .world import World
 
-PARTS = "t2i.partial"
+ROUNDS = "t2i.partial"
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,7 @@ def generate(plan: Plan, folder: Path, world: World, report: Report) -> Generate
     """Make what the options ask for: a number of images, or as many as a budget allows.
 
     All ranks of `world` call it and share the calls; the run `folder` keeps what is done.
-    ValueError: a budget in which not one image of     each class was made, or networks that
-    overflow.
+    ValueError: a budget in which not one image of each class was made, or networks that overflow.
     """
     with _generator(plan, world) as source:
         return generate_rounds(
@@ -106,7 +102,7 @@ def generate(plan: Plan, folder: Path, world: World, report: Report) -> Generate
             budget_s=plan.options.budget_seconds,
             size_px=plan.image_size,
             together=plan.generate.batch * world.size,
-            kept=KeptRounds(folder / PARTS, _round_settings(plan)),
+            kept=KeptRounds(folder / ROUNDS, _round_settings(plan)),
             world=world,
             report=report,
         )
@@ -136,7 +132,7 @@ def generate_rounds(
         number, began = len(ended_s) - 1, time.monotonic()
         if number >= known:
             parts = classes_K.split(together)
-            images = torch.cat([_as_kept(source.render(part, number), size_px) for part in parts])
+            images = torch.cat([as_stored(source.render(part, number), size_px) for part in parts])
             seconds = time.monotonic() - began
             if world.leads:
                 kept.add(number, images, seconds)
@@ -174,15 +170,6 @@ def _fits_another(ended_s: list[float], budget_s: float) -> bool:
             "give more seconds, fewer --steps or a smaller --generate-size"
         )
     return 2 * ended_s[-1] - ended_s[-2] <= budget_s
-
-
-def _as_kept(images_BCHW: Tensor, size_px: int) -> Tensor:
-    """fp32 in [-1, 1], of any size → uint8 [B, S, S, 3] on the CPU."""
-    if images_BCHW.shape[-1] != size_px:
-        images_BCHW = interpolate(
-            images_BCHW, (size_px, size_px), mode="bicubic", antialias=True, align_corners=False
-        )
-    return torch.from_numpy(as_uint8(images_BCHW))
 
 
 @contextmanager
@@ -241,11 +228,6 @@ def _round_settings(plan: Plan) -> dict[str, Any]:
     shared = {"--seed": plan.options.seed, "--image-size": plan.image_size}
     names = {"classes": list(plan.class_names)}
     return {**shared, **names, **settings_by_option("t2i", describe_generator(plan, plan.generate))}
-
-
-def discard_rounds(run: Path) -> None:
-    """Once the coreset is written."""
-    shutil.rmtree(run / PARTS, ignore_errors=True)
 
 
 def generation_settings(plan: Plan) -> dict[str, Any]:

@@ -8,6 +8,7 @@ RUN/coreset…-doped/    with --dope beside each of these: the one that the stud
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from ..engine.coreset import Coreset, open_coreset
 from ..engine.manifest import canonical
 from ..engine.patches import PatchSelection
 from .commands import GENERATED
-from .dsco import Optimised, discard_parts, optimise_images, write_optimised
-from .generated import Generated, discard_rounds, generate, write_generated
+from .dsco import PARTS, Optimised, optimise_images, write_optimised
+from .generated import ROUNDS, Generated, generate, write_generated
 from .pictures import coreset_sheet, write_picture
 from .plan import Plan
 from .record import Report
@@ -130,6 +131,6 @@ class RunCoresets:
             }
         shown = open_coreset(self._run.folder / "coreset", verify=False)
         write_picture(self._run.folder, "coreset", coreset_sheet(shown))
-        discard_parts(self._run.folder)
-        discard_rounds(self._run.folder)
+        for parts in (ROUNDS, PARTS):
+            shutil.rmtree(self._run.folder / parts, ignore_errors=True)
         return StageResult(result, outputs)

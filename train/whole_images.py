@@ -9,11 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..engine.config import ExpandConfig
 from ..engine.coreset import Coreset, write_coreset
+from .pictures import as_uint8
 from .plan import Plan
 from .sources import describe_model
 
@@ -26,6 +29,15 @@ def describe_generator(plan: Plan, expand: ExpandConfig) -> dict[str, Any]:
     described = describe_model(plan, expand) or {}
     kept = {key: described[key] for key in described if key not in OF_NO_STORED_IMAGE}
     return {**kept, "generate_size": expand.size_px}
+
+
+def as_stored(images_BCHW: Tensor, size_px: int) -> Tensor:
+    """Made images, fp32 in [-1, 1], of any size → uint8 [B, S, S, 3] on the CPU; bicubic."""
+    if images_BCHW.shape[-1] != size_px:
+        images_BCHW = interpolate(
+            images_BCHW, (size_px, size_px), mode="bicubic", antialias=True, align_corners=False
+        )
+    return torch.from_numpy(np.ascontiguousarray(as_uint8(images_BCHW)))
 
 
 def write_whole_images(
