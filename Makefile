@@ -56,7 +56,13 @@ endif
 gpu:
 	$(GPU_PYTHON) bench/gpu.py $(GPU_OPTIONS)
 
-check: $(INSTALLED)
+# Where pyright finds the packages under their installed names: an editable install has no folder of it.
+LINKS := build/links/patchbloom
+$(LINKS):
+	mkdir -p $@
+	ln -s $(addprefix ../../../,kernels export engine train) $@
+
+check: $(INSTALLED) $(LINKS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright

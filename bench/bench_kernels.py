@@ -151,7 +151,8 @@ def noise_row(gnormal_per_s: float, device: str) -> dict[str, Any]:
     row["instructions_per_normal"] = round(ceiling.instructions_per_normal, 1)
     row["instructions_from"] = f"SASS of sm_{ceiling.capability}, {ceiling.unit} decides"
     if device == "cuda":
-        found = driver.active.utils.get_device_properties(torch.cuda.current_device())
+        active: Any = driver.active
+        found = active.utils.get_device_properties(torch.cuda.current_device())
         clock_ghz = found["sm_clock_rate"] / 1e6  # the highest
         most = ceiling.gnormal_per_s(found["multiprocessor_count"], clock_ghz)
         row["ceiling_gnormal_per_s"] = round(most, 1)

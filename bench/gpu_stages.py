@@ -17,7 +17,7 @@ import os
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Form = Literal["quick", "full", "rehearsal"]
 
@@ -61,7 +61,7 @@ def make_stages(form: Form, data: Path | None, images: Path) -> list[Stage]:
     ]
 
 
-def _limits(form: Form, least_s: float, most_s: float) -> dict[str, float]:
+def _limits(form: Form, least_s: float, most_s: float) -> dict[str, Any]:
     """What the quick form leaves a stage, and what it may take there; the others are not short."""
     if form == "quick":
         return {"least_s": least_s, "limit_s": most_s}
@@ -234,8 +234,11 @@ def _score(form: Form, data: Path | None, images: Path) -> list[Stage]:
     if form == "rehearsal":
         options += ("--size", "64", "--batch", "8", "--teacher-images", "16")
     peers, teacher = ("--peers", "torchvision", "torchvision-tensor"), ("--teacher", "resnet18")
-    cases = [("score-cpu", "cpu", peers), ("score-cuda", "cuda", peers)]
-    cases.append(("score-teacher", "cuda", teacher))
+    cases: list[tuple[str, str, tuple[str, ...]]] = [
+        ("score-cpu", "cpu", peers),
+        ("score-cuda", "cuda", peers),
+        ("score-teacher", "cuda", teacher),
+    ]
     if form == "rehearsal":  # in one process, as imports are most of it
         cases = [("score-cpu", "cpu", (*peers, *teacher))]
     decode = [

@@ -73,7 +73,8 @@ def pixel_cases(device: str, batch: int, side: int, *, compiled: bool) -> list[C
     order = torch.rand(batch, 4, device=device).argsort(1)
     views = random_views(device, batch, side)
     named = *views.inputs, student
-    moments, mix = views.moments, {"cutmix": views.cutmix}
+    moments = views.moments
+    mix: dict[str, Any] = {"cutmix": views.cutmix}
     pixels = batch * 3 * side * side
     has_target = device == "cuda" and side >= TARGET_SIDE_PX
     common: dict[str, Any] = {
@@ -131,7 +132,7 @@ def label_cases(device: str, batch: int, classes: int, kept: int, *, compiled: b
     for mixed in (False, True):
         mix = pairs if mixed else (None, None)
         labels = 2 if mixed else 1
-        kinds = {
+        kinds: dict[str, tuple[tuple[Tensor, Tensor | None], int]] = {
             # Bytes of a label row, read by the forward and by the backward pass.
             "dense": ((teacher, None), 2 * 2 * classes),
             f"top-{kept}": ((top.values.half(), top.indices.int()), kept * (2 * (2 + 4) + 3 * s)),
@@ -152,7 +153,8 @@ def label_cases(device: str, batch: int, classes: int, kept: int, *, compiled: b
 
 
 def _with_gradient(loss: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    return loss.detach(), *torch.autograd.grad(loss.sum(), student)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    return loss.detach(), gradient
 
 
 def _loss(
@@ -162,7 +164,7 @@ def _loss(
     rows: Tensor | None,
     weight: Tensor | None,
 ) -> Tensor:
-    mix = {"rows_B2": rows, "weight_B": weight}
+    mix: dict[str, Any] = {"rows_B2": rows, "weight_B": weight}
     return softlabel(student, labels, classes, temperature=TEMPERATURE, **mix)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -74,7 +75,7 @@ class Board:
         """Training images of each class."""
         return np.bincount(self.images("train").labels)
 
-    def images(self, split: str) -> ImageSet:
+    def images(self, split: Literal["train", "val"]) -> ImageSet:
         """A split of --data as it is now."""
         folder = data_folder(self.options.data, self.shared.shapes_per_class, Silence())
         return open_image_set(folder, split)
@@ -110,10 +111,11 @@ class Board:
         return Cell(name="teacher", words=words, classes=len(self.counts_K))
 
     def cell(self, method: str, ipc: int, *own: str) -> Cell:
-        """A whole `train` of one method; that of `random`, or else the first, has the ceiling."""
-        methods = self.options.methods
-        holder = "random" if "random" in methods else methods[0]
-        ceiling = "--ceiling" if shlex.join((method, *own)) == holder else "--no-ceiling"
+        """A whole `train` of one method; that of `random` has the ceiling, and no other.
+
+        So no cell runs again when the board is given more methods.
+        """
+        ceiling = "--ceiling" if (method, *own) == ("random",) else "--no-ceiling"
         words = (*self._shared(), "--method", method, "--ipc", str(ipc))
         words += ("--factor", str(self.factor))
         words += ("--seeds", str(self.options.seeds), *_given("--epochs", self.options.epochs))

@@ -28,7 +28,8 @@ class Options:
     out: Path
     """Folder of the board; given again, it goes on where it was stopped."""
     methods: tuple[str, ...] = ("random", "rded", "upsample", "dace")
-    """Methods of `train`, by name; one may have options of its own, as "t2i --steps 4"."""
+    """Methods of `train`, by name; one may have options of its own, as "t2i --steps 4".
+    `random` comes with the ceiling: the same students on fresh real images."""
     ipc: tuple[int, ...] = (1, 10)
     """Images per class; parts other than methods take the first."""
     seeds: int = 3

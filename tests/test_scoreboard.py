@@ -50,6 +50,15 @@ def board_of(scoreboard: ModuleType, data: Path, out: Path, *common: str, **opti
     return scoreboard.Board(options=asked, common=common)
 
 
+def test_a_board_of_more_methods_has_the_cells_of_fewer(scoreboard: ModuleType, data: Path) -> None:
+    def names(*methods: str) -> set[str]:
+        board = board_of(scoreboard, data, Path("out"), methods=methods, parts=("methods",))
+        return {cell.name for cell in board.cells()}
+
+    assert names("upsample") < names("random", "upsample")
+    assert not any("ceiling" in name for name in names("upsample"))
+
+
 def test_cells_are_shared_and_say_what_they_are(scoreboard: ModuleType, data: Path) -> None:
     common = ("--model", "prior", "--backend", "ort")
     options = {"hard": True, "students": ("alexnet",), "variant": ("plain=--model 'a b'",)}
