@@ -61,8 +61,8 @@ def make_summary(
 
     Floats are rounded: percent to 0.01, shares, rates and seconds to 0.1, others to six digits.
     """
-    options = plan.options
-    accuracy = {m: mean_and_std(students[m]["accuracies"]) for m in options.methods}
+    methods = plan.options.methods
+    accuracy = {m: mean_and_std(students[m]["accuracies"]) for m in methods}
     ceiling = mean_and_std(students[REAL]["accuracies"]) if REAL in students else None
     shares = {}
     if ceiling is not None and ceiling[0]:
@@ -71,66 +71,77 @@ def make_summary(
             for m, value in accuracy.items()
             if value[0] is not None
         }
-    each = plan.samples_per_class + plan.doped_samples_per_class
-    samples = len(plan.class_names) * each
-    soft = options.targets == "soft"
-    stored = soft and options.labels != "online"
-    mixup = options.mixup and options.start == "image"
     return {
         "schema": SCHEMA,
         "accuracy": accuracy,
         "ceiling": ceiling,
         "share_of_ceiling": shares,
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
-        "images_per_s": {m: round(students[m]["images_per_s"], 1) for m in options.methods},
-        "evals_per_image": {m: coresets[m]["evals"] for m in options.methods},
-        "bytes": {m: coresets[m]["bytes"] for m in options.methods},
-        "content_sha256": {m: coresets[m]["content_sha256"] for m in options.methods},
+        "images_per_s": {m: round(students[m]["images_per_s"], 1) for m in methods},
+        "evals_per_image": {m: coresets[m]["evals"] for m in methods},
+        "bytes": {m: coresets[m]["bytes"] for m in methods},
+        "content_sha256": {m: coresets[m]["content_sha256"] for m in methods},
         "skipped_images": dict(skipped),
         "students": rounded(students),
         "teacher": rounded(teacher),
-        "data": {
-            "name": options.data.rstrip("/").rsplit("/", 1)[-1],
-            "sha256": plan.data_sha256,
-            "classes": len(plan.class_names),
-            "training_images": len(plan.train),
-            "validation_images": len(plan.val),
-        },
-        "settings": {
-            "recipe": plan.recipe.name,
-            "about": plan.recipe.about,
-            "ipc": options.ipc,
-            "dope": options.dope,
-            "dsco": asdict(options.dsco) if "dsco" in options.methods else None,
-            "factor": plan.factor,
-            "patch_px": plan.patch_px,
-            "image_size": plan.image_size,
-            "model": plan.model.name if plan.model is not None else None,
-            "steps": plan.expand.steps,
-            "prompt": options.prompt,
-            "prompts": plan.own_prompts or None,
-            "t2i": _generation(plan),
-            "rho": options.rho if options.start == "image" else None,
-            "mixup": mixup,
-            "mixup_weight": options.mixup_weight if mixup else None,
-            "start": options.start,
-            "precision": plan.expand.precision,
-            "backend": options.backend,
-            "targets": options.targets,
-            "labels": options.labels if soft else None,
-            "codec": options.codec if stored else None,
-            "top_k": options.top_k if options.codec == "topk" else None,
-            "student": plan.student.network,
-            "epochs": plan.student.epochs,
-            "batch": plan.student.batch,
-            "student_steps": plan.student.epochs * -(-samples // plan.student.batch),
-            "temperature": plan.student.temperature,
-            "cutmix": plan.student.cutmix,
-            "seed": options.seed,
-            "seeds": options.seeds,
-        },
+        "data": _data(plan),
+        "settings": _settings(plan),
         "notes": _notes(plan, coresets),
         "provenance": provenance(command, plan.device),
+    }
+
+
+def _data(plan: Plan) -> dict[str, Any]:
+    return {
+        "name": plan.options.data.rstrip("/").rsplit("/", 1)[-1],
+        "sha256": plan.data_sha256,
+        "classes": len(plan.class_names),
+        "training_images": len(plan.train),
+        "validation_images": len(plan.val),
+    }
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """What decided the result; None where an option plays no part."""
+    options, student = plan.options, plan.student
+    each = plan.samples_per_class + plan.doped_samples_per_class
+    samples = len(plan.class_names) * each
+    from_image = options.start == "image"
+    mixup = options.mixup and from_image
+    soft = options.targets == "soft"
+    stored = soft and options.labels != "online"
+    return {
+        "recipe": plan.recipe.name,
+        "about": plan.recipe.about,
+        "ipc": options.ipc,
+        "dope": options.dope,
+        "dsco": asdict(options.dsco) if "dsco" in options.methods else None,
+        "factor": plan.factor,
+        "patch_px": plan.patch_px,
+        "image_size": plan.image_size,
+        "model": plan.model.name if plan.model is not None else None,
+        "steps": plan.expand.steps,
+        "prompt": options.prompt,
+        "prompts": plan.own_prompts or None,
+        "t2i": _generation(plan),
+        "rho": options.rho if from_image else None,
+        "mixup": mixup,
+        "mixup_weight": options.mixup_weight if mixup else None,
+        "start": options.start,
+        "precision": plan.expand.precision,
+        "backend": options.backend,
+        "targets": options.targets,
+        "labels": options.labels if soft else None,
+        "codec": options.codec if stored else None,
+        "top_k": options.top_k if stored and options.codec == "topk" else None,
+        "student": student.network,
+        "epochs": student.epochs,
+        "batch": student.batch,
+        "student_steps": student.epochs * -(-samples // student.batch),
+        "temperature": student.temperature,
+        "cutmix": student.cutmix,
+        "seed": options.seed,
+        "seeds": options.seeds,
     }
 
 
