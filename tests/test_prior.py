@@ -25,6 +25,7 @@ from patchbloom.train.prior_phases import (
     few_step_loss,
     guidance_loss,
 )
+from patchbloom.train.teacher import Teacher
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -77,6 +78,27 @@ def test_the_folder_opens_in_diffusers_and_says_how_it_was_made(trained: Path) -
     assert card["config"]["guidance"] == 3.0
     with Image.open(trained / "samples.png") as sheet:
         assert sheet.size == (14 * 32, 2 * 32)
+
+
+def test_the_card_says_what_a_teacher_recognises(trained: Path, tmp_path: Path) -> None:
+    class SumOfRed(torch.nn.Module):
+        def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+            red_B = images_BCHW[:, 0].sum((1, 2))
+            return torch.stack((red_B, -red_B), 1)
+
+    teacher = Teacher(SumOfRed(), architecture="red", class_ids=["disc", "ring"], size_px=32)
+    shutil.copytree(trained, tmp_path / "model")
+    training = _training(tmp_path / "model")  # which is finished: nothing is trained
+    training.pixels_NHWC[:7, ..., 0], training.pixels_NHWC[7:, ..., 0] = 250, 240
+    training.run(data="noise", command="train prior", teacher=teacher)
+    assert _weights(tmp_path / "model") == _weights(trained)
+    card = json.loads((tmp_path / "model" / "model_card.json").read_text())["recognised"]
+    assert card["images_per_class"] == 50
+    assert card["teacher"]["architecture"] == "red"
+    assert card["percent"]["real"] == {"mean": 50.0, "by_class": [100.0, 0.0]}
+    assert list(card["percent"]) == ["real", "reconstructed", "from_images", "from_noise"]
+    for of in card["percent"].values():
+        assert of["mean"] == pytest.approx(sum(of["by_class"]) / 2, abs=0.06)
 
 
 def test_latents_have_unit_variance_and_the_posterior_its_width(trained: Path) -> None:

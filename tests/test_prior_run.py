@@ -106,6 +106,14 @@ def test_a_resume_with_other_images_or_names_says_so(command: TrainPrior, tmp_pa
     assert "was begun with other images in --data: give the same options to --resume" in error
 
 
+def test_a_teacher_that_is_not_there_is_told_before_anything_is_written(
+    command: TrainPrior,
+) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        prior_run.run_prior(replace(command, teacher="nowhere.safetensors"), "train prior")
+    assert not command.out.exists()
+
+
 def test_a_class_without_an_image_that_opens_is_refused_before_training(
     command: TrainPrior, tmp_path: Path
 ) -> None:

@@ -329,6 +329,9 @@ class TrainPrior:
     prior: Annotated[PriorConfig, OmitArgPrefixes] = field(default_factory=PriorConfig)
     class_names: Path | None = None
     """Names for prompts: a JSON object or lines "folder name"."""
+    teacher: str | None = None
+    """A file of `train teacher`, or torchvision:NAME: the card then says what share of samples it
+    takes for their class. A model that is finished gets it by --resume."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
     skip_corrupt: bool = False

@@ -4,6 +4,10 @@ The result is a folder that diffusers, and everything here that takes `--model`,
 SDXL-Turbo: four evals, no guidance. Beside the weights it holds `model_card.json` (command, seed,
 data, losses, times, class names, reconstruction error) and `samples.png`. All of the work can be
 stopped at any point and goes on from the last checkpoint in `OUT/.work`.
+
+With a teacher the card also says what share of real images, of their reconstructions, of samples
+that start from images and of samples from noise it takes for their class: where a class is lost
+first tells which phase loses it.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,7 +42,8 @@ from .prior_phases import (
     sigma_table,
     vae_loss,
 )
-from .prior_samples import samples_of_class
+from .prior_samples import recognised_percent, samples_of_class
+from .teacher import Teacher
 
 PROMPT = "A photo of a {name}"
 HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
@@ -238,18 +244,47 @@ class PriorTraining:
         """
         rows = []
         for label in range(len(self.class_names)):
-            of_class = torch.nonzero(self.labels_N == label).flatten()
-            real = self._encode(self._images(of_class[torch.arange(count) % len(of_class)]))
-            sampled = samples_of_class(
-                *(self.parts.unet, self.parts.scheduler, self.conditioning, real, label),
-                steps=self.config.steps,
-                size_px=self.config.image_size,
-                seed=self.config.seed + label,
-            )
+            _, real, sampled = self._samples(label, count)
             tiles = self.decode(torch.cat([real[:2], sampled]))
             rows.append(torch.cat(list(tiles), dim=2))
         sheet = torch.cat(rows, dim=1).permute(1, 2, 0).cpu()
         return Image.fromarray(((sheet + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+
+    def _samples(self, label: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`count` images [C, 3, H, W] of a class, their latents, and [2C, 4, h, w] samples."""
+        of_class = torch.nonzero(self.labels_N == label).flatten()
+        images = self._images(of_class[torch.arange(count) % len(of_class)])
+        real = self._encode(images)
+        sampled = samples_of_class(
+            *(self.parts.unet, self.parts.scheduler, self.conditioning, real, label),
+            steps=self.config.steps,
+            size_px=self.config.image_size,
+            seed=self.config.seed + label,
+        )
+        return images, real, sampled
+
+    @torch.no_grad()
+    def recognised(self, teacher: Teacher, count: int = 50) -> dict[str, Any]:
+        """What share of `count` images of each class, and of what is made of them, it recognises.
+
+        Percent, by class and their mean: real training images, their reconstructions, samples with
+        all steps but the first, samples from noise.
+        """
+        shares: dict[str, list[float]] = {}
+        for label in range(len(self.class_names)):
+            images, real, sampled = self._samples(label, count)
+            made = self.decode(torch.cat([real, sampled])).split(count)
+            names = ("real", "reconstructed", "from_images", "from_noise")
+            for name, part in zip(names, (images, *made), strict=True):
+                shares.setdefault(name, []).append(recognised_percent(teacher, part, label))
+        return {
+            "teacher": teacher.describe(),
+            "images_per_class": count,
+            "percent": {
+                name: {"mean": round(fmean(by_class), 1), "by_class": by_class}
+                for name, by_class in shares.items()
+            },
+        }
 
     @torch.no_grad()
     def reconstruction_psnr_db(self, count: int = 512) -> float:
@@ -279,10 +314,11 @@ class PriorTraining:
             },
         }
 
-    def run(self, *, data: str, command: str) -> Path:
+    def run(self, *, data: str, command: str, teacher: Teacher | None = None) -> Path:
         """Run all phases, then write the model folder, over the model there; return it.
 
-        ValueError when a phase diverges: what is in the folder then stays.
+        `teacher` is asked at the end what it recognises. ValueError when a phase diverges: what is
+        in the folder then stays.
         """
         began = time.monotonic()
         self.train_vae()
@@ -294,6 +330,12 @@ class PriorTraining:
         save_parts(self.parts, building)
         self.sample_sheet().save(building / "samples.png")
         card = self.card(data, command)
+        if teacher is not None:
+            count = max(1, min(50, 500 // len(self.class_names)))
+            card["recognised"] = self.recognised(teacher, count)
+            means = ((k, v["mean"]) for k, v in card["recognised"]["percent"].items())
+            told = ", ".join(f"{name.replace('_', ' ')} {mean:g} %" for name, mean in means)
+            self.report(f"the teacher recognises: {told}")
         card["seconds_of_this_session"] = round(time.monotonic() - began, 1)
         text = json.dumps(card, indent=1, allow_nan=False) + "\n"
         (building / "model_card.json").write_text(text)

@@ -23,6 +23,7 @@ from .data_folder import data_folder, images_sha256
 from .prior import PriorTraining
 from .record import Record, Report
 from .stages import RunError
+from .teacher import load_teacher
 
 MOST_GIB = 4.0
 NEEDED_BYTES = 400 * 2**20  # of width 32: weights, checkpoints, their averages, optimiser states
@@ -36,6 +37,9 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
             data_folder(command.data, command.shapes_per_class, report), "train"
         )
         names = display_names(images.class_ids, command.class_names)
+        device, teacher = resolve_device(command.device), None
+        if command.teacher is not None:
+            teacher = load_teacher(command.teacher, images.class_ids, device=device)
         _check_memory(images, command.prior.image_size)
         settings = command.prior.as_dict()
         settings |= {"data": images_sha256(images), "classes": list(names)}
@@ -47,9 +51,9 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
             training = PriorTraining(
                 *(command.prior, pixels_NHWC, labels_N, names, command.out),
                 report=report.say,
-                device=resolve_device(command.device),
+                device=device,
             )
-            folder = training.run(data=_said_name(command), command=line)
+            folder = training.run(data=_said_name(command), command=line, teacher=teacher)
     source = ModelSource(folder.name, folder, folder / "vae")
     return {
         "model": str(folder),

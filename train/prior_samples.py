@@ -1,4 +1,4 @@
-"""Samples of a prior in the steps it was distilled for, to be looked at beside its training images.
+"""Samples of a prior in the steps it was distilled for, beside the images they are to look like.
 
 Shapes: B latents of one class, z_B4hw of unit variance, states x = z + sigma·n (diffusers').
 """
@@ -10,6 +10,7 @@ from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from .prior_phases import Conditioning, predict, sampled_steps
+from .teacher import Teacher
 
 
 @torch.no_grad()
@@ -55,3 +56,10 @@ def samples_of_class(
         )
         states[first:] = part + eps * (down - high) + up[k] * noise(part)
     return states
+
+
+def recognised_percent(teacher: Teacher, images_BCHW: Tensor, label: int) -> float:
+    """Share of images in [-1, 1] that the teacher takes for class `label`, in percent, to 0.1."""
+    pixels = ((images_BCHW + 1) * 127.5).round().clamp(0, 255).byte()
+    answers = teacher.logits_from_uint8(pixels.permute(0, 2, 3, 1)).argmax(1)
+    return round(100 * (answers == label).float().mean().item(), 1)
