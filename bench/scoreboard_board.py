@@ -95,6 +95,10 @@ class Board:
         name = "coreset-doped" if _parsed(cell.words).dope else "coreset"
         return self.options.out / CELLS / cell.name / name
 
+    def model_spec(self, cell: Cell) -> str | None:
+        """The --model of a whole `train`."""
+        return _parsed(cell.words).model
+
     def teacher_spec(self, *, generated: bool) -> str:
         """What a whole `train` is given as --teacher: one that exists, or a file to be trained."""
         if generated or self.options.trains_teacher:

@@ -145,10 +145,18 @@ def _about(rows: Mapping[str, Row]) -> str:
         f"validation images of {data['classes']} classes; recipe {row['recipe']}, "
         f"{row['epochs']} epochs, {row['image_size']} px; students {row['student']}, "
         f"{row['seeds']} of one coreset per line, mean ± std; teacher {teacher['architecture']}, "
-        f"{plus_minus([teacher['accuracy'], None])} %. Accuracy of the last epoch on the whole "
-        f"validation set. A gap is in pooled standard deviations. Recognised: what the teacher "
-        f"takes for its class of the last epoch's views. {row['device']}.{_commits(rows)}"
+        f"{plus_minus([teacher['accuracy'], None])} %{_models(rows)}. "
+        "Accuracy of the last epoch on the whole validation set. A gap is in pooled standard "
+        "deviations. Recognised: what the teacher takes for its class of the last epoch's views. "
+        f"{row['device']}.{_commits(rows)}"
     )
+
+
+def _models(rows: Mapping[str, Row]) -> str:
+    """What made images of any cell."""
+    named = [row["model"] for row in rows.values() if row.get("model")]
+    told = dict.fromkeys(f"{model['name']} (sha256 {model['sha256'][:12]}…)" for model in named)
+    return f"; model {', '.join(told)}" if told else ""
 
 
 def _commits(rows: Mapping[str, Row]) -> str:

@@ -11,10 +11,12 @@ A row is OUT/rows/NAME.json, a line of JSON. Beside the environment of measure.p
     seconds_per_epoch       the median over epochs, rendering and all students together, or null
     total_s                 of all stages and sessions
     recipe, data, teacher   of the summary, teacher.source being --teacher: a file by its sha256
+    model                   what made images of it: name, sha256 of its weights, and given, which is
+                            --model; null where no model did
     content_sha256          of the coreset that the students learned from
 
-Students of one board have one data set and one teacher, those of the generated set their own. A key
-that a row lacks, as rows of before do, is not compared.
+Students of one board have one data set and one teacher, those of the generated set their own, and
+every --model the same weights. A key that a row lacks, as rows of before do, is not compared.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from patchbloom.engine.coreset import open_coreset
+from patchbloom.engine.coreset import Coreset, open_coreset
+from patchbloom.export.models import find_model, weights_sha256
 from patchbloom.train.brought_teacher import name_of
 from patchbloom.train.networks import TORCHVISION
 from patchbloom.train.summary import mean_and_std
@@ -57,7 +61,9 @@ def read_row(cell: Cell, board: Board, base: Row | None) -> Row:
     if cell.kind == "student":
         row |= _of_students(_stage(folder, "student"), base or {})
     else:
-        row |= _of_run(folder, size, board.coreset(cell))
+        row |= _of_run(folder, size, open_coreset(board.coreset(cell), verify=False))
+        if row["model"] is not None:
+            row["model"]["given"] = board.model_spec(cell)
     return row | {"seconds_per_epoch": _seconds_per_epoch(folder, size.method)}
 
 
@@ -82,7 +88,7 @@ def _of_students(stage: dict[str, Any], base: Row) -> Row:
     }
 
 
-def _of_run(folder: Path, size: Size, coreset: Path) -> Row:
+def _of_run(folder: Path, size: Size, coreset: Coreset) -> Row:
     summary, method = json.loads((folder / "summary.json").read_bytes()), size.method
     labels = summary["bytes"][method]["labels"]
     teacher = {key: summary["teacher"].get(key) for key in OF_TEACHER}
@@ -96,6 +102,7 @@ def _of_run(folder: Path, size: Size, coreset: Path) -> Row:
         "total_s": round(sum(summary["seconds"].values()), 1),
         "teacher": teacher | {"source": _stage(folder, "teacher")["config"]["--teacher"]},
         "data": summary["data"],
+        "model": _model(coreset),
         "recipe": summary["settings"]["recipe"],
         "content_sha256": summary["content_sha256"][method],
     }
@@ -105,9 +112,15 @@ def _stage(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / "stages" / f"{name}.json").read_bytes())
 
 
-def _recognised(coreset: Path) -> float | None:
+def _model(coreset: Coreset) -> Row | None:
+    """What makes images of its patches, or made the images that it holds."""
+    named = coreset.manifest["model"] or coreset.settings.get("generator")
+    return named and {"name": named["name"], "sha256": named["weights_sha256"]}
+
+
+def _recognised(coreset: Coreset) -> float | None:
     """What the teacher recognises of the last epoch, in percent; None without stored labels."""
-    labels = open_coreset(coreset, verify=False).soft_labels()
+    labels = coreset.soft_labels()
     return None if labels is None else round(labels.recognised(labels.epochs - 1), 1)
 
 
@@ -140,9 +153,10 @@ def read_rows(board: Board, cells: Sequence[Cell]) -> dict[str, Row]:
 
 
 def check_alike(board: Board, cells: Sequence[Cell], rows: Mapping[str, Row]) -> None:
-    """ValueError for a row of other images, another teacher or, of a base, another coreset than
-    what is given now, or than another row has."""
-    known = {key: (value, "what is given now") for key, value in _given_now(board)}
+    """ValueError for a row of other images, another teacher, another model or, of a base, another
+    coreset than what is given now, or than another row has."""
+    now = chain(_given_now(board), _models_now(rows.values()))
+    known = {key: (value, "what is given now") for key, value in now}
     for cell in (cell for cell in cells if cell.name in rows):
         for key, what, found in _identities(cell, rows[cell.name]):
             expected, whose = known.setdefault(key, (found, f"cell {cell.name}"))
@@ -160,6 +174,8 @@ def _identities(cell: Cell, row: Row) -> Iterator[tuple[Identity, str, str]]:
         value = (row.get(part) or {}).get(name)
         if value is not None:
             yield (cell.generated, part, name), what, value
+    if row.get("model") is not None:
+        yield ("model", row["model"]["given"]), "weights of --model", row["model"]["sha256"]
     if row.get("content_sha256") is not None:
         yield ("coreset", (cell.base or cell).name), "coreset", row["content_sha256"]
 
@@ -173,6 +189,13 @@ def _given_now(board: Board) -> Iterator[tuple[Identity, str]]:
         spec = board.teacher_spec(generated=generated)
         if spec.startswith(TORCHVISION) or Path(spec).is_file():
             yield (generated, "teacher", "source"), name_of(spec)
+
+
+def _models_now(rows: Iterable[Row]) -> Iterator[tuple[Identity, str]]:
+    """Of the folders that are given as --model; other models do not change by themselves."""
+    for given in {row["model"]["given"] for row in rows if row.get("model") is not None}:
+        if given is not None and Path(given).expanduser().is_dir():
+            yield ("model", given), weights_sha256(find_model(given))
 
 
 def measured_rows(places: Iterable[Path]) -> list[Row]:

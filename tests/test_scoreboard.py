@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import tyro
+from patchbloom.export.models import TINY_FOLDER, find_model, weights_sha256
 from patchbloom.train.brought_teacher import name_of
 from patchbloom.train.coreset_options import StudentElsewhere
 from patchbloom.train.shapes import write_shapes
@@ -185,6 +187,36 @@ def test_rows_of_other_teachers_or_images_are_refused(
     teacher.write_bytes(b"another")
     with pytest.raises(ValueError, match=f"cell {base.name} .* the teacher of what is given now"):
         read()
+
+
+def test_rows_of_a_model_that_was_trained_again_are_refused(
+    scoreboard: ModuleType, data: Path, tmp_path: Path
+) -> None:
+    prior = tmp_path / "prior"
+    shutil.copytree(TINY_FOLDER, prior)
+    board = board_of(
+        *(scoreboard, data, tmp_path, "--model", str(prior)),
+        **{"methods": ("upsample", "dace"), "parts": ("methods",)},
+    )
+    cells = board.cells()
+    first, second = (cell for cell in cells if cell.kind != "teacher")
+    made = {
+        "name": "prior",
+        "given": board.model_spec(second),
+        "sha256": weights_sha256(find_model(prior)),
+    }
+    rows = {first.name: {"model": None}, second.name: {"model": made}}
+    scoreboard.check_alike(board, cells, rows)
+    card = prior / "unet" / "config.json"
+    card.write_text(card.read_text() + " ")
+    told = f"cell {second.name} .*: expected the weights of --model of what is given now"
+    with pytest.raises(ValueError, match=told):
+        scoreboard.check_alike(board, cells, rows)
+    shutil.rmtree(prior)
+    scoreboard.check_alike(board, cells, rows)  # the folder is needed by cells, not by rows
+    rows[first.name] = {"model": {**made, "sha256": "other"}}
+    with pytest.raises(ValueError, match=f"the weights of --model of cell {first.name} .other"):
+        scoreboard.check_alike(board, cells, rows)
 
 
 def test_time_is_told_from_the_nearest_cell(scoreboard: ModuleType, data: Path) -> None:
