@@ -179,10 +179,12 @@ def test_a_prior_that_diverges_is_never_installed(
 
 
 def test_a_wider_one_in_bf16_without_crops(tmp_path: Path) -> None:
-    training = _training(tmp_path / "model", width=64, precision="bf16", crops=0, steps=1)
+    wider = {"width": 64, "vae_width": 24}
+    training = _training(tmp_path / "model", **wider, precision="bf16", crops=0, steps=1)
     folder = training.run(data="noise", command="train prior")
-    unet = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder).unet
-    assert unet.config.block_out_channels == [64, 128, 256]
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
+    assert pipeline.unet.config.block_out_channels == [64, 128, 256]
+    assert pipeline.vae.config.block_out_channels == [24, 48, 96]
     assert all(math.isfinite(loss) for phase in training.phases for _, loss in phase.losses)
     assert len(training.encode_bank().labels_N) == 8 * 2
 

@@ -130,7 +130,7 @@ def test_a_class_without_an_image_that_opens_is_refused_before_training(
     [
         *(("steps", 0), ("steps", 1001), ("vae_batch", 0), ("unet_batch", 0)),
         *(("guidance", float("nan")), ("guidance", float("inf"))),
-        *(("seed", -1), ("seed", 2**63)),
+        *(("seed", -1), ("seed", 2**63), ("width", 48), ("vae_width", 0), ("vae_width", 12)),
     ],
 )
 def test_what_would_fail_late_is_refused_early(name: str, value: Any) -> None:

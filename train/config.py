@@ -85,6 +85,9 @@ class PriorConfig:
     """Optimiser steps of the autoencoder."""
     vae_batch: int = 32
     """Images per autoencoder step."""
+    vae_width: int = 16
+    """Channels of the autoencoder's first level, a multiple of 8; the next two have twice and four
+    times as many. What it blurs, no denoiser brings back."""
     width: int = 32
     """Channels of the denoiser's first level, a multiple of 32; the next two have twice and four
     times as many. 32: 4.2 million parameters, 64: 16.4 million."""
@@ -109,8 +112,10 @@ class PriorConfig:
     def __post_init__(self) -> None:
         if self.image_size < 32 or self.image_size % 16:
             raise ValueError(f"image_size {self.image_size}: expected a multiple of 16, 32 or more")
-        if self.width < 32 or self.width % 32:
-            raise ValueError(f"width {self.width}: expected a multiple of 32")
+        for name, step in (("width", 32), ("vae_width", 8)):
+            value = getattr(self, name)
+            if value < step or value % step:
+                raise ValueError(f"{name} {value}: expected a multiple of {step}")
         if not 1 <= self.steps <= TIMESTEPS:
             raise ValueError(f"steps {self.steps}: expected 1 to {TIMESTEPS}")
         if not 0 <= self.guidance < math.inf:

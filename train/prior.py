@@ -82,11 +82,12 @@ class PriorTraining:
         self.pixels_NHWC, self.labels_N = pixels_NHWC, labels_N
         self.class_names = tuple(class_names)
         torch.manual_seed(config.seed)
-        width = config.width
+        width, vae_width = config.width, config.vae_width
         self.parts: ModelParts = new_parts(
             config.image_size,
             self.work / "tokenizer",
             unet_channels=(width, 2 * width, 4 * width),
+            vae_channels=(vae_width, 2 * vae_width, 4 * vae_width),
         )
         prompts = [PROMPT.format(name=name) for name in self.class_names] + [""]
         states_GLD, pooled_GD = prompt_embeddings(self.parts, prompts)

@@ -26,7 +26,8 @@ from .stages import RunError
 from .teacher import load_teacher
 
 MOST_GIB = 4.0
-NEEDED_BYTES = 400 * 2**20  # of width 32: weights, checkpoints, their averages, optimiser states
+UNET_BYTES, VAE_BYTES = 380 * 2**20, 20 * 2**20
+"""On disk at the default widths: weights, checkpoints, their averages, optimiser states."""
 WORK, SETTINGS, CARD = ".work", "settings.json", "model_card.json"
 
 
@@ -43,8 +44,7 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
         _check_memory(images, command.prior.image_size)
         settings = command.prior.as_dict()
         settings |= {"data": images_sha256(images), "classes": list(names)}
-        needed_bytes = NEEDED_BYTES * command.prior.width**2 // 32**2
-        with full_disk_explained(command.out, needed_bytes):
+        with full_disk_explained(command.out, _needed_bytes(command.prior)):
             _check_out(command, settings)
             pixels_NHWC, labels_N, skipped = _load(images, command, report)
             _begin(command, settings)
@@ -63,6 +63,12 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
         "classes": len(names),
         "card": json.loads((folder / CARD).read_text()),
     }
+
+
+def _needed_bytes(config: PriorConfig) -> int:
+    default = PriorConfig()
+    unet = UNET_BYTES * config.width**2 // default.width**2
+    return unet + VAE_BYTES * config.vae_width**2 // default.vae_width**2
 
 
 def _said_name(command: TrainPrior) -> str:
