@@ -9,6 +9,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from .pictures import as_uint8
 from .prior_phases import Conditioning, predict, sampled_steps
 from .teacher import Teacher
 
@@ -60,6 +61,5 @@ def samples_of_class(
 
 def recognised_percent(teacher: Teacher, images_BCHW: Tensor, label: int) -> float:
     """Share of images in [-1, 1] that the teacher takes for class `label`, in percent, to 0.1."""
-    pixels = ((images_BCHW + 1) * 127.5).round().clamp(0, 255).byte()
-    answers = teacher.logits_from_uint8(pixels.permute(0, 2, 3, 1)).argmax(1)
+    answers = teacher.logits_from_uint8(torch.from_numpy(as_uint8(images_BCHW))).argmax(1)
     return round(100 * (answers == label).float().mean().item(), 1)
