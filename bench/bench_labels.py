@@ -55,6 +55,8 @@ class Options:
     codec: CodecChoice = "dense"
     top_k: int = 4
     """Of --codec topk; the set has ten classes."""
+    components: int | None = None
+    """Of --codec pca. Left out: all nine."""
     model: str = "sdxl-tiny"
     """Name or folder of a model."""
     backend: BackendName = "auto"
@@ -83,6 +85,7 @@ def prepare(options: Options, folder: Path, report: Record) -> Plan:
         teacher_epochs=options.teacher_epochs,
         codec=options.codec,
         top_k=options.top_k,
+        components=options.components,
         seeds=options.seeds,
         shapes_per_class=options.shapes_per_class,
     )
@@ -155,6 +158,7 @@ def main(options: Options) -> None:
         "label_bytes": label_bytes,
         "codec": options.codec,
         "top_k": options.top_k if options.codec == "topk" else None,
+        "components": options.components if options.codec == "pca" else None,
         "model": options.model,
         "backend": options.backend,
         "student": plan.student.network,

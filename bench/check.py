@@ -45,7 +45,7 @@ CONFIGURATION = (
     *("benchmark", "cell", "model", "weights", "size_px", "batch", "engine_batch", "evals"),
     *("images", "classes", "patches_per_class", "ipc", "data", "crops", "crop_px", "score_px"),
     *("backend", "threads", "student", "student_batch", "student_precision", "seeds", "epochs"),
-    *("teacher", "teacher_images", "codec", "top_k", "quick", "generated", "world"),
+    *("teacher", "teacher_images", "codec", "top_k", "components", "quick", "generated", "world"),
     *("expanded", "cached_prompts", "shapes_per_class", "allocator"),
 )
 """What two rows must have alike to be compared; a key that neither has is alike."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -35,7 +35,8 @@ COMPARED = ("rded", "dace")
 TEXT_ONLY, NO_MIXUP = ("--start", "noise"), ("--no-mixup",)
 HARD = ("--targets", "hard")
 """Options of `train` for students that learn from class indices alone."""
-TOP_KS = (3, 10, 50)
+TOP_KS, COMPONENTS = (3, 10, 50), (9, 20, 40, 80)
+"""What the label codecs topk and pca keep of an answer."""
 SAME_ELSEWHERE = ("model", "backend", "device", "bundles", "engine_batch", "shapes_per_class")
 """Options that `train student --coreset` has to be given again."""
 RUN_ALIKE = ("student_precision", "student_compile", "accumulate", "overlap")
@@ -262,10 +263,8 @@ class Board:
         method = "dace" if "dace" in methods else methods[0]
         here, ipc = len(self.counts_K), self.options.ipc[0]
         for classes in dict.fromkeys((here, CLASSES)):
-            for k in (None, *(k for k in TOP_KS if 2 * k < classes)):
-                own = () if k is None else ("--codec", "topk", "--top-k", str(k))
+            for label, own in _codecs_of(classes):
                 cell = self.cell(method, ipc, *own) if classes == here else self.thousand(*own)
-                label = "dense" if k is None else f"top-{k}"
                 yield Line(part="codecs", group=f"{classes} classes", label=label, cell=cell)
 
     def _gain(self) -> Iterable[Line]:
@@ -281,6 +280,15 @@ class Board:
         ):
             cell = self.cell(method, ipc, *own)
             yield Line(part="gain", group=f"IPC {ipc}", label=label, cell=cell)
+
+
+def _codecs_of(classes: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Their names and options of `train`."""
+    yield "dense", ()
+    for k in (k for k in TOP_KS if 2 * k < classes):
+        yield f"top-{k}", ("--codec", "topk", "--top-k", str(k))
+    for k in (k for k in COMPONENTS if k < classes):
+        yield f"pca-{k}", ("--codec", "pca", "--components", str(k))
 
 
 @cache

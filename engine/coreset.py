@@ -353,11 +353,10 @@ def _any_manifest(path: Path) -> dict[str, Any] | None:
 
 def _write_labels(path: Path, labels: AnyLabels, layout: LabelLayout) -> None:
     def parts(epoch: int) -> list[np.ndarray]:
-        rows = labels.epoch(epoch)
-        kept = (rows.labels, rows.classes)
-        return [part.numpy() for part in kept if part is not None]
+        return [part.numpy() for part in labels.epoch(epoch).parts]
 
-    write_label_file(path, layout, parts)
+    basis = labels.basis
+    write_label_file(path, layout, parts, None if basis is None else basis.numpy())
 
 
 def _as_json(value: dict[str, Any], what: str = "provenance") -> dict[str, Any]:

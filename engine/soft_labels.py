@@ -1,10 +1,12 @@
 """Stored soft labels: the teacher's answers, one row per (epoch, sample), and their codecs.
 
-Legend: E epochs, N samples, K classes, k kept probabilities, B batch.
+Legend: E epochs, N samples, K classes, k kept probabilities or components, B batch.
 
 dense   fp16 logits [E, N, K]; the temperature is applied when they are read
 topk    fp16 probabilities [E, N, k] at the manifest's temperature and int16 classes [E, N, k],
         largest first; what is left of the mass is spread evenly over the other K - k classes
+pca     int8 codes [E, N, k] in a basis of k principal components, see label_basis.py: they give
+        logits back, less their mean over the classes
 none    nothing is stored, the teacher answers online
 """
 
@@ -12,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .label_basis import MISSING, decode_in_basis, encode_in_basis, fit_basis
 from .label_file import KeptCodec, LabelLayout, MappedParts
 from .manifest import CoresetError
 
@@ -39,10 +43,22 @@ class SoftTargets:
         classes = None if self.classes is None else self.classes[rows_B]
         return SoftTargets(self.labels[rows_B], classes)
 
-    def to(self, device: torch.device) -> SoftTargets:
-        """The same on another device."""
-        classes = None if self.classes is None else self.classes.to(device)
-        return SoftTargets(self.labels.to(device), classes)
+
+@dataclass(frozen=True)
+class KeptLabels:
+    """Labels of B pictures as a codec keeps them, on the CPU."""
+
+    parts: tuple[Tensor, ...]
+    """In the order of label_file.py: logits, or probabilities and classes, or codes."""
+    basis: Tensor | None = None
+    """Of the codes, which all pictures share."""
+
+    def decoded(self, device: torch.device | None = None) -> SoftTargets:
+        """What a student learns from, on a device, the CPU when left out."""
+        parts = [part.to(device) for part in self.parts]
+        if self.basis is not None:
+            return SoftTargets(decode_in_basis(parts[0], self.basis))
+        return SoftTargets(*parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +72,14 @@ class LabelBlock:
     temperature: float = 20.0
     """Softmax temperature T: applied when dense labels are read, before top-k labels are stored."""
     k: int = 10
-    """Probabilities kept per row by codec topk; refused when 2k >= K, where dense is as small."""
+    """Kept per row by topk and pca, see LabelLayout."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What else decides these labels (augmentation, epochs, …), for the manifest."""
 
     def __post_init__(self) -> None:
-        if self.codec not in ("dense", "topk", "none"):
-            raise CoresetError(f"label codec: expected dense, topk or none, got {self.codec!r}")
+        if self.codec not in (*get_args(KeptCodec), "none"):
+            known = ", ".join(get_args(KeptCodec))
+            raise CoresetError(f"label codec: expected {known} or none, got {self.codec!r}")
         if not self.temperature > 0:
             raise CoresetError(f"temperature: expected more than 0, got {self.temperature}")
         if self.codec == "none" and self.logits is not None:
@@ -73,6 +90,15 @@ class LabelBlock:
             got = None if self.logits is None else tuple(self.logits.shape)
             raise CoresetError(f"codec {self.codec}: expected logits [E, N, K], got {got}")
         _ = self.layout
+
+    @cached_property
+    def basis(self) -> Tensor | None:
+        """Of codec pca, fitted to all these logits; CoresetError for a logit beyond fp16."""
+        if self.codec != "pca" or self.logits is None:
+            return None
+        logits = self.logits.flatten(0, 1).to(torch.float16)
+        _refuse_not_finite(logits)
+        return fit_basis(logits, self.k)
 
     @property
     def layout(self) -> LabelLayout | None:
@@ -89,11 +115,12 @@ class LabelBlock:
         kept = {"codec": "none"} if self.layout is None else self.layout.describe()
         return {**kept, "temperature": float(self.temperature), "settings": self.settings}
 
-    def epoch(self, epoch: int) -> SoftTargets:
-        """One epoch as it is stored, on the CPU; CoresetError for a logit beyond fp16."""
+    def epoch(self, epoch: int) -> KeptLabels:
+        """One epoch as it is stored; CoresetError for a logit beyond fp16."""
         if self.codec == "none" or self.logits is None:
             raise CoresetError("codec none stores no labels")
-        return encode(self.logits[epoch], codec=self.codec, k=self.k, temperature=self.temperature)
+        codec = LabelCodec(self.codec, k=self.k, temperature=self.temperature, basis=self.basis)
+        return codec.encode(self.logits[epoch])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,32 +143,54 @@ class RecordedBlock:
         kept = self.layout.describe()
         return {**kept, "temperature": float(self.temperature), "settings": self.settings}
 
-    def epoch(self, epoch: int) -> SoftTargets:
+    @property
+    def basis(self) -> Tensor | None:
+        """Of the recorded codes."""
+        basis = self.recording.basis
+        return None if basis is None else torch.from_numpy(basis)
+
+    def epoch(self, epoch: int) -> KeptLabels:
         """One epoch as it is stored; CoresetError when an answer is missing."""
-        rows = SoftTargets(*(torch.from_numpy(array[epoch]) for array in self.recording.arrays))
-        if bool(unanswered(rows, self.layout.classes).any()):
+        parts = tuple(torch.from_numpy(array[epoch]) for array in self.recording.answers)
+        if bool(unanswered(parts, self.layout).any()):
             raise CoresetError(
                 f"{self.recording.path}: labels of epoch {epoch} are missing: train to the end"
             )
-        return rows
+        return KeptLabels(parts)
 
 
-def unanswered(rows_B: SoftTargets, classes: int) -> Tensor:
+def unanswered(parts_B: Sequence[Tensor], layout: LabelLayout) -> Tensor:
     """Which rows of a recording still hold, if in part, what it was filled with, bool [B].
 
     A killed process may have left a row half written.
     """
-    missing_B = rows_B.labels.amax(1).isnan()  # amax passes NaN on, with no [B, K] of its own
-    return missing_B if rows_B.classes is None else missing_B | (rows_B.classes.amax(1) >= classes)
+    if layout.codec == "pca":
+        return parts_B[0].amin(1) == MISSING
+    missing_B = parts_B[0].amax(1).isnan()  # amax passes NaN on, with no [B, K] of its own
+    return missing_B | (parts_B[1].amax(1) >= layout.classes) if len(parts_B) > 1 else missing_B
 
 
-def encode(logits_NK: Tensor, *, codec: KeptCodec, k: int, temperature: float) -> SoftTargets:
-    """Logits as they are stored, on the CPU; CoresetError for a logit beyond fp16."""
-    if codec == "topk":
-        return SoftTargets(*encode_topk(logits_NK, k=k, temperature=temperature))
-    logits_NK = logits_NK.to("cpu", torch.float16).contiguous()
-    _refuse_not_finite(logits_NK)
-    return SoftTargets(logits_NK)
+@dataclass(frozen=True)
+class LabelCodec:
+    """How logits are kept."""
+
+    codec: KeptCodec
+    k: int
+    """Of topk and pca."""
+    temperature: float
+    """Of topk."""
+    basis: Tensor | None = None
+    """Of pca."""
+
+    def encode(self, logits_NK: Tensor) -> KeptLabels:
+        """Logits as they are stored; CoresetError for one that is not finite within fp16."""
+        logits_NK = logits_NK.to("cpu", torch.float16)
+        _refuse_not_finite(logits_NK)
+        if self.codec == "topk":
+            return KeptLabels(encode_topk(logits_NK, k=self.k, temperature=self.temperature))
+        if self.basis is not None:
+            return KeptLabels((encode_in_basis(logits_NK, self.basis),), self.basis)
+        return KeptLabels((logits_NK.contiguous(),))
 
 
 def encode_topk(logits_NK: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -187,41 +236,66 @@ class SoftLabels:
         self.samples: int = described["samples"]
         self.classes: int = described["classes"]
         self.k: int | None = described.get("k")
-        """Probabilities kept per row; None of dense labels."""
+        """Probabilities or components kept per answer; None of dense labels."""
         sizes = {"epochs": self.epochs, "samples": self.samples, "classes": self.classes}
         layout = LabelLayout(codec=self.codec, **sizes, **({"k": self.k} if self.k else {}))
         self._file = MappedParts(path, layout)
+        basis = self._file.basis
+        basis = None if basis is None else torch.from_numpy(basis.copy())
+        self.encoding = LabelCodec(
+            self.codec, k=self.k or 0, temperature=self.temperature, basis=basis
+        )
+        """How these labels were made of a teacher's logits."""
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether logits come back: of top-k labels only probabilities at their temperature do."""
+        return self.codec != "topk"
 
     def logits(self, epoch: int, samples_B: Sequence[int] | Tensor) -> Tensor:
-        """fp32 logits [B, K] of dense labels; CoresetError for top-k ones, which keep none."""
-        if self.codec != "dense":
+        """fp32 logits [B, K]; CoresetError for top-k labels, which keep none."""
+        if not self.keeps_logits:
             raise CoresetError(
                 "codec topk keeps probabilities, not logits: call probabilities(), "
                 "or label the coreset again with codec dense"
             )
-        return self._rows(epoch, samples_B)[0].float()
+        return self.targets(epoch, samples_B).labels.float()
 
     def probabilities(self, epoch: int, samples_B: Sequence[int] | Tensor) -> Tensor:
         """fp32 probabilities [B, K] at the stored temperature."""
-        if self.codec == "dense":
-            return (self.logits(epoch, samples_B) / self.temperature).softmax(1)
-        probabilities_Bk, classes_Bk = self._rows(epoch, samples_B)
-        return decode_topk(probabilities_Bk, classes_Bk, self.classes)
+        return self.as_probabilities(self.targets(epoch, samples_B))
 
-    def targets(self, epoch: int, samples_B: Sequence[int] | Tensor) -> SoftTargets:
-        """What is stored, as it is stored, on the CPU."""
-        return SoftTargets(*self._rows(epoch, samples_B))
+    def as_probabilities(self, targets_B: SoftTargets) -> Tensor:
+        """What targets of this codec mean, fp32 [B, K] at the stored temperature."""
+        if targets_B.classes is None:
+            return (targets_B.labels.float() / self.temperature).softmax(1)
+        return decode_topk(targets_B.labels, targets_B.classes, self.classes)
+
+    def targets(
+        self, epoch: int, samples_B: Sequence[int] | Tensor, device: torch.device | None = None
+    ) -> SoftTargets:
+        """What a student learns from, on a device, the CPU when left out."""
+        if not 0 <= epoch < self.epochs:
+            raise CoresetError(
+                f"labels: expected an epoch in 0..{self.epochs - 1}, got {epoch}: "
+                "label the coreset for as many epochs as the student trains"
+            )
+        rows_B = np.asarray(samples_B)
+        return self._decoded([array[epoch][rows_B] for array in self._file.answers], device)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What is kept of an answer: logits, or probabilities and classes."""
-        return tuple(part.name for part in self._file.layout.parts)
+        """What is known of an answer: logits, or probabilities and classes."""
+        return ("logits",) if self.keeps_logits else ("probabilities", "classes")
 
     def answers(self, epochs_A: np.ndarray, samples_A: np.ndarray) -> dict[str, np.ndarray]:
-        """Those to A views by part, as they are stored: [A, K], top-k ones [A, k]."""
+        """Those to A views by part: [A, K], top-k ones [A, k]."""
+        targets_A = self._decoded([array[epochs_A, samples_A] for array in self._file.answers])
+        known = (targets_A.labels, targets_A.classes)
         return {
-            name: array[epochs_A, samples_A]
-            for name, array in zip(self.parts, self._file.arrays, strict=True)
+            name: part.numpy()
+            for name, part in zip(self.parts, known, strict=False)
+            if part is not None
         }
 
     def recognised(self, epoch: int) -> float:
@@ -242,11 +316,8 @@ class SoftLabels:
         """Have rows that are asked for soon read from the disk meanwhile; returns at once."""
         self._file.read_ahead(epoch, np.asarray(samples_B))
 
-    def _rows(self, epoch: int, samples_B: Sequence[int] | Tensor) -> tuple[Tensor, ...]:
-        if not 0 <= epoch < self.epochs:
-            raise CoresetError(
-                f"labels: expected an epoch in 0..{self.epochs - 1}, got {epoch}: "
-                "label the coreset for as many epochs as the student trains"
-            )
-        rows_B = np.asarray(samples_B)
-        return tuple(torch.from_numpy(array[epoch][rows_B]) for array in self._file.arrays)
+    def _decoded(
+        self, parts_B: Sequence[np.ndarray], device: torch.device | None = None
+    ) -> SoftTargets:
+        kept = KeptLabels(tuple(map(torch.from_numpy, parts_B)), self.encoding.basis)
+        return kept.decoded(device)

@@ -48,6 +48,7 @@ RUN_OPTIONS = [
     "labels",
     "codec",
     "top_k",
+    "components",
     "seed",
     "seeds",
     "batch",
@@ -240,5 +241,6 @@ def test_labels_that_are_not_to_be_stored_are_not(train: Command, tmp_path: Path
     error = train("labels", "--data", tmp_path, "--out", tmp_path / "run", "--labels", "online")
     assert "--labels online stores none: leave it out to train labels" in error.error
     options = ("--data", tmp_path, "--out", tmp_path / "run", "--labels", "online")
-    error = train(*options, "--codec", "topk").error
-    assert "--labels online stores none, so --codec topk has no use" in error
+    for codec in ("topk", "pca"):
+        error = train(*options, "--codec", codec).error
+        assert f"--labels online stores none, so --codec {codec} has no use" in error

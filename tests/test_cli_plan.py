@@ -136,7 +136,11 @@ def test_large_labels_are_told_before_the_run(
     assert "labels:" not in train(*options, *SMALL).err
     err = train(*options, *SMALL, "--epochs", "5000000", "--overwrite").err
     assert "labels: dense, 3.7 GiB for each method, and as much again on the disk while" in err
-    assert "coreset; --labels online keeps none" in err  # topk would be as large, of ten classes
+    assert "coreset; --codec pca keeps less, --labels online keeps none" in err
+    pca = ("--codec", "pca", "--epochs", "5000000", "--overwrite")
+    err = train(*options, *SMALL, *pca).err
+    assert "labels: pca, 1.7 GiB for each method" in err  # nine components of ten classes
+    assert "coreset; --labels online keeps none" in err
     topk = ("--codec", "topk", "--top-k", "2", "--epochs", "5000000", "--overwrite")
     assert "labels: topk, 1.5 GiB for each method" in train(*options, *SMALL, *topk).err
 
@@ -147,6 +151,13 @@ def test_labels_that_would_be_no_smaller(train: Command, shapes: Path, tmp_path:
     assert "--codec topk --top-k 10 keeps 10 of 10 probabilities, no less than dense" in error
     error = train("--data", shapes, "--out", tmp_path / "run", *options, "--top-k", "5").error
     assert "keeps 5 of 10 probabilities" in error
+
+
+def test_components_that_answers_do_not_have(train: Command, shapes: Path, tmp_path: Path) -> None:
+    given = ("--data", shapes, "--out", tmp_path / "run", "--method", "rded", "--codec", "pca")
+    told = "--codec pca --components 10: answers about 10 classes have 9 components: give fewer"
+    assert told in train(*given, "--components", "10").error
+    assert "--components 0: expected 1 or more" in train(*given, "--components", "0").error
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")

@@ -132,7 +132,9 @@ def test_a_teacher_that_is_brought_along_is_measured_like_one_that_is_trained(
     assert manifest["teacher"]["sha256"] == trained["sha256"]
 
 
-@pytest.mark.parametrize("codec", [("--codec", "dense"), ("--codec", "topk", "--top-k", "3")])
+@pytest.mark.parametrize(
+    "codec", [("--codec", "dense"), ("--codec", "topk", "--top-k", "3"), ("--codec", "pca")]
+)
 def test_labels_stored_first_or_recorded_make_the_same_run(
     train: Command, shapes: Path, tmp_path: Path, codec: tuple[str, ...]
 ) -> None:
@@ -149,15 +151,19 @@ def test_labels_stored_first_or_recorded_make_the_same_run(
     settings = json.loads((tmp_path / "stored" / "summary.json").read_text())["settings"]
     assert (settings["labels"], settings["codec"]) == ("stored", codec[1])
     assert settings["top_k"] == (3 if codec[1] == "topk" else None)
+    assert settings["components"] == (9 if codec[1] == "pca" else None)
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"), [((), "dense"), (("--codec", "pca"), "pca --components 9")]
+)
 def test_labels_of_another_codec_than_asked_for(
-    train: Command, shapes: Path, tmp_path: Path
+    train: Command, shapes: Path, tmp_path: Path, asked: tuple[str, ...], told: str
 ) -> None:
     given = ("--data", shapes, "--method", "random", *SMALL, "--out", tmp_path / "run")
     train("labels", *given, "--codec", "topk", "--top-k", "3").result  # noqa: B018
-    error = train("student", *given, "--no-ceiling").error
-    assert "holds labels of --codec topk --top-k 3, asked for --codec dense: give" in error
+    error = train("student", *given, "--no-ceiling", *asked).error
+    assert f"holds labels of --codec topk --top-k 3, asked for --codec {told}: give" in error
 
 
 def test_a_report_without_a_run(train: Command, tmp_path: Path) -> None:

@@ -415,6 +415,21 @@ def test_topk_labels_are_stored_and_read(tmp_path: Path) -> None:
         labels.logits(0, [0])
 
 
+def test_labels_in_principal_components_are_stored_and_read(tmp_path: Path) -> None:
+    logits = _logits()
+    block = LabelBlock(codec="pca", logits=logits, k=2, temperature=2.0)
+    _write(tmp_path / "c", labels=block)
+    labels = open_coreset(tmp_path / "c").soft_labels()
+    assert labels is not None
+    centred = logits[1] - logits[1].mean(1, keepdim=True)
+    torch.testing.assert_close(labels.logits(1, range(12)), centred, rtol=0, atol=0.05)
+    close = {"rtol": 0, "atol": 0.02}
+    expected = (logits[1] / 2.0).softmax(1)
+    torch.testing.assert_close(labels.probabilities(1, range(12)), expected, **close)
+    size = (tmp_path / "c" / "labels.safetensors").stat().st_size
+    assert size < 2 * 12 * 2 + 3 * 3 * 4 + 200
+
+
 @pytest.mark.parametrize("codec", ["dense", "topk"])
 def test_recognised_counts_the_rows_whose_answer_is_their_class(codec, tmp_path: Path) -> None:
     logits = torch.zeros(2, 12, 3)
@@ -431,7 +446,8 @@ def test_recognised_counts_the_rows_whose_answer_is_their_class(codec, tmp_path:
     ("arguments", "told"),
     [
         ({"codec": "topk", "logits": _logits(classes=4), "k": 2}, "2k < 4"),
-        ({"codec": "pickle", "logits": _logits()}, "expected dense, topk or none"),
+        ({"codec": "pca", "logits": _logits(classes=4), "k": 4}, "3 components keep everything"),
+        ({"codec": "pickle", "logits": _logits()}, "expected dense, topk, pca or none"),
         ({"codec": "dense"}, r"expected logits \[E, N, K\], got None"),
         ({"codec": "dense", "logits": torch.zeros(3, 2)}, "got \\(3, 2\\)"),
         ({"codec": "dense", "logits": _logits(), "temperature": 0.0}, "more than 0"),
@@ -451,6 +467,8 @@ def test_labels_that_cannot_be_stored_are_refused(arguments: dict, told: str) ->
         ("dense", 1e6),
         ("topk", float("nan")),
         ("topk", float("inf")),
+        ("pca", float("nan")),
+        ("pca", 1e6),
     ],
 )
 def test_logits_that_no_codec_can_hold_are_refused(tmp_path: Path, codec, bad: float) -> None:

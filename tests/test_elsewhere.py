@@ -205,12 +205,15 @@ def test_labels_have_not_drifted_where_they_were_made(
     assert measured["control_kl"]["p50"] > 10 * measured["kl"]["max"]
 
 
-def test_top_k_labels_have_not_drifted_either(train: Train, given: Path, elsewhere) -> None:
+@pytest.mark.parametrize("codec", ["topk", "pca"])
+def test_labels_of_other_codecs_have_not_drifted_either(
+    train: Train, given: Path, elsewhere, codec: Codec
+) -> None:
     folder = elsewhere("upsample")
-    _relabelled(folder, "topk")
+    _relabelled(folder, codec)
     teacher = given / "run" / "teacher" / "teacher.safetensors"
     result = train("verify", "--coreset", folder, "--teacher", teacher)
-    assert result["codec"] == "topk"
+    assert result["codec"] == codec
     assert result["drift"][0]["kl"]["max"] == 0
     assert result["drift"][0]["control_kl"]["mean"] > 0
 

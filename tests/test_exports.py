@@ -74,6 +74,13 @@ def topk(tmp_path_factory: pytest.TempPathFactory) -> Coreset:
     return new_coreset(tmp_path_factory.mktemp("given") / "topk", labels=labels)
 
 
+@pytest.fixture(scope="module")
+def pca(tmp_path_factory: pytest.TempPathFactory) -> Coreset:
+    """The same with labels in three components."""
+    labels = LabelBlock(codec="pca", logits=LOGITS, k=3)
+    return new_coreset(tmp_path_factory.mktemp("given") / "pca", labels=labels)
+
+
 def export(coreset: Coreset, to: ExportFormat, out: Path, **options: Any) -> dict[str, Any]:
     named = {"dataset": "ImageWoof"} if to == "ddranking" else {}
     return export_coreset(coreset, to, out, **named, **options)
@@ -100,7 +107,9 @@ def test_torchvision_opens_an_image_folder(coreset: Coreset, tmp_path: Path) -> 
     assert told["labels"] is None
 
 
-def test_webdataset_opens_shards(coreset: Coreset, topk: Coreset, tmp_path: Path) -> None:
+def test_webdataset_opens_shards(
+    coreset: Coreset, topk: Coreset, pca: Coreset, tmp_path: Path
+) -> None:
     import webdataset
 
     shards.write_shards(coreset, coreset.soft_labels(), tmp_path, shard_bytes=60_000)
@@ -127,16 +136,23 @@ def test_webdataset_opens_shards(coreset: Coreset, topk: Coreset, tmp_path: Path
         np.testing.assert_array_equal(sample["classes.npy"], torch.cat(classes).numpy())
         views = [[row, epoch, 0] for epoch in range(EPOCHS)]
         assert sample["views.npy"].tolist() == views
+    export(pca, "webdataset", tmp_path / "pca")
+    (path,) = (tmp_path / "pca").glob("*.tar")
+    kept = pca.soft_labels()
+    assert kept is not None
+    for row, sample in enumerate(webdataset.WebDataset(str(path), shardshuffle=False).decode()):
+        logits = torch.cat([kept.logits(epoch, [row]) for epoch in range(EPOCHS)])
+        np.testing.assert_array_equal(sample["logits.npy"], logits.half().numpy())
 
 
-@pytest.mark.parametrize("codec", ["dense", "topk"])
+@pytest.mark.parametrize("codec", ["coreset", "topk", "pca"])
 def test_hugging_face_datasets_opens_parquet(
-    coreset: Coreset, topk: Coreset, codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     import datasets
 
     monkeypatch.setattr("patchbloom.engine.parquet.GROUP_ROWS", 7)  # several groups, the last short
-    exported = coreset if codec == "dense" else topk
+    exported: Coreset = request.getfixturevalue(codec)
     export(exported, "parquet", tmp_path / "out")
     opened = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     assert list(opened) == ["train"]

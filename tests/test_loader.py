@@ -308,6 +308,24 @@ def test_top_k_labels_are_probabilities_at_their_temperature(
         ExpandedLoader(topk, batch=4, device="cpu", temperature=2.0)
 
 
+def test_labels_in_principal_components_are_logits(
+    source, teacher, coreset, tmp_path: Path
+) -> None:
+    folder = tmp_path / "coreset"
+    _write(source, teacher, folder, "pca")
+    options = {"batch": SAMPLES, "device": "cpu", "temperature": 2.0}
+    with ExpandedLoader(folder, **options, labels="logits") as loader:
+        ((_, logits),) = _epoch(loader)
+    with ExpandedLoader(coreset, **options, labels="logits") as loader:
+        ((_, dense),) = _epoch(loader)
+    centred = dense - dense.mean(1, keepdim=True)
+    error, spread = (logits - centred).square().mean(), (centred - centred.mean(0)).square().mean()
+    assert 0 < float(error / spread) < 0.3  # 10 of 20 components of an untrained teacher's answers
+    with ExpandedLoader(folder, **options) as loader:
+        ((_, probabilities),) = _epoch(loader)
+    torch.testing.assert_close((logits / 2.0).softmax(1), probabilities)
+
+
 def test_a_coreset_without_labels_needs_a_teacher_and_views(
     source, teacher, coreset, tmp_path: Path
 ) -> None:

@@ -136,6 +136,20 @@ def test_a_diverse_choice_is_that_of_one_process(
     assert origins[0] != lowest, "in the order of the choice"
 
 
+def test_a_basis_of_labels_is_that_of_one_process(
+    data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    codec = ("--method", "random", "--codec", "pca", "--components", "4")
+    given = ("labels", *OPTIONS, *codec, "--data", str(data), "--teacher", str(teacher))
+    assert cli.main([*given, "--out", str(tmp_path / "alone")]) == 0
+    run = torchrun(2, TORCHRUN.with_name("train"), *given, "--out", tmp_path / "two")
+    assert run.returncode == 0, run.stderr
+    alone, two = (open_coreset(tmp_path / out / "coreset") for out in ("alone", "two"))
+    assert two.content_sha256 == alone.content_sha256
+    assert alone.manifest["labels"]["codec"] == "pca"
+    assert run.stderr.count("labels: fitting 4 components") == 1
+
+
 def test_a_killed_rank_ends_the_run_and_nothing_is_lost(
     data: Path,
     alone,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..engine.label_file import LabelLayout
 from ..engine.prompts import unseen_classes
 from .plan import Plan
 from .record import Report
@@ -19,11 +20,11 @@ def announce(plan: Plan, report: Report) -> None:
     kept_gib = label_gib(plan)
     stores = options.labels != "online" and options.targets == "soft"
     if kept_gib >= LARGE_LABELS_GIB and stores:
-        smaller = options.codec == "dense" and classes > 2 * options.top_k
+        smaller = options.codec == "dense" and classes > 1
         report.say(
             f"labels: {options.codec}, {kept_gib:.1f} GiB for each method, and as much again on "
             f"the disk while they are put into the coreset; "
-            f"{'--codec topk keeps less, ' if smaller else ''}--labels online keeps none"
+            f"{'--codec pca keeps less, ' if smaller else ''}--labels online keeps none"
         )
     if plan.model is None:
         return
@@ -56,7 +57,11 @@ def _said_of_t2i(plan: Plan) -> str:
 def label_gib(plan: Plan) -> float:
     """GiB of a method's labels as --codec keeps them, of every sample and epoch."""
     classes = len(plan.class_names)
-    each = plan.samples_per_class + plan.doped_samples_per_class
-    answers = plan.student.epochs * classes * each
-    bytes_each = 2 * classes if plan.options.codec == "dense" else 4 * plan.options.top_k
-    return bytes_each * answers / 2**30
+    layout = LabelLayout(
+        codec=plan.options.codec,
+        epochs=plan.student.epochs,
+        samples=classes * (plan.samples_per_class + plan.doped_samples_per_class),
+        classes=classes,
+        k=plan.options.kept_per_label(classes),
+    )
+    return layout.bytes / 2**30

@@ -37,7 +37,8 @@ STEPS = {"dace": 5, "t2i": 1, "dsco": 5}
 """Their scheduler steps, when nobody says how many."""
 MOST_T2I_STEPS = 4
 LabelChoice = Literal["stored", "online", "record"]
-CodecChoice = Literal["dense", "topk"]
+CodecChoice = Literal["dense", "topk", "pca"]
+COMPONENTS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +128,13 @@ class RunOptions:
     """How the teacher's soft labels come: `record` trains and stores them in one pass, `stored`
     stores them first, `online` stores none. The students are the same."""
     codec: CodecChoice = "dense"
-    """How labels are kept: `dense`, fp16 logits of all classes, or `topk`, the largest
-    probabilities, from which the students of this run then learn."""
+    """How labels are kept: `dense`, fp16 logits of all classes; `pca`, a byte for each of their
+    principal components; or `topk`, the largest probabilities. Students of this run learn from
+    labels as they are kept."""
     top_k: int = 10
     """Probabilities per label that --codec topk keeps; fewer than half of the classes."""
+    components: int | None = None
+    """Of --codec pca, fewer than there are classes. Left out: 40, or all that there are."""
     seed: int = 0
     """Of everything random: patches, noise, crops, order, initialisation."""
     seeds: int = 3
@@ -186,7 +190,7 @@ class RunOptions:
         for name in (
             *("ipc", "factor", "image_size", "steps", "engine_batch", "epochs", "teacher_epochs"),
             *("top_k", "seeds", "batch", "accumulate", "shapes_per_class", "candidates"),
-            "generate_size",
+            *("generate_size", "components"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -209,9 +213,10 @@ class RunOptions:
         self._check_steps()
         self._check_mixup()
         self._check_generated()
-        if self.labels == "online" and self.codec == "topk":
+        if self.labels == "online" and self.codec != "dense":
             raise ValueError(
-                "--labels online stores none, so --codec topk has no use: leave one of them out"
+                f"--labels online stores none, so --codec {self.codec} has no use: leave one of "
+                "them out"
             )
         if self.targets == "hard" and (self.labels != "record" or self.codec != "dense"):
             raise ValueError(
@@ -221,6 +226,11 @@ class RunOptions:
         check_seed(self.seed)
         if self.resume and self.overwrite:
             raise ValueError("--resume keeps what --overwrite removes: give one of them")
+
+    def kept_per_label(self, classes: int) -> int:
+        """How many numbers of an answer --codec keeps."""
+        by_codec = {"topk": self.top_k, "pca": self.components or min(COMPONENTS, classes - 1)}
+        return by_codec.get(self.codec, classes)
 
     def _check_steps(self) -> None:
         steps = self.steps_of("dace")

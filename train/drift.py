@@ -30,7 +30,7 @@ from torch import Tensor
 from ..engine.backends import resolve_device
 from ..engine.console import print_table
 from ..engine.coreset import Coreset, open_coreset
-from ..engine.soft_labels import SoftLabels, decode_topk, encode
+from ..engine.soft_labels import SoftLabels
 from ..export.config import BackendName
 from .config import StudentConfig
 from .coreset_options import TrainVerify
@@ -212,13 +212,7 @@ def _views(
 
 def _coded(logits_SK: Tensor, stored: SoftLabels) -> Tensor:
     """The teacher's logits as the codec would give them back: fp32 probabilities on the CPU."""
-    temperature = stored.temperature
-    kept = encode(
-        logits_SK.to(torch.float16), codec=stored.codec, k=stored.k or 0, temperature=temperature
-    )
-    if kept.classes is not None:
-        return decode_topk(kept.labels, kept.classes, stored.classes)
-    return (kept.labels.float() / temperature).softmax(1)
+    return stored.as_probabilities(stored.encoding.encode(logits_SK).decoded())
 
 
 def kl(p_SK: Tensor, q_SK: Tensor) -> Tensor:

@@ -6,13 +6,17 @@ stored   read from the coreset; no teacher is needed
 
 The teacher's logits are rounded to fp16 first. A student learns from an answer as it is kept: so it
 is the same, bit for bit on the CPU, whether its labels were recorded beside it or read from where
-they are stored, dense or top-k; and from online labels it is the one of dense labels.
+they are stored, with any codec; and from online labels it is the one of dense labels.
+
+The basis of codec pca is fitted before the first answer is kept, to ANSWERS_PER_COMPONENT answers
+per component, to views of the first pools, or to as many as there are. They are rendered once more
+for it.
 
 Top-k labels p' of dense ones p: ||p' - p||_1 <= 2 r + 2^-10 + k 2^-24, where r is the mass of the
 classes that are left out (which is spread evenly; the rest of the bound is fp16). The gradient of
 the loss by a student's logits, (q - p) / T, differs by a T-th of that.
 
-Legend: E epochs, N samples, K classes, k kept probabilities, P samples of a pool.
+Legend: E epochs, N samples, K classes, k kept probabilities or components, P samples of a pool.
 """
 
 from __future__ import annotations
@@ -27,14 +31,15 @@ import torch
 from torch import Tensor
 
 from ..engine.durable import full_disk_explained, replace_file
-from ..engine.label_file import KeptCodec, LabelLayout, MappedParts, fill_with_nan
+from ..engine.label_basis import fit_basis
+from ..engine.label_file import KeptCodec, LabelLayout, MappedParts, fill_with_missing
 from ..engine.manifest import CoresetError
 from ..engine.soft_labels import (
     Codec,
+    LabelCodec,
     RecordedBlock,
     SoftLabels,
     SoftTargets,
-    encode,
     unanswered,
 )
 from .config import StudentConfig
@@ -44,6 +49,8 @@ from .record import Report
 from .teacher import Teacher
 from .views import describe_views, make_views, pools
 from .world import ALONE, World
+
+ANSWERS_PER_COMPONENT = 32
 
 
 class Labels(Protocol):
@@ -70,9 +77,9 @@ class OnlineLabels:
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         """CoresetError for an answer that is NaN, or beyond fp16."""
-        logits_PK = answer_pool(self.teacher, views_PCHW, self._world).to(torch.float16)
-        kept = encode(logits_PK, codec="dense", k=0, temperature=self.temperature)
-        return kept.to(views_PCHW.device)
+        codec = LabelCodec("dense", k=0, temperature=self.temperature)
+        kept = codec.encode(answer_pool(self.teacher, views_PCHW, self._world))
+        return kept.decoded(views_PCHW.device)
 
     def flush(self) -> None:
         pass
@@ -82,13 +89,13 @@ class OnlineLabels:
 
 
 class RecordedLabels:
-    """The teacher's answers, kept in a file of E·N·K·2 bytes (top-k: E·N·k·4) while they are used.
+    """The teacher's answers, kept in a file as large as the coreset's while they are used.
 
-    The file is filled with NaN at first: a full disk is an error then, and not a crash later, and
-    an answer that is missing cannot be taken for one. It is memory-mapped, so that what is answered
-    survives a kill -9. A second file says what the answers belong to; a recording of anything else,
-    or one that was cut short, is begun anew, and the report is told. The ranks of a world share the
-    asking, and rank 0 has the file.
+    The file is filled with what no answer holds, NaN as a rule: a full disk is an error then, and
+    not a crash later, and an answer that is missing cannot be taken for one. It is memory-mapped,
+    so that what is answered survives a kill -9. A second file says what the answers belong to; a
+    recording of anything else, or one that was cut short, is begun anew, and the report is told.
+    The ranks of a world share the asking, and rank 0 has the file.
     """
 
     def __init__(
@@ -118,8 +125,10 @@ class RecordedLabels:
             "student": config.recipe(),
         }
         self._recording = self._open(report) if world.leads else None
-        arrays = [] if self._recording is None else self._recording.arrays
-        self._parts = [torch.from_numpy(array) for array in arrays]
+        answers = [] if self._recording is None else self._recording.answers
+        self._parts = [torch.from_numpy(array) for array in answers]
+        basis = self._basis(source, config, report) if codec == "pca" else None
+        self._codec = LabelCodec(codec, k=k, temperature=self.temperature, basis=basis)
 
     def _open(self, report: Report) -> MappedParts:
         told = {**self.settings, **self.layout.describe(), "temperature": self.temperature}
@@ -141,37 +150,58 @@ class RecordedLabels:
             and self.path.stat().st_size == self.layout.bytes
         )
 
+    def _basis(self, source: ImageSource, config: StudentConfig, report: Report) -> Tensor:
+        """Rank 0's, of a recording that has it already, or fitted and put there."""
+        basis = torch.empty(0)
+        if self._recording is not None and self._recording.basis is not None:
+            basis = torch.from_numpy(self._recording.basis)
+        if self._world.any(bool(basis.isnan().any())):
+            report.say(f"labels: fitting {self.layout.k} components to the teacher's answers")
+            logits_MK = self._first_answers(source, config, self.layout.k * ANSWERS_PER_COMPONENT)
+            if self._recording is not None:
+                basis.copy_(fit_basis(logits_MK, self.layout.k))
+                self.flush()
+        return self._world.all_gather_rows(basis).clone()
+
+    def _first_answers(self, source: ImageSource, config: StudentConfig, wanted: int) -> Tensor:
+        """The teacher's logits of whole pools, the first ones, as fp16 on the CPU.
+
+        CoresetError for one that is not finite.
+        """
+        codec = LabelCodec("dense", k=0, temperature=self.temperature)
+        answers: list[Tensor] = []
+        for epoch in range(config.epochs):
+            for samples_P in pools(config, source.labels_N, epoch):
+                if sum(map(len, answers)) >= wanted:
+                    return torch.cat(answers)
+                views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)
+                logits_PK = answer_pool(self.teacher, views_PCHW, self._world)
+                answers.append(codec.encode(logits_PK).parts[0])
+        return torch.cat(answers)
+
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         """CoresetError for an answer that no codec can hold: NaN, or beyond fp16."""
-        kept = encode(
-            answer_pool(self.teacher, views_PCHW, self._world).to(torch.float16),
-            codec=self.layout.codec,
-            k=self.layout.k,
-            temperature=self.temperature,
-        )
-        for part, rows in zip(self._parts, (kept.labels, kept.classes), strict=False):
-            if rows is not None:
+        kept = self._codec.encode(answer_pool(self.teacher, views_PCHW, self._world))
+        if self._recording is not None:
+            for part, rows in zip(self._parts, kept.parts, strict=True):
                 part[epoch, samples_P] = rows
-        return kept.to(views_PCHW.device)
+        return kept.decoded(views_PCHW.device)
 
     def have(self, pools_of_epoch: Sequence[Tensor], epoch: int) -> list[bool]:
         """Whether every answer of a pool is there, from a recording that was stopped."""
         if self._recording is None:
             return self._world.same([])
-        parts = [
-            SoftTargets(*(part[epoch, samples_P] for part in self._parts))
-            for samples_P in pools_of_epoch
-        ]
-        return self._world.same([not self._is_missing(rows_P) for rows_P in parts])
+        rows = ([part[epoch, samples_P] for part in self._parts] for samples_P in pools_of_epoch)
+        return self._world.same([not self._is_missing(rows_P) for rows_P in rows])
 
     def is_complete(self) -> bool:
         """Whether every answer is there."""
-        epochs = (SoftTargets(*rows) for rows in zip(*self._parts, strict=True))
-        return self._world.same(not any(self._is_missing(rows_N) for rows_N in epochs))
+        epochs = zip(*self._parts, strict=True)
+        return self._world.same(not any(self._is_missing(parts_N) for parts_N in epochs))
 
-    def _is_missing(self, rows_B: SoftTargets) -> bool:
+    def _is_missing(self, parts_B: Sequence[Tensor]) -> bool:
         """Whether one of these is."""
-        return bool(unanswered(rows_B, self.layout.classes).any())
+        return bool(unanswered(parts_B, self.layout).any())
 
     def flush(self) -> None:
         if self._recording is not None:
@@ -213,7 +243,7 @@ def _begin(path: Path, layout: LabelLayout) -> None:
     staged = path.with_name(f"{path.name}.partial")
     try:
         with full_disk_explained(path, layout.bytes):
-            fill_with_nan(staged, layout)
+            fill_with_missing(staged, layout)
         os.replace(staged, path)
     except BaseException:
         staged.unlink(missing_ok=True)
@@ -245,9 +275,9 @@ class StoredLabels:
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         """While these are learnt from, the next pool's are read from the disk."""
-        targets_P = self.stored.targets(epoch, samples_P)
+        targets_P = self.stored.targets(epoch, samples_P, views_PCHW.device)
         self._read_next(int(samples_P[0]), epoch)
-        return targets_P.to(views_PCHW.device)
+        return targets_P
 
     def _read_next(self, sample: int, epoch: int) -> None:
         """Read the pool after the one with this sample ahead, of the next epoch after the last."""
@@ -274,7 +304,7 @@ class StoredLabels:
 
 
 def _described(teacher: Any, temperature: float, codec: Codec, k: int | None) -> dict[str, Any]:
-    kept = {"k": k} if codec == "topk" else {}
+    kept = {} if codec == "dense" else {"k": k}
     return {"teacher": teacher, "temperature": temperature, "codec": codec, **kept}
 
 
@@ -297,7 +327,7 @@ def _require_fit(
             f"stored labels: expected at least {config.epochs} epochs, got {stored.epochs}: "
             f"train for {stored.epochs} (--epochs {stored.epochs}), or {_AGAIN}"
         )
-    if stored.codec == "topk" and stored.temperature != config.temperature:
+    if not stored.keeps_logits and stored.temperature != config.temperature:
         raise CoresetError(
             f"stored labels: expected temperature {config.temperature}, got top-k labels at "
             f"{stored.temperature}, which keep no logits: {_AGAIN}"

@@ -74,7 +74,15 @@ def check_factor(factor: int, image_size: int) -> None:
 
 
 def check_labels(options: RunOptions, classes: int) -> None:
-    """ValueError for labels that a codec would make no smaller."""
+    """ValueError for labels that a codec would make no smaller, or components that are not."""
+    kept = options.kept_per_label(classes)
+    if options.codec == "pca" and not 1 <= kept < classes:
+        raise ValueError(
+            f"--codec pca --components {kept}: answers about {classes} classes have "
+            f"{classes - 1} components: give fewer, or leave --components out"
+            if classes > 1
+            else "--codec pca: an answer about 1 class has no components: give --codec dense"
+        )
     if options.codec == "topk" and classes <= 2 * options.top_k:
         raise ValueError(
             f"--codec topk --top-k {options.top_k} keeps {min(options.top_k, classes)} of "

@@ -42,7 +42,8 @@ def label_settings(options: RunOptions) -> dict[str, Any]:
     if options.labels == "online":
         return {"--labels": "online"}
     kept = {"--labels": "record or stored", "--codec": options.codec}
-    return kept | ({"--top-k": options.top_k} if options.codec == "topk" else {})
+    own = {"topk": {"--top-k": options.top_k}, "pca": {"--components": options.components}}
+    return kept | own.get(options.codec, {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class RunLabels:
         return RecordedLabels(
             *(self.teacher(), self.source, self.plan.student, self._recording(), self.report),
             codec=self.plan.options.codec,
-            k=self.plan.options.top_k,
+            k=self._kept_per_label,
             world=self.run.world,
         )
 
@@ -107,8 +108,7 @@ class RunLabels:
         stored = coreset.soft_labels()
         if stored is None:
             return None
-        options = self.plan.options
-        asked = _codec_options(options.codec, options.top_k)
+        asked = _codec_options(self.plan.options.codec, self._kept_per_label)
         kept = _codec_options(stored.codec, stored.k)
         if kept != asked:
             raise CoresetError(
@@ -119,9 +119,14 @@ class RunLabels:
             discard_recorded(self._recording())  # of a run that was killed in between
         return StoredLabels(stored, self.source, self.plan.student)
 
+    @property
+    def _kept_per_label(self) -> int:
+        return self.plan.options.kept_per_label(len(self.source.class_ids))
+
     def _recording(self) -> Path:
         return self.run.folder / "students" / f"{self.method}.labels.partial"
 
 
 def _codec_options(codec: str, k: int | None) -> str:
-    return f"--codec {codec}" + (f" --top-k {k}" if codec == "topk" else "")
+    own = {"topk": f" --top-k {k}", "pca": f" --components {k}"}
+    return f"--codec {codec}{own.get(codec, '')}"

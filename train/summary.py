@@ -134,6 +134,9 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "labels": options.labels if soft else None,
         "codec": options.codec if stored else None,
         "top_k": options.top_k if stored and options.codec == "topk" else None,
+        "components": options.kept_per_label(len(plan.class_names))
+        if stored and options.codec == "pca"
+        else None,
         "student": student.network,
         "epochs": student.epochs,
         "batch": student.batch,
