@@ -54,8 +54,9 @@ def test_the_floor_is_by_precision(roofline: ModuleType) -> None:
     assert roofline.peer_precisions("diffusers-upcast", model, "fp16") == ("fp16", "fp32")
 
 
-def test_the_roofline_counts_products_and_both_ways_of_a_copy(
-    roofline: ModuleType, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("slow", "tflops"), [("convolution", 2.147), ("product", 9.664)])
+def test_the_roofline_counts_the_faster_arithmetic_and_both_ways_of_a_copy(
+    roofline: ModuleType, monkeypatch: pytest.MonkeyPatch, slow: str, tflops: float
 ) -> None:
     ran = []
 
@@ -63,12 +64,23 @@ def test_the_roofline_counts_products_and_both_ways_of_a_copy(
         with FlopCounterMode(display=False) as counter:
             result = call()
         ran.append((counter.get_total_flops(), result.nbytes, bool((result != 0).any())))
-        return {"p50": 1000.0}
+        is_slow = len(ran) == {"product": 1, "convolution": 2}[slow]
+        return {"p50": 100_000.0 if is_slow else 1000.0}
 
     monkeypatch.setattr(roofline, "time_us", one_ms)
     found = roofline.measure_roofline("cpu", ["bf16", "bf16"])
-    (flops, _, random), (_, copied, _) = ran
+    (product, _, random), (convolution, _, also_random), (_, copied, _) = ran
     assert random
-    assert found.flops == {"bf16": flops / 1e-3}
+    assert also_random
+    assert found.flops == {"bf16": (product if slow == "convolution" else convolution) / 1e-3}
     assert found.copy_bytes_per_s == 2 * copied / 1e-3
-    assert found.row() == {"matmul_tflops": {"bf16": 2.147}, "copy_gb_per_s": 268.4}
+    assert found.row() == {"tflops": {"bf16": tflops}, "copy_gb_per_s": 268.4}
+
+
+def test_on_a_gpu_a_convolution_is_no_roofline(
+    roofline: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "matmul_flops", lambda device, precision: 1.0)
+    monkeypatch.setattr(roofline, "convolution_flops", lambda device, precision: 2.0)
+    assert roofline.arithmetic_flops("cuda", "fp32") == 1.0
+    assert roofline.arithmetic_flops("cpu", "fp32") == 2.0
