@@ -3,7 +3,8 @@
     scored images      min(300, images per class) · classes             RDED's pool
     samples            classes · ipc · 2²
     expansion          samples · epochs / rate of labels (expansion and teacher, one pass: record)
-    labels             dense: epochs · samples · classes · 2 B;  top-10: epochs · samples · 40 B
+    labels             as their file holds them (engine/label_file.py): 2 B a class of an answer as
+                       dense, 40 B of an answer by pca, and its basis
     keys and values    classes · bytes of a prompt: what would lie on the device if all were kept
 
 A rate counts for what it was measured at alone: `NEEDS` says which settings of its row must be
@@ -19,7 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-POOL_PER_CLASS, TILES, EPOCHS, TOP_K_BYTES, EVALS = 300, 4, 300, 40, 4
+from patchbloom.engine.label_file import LabelLayout
+from patchbloom.train.commands import COMPONENTS
+
+POOL_PER_CLASS, TILES, EPOCHS, EVALS = 300, 4, 300, 4
 BENCHMARK = "scale-"
 """How the benchmark of a row begins; its part follows."""
 NEEDS = {
@@ -169,6 +173,7 @@ def _row(dataset: Dataset, ipc: int, rates: dict[str, Origin]) -> Row:
     def size(items: int, name: str) -> float | None:
         return items * rates[name].value if name in rates else None
 
+    sizes = {"epochs": EPOCHS, "samples": samples, "classes": dataset.classes}
     return {
         "projection": True,
         "dataset": dataset.name,
@@ -177,8 +182,8 @@ def _row(dataset: Dataset, ipc: int, rates: dict[str, Origin]) -> Row:
         "writing_h": hours(samples, "write_patches_per_s"),
         "labels_h": hours(samples * EPOCHS, "labels_per_s"),
         "patch_bytes": size(samples, "bytes_per_patch"),
-        "dense_label_bytes": EPOCHS * samples * dataset.classes * 2,
-        "top_10_label_bytes": EPOCHS * samples * TOP_K_BYTES,
+        "dense_label_bytes": LabelLayout(codec="dense", **sizes).bytes,
+        "pca_label_bytes": LabelLayout(codec="pca", k=COMPONENTS, **sizes).bytes,
         "keys_values_bytes": size(dataset.classes, "bytes_per_prompt"),
     }
 
@@ -191,7 +196,7 @@ def table(target: Target, rates: dict[str, Origin]) -> str:
         f"px, {target.model}, {target.backend}, {target.evals} evals, teacher "
         f"{target.teacher}; one device: {device}",
         f"{'set':13} {'IPC':>3} {'scoring h':>10} {'writing h':>10} {'labels h':>10} "
-        f"{'patches':>9} {'dense':>9} {'top-10':>9} {'K/V':>9}",
+        f"{'patches':>9} {'dense':>9} {f'pca-{COMPONENTS}':>9} {'K/V':>9}",
     ]
     for row in project(rates):
         hours = " ".join(_cell(row[name], 1, "", 10) for name in row if name.endswith("_h"))

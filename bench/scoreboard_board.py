@@ -35,7 +35,7 @@ COMPARED = ("rded", "dace")
 TEXT_ONLY, NO_MIXUP = ("--start", "noise"), ("--no-mixup",)
 HARD = ("--targets", "hard")
 """Options of `train` for students that learn from class indices alone."""
-TOP_KS, COMPONENTS = (3, 10, 50), (9, 20, 40, 80)
+TOP_KS, COMPONENTS = (3, 10, 50), (9, 20, 36, 40, 80)
 """What the label codecs topk and pca keep of an answer."""
 SAME_ELSEWHERE = ("model", "backend", "device", "bundles", "engine_batch", "shapes_per_class")
 """Options that `train student --coreset` has to be given again."""

@@ -119,7 +119,8 @@ def test_a_projection_is_the_arithmetic_it_says(projection: ModuleType, target: 
     assert row["scoring_h"] == pytest.approx(300_000 / 500 / 3600)
     assert row["labels_h"] == pytest.approx(samples * 300 / 250 / 3600)
     assert row["dense_label_bytes"] / 2**30 == pytest.approx(22.4, abs=0.1)  # facts of the field
-    assert row["dense_label_bytes"] == 50 * row["top_10_label_bytes"]
+    assert row["dense_label_bytes"] == 2 * 1000 * 300 * samples
+    assert row["pca_label_bytes"] == 40 * 300 * samples + 41 * 1000 * 4
     assert row["keys_values_bytes"] == 25.6e9
     assert rows["ImageNet-21k", 1]["patch_bytes"] == 21_841 * 4 * 20_000
     table = projection.table(target, rates)

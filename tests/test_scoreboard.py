@@ -94,7 +94,7 @@ def test_cells_are_shared_and_say_what_they_are(scoreboard: ModuleType, data: Pa
     ):
         assert words[words.index(option) + 1] == value
     assert [line.label for line in board.lines() if line.group == "1000 classes"] == [
-        *("dense", "top-3", "top-10", "top-50", "pca-9", "pca-20", "pca-40", "pca-80")
+        *("dense", "top-3", "top-10", "top-50", "pca-9", "pca-20", "pca-36", "pca-40", "pca-80")
     ]
     dense = lines["codecs", "1000 classes", "dense"].cell
     words = scoreboard.command(dense, board)
