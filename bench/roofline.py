@@ -52,7 +52,7 @@ class Roofline:
     def row(self) -> dict[str, Any]:
         """For a result: TFLOP/s by precision, GB/s."""
         return {
-            "tflops": {name: round(each / 1e12, 3) for name, each in self.flops.items()},
+            "reached_tflops": {name: round(each / 1e12, 3) for name, each in self.flops.items()},
             "copy_gb_per_s": round(self.copy_bytes_per_s / 1e9, 1),
         }
 

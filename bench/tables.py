@@ -204,7 +204,9 @@ def _over(row: Row, name: str, peer: str) -> str:
 
 
 def _share(row: Row, name: str) -> str:
-    percent = row.get("percent_of_roofline", {}).get(name)
+    """Nothing for rows of before a convolution counted, whose roofline may be another."""
+    held = "reached_tflops" in row.get("roofline", {})
+    percent = row["percent_of_roofline"].get(name) if held else None
     return "" if percent is None else f"{percent:.0f} %"
 
 

@@ -6,14 +6,15 @@
     parquet      data/train-00000-of-00001.parquet    parquet.py
     ddranking    images.pt, labels.pt, images/        dd_ranking.py
 
-    export.json  beside them: the coreset's name, the classes in order, what the labels are of, and
-                 size and SHA-256 of every file
+    export.json  beside them: the coreset's name, the classes in order, what the labels are of and
+                 which parts of them are here, and size and SHA-256 of every file
 
 All that a coreset holds is training data, so the one split is `train`: patches, and the real images
 that doping added, which may be larger. Both are the coreset's own PNG bytes. Soft labels are the
 teacher's answers to views of images that are made of the stored ones, not to these as they are.
 Each is exported once, with the image that it is of (showings.py); export.json says what was made of
-it. The same coreset gives the same bytes, and an export is there whole or not at all.
+it. Of labels in principal components the logits are exported, which at 1000 classes are 50 times
+as large. The same coreset gives the same bytes, and an export is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def export_coreset(
         "parquet": lambda folder: write_parquet(coreset, stored, folder),
         "ddranking": lambda folder: write_dd_ranking(coreset, dataset, folder),
     }
-    with full_disk_explained(out, _needed_bytes(coreset, to)), replacing(out, overwrite) as partial:
+    needed = _needed_bytes(coreset, to, stored)
+    with full_disk_explained(out, needed), replacing(out, overwrite) as partial:
         told = {**_counts(coreset), **writers[to](partial)}
         _write_mark(coreset, to, stored, partial, told)
     files = json.loads((out / MARK).read_bytes())["files"]
@@ -110,7 +112,7 @@ def _write_mark(
         "coreset": coreset.content_sha256,
         "classes": manifest["classes"],
         "settings": coreset.settings,
-        "labels": None if stored is None else manifest["labels"],
+        "labels": None if stored is None else manifest["labels"] | {"parts": stored.parts},
         "views": None if stored is None else _told_of_views(coreset),
         "files": {path.relative_to(folder).as_posix(): file_entry(path) for path in paths},
     }
@@ -121,15 +123,17 @@ def _told_of_views(coreset: Coreset) -> dict[str, Any]:
     return {"columns": VIEW_COLUMNS, "meaning": told_of_labels(coreset)}
 
 
-def _needed_bytes(coreset: Coreset, to: ExportFormat) -> int:
-    files = coreset.manifest["files"]
-    stored = sum(entry["bytes"] for entry in files.values())
+def _needed_bytes(coreset: Coreset, to: ExportFormat, labels: SoftLabels | None) -> int:
+    sizes = coreset.bytes()
+    images_bytes = 2 * (sizes["patches"] or 0)
+    if labels is not None:
+        return images_bytes + labels.epochs * labels.samples * labels.answer_bytes
     if to != "ddranking":
-        return 2 * stored
+        return images_bytes
     settings = coreset.settings
     mosaics = len(coreset.labels_N) // settings["factor"] ** 2
     images = mosaics + _counts(coreset)["doped_images"]
-    return 2 * stored + images * 3 * 4 * settings["image_size_px"] ** 2
+    return images_bytes + images * 3 * 4 * settings["image_size_px"] ** 2
 
 
 def _check_target(coreset: Coreset, out: Path, overwrite: bool) -> None:

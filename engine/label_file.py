@@ -46,12 +46,8 @@ class Part:
     kind: str
     """As safetensors names it: F32, F16, I16 or I8."""
     shape: tuple[int, ...]
-    """Of answers [E, N, *]; of what all answers share, anything else."""
-
-    @property
-    def of_answers(self) -> bool:
-        """Whether it has a row for every answer."""
-        return len(self.shape) == 3
+    of_answers: bool = True
+    """Whether it has a row for every answer, [E, N, *]; else they share it."""
 
     @property
     def row_bytes(self) -> int:
@@ -85,7 +81,7 @@ class LabelLayout:
         if self.codec == "pca" and not 1 <= self.k < self.classes:
             raise CoresetError(
                 f"codec pca: expected 1 <= k < {self.classes} classes, got k={self.k}: "
-                f"{self.classes - 1} components keep everything"
+                + (f"{self.classes - 1} keep everything" if self.classes > 1 else "use dense")
             )
         if self.classes > _MOST_CLASSES:
             raise CoresetError(f"expected at most {_MOST_CLASSES} classes, got {self.classes}")
@@ -97,7 +93,8 @@ class LabelLayout:
             return (Part("logits", "F16", (self.epochs, self.samples, self.classes)),)
         shape = (self.epochs, self.samples, self.k)
         if self.codec == "pca":
-            return Part("basis", "F32", (1 + self.k, self.classes)), Part("codes", "I8", shape)
+            basis = Part("basis", "F32", (1 + self.k, self.classes), of_answers=False)
+            return basis, Part("codes", "I8", shape)
         return Part("probabilities", "F16", shape), Part("classes", "I16", shape)
 
     @property
@@ -131,9 +128,11 @@ def write_label_file(
 ) -> None:
     """Write `labels.safetensors`, the answers of one epoch after the other, each part [N, *].
 
-    `shared` is the basis of pca. Byte for byte what safetensors' `save_file` makes of the whole
-    tensors; on the disk when this returns. OSError on a full disk.
+    `shared` is the basis of pca, and nothing with another codec. Byte for byte what safetensors'
+    `save_file` makes of the whole tensors; on the disk when this returns. OSError on a full disk.
     """
+    if (layout.codec == "pca") != (shared is not None):
+        raise ValueError(f"codec {layout.codec}: expected a basis of pca and of nothing else")
     with path.open("wb") as stream:
         stream.write(layout.header())
         if shared is not None:

@@ -4,7 +4,7 @@
     doped        bool: a real image that doping added, of its own size, and not a patch
     label        int64, a ClassLabel whose names are the class ids in order
     class_name   for prompts and people
-    logits                     dense soft labels, fp16 [A][K]
+    logits                     soft labels that keep them, fp16 [A][K]
     probabilities, classes     top-k ones, fp16 and int16 [A][k]
     views                      what each is of, int32 [A][3]: sample, epoch, variant
 
@@ -69,8 +69,7 @@ def _group_rows(coreset: Coreset, labels: SoftLabels | None) -> int:
     if labels is None:
         return GROUP_ROWS
     images = len(coreset.labels_N) + len(coreset.class_ids) * coreset.doped_per_class
-    bytes_each = 4 * labels.k if labels.k else 2 * labels.classes
-    bytes_all = labels.epochs * labels.samples * bytes_each
+    bytes_all = labels.epochs * labels.samples * labels.answer_bytes
     return max(1, min(GROUP_ROWS, GROUP_BYTES * images // bytes_all))
 
 

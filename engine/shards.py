@@ -5,7 +5,7 @@
     <class>_doped_<number>.png                            a real image, where doping added some
     <class>_<number>.cls      the class index
     <class>_<number>.json     {"class_id", "class_name", "doped"}
-    <class>_<number>.logits.npy                           dense soft labels, fp16 [A, K]
+    <class>_<number>.logits.npy                 soft labels that keep them, fp16 [A, K]
     <class>_<number>.probabilities.npy, .classes.npy      top-k ones, fp16 and int16 [A, k]
     <class>_<number>.views.npy      what each is of, int32 [A, 3]: sample, epoch, variant
 

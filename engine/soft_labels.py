@@ -22,7 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .label_basis import MISSING, decode_in_basis, encode_in_basis, fit_basis
+from .label_basis import (
+    MISSING,
+    decode_in_basis,
+    encode_in_basis,
+    fit_basis,
+    fitted_answers,
+    spread_out,
+)
 from .label_file import KeptCodec, LabelLayout, MappedParts
 from .manifest import CoresetError
 
@@ -70,7 +77,7 @@ class LabelBlock:
     logits: Tensor | None = None
     """The teacher's logits [E, N, K], any float dtype, finite in fp16; None for codec none."""
     temperature: float = 20.0
-    """Softmax temperature T: applied when dense labels are read, before top-k labels are stored."""
+    """Softmax temperature T: applied when logits are read, before top-k labels are stored."""
     k: int = 10
     """Kept per row by topk and pca, see LabelLayout."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -93,12 +100,12 @@ class LabelBlock:
 
     @cached_property
     def basis(self) -> Tensor | None:
-        """Of codec pca, fitted to all these logits; CoresetError for a logit beyond fp16."""
+        """Of codec pca, fitted to these logits; CoresetError for a logit beyond fp16."""
         if self.codec != "pca" or self.logits is None:
             return None
-        logits = self.logits.flatten(0, 1).to(torch.float16)
-        _refuse_not_finite(logits)
-        return fit_basis(logits, self.k)
+        logits_MK = spread_out(self.logits.flatten(0, 1), fitted_answers(self.k)).half()
+        _refuse_not_finite(logits_MK)
+        return fit_basis(logits_MK, self.k)
 
     @property
     def layout(self) -> LabelLayout | None:
@@ -156,7 +163,7 @@ class RecordedBlock:
             raise CoresetError(
                 f"{self.recording.path}: labels of epoch {epoch} are missing: train to the end"
             )
-        return KeptLabels(parts)
+        return KeptLabels(parts, self.basis)
 
 
 def unanswered(parts_B: Sequence[Tensor], layout: LabelLayout) -> Tensor:
@@ -180,7 +187,11 @@ class LabelCodec:
     temperature: float
     """Of topk."""
     basis: Tensor | None = None
-    """Of pca."""
+    """Of pca, and of nothing else."""
+
+    def __post_init__(self) -> None:
+        if (self.codec == "pca") != (self.basis is not None):
+            raise ValueError(f"codec {self.codec}: expected a basis of pca and of nothing else")
 
     def encode(self, logits_NK: Tensor) -> KeptLabels:
         """Logits as they are stored; CoresetError for one that is not finite within fp16."""
@@ -257,7 +268,7 @@ class SoftLabels:
         if not self.keeps_logits:
             raise CoresetError(
                 "codec topk keeps probabilities, not logits: call probabilities(), "
-                "or label the coreset again with codec dense"
+                "or label the coreset again with codec pca or dense"
             )
         return self.targets(epoch, samples_B).labels.float()
 
@@ -287,6 +298,11 @@ class SoftLabels:
     def parts(self) -> tuple[str, ...]:
         """What is known of an answer: logits, or probabilities and classes."""
         return ("logits",) if self.keeps_logits else ("probabilities", "classes")
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of an answer as `answers` gives it, which of pca is not as it is stored."""
+        return 2 * self.classes if self.keeps_logits else 4 * (self.k or 0)
 
     def answers(self, epochs_A: np.ndarray, samples_A: np.ndarray) -> dict[str, np.ndarray]:
         """Those to A views by part: [A, K], top-k ones [A, k]."""

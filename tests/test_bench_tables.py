@@ -67,6 +67,7 @@ def test_the_last_row_of_a_setting_is_shown(tables: ModuleType, tmp_path: Path) 
         batch=64,
         dirty=True,
         percent_of_roofline={"diffusers": 12.3, "ort": 36.7},
+        roofline={"reached_tflops": {"fp32": 1.0}},
         peak_memory={"ort": {"torch_bytes": 1 << 20, "device_bytes": 3 << 20}},
     )
     (tmp_path / "card").mkdir()

@@ -158,6 +158,9 @@ def test_components_that_answers_do_not_have(train: Command, shapes: Path, tmp_p
     told = "--codec pca --components 10: answers about 10 classes have 9 components: give fewer"
     assert told in train(*given, "--components", "10").error
     assert "--components 0: expected 1 or more" in train(*given, "--components", "0").error
+    assert "--components 257: expected 256 at most" in train(*given, "--components", "257").error
+    error = train(*given, "--codec", "topk", "--components", "3").error
+    assert "--components has no use with --codec topk: leave it out" in error
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")

@@ -446,7 +446,7 @@ def test_recognised_counts_the_rows_whose_answer_is_their_class(codec, tmp_path:
     ("arguments", "told"),
     [
         ({"codec": "topk", "logits": _logits(classes=4), "k": 2}, "2k < 4"),
-        ({"codec": "pca", "logits": _logits(classes=4), "k": 4}, "3 components keep everything"),
+        ({"codec": "pca", "logits": _logits(classes=4), "k": 4}, "got k=4: 3 keep everything"),
         ({"codec": "pickle", "logits": _logits()}, "expected dense, topk, pca or none"),
         ({"codec": "dense"}, r"expected logits \[E, N, K\], got None"),
         ({"codec": "dense", "logits": torch.zeros(3, 2)}, "got \\(3, 2\\)"),

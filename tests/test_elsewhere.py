@@ -218,10 +218,13 @@ def test_labels_of_other_codecs_have_not_drifted_either(
     assert result["drift"][0]["control_kl"]["mean"] > 0
 
 
+@pytest.mark.parametrize("codec", ["dense", "pca"])
 def test_a_drift_is_told_and_another_teacher_is_refused(
-    train: Train, given: Path, elsewhere, tmp_path: Path
+    train: Train, given: Path, elsewhere, tmp_path: Path, codec: Codec
 ) -> None:
+    """Its answers are taken whole, not as far as the first teacher's components reach."""
     folder, path = elsewhere("upsample"), given / "run" / "teacher" / "teacher.safetensors"
+    _relabelled(folder, codec)
     other = load_teacher(str(path), open_coreset(folder).class_ids)
     torch.manual_seed(1)
     with torch.no_grad():

@@ -171,6 +171,21 @@ def test_hugging_face_datasets_opens_parquet(
             np.testing.assert_array_equal(np.array(row[name], expected.dtype), expected)
 
 
+def test_groups_of_rows_are_of_decoded_labels(
+    coreset: Coreset, pca: Coreset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no more of them is in memory at once than of dense ones."""
+    import pyarrow.parquet
+
+    monkeypatch.setattr("patchbloom.engine.parquet.GROUP_BYTES", 3 * EPOCHS * 10 * 2)
+    for given in (coreset, pca):
+        export(given, "parquet", tmp_path / given.folder.name)
+        (path,) = (tmp_path / given.folder.name / "data").iterdir()
+        assert pyarrow.parquet.ParquetFile(path).metadata.row_group(0).num_rows == 3
+        told = json.loads((tmp_path / given.folder.name / "export.json").read_text())
+        assert told["labels"]["parts"] == ["logits"]
+
+
 def test_dd_ranking_is_given_what_it_documents(coreset: Coreset, tmp_path: Path) -> None:
     """Its own steps: torch.load of images.pt, an ImageFolder of image_path, its class numbers."""
     told = export(coreset, "ddranking", tmp_path / "out")

@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from patchbloom.engine.label_basis import (
     HEADROOM,
     MISSING,
+    ROWS,
     decode_in_basis,
     encode_in_basis,
     fit_basis,
+    share_kept,
+    spread_out,
 )
 
 
@@ -78,6 +81,9 @@ def test_answers_that_were_not_fitted_lose_little_and_far_ones_are_clipped() -> 
     assert float(lost) < 0.02
     far = basis[0] + 1000 * basis[1]
     assert encode_in_basis(far[None], basis)[0].tolist() == [127] + 39 * [0]
+    data = centred(others) - basis[0].double()
+    kept = 1 - float((decoded - centred(others)).square().sum() / data.square().sum())
+    assert share_kept(others, basis) == pytest.approx(kept, abs=1e-4)
 
 
 def test_answers_of_fewer_directions_than_components() -> None:
@@ -88,10 +94,26 @@ def test_answers_of_fewer_directions_than_components() -> None:
     torch.testing.assert_close(decoded.double(), centred(logits), rtol=0, atol=0.05)
 
 
-def test_a_batch_of_any_size_has_the_same_codes() -> None:
-    logits = answers(257, 100, 60)
+def test_a_batch_of_any_size_has_the_same_codes_and_logits() -> None:
+    logits = answers(2 * ROWS + 7, 1000, 60)
     basis = fit_basis(logits, 40)
     codes = encode_in_basis(logits, basis)
-    alone = torch.cat([encode_in_basis(row, basis) for row in logits.split(1)])
+    alone = torch.cat([encode_in_basis(rows, basis) for rows in logits.split(3)])
     assert torch.equal(codes, alone)
+    decoded = decode_in_basis(codes, basis)
+    assert torch.equal(decoded, torch.cat([decode_in_basis(row, basis) for row in codes.split(1)]))
     assert torch.equal(fit_basis(logits, 40), basis)
+
+
+def test_logits_at_the_end_of_fp16_stay_finite() -> None:
+    logits = torch.full((4, 3), -60000.0).half()
+    logits[range(4), [0, 1, 2, 0]] = 60000.0
+    basis = fit_basis(logits, 2)
+    assert bool(decode_in_basis(encode_in_basis(logits, basis), basis).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("have", "most", "rows"), [(7, 3, [0, 2, 4]), (3, 7, [0, 1, 2]), (0, 4, [])]
+)
+def test_answers_are_taken_evenly(have: int, most: int, rows: list[int]) -> None:
+    assert spread_out(torch.arange(have)[:, None], most)[:, 0].tolist() == rows

@@ -306,6 +306,32 @@ def test_a_basis_is_fitted_once_and_survives_a_kill_9(source, teacher, tmp_path:
     assert path.read_bytes() == begun
 
 
+def test_what_a_basis_keeps_is_told(source, teacher, tmp_path: Path) -> None:
+    told = []
+    for k in (KEPT, 9):
+        report = Silent()
+        path = tmp_path / f"{k}.partial"
+        RecordedLabels(teacher, source, CONFIG, path, report, codec="pca", k=k)
+        (said,) = report.said
+        assert said.startswith(f"labels: {k} components keep ")
+        assert said.endswith("% of the variance of 12 answers that they were not fitted to") == (
+            k == KEPT
+        )
+        told.append(float(said.split("keep ")[1].split(" %")[0]))
+    assert 50 < told[0] < told[1]
+    assert told[1] > 99.9
+
+
+def test_a_codec_needs_its_basis() -> None:
+    with pytest.raises(ValueError, match="codec pca: expected a basis"):
+        LabelCodec("pca", k=3, temperature=4.0)
+    with pytest.raises(ValueError, match="of pca and of nothing else"):
+        LabelCodec("dense", k=3, temperature=4.0, basis=torch.zeros(4, 10))
+    layout = LabelLayout(codec="pca", epochs=1, samples=2, classes=10, k=KEPT)
+    with pytest.raises(ValueError, match="codec pca: expected a basis"):
+        write_label_file(Path("unwritten"), layout, lambda _: [np.zeros((2, KEPT), np.int8)])
+
+
 @pytest.mark.parametrize("damage", ["cut", "other views", "other codec"])
 def test_a_recording_that_does_not_fit_is_begun_anew_and_told(
     source, teacher, tmp_path: Path, damage: str

@@ -38,7 +38,7 @@ STEPS = {"dace": 5, "t2i": 1, "dsco": 5}
 MOST_T2I_STEPS = 4
 LabelChoice = Literal["stored", "online", "record"]
 CodecChoice = Literal["dense", "topk", "pca"]
-COMPONENTS = 40
+COMPONENTS, MOST_COMPONENTS = 40, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +128,13 @@ class RunOptions:
     """How the teacher's soft labels come: `record` trains and stores them in one pass, `stored`
     stores them first, `online` stores none. The students are the same."""
     codec: CodecChoice = "dense"
-    """How labels are kept: `dense`, fp16 logits of all classes; `pca`, a byte for each of their
-    principal components; or `topk`, the largest probabilities. Students of this run learn from
-    labels as they are kept."""
+    """How labels are kept: `dense`, fp16 logits of all classes; `pca`, a byte for each of the first
+    principal components of the teacher's answers; or `topk`, the largest probabilities. Students of
+    this run learn from labels as they are kept."""
     top_k: int = 10
     """Probabilities per label that --codec topk keeps; fewer than half of the classes."""
     components: int | None = None
-    """Of --codec pca, fewer than there are classes. Left out: 40, or all that there are."""
+    """Of --codec pca: fewer than there are classes, 256 at most. Left out: 40, or all there are."""
     seed: int = 0
     """Of everything random: patches, noise, crops, order, initialisation."""
     seeds: int = 3
@@ -218,6 +218,10 @@ class RunOptions:
                 f"--labels online stores none, so --codec {self.codec} has no use: leave one of "
                 "them out"
             )
+        if self.components is not None and self.codec != "pca":
+            raise ValueError(f"--components has no use with --codec {self.codec}: leave it out")
+        if (self.components or 0) > MOST_COMPONENTS:
+            raise ValueError(f"--components {self.components}: expected {MOST_COMPONENTS} at most")
         if self.targets == "hard" and (self.labels != "record" or self.codec != "dense"):
             raise ValueError(
                 "--targets hard makes no soft labels: leave out --labels and --codec, or give "

@@ -178,7 +178,9 @@ class Distillation:
             settings["--dope"] = self.plan.options.dope
             if method != REAL:
                 settings |= self.doping_stage(method)
-        return settings | (label_settings(self.plan.options) if method != REAL else {})
+        if method == REAL:
+            return settings
+        return settings | label_settings(self.plan.options, len(self.plan.class_names))
 
     def _undoped_settings(self, method: str) -> dict[str, Any]:
         """All that decides what a student of a method's own coreset learns; of labels, who makes

@@ -7,7 +7,8 @@ For some (sample, epoch): make the image again, and its view, ask the teacher, a
               that makes labels no better than their class
 
 The teacher's answer goes through the labels' codec first, as it did then: so on the machine that
-made the labels the drift is 0, whatever the codec leaves out.
+made the labels the drift is 0, whatever the codec leaves out. Another teacher's goes through no
+codec pca, whose basis is of the first one's answers: its drift has in it what that codec lost.
 
 With CutMix a view needs its partner's image too. Only the images that are looked at and their
 partners are rendered; the rest of a pool is left black, and is not looked at.
@@ -162,7 +163,7 @@ def _compare(
 ) -> _Compared:
     views_SCHW, rendered = _views(source, config, samples_P, epoch, rows_S)
     samples_S = samples_P[rows_S]
-    now_SK = _coded(teacher.logits(views_SCHW), stored)
+    now_SK = _coded(teacher.logits(views_SCHW), stored, teacher)
     then_SK = stored.probabilities(epoch, samples_S)
     others_S = _others_of_the_class(source.labels_N)[samples_S]
     control_S = kl(stored.probabilities(epoch, others_S), now_SK)
@@ -210,8 +211,10 @@ def _views(
     return views_PCHW[rows_S.to(made.device)], len(needed)
 
 
-def _coded(logits_SK: Tensor, stored: SoftLabels) -> Tensor:
+def _coded(logits_SK: Tensor, stored: SoftLabels, teacher: Teacher) -> Tensor:
     """The teacher's logits as the codec would give them back: fp32 probabilities on the CPU."""
+    if stored.codec == "pca" and teacher.sha256 != stored.settings.get("teacher"):
+        return (logits_SK.cpu().float() / stored.temperature).softmax(1)
     return stored.as_probabilities(stored.encoding.encode(logits_SK).decoded())
 
 

@@ -8,9 +8,9 @@ The teacher's logits are rounded to fp16 first. A student learns from an answer 
 is the same, bit for bit on the CPU, whether its labels were recorded beside it or read from where
 they are stored, with any codec; and from online labels it is the one of dense labels.
 
-The basis of codec pca is fitted before the first answer is kept, to ANSWERS_PER_COMPONENT answers
-per component, to views of the first pools, or to as many as there are. They are rendered once more
-for it.
+The basis of codec pca is fitted before the first answer is kept, to answers about views of the
+first pools (label_basis.fitted_answers), which are rendered once more for it. Every TESTED-th of
+these is left out, and what the basis keeps of them is said.
 
 Top-k labels p' of dense ones p: ||p' - p||_1 <= 2 r + 2^-10 + k 2^-24, where r is the mass of the
 classes that are left out (which is spread evenly; the rest of the bound is fp16). The gradient of
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..engine.durable import full_disk_explained, replace_file
-from ..engine.label_basis import fit_basis
+from ..engine.label_basis import fit_basis, fitted_answers, share_kept, spread_out
 from ..engine.label_file import KeptCodec, LabelLayout, MappedParts, fill_with_missing
 from ..engine.manifest import CoresetError
 from ..engine.soft_labels import (
@@ -50,7 +50,7 @@ from .teacher import Teacher
 from .views import describe_views, make_views, pools
 from .world import ALONE, World
 
-ANSWERS_PER_COMPONENT = 32
+TESTED = 8
 
 
 class Labels(Protocol):
@@ -156,28 +156,45 @@ class RecordedLabels:
         if self._recording is not None and self._recording.basis is not None:
             basis = torch.from_numpy(self._recording.basis)
         if self._world.any(bool(basis.isnan().any())):
-            report.say(f"labels: fitting {self.layout.k} components to the teacher's answers")
-            logits_MK = self._first_answers(source, config, self.layout.k * ANSWERS_PER_COMPONENT)
+            answers_MK = self._first_answers(source, config, fitted_answers(self.layout.k))
             if self._recording is not None:
-                basis.copy_(fit_basis(logits_MK, self.layout.k))
+                basis.copy_(self._fitted(answers_MK, report))
                 self.flush()
         return self._world.all_gather_rows(basis).clone()
 
-    def _first_answers(self, source: ImageSource, config: StudentConfig, wanted: int) -> Tensor:
-        """The teacher's logits of whole pools, the first ones, as fp16 on the CPU.
+    def _fitted(self, answers_MK: Tensor, report: Report) -> Tensor:
+        """A basis, and what it keeps of answers that it was not fitted to."""
+        tested_M = torch.arange(1, 1 + len(answers_MK)) % TESTED == 0
+        basis = fit_basis(answers_MK[~tested_M], self.layout.k)
+        if bool(tested_M.any()):
+            kept = share_kept(answers_MK[tested_M], basis)
+            report.say(
+                f"labels: {self.layout.k} components keep {100 * kept:.1f} % of the variance of "
+                f"{int(tested_M.sum())} answers that they were not fitted to"
+            )
+        return basis
 
-        CoresetError for one that is not finite.
+    def _first_answers(self, source: ImageSource, config: StudentConfig, wanted: int) -> Tensor:
+        """That many of the teacher's logits, spread over the first pools: fp16, on the CPU.
+
+        Rank 0's alone; all the others get none.
         """
+        answers, have = [torch.empty(0, self.layout.classes, dtype=torch.float16)], 0
+        for logits_PK in self._asked_anew(source, config):
+            if self._recording is not None:
+                answers.append(logits_PK)
+            have += len(logits_PK)
+            if have >= wanted:
+                break
+        return spread_out(torch.cat(answers), wanted)
+
+    def _asked_anew(self, source: ImageSource, config: StudentConfig) -> Iterator[Tensor]:
+        """Logits of pool after pool; CoresetError for one that is not finite."""
         codec = LabelCodec("dense", k=0, temperature=self.temperature)
-        answers: list[Tensor] = []
         for epoch in range(config.epochs):
             for samples_P in pools(config, source.labels_N, epoch):
-                if sum(map(len, answers)) >= wanted:
-                    return torch.cat(answers)
                 views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)
-                logits_PK = answer_pool(self.teacher, views_PCHW, self._world)
-                answers.append(codec.encode(logits_PK).parts[0])
-        return torch.cat(answers)
+                yield codec.encode(answer_pool(self.teacher, views_PCHW, self._world)).parts[0]
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         """CoresetError for an answer that no codec can hold: NaN, or beyond fp16."""

@@ -74,7 +74,7 @@ def check_factor(factor: int, image_size: int) -> None:
 
 
 def check_labels(options: RunOptions, classes: int) -> None:
-    """ValueError for labels that a codec would make no smaller, or components that are not."""
+    """ValueError for labels that a codec makes no smaller, or more components than there are."""
     kept = options.kept_per_label(classes)
     if options.codec == "pca" and not 1 <= kept < classes:
         raise ValueError(

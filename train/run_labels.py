@@ -32,7 +32,7 @@ from .shared_run import SharedRun
 from .teacher import Teacher
 
 
-def label_settings(options: RunOptions) -> dict[str, Any]:
+def label_settings(options: RunOptions, classes: int) -> dict[str, Any]:
     """What of the options decides the labels, for a stage's config: plain JSON, by option.
 
     `stored` and `record` make the same labels and students.
@@ -42,8 +42,8 @@ def label_settings(options: RunOptions) -> dict[str, Any]:
     if options.labels == "online":
         return {"--labels": "online"}
     kept = {"--labels": "record or stored", "--codec": options.codec}
-    own = {"topk": {"--top-k": options.top_k}, "pca": {"--components": options.components}}
-    return kept | own.get(options.codec, {})
+    own = {"topk": "--top-k", "pca": "--components"}.get(options.codec)
+    return kept | ({own: options.kept_per_label(classes)} if own else {})
 
 
 @dataclass(frozen=True, kw_only=True)
