@@ -33,10 +33,10 @@ def fitted_answers(k: int) -> int:
     return k * ANSWERS_PER_COMPONENT
 
 
-def spread_out(answers_XK: Tensor, most: int) -> Tensor:
-    """So many of the answers, [M, K], evenly spread over their order; all where they are fewer."""
-    count = min(most, len(answers_XK))
-    return answers_XK[torch.arange(count) * len(answers_XK) // max(count, 1)]
+def spread_out(rows: Tensor, most: int) -> Tensor:
+    """So many of the rows, evenly spread over their order; all where they are fewer."""
+    count = min(most, len(rows))
+    return rows[torch.arange(count) * len(rows) // max(count, 1)]
 
 
 def fit_basis(logits_MK: Tensor, k: int) -> Tensor:

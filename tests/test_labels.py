@@ -302,7 +302,7 @@ def test_a_basis_is_fitted_once_and_survives_a_kill_9(source, teacher, tmp_path:
     assert path.read_bytes() == begun
     path.write_bytes(begun[:100] + np.float32(np.nan).tobytes() + begun[104:])
     RecordedLabels(teacher, counted(source), CONFIG, path, Silent(), codec="pca", k=KEPT)
-    assert Counted.rendered == [0, 0, 0, 1, 1, 1, 2]  # 96 answers of pools of 16, 16 and 8
+    assert Counted.rendered == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # 96 answers, 40 an epoch, 16 a pool
     assert path.read_bytes() == begun
 
 

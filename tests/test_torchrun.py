@@ -147,7 +147,7 @@ def test_a_basis_of_labels_is_that_of_one_process(
     alone, two = (open_coreset(tmp_path / out / "coreset") for out in ("alone", "two"))
     assert two.content_sha256 == alone.content_sha256
     assert alone.manifest["labels"]["codec"] == "pca"
-    assert run.stderr.count("labels: fitting 4 components") == 1
+    assert run.stderr.count("labels: 4 components keep") == 1
 
 
 def test_a_killed_rank_ends_the_run_and_nothing_is_lost(

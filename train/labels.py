@@ -8,9 +8,9 @@ The teacher's logits are rounded to fp16 first. A student learns from an answer 
 is the same, bit for bit on the CPU, whether its labels were recorded beside it or read from where
 they are stored, with any codec; and from online labels it is the one of dense labels.
 
-The basis of codec pca is fitted before the first answer is kept, to answers about views of the
-first pools (label_basis.fitted_answers), which are rendered once more for it. Every TESTED-th of
-these is left out, and what the basis keeps of them is said.
+The basis of codec pca is fitted before the first answer is kept, to answers about samples of all
+classes (label_basis.fitted_answers), rendered once more for it. Every TESTED-th of these is left
+out, and what the basis keeps of them is said.
 
 Top-k labels p' of dense ones p: ||p' - p||_1 <= 2 r + 2^-10 + k 2^-24, where r is the mass of the
 classes that are left out (which is spread evenly; the rest of the bound is fp16). The gradient of
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,7 +47,7 @@ from .methods import ImageSource
 from .pool_rendering import answer_pool
 from .record import Report
 from .teacher import Teacher
-from .views import describe_views, make_views, pools
+from .views import describe_views, make_views, pool_size, pools
 from .world import ALONE, World
 
 TESTED = 8
@@ -156,7 +156,7 @@ class RecordedLabels:
         if self._recording is not None and self._recording.basis is not None:
             basis = torch.from_numpy(self._recording.basis)
         if self._world.any(bool(basis.isnan().any())):
-            answers_MK = self._first_answers(source, config, fitted_answers(self.layout.k))
+            answers_MK = self._asked_anew(source, config, fitted_answers(self.layout.k))
             if self._recording is not None:
                 basis.copy_(self._fitted(answers_MK, report))
                 self.flush()
@@ -174,27 +174,24 @@ class RecordedLabels:
             )
         return basis
 
-    def _first_answers(self, source: ImageSource, config: StudentConfig, wanted: int) -> Tensor:
-        """That many of the teacher's logits, spread over the first pools: fp16, on the CPU.
+    def _asked_anew(self, source: ImageSource, config: StudentConfig, wanted: int) -> Tensor:
+        """That many of the teacher's logits, or all there are, of every class: fp16, on the CPU.
 
-        Rank 0's alone; all the others get none.
+        Of samples spread over the source, in as many epochs as it takes. Rank 0's alone; all the
+        others get none. CoresetError for a logit that is not finite.
         """
-        answers, have = [torch.empty(0, self.layout.classes, dtype=torch.float16)], 0
-        for logits_PK in self._asked_anew(source, config):
-            if self._recording is not None:
-                answers.append(logits_PK)
-            have += len(logits_PK)
-            if have >= wanted:
-                break
-        return spread_out(torch.cat(answers), wanted)
-
-    def _asked_anew(self, source: ImageSource, config: StudentConfig) -> Iterator[Tensor]:
-        """Logits of pool after pool; CoresetError for one that is not finite."""
         codec = LabelCodec("dense", k=0, temperature=self.temperature)
-        for epoch in range(config.epochs):
-            for samples_P in pools(config, source.labels_N, epoch):
+        samples_S = spread_out(torch.arange(source.samples), wanted)
+        rounds, chunks = -(-wanted // len(samples_S)), -(-len(samples_S) // pool_size(config))
+        answers = [torch.empty(0, self.layout.classes, dtype=torch.float16)]
+        for epoch in range(min(rounds, config.epochs)):
+            for first in range(chunks):
+                samples_P = samples_S[first::chunks].contiguous()
                 views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)
-                yield codec.encode(answer_pool(self.teacher, views_PCHW, self._world)).parts[0]
+                logits_PK = answer_pool(self.teacher, views_PCHW, self._world)
+                if self._recording is not None:
+                    answers.append(codec.encode(logits_PK).parts[0])
+        return spread_out(torch.cat(answers), wanted)
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         """CoresetError for an answer that no codec can hold: NaN, or beyond fp16."""
