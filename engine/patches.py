@@ -41,8 +41,8 @@ from .patch_scores import (
 from .peers import ALONE, Peers, share_of
 
 TRIES = 10
-TRIM_EVERY_S = 0.5
-"""So often free memory goes back to the system: it takes 1 % of the time, and the peak is flat."""
+TRIM_EVERY_S = 2.0
+"""So often free memory goes back to the system, which keeps the peak flat for 1 % of the time."""
 Method = Literal["lowest-loss", "random"]
 
 
