@@ -10,8 +10,8 @@ def give_back_free_heap() -> None:
     """Return glibc's free blocks to the system; nothing where the C library is another one.
 
     Batches of decoded files, of all sizes and freed by many threads, leave holes: of Imagenette's
-    training images, scored in batches of 64, 50 to 70 MB. It takes 5 ms, and what it gave back is faulted in
-    anew: twice a second it costs 3 % of such a run.
+    training images, scored in batches of 64, 50 to 70 MB. It takes 5 ms, and what went back is
+    faulted in anew: twice a second that costs 3 % of such a run.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
