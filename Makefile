@@ -1,5 +1,6 @@
 # make setup   .venv with everything, at the tested versions (runs when one of the two files changes);
-#              beside it, in .trt, two versions of TensorRT's Python bindings, for tests
+#              beside it, for tests, in .trt two versions of TensorRT's Python bindings, and in .ddranking
+#              DD-Ranking, which by its own word cannot be installed beside numpy 2
 # make demo    the whole method on the CPU, with the shipped model and generated images
 # make test    every test that needs neither a GPU nor a data set
 # make gpu     tests that need a CUDA device, kernels, expansion at full size, an epoch, scoring: under
@@ -17,12 +18,14 @@ DEMO_OUT ?= runs/demo
 OUT ?= runs/gpu
 # Python bindings without the library: what our calls to TensorRT are held against.
 TRT_BINDINGS := 10.16.1.11 11.4.0.106
+# DD-Ranking and what it imports that .venv has not, without what they ask for.
+DDRANKING := ddranking==0.2.0 kornia==0.9.0 kornia_rs==0.2.0 timm==1.0.31
 
 # Wheels come from the package index, not from a local folder with other builds of torch in it.
 export PIP_FIND_LINKS :=
 
-.PHONY: setup bindings demo test gpu bench-table check
-setup: $(INSTALLED) bindings
+.PHONY: setup bindings ddranking demo test gpu bench-table check
+setup: $(INSTALLED) bindings ddranking
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is %d.%d: make setup PYTHON=python3.12" % sys.version_info[:2])'
@@ -40,11 +43,17 @@ bindings: $(INSTALLED)
 	    { rm -rf $$folder; echo "no bindings of TensorRT $$version: tests that need them are skipped"; }; \
 	done
 
+ddranking: $(INSTALLED)
+	@folder=.ddranking/$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)'); \
+	test -d $$folder || $(BIN)/python -m pip install --quiet --retries 1 --timeout 10 --no-deps \
+	  --only-binary :all: --target $$folder $(DDRANKING) || \
+	  { rm -rf $$folder; echo "no DD-Ranking: the test that needs it is skipped"; }
+
 demo: $(INSTALLED)
 	$(BIN)/train --data shapes --model sdxl-tiny --method random rded upsample dace --seeds 3 \
 	  --out $(DEMO_OUT) --overwrite
 
-test: bindings
+test: bindings ddranking
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 GPU_OPTIONS = $(if $(DRY),--dry) $(if $(FULL),--full) $(if $(STAGES),--stages $(STAGES)) \

@@ -13,9 +13,9 @@ are none of ImageNet's.
 
 Soft labels are left out: the stored ones are of views, one per epoch, and DD-Ranking takes one per
 image (mode S) or asks a teacher of its own (mode M). `torch.save` is what DD-Ranking reads, and a
-pickle: of tensors alone, so torch.load's weights_only does. DD-Ranking 0.2.0 wants numpy below 2,
-so it cannot be installed beside this package: the tests follow its documented steps, and its own
-data set and training loop were run on an export by hand, both ways.
+pickle: of tensors alone, so torch.load's weights_only does. DD-Ranking 0.2.0 asks for numpy
+below 2, and runs with 2: the tests have it in a folder of its own, and its evaluation open an
+export both ways.
 
 Legend: N images, K classes, M mosaics and D doped images of a class, r factor, T = r² patches of a
 mosaic, H W image size.

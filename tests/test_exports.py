@@ -6,7 +6,9 @@ import errno
 import hashlib
 import io
 import json
+import os
 import pickletools
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -31,6 +33,9 @@ EPOCHS, IPC, FACTOR, PATCH_PX = 3, 2, 2, 8
 EACH = IPC * FACTOR**2
 IMAGENET = imagenet_names()
 WOOF = tuple(sorted(tuple(IMAGENET)[index] for index in SUBSETS["ImageWoof"]))
+ROOT = Path(__file__).parents[1]
+DD_RANKING = ROOT / ".ddranking" / str(sys.implementation.cache_tag)
+DD_RANKING_PROBE = ROOT / "tests" / "ddranking_probe.py"
 FORMATS: tuple[ExportFormat, ...] = ("imagefolder", "webdataset", "parquet", "ddranking")
 LOGITS = 4 * torch.randn(EPOCHS, 10 * EACH, 10, generator=torch.Generator().manual_seed(1))
 PATCHES = torch.randint(
@@ -206,6 +211,29 @@ def test_dd_ranking_is_given_what_it_documents(coreset: Coreset, tmp_path: Path)
     tiles = PATCHES[first + 4 : first + 8]  # of the second image
     np.testing.assert_array_equal(canvas[:8, :8], tiles[0])
     np.testing.assert_array_equal(canvas[8:, :8], tiles[2])
+
+
+def test_dd_ranking_trains_on_an_export(coreset: Coreset, tmp_path: Path) -> None:
+    """Its own hard-label evaluation, of the tensor and of the folder, in a process of its own.
+
+    Both are validated on the tensor: the folder's classes are those of the labels.
+    """
+    if not DD_RANKING.is_dir():
+        missing = f"DD-Ranking is not in {DD_RANKING}: run make setup"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    export(coreset, "ddranking", tmp_path / "out")
+    probe = subprocess.run(
+        [sys.executable, str(DD_RANKING_PROBE), str(tmp_path / "out")],
+        env=os.environ | {"PYTHONPATH": str(DD_RANKING), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert probe.returncode == 0, probe.stderr
+    told = json.loads(probe.stdout.splitlines()[-1])
+    assert min(told["accuracies"]) > 90
+    known = {name: list(order) for name, order in SUBSETS.items() if name != "ImageNet1K"}
+    assert told["subsets"] == known
 
 
 @pytest.mark.parametrize("to", FORMATS)
