@@ -158,7 +158,9 @@ def main(options: Options) -> None:
         "label_bytes": label_bytes,
         "codec": options.codec,
         "top_k": options.top_k if options.codec == "topk" else None,
-        "components": plan.options.kept_per_label(10) if options.codec == "pca" else None,
+        "components": plan.options.kept_per_label(len(plan.class_names))
+        if options.codec == "pca"
+        else None,
         "model": options.model,
         "backend": options.backend,
         "student": plan.student.network,

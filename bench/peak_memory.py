@@ -52,11 +52,10 @@ class MemoryWatch:
         return {name: found - self._before[name] for name, found in peak.items()}
 
     def _in_use(self) -> dict[str, int]:
+        gc.collect()
         if self._device == "cpu":
-            gc.collect()
             give_back_free_heap()  # Else a peer grows into what others have freed.
             return {"process_bytes": _status_bytes("VmRSS")}
-        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return {"torch_bytes": torch.cuda.memory_allocated(), "device_bytes": _device_bytes()}

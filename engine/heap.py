@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 
 
 def give_back_free_heap() -> None:
@@ -13,7 +12,6 @@ def give_back_free_heap() -> None:
     training images, scored in batches of 64, 50 to 70 MB. It takes 5 ms, and what went back is
     faulted in anew: twice a second that costs 3 % of such a run.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

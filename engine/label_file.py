@@ -181,12 +181,12 @@ class MappedParts:
             self._mapped = mmap.mmap(stream.fileno(), 0, access=access)
         self.answers: list[np.ndarray] = []
         self.basis: np.ndarray | None = None
-        self._begins: list[tuple[int, Part]] = []
+        self._placed: list[tuple[int, Part]] = []
         for part in layout.parts:
             flat = np.frombuffer(self._mapped, _DTYPES[part.kind], math.prod(part.shape), begin)
             if part.of_answers:
                 self.answers.append(flat.reshape(part.shape))
-                self._begins.append((begin, part))
+                self._placed.append((begin, part))
             else:
                 self.basis = flat.reshape(part.shape)
             begin += part.bytes
@@ -199,7 +199,7 @@ class MappedParts:
         own to look after. A call covers at most 128 KiB, of which the kernel may read no more.
         1024 rows of 1000 classes, scattered, cold: 70 to 160 ms unasked, 2 to 8 ms asked for.
         """
-        for begin, part in self._begins:
+        for begin, part in self._placed:
             first_B = begin + (epoch * part.shape[1] + rows_B.astype(np.int64)) * part.row_bytes
             last_B = first_B + part.row_bytes - 1
             pages = np.unique(np.concatenate([first_B, last_B]) // mmap.PAGESIZE)

@@ -103,9 +103,8 @@ class LabelBlock:
         """Of codec pca, fitted to these logits; CoresetError for a logit beyond fp16."""
         if self.codec != "pca" or self.logits is None:
             return None
-        logits_MK = spread_out(self.logits.flatten(0, 1), fitted_answers(self.k)).half()
-        _refuse_not_finite(logits_MK)
-        return fit_basis(logits_MK, self.k)
+        logits_MK = spread_out(self.logits.flatten(0, 1), fitted_answers(self.k))
+        return fit_basis(as_fp16(logits_MK), self.k)
 
     @property
     def layout(self) -> LabelLayout | None:
@@ -195,13 +194,20 @@ class LabelCodec:
 
     def encode(self, logits_NK: Tensor) -> KeptLabels:
         """Logits as they are stored; CoresetError for one that is not finite within fp16."""
-        logits_NK = logits_NK.to("cpu", torch.float16)
-        _refuse_not_finite(logits_NK)
         if self.codec == "topk":
+            logits_NK = logits_NK.to(torch.float16)
             return KeptLabels(encode_topk(logits_NK, k=self.k, temperature=self.temperature))
+        logits_NK = as_fp16(logits_NK)
         if self.basis is not None:
             return KeptLabels((encode_in_basis(logits_NK, self.basis),), self.basis)
-        return KeptLabels((logits_NK.contiguous(),))
+        return KeptLabels((logits_NK,))
+
+
+def as_fp16(logits: Tensor) -> Tensor:
+    """Logits rounded to fp16, on the CPU; CoresetError for one that is not finite there."""
+    logits = logits.to("cpu", torch.float16).contiguous()
+    _refuse_not_finite(logits)
+    return logits
 
 
 def encode_topk(logits_NK: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor]:

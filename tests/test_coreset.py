@@ -24,7 +24,7 @@ from patchbloom.engine.class_names import display_names, imagenet_names
 from patchbloom.engine.cli import main
 from patchbloom.engine.coreset import attach_labels, open_coreset, write_coreset
 from patchbloom.engine.manifest import CoresetError, spelled
-from patchbloom.engine.soft_labels import LabelBlock, decode_topk, encode_topk
+from patchbloom.engine.soft_labels import LabelBlock, SoftLabels, decode_topk, encode_topk
 from PIL import Image
 
 IDS = ("n01440764", "with space", "zebra")
@@ -403,12 +403,17 @@ def test_topk_labels_keep_the_largest_and_spread_the_rest(
         assert classes_Nk.tolist() == [list(range(k))] * 5  # ties keep the lower class
 
 
+def _stored(folder: Path, block: LabelBlock) -> SoftLabels:
+    _write(folder, labels=block)
+    labels = open_coreset(folder).soft_labels()
+    assert labels is not None
+    return labels
+
+
 def test_topk_labels_are_stored_and_read(tmp_path: Path) -> None:
     logits = _logits()
     block = LabelBlock(codec="topk", logits=logits, k=1, temperature=2.0)
-    _write(tmp_path / "c", labels=block)
-    labels = open_coreset(tmp_path / "c").soft_labels()
-    assert labels is not None
+    labels = _stored(tmp_path / "c", block)
     expected = decode_topk(*encode_topk(logits[1], k=1, temperature=2.0), 3)
     assert torch.equal(labels.probabilities(1, range(12)), expected)
     with pytest.raises(CoresetError, match="keeps probabilities"):
@@ -418,9 +423,7 @@ def test_topk_labels_are_stored_and_read(tmp_path: Path) -> None:
 def test_labels_in_principal_components_are_stored_and_read(tmp_path: Path) -> None:
     logits = _logits()
     block = LabelBlock(codec="pca", logits=logits, k=2, temperature=2.0)
-    _write(tmp_path / "c", labels=block)
-    labels = open_coreset(tmp_path / "c").soft_labels()
-    assert labels is not None
+    labels = _stored(tmp_path / "c", block)
     centred = logits[1] - logits[1].mean(1, keepdim=True)
     torch.testing.assert_close(labels.logits(1, range(12)), centred, rtol=0, atol=0.05)
     close = {"rtol": 0, "atol": 0.02}
@@ -435,9 +438,7 @@ def test_recognised_counts_the_rows_whose_answer_is_their_class(codec, tmp_path:
     logits = torch.zeros(2, 12, 3)
     logits[1, torch.arange(12), torch.arange(12) // 4] = 1.0  # four rows of each class
     logits[1, [0, 5], [2, 2]] = 2.0
-    _write(tmp_path / "c", labels=LabelBlock(codec=codec, logits=logits, k=1))
-    labels = open_coreset(tmp_path / "c").soft_labels()
-    assert labels is not None
+    labels = _stored(tmp_path / "c", LabelBlock(codec=codec, logits=logits, k=1))
     assert labels.recognised(1) == pytest.approx(100 * 10 / 12)
     assert labels.recognised(0) == pytest.approx(100 * 4 / 12)  # ties: the first class
 

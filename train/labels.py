@@ -40,6 +40,7 @@ from ..engine.soft_labels import (
     RecordedBlock,
     SoftLabels,
     SoftTargets,
+    as_fp16,
     unanswered,
 )
 from .config import StudentConfig
@@ -77,9 +78,8 @@ class OnlineLabels:
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         """CoresetError for an answer that is NaN, or beyond fp16."""
-        codec = LabelCodec("dense", k=0, temperature=self.temperature)
-        kept = codec.encode(answer_pool(self.teacher, views_PCHW, self._world))
-        return kept.decoded(views_PCHW.device)
+        logits_PK = as_fp16(answer_pool(self.teacher, views_PCHW, self._world))
+        return SoftTargets(logits_PK.to(views_PCHW.device))
 
     def flush(self) -> None:
         pass
@@ -180,7 +180,6 @@ class RecordedLabels:
         Of samples spread over the source, in as many epochs as it takes. Rank 0's alone; all the
         others get none. CoresetError for a logit that is not finite.
         """
-        codec = LabelCodec("dense", k=0, temperature=self.temperature)
         samples_S = spread_out(torch.arange(source.samples), wanted)
         rounds, chunks = -(-wanted // len(samples_S)), -(-len(samples_S) // pool_size(config))
         answers = [torch.empty(0, self.layout.classes, dtype=torch.float16)]
@@ -190,7 +189,7 @@ class RecordedLabels:
                 views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)
                 logits_PK = answer_pool(self.teacher, views_PCHW, self._world)
                 if self._recording is not None:
-                    answers.append(codec.encode(logits_PK).parts[0])
+                    answers.append(as_fp16(logits_PK))
         return spread_out(torch.cat(answers), wanted)
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:

@@ -31,6 +31,9 @@ from .record import Report
 from .shared_run import SharedRun
 from .teacher import Teacher
 
+KEPT_OPTIONS = {"topk": "--top-k", "pca": "--components"}
+"""By codec, the option that says how many numbers of an answer it keeps."""
+
 
 def label_settings(options: RunOptions, classes: int) -> dict[str, Any]:
     """What of the options decides the labels, for a stage's config: plain JSON, by option.
@@ -42,7 +45,7 @@ def label_settings(options: RunOptions, classes: int) -> dict[str, Any]:
     if options.labels == "online":
         return {"--labels": "online"}
     kept = {"--labels": "record or stored", "--codec": options.codec}
-    own = {"topk": "--top-k", "pca": "--components"}.get(options.codec)
+    own = KEPT_OPTIONS.get(options.codec)
     return kept | ({own: options.kept_per_label(classes)} if own else {})
 
 
@@ -128,5 +131,5 @@ class RunLabels:
 
 
 def _codec_options(codec: str, k: int | None) -> str:
-    own = {"topk": f" --top-k {k}", "pca": f" --components {k}"}
-    return f"--codec {codec}{own.get(codec, '')}"
+    own = KEPT_OPTIONS.get(codec)
+    return f"--codec {codec}" + (f" {own} {k}" if own else "")
