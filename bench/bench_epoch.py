@@ -38,14 +38,14 @@ import torch
 import tyro
 from epoch_runs import EpochTime, Given, Kept, Part, render_epochs, train_student
 from measure import environment, publish, quantiles
-from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.config import ExpandConfig
-from patchbloom.engine.turbo import Expander
+from patchbloom.engine.expand.backends import resolve_device
+from patchbloom.engine.expand.expander import Expander
 from patchbloom.export.config import BackendName, DeviceName, Weights
 from patchbloom.export.models import find_model
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.lockstep import SLOTS
-from patchbloom.train.methods import Expansions, ImageSource
+from patchbloom.train.methods.source import Expansions, ImageSource
+from patchbloom.train.students.lockstep import SLOTS
 from pictures import default_precision, make_coreset
 from torch import Tensor
 

@@ -25,8 +25,8 @@ import torch
 import tyro
 from expand_peers import Options, Peers, open_peers
 from measure import Rate, environment, measure_rates, publish, ratios
-from patchbloom.engine.backends import resolve_device
-from patchbloom.engine.schedule import make_schedule
+from patchbloom.engine.expand.backends import resolve_device
+from patchbloom.engine.expand.schedule import make_schedule
 from patchbloom.export.models import ModelSource, find_model
 from peer_names import default_precision, is_peer, split_name
 from pictures import RELATIVE_L2, TOLERANCE, WRONG_TIMES, make_coreset

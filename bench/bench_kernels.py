@@ -29,7 +29,7 @@ from kernel_case import Case
 from latent_cases import latent_cases, noise_case, schedule_case
 from measure import environment, launch_us, publish, time_us
 from noise_ceiling import noise_ceiling
-from patchbloom.engine.backends import resolve_device
+from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.export.config import DeviceName
 from picture_cases import label_cases, pixel_cases
 from roofline import copy_bytes_per_s

@@ -26,17 +26,17 @@ from pathlib import Path
 import torch
 import tyro
 from measure import environment, measure_rates, publish, ratios
-from patchbloom.engine.manifest import LABELS
+from patchbloom.engine.coreset.manifest import LABELS
 from patchbloom.export.config import BackendName
-from patchbloom.train.checkpoint import read_tensors
-from patchbloom.train.commands import CodecChoice, LabelChoice, TrainCoreset
-from patchbloom.train.distil import Distillation
+from patchbloom.train.commands.pipeline import Distillation
+from patchbloom.train.commands.planning import make_plan
+from patchbloom.train.commands.train import run_stages
+from patchbloom.train.options import CodecChoice, LabelChoice, TrainCoreset
 from patchbloom.train.plan import Plan
-from patchbloom.train.planning import make_plan
-from patchbloom.train.record import Record
-from patchbloom.train.run import run_stages
-from patchbloom.train.shared_run import SharedRun
-from patchbloom.train.world import ALONE
+from patchbloom.train.run.checkpoint import read_tensors
+from patchbloom.train.run.progress import Record
+from patchbloom.train.run.shared import SharedRun
+from patchbloom.train.run.world import ALONE
 
 METHOD = "dace"
 MODES: tuple[LabelChoice, ...] = ("online", "record", "stored")

@@ -38,8 +38,8 @@ from typing import Any
 
 import tyro
 from measure import Rate, environment, publish
-from patchbloom.engine.backends import resolve_device
-from patchbloom.engine.coreset import open_coreset
+from patchbloom.engine.coreset.coreset import open_coreset
+from patchbloom.engine.expand.backends import resolve_device
 from pictures import default_precision
 from projection import BENCHMARK, Target, commands, project, rates_for, read_rows, table
 from scale_parts import AXES, Options, Point, points_of, settings_of

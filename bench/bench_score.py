@@ -30,9 +30,9 @@ import numpy as np
 import torch
 import tyro
 from measure import Rate, environment, measure_rates, publish, ratios
-from patchbloom.engine.images import CropStream, ImageSet, open_image_set, stream_crops
-from patchbloom.engine.patch_scores import IMAGENET_MEAN_RGB, PatchScorer
-from patchbloom.engine.patches import RandomResizedCrops
+from patchbloom.engine.data.images import CropStream, ImageSet, open_image_set, stream_crops
+from patchbloom.engine.select.patches import RandomResizedCrops
+from patchbloom.engine.select.scores import IMAGENET_MEAN_RGB, PatchScorer
 from patchbloom.kernels.noise import Draw
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Subset
@@ -99,7 +99,7 @@ def dali_pass(options: Options, images: ImageSet, order: np.ndarray) -> Callable
 def measure_teacher(options: Options, name: str, images: ImageSet) -> dict[str, Any]:
     """The loader alone, the teacher alone and both, on the same files; who bounds."""
     from patchbloom.train.networks import build_network  # The loaders alone need no diffusers,
-    from patchbloom.train.teacher import Teacher  # which comes with these.
+    from patchbloom.train.teacher.teacher import Teacher  # which comes with these.
 
     count = min(options.teacher_images, len(images))
     order = np.linspace(0, len(images) - 1, count).astype(np.int64)

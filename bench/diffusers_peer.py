@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
-from patchbloom.engine.prompts import encode_prompts
+from patchbloom.engine.expand.prompts import encode_prompts
 from patchbloom.export.config import Precision
 from patchbloom.export.models import ModelSource, load_parts
 from patchbloom.kernels.noise import Draw, normal

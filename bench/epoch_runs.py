@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from measure import timed
-from patchbloom.engine.backends import resolve_device
-from patchbloom.engine.soft_labels import SoftTargets
-from patchbloom.train.checkpoint import read_tensors
+from patchbloom.engine.expand.backends import resolve_device
+from patchbloom.engine.labels.soft_labels import SoftTargets
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.loop import train_students
-from patchbloom.train.methods import ImageSource
-from patchbloom.train.pool_slots import PoolSlot, fill_slot, pools_from
+from patchbloom.train.methods.source import ImageSource
+from patchbloom.train.run.checkpoint import read_tensors
+from patchbloom.train.students.loop import train_students
+from patchbloom.train.students.slots import PoolSlot, fill_slot, pools_from
 from torch import Tensor
 
 

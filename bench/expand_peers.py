@@ -1,7 +1,7 @@
 """Who bench_expand.py times: opened by name, gated, and its memory looked at, before any clock.
 
-The gate (pictures.py) holds each against diffusers' usual pipeline: ours, and diffusers' own in
-another precision, compiled or upcast. That pipeline's pictures are made first, and it is closed
+The gate (bench/pictures.py) holds each against diffusers' usual pipeline: ours, and diffusers' own
+in another precision, compiled or upcast. That pipeline's pictures are made first, and it is closed
 again, so that what a process takes once, whoever comes first, is in nobody's memory.
 """
 
@@ -23,7 +23,7 @@ from diffusers_peer import (
     upcast_vae,
 )
 from patchbloom.engine.config import ExpandConfig
-from patchbloom.engine.turbo import Expander
+from patchbloom.engine.expand.expander import Expander
 from patchbloom.export.config import DeviceName, Precision, Weights
 from patchbloom.export.models import DTYPES, ModelSource
 from patchbloom.kernels.pixels import upsample_patches

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from kernel_case import Case, model_dtype
-from patchbloom.engine.schedule import make_schedule
+from patchbloom.engine.expand.schedule import make_schedule
 from patchbloom.kernels.latents import start_state, start_state_reference
 from patchbloom.kernels.noise import Draw, normal, normal_reference
 from patchbloom.kernels.sampler import euler_ancestral_step, euler_ancestral_step_reference

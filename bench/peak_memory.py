@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from patchbloom.engine.heap import give_back_free_heap
+from patchbloom.engine.data.heap import give_back_free_heap
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FORGET_PEAK = "5"

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from diffusers_peer import noise_of_ours, run_pipeline
 from patchbloom.engine.config import ExpandConfig
-from patchbloom.engine.prompts import class_prompts
-from patchbloom.engine.turbo import Expander
+from patchbloom.engine.expand.expander import Expander
+from patchbloom.engine.expand.prompts import class_prompts
 from patchbloom.export.config import BackendName, DeviceName, Precision
 from patchbloom.export.models import ModelSource
 from patchbloom.kernels.noise import Draw, uniform

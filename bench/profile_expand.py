@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import tyro
 from measure import environment, publish, timed
-from patchbloom.engine.backends import resolve_device
+from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.export.config import DeviceName, Weights
 from patchbloom.export.models import find_model
 from pictures import EPOCH, make_coreset, open_expander

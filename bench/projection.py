@@ -3,7 +3,7 @@
     scored images      min(300, images per class) · classes             RDED's pool
     samples            classes · ipc · 2²
     expansion          samples · epochs / rate of labels (expansion and teacher, one pass: record)
-    labels             as their file holds them (engine/label_file.py): 2 B a class of an answer as
+    labels             as their file holds them (engine/labels/file.py): 2 B a class of an answer as
                        dense, 40 B of an answer by pca, and its basis
     keys and values    classes · bytes of a prompt: what would lie on the device if all were kept
 
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchbloom.engine.label_file import LabelLayout
-from patchbloom.train.commands import COMPONENTS
+from patchbloom.engine.labels.file import LabelLayout
+from patchbloom.train.options import COMPONENTS
 
 POOL_PER_CLASS, TILES, EPOCHS, EVALS = 300, 4, 300, 4
 BENCHMARK = "scale-"

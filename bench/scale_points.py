@@ -21,18 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 from measure import Rate, measure_rates, timed
-from patchbloom.engine.coreset import Coreset, open_coreset, write_coreset
-from patchbloom.engine.images import ImageSet, open_image_set
-from patchbloom.engine.manifest import LABELS
-from patchbloom.engine.patches import select_patches
+from patchbloom.engine.coreset.coreset import Coreset, open_coreset, write_coreset
+from patchbloom.engine.coreset.manifest import LABELS
+from patchbloom.engine.data.images import ImageSet, open_image_set
+from patchbloom.engine.select.patches import select_patches
 from patchbloom.export.machine import PeakGpuMemory, peak_host_bytes
 from patchbloom.export.models import TOKENS, find_model, load_parts
 from patchbloom.export.modules import key_value_slots
-from patchbloom.train.commands import TrainCoreset, TrainLabels
+from patchbloom.train.commands.train import run_stages
+from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.networks import build_network
-from patchbloom.train.run import run_stages
-from patchbloom.train.shapes import write_shapes
-from patchbloom.train.teacher import Teacher
+from patchbloom.train.options import TrainCoreset, TrainLabels
+from patchbloom.train.teacher.teacher import Teacher
 from pictures import make_coreset, open_expander
 
 FACTOR = 2

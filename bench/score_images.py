@@ -2,8 +2,8 @@
 
     python bench/score_images.py FOLDER COUNT
 
-The pictures of the generated set (train/shapes.py), enlarged to 500 × 375 px, with grain, so that
-they have a photograph's bytes: decoding costs by bytes. Standard library,
+The pictures of the generated set (train/data/shapes.py), enlarged to 500 × 375 px, with grain, so
+that they have a photograph's bytes: decoding costs by bytes. Standard library,
 NumPy and Pillow.
 """
 
@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from patchbloom.train.shapes import CLASS_NAMES, image
+from patchbloom.train.data.shapes import CLASS_NAMES, image
 from PIL import Image
 
 WIDTH_PX, HEIGHT_PX = 500, 375

@@ -25,9 +25,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import tyro
 from measure import environment, publish
-from patchbloom.engine.backends import resolve_device
 from patchbloom.engine.console import print_table
-from patchbloom.engine.durable import replace_file
+from patchbloom.engine.expand.backends import resolve_device
+from patchbloom.export.durable import replace_file
 from scoreboard_board import Board
 from scoreboard_cells import CELLS, Cell, Size
 from scoreboard_options import Options

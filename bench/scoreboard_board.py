@@ -19,12 +19,12 @@ from typing import Literal
 
 import numpy as np
 import tyro
-from patchbloom.engine.images import ImageSet, open_image_set
-from patchbloom.train.commands import RunOptions, Train
+from patchbloom.engine.data.images import ImageSet, open_image_set
+from patchbloom.train.commands.checks import check_network
 from patchbloom.train.config import RECIPES
-from patchbloom.train.data_folder import data_folder, images_sha256
-from patchbloom.train.record import Silence
-from patchbloom.train.requirements import check_network
+from patchbloom.train.data.folder import data_folder, images_sha256
+from patchbloom.train.options import RunOptions, Train
+from patchbloom.train.run.progress import Silence
 from scoreboard_cells import CELLS, Cell, Line, Size
 from scoreboard_options import Options
 from thousand_classes import CLASSES, IMAGES, SIZE_PX

@@ -20,7 +20,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from patchbloom.engine.durable import replace_file
+from patchbloom.export.durable import replace_file
 from scoreboard_cells import Line
 
 Row = Mapping[str, Any]

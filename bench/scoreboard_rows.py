@@ -29,11 +29,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from patchbloom.engine.coreset import Coreset, open_coreset
+from patchbloom.engine.coreset.coreset import Coreset, open_coreset
 from patchbloom.export.models import find_model, weights_sha256
-from patchbloom.train.brought_teacher import name_of
 from patchbloom.train.networks import TORCHVISION
-from patchbloom.train.summary import mean_and_std
+from patchbloom.train.report.summary import mean_and_std
+from patchbloom.train.teacher.brought import name_of
 from scoreboard_board import Board
 from scoreboard_cells import CELLS, Cell, Size
 

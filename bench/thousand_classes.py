@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from patchbloom.engine.durable import replacing
+from patchbloom.export.durable import replacing
 from PIL import Image
 
 CLASSES, SIZE_PX = 1000, 32

@@ -12,7 +12,7 @@ from typing import Any
 
 from tyro.extras import SubcommandApp
 
-from . import commands as c
+from . import options as c
 from .console import run_command
 
 Coreset = c.CoresetInfo | c.CoresetVerify | c.CoresetShow | c.CoresetExport
@@ -46,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _execute(command: Engine | Coreset) -> dict[str, Any]:
     if isinstance(command, Coreset):
-        from .coreset_commands import run_coreset_command  # torch
+        from .formats.commands import run_coreset_command  # torch
 
         return run_coreset_command(command)
-    from .engine_commands import run_engine_command  # torch
+    from .builds.commands import run_engine_command  # torch
 
     return run_engine_command(command)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from patchbloom.train import cli
-from patchbloom.train.prior_model import new_parts, save_parts
-from patchbloom.train.shapes import write_shapes
+from patchbloom.train.data.shapes import write_shapes
+from patchbloom.train.prior.model import new_parts, save_parts
 
 SMALL = (
     *("--recipe", "small", "--image-size", "32", "--seeds", "1"),

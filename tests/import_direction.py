@@ -1,8 +1,9 @@
 """Imports go left only: kernels → export → engine → train. `make check` runs this file.
 
-Inside the four folders imports are relative. `kernels` is a leaf: torch, triton, numpy and the
-standard library. None of the six folders has an `__init__.py`: a top-level package `kernels` would
-shadow Hugging Face's of that name, which transformers imports.
+The same holds inside `engine` and `train`, for the names in LAYERS, and no two modules import each
+other in a circle. Inside the four folders imports are relative. `kernels` is a leaf: torch, triton,
+numpy and the standard library. None of the six folders has an `__init__.py`: a top-level package
+`kernels` would shadow Hugging Face's of that name, which transformers imports.
 """
 
 from __future__ import annotations
@@ -10,10 +11,23 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "export", "engine", "train")
+LAYERS = {
+    "engine": (
+        *("errors", "config", "peers", "console", "options", "data", "select", "labels"),
+        *("coreset", "expand", "dsco", "builds", "formats", "cli"),
+    ),
+    "train": (
+        *("config", "coreset_options", "options", "run", "data", "networks", "teacher"),
+        *("batching", "plan", "methods", "labels", "students", "report", "prior"),
+        *("commands", "loader", "cli"),
+    ),
+}
+"""The entries of a room, lowest first: each imports itself and those before it."""
 FOLDERS = (*ROOMS, "tests", "bench")
 KERNELS_MAY_IMPORT = frozenset({"torch", "triton", "numpy", *sys.stdlib_module_names})
 
@@ -25,24 +39,27 @@ def violations(root: Path = ROOT) -> list[str]:
         for folder in FOLDERS
         for path in sorted((root / folder).rglob("__init__.py"))
     ]
+    arrows: dict[str, list[str]] = {}
     for room in ROOMS:
         for path in sorted((root / room).rglob("*.py")):
             place = path.relative_to(root)
             tree = ast.parse(path.read_text(encoding="utf-8"), str(place))
             found += [f"{place}:{line}: {what}" for line, what in _breaches(tree, place)]
-    return found
+            arrows[_dotted(place)] = [target for _, target in _relative_imports(tree, place)]
+    return found + _circles(arrows)
+
+
+def _dotted(place: Path) -> str:
+    return ".".join(place.with_suffix("").parts)
 
 
 def _breaches(tree: ast.AST, place: Path) -> Iterator[tuple[int, str]]:
     room = place.parts[0]
-    to_root = len(place.parts)  # dots that lead from this module's package to patchbloom
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            absolute, relative = [alias.name for alias in node.names], None
+            absolute = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            absolute, relative = [node.module or ""], None
-        elif isinstance(node, ast.ImportFrom):
-            absolute, relative = [], node
+            absolute = [node.module or ""]
         else:
             continue
         for name in absolute:
@@ -51,15 +68,43 @@ def _breaches(tree: ast.AST, place: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"import {name} relatively"
             elif room == "kernels" and top not in KERNELS_MAY_IMPORT:
                 yield node.lineno, f"kernels is a leaf and may not import {top}"
-        if relative is None or relative.level < to_root:
-            continue
-        modules = [relative.module] if relative.module else [alias.name for alias in relative.names]
-        for module in modules:
-            target = module.split(".")[0]
-            if relative.level > to_root or target not in ROOMS:
-                yield node.lineno, f"the import of {module} leaves the four folders"
-            elif ROOMS.index(target) > ROOMS.index(room):
-                yield node.lineno, f"{room} may not import {target}: imports go left only"
+    for line, target in _relative_imports(tree, place):
+        to_room, _, inside = target.partition(".")
+        if to_room not in ROOMS:
+            yield line, f"the import of {target} leaves the four folders"
+        elif ROOMS.index(to_room) > ROOMS.index(room):
+            yield line, f"{room} may not import {to_room}: imports go left only"
+        elif to_room == room in LAYERS:
+            yield from _layer_breaches(line, room, place.with_suffix("").parts[1], inside)
+
+
+def _layer_breaches(line: int, room: str, own: str, inside: str) -> Iterator[tuple[int, str]]:
+    other, layers = inside.split(".")[0], LAYERS[room]
+    for name in (own, other):
+        if name not in layers:
+            yield line, f"{name} has no place in the LAYERS of {room}"
+            return
+    if layers.index(other) > layers.index(own):
+        yield line, f"{room}/{own} may not import {room}/{other}: LAYERS has it higher"
+
+
+def _relative_imports(tree: ast.AST, place: Path) -> Iterator[tuple[int, str]]:
+    """(line, module from the root, dotted) of every relative import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = place.parts[: max(len(place.parts) - node.level, 0)]
+            outside = [".."] if node.level > len(place.parts) else []
+            named = [node.module] if node.module else [alias.name for alias in node.names]
+            for name in named:
+                yield node.lineno, ".".join([*outside, *base, name])
+
+
+def _circles(arrows: dict[str, list[str]]) -> list[str]:
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return [f"modules import each other: {' → '.join(error.args[1])}"]
+    return []
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 from patchbloom.train import cli
-from patchbloom.train.prior_model import new_parts, save_parts
-from patchbloom.train.shapes import write_shapes
+from patchbloom.train.data.shapes import write_shapes
+from patchbloom.train.prior.model import new_parts, save_parts
 
 METHODS = ("random", "dace")
 OPTIONS = (
@@ -39,7 +39,7 @@ Start = Callable[..., BaseProcess]
 def starter() -> Start:
     """Starts `train ...` in a process of its own, with one thread: cores are shared with others."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["patchbloom.train.run"])
+    context.set_forkserver_preload(["patchbloom.train.commands.train"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         forkserver.ensure_running()

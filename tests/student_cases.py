@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from patchbloom.engine.images import ImageSet, open_image_set
-from patchbloom.train.checkpoint import read_tensors
+from patchbloom.engine.data.images import ImageSet, open_image_set
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.labels import Labels
-from patchbloom.train.loop import StudentResult, train_students
-from patchbloom.train.methods import ImageSource, Mosaics, UpsampledPatches
+from patchbloom.train.data.shapes import write_shapes
+from patchbloom.train.labels.targets import Labels
+from patchbloom.train.methods.source import ImageSource, Mosaics, UpsampledPatches
 from patchbloom.train.networks import build_network
-from patchbloom.train.shapes import write_shapes
-from patchbloom.train.teacher import Teacher
+from patchbloom.train.run.checkpoint import read_tensors
+from patchbloom.train.students.loop import StudentResult, train_students
+from patchbloom.train.teacher.teacher import Teacher
 
 CONFIG = StudentConfig(
     network="convnet-d3-w8",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from patchbloom.train.prior_model import new_parts, save_parts
+from patchbloom.train.prior.model import new_parts, save_parts
 from PIL import Image
 
 BENCH = Path(__file__).parents[1] / "bench"

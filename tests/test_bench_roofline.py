@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from patchbloom.engine.config import ExpandConfig
-from patchbloom.engine.turbo import Expander
+from patchbloom.engine.expand.expander import Expander
 from patchbloom.export.models import find_model
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from patchbloom.train import cli
-from patchbloom.train.shapes import CLASS_NAMES, write_shapes
+from patchbloom.train.data.shapes import CLASS_NAMES, write_shapes
 
 ALL = "".join(f"{name} a {name}\n" for name in CLASS_NAMES)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from cli_cases import Command, runner
-from patchbloom.train.commands import STAGES, RunOptions, TrainPrior, TrainReport
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.coreset_options import LoaderOptions, StudentElsewhere, TrainVerify
+from patchbloom.train.options import STAGES, RunOptions, TrainPrior, TrainReport
 
 RUN_OPTIONS = [
     "data",

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_cases import SMALL, Command, one_thread, runner, write_small_set
-from patchbloom.train.prior_model import new_parts, save_parts
-from patchbloom.train.shapes import write_shapes
+from patchbloom.train.data.shapes import write_shapes
+from patchbloom.train.prior.model import new_parts, save_parts
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from cli_cases import SMALL, Command, one_thread, runner, write_small_set
-from patchbloom.engine import coreset, durable
-from patchbloom.train import run_labels
-from patchbloom.train.record import Record
-from patchbloom.train.stages import RunFolder
+from patchbloom.engine.coreset import coreset
+from patchbloom.export import durable
+from patchbloom.train.labels import keep as run_labels
+from patchbloom.train.run.folder import RunFolder
+from patchbloom.train.run.progress import Record
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from cli_cases import SMALL, Command, runner, write_small_set
-from patchbloom.train import planning, run
-from patchbloom.train.commands import RunOptions
-from patchbloom.train.prior_model import new_parts, save_parts
-from patchbloom.train.record import Record
-from patchbloom.train.stages import RunFolder
+from patchbloom.train.commands import planning
+from patchbloom.train.commands import train as run
+from patchbloom.train.options import RunOptions
+from patchbloom.train.prior.model import new_parts, save_parts
+from patchbloom.train.run.folder import RunFolder
+from patchbloom.train.run.progress import Record
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cli_cases import SMALL, Command, one_thread, runner, write_small_set
-from patchbloom.engine import coreset
+from patchbloom.engine.coreset import coreset
 from patchbloom.train.config import PriorConfig
 from PIL import Image
 from safetensors.torch import load_file

@@ -18,13 +18,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patchbloom.engine import coreset as coreset_module
-from patchbloom.engine import coreset_images
-from patchbloom.engine.class_names import display_names, imagenet_names
 from patchbloom.engine.cli import main
-from patchbloom.engine.coreset import attach_labels, open_coreset, write_coreset
-from patchbloom.engine.manifest import CoresetError, spelled
-from patchbloom.engine.soft_labels import LabelBlock, SoftLabels, decode_topk, encode_topk
+from patchbloom.engine.coreset import coreset as coreset_module
+from patchbloom.engine.coreset import pixels as coreset_images
+from patchbloom.engine.coreset.coreset import attach_labels, open_coreset, write_coreset
+from patchbloom.engine.coreset.manifest import spelled
+from patchbloom.engine.data.class_names import display_names, imagenet_names
+from patchbloom.engine.errors import CoresetError
+from patchbloom.engine.labels.soft_labels import LabelBlock, SoftLabels, decode_topk, encode_topk
 from PIL import Image
 
 IDS = ("n01440764", "with space", "zebra")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_cases import Command, runner
-from patchbloom.engine.coreset import open_coreset
+from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.train import cli
 from PIL import Image
 

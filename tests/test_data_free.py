@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from cli_cases import Command, runner, write_small_model
-from patchbloom.engine.coreset import Coreset, open_coreset
+from patchbloom.engine.coreset.coreset import Coreset, open_coreset
 from patchbloom.train import cli
-from patchbloom.train.shapes import write_shapes
+from patchbloom.train.data.shapes import write_shapes
 
 OPTIONS = (
     *("--method", "dsco", "--backend", "eager", "--recipe", "small", "--image-size", "32"),

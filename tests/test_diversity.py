@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from patchbloom.engine.diversity import DiverseChoice, Diversity, diverse_choice
-from patchbloom.engine.images import ImageSet, open_image_set, stream_crops
-from patchbloom.engine.patches import PatchSelection, RandomResizedCrops, select_patches
+from patchbloom.engine.data.images import ImageSet, open_image_set, stream_crops
+from patchbloom.engine.select.diversity import DiverseChoice, Diversity, diverse_choice
+from patchbloom.engine.select.patches import PatchSelection, RandomResizedCrops, select_patches
 from patchbloom.kernels.noise import Draw
 from patchbloom.train.networks import build_network
-from patchbloom.train.patch_teacher import PatchTeacher, patch_teacher, require_size
-from patchbloom.train.teacher import Teacher
+from patchbloom.train.teacher.patch_teacher import PatchTeacher, patch_teacher, require_size
+from patchbloom.train.teacher.teacher import Teacher
 from PIL import Image
 from test_patches import select_together, tensors
 from torch import nn

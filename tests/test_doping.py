@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from patchbloom.engine.coreset import Coreset, open_coreset, write_coreset
-from patchbloom.engine.images import ImageSet, open_image_set
-from patchbloom.engine.manifest import CoresetError
-from patchbloom.train.doping import all_margins, lowest_margins, margins_of, write_doped
-from patchbloom.train.methods import to_unit
-from patchbloom.train.normalisation import IMAGENET
-from patchbloom.train.record import Silence
-from patchbloom.train.stored_images import StoredImages, with_doped
-from patchbloom.train.teacher import Teacher
+from patchbloom.engine.coreset.coreset import Coreset, open_coreset, write_coreset
+from patchbloom.engine.data.images import ImageSet, open_image_set
+from patchbloom.engine.errors import CoresetError
+from patchbloom.train.commands.doping import all_margins, lowest_margins, margins_of, write_doped
+from patchbloom.train.methods.source import to_unit
+from patchbloom.train.methods.stored import StoredImages, with_doped
+from patchbloom.train.run.progress import Silence
+from patchbloom.train.teacher.normalisation import IMAGENET
+from patchbloom.train.teacher.teacher import Teacher
 from PIL import Image
 from torch import Tensor, nn
 

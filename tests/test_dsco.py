@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 import torch
 from cli_cases import write_small_model
-from patchbloom.engine.backends import Backend
 from patchbloom.engine.config import DscoConfig, ExpandConfig
-from patchbloom.engine.coreset import open_coreset
-from patchbloom.engine.dsco import NoiseOptimiser
-from patchbloom.engine.images import open_image_set
-from patchbloom.engine.noise_optimisation import (
+from patchbloom.engine.coreset.coreset import open_coreset
+from patchbloom.engine.data.images import open_image_set
+from patchbloom.engine.dsco.images import NoiseOptimiser
+from patchbloom.engine.dsco.noise_optimisation import (
     ChannelStatistics,
     channel_statistics,
     data_free_loss,
@@ -29,14 +28,15 @@ from patchbloom.engine.noise_optimisation import (
     norm_loss,
     pivot_loss,
 )
-from patchbloom.engine.pivots import FEATURES, LatentFeatures, Pivots
-from patchbloom.engine.turbo import Expander
+from patchbloom.engine.dsco.pivots import FEATURES, LatentFeatures, Pivots
+from patchbloom.engine.expand.backends import Backend
+from patchbloom.engine.expand.expander import Expander
 from patchbloom.export.models import find_model
 from patchbloom.kernels.noise import normal
 from patchbloom.train import cli
-from patchbloom.train.doping import read_whole
+from patchbloom.train.commands.doping import read_whole
+from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.shapes import write_shapes
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import write_small_model
-from patchbloom.engine.coreset import Coreset, attach_labels, open_coreset
-from patchbloom.engine.soft_labels import Codec, LabelBlock
-from patchbloom.train import cli, drift
+from patchbloom.engine.coreset.coreset import Coreset, attach_labels, open_coreset
+from patchbloom.engine.labels.soft_labels import Codec, LabelBlock
+from patchbloom.train import cli
+from patchbloom.train.commands import verify as drift
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.methods import UpsampledPatches
-from patchbloom.train.shapes import write_shapes
-from patchbloom.train.teacher import Teacher, load_teacher
-from patchbloom.train.views import make_views, pools
+from patchbloom.train.data.shapes import write_shapes
+from patchbloom.train.labels.views import make_views, pools
+from patchbloom.train.methods.source import UpsampledPatches
+from patchbloom.train.teacher.teacher import Teacher, load_teacher
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 

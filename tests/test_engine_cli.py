@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from patchbloom.engine import backends, cli, commands
+from patchbloom.engine import cli
+from patchbloom.engine import options as commands
+from patchbloom.engine.expand import backends
 from patchbloom.export import to_ort
-from patchbloom.train.prior_model import new_parts, save_parts
+from patchbloom.train.prior.model import new_parts, save_parts
 from safetensors.torch import load_file, save_file
 
 BUILD = ("--backend", "ort", "--device", "cpu", "--batch", "4", "--images-per-prompt", "2")
@@ -323,7 +325,7 @@ def test_trt_names_what_is_missing(engine: Callable[..., Outcome]):
 def test_a_build_that_cannot_fit_is_refused_first(
     engine: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ):
-    from patchbloom.engine import needs
+    from patchbloom.engine.builds import needs
 
     monkeypatch.setattr(needs, "free_host_bytes", lambda: 1 << 20)
     told = engine("build", "--model", "sdxl-tiny", *BUILD).error

@@ -26,7 +26,7 @@ from patchbloom.export.models import ModelParts, Unavailable, find_model
 from patchbloom.export.parity import check_parity, make_reference
 from patchbloom.export.to_onnx import export_onnx
 from patchbloom.export.to_ort import OrtSession, cuda_settings, require
-from patchbloom.train.prior_model import new_parts
+from patchbloom.train.prior.model import new_parts
 
 KEY = {
     "backend": "ort",

@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from patchbloom.engine import exports, shards
-from patchbloom.engine.class_names import imagenet_names
 from patchbloom.engine.cli import main
-from patchbloom.engine.commands import ExportFormat
-from patchbloom.engine.coreset import Coreset, open_coreset, write_coreset
-from patchbloom.engine.dd_ranking import SUBSETS
-from patchbloom.engine.exports import export_coreset
-from patchbloom.engine.soft_labels import LabelBlock
+from patchbloom.engine.coreset.coreset import Coreset, open_coreset, write_coreset
+from patchbloom.engine.data.class_names import imagenet_names
+from patchbloom.engine.formats import exports
+from patchbloom.engine.formats import webdataset as shards
+from patchbloom.engine.formats.ddranking import SUBSETS
+from patchbloom.engine.formats.exports import export_coreset
+from patchbloom.engine.labels.soft_labels import LabelBlock
+from patchbloom.engine.options import ExportFormat
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -156,7 +157,9 @@ def test_hugging_face_datasets_opens_parquet(
 ) -> None:
     import datasets
 
-    monkeypatch.setattr("patchbloom.engine.parquet.GROUP_ROWS", 7)  # several groups, the last short
+    monkeypatch.setattr(
+        "patchbloom.engine.formats.parquet.GROUP_ROWS", 7
+    )  # several groups, the last short
     exported: Coreset = request.getfixturevalue(codec)
     export(exported, "parquet", tmp_path / "out")
     opened = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
@@ -182,7 +185,7 @@ def test_groups_of_rows_are_of_decoded_labels(
     """So that no more of them is in memory at once than of dense ones."""
     import pyarrow.parquet
 
-    monkeypatch.setattr("patchbloom.engine.parquet.GROUP_BYTES", 3 * EPOCHS * 10 * 2)
+    monkeypatch.setattr("patchbloom.engine.formats.parquet.GROUP_BYTES", 3 * EPOCHS * 10 * 2)
     for given in (coreset, pca):
         export(given, "parquet", tmp_path / given.folder.name)
         (path,) = (tmp_path / given.folder.name / "data").iterdir()

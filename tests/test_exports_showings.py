@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from patchbloom.engine.class_names import imagenet_names
-from patchbloom.engine.coreset import Coreset, attach_labels, write_coreset
-from patchbloom.engine.dd_ranking import SUBSETS
-from patchbloom.engine.exports import export_coreset
-from patchbloom.engine.soft_labels import LabelBlock
-from patchbloom.train.sources import open_coreset_source
-from patchbloom.train.stored_images import with_doped
+from patchbloom.engine.coreset.coreset import Coreset, attach_labels, write_coreset
+from patchbloom.engine.data.class_names import imagenet_names
+from patchbloom.engine.formats.ddranking import SUBSETS
+from patchbloom.engine.formats.exports import export_coreset
+from patchbloom.engine.labels.soft_labels import LabelBlock
+from patchbloom.train.methods.open import open_coreset_source
+from patchbloom.train.methods.stored import with_doped
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -98,7 +98,7 @@ def test_an_image_has_the_labels_of_what_students_saw_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any
 ) -> None:
     """Held against the pictures that the training itself shows for each sample and epoch."""
-    monkeypatch.setattr("patchbloom.engine.parquet.GROUP_ROWS", 4)
+    monkeypatch.setattr("patchbloom.engine.formats.parquet.GROUP_ROWS", 4)
     coreset = written(tmp_path / "coreset")
     stored = torch.cat(
         [coreset.patches().unflatten(0, (3, 2)), coreset.doped().unflatten(0, (3, 1))], 1
@@ -184,7 +184,7 @@ def test_dd_ranking_gets_doped_images_after_those_of_their_class(
 
 
 def test_dd_ranking_refuses_doped_images_of_another_size(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("patchbloom.engine.dd_ranking.CLASS_COUNTS", {"TinyImageNet": 3})
+    monkeypatch.setattr("patchbloom.engine.formats.ddranking.CLASS_COUNTS", {"TinyImageNet": 3})
     coreset = rded(tmp_path / "coreset", image_size_px=17)
     with pytest.raises(ValueError, match=r"doped images of 16 px, .* got 17 px: export to another"):
         export_coreset(coreset, "ddranking", tmp_path / "out", dataset="TinyImageNet")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import write_small_model
-from patchbloom.engine.coreset import open_coreset
+from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.train import cli
-from patchbloom.train.shapes import write_shapes
+from patchbloom.train.data.shapes import write_shapes
 from safetensors.torch import load_file
 
 STUDENTS = ("--student", "convnet-d3-w8", "--epochs", "2", "--seeds", "2")

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from patchbloom.kernels.softlabel import softlabel
-from patchbloom.train import cli, teacher
+from patchbloom.train import cli
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.hard_labels import HardLabels
-from patchbloom.train.views import make_views
+from patchbloom.train.labels.hard import HardLabels
+from patchbloom.train.labels.views import make_views
+from patchbloom.train.teacher import teacher
 from student_cases import CONFIG, LABELS_N, mosaics
 from torch.nn.functional import cross_entropy
 

@@ -6,7 +6,7 @@ import mmap
 from pathlib import Path
 
 import pytest
-from patchbloom.engine.heap import give_back_free_heap
+from patchbloom.engine.data.heap import give_back_free_heap
 
 BLOCK_BYTES, BLOCKS = 60_000, 4000
 

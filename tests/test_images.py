@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from patchbloom.engine import decode
-from patchbloom.engine.images import (
+from patchbloom.engine.data import decode
+from patchbloom.engine.data.images import (
     CorruptImageError,
     CropBatch,
     CropStream,

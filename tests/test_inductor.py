@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from patchbloom.engine import backends
+from patchbloom.engine.expand import backends
 from patchbloom.export import machine, to_inductor
 from patchbloom.export.config import EngineSpec, Precision
 from patchbloom.export.graphs import make_graphs

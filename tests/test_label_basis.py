@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patchbloom.engine.label_basis import (
+from patchbloom.engine.labels.pca import (
     HEADROOM,
     MISSING,
     ROWS,

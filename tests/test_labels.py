@@ -12,16 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from patchbloom.engine.coreset import Coreset, attach_labels, open_coreset, write_coreset
-from patchbloom.engine.label_file import (
+from patchbloom.engine.coreset.coreset import Coreset, attach_labels, open_coreset, write_coreset
+from patchbloom.engine.coreset.manifest import LABELS
+from patchbloom.engine.errors import CoresetError
+from patchbloom.engine.labels.file import (
     KeptCodec,
     LabelLayout,
     MappedParts,
     fill_with_missing,
     write_label_file,
 )
-from patchbloom.engine.manifest import LABELS, CoresetError
-from patchbloom.engine.soft_labels import (
+from patchbloom.engine.labels.soft_labels import (
     LabelBlock,
     LabelCodec,
     SoftLabels,
@@ -30,11 +31,16 @@ from patchbloom.engine.soft_labels import (
 )
 from patchbloom.kernels.softlabel import softlabel
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.labels import OnlineLabels, RecordedLabels, StoredLabels, record_labels
-from patchbloom.train.loop import StudentResult
-from patchbloom.train.methods import UpsampledPatches
-from patchbloom.train.teacher import Teacher
-from patchbloom.train.views import pools
+from patchbloom.train.labels.targets import (
+    OnlineLabels,
+    RecordedLabels,
+    StoredLabels,
+    record_labels,
+)
+from patchbloom.train.labels.views import pools
+from patchbloom.train.methods.source import UpsampledPatches
+from patchbloom.train.students.loop import StudentResult
+from patchbloom.train.teacher.teacher import Teacher
 from safetensors.torch import save_file
 from student_cases import (
     CONFIG,

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from patchbloom.engine.coreset import Coreset, attach_labels, write_coreset
-from patchbloom.engine.manifest import CoresetError
+from patchbloom.engine.coreset.coreset import Coreset, attach_labels, write_coreset
+from patchbloom.engine.errors import CoresetError
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.labels import RecordedLabels, record_labels
+from patchbloom.train.labels.targets import RecordedLabels, record_labels
+from patchbloom.train.labels.views import make_views, pools
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.methods import UpsampledPatches
+from patchbloom.train.methods.source import UpsampledPatches
 from patchbloom.train.networks import build_network
-from patchbloom.train.record import Record
-from patchbloom.train.teacher import Teacher
-from patchbloom.train.views import make_views, pools
+from patchbloom.train.run.progress import Record
+from patchbloom.train.teacher.teacher import Teacher
 from torch.nn.functional import cross_entropy
 
 README = Path(__file__).resolve().parent.parent / "README.md"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.engine.config import ExpandConfig, parse_mixup_weight
-from patchbloom.engine.mixup_weight import KNOTS, beta_quantiles, mixup_quantiles
+from patchbloom.engine.expand.mixup import KNOTS, beta_quantiles, mixup_quantiles
 from patchbloom.kernels.latents import start_state
 
 DRAWS = 200_000

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from patchbloom.engine.prompts import class_prompts, unseen_classes
+from patchbloom.engine.expand.prompts import class_prompts, unseen_classes
 from patchbloom.export import hub
 from patchbloom.export.models import ModelError, find_model, load_parts, weights_sha256
-from patchbloom.train.prior_model import new_parts, save_parts
+from patchbloom.train.prior.model import new_parts, save_parts
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from patchbloom.export.modules import (
     PromptProjector,
     Upsampler,
 )
-from patchbloom.train.prior_model import new_parts
+from patchbloom.train.prior.model import new_parts
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -8,7 +8,7 @@ import traceback
 
 import pytest
 import torch
-from patchbloom.train.overlap import Ring
+from patchbloom.train.students.ring import Ring
 
 CPU = torch.device("cpu")
 both = pytest.mark.parametrize("overlap", [True, False])

@@ -44,7 +44,7 @@ def _package_files() -> set[str]:
         f"patchbloom/{path.relative_to(ROOT).as_posix()}"
         for room in ROOMS
         for path in (ROOT / room).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.name != "README.md"
     }
 
 
@@ -55,7 +55,7 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(
         names = {name for name in wheel.namelist() if not name.endswith("/")}
     shipped = {name for name in names if ".dist-info/" not in name}
     assert shipped == _package_files()
-    assert "patchbloom/engine/imagenet_classes.json" in shipped
+    assert "patchbloom/engine/data/imagenet_classes.json" in shipped
     information = {name.split(".dist-info/")[1] for name in names - shipped}
     assert {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"} <= information
 
@@ -77,7 +77,7 @@ def test_an_installed_wheel_finds_its_data_from_another_folder(
     site = tmp_path / "site"
     _run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, built[1])
     script = (
-        "from patchbloom.engine import class_names\n"
+        "from patchbloom.engine.data import class_names\n"
         "assert class_names.display_names(['n01440764']) == ('tench',)\n"
         "print(class_names.__file__)\n"
     )

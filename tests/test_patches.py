@@ -16,16 +16,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patchbloom.engine.best_patches import BestPatches
-from patchbloom.engine.images import (
+from patchbloom.engine.data.images import (
     CorruptImageError,
     ImageSet,
     InputError,
     open_image_set,
     stream_crops,
 )
-from patchbloom.engine.patch_scores import cross_entropy
-from patchbloom.engine.patches import (
+from patchbloom.engine.select.best import BestPatches
+from patchbloom.engine.select.patches import (
     TRIES,
     PatchSelection,
     RandomResizedCrops,
@@ -33,6 +32,7 @@ from patchbloom.engine.patches import (
     select_patches,
     selection_order,
 )
+from patchbloom.engine.select.scores import cross_entropy
 from patchbloom.kernels.noise import Draw
 from PIL import Image
 from torch.nn.functional import cross_entropy as torch_cross_entropy
@@ -106,8 +106,10 @@ def test_free_memory_goes_back_while_patches_are_scored(
 ) -> None:
     """36 images are five batches of eight."""
     calls = []
-    monkeypatch.setattr("patchbloom.engine.patches.TRIM_EVERY_S", every_s)
-    monkeypatch.setattr("patchbloom.engine.patches.give_back_free_heap", lambda: calls.append(1))
+    monkeypatch.setattr("patchbloom.engine.select.patches.TRIM_EVERY_S", every_s)
+    monkeypatch.setattr(
+        "patchbloom.engine.select.patches.give_back_free_heap", lambda: calls.append(1)
+    )
     select(images, teacher)
     assert len(calls) == given_back
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
-from patchbloom.train import prior, prior_loop, prior_phases
 from patchbloom.train.config import PriorConfig
-from patchbloom.train.prior import PriorTraining
-from patchbloom.train.prior_model import POSTERIOR_STD, new_parts, prompt_embeddings, save_parts
-from patchbloom.train.prior_phases import (
+from patchbloom.train.prior import loop as prior_loop
+from patchbloom.train.prior import losses as prior_phases
+from patchbloom.train.prior import training as prior
+from patchbloom.train.prior.losses import (
     Conditioning,
     LatentBank,
     SampledSteps,
@@ -25,7 +25,9 @@ from patchbloom.train.prior_phases import (
     few_step_loss,
     guidance_loss,
 )
-from patchbloom.train.teacher import Teacher
+from patchbloom.train.prior.model import POSTERIOR_STD, new_parts, prompt_embeddings, save_parts
+from patchbloom.train.prior.training import PriorTraining
+from patchbloom.train.teacher.teacher import Teacher
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 

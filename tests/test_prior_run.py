@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from patchbloom.engine.images import InputError
+from patchbloom.engine.data.images import InputError
 from patchbloom.export.models import ModelError, find_model
-from patchbloom.train import prior_run
-from patchbloom.train.commands import TrainPrior
+from patchbloom.train.commands import prior as prior_run
 from patchbloom.train.config import PriorConfig
-from patchbloom.train.prior_model import move_model
-from patchbloom.train.stages import RunError
+from patchbloom.train.options import TrainPrior
+from patchbloom.train.prior.model import move_model
+from patchbloom.train.run.folder import RunError
 from PIL import Image
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from patchbloom.engine import prompts as prompts_module
 from patchbloom.engine.config import ExpandConfig
-from patchbloom.engine.coreset import open_coreset, write_coreset
-from patchbloom.engine.prompt_bank import GROUP, PromptBank, open_prompt_bank
-from patchbloom.engine.prompts import TextEmbeddings, encode_prompts
-from patchbloom.engine.turbo import Expander
+from patchbloom.engine.coreset.coreset import open_coreset, write_coreset
+from patchbloom.engine.expand import prompts as prompts_module
+from patchbloom.engine.expand.expander import Expander
+from patchbloom.engine.expand.prompt_bank import GROUP, PromptBank, open_prompt_bank
+from patchbloom.engine.expand.prompts import TextEmbeddings, encode_prompts
 from patchbloom.export.models import ModelParts, ModelSource, find_model, load_parts
 from patchbloom.export.modules import PromptProjector
-from patchbloom.train.prior_model import new_parts, save_parts
+from patchbloom.train.prior.model import new_parts, save_parts
 from torch import Tensor
 
 PROMPTS = 43

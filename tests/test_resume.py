@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from patchbloom.train import stages
-from patchbloom.train.record import Record
-from patchbloom.train.stages import RunError, RunFolder, StageResult
+from patchbloom.train.run import folder as stages
+from patchbloom.train.run.folder import RunError, RunFolder, StageResult
+from patchbloom.train.run.progress import Record
 from run_processes import (
     METHODS,
     OPTIONS,

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import tyro
 from patchbloom.export.models import TINY_FOLDER, find_model, weights_sha256
-from patchbloom.train.brought_teacher import name_of
 from patchbloom.train.coreset_options import StudentElsewhere
-from patchbloom.train.shapes import write_shapes
+from patchbloom.train.data.shapes import write_shapes
+from patchbloom.train.teacher.brought import name_of
 from PIL import Image
 from run_processes import write_inputs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from patchbloom.train import shapes
+from patchbloom.train.data import shapes
 from PIL import Image
 
 

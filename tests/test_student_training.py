@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from patchbloom.engine.console import Terminated
-from patchbloom.train import checkpoint, lockstep
-from patchbloom.train import student as student_module
-from patchbloom.train.checkpoint import CheckpointError, Checkpoints, read_tensors
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.labels import OnlineLabels
-from patchbloom.train.loop import StudentResult, train_students
-from patchbloom.train.methods import UpsampledPatches
+from patchbloom.train.labels.targets import OnlineLabels
+from patchbloom.train.methods.refresh import Refreshed
+from patchbloom.train.methods.source import UpsampledPatches
 from patchbloom.train.networks import build_network
-from patchbloom.train.refresh import Refreshed
-from patchbloom.train.teacher import Teacher
+from patchbloom.train.run import checkpoint
+from patchbloom.train.run.checkpoint import CheckpointError, Checkpoints, read_tensors
+from patchbloom.train.students import lockstep
+from patchbloom.train.students import student as student_module
+from patchbloom.train.students.loop import StudentResult, train_students
+from patchbloom.train.teacher.teacher import Teacher
 from student_cases import LABELS_N, PATCHES, same, weights
 from torch import Tensor
 

@@ -10,24 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from patchbloom.engine.batches import fitting_batch, images_per_prompt, plan_batches
 from patchbloom.engine.config import ExpandConfig, Start
-from patchbloom.engine.images import CorruptImageError, open_image_set
-from patchbloom.engine.soft_labels import SoftTargets
-from patchbloom.train import pictures
-from patchbloom.train.checkpoint import CheckpointError
-from patchbloom.train.config import RECIPES
-from patchbloom.train.engine_batches import LARGE_ENGINE_BATCH, grouping
-from patchbloom.train.evaluation import accuracies
-from patchbloom.train.hard_labels import HardLabels
-from patchbloom.train.labels import OnlineLabels
-from patchbloom.train.methods import RealImages, UpsampledPatches, render_all, to_unit
+from patchbloom.engine.data.images import CorruptImageError, open_image_set
+from patchbloom.engine.expand.batches import fitting_batch, images_per_prompt, plan_batches
+from patchbloom.engine.labels.soft_labels import SoftTargets
+from patchbloom.train.batching import LARGE_ENGINE_BATCH, grouping
+from patchbloom.train.config import RECIPES, pool_size
+from patchbloom.train.data.shapes import write_shapes
+from patchbloom.train.labels.hard import HardLabels
+from patchbloom.train.labels.targets import OnlineLabels
+from patchbloom.train.labels.views import describe_views, learning_rate, make_views, pools
+from patchbloom.train.methods.source import RealImages, UpsampledPatches, render_all, to_unit
 from patchbloom.train.networks import build_network
-from patchbloom.train.normalisation import IMAGENET, Normalisation
-from patchbloom.train.pool_slots import pools_from
-from patchbloom.train.shapes import write_shapes
-from patchbloom.train.teacher import Teacher
-from patchbloom.train.views import describe_views, learning_rate, make_views, pool_size, pools
+from patchbloom.train.report import pictures
+from patchbloom.train.run.checkpoint import CheckpointError
+from patchbloom.train.students.slots import pools_from
+from patchbloom.train.teacher.evaluation import accuracies
+from patchbloom.train.teacher.normalisation import IMAGENET, Normalisation
+from patchbloom.train.teacher.teacher import Teacher
 from PIL import Image
 from student_cases import (
     CONFIG,

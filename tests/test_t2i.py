@@ -12,20 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from patchbloom.engine.class_texts import read_prompts
 from patchbloom.engine.config import ExpandConfig
-from patchbloom.engine.coreset import Coreset, open_coreset
-from patchbloom.engine.prompts import class_prompts, encode_prompts
-from patchbloom.engine.turbo import Expander
+from patchbloom.engine.coreset.coreset import Coreset, open_coreset
+from patchbloom.engine.data.class_texts import read_prompts
+from patchbloom.engine.expand.expander import Expander
+from patchbloom.engine.expand.prompts import class_prompts, encode_prompts
 from patchbloom.export.models import find_model
-from patchbloom.train import cli, generated, run_coresets, whole_images
-from patchbloom.train.augmentation import Variants, augment, draw_variants
+from patchbloom.train import cli
+from patchbloom.train.commands import coresets as run_coresets
 from patchbloom.train.coreset_options import RenderOptions
-from patchbloom.train.generated import KeptRounds, generate_rounds
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.recorded import open_recorded_source
-from patchbloom.train.stored_images import StoredImages
-from patchbloom.train.world import ALONE
+from patchbloom.train.methods import t2i as generated
+from patchbloom.train.methods import whole_images
+from patchbloom.train.methods.stored import StoredImages
+from patchbloom.train.methods.t2i import KeptRounds, generate_rounds
+from patchbloom.train.methods.variants import Variants, augment, draw_variants
+from patchbloom.train.run.world import ALONE
+from patchbloom.train.students.from_manifest import open_recorded_source
 from run_processes import write_inputs
 from student_cases import CONFIG, Silent
 

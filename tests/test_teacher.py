@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from patchbloom.engine.class_names import imagenet_names
-from patchbloom.engine.images import ImageSet, open_image_set
-from patchbloom.train.checkpoint import CheckpointError, read_tensors, write_tensors
+from patchbloom.engine.data.class_names import imagenet_names
+from patchbloom.engine.data.images import ImageSet, open_image_set
 from patchbloom.train.config import (
     MOST_STUDENTS,
     TeacherConfig,
@@ -22,13 +21,14 @@ from patchbloom.train.config import (
     student_seeds,
     teacher_start,
 )
-from patchbloom.train.evaluation import accuracies
+from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.networks import build_network, draws_in_training
-from patchbloom.train.normalisation import IMAGENET, Normalisation
-from patchbloom.train.optimisation import adamw
-from patchbloom.train.shapes import write_shapes
-from patchbloom.train.teacher import Teacher, load_teacher, weights_sha256
-from patchbloom.train.teacher_training import (
+from patchbloom.train.run.checkpoint import CheckpointError, read_tensors, write_tensors
+from patchbloom.train.teacher.evaluation import accuracies
+from patchbloom.train.teacher.normalisation import IMAGENET, Normalisation
+from patchbloom.train.teacher.optimisation import adamw
+from patchbloom.train.teacher.teacher import Teacher, load_teacher, weights_sha256
+from patchbloom.train.teacher.training import (
     CHECKPOINT,
     TEACHER,
     train_teacher,

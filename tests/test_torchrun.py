@@ -19,12 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from patchbloom.engine.coreset import open_coreset
-from patchbloom.train import cli, labels, world
-from patchbloom.train.checkpoint import read_tensors
-from patchbloom.train.launch import Launch
-from patchbloom.train.pool_rendering import answer_pool
-from patchbloom.train.shapes import write_shapes
+from patchbloom.engine.coreset.coreset import open_coreset
+from patchbloom.train import cli
+from patchbloom.train.data.shapes import write_shapes
+from patchbloom.train.labels import targets as labels
+from patchbloom.train.methods.shared import answer_pool
+from patchbloom.train.run import world
+from patchbloom.train.run.checkpoint import read_tensors
+from patchbloom.train.run.launch import Launch
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 PROBE = Path(__file__).with_name("torchrun_probe.py")

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from patchbloom.engine import prompts as prompts_module
-from patchbloom.engine import turbo as turbo_module
-from patchbloom.engine.batches import fitting_batch, images_per_prompt, plan_batches
 from patchbloom.engine.config import ExpandConfig
-from patchbloom.engine.schedule import make_schedule
-from patchbloom.engine.turbo import Expander
+from patchbloom.engine.expand import expander as turbo_module
+from patchbloom.engine.expand import prompts as prompts_module
+from patchbloom.engine.expand.batches import fitting_batch, images_per_prompt, plan_batches
+from patchbloom.engine.expand.expander import Expander
+from patchbloom.engine.expand.schedule import make_schedule
 from patchbloom.export.models import (
     ModelSource,
     Unavailable,
@@ -29,7 +29,7 @@ from patchbloom.export.models import (
 )
 from patchbloom.export.modules import PromptProjector
 from patchbloom.kernels.noise import Draw, normal, uniform
-from patchbloom.train.prior_model import new_parts, save_parts
+from patchbloom.train.prior.model import new_parts, save_parts
 from torch import Tensor
 
 TOLERANCE = 1e-4

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from patchbloom.engine.workers import single_threaded_workers
+from patchbloom.engine.data.threads import single_threaded_workers
 
 
 @pytest.fixture(autouse=True)

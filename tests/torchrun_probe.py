@@ -16,11 +16,14 @@ import time
 from pathlib import Path
 
 import torch
-from patchbloom.engine.images import open_image_set
-from patchbloom.train import cli, distil, labels, lockstep
-from patchbloom.train.evaluation import accuracies
-from patchbloom.train.pool_rendering import answer_pool
-from patchbloom.train.views import make_views
+from patchbloom.engine.data.images import open_image_set
+from patchbloom.train import cli
+from patchbloom.train.commands import pipeline as distil
+from patchbloom.train.labels import targets as labels
+from patchbloom.train.labels.views import make_views
+from patchbloom.train.methods.shared import answer_pool
+from patchbloom.train.students import lockstep
+from patchbloom.train.teacher.evaluation import accuracies
 
 EPOCH = 7
 _answer, _train = labels.answer_pool, distil.train_students

@@ -15,9 +15,9 @@ from typing import Any
 import tyro
 
 from ..engine.console import print_error, run_command
-from .commands import STAGES, Command, Train, TrainPrior, TrainReport
 from .coreset_options import StudentElsewhere, TrainVerify
-from .launch import read_launch
+from .options import STAGES, Command, Train, TrainPrior, TrainReport
+from .run.launch import read_launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell_once(line: str) -> None:
-    from .world import tell_once
+    from .run.world import tell_once
 
     tell_once(line)
 
@@ -57,27 +57,27 @@ def _execute(command: Command, given: list[str]) -> dict[str, Any]:
     line = " ".join(["train", *given])
     match command:
         case TrainPrior():
-            from .prior_run import run_prior
+            from .commands.prior import run_prior
 
             read_launch().require_alone("train prior")
             return run_prior(command, line)
         case TrainReport():
-            from .report import write_report
+            from .report.page import write_report
 
             read_launch().require_alone("train report")
             return write_report(command.run)
         case StudentElsewhere():
-            from .elsewhere import train_elsewhere
+            from .commands.student_from_coreset import train_elsewhere
 
             read_launch().require_alone("train student --coreset")
             return train_elsewhere(command, line)
         case TrainVerify():
-            from .drift import verify_labels
+            from .commands.verify import verify_labels
 
             read_launch().require_alone("train verify")
             return verify_labels(command)
         case _:
-            from .run import run_stages
+            from .commands.train import run_stages
 
             return run_stages(command, line)
 

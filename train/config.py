@@ -255,6 +255,11 @@ _NOT_OF_THE_RECIPE = {
 }
 
 
+def pool_size(config: StudentConfig) -> int:
+    """Samples of a full pool: `config.pool` rounded down to whole batches, to cost no step."""
+    return max(config.pool // config.batch, 1) * config.batch
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One protocol for all methods, before the options of the command line."""

@@ -24,14 +24,14 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from ..engine.coreset import Coreset, open_coreset
+from ..engine.coreset.coreset import Coreset, open_coreset
 from .config import StudentConfig
 from .coreset_options import LoaderOptions
-from .labelled_pools import LabelledPool, PoolSource, open_pools
-from .overlap import Ring
-from .recorded import view_config
-from .teacher import Teacher
-from .views import pools
+from .labels.views import pools
+from .students.from_manifest import view_config
+from .students.labelled_pools import LabelledPool, PoolSource, open_pools
+from .students.ring import Ring
+from .teacher.teacher import Teacher
 
 
 class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):

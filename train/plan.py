@@ -1,15 +1,15 @@
-"""What a run will do, with nothing left open: planning.py makes it of the options."""
+"""What a run will do, with nothing left open: commands/planning.py makes it of the options."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ..engine.config import ExpandConfig
-from ..engine.images import ImageSet
-from ..engine.prompts import class_prompts
+from ..engine.data.images import ImageSet
+from ..engine.expand.prompts import class_prompts
 from ..export.models import ModelSource
-from .commands import RunOptions
 from .config import Recipe, Scoring, StudentConfig, TeacherConfig, student_seeds
+from .options import RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,109 @@
+"""`engine list`, `info` and `remove`: the engines stored in a folder, and which fit here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...export.bundle import BundleError, find_bundles, named_bundle, read_manifest, remove_bundle
+from ...export.bundle_key import GRAPHS_ONLY, batch_shape, build_command, why_not
+from ...export.bundle_lock import bytes_of, remove_leftovers
+from ...export.config import EngineSpec
+from ...export.engines import exporter, graphs_machine_key, machine_key
+from ...export.models import Unavailable
+
+
+def list_engines(bundles: Path) -> dict[str, Any]:
+    """All engines stored there, damaged ones too; `misfit` is empty for one that fits.
+
+    Manifests are read, other files are not. What killed processes left is removed.
+    """
+    freed = remove_leftovers(bundles)
+    engines = [_row(folder) for folder in find_bundles(bundles)]
+    total_bytes = sum(engine["bytes"] for engine in engines)
+    return {
+        "bundles": str(bundles),
+        "engines": engines,
+        "bytes": total_bytes,
+        "leftovers_removed_bytes": freed,
+    }
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"engine": folder.name, "bytes": bytes_of(folder)}
+    try:
+        manifest = read_manifest(folder)
+    except BundleError as error:
+        return {**row, "damaged": str(error), "misfit": ["damaged"]}
+    key = manifest["key"]
+    shown = ("model", "weights", "backend", "device", "gpu", "precision", "size_px")
+    return {
+        **row,
+        **{field: key.get(field) for field in shown},
+        "batch": batch_shape(key),
+        "built_at": manifest["report"].get("built_at"),
+        "misfit": misfit(key),
+    }
+
+
+def spec_of(key: Mapping[str, Any]) -> EngineSpec:
+    """The shapes and precisions that a key holds."""
+    return EngineSpec(**{field.name: key[field.name] for field in fields(EngineSpec)})
+
+
+def misfit(key: Mapping[str, Any]) -> list[str]:
+    """Why a stored engine does not fit this machine and this code; empty when it does.
+
+    The model's weights are not compared: that takes reading them.
+    """
+    graphs_only = key["backend"] == GRAPHS_ONLY
+    try:
+        spec = spec_of(key)
+        if spec.device == "cuda" and not graphs_only and not torch.cuda.is_available():
+            return [f"gpu {key['gpu']} (here none)"]
+        if graphs_only:
+            here = graphs_machine_key(key["exported_for"], spec)
+        else:
+            exporter(key["backend"]).require(spec.precision, spec.device)
+            here = machine_key(key["backend"], spec)
+    except Unavailable as error:
+        return [str(error)]
+    except (KeyError, TypeError, ValueError) as error:
+        return [f"made by another version of this package ({error})"]
+    return why_not(key, {**key, **here})
+
+
+def engine_info(bundles: Path, name: str) -> dict[str, Any]:
+    """Everything that a stored engine's manifest says; its files are not read."""
+    folder = named_bundle(bundles, name)
+    manifest = read_manifest(folder)
+    key, report = manifest["key"], manifest["report"]
+    return {
+        "engine": folder.name,
+        "folder": str(folder),
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "key": key,
+        "report": report,
+        "files": manifest["files"],
+        "content_sha256": manifest["content_sha256"],
+        "misfit": misfit(key),
+        "command": build_command(key, report.get("model")),
+    }
+
+
+def remove_engines(bundles: Path, names: Sequence[str], everything: bool) -> dict[str, Any]:
+    """Remove the engines of these names or unique beginnings, or all; which, and bytes freed.
+
+    BundleError: a name that fits none or several; then none is removed.
+    """
+    if everything == bool(names):
+        raise ValueError("engine remove: expected the names of engines, or --all, and not both")
+    folders = find_bundles(bundles) if everything else [named_bundle(bundles, n) for n in names]
+    freed = remove_leftovers(bundles)
+    removed = sorted({folder.name for folder in folders})
+    freed += sum(remove_bundle(bundles / name) for name in removed)
+    return {"bundles": str(bundles), "removed": removed, "freed_bytes": freed}

@@ -1,0 +1,132 @@
+"""`engine build|verify|list|info|remove|doctor`: what each prints, and returns as JSON."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ...export.bundle import default_bundles_folder, find_bundles, named_bundle
+from ..console import print_fields, print_table
+from ..options import (
+    EngineBuild,
+    EngineDoctor,
+    EngineInfo,
+    EngineList,
+    EngineRemove,
+    EngineVerify,
+)
+
+EngineCommand = EngineBuild | EngineVerify | EngineList | EngineInfo | EngineRemove | EngineDoctor
+
+
+def run_engine_command(command: EngineCommand) -> dict[str, Any]:
+    """Run it, and print the result for people unless JSON alone is asked for."""
+    if isinstance(command, EngineDoctor):
+        return _doctor(command)  # which also has an answer where torch does not load
+    if isinstance(command, EngineVerify):
+        return _verify(command)
+    bundles = (command.bundles or default_bundles_folder()).expanduser()
+    match command:
+        case EngineBuild():
+            from .build import build_engine
+
+            result, show = build_engine(command, bundles, _say), _show_build
+        case EngineList():
+            from .catalogue import list_engines
+
+            result, show = list_engines(bundles), _show_list
+        case EngineInfo():
+            from .catalogue import engine_info
+
+            result, show = engine_info(bundles, command.name), print_fields
+        case EngineRemove():
+            from .catalogue import remove_engines
+
+            result, show = remove_engines(bundles, command.names, command.all), _show_removed
+    if not command.json:
+        show(result)
+    return result
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _verify(command: EngineVerify) -> dict[str, Any]:
+    from .build import verify_engines
+
+    bundles = (command.bundles or default_bundles_folder()).expanduser()
+    if command.names in ((), ("all",)):
+        folders = find_bundles(bundles)
+    else:
+        folders = [named_bundle(bundles, name) for name in command.names]
+
+    def show(result: dict[str, Any]) -> None:
+        if not command.json:
+            print(f"{result['engine']}: {result['files']} files, {_mb(result['bytes'])}, all right")
+            _show_parity(result["parity"])
+
+    return {"bundles": str(bundles), "verified": verify_engines(folders, _say, show)}
+
+
+def _doctor(command: EngineDoctor) -> dict[str, Any]:
+    from .doctor import check_any_works, examine, show_examination
+
+    bundles = (command.bundles or default_bundles_folder()).expanduser()
+    found = examine(bundles)
+    if not command.json:
+        show_examination(found)
+    check_any_works(found)
+    return found
+
+
+def _show_build(result: dict[str, Any]) -> None:
+    state = f"built in {result['seconds']:.0f} s" if result["built"] else "was there already"
+    print(f"{result['engine']}: {state}, {_mb(result['bytes'])}")
+    _show_parity(result.get("parity"))
+    if result["built"]:
+        print(f"peak memory: host {_mb(result['peak_host_bytes'])}", end="")
+        gpu_bytes = result.get("peak_gpu_bytes")
+        print(f", GPU {_mb(gpu_bytes)}" if gpu_bytes else "")
+    print(f"in {result['folder']}")
+
+
+def _show_parity(parity: dict[str, dict[str, float]] | None) -> None:
+    if parity is None:
+        print("graphs only: nothing was run, so there is no parity with torch")
+        return
+    rows = [["graph", "max abs", "limit", "relative L2", "PSNR"]]
+    for graph, measured in parity.items():
+        psnr = f"{measured['psnr_db']:.1f} dB" if "psnr_db" in measured else ""
+        numbers = [f"{measured[name]:.2e}" for name in ("max_abs", "limit", "relative_l2")]
+        rows.append([graph, *numbers, psnr])
+    print_table(rows)
+
+
+def _show_list(result: dict[str, Any]) -> None:
+    rows = [["engine", "model", "backend", "on", "precision", "px", "batch", "MB", "built", "fits"]]
+    for engine in result["engines"]:
+        if "damaged" in engine:
+            fields = [""] * 6
+        else:
+            on, px = engine["gpu"] or engine["device"], str(engine["size_px"])
+            fields = [engine["model"], engine["backend"], on, engine["precision"], px]
+            fields.append(engine["batch"])
+        built = (engine.get("built_at") or "")[:16].replace("T", " ")
+        fits = f"no: {', '.join(engine['misfit'])}" if engine["misfit"] else "yes"
+        rows.append([engine["engine"], *fields, f"{engine['bytes'] / 1e6:.1f}", built, fits])
+    if len(rows) > 1:
+        print_table(rows)
+    count = len(rows) - 1
+    print(f"{count or 'no'} engine{'' if count == 1 else 's'}, {_mb(result['bytes'])}", end="")
+    print(f", in {result['bundles']}")
+
+
+def _show_removed(result: dict[str, Any]) -> None:
+    for name in result["removed"]:
+        print(f"removed {name}")
+    print(f"{result['freed_bytes']:,} bytes freed in {result['bundles']}")
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,253 @@
+"""`engine doctor`: what this machine can run, what is missing for the rest, and what mends it.
+
+It has an answer wherever Python starts: libraries are looked up before any is loaded, and one that
+does not load is a finding.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from ...export.config import EngineSpec, Precision
+from ...export.machine import cxx_compiler, driver_version, free_host_bytes, gpu_memory_bytes
+from ..console import print_table
+
+PROJECT = "patchbloom"
+BACKENDS = (
+    *(("eager", "cpu"), ("ort", "cpu"), ("inductor", "cpu")),
+    *(("eager", "cuda"), ("ort", "cuda"), ("inductor", "cuda"), ("trt", "cuda")),
+)
+ALIASES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt-cu13": ("tensorrt-cu13", "tensorrt", "tensorrt-cu12"),
+}
+"""The same module under the names of several distributions."""
+EXAMPLES = (("sdxl-tiny", 64), ("sdxl-turbo", 224), ("sdxl-turbo", 512))
+"""Model and px of the builds whose needs are told, at a batch of 32."""
+FORMULA = (
+    "estimated memory: k x parameters x bytes + 3 x the VAE's largest layer (batch x channels x "
+    "px² x bytes), k = 1 to run eagerly, 2 to build; disk: parameters x bytes"
+)
+
+
+def examine(bundles: Path) -> dict[str, Any]:
+    """All findings, as plain JSON."""
+    libraries = _libraries()
+    loads = _load_fault(libraries)
+    gpu = None if loads else _gpu()
+    return {
+        "backends": [_backend(name, device, loads) for name, device in BACKENDS],
+        "libraries": libraries,
+        "gpu": gpu,
+        "driver": driver_version(),
+        "host": {"cores": os.cpu_count(), "free_memory_bytes": free_host_bytes()},
+        "cxx": cxx_compiler(),
+        "sdxl_turbo_cached": None if loads else _turbo_is_cached(),
+        "bundles": str(bundles),
+        "free_disk_bytes": None if loads else _free_disk(bundles),
+        "needs": [] if loads else [_needs(model, px, gpu) for model, px in EXAMPLES],
+    }
+
+
+def check_any_works(found: dict[str, Any]) -> None:
+    """OSError when not one backend works here."""
+    if not any(backend["works"] for backend in found["backends"]):
+        raise OSError(f"no backend works here: {found['backends'][0]['missing']}")
+
+
+def _libraries() -> list[dict[str, Any]]:
+    """What this package asks for in its own metadata, and what is installed of it."""
+    from packaging.requirements import Requirement
+
+    found = []
+    for line in requires(PROJECT) or []:
+        requirement = Requirement(line)
+        extra = next((e for e in ("", "trt") if _applies(requirement.marker, e)), None)
+        if extra is None:
+            continue
+        installed = _installed(requirement.name)
+        right = installed is not None and requirement.specifier.contains(installed, True)
+        found.append(
+            {
+                "name": requirement.name,
+                "needed": str(requirement.specifier) or "any",
+                "installed": installed,
+                "right": right,
+                "only_for": extra or None,
+                "mend": None
+                if right
+                else f"pip install '{requirement.name}{requirement.specifier}'",
+            }
+        )
+    return found
+
+
+def _applies(marker: Any, extra: str) -> bool:
+    return marker is None or marker.evaluate({"extra": extra})
+
+
+def _installed(name: str) -> str | None:
+    for alias in ALIASES.get(name, (name,)):
+        try:
+            return version(alias)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _load_fault(libraries: list[dict[str, Any]]) -> str | None:
+    """Why not even the eager backend can start; None when it can."""
+    for name in ("torch", "diffusers", "transformers"):
+        try:
+            import_module(name)
+        except (ImportError, OSError) as error:
+            mends = [library["mend"] for library in libraries if library["name"] == name]
+            remedy = mends[0] if mends and mends[0] else f"pip install --force-reinstall {name}"
+            return f"{name} does not load ({' '.join(str(error).split())}): {remedy}"
+    return None
+
+
+def _backend(name: Any, device: str, loads: str | None) -> dict[str, Any]:
+    return {
+        "backend": name,
+        "device": device,
+        "works": (missing := loads or _missing(name, device)) is None,
+        "missing": missing,
+    }
+
+
+def _missing(name: Any, device: Any) -> str | None:
+    """Why a backend does not work there, in one line with what mends it; None when it does."""
+    from ..expand.backends import require_backend, resolve_device
+
+    precision: Precision = "fp16" if device == "cuda" else "fp32"
+    try:
+        if name != "trt":  # which names the GPU beside the library
+            resolve_device(device)
+        require_backend(name, precision, device)
+    except (ImportError, OSError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _gpu() -> dict[str, Any] | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free_bytes, total_bytes = gpu_memory_bytes()
+    gpu = torch.cuda.get_device_properties()
+    return {
+        "name": gpu.name,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "sm_count": gpu.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "free_bytes": free_bytes,
+        "total_bytes": total_bytes,
+    }
+
+
+def _turbo_is_cached() -> bool:
+    from ...export.hub import is_sdxl_turbo_cached
+
+    return is_sdxl_turbo_cached()
+
+
+def _free_disk(bundles: Path) -> int:
+    from .needs import free_disk_bytes
+
+    return free_disk_bytes(bundles)
+
+
+def _needs(name: str, size_px: int, gpu: dict[str, Any] | None) -> dict[str, Any]:
+    from ...export.models import find_model
+    from .needs import engine_needs
+
+    spec = EngineSpec(
+        size_px=size_px,
+        precision="fp16" if gpu else "fp32",
+        device="cuda" if gpu else "cpu",
+    )
+    model = find_model(name, "random")
+    run, build = (engine_needs(model, spec, backend) for backend in ("eager", "ort"))
+    free_bytes = gpu["free_bytes"] if gpu else free_host_bytes()
+    fits = "yes" if build.memory_bytes <= free_bytes else "perhaps"
+    return {
+        "model": name,
+        "size_px": size_px,
+        "batch": spec.batch,
+        "precision": spec.precision,
+        "device": spec.device,
+        "parameters": run.unet_parameters + run.vae_parameters,
+        "eager_bytes": run.memory_bytes,
+        "build_bytes": build.memory_bytes,
+        "disk_bytes": build.weights_bytes,
+        "fits": "no" if build.least_bytes > free_bytes else fits,
+    }
+
+
+def show_examination(found: dict[str, Any]) -> None:
+    """Print it for people."""
+    rows = [["backend", "on", "works", ""]]
+    for backend in found["backends"]:
+        works = "yes" if backend["works"] else "no"
+        rows.append([backend["backend"], backend["device"], works, backend["missing"] or ""])
+    print_table(rows)
+    print()
+    wrong = [library for library in found["libraries"] if not library["right"]]
+    print(f"libraries: {len(found['libraries']) - len(wrong)} as needed")
+    for library in wrong:
+        purpose = f" (only for {library['only_for']})" if library["only_for"] else ""
+        print(
+            f"  {library['name']} {library['installed'] or 'is missing'}, "
+            f"needed {library['needed']}{purpose}: {library['mend']}"
+        )
+    _show_machine(found)
+    if found["needs"]:
+        print()
+        _show_needs(found["needs"])
+
+
+def _show_machine(found: dict[str, Any]) -> None:
+    gpu, host = found["gpu"], found["host"]
+    if gpu:
+        print(
+            f"GPU: {gpu['name']}, compute capability {gpu['capability']}, {gpu['sm_count']} SMs, "
+            f"{_gb(gpu['free_bytes'])} of {_gb(gpu['total_bytes'])} GB free; "
+            f"torch's CUDA {gpu['cuda']}"
+        )
+    else:
+        print("GPU: none that torch finds")
+    print(f"NVIDIA driver: {found['driver'] or 'none'}")
+    print(f"host: {host['cores']} cores, {_gb(host['free_memory_bytes'])} GB of memory free")
+    if found["free_disk_bytes"] is not None:
+        print(f"disk: {_gb(found['free_disk_bytes'])} GB free for {found['bundles']}")
+    print(f"C++ compiler, for inductor: {found['cxx'] or 'none; apt-get install g++'}")
+    if found["sdxl_turbo_cached"] is not None:
+        cached = "in the hub's cache" if found["sdxl_turbo_cached"] else "not downloaded (7 GB)"
+        print(f"SDXL-Turbo's weights: {cached}")
+
+
+def _show_needs(needs: list[dict[str, Any]]) -> None:
+    rows = [
+        [
+            *("model", "px", "batch", "precision", "on", "parameters"),
+            *("GB to run eagerly", "GB to build", "GB on disk", "fits now"),
+        ]
+    ]
+    for need in needs:
+        sizes = (_gb(need[name]) for name in ("eager_bytes", "build_bytes", "disk_bytes"))
+        shape = (str(need[name]) for name in ("size_px", "batch", "precision", "device"))
+        rows.append(
+            [need["model"], *shape, f"{need['parameters'] / 1e6:,.0f} M", *sizes, need["fits"]]
+        )
+    print_table(rows)
+    print(FORMULA)
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f}"

@@ -1,0 +1,170 @@
+"""The manifest of a coreset: what it says, how it is hashed, and what it is checked against.
+
+A manifest is JSON with sorted keys. `content_sha256` is the SHA-256 of everything in it but itself
+and the provenance (command, time, versions, world size), which differ between two makings of the
+same content. The provenance has a hash of its own, and the file has exactly one valid spelling, so
+that no byte of `manifest.json` can change unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import CoresetError
+
+SCHEMA = "patchbloom.coreset/1"
+SCHEMA_DOPED = "patchbloom.coreset/2"
+"""Of a coreset with real images beside its patches; everything else is as in version 1."""
+NOISE_SCHEME = "philox4x32-10/box-muller/1"
+MANIFEST = "manifest.json"
+LABELS = "labels.safetensors"
+PATCHES, DOPED = "patches", "doped"
+# A killed `attach_labels` may leave these behind; the manifest, replaced last, does not list them.
+LEFTOVERS = frozenset({f"{MANIFEST}.partial", f"{LABELS}.partial", LABELS})
+REQUIRED_SETTINGS = ("method", "seed", "image_size_px", "factor", "patch_px", "ipc")
+_OUTSIDE_CONTENT = ("content_sha256", "provenance", "provenance_sha256")
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON spelling of `value` that is hashed; ValueError for NaN and infinity."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii")
+
+
+def spelled(manifest: dict[str, Any]) -> bytes:
+    """The bytes of `manifest.json`: sorted, indented, one final newline."""
+    return (json.dumps(manifest, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+
+def content_sha256(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all that names the content: every key but the hashes and the provenance."""
+    content = {key: manifest[key] for key in manifest if key not in _OUTSIDE_CONTENT}
+    return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def seal(content: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
+    """`content` plus its hash, and `provenance` beside it with its own."""
+    sealed = {key: content[key] for key in content if key not in _OUTSIDE_CONTENT}
+    sealed["content_sha256"] = content_sha256(sealed)
+    sealed["provenance"] = provenance
+    sealed["provenance_sha256"] = hashlib.sha256(canonical(provenance)).hexdigest()
+    return sealed
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of one file, read in a streaming way."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"bytes": stream.tell(), "sha256": digest}
+
+
+def patch_files(class_id: str, count: int) -> list[str]:
+    """The relative paths of a class's patches, in sample order."""
+    return [f"{PATCHES}/{class_id}/{index:06d}.png" for index in range(count)]
+
+
+def doped_files(class_id: str, count: int) -> list[str]:
+    """The relative paths of the real images that doping added to a class, in order."""
+    return [f"{DOPED}/{class_id}/{index:06d}.png" for index in range(count)]
+
+
+def expected_files(manifest: dict[str, Any]) -> list[str]:
+    """Every file a coreset with this manifest consists of, patches in sample order, labels last."""
+    files = []
+    for entry in manifest["classes"]:
+        files += patch_files(entry["id"], entry["patches"])
+        files += doped_files(entry["id"], entry.get("doped", 0))
+    labels = manifest["labels"]
+    return [*files, LABELS] if labels is not None and labels["codec"] != "none" else files
+
+
+def check_class_ids(class_ids: tuple[str, ...] | list[str]) -> None:
+    """Refuse ids that are no folder name, or whose order is not that of an ImageFolder (sorted)."""
+    for class_id in class_ids:
+        if not class_id or class_id in {".", ".."} or "/" in class_id or "\0" in class_id:
+            raise CoresetError(f"class id {class_id!r} cannot be a folder name: rename the class")
+    if list(class_ids) != sorted(set(class_ids)):
+        raise CoresetError(
+            "class ids must be unique and sorted, as an ImageFolder orders them; "
+            f"got {list(class_ids)[:8]}: sort the classes and number the labels anew"
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Parse and check `manifest.json`; says nothing yet about the other files.
+
+    Raises CoresetError when the folder is no coreset, the schema is another one, or any byte of the
+    manifest was changed after it was written.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        found = "no such folder" if not folder.is_dir() else f"it has no {MANIFEST}"
+        raise CoresetError(
+            f"{folder} is not a coreset: {found}. Give the folder that `train` or "
+            "`train coreset` wrote (RUN/coreset)"
+        )
+    raw = path.read_bytes()
+    try:
+        manifest = json.loads(raw)
+    except ValueError as error:
+        raise CoresetError(f"{path} is not valid JSON ({error}): {_AGAIN}") from None
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema not in (SCHEMA, SCHEMA_DOPED):
+        raise CoresetError(
+            f"{path}: expected schema {SCHEMA!r}, got {schema!r}: open it with the version of "
+            "patchbloom that wrote it, or make the coreset again"
+        )
+    try:
+        intact = (
+            raw == spelled(manifest)
+            and manifest["content_sha256"] == content_sha256(manifest)
+            and manifest["provenance_sha256"]
+            == hashlib.sha256(canonical(manifest["provenance"])).hexdigest()
+        )
+        check_class_ids([entry["id"] for entry in manifest["classes"]])
+        intact = intact and sorted(expected_files(manifest)) == sorted(manifest["files"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CoresetError(f"{path} was changed after it was written ({error}): {_AGAIN}") from None
+    if not intact:
+        raise CoresetError(f"{path} was changed after it was written: {_AGAIN}")
+    return manifest
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare every file with its size and SHA-256; CoresetError names the first that differs.
+
+    A file that the manifest does not list is refused too: `patches/` is a plain ImageFolder, and a
+    stray image in it would be trained on.
+    """
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CoresetError(f"{path} is missing from the coreset: {_AGAIN}")
+        found = file_entry(path)
+        if found["bytes"] != entry["bytes"]:
+            raise CoresetError(
+                f"{path}: expected {entry['bytes']} bytes, found {found['bytes']}: {_AGAIN}"
+            )
+        if found["sha256"] != entry["sha256"]:
+            raise CoresetError(
+                f"{path} was changed: expected sha256 {entry['sha256'][:16]}…, "
+                f"found {found['sha256'][:16]}…: {_AGAIN}"
+            )
+    for path in strays(folder, manifest):
+        raise CoresetError(f"{path} is not part of this coreset: move it elsewhere")
+
+
+def strays(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """What lies in the folder and is neither listed, nor above a listed file, nor a leftover."""
+    listed = {*manifest["files"], MANIFEST, *LEFTOVERS}
+    listed |= {above.as_posix() for name in manifest["files"] for above in Path(name).parents}
+    for path in sorted(folder.rglob("*")):
+        if path.relative_to(folder).as_posix() not in listed:
+            yield path
+
+
+_AGAIN = "restore the file, or make the coreset again with --overwrite"

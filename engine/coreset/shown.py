@@ -1,0 +1,142 @@
+"""Which stored image a sample shows in an epoch, and so whose each soft label is.
+
+A class of G stored images, each with V variants that are drawn when it is shown, has J samples an
+epoch, and M = G · (1 + V):
+
+    number = (epoch · J + sample) mod M,   image = number mod G,   variant = number // G
+
+Variant 0 is the image itself: all are shown equally often, whatever G. Patches are shown one a
+sample, J = G and V = 0; what is made of a patch is the method's affair. In a doped coreset a class
+has the samples of its patches first, then those of its real images, by the same rule.
+
+Legend: E epochs, B samples asked for, A answers that an image has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CoresetError
+from ..labels.soft_labels import SoftLabels
+from .coreset import Coreset
+from .manifest import doped_files, patch_files
+
+VIEW_COLUMNS = ("sample", "epoch", "variant")
+_LABELLED = {
+    "dace": "its expansion, in which mixup, where there is any, mixes another patch of its class",
+    "rded": "the sample's mosaic, of it and the r² - 1 patches beside it",
+    "upsample": "it, enlarged",
+    "random": "it, enlarged",
+    "t2i": "it, where the variant is 0, else of an augmented variant of it",
+    "dsco": "it",
+}
+"""What the teacher was shown for a patch, by method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredImage:
+    """A patch, a whole image or a real one: a file of the coreset, and whose label it has."""
+
+    file: str
+    """Its path in the coreset."""
+    name: str
+    """Unique in its class, and in the order of its class: 000000, doped_000000."""
+    class_index: int
+    class_id: str
+    class_name: str
+    doped: bool
+    """Whether it is a real image that doping added."""
+    views_A3: np.ndarray
+    """int32 [A, 3], sample, epoch and variant of each answer, by epoch; A = 0 without labels."""
+
+
+def shown(
+    sample_B: Tensor, epoch: int | Tensor, *, each: int, images: int, variants: int
+) -> Tensor:
+    """Image and variant that samples of a class show, int64 [2, B].
+
+    sample_B: numbers within the class, 0..J-1. `each`, `images`, `variants`: J, G and V.
+    """
+    number_B = (epoch * each + sample_B) % (images * (1 + variants))
+    return torch.stack([number_B % images, number_B // images])
+
+
+def stored_images(coreset: Coreset, labels: SoftLabels | None) -> Iterator[StoredImage]:
+    """Every image of a coreset, class after class, patches first; with the views that have labels.
+
+    CoresetError for labels of other images than these.
+    """
+    if labels is not None:
+        _check_labels(coreset, labels)
+    own, real = _samples_of_a_class(coreset)
+    patches, doped = coreset.manifest["classes"][0]["patches"], coreset.doped_per_class
+    epochs, variants = 0 if labels is None else labels.epochs, coreset.settings.get("variants", 0)
+    views = [
+        *_views(epochs, each=own, images=patches, variants=variants, first=0),
+        *_views(epochs, each=real, images=doped, variants=0, first=own),
+    ]
+    for entry in coreset.manifest["classes"]:
+        offset_3 = np.array([entry["index"] * (own + real), 0, 0], np.int32)
+        files = patch_files(entry["id"], patches) + doped_files(entry["id"], doped)
+        for number, (file, views_A3) in enumerate(zip(files, views, strict=True)):
+            is_doped = number >= patches
+            yield StoredImage(
+                file=file,
+                name=f"doped_{number - patches:06d}" if is_doped else f"{number:06d}",
+                class_index=entry["index"],
+                class_id=entry["id"],
+                class_name=entry["name"],
+                doped=is_doped,
+                views_A3=views_A3 + offset_3,
+            )
+
+
+def told_of_labels(coreset: Coreset) -> str:
+    """For people: what a row of an image's labels answers."""
+    method = coreset.settings["method"]
+    doped = " Of a doped image it is of the image itself." if coreset.doped_per_class else ""
+    return (
+        "Row a of an image's labels is the teacher's answer to the view (sample, epoch, variant) = "
+        "views[a]: a crop, perhaps mirrored, with a part of another image pasted in where "
+        "labels.settings.views.cutmix is true, and not the stored image as it is. "
+        f"The view is of {_LABELLED.get(method, 'an image that is made of it')}.{doped}"
+    )
+
+
+def _samples_of_a_class(coreset: Coreset) -> tuple[int, int]:
+    """J of its patches, and of its doped images."""
+    settings, patches = coreset.settings, coreset.manifest["classes"][0]["patches"]
+    real = settings["doping"]["samples_per_class"] if coreset.doped_per_class else 0
+    return settings.get("samples_per_class", patches), real
+
+
+def _views(epochs: int, *, each: int, images: int, variants: int, first: int) -> list[np.ndarray]:
+    """Of each image of a class, int32 [A, 3]; sample numbers start at `first`."""
+    if not images:
+        return []
+    epoch_EJ, sample_EJ = torch.meshgrid(torch.arange(epochs), torch.arange(each), indexing="ij")
+    image_EJ, variant_EJ = shown(sample_EJ, epoch_EJ, each=each, images=images, variants=variants)
+    rows = torch.stack([first + sample_EJ, epoch_EJ, variant_EJ], -1).flatten(0, 1).int()
+    by_image = torch.argsort(image_EJ.flatten(), stable=True)
+    counts = torch.bincount(image_EJ.flatten(), minlength=images).tolist()
+    return [part.numpy() for part in rows[by_image].split(counts)]
+
+
+def _check_labels(coreset: Coreset, labels: SoftLabels) -> None:
+    without = "export without labels: --no-labels"
+    if (coreset.manifest["model"] or {}).get("start") == "noise":
+        raise CoresetError(
+            f"{coreset.folder}: its labels are of images that the model made of the prompt alone "
+            f"(--start noise), and so of none that is stored: {without}"
+        )
+    expected = len(coreset.class_ids) * sum(_samples_of_a_class(coreset))
+    if labels.samples != expected:
+        raise CoresetError(
+            f"stored labels: expected {expected} samples, as many as the coreset shows in an "
+            f"epoch, got {labels.samples}: label the coreset anew, or {without}"
+        )

@@ -1,0 +1,7 @@
+"""Errors that several rooms raise. Torch-free."""
+
+from __future__ import annotations
+
+
+class CoresetError(ValueError):
+    """A coreset that cannot be written or trusted: expected, found, what to do."""

@@ -1,0 +1,85 @@
+"""`engine coreset info|verify|show|export`: what each does, and how people read it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from ...export.durable import replace_file
+from ..console import print_fields
+from ..coreset.coreset import Coreset, open_coreset
+from ..coreset.sheet import contact_sheet
+from ..options import CoresetExport, CoresetInfo, CoresetShow, CoresetVerify
+from .exports import export_coreset
+
+
+def run_coreset_command(
+    command: CoresetInfo | CoresetVerify | CoresetShow | CoresetExport,
+) -> dict[str, Any]:
+    """Run it, and print the result for people unless JSON alone is asked for."""
+    match command:
+        case CoresetInfo():
+            result = _info(open_coreset(command.folder, verify=False))
+        case CoresetVerify():
+            result = _verify(open_coreset(command.folder))
+        case CoresetShow():
+            result = _show(open_coreset(command.folder), command.out, command.patches_per_class)
+        case CoresetExport():
+            result = export_coreset(
+                open_coreset(command.folder),
+                command.to,
+                command.out,
+                labels=command.labels,
+                dataset=command.dataset,
+                overwrite=command.overwrite,
+            )
+    if not command.json:
+        print_fields(result)
+    return result
+
+
+def _info(coreset: Coreset) -> dict[str, Any]:
+    manifest = coreset.manifest
+    described = ("settings", "model", "teacher", "labels", "noise")
+    labels = coreset.soft_labels()
+    provenance = dict(manifest["provenance"])
+    provenance.pop("patches", None)  # a line per patch: read them in manifest.json
+    return {
+        "coreset": str(coreset.folder),
+        "content_sha256": coreset.content_sha256,
+        "patches": len(coreset.labels_N),
+        "doped_images": coreset.doped_per_class * len(coreset.class_ids),
+        "classes": dict(zip(coreset.class_ids, coreset.class_names, strict=True)),
+        "bytes": coreset.bytes(),
+        "recognised_by_the_teacher": None if labels is None else round(labels.recognised(0), 2),
+        **{key: manifest[key] for key in described},
+        "provenance": provenance,
+    }
+
+
+def _verify(coreset: Coreset) -> dict[str, Any]:
+    return {
+        "coreset": str(coreset.folder),
+        "content_sha256": coreset.content_sha256,
+        "files": len(coreset.manifest["files"]),
+        "verified": True,
+    }
+
+
+def _show(coreset: Coreset, out: Path | None, patches_per_class: int) -> dict[str, Any]:
+    folder = coreset.folder.absolute()
+    out = folder.with_name(f"{folder.name}.png") if out is None else out.absolute()
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--out {out} lies in the coreset, which holds its own files only")
+    patches, labels = coreset.patches().numpy(), coreset.labels_N.numpy()
+    sheet = contact_sheet(
+        [
+            (name, patches[labels == index][:patches_per_class])
+            for index, name in enumerate(coreset.class_names)
+        ]
+    )
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    replace_file(out, png.getvalue())
+    return {"coreset": str(coreset.folder), "picture": str(out), "size_px": list(sheet.size)}

@@ -1,0 +1,139 @@
+"""A coreset as DD-Ranking (0.2) takes it: `compute_metrics(image_tensor=…)` or `(image_path=…)`.
+
+    images.pt                fp32 [N, 3, H, W], normalised as its data set is
+    labels.pt                int64 [N], for `hard_labels` or `labels`
+    images/00000/000000.png  the same images, a folder per class number, for `image_path`
+
+An image is the mosaic of r² patches, so H = W is the images' size and N as many of every class as
+DD-Ranking counts as its budget: ipc, or what was generated once, and the real images that doping
+added after them. Classes are numbered as DD-Ranking numbers them, which for ImageNet's subsets is
+an order of its own, and not that of the folders. Of ImageNet and its subsets every class id is
+checked. CIFAR's and TinyImageNet's are not known here: their number is checked, and that CIFAR's
+are none of ImageNet's.
+
+Soft labels are left out: the stored ones are of views, one per epoch, and DD-Ranking takes one per
+image (mode S) or asks a teacher of its own (mode M). `torch.save` is what DD-Ranking reads, and a
+pickle: of tensors alone, so torch.load's weights_only does. DD-Ranking 0.2.0 asks for numpy
+below 2, and runs with 2: the tests have it in a folder of its own, and its evaluation open an
+export both ways.
+
+Legend: N images, K classes, M mosaics and D doped images of a class, r factor, T = r² patches of a
+mosaic, H W image size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ...kernels.mosaic import mosaic
+from ..coreset.coreset import Coreset
+from ..data.class_names import imagenet_names
+from ..errors import CoresetError
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CLASS_COUNTS = {"CIFAR10": 10, "CIFAR100": 100, "TinyImageNet": 200}
+"""Data sets whose class ids are not known here, numbered in the order of their class folders."""
+SUBSETS = {
+    "ImageNet1K": tuple(range(1000)),
+    "ImageNette": (0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
+    "ImageWoof": (193, 182, 258, 162, 155, 167, 159, 273, 207, 229),
+    "ImageMeow": (281, 282, 283, 284, 285, 291, 292, 290, 289, 287),
+    "ImageSquawk": (84, 130, 88, 144, 145, 22, 96, 9, 100, 89),
+    "ImageFruit": (953, 954, 949, 950, 951, 957, 952, 945, 943, 948),
+    "ImageYellow": (309, 986, 954, 951, 987, 779, 599, 291, 72, 11),
+}
+"""ImageNet-1k's index of each class, in DD-Ranking's order."""
+
+
+def write_dd_ranking(coreset: Coreset, dataset: str | None, folder: Path) -> dict[str, Any]:
+    """Fill `folder`; what is told of it: data set, ipc, image size, class ids in its order.
+
+    CoresetError when there is no such `dataset`, the coreset's classes are not as many, or, of
+    ImageNet and its subsets, not the same; or when doped images are of another size than mosaics.
+    """
+    classes = _class_order(coreset, dataset)
+    images_NHWC = _images(coreset, classes)
+    ipc = len(images_NHWC) // len(classes)
+    for number in range(len(classes)):
+        (folder / "images" / f"{number:05d}").mkdir(parents=True)
+        for each in range(ipc):
+            picture = Image.fromarray(images_NHWC[number * ipc + each].numpy())
+            path = folder / "images" / f"{number:05d}" / f"{each:06d}.png"
+            picture.save(path, "PNG", compress_level=9)
+    torch.save(_normalised(images_NHWC, dataset), folder / "images.pt")
+    torch.save(torch.arange(len(classes)).repeat_interleave(ipc), folder / "labels.pt")
+    return {
+        "dataset": dataset,
+        "ipc": ipc,
+        "image_size_px": images_NHWC.shape[1],
+        "class_order": [coreset.class_ids[index] for index in classes],
+        "classes_checked": "by number alone" if dataset in CLASS_COUNTS else "by id",
+        "images": len(images_NHWC),
+    }
+
+
+def _class_order(coreset: Coreset, dataset: str | None) -> list[int]:
+    """The coreset's class index of each of DD-Ranking's classes."""
+    known = (*CLASS_COUNTS, *SUBSETS)
+    if dataset not in known:
+        raise CoresetError(
+            f"--dataset {dataset}: expected DD-Ranking's name of the data set, which decides class "
+            f"numbers and normalisation, one of {', '.join(known)}"
+        )
+    ids = coreset.class_ids
+    if dataset in CLASS_COUNTS:
+        if len(ids) != CLASS_COUNTS[dataset]:
+            raise CoresetError(
+                f"--dataset {dataset}: expected {CLASS_COUNTS[dataset]} classes, got {len(ids)}: "
+                "give the data set that the coreset was made of"
+            )
+        foreign = [class_id for class_id in ids if class_id in imagenet_names()]
+        if foreign and dataset in _LIKE_CIFAR:
+            raise CoresetError(
+                f"--dataset {dataset}: expected its classes, got {foreign[0]}, which is one of "
+                "ImageNet's: give the data set that the coreset was made of"
+            )
+        return list(range(len(ids)))
+    every = tuple(imagenet_names())
+    wanted = [every[index] for index in SUBSETS[dataset]]
+    if set(wanted) != set(ids):
+        raise CoresetError(
+            f"--dataset {dataset}: expected the classes {', '.join(sorted(wanted)[:3])}, …, got "
+            f"{', '.join(ids[:3])}, …: give the data set that the coreset was made of"
+        )
+    return [ids.index(class_id) for class_id in wanted]
+
+
+def _images(coreset: Coreset, classes: list[int]) -> torch.Tensor:
+    """Mosaics and, after those of a class, its doped images: uint8 [N, H, W, 3]."""
+    factor, order_K = coreset.settings["factor"], torch.tensor(classes)
+    patches_N = torch.arange(len(coreset.labels_N))
+    patches_KMT = patches_N.reshape(len(classes), -1, factor**2)[order_K]
+    made_NHWC = mosaic(coreset.patches(), patches_KMT.flatten(0, 1), factor)
+    if not coreset.doped_per_class:
+        return made_NHWC
+    real_NHWC = coreset.doped()
+    if made_NHWC.shape[1:] != real_NHWC.shape[1:]:
+        raise CoresetError(
+            f"{coreset.folder}: expected doped images of {made_NHWC.shape[1]} px, the size of its "
+            f"mosaics, as images.pt holds one size, got {real_NHWC.shape[1]} px: export to another "
+            "format, or the coreset without doped images"
+        )
+    by_class = (len(classes), -1)
+    made_KMHWC = made_NHWC.unflatten(0, by_class)  # in DD-Ranking's order already
+    real_KDHWC = real_NHWC.unflatten(0, by_class)[order_K]
+    return torch.cat([made_KMHWC, real_KDHWC], 1).flatten(0, 1)
+
+
+def _normalised(images_NHWC: torch.Tensor, dataset: str | None) -> torch.Tensor:
+    mean, std = (torch.tensor(v) for v in (_CIFAR if dataset in _LIKE_CIFAR else _IMAGENET))
+    images_NCHW = images_NHWC.permute(0, 3, 1, 2).float().contiguous().div_(255)
+    return images_NCHW.sub_(mean[:, None, None]).div_(std[:, None, None])
+
+
+_LIKE_CIFAR = ("CIFAR10", "CIFAR100")

@@ -1,0 +1,170 @@
+"""A coreset in the layouts of other libraries: images, classes and, where they fit, soft labels.
+
+    imagefolder  train/<class id>/000000.png          torchvision's ImageFolder(OUT/train)
+                 train/<class id>/doped_000000.png    after the patches, where doping added some
+    webdataset   train-000000.tar, …                  formats/webdataset.py
+    parquet      data/train-00000-of-00001.parquet    formats/parquet.py
+    ddranking    images.pt, labels.pt, images/        formats/ddranking.py
+
+    export.json  beside them: the coreset's name, the classes in order, what the labels are of and
+                 which parts of them are here, and size and SHA-256 of every file
+
+All that a coreset holds is training data, so the one split is `train`: patches, and the real images
+that doping added, which may be larger. Both are the coreset's own PNG bytes. Soft labels are the
+teacher's answers to views of images that are made of the stored ones, not to these as they are.
+Each is exported once, with the image that it is of (coreset/shown.py); export.json says what was
+made of it. Labels in principal components are exported as logits, which at 1000 classes are 50
+times as large. The same coreset gives the same bytes, and an export is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...export.durable import full_disk_explained, replacing, write_durably
+from ..coreset.coreset import Coreset
+from ..coreset.manifest import file_entry, spelled
+from ..coreset.shown import VIEW_COLUMNS, stored_images, told_of_labels
+from ..errors import CoresetError
+from ..labels.soft_labels import SoftLabels
+from ..options import ExportFormat
+from .ddranking import write_dd_ranking
+from .parquet import write_parquet
+from .webdataset import write_shards
+
+SCHEMA, MARK = "patchbloom.export/2", "export.json"
+OF_ANY_VERSION = "patchbloom.export/"
+HOLDS_LABELS = ("webdataset", "parquet")
+
+
+def export_coreset(
+    coreset: Coreset,
+    to: ExportFormat,
+    out: Path,
+    *,
+    labels: bool = True,
+    dataset: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a coreset as `to` into the folder `out`; returns format, files, bytes, soft labels.
+
+    `labels`: with the stored soft labels, where the format can hold them. `dataset`: DD-Ranking's
+    name of the data set, for `ddranking` alone.
+
+    Raises CoresetError for a folder that is not empty (`overwrite` replaces an export, and only an
+    export), soft labels that are of no stored image, or what write_dd_ranking refuses; Unavailable
+    without pyarrow, for `parquet`; OSError, one clear line, on a full disk.
+    """
+    out = out.expanduser()
+    _check_target(coreset, out, overwrite)
+    stored = coreset.soft_labels() if labels and to in HOLDS_LABELS else None
+    writers: dict[ExportFormat, Callable[[Path], dict[str, Any]]] = {
+        "imagefolder": lambda folder: _write_image_folder(coreset, folder),
+        "webdataset": lambda folder: write_shards(coreset, stored, folder),
+        "parquet": lambda folder: write_parquet(coreset, stored, folder),
+        "ddranking": lambda folder: write_dd_ranking(coreset, dataset, folder),
+    }
+    needed = _needed_bytes(coreset, to, stored)
+    with full_disk_explained(out, needed), replacing(out, overwrite) as partial:
+        told = {**_counts(coreset), **writers[to](partial)}
+        _write_mark(coreset, to, stored, partial, told)
+    files = json.loads((out / MARK).read_bytes())["files"]
+    return {
+        "format": to,
+        "export": str(out),
+        "coreset": coreset.content_sha256,
+        "files": len(files) + 1,
+        "bytes": sum(entry["bytes"] for entry in files.values()),
+        "soft_labels": None if stored is None else stored.codec,
+        **told,
+    }
+
+
+def _counts(coreset: Coreset) -> dict[str, int]:
+    doped = len(coreset.class_ids) * coreset.doped_per_class
+    return {"images": len(coreset.labels_N) + doped, "doped_images": doped}
+
+
+def _write_image_folder(coreset: Coreset, folder: Path) -> dict[str, Any]:
+    for image in stored_images(coreset, None):
+        path = folder / "train" / image.class_id / f"{image.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(coreset.folder / image.file, path)
+    return {"split": "train"}
+
+
+def _write_mark(
+    coreset: Coreset,
+    to: ExportFormat,
+    stored: SoftLabels | None,
+    folder: Path,
+    told: dict[str, Any],
+) -> None:
+    manifest = coreset.manifest
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    described = {
+        "schema": SCHEMA,
+        "format": to,
+        **told,
+        "coreset": coreset.content_sha256,
+        "classes": manifest["classes"],
+        "settings": coreset.settings,
+        "labels": None if stored is None else manifest["labels"] | {"parts": stored.parts},
+        "views": None if stored is None else _told_of_views(coreset),
+        "files": {path.relative_to(folder).as_posix(): file_entry(path) for path in paths},
+    }
+    write_durably(folder / MARK, spelled(described))
+
+
+def _told_of_views(coreset: Coreset) -> dict[str, Any]:
+    return {"columns": VIEW_COLUMNS, "meaning": told_of_labels(coreset)}
+
+
+def _needed_bytes(coreset: Coreset, to: ExportFormat, labels: SoftLabels | None) -> int:
+    sizes = coreset.bytes()
+    images_bytes = 2 * (sizes["patches"] or 0)
+    if labels is not None:
+        return images_bytes + labels.epochs * labels.samples * labels.answer_bytes
+    if to != "ddranking":
+        return images_bytes
+    settings = coreset.settings
+    mosaics = len(coreset.labels_N) // settings["factor"] ** 2
+    images = mosaics + _counts(coreset)["doped_images"]
+    return images_bytes + images * 3 * 4 * settings["image_size_px"] ** 2
+
+
+def _check_target(coreset: Coreset, out: Path, overwrite: bool) -> None:
+    """Refuse to write where something is, unless it is an export and `overwrite` was asked for."""
+    if out.resolve().is_relative_to(coreset.folder.resolve()):
+        raise CoresetError(f"--out {out} lies in the coreset, which holds its own files only")
+    if coreset.folder.resolve().is_relative_to(out.resolve()):
+        raise CoresetError(f"--out {out} holds the coreset itself: choose another --out")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CoresetError(f"--out {out} exists and is not a folder: choose another --out")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise CoresetError(
+            f"--out {out} is not empty: choose another --out, or --overwrite to replace an export"
+        )
+    files = _exported_files(out)
+    for path in sorted(out.rglob("*")):
+        if path.is_file() and path.relative_to(out).as_posix() not in files:
+            raise CoresetError(
+                f"{path} is not part of an export, and --overwrite replaces nothing else: "
+                "move it elsewhere, or choose another --out"
+            )
+
+
+def _exported_files(out: Path) -> set[str]:
+    """What an export in `out` consists of; nothing if there is none."""
+    try:
+        mark = json.loads((out / MARK).read_bytes())
+        ours = mark["schema"].startswith(OF_ANY_VERSION)
+        return {MARK, *mark["files"]} if ours else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()

@@ -1,0 +1,122 @@
+"""A coreset as Parquet files that Hugging Face datasets opens: `load_dataset(OUT)["train"]`.
+
+    image        {bytes: the patch's PNG, path}, which datasets decodes to an image
+    doped        bool: a real image that doping added, of its own size, and not a patch
+    label        int64, a ClassLabel whose names are the class ids in order
+    class_name   for prompts and people
+    logits                     soft labels that keep them, fp16 [A][K]
+    probabilities, classes     top-k ones, fp16 and int16 [A][k]
+    views                      what each is of, int32 [A][3]: sample, epoch, variant
+
+The features are in the files' metadata, as datasets writes them itself. Row groups take about
+GROUP_BYTES of soft labels or GROUP_ROWS rows; nothing larger is in memory. Needs pyarrow, of which
+one version gives the same bytes for the same coreset.
+
+Legend: A answers of an image (coreset/shown.py), K classes, k kept probabilities, R answers
+of a group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...export.models import Unavailable
+from ..coreset.coreset import Coreset
+from ..coreset.shown import StoredImage, stored_images
+from ..labels.soft_labels import SoftLabels
+
+GROUP_ROWS = 100
+GROUP_BYTES = 2**26
+_PARTS = {"logits": "float16", "probabilities": "float16", "classes": "int16", "views": "int32"}
+
+
+def write_parquet(coreset: Coreset, labels: SoftLabels | None, folder: Path) -> dict[str, Any]:
+    """Write `folder`/data/train-00000-of-00001.parquet; what is told of it.
+
+    Unavailable when pyarrow is not installed.
+    """
+    pa, pq = _pyarrow()
+    schema = _schema(pa, coreset, labels)
+    images, most = stored_images(coreset, labels), _group_rows(coreset, labels)
+    path = folder / "data" / "train-00000-of-00001.parquet"
+    path.parent.mkdir()
+    with pq.ParquetWriter(path, schema, compression="none", store_schema=True) as writer:
+        while group := list(islice(images, most)):
+            columns = _columns(coreset.folder, group)
+            if labels is not None:
+                columns |= _label_columns(pa, group, labels)
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=len(group))
+    return {"split": "train"}
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise Unavailable(
+            "--to parquet needs pyarrow, which is not installed: pip install 'patchbloom[parquet]'"
+        ) from None
+    return pyarrow, pyarrow.parquet
+
+
+def _group_rows(coreset: Coreset, labels: SoftLabels | None) -> int:
+    if labels is None:
+        return GROUP_ROWS
+    images = len(coreset.labels_N) + len(coreset.class_ids) * coreset.doped_per_class
+    bytes_all = labels.epochs * labels.samples * labels.answer_bytes
+    return max(1, min(GROUP_ROWS, GROUP_BYTES * images // bytes_all))
+
+
+def _schema(pa: Any, coreset: Coreset, labels: SoftLabels | None) -> Any:
+    fields = {
+        "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        "label": pa.int64(),
+        "class_name": pa.string(),
+        "doped": pa.bool_(),
+    }
+    features: dict[str, Any] = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(coreset.class_ids), "_type": "ClassLabel"},
+        "class_name": {"dtype": "string", "_type": "Value"},
+        "doped": {"dtype": "bool", "_type": "Value"},
+    }
+    for name in () if labels is None else (*labels.parts, "views"):
+        kind = _PARTS[name]
+        fields[name] = pa.list_(pa.list_(pa.type_for_alias(kind)))
+        each = {"feature": {"dtype": kind, "_type": "Value"}, "_type": "List"}
+        features[name] = {"feature": each, "_type": "List"}
+    told = json.dumps({"info": {"features": features}})
+    return pa.schema(list(fields.items()), metadata={"huggingface": told})
+
+
+def _columns(folder: Path, group: list[StoredImage]) -> dict[str, Any]:
+    return {
+        "image": [
+            {"bytes": (folder / image.file).read_bytes(), "path": image.file} for image in group
+        ],
+        "label": [image.class_index for image in group],
+        "class_name": [image.class_name for image in group],
+        "doped": [image.doped for image in group],
+    }
+
+
+def _label_columns(pa: Any, group: list[StoredImage], labels: SoftLabels) -> dict[str, Any]:
+    views_R3 = np.concatenate([image.views_A3 for image in group])
+    parts = {**labels.answers(views_R3[:, 1], views_R3[:, 0]), "views": views_R3}
+    counts = [len(image.views_A3) for image in group]
+    return {name: _nested(pa, values_Rk, counts) for name, values_Rk in parts.items()}
+
+
+def _nested(pa: Any, values_Rk: np.ndarray, counts: Sequence[int]) -> Any:
+    """[R, k] as a list of rows per image, which has so many of them."""
+    answers, kept = values_Rk.shape
+    flat = pa.array(np.ascontiguousarray(values_Rk).reshape(-1))
+    inner = pa.ListArray.from_arrays(np.arange(answers + 1, dtype=np.int32) * kept, flat)
+    return pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), inner)

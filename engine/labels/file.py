@@ -1,0 +1,236 @@
+"""Soft labels on the disk: one file of fixed parts, written epoch by epoch and memory-mapped.
+
+    dense   logits         fp16  [E, N, K]
+    topk    probabilities  fp16  [E, N, k]
+            classes        int16 [E, N, k]
+    pca     basis          fp32  [1 + k, K]      once, see labels/pca.py
+            codes          int8  [E, N, k]
+
+`labels.safetensors` is safetensors' header and then the parts; a recording, which a teacher fills
+answer by answer, is the parts alone. At 1000 classes and ipc 50 dense labels are 112 GiB: nothing
+here holds more of a file in memory than the rows of one epoch that it is given or asked for.
+
+Legend: E epochs, N samples, K classes, k kept probabilities or components, B rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import CoresetError
+from .pca import MISSING
+
+KeptCodec = Literal["dense", "topk", "pca"]
+_MOST_CLASSES = 32256  # int16 class indices; this number is what a missing one looks like
+_DTYPES = {"F32": np.float32, "F16": np.float16, "I16": np.int16, "I8": np.int8}
+_MISSING = {"F32": np.nan, "F16": np.nan, "I16": _MOST_CLASSES, "I8": MISSING}
+_FILL_BYTES = 2**21
+_BLOCK_PAGES = 32  # 128 KiB, what the kernel reads ahead at one call at the least
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a label file."""
+
+    name: str
+    kind: str
+    """As safetensors names it: F32, F16, I16 or I8."""
+    shape: tuple[int, ...]
+    of_answers: bool = True
+    """Whether it has a row for every answer, [E, N, *]; else they share it."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one answer, or of one row of what is shared."""
+        return np.dtype(_DTYPES[self.kind]).itemsize * self.shape[-1]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape[:-1]) * self.row_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelLayout:
+    """What a label file holds; CoresetError for labels that no such file can hold."""
+
+    codec: KeptCodec
+    epochs: int
+    samples: int
+    classes: int
+    k: int = 10
+    """Kept per answer: probabilities by topk, refused when 2k >= K, where dense is as small;
+    components by pca, of which there are K - 1."""
+
+    def __post_init__(self) -> None:
+        if self.codec == "topk" and not (self.k >= 1 and 2 * self.k < self.classes):
+            raise CoresetError(
+                f"codec topk: expected 1 <= k and 2k < {self.classes} classes, got k={self.k}: "
+                "use a smaller k, or dense, which is as small here"
+            )
+        if self.codec == "pca" and not 1 <= self.k < self.classes:
+            raise CoresetError(
+                f"codec pca: expected 1 <= k < {self.classes} classes, got k={self.k}: "
+                + (f"{self.classes - 1} keep everything" if self.classes > 1 else "use dense")
+            )
+        if self.classes > _MOST_CLASSES:
+            raise CoresetError(f"expected at most {_MOST_CLASSES} classes, got {self.classes}")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """In the order of the file, which is that of safetensors' own writer."""
+        if self.codec == "dense":
+            return (Part("logits", "F16", (self.epochs, self.samples, self.classes)),)
+        shape = (self.epochs, self.samples, self.k)
+        if self.codec == "pca":
+            basis = Part("basis", "F32", (1 + self.k, self.classes), of_answers=False)
+            return basis, Part("codes", "I8", shape)
+        return Part("probabilities", "F16", shape), Part("classes", "I16", shape)
+
+    @property
+    def bytes(self) -> int:
+        """Of all parts: E·N·K·2 dense, E·N·k·4 top-k, E·N·k + (1 + k)·K·4 pca."""
+        return sum(part.bytes for part in self.parts)
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's words for it."""
+        sizes = {"epochs": self.epochs, "samples": self.samples, "classes": self.classes}
+        kept = {} if self.codec == "dense" else {"k": self.k}
+        return {"codec": self.codec, **sizes, **kept}
+
+    def header(self) -> bytes:
+        """What stands before the parts in a safetensors file."""
+        entries, begin = {}, 0
+        for part in self.parts:
+            offsets = [begin, begin + part.bytes]
+            entries[part.name] = {"dtype": part.kind, "shape": part.shape, "data_offsets": offsets}
+            begin += part.bytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+
+def write_label_file(
+    path: Path,
+    layout: LabelLayout,
+    epoch_parts: Callable[[int], Sequence[np.ndarray]],
+    shared: np.ndarray | None = None,
+) -> None:
+    """Write `labels.safetensors`, the answers of one epoch after the other, each part [N, *].
+
+    `shared` is the basis of pca, and nothing with another codec. Byte for byte what safetensors'
+    `save_file` makes of the whole tensors; on the disk when this returns. OSError on a full disk.
+    """
+    if (layout.codec == "pca") != (shared is not None):
+        raise ValueError(f"codec {layout.codec}: expected a basis of pca and of nothing else")
+    with path.open("wb") as stream:
+        stream.write(layout.header())
+        if shared is not None:
+            stream.write(np.ascontiguousarray(shared).data)
+        answers, begin = [part for part in layout.parts if part.of_answers], stream.tell()
+        for epoch in range(layout.epochs):
+            first = begin
+            for part, rows in zip(answers, epoch_parts(epoch), strict=True):
+                stream.seek(first + epoch * (part.bytes // layout.epochs))
+                stream.write(np.ascontiguousarray(rows).data)
+                first += part.bytes
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def fill_with_missing(path: Path, layout: LabelLayout) -> None:
+    """Make `path` a recording without one answer, durably.
+
+    Every fp16 and fp32 number is NaN, every class 32256, every code -128: no answer holds any.
+    """
+    with path.open("wb") as stream:
+        for part in layout.parts:
+            kind = np.dtype(_DTYPES[part.kind])
+            block = np.full(_FILL_BYTES // kind.itemsize, _MISSING[part.kind], kind).tobytes()
+            for first in range(0, part.bytes, len(block)):
+                stream.write(block[: part.bytes - first])
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+class MappedParts:
+    """The parts of a label file or a recording, memory-mapped.
+
+    `answers` has those of answers, [E, N, *], in the file's order; `basis` is that of pca, else
+    None. CoresetError, when it is opened, for a file that is not of this layout or was cut short.
+    Of a recording (`recording=True`) they can be written to; what is written survives the process,
+    and the machine after `flush`.
+    """
+
+    def __init__(self, path: Path, layout: LabelLayout, *, recording: bool = False) -> None:
+        self.path, self.layout = path, layout
+        begin = 0 if recording else _checked_header(path, layout)
+        _check_size(path, begin + layout.bytes)
+        access = mmap.ACCESS_WRITE if recording else mmap.ACCESS_READ
+        with path.open("r+b" if recording else "rb") as stream:
+            self._mapped = mmap.mmap(stream.fileno(), 0, access=access)
+        self.answers: list[np.ndarray] = []
+        self.basis: np.ndarray | None = None
+        self._placed: list[tuple[int, Part]] = []
+        for part in layout.parts:
+            flat = np.frombuffer(self._mapped, _DTYPES[part.kind], math.prod(part.shape), begin)
+            if part.of_answers:
+                self.answers.append(flat.reshape(part.shape))
+                self._placed.append((begin, part))
+            else:
+                self.basis = flat.reshape(part.shape)
+            begin += part.bytes
+
+    def read_ahead(self, epoch: int, rows_B: np.ndarray) -> None:
+        """Ask the kernel for rows that are wanted soon, and return at once.
+
+        madvise(WILLNEED) on the pages of these rows: the kernel reads them into its page cache
+        while a pool is rendered. A reading thread would do the same with a buffer and an end of its
+        own to look after. A call covers at most 128 KiB, of which the kernel may read no more.
+        1024 rows of 1000 classes, scattered, cold: 70 to 160 ms unasked, 2 to 8 ms asked for.
+        """
+        for begin, part in self._placed:
+            first_B = begin + (epoch * part.shape[1] + rows_B.astype(np.int64)) * part.row_bytes
+            last_B = first_B + part.row_bytes - 1
+            pages = np.unique(np.concatenate([first_B, last_B]) // mmap.PAGESIZE)
+            cuts = np.flatnonzero(np.diff(pages // _BLOCK_PAGES)) + 1
+            for block in np.split(pages, cuts):
+                length = int(block[-1] - block[0] + 1) * mmap.PAGESIZE
+                self._mapped.madvise(mmap.MADV_WILLNEED, int(block[0]) * mmap.PAGESIZE, length)
+
+    def flush(self) -> None:
+        """Bring to the disk what was written."""
+        self._mapped.flush()
+
+
+def _checked_header(path: Path, layout: LabelLayout) -> int:
+    """Where the parts begin."""
+    expected = layout.header()
+    with path.open("rb") as stream:
+        if stream.read(len(expected)) != expected:
+            raise CoresetError(
+                f"{path}: expected {layout.codec} labels of {layout.epochs} epochs, "
+                f"{layout.samples} samples and {layout.classes} classes, found another header: "
+                f"{_AGAIN}"
+            )
+    return len(expected)
+
+
+def _check_size(path: Path, expected: int) -> None:
+    found = path.stat().st_size
+    if found != expected:
+        state = "it was cut short" if found < expected else "something was added to it"
+        raise CoresetError(f"{path}: expected {expected} bytes, found {found}, {state}: {_AGAIN}")
+
+
+_AGAIN = "restore the file, or label the coreset again"

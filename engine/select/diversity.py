@@ -1,0 +1,131 @@
+"""Which of a class's candidates differ: greedy choices on the teacher's features.
+
+The lowest losses often are near-duplicates. Here the candidates, a few times as many patches as are
+kept, are those with the lowest losses, and of them are chosen, one after the other, with
+s_ij = cosine of the features of i and j:
+
+    facility-location   argmax_j sum_i max(0, s_ij - max_{c chosen} s_ic)   typical of the rest
+    k-center            argmin_j max_{c chosen} s_jc                        far from the chosen
+
+The first facility is the candidate most like all others, the first centre the one of lowest loss.
+The greedy sum is within 1 - 1/e of the best (Nemhauser et al. 1978), the greedy radius within twice
+(Gonzalez 1985). Similarities are rounded to 2^-20 and summed as integers: no order of summation
+shows, and equal candidates tie, of which the one with the lower (loss, index) is taken.
+
+Legend: C candidates of one class, in ascending order of (loss, index); D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from ..data.images import BoxFn, CropStream
+from ..peers import Peers, share_of
+from .best import BestPatches, best_of_all
+
+DiverseChoice = Literal["facility-location", "k-center"]
+_ONE = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversity:
+    """How patches are chosen among those of lowest loss."""
+
+    choice: DiverseChoice
+    """The greedy choice."""
+    features: int
+    """D: how many the teacher gives."""
+    candidates: int = 4
+    """How many times the patches that are kept compete, as far as a class has images."""
+
+    def __post_init__(self) -> None:
+        if self.choice not in get_args(DiverseChoice):
+            raise ValueError(
+                f"choice {self.choice!r}: expected one of {', '.join(get_args(DiverseChoice))}"
+            )
+        if self.candidates < 1:
+            raise ValueError(f"candidates: expected at least 1, got {self.candidates}")
+
+
+class Chosen(NamedTuple):
+    """A patch that was chosen, of an image that is known by its index."""
+
+    label: int
+    place: int
+    """In the order of the choice within its class."""
+    loss: float
+    box_4: np.ndarray
+
+
+def diverse_choice(features_CD: np.ndarray, count: int, choice: DiverseChoice) -> list[int]:
+    """`count` of the C candidates in the order of their choice; fp32 features of any length.
+
+    Memory is C² numbers; time is count · C².
+    """
+    unit_CD = features_CD.astype(np.float64)
+    unit_CD /= np.maximum(np.linalg.norm(unit_CD, axis=1, keepdims=True), 1e-30)
+    similar_CC = np.rint(unit_CD @ unit_CD.T * _ONE).astype(np.int64)
+    chosen: list[int] = []
+    nearest_C = np.full(len(similar_CC), -_ONE)
+    for _ in range(count):
+        if choice == "facility-location":
+            worth_C = np.maximum(similar_CC - nearest_C[:, None], 0).sum(0)
+        else:
+            worth_C = _ONE - nearest_C  # 0 of a duplicate of what is chosen
+        worth_C[chosen] = -1
+        chosen.append(int(worth_C.argmax()))  # the first of equal ones
+        nearest_C = np.maximum(nearest_C, similar_CC[chosen[-1]])
+    return chosen
+
+
+def choose_diverse(
+    candidates: BestPatches, per_class: int, choice: DiverseChoice
+) -> dict[int, Chosen]:
+    """`per_class` candidates of every class, by their image's index; ends the candidates' offers.
+
+    A row of the candidates is a patch's features.
+    """
+    counts = candidates.counts()
+    candidates.sort()
+    chosen: dict[int, Chosen] = {}
+    for label, count in enumerate(counts):
+        picks = diverse_choice(candidates.rows_KN[label, :count].numpy(), per_class, choice)
+        for place, pick in enumerate(picks):
+            chosen[int(candidates.source_index_KN[label, pick])] = Chosen(
+                label,
+                place,
+                float(candidates.losses_KN[label, pick]),
+                candidates.boxes_KN4[label, pick].numpy(),
+            )
+    return chosen
+
+
+def cut_again(
+    chosen: dict[int, Chosen],
+    per_class: int,
+    patch_px: int,
+    stream: Callable[[np.ndarray, BoxFn], CropStream],
+    *,
+    batch: int,
+    peers: Peers,
+) -> BestPatches:
+    """The pixels of chosen patches: from `stream` of images (int64 indices) and boxes.
+
+    Shared by `peers`, batch by batch; all get them all, keyed by their place.
+    """
+
+    def boxes(index_B: np.ndarray, _: np.ndarray, __: np.ndarray, ___: int) -> np.ndarray:
+        return np.stack([chosen[index].box_4 for index in index_B.tolist()])[:, None]
+
+    classes = 1 + max(each.label for each in chosen.values())
+    best = BestPatches(classes, per_class, (patch_px, patch_px, 3))
+    for crops in stream(share_of(np.array(sorted(chosen)), batch, peers), boxes):
+        for b, index in enumerate(crops.index_B.tolist()):
+            each = chosen[index]
+            row, box_4 = crops.pixels_BPHWC[b, 0], crops.boxes_BP4[b, 0]
+            best.offer(each.label, float(each.place), index, row, each.loss, box_4)
+    return best_of_all(best, peers)

@@ -1,0 +1,118 @@
+"""What a teacher thinks of patches: cross-entropy of each, and the features behind its answer.
+
+"pad": on the centre of a canvas of the mean colour, which is RDED's zero padding after
+normalisation (``synthesize/utils.py`` of its code). The teacher sees the patch at the scale that it
+has in a mosaic, and so prefers crops in which the object is twice as large as in an image.
+"resize": enlarged to the image size, which is how a student sees it without diffusion.
+"native": as it is, in its own size, by a teacher whose network takes any.
+
+Shapes: B images, P patches of one image, N = B · P, K classes, D features, C = 3; H = W is
+image_size_px, or of native patches their own side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch.nn.functional import softplus
+
+from ...kernels.pixels import upsample_patches
+from ..data.images import InputError
+
+IMAGENET_MEAN_RGB = (124, 116, 104)
+"""(0.485, 0.456, 0.406) · 255, rounded."""
+Scoring = Literal["pad", "resize", "native"]
+Answer = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+TeacherFn = Callable[[torch.Tensor], Answer]
+"""uint8 [B, H, W, 3] of the size that the scoring shows → logits [B, K], or these and fp32 features
+[B, D]."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the patches of some images."""
+
+    losses_BP: np.ndarray
+    """float64, in nats; NaN without a teacher."""
+    features_BPD: torch.Tensor | None = None
+    """fp32; None of a teacher that gives none."""
+
+    def features(self) -> torch.Tensor:
+        """`features_BPD`; ValueError when there are none."""
+        if self.features_BPD is None:
+            raise ValueError("diversity: expected a teacher that gives features, got logits alone")
+        return self.features_BPD
+
+
+def cross_entropy(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> np.ndarray:
+    """-log softmax(logits)[label] in nats, float64 [B], as log(1 + Σ_{j≠y} exp(z_j - z_y)).
+
+    In this form the losses of confident answers (1e-6 and below, where fp32 log-softmax has a few
+    steps left) keep their order.
+    """
+    logits_BK = logits_BK.detach().to("cpu", torch.float64)
+    labels_B1 = labels_B[:, None]
+    margins_BK = logits_BK - logits_BK.gather(1, labels_B1)
+    margins_BK.scatter_(1, labels_B1, -math.inf)
+    return softplus(margins_BK.logsumexp(1)).numpy()
+
+
+class PatchScorer:
+    """Scores of crops, each on a canvas of the size that the teacher is shown, allocated once."""
+
+    def __init__(
+        self,
+        teacher: TeacherFn | None,
+        classes: int,
+        image_size_px: int,
+        canvases: int,
+        canvas_rgb: Sequence[int],
+        scoring: Scoring = "pad",
+    ) -> None:
+        if scoring not in get_args(Scoring):
+            raise ValueError(f"scoring {scoring!r}: expected one of {', '.join(get_args(Scoring))}")
+        self.teacher, self.classes, self.scoring = teacher, classes, scoring
+        self.rgb = torch.tensor(canvas_rgb, dtype=torch.uint8)
+        self.canvases, self.image_size_px = canvases, image_size_px
+        self.canvas_NHWC: torch.Tensor | None = None
+
+    def __call__(self, pixels_BPHWC: torch.Tensor, labels_B: torch.Tensor) -> Scores:
+        """InputError for a teacher of other classes, or with losses that are not finite."""
+        images, crops, patch_px = pixels_BPHWC.shape[:3]
+        if self.teacher is None:
+            return Scores(np.full((images, crops), np.nan))
+        side_px = patch_px if self.scoring == "native" else self.image_size_px
+        if self.canvas_NHWC is None:
+            shape = (self.canvases, side_px, side_px, 3)
+            self.canvas_NHWC = self.rgb.to(pixels_BPHWC.device).expand(shape).contiguous()
+        used = images * crops
+        if self.scoring == "resize":
+            self.canvas_NHWC[:used] = self._enlarged(pixels_BPHWC.flatten(0, 1))
+        else:
+            first = (side_px - patch_px) // 2
+            inner = slice(first, first + patch_px)
+            self.canvas_NHWC[:used, inner, inner] = pixels_BPHWC.flatten(0, 1)
+        with torch.inference_mode():
+            answer = self.teacher(self.canvas_NHWC)
+        logits, features = answer if isinstance(answer, tuple) else (answer, None)
+        if logits.shape != (len(self.canvas_NHWC), self.classes):
+            raise InputError(
+                f"teacher: expected logits of {self.classes} classes, got shape "
+                f"{tuple(logits.shape)}; use a teacher trained on these classes"
+            )
+        losses = cross_entropy(logits[:used], labels_B.repeat_interleave(crops))
+        if not np.isfinite(losses).all():
+            raise InputError("teacher: expected finite losses, got NaN or infinity; retrain it")
+        if features is not None:
+            features = features[:used].reshape(images, crops, -1)
+        return Scores(losses.reshape(images, crops), features)
+
+    def _enlarged(self, patches_NHWC: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, H, W, 3] of the image size, bicubic, as method upsample shows them."""
+        images_NCHW = upsample_patches(patches_NHWC, self.image_size_px, mode="bicubic")
+        return images_NCHW.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,0 +1,113 @@
+"""What a run needs: what cannot work is told before anything is trained.
+
+A check raises ValueError, or Unavailable for what the machine lacks: one line that names the
+option, what was found and a way out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ...engine.data.images import ImageSet
+from ...export.machine import cxx_compiler
+from ...export.models import ModelSource, Unavailable
+from ..networks import build_network
+from ..options import GENERATED, RunOptions
+
+
+def check_compiler() -> None:
+    """Unavailable when torch.compile has nothing to compile with."""
+    if cxx_compiler() is None:
+        raise Unavailable(
+            "--student-compile needs a C++ compiler, and there is none here: install g++, or leave "
+            "it out"
+        )
+
+
+def check_network(
+    option: str, name: str, classes: int, size_px: int, *, shown_px: int | None = None
+) -> None:
+    """Build it and run it without memory: what cannot work is told before anything is trained.
+
+    It is built for images of `size_px`, and shown some of `shown_px`, the same when left out.
+    ValueError, naming `option`.
+    """
+    shown_px = shown_px or size_px
+    try:
+        with torch.device("meta"):
+            network = build_network(name, classes, size_px)
+    except ValueError as error:
+        hint = " or a file of weights" if option == "--teacher" else ""
+        raise ValueError(f"{option} {name}: {error}{hint}") from None
+    try:
+        network(torch.empty(2, 3, shown_px, shown_px, device="meta"))
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["it is made for one size"])[0]
+        way_out = "give a larger --image-size" if shown_px == size_px else "give another --scoring"
+        raise ValueError(
+            f"{option} {name}: cannot take images of {shown_px} px ({reason}): {way_out} or "
+            "another network"
+        ) from None
+
+
+def check_rendered(
+    model: ModelSource, methods: tuple[str, ...], image_size: int, generate_size: int
+) -> None:
+    """ValueError for a size that the model cannot make."""
+    made = {"dace": ("--image-size", image_size), "t2i": ("--generate-size", generate_size)}
+    for option, size_px in (made[method] for method in methods if method in made):
+        if size_px % model.vae_factor():
+            raise ValueError(
+                f"{option} {size_px}: expected a multiple of {model.vae_factor()}, by which "
+                f"the VAE of {model.name} makes images smaller"
+            )
+
+
+def check_factor(factor: int, image_size: int) -> None:
+    """ValueError for patches that would not be a whole number of pixels wide."""
+    if image_size % factor:
+        raise ValueError(
+            f"--factor {factor}: expected a divisor of the image size, {image_size} px: "
+            "patches are image size / factor wide"
+        )
+
+
+def check_labels(options: RunOptions, classes: int) -> None:
+    """ValueError for labels that a codec makes no smaller, or more components than there are."""
+    kept = options.kept_per_label(classes)
+    if options.codec == "pca" and not 1 <= kept < classes:
+        raise ValueError(
+            f"--codec pca --components {kept}: answers about {classes} classes have "
+            f"{classes - 1} components: give fewer, or leave --components out"
+            if classes > 1
+            else "--codec pca: an answer about 1 class has no components: give --codec dense"
+        )
+    if options.codec == "topk" and classes <= 2 * options.top_k:
+        raise ValueError(
+            f"--codec topk --top-k {options.top_k} keeps {min(options.top_k, classes)} of "
+            f"{classes} probabilities, no less than dense: give a smaller --top-k, or --codec dense"
+        )
+
+
+def images_needed(options: RunOptions, factor: int) -> int:
+    """Training images of a class that the methods take patches of."""
+    return options.ipc * factor**2 if set(options.methods) - set(GENERATED) else 0
+
+
+def check_images_per_class(train: ImageSet, needed: int, doped: int = 0) -> None:
+    """ValueError when a class has fewer than `needed` images, of each of which a patch is taken, or
+    fewer than the `doped` that --dope adds."""
+    counts = np.bincount(train.labels, minlength=len(train.class_ids))
+    fewest = int(counts.argmin())
+    if counts[fewest] < needed:
+        raise ValueError(
+            f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
+            f"ipc · factor² = {needed} patches are wanted, one of each image: "
+            "give a smaller --ipc or --factor, or more images"
+        )
+    if counts[fewest] < doped:
+        raise ValueError(
+            f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
+            f"--dope {doped} asks for more: give a smaller one"
+        )

@@ -1,0 +1,156 @@
+"""`train prior`: an image folder in, a model folder for --model out.
+
+All training images lie in memory as uint8 while it runs: at most MOST_GIB.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...engine.data.class_names import display_names
+from ...engine.data.images import ImageSet, check_no_class_emptied, open_image_set, stream_center
+from ...engine.expand.backends import resolve_device
+from ...export.durable import full_disk_explained, replace_file
+from ...export.models import ModelSource, weights_sha256
+from ..config import PriorConfig
+from ..data.folder import data_folder, images_sha256
+from ..options import TrainPrior
+from ..prior.training import PriorTraining
+from ..run.folder import RunError
+from ..run.progress import Record, Report
+from ..teacher.teacher import load_teacher
+
+MOST_GIB = 4.0
+UNET_BYTES, VAE_BYTES = 380 * 2**20, 20 * 2**20
+"""On disk at the default widths: weights, checkpoints, their averages, optimiser states."""
+WORK, SETTINGS, CARD = ".work", "settings.json", "model_card.json"
+
+
+def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
+    """Train the model and return what it became; `line` is the command for its card."""
+    with Record() as report:
+        images = open_image_set(
+            data_folder(command.data, command.shapes_per_class, report), "train"
+        )
+        names = display_names(images.class_ids, command.class_names)
+        device, teacher = resolve_device(command.device), None
+        if command.teacher is not None:
+            teacher = load_teacher(command.teacher, images.class_ids, device=device)
+        _check_memory(images, command.prior.image_size)
+        settings = command.prior.as_dict()
+        settings |= {"data": images_sha256(images), "classes": list(names)}
+        with full_disk_explained(command.out, _needed_bytes(command.prior)):
+            _check_out(command, settings)
+            pixels_NHWC, labels_N, skipped = _load(images, command, report)
+            _begin(command, settings)
+            training = PriorTraining(
+                *(command.prior, pixels_NHWC, labels_N, names, command.out),
+                report=report.say,
+                device=device,
+            )
+            folder = training.run(data=_said_name(command), command=line, teacher=teacher)
+    source = ModelSource(folder.name, folder, folder / "vae")
+    return {
+        "model": str(folder),
+        "weights_sha256": weights_sha256(source),
+        "images": len(labels_N),
+        "skipped": skipped,
+        "classes": len(names),
+        "card": json.loads((folder / CARD).read_text()),
+    }
+
+
+def _needed_bytes(config: PriorConfig) -> int:
+    default = PriorConfig()
+    unet = UNET_BYTES * config.width**2 // default.width**2
+    return unet + VAE_BYTES * config.vae_width**2 // default.vae_width**2
+
+
+def _said_name(command: TrainPrior) -> str:
+    """The data as the card names it: no path of this machine."""
+    if command.data == "shapes":
+        return f"shapes, {command.shapes_per_class} images per class"
+    return Path(command.data).expanduser().resolve().name
+
+
+def _check_memory(images: ImageSet, size_px: int) -> None:
+    needed_gib = len(images) * size_px**2 * 3 / 2**30
+    if needed_gib > MOST_GIB:
+        most = int(MOST_GIB * 2**30 / (size_px**2 * 3))
+        raise ValueError(
+            f"{len(images)} images of {size_px} px take {needed_gib:.1f} GiB, at most "
+            f"{MOST_GIB:g} are kept in memory: give a folder of at most {most} images, "
+            "or a smaller --image-size"
+        )
+
+
+def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
+    """RunError unless the folder is free, or holds what the command may go on with or replace."""
+    out, record = command.out, command.out / WORK / SETTINGS
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} exists and is not a folder: choose another --out")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    begun = record.is_file()
+    if not begun and not (out / CARD).is_file():
+        raise RunError(f"--out {out} is not empty: choose another --out")
+    if not command.resume and not command.overwrite:
+        what = "--resume or --overwrite" if begun else "--overwrite"
+        raise RunError(f"--out {out} is not empty: {what} the model there, or choose another --out")
+    if command.overwrite:
+        return
+    if not begun:
+        raise RunError(
+            f"--out {out} holds a model without the training that --resume would go on with (no "
+            f"{WORK}/{SETTINGS}): give --overwrite to replace it, or choose another --out"
+        )
+    _check_settings(out, json.loads(record.read_text()), settings)
+
+
+def _check_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    before = {**PriorConfig().as_dict(), **before}  # an option that it did not have yet
+    unsaid = {"data": "other images in --data", "classes": "other --class-names"}
+    for key in now:
+        if before.get(key) != now[key]:
+            option = f"--{key.replace('_', '-')} {before.get(key)}, now {now[key]}"
+            raise RunError(
+                f"{out} was begun with {unsaid.get(key, option)}: "
+                "give the same options to --resume, or choose another --out"
+            )
+
+
+def _begin(command: TrainPrior, settings: dict[str, Any]) -> None:
+    """Write down what is trained. A model to be overwritten stays until the new one is whole."""
+    record = command.out / WORK / SETTINGS
+    if command.overwrite and record.parent.is_dir():
+        record.unlink(missing_ok=True)  # first: what else is left cannot be resumed then
+        shutil.rmtree(record.parent)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(record, (json.dumps(settings, indent=1) + "\n").encode())
+
+
+def _load(
+    images: ImageSet, command: TrainPrior, report: Report
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """All images, centre-cropped: uint8 [N, H, W, 3], their classes, and how many were skipped.
+
+    InputError for a class that --skip-corrupt leaves without an image.
+    """
+    size_px = command.prior.image_size
+    stream = stream_center(images, size_px=size_px, skip_corrupt=command.skip_corrupt)
+    pixels_NHWC = torch.empty(len(images), size_px, size_px, 3, dtype=torch.uint8)
+    labels_N = torch.empty(len(images), dtype=torch.int64)
+    count = 0
+    for batch in stream:
+        end = count + len(batch.labels_B)
+        pixels_NHWC[count:end] = batch.pixels_BPHWC[:, 0]
+        labels_N[count:end] = batch.labels_B
+        count = end
+        report.progress("decode", end, len(images), "images")
+    check_no_class_emptied(images, labels_N[:count].numpy())
+    return pixels_NHWC[:count], labels_N[:count], len(images) - count

@@ -1,0 +1,143 @@
+"""The run: teacher → coresets → labels → students → report, each a stage that resumes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...export.durable import full_disk_explained, replace_file
+from ..options import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
+from ..plan import Plan
+from ..report.page import PICTURES, SUMMARY, accuracy_rows, write_report
+from ..report.pictures import curves
+from ..report.summary import REAL, make_summary, provenance, rounded
+from ..run.folder import StageResult, check_out
+from ..run.progress import Record, Silence
+from ..run.shared import SharedRun
+from ..run.world import open_world
+from .damaged import leave_out_damaged
+from .pipeline import Distillation
+from .planning import make_plan
+
+CONFIG, ENVIRONMENT = "config.json", "environment.json"
+NEEDED_BYTES = 64 * 2**20  # of a run's small files; labels and weights say their own need
+
+
+def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
+    """Do what one command asks for; `line` is that command, for the provenance.
+
+    A sub-command goes on in its run folder; `train` does so when told to --resume. Returns the
+    command's result, plain JSON. Raises ValueError or OSError, one clear line, for bad input.
+    """
+    goes_on = options.resume or not (isinstance(options, Train) or options.overwrite)
+    with (
+        open_world(options.device) as world,
+        Record(options.out) if world.leads else Silence() as report,
+    ):
+        world.once(lambda: check_out(options.out, resume=goes_on, overwrite=options.overwrite))
+        plan = world.in_turn(lambda: make_plan(options, report))
+        with (
+            full_disk_explained(options.out, NEEDED_BYTES),
+            SharedRun(options.out, report, world, overwrite=options.overwrite) as run,
+        ):
+            if isinstance(report, Record):
+                _write_settings(run.folder, plan, line)
+                report.open_log()
+            skipped: dict[str, int] = {}
+            if options.skip_corrupt:
+                plan, skipped = leave_out_damaged(plan, run, report)
+            return _run(Distillation(plan, run, report, line), options, skipped)
+
+
+def _write_settings(folder: Path, plan: Plan, line: str) -> None:
+    """What was asked for and filled in, at first, and where each session ran: for people.
+
+    A resumed run has the same settings, or its stages refuse it.
+    """
+    kinds = ("options", "teacher", "student", "expand")
+    if not (folder / CONFIG).is_file():
+        config = {kind: asdict(getattr(plan, kind)) for kind in kinds}
+        _write_json(folder / CONFIG, config)
+    path = folder / ENVIRONMENT
+    sessions = json.loads(path.read_bytes()) if path.is_file() else []
+    _write_json(path, [*sessions, provenance(line, plan.device)])
+
+
+def _write_json(path: Path, value: Any) -> None:
+    replace_file(path, (json.dumps(value, indent=1, default=str) + "\n").encode())
+
+
+def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dict[str, Any]:
+    out = {"run": str(options.out), "skipped_images": skipped}
+    teacher = job.teacher_stage()
+    if isinstance(options, TrainTeacher):
+        return {**out, "teacher": rounded(teacher)}
+    job.coreset_stage()
+    for method in options.methods if options.dope else ():
+        job.doping_stage(method)
+    if isinstance(options, TrainLabels) or options.labels == "stored":
+        for method in options.methods:
+            job.labels_stage(method)
+    if isinstance(options, TrainCoreset | TrainLabels):
+        return {**out, "coresets": job.run.world.once(job.coresets)}
+    students = {method: job.student_stage(method) for method in options.methods}
+    if options.ceiling:
+        students[REAL] = job.student_stage(REAL)
+    if isinstance(options, Train):
+        return _report(job, students, skipped)
+    return {**out, "students": rounded(students)}
+
+
+def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]) -> dict[str, Any]:
+    """The last stage: summary.json, curves, report.html; returns what people look for first."""
+    folder = job.run.folder
+
+    def work() -> StageResult:
+        summary = make_summary(
+            job.plan,
+            command=job.line,
+            teacher=job.teacher_stage(),
+            students=students,
+            coresets=job.coresets(),
+            seconds=job.run.seconds(),
+            skipped=skipped,
+        )
+        losses = {name: list(enumerate(_mean_losses(result))) for name, result in students.items()}
+        learned = {
+            "soft": "KL to the teacher",
+            "hard": "cross-entropy, less that of CutMix's mixture",
+        }
+        panels = {f"students: {learned[job.plan.options.targets]}": losses}
+        if summary["teacher"].get("losses"):
+            teacher = list(enumerate(summary["teacher"]["losses"]))
+            panels["teacher: cross-entropy"] = {"teacher": teacher}
+        (folder / PICTURES).mkdir(exist_ok=True)
+        replace_file(folder / PICTURES / "curves.png", curves(panels))
+        replace_file(folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+        write_report(folder)
+        return StageResult(summary)
+
+    summary = job.run.stage("report", {"students": students}, work, again=True)
+    print(_table(accuracy_rows(summary)))
+    first = ("accuracy", "ceiling", "share_of_ceiling", "seconds", "images_per_s", "bytes")
+    return {
+        "run": str(folder),
+        "report": str(folder / "report.html"),
+        **{key: summary[key] for key in (*first, "content_sha256", "skipped_images")},
+    }
+
+
+def _mean_losses(result: dict[str, Any]) -> list[float]:
+    """Of every epoch, over the students."""
+    return [sum(losses) / len(losses) for losses in zip(*result["losses"], strict=True)]
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    heads = ("method", "accuracy, %", "share of ceiling")
+    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(3)]
+    return "\n".join(
+        f"{name:{widths[0]}}  {accuracy:>{widths[1]}}  {share:>{widths[2]}}"
+        for name, accuracy, share in [heads, *rows]
+    )

@@ -1,0 +1,259 @@
+"""`train verify`: how far a coreset's stored labels are from what the teacher says here and now.
+
+For some (sample, epoch): make the image again, and its view, ask the teacher, and compare
+
+    drift     KL(stored || now) = sum stored · (log stored - log now)      in nats, at the labels' T
+    control   the same, with `stored` of another sample of the same class: what a drift would be
+              that makes labels no better than their class
+
+The teacher's answer goes through the labels' codec first, as it did then: so on the machine that
+made the labels the drift is 0, whatever the codec leaves out. Another teacher's goes through no
+codec pca, whose basis is of the first one's answers: its drift has in it what that codec lost.
+
+With CutMix a view needs its partner's image too. Only the images that are looked at and their
+partners are rendered; the rest of a pool is left black, and is not looked at.
+
+Legend: P samples of a pool, S of them looked at, K classes, H W image size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...engine.console import print_table
+from ...engine.coreset.coreset import Coreset, open_coreset
+from ...engine.expand.backends import resolve_device
+from ...engine.labels.soft_labels import SoftLabels
+from ...export.config import BackendName
+from ..config import StudentConfig
+from ..coreset_options import TrainVerify
+from ..labels.views import cutmix_of, make_views, pools
+from ..methods.open import own_part
+from ..methods.source import Expansions, ImageSource
+from ..report.summary import rounded
+from ..run.progress import Record, Report
+from ..students.from_manifest import (
+    fitting_labels,
+    load_recorded_teacher,
+    open_recorded_source,
+    require_soft_labels,
+    view_config,
+)
+from ..teacher.teacher import Teacher
+
+EPOCHS_LOOKED_AT = 8
+"""Pairs are spread over so many epochs, or as few as there are: an engine renders whole batches of
+one epoch, and pairs of 256 epochs would cost 256 batches."""
+
+
+def verify_labels(options: TrainVerify) -> dict[str, Any]:
+    """Measure the drift with each backend; returns what is printed, plain JSON.
+
+    Raises ValueError or OSError, one clear line, for a coreset without labels or whose manifest
+    does not say what they are of, another teacher, a model of other weights, or a machine that
+    lacks what was asked for.
+    """
+    with Record() as report:
+        coreset = open_coreset(options.coreset.expanduser())
+        config = view_config(coreset, device=resolve_device(options.device))
+        stored = require_soft_labels(coreset)
+        teacher = _load_teacher(coreset, stored, options, config)
+        by_model = coreset.settings["method"] == "dace"
+        backends = options.backend if by_model else options.backend[:1]
+        drifts = [
+            _drift(coreset, backend, options, config, teacher, report) for backend in backends
+        ]
+    _print(drifts)
+    return {
+        "coreset": coreset.content_sha256,
+        "method": coreset.settings["method"],
+        "teacher": teacher.sha256,
+        "same_teacher": teacher.sha256 == stored.settings.get("teacher"),
+        "codec": stored.codec,
+        "temperature": stored.temperature,
+        "drift": rounded(drifts),
+    }
+
+
+def _load_teacher(
+    coreset: Coreset, stored: SoftLabels, options: TrainVerify, config: StudentConfig
+) -> Teacher:
+    teacher = load_recorded_teacher(coreset, options.teacher, config.device)
+    then = stored.settings.get("teacher")
+    if teacher.sha256 != then and not options.other_teacher:
+        raise ValueError(
+            f"--teacher {options.teacher}: expected the teacher that made the labels, sha256 "
+            f"{str(then)[:16]}…, got {teacher.sha256[:16]}…: give that one, or --other-teacher to "
+            "compare with this one"
+        )
+    return teacher
+
+
+def _drift(
+    coreset: Coreset,
+    backend: BackendName,
+    options: TrainVerify,
+    config: StudentConfig,
+    teacher: Teacher,
+    report: Report,
+) -> dict[str, Any]:
+    """The drift of one backend; `rendered` counts the images made, partners included."""
+    began = time.monotonic()
+    compared: list[_Compared] = []
+    with open_recorded_source(coreset, options, backend, config) as source:
+        stored = fitting_labels(coreset, source, config, options).stored
+        pairs = list(chosen_pairs(config, source.labels_N, options.samples, options.seed))
+        total = sum(len(rows_S) for *_, rows_S in pairs)
+        for pool in pairs:
+            compared.append(_compare(source, stored, config, teacher, *pool))
+            looked_at = sum(len(each.kl_S) for each in compared)
+            report.progress(f"verify, {backend}", looked_at, total, "samples")
+        made_by = _made_by(source)
+    alone = any(bool(each.control_S.isnan().any()) for each in compared)
+    return {
+        **made_by,
+        "samples": total,
+        "epochs": len(compared),
+        "rendered": sum(each.rendered for each in compared),
+        "kl": _spread(torch.cat([each.kl_S for each in compared])),
+        "top1_agreement": float(torch.cat([each.agrees_S for each in compared]).double().mean()),
+        "control_kl": None if alone else _spread(torch.cat([each.control_S for each in compared])),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def _made_by(source: ImageSource) -> dict[str, Any]:
+    """What ran the model, and in which precision; None where there is no model."""
+    keys = ("backend", "precision", "vae_precision")
+    source = own_part(source)
+    if not isinstance(source, Expansions):
+        return dict.fromkeys(keys)
+    described = source.expander.describe()
+    return {key: described[key] for key in keys}
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Some samples of one epoch."""
+
+    kl_S: Tensor
+    agrees_S: Tensor
+    """Whether the likeliest class is the same; bool."""
+    control_S: Tensor
+    """NaN for a sample that is alone in its class."""
+    rendered: int
+
+
+def _compare(
+    source: ImageSource,
+    stored: SoftLabels,
+    config: StudentConfig,
+    teacher: Teacher,
+    samples_P: Tensor,
+    epoch: int,
+    rows_S: Tensor,
+) -> _Compared:
+    views_SCHW, rendered = _views(source, config, samples_P, epoch, rows_S)
+    samples_S = samples_P[rows_S]
+    now_SK = _coded(teacher.logits(views_SCHW), stored, teacher)
+    then_SK = stored.probabilities(epoch, samples_S)
+    others_S = _others_of_the_class(source.labels_N)[samples_S]
+    control_S = kl(stored.probabilities(epoch, others_S), now_SK)
+    return _Compared(
+        kl(then_SK, now_SK),
+        then_SK.argmax(1) == now_SK.argmax(1),
+        control_S.masked_fill(others_S == samples_S, math.nan),
+        rendered,
+    )
+
+
+def chosen_pairs(
+    config: StudentConfig, labels_N: Tensor, count: int, seed: int
+) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Which pairs are looked at: a pool's samples [P], its epoch, and rows [S] of the pool.
+
+    One pool of each of EPOCHS_LOOKED_AT epochs, or more when `count` asks for more samples than
+    these hold. Fewer pairs than `count` only when the coreset's epochs hold no more.
+    """
+    draw = np.random.default_rng(seed)
+    each = math.ceil(count / min(EPOCHS_LOOKED_AT, config.epochs))
+    for epoch in draw.permutation(config.epochs).tolist():
+        of_epoch = pools(config, labels_N, epoch)
+        samples_P = of_epoch[draw.integers(len(of_epoch))]
+        wanted = min(each, count, len(samples_P))
+        rows_S = np.sort(draw.choice(len(samples_P), wanted, replace=False))
+        count -= wanted
+        yield samples_P, epoch, torch.from_numpy(rows_S)
+        if not count:
+            return
+
+
+def _views(
+    source: ImageSource, config: StudentConfig, samples_P: Tensor, epoch: int, rows_S: Tensor
+) -> tuple[Tensor, int]:
+    """Views of some rows of a pool, normalised [S, 3, H, W], and how many images that took."""
+    needed = rows_S
+    if config.cutmix:
+        partners_P, _ = cutmix_of(samples_P, epoch, config)
+        needed = torch.cat([rows_S, partners_P[rows_S]]).unique()
+    made = source.render(samples_P[needed], epoch)
+    images_PCHW = made.new_full((len(samples_P), *made.shape[1:]), -1.0)
+    images_PCHW[needed.to(made.device)] = made
+    views_PCHW = make_views(images_PCHW, samples_P, epoch, config)
+    return views_PCHW[rows_S.to(made.device)], len(needed)
+
+
+def _coded(logits_SK: Tensor, stored: SoftLabels, teacher: Teacher) -> Tensor:
+    """The teacher's logits as the codec would give them back: fp32 probabilities on the CPU."""
+    if stored.codec == "pca" and teacher.sha256 != stored.settings.get("teacher"):
+        return (logits_SK.cpu().float() / stored.temperature).softmax(1)
+    return stored.as_probabilities(stored.encoding.encode(logits_SK).decoded())
+
+
+def kl(p_SK: Tensor, q_SK: Tensor) -> Tensor:
+    """KL(p || q) of each row, in nats, fp64 [S]; probabilities below 1e-12 count as that.
+
+    Rows are made to sum to 1 again: fp32 ones miss it by 1e-7, and a drift can be less.
+    """
+    p, q = (each.double().clamp_min(1e-12) for each in (p_SK, q_SK))
+    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+    return (p * (p.log() - q.log())).sum(1).clamp_min(0.0)
+
+
+def _spread(values_S: Tensor) -> dict[str, float]:
+    return {
+        "mean": float(values_S.mean()),
+        "p50": float(values_S.quantile(0.5)),
+        "p95": float(values_S.quantile(0.95)),
+        "max": float(values_S.max()),
+    }
+
+
+def _others_of_the_class(labels_N: Tensor) -> Tensor:
+    """For every sample the next of its class, the first after the last; itself when alone."""
+    samples_N = torch.arange(len(labels_N))
+    first_N = torch.searchsorted(labels_N, labels_N)
+    count_N = torch.bincount(labels_N)[labels_N]
+    return first_N + (samples_N - first_N + 1) % count_N
+
+
+def _print(drifts: list[dict[str, Any]]) -> None:
+    heads = ["backend", "precision", "samples", "KL mean", "p95", "max", "top-1", "control"]
+    rows = [
+        [
+            *(str(drift[key] or "-") for key in ("backend", "precision", "samples")),
+            *(f"{drift['kl'][key]:.2g}" for key in ("mean", "p95", "max")),
+            f"{100 * drift['top1_agreement']:.1f} %",
+            "-" if drift["control_kl"] is None else f"{drift['control_kl']['mean']:.2g}",
+        ]
+        for drift in drifts
+    ]
+    print_table([heads, *rows])

@@ -1,0 +1,135 @@
+"""Labels of a run's students: from where they come, and where they are kept.
+
+    RUN/students/METHOD.labels.partial    the teacher's answers, as far as they were asked
+    labels.safetensors of the coreset     all of them, with which the file above is removed
+
+Labels that the coreset has are taken over, and no teacher is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...engine.coreset.coreset import Coreset, attach_labels
+from ...engine.errors import CoresetError
+from ..methods.source import ImageSource
+from ..options import RunOptions
+from ..plan import Plan
+from ..run.progress import Report
+from ..run.shared import SharedRun
+from ..teacher.teacher import Teacher
+from .hard import HardLabels
+from .targets import (
+    Labels,
+    OnlineLabels,
+    RecordedLabels,
+    StoredLabels,
+    discard_recorded,
+    record_labels,
+)
+
+KEPT_OPTIONS = {"topk": "--top-k", "pca": "--components"}
+"""By codec, the option that says how many numbers of an answer it keeps."""
+
+
+def label_settings(options: RunOptions, classes: int) -> dict[str, Any]:
+    """What of the options decides the labels, for a stage's config: plain JSON, by option.
+
+    `stored` and `record` make the same labels and students.
+    """
+    if options.targets == "hard":
+        return {}
+    if options.labels == "online":
+        return {"--labels": "online"}
+    kept = {"--labels": "record or stored", "--codec": options.codec}
+    own = KEPT_OPTIONS.get(options.codec)
+    return kept | ({own: options.kept_per_label(classes)} if own else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLabels:
+    """Labels of the students of one source. All ranks of the run's world call the same."""
+
+    plan: Plan
+    run: SharedRun
+    report: Report
+    teacher: Callable[[], Teacher]
+    """Loads it, the first time that it is asked."""
+    method: str
+    source: ImageSource
+    coreset: Coreset | None
+    """None for the ceiling, whose labels are not kept."""
+
+    def choose(self) -> Labels:
+        """Stored ones where the coreset has them, else the teacher's, kept if that is asked for.
+
+        With hard targets the classes, and the coreset's labels stay as they are. CoresetError when
+        the coreset has labels of another --codec.
+        """
+        plan = self.plan
+        if plan.options.targets == "hard":
+            return HardLabels(self.source, plan.student)
+        if self.coreset is None or plan.options.labels == "online":
+            return OnlineLabels(self.teacher(), plan.student.temperature, self.run.world)
+        stored = self._stored(self.coreset)
+        return self._recorded() if stored is None else stored
+
+    def store(self) -> None:
+        """Put labels of every view of every epoch into the coreset, unless it has them.
+
+        CoresetError when it has labels of another --codec.
+        """
+        if self.coreset is not None and self._stored(self.coreset) is None:
+            self.keep(self._recorded())
+
+    def keep(self, labels: Labels) -> None:
+        """Put recorded labels into the coreset, after asking for those that are missing.
+
+        Others are there already, or are not to be kept.
+        """
+        if self.coreset is None or not isinstance(labels, RecordedLabels):
+            return
+        if not labels.is_complete():
+            record_labels(self.source, labels, self.plan.student, self.report)
+        if self.run.world.leads:
+            attach_labels(self.coreset.folder, labels.block())
+            labels.discard()
+        self.run.world.barrier()
+
+    def _recorded(self) -> RecordedLabels:
+        return RecordedLabels(
+            *(self.teacher(), self.source, self.plan.student, self._recording(), self.report),
+            codec=self.plan.options.codec,
+            k=self._kept_per_label,
+            world=self.run.world,
+        )
+
+    def _stored(self, coreset: Coreset) -> StoredLabels | None:
+        stored = coreset.soft_labels()
+        if stored is None:
+            return None
+        asked = _codec_options(self.plan.options.codec, self._kept_per_label)
+        kept = _codec_options(stored.codec, stored.k)
+        if kept != asked:
+            raise CoresetError(
+                f"{coreset.folder} holds labels of {kept}, asked for {asked}: "
+                f"give {kept}, or another --out"
+            )
+        if self.run.world.leads:
+            discard_recorded(self._recording())  # of a run that was killed in between
+        return StoredLabels(stored, self.source, self.plan.student)
+
+    @property
+    def _kept_per_label(self) -> int:
+        return self.plan.options.kept_per_label(len(self.source.class_ids))
+
+    def _recording(self) -> Path:
+        return self.run.folder / "students" / f"{self.method}.labels.partial"
+
+
+def _codec_options(codec: str, k: int | None) -> str:
+    own = KEPT_OPTIONS.get(codec)
+    return f"--codec {codec}" + (f" {own} {k}" if own else "")

@@ -1,0 +1,200 @@
+"""The parts of a small SDXL-shaped model, fresh, and how they are written as a diffusers folder.
+
+The layout is the one that `StableDiffusionXLImg2ImgPipeline.from_pretrained` loads: vae, unet,
+text_encoder, text_encoder_2, tokenizer, tokenizer_2, scheduler, model_index.json. The two text
+encoders are tiny, random and frozen: they give every prompt its own embedding, which is all that a
+model of some dozen prompts needs; the UNet learns what the embeddings mean.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+from ..config import TIMESTEPS
+
+TOKENS = 77
+TEXT_WIDTH = 32
+TIME_IDS = 6  # original height and width, crop top and left, target height and width (SDXL)
+TIME_ID_WIDTH = 32
+POSTERIOR_STD = 0.05  # of the VAE's posterior, in units of its (unit-variance) means
+
+
+@dataclass
+class ModelParts:
+    """The modules of one model; `scaling_factor` lives in `vae.config`."""
+
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+    scheduler: EulerAncestralDiscreteScheduler
+
+
+def byte_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer without merges: one token per byte, so every prompt has a spelling."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = [chr(b) for b in printable]
+    characters += [
+        chr(256 + n) for n in range(256 - len(printable))
+    ]  # CLIP's byte-to-character map
+    tokens = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
+
+
+def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    ends: Any = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        **ends,
+    )
+
+
+def new_parts(
+    size_px: int,
+    tokenizer_folder: Path,
+    *,
+    unet_channels: tuple[int, int, int] = (32, 64, 128),
+    vae_channels: tuple[int, ...] = (16, 32, 64),
+) -> ModelParts:
+    """Build freshly initialised parts for images of `size_px` (a multiple of 4 · 2^levels).
+
+    The VAE's factor is 2^(len(vae_channels) - 1). Initialisation draws from torch's global
+    generator: seed it first.
+    """
+    tokenizer = byte_tokenizer(tokenizer_folder)
+    text = _text_config(tokenizer)
+    factor = 2 ** (len(vae_channels) - 1)
+    # as dictionaries: diffusers annotates its tuples as tuples of one
+    vae_settings: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(vae_channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(vae_channels),
+        "block_out_channels": vae_channels,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "sample_size": size_px,
+        "mid_block_add_attention": False,
+        "force_upcast": False,
+        "scaling_factor": 1.0,
+    }
+    unet_settings: dict[str, Any] = {
+        "sample_size": size_px // factor,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": unet_channels,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": tuple(max(1, unet_channels[0] // 32) * each for each in (1, 2, 4)),
+        "transformer_layers_per_block": (1, 1, 1),
+        "use_linear_projection": True,
+        "cross_attention_dim": 2 * TEXT_WIDTH,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": TIME_ID_WIDTH,
+        "projection_class_embeddings_input_dim": TIME_IDS * TIME_ID_WIDTH + TEXT_WIDTH,
+        "norm_num_groups": 16,
+    }
+    vae, unet = AutoencoderKL(**vae_settings), UNet2DConditionModel(**unet_settings)
+    scheduler = EulerAncestralDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=TIMESTEPS,
+        prediction_type="epsilon",
+        timestep_spacing="trailing",
+    )
+    return ModelParts(
+        vae=vae,
+        unet=unet,
+        text_encoder=CLIPTextModel(text).eval().requires_grad_(False),
+        text_encoder_2=CLIPTextModelWithProjection(text).eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+    )
+
+
+def save_parts(parts: ModelParts, folder: Path, *, half: bool = True) -> None:
+    """Write the parts in diffusers' SDXL layout; UNet and VAE as fp16 safetensors when `half`.
+
+    The text encoders stay fp32: transformers loads what it finds, diffusers loads fp32 unless told
+    otherwise, and a pipeline opened without a dtype must not mix the two.
+    """
+    pipeline = StableDiffusionXLImg2ImgPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        text_encoder_2=parts.text_encoder_2,
+        tokenizer=parts.tokenizer,
+        tokenizer_2=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=parts.scheduler,  # pyright: ignore[reportArgumentType]
+        add_watermarker=False,
+    )
+    dtype = parts.unet.dtype
+    _cast(parts.unet, parts.vae, dtype=torch.float16 if half else dtype)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    _cast(parts.unet, parts.vae, dtype=dtype)
+
+
+def move_model(built: Path, folder: Path) -> None:
+    """Move all that is in `built` into `folder`, over what has the same name; `built` is gone then.
+
+    unet/ goes first and comes last: a folder without it does not open, so a process killed on the
+    way leaves no mixture of two models that does.
+    """
+    items = sorted(built.iterdir(), key=lambda item: item.name == "unet")
+    for item in (items[-1], *items[:-1]):
+        if (folder / item.name).is_dir():
+            shutil.rmtree(folder / item.name)
+    for item in items:
+        item.replace(folder / item.name)
+    built.rmdir()
+
+
+def _cast(*modules: nn.Module, dtype: torch.dtype) -> None:
+    for module in modules:
+        module.to(dtype)
+
+
+@torch.no_grad()
+def prompt_embeddings(parts: ModelParts, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode prompts as SDXL does: penultimate states [G, 77, 64] and pooled states [G, 32]."""
+    tokens = parts.tokenizer(
+        prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+    first = parts.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
+    second = parts.text_encoder_2(tokens, output_hidden_states=True)
+    return torch.cat([first, second.hidden_states[-2]], dim=-1), second.text_embeds

@@ -1,0 +1,344 @@
+"""`train prior`: a small few-step latent diffusion model in SDXL's shape, from an image folder.
+
+The result is a folder that diffusers, and everything here that takes `--model`, opens like
+SDXL-Turbo: four evals, no guidance. Beside the weights it holds `model_card.json` (command, seed,
+data, losses, times, class names, reconstruction error) and `samples.png`. All of the work can be
+stopped at any point and goes on from the last checkpoint in `OUT/.work`.
+
+With a teacher the card also says what share of real images, of their reconstructions, of samples
+that start from images and of samples from noise it takes for their class: where a class is lost
+first tells which phase loses it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+
+from ...kernels.noise import Draw, uniform
+from ...kernels.student_input import student_input
+from ..config import PriorConfig
+from ..teacher.teacher import Teacher
+from .loop import LossOf, M, Phase, run_phase
+from .losses import (
+    Conditioning,
+    LatentBank,
+    denoiser_loss,
+    few_step_loss,
+    fix_posterior_width,
+    guidance_loss,
+    sampled_steps,
+    sigma_table,
+    vae_loss,
+)
+from .model import ModelParts, move_model, new_parts, prompt_embeddings, save_parts
+from .samples import recognised_percent, samples_of_class
+
+PROMPT = "A photo of a {name}"
+HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
+
+
+def to_unit(pixels_BHWC: Tensor) -> Tensor:
+    """uint8 NHWC → float NCHW in [-1, 1]."""
+    return (pixels_BHWC.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+
+
+def latent_means(vae: AutoencoderKL, images_BCHW: Tensor) -> Tensor:
+    """The posterior's means of images in [-1, 1], unscaled."""
+    posterior: Any = vae.encode(images_BCHW, return_dict=False)[0]
+    return posterior.mean
+
+
+class PriorTraining:
+    """The state of one `train prior` run: data in memory, parts, and the folder it fills."""
+
+    def __init__(
+        self,
+        config: PriorConfig,
+        pixels_NHWC: Tensor,
+        labels_N: Tensor,
+        class_names: Sequence[str],
+        out: Path,
+        report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+        device: str = "cpu",
+    ) -> None:
+        if pixels_NHWC.shape[1:] != (config.image_size, config.image_size, 3):
+            raise ValueError(
+                f"expected images of {config.image_size} px, got {tuple(pixels_NHWC.shape[1:])}"
+            )
+        self.config, self.out, self.report = config, out, report
+        self.work = out / ".work"
+        self.pixels_NHWC, self.labels_N = pixels_NHWC, labels_N
+        self.class_names = tuple(class_names)
+        torch.manual_seed(config.seed)
+        width, vae_width = config.width, config.vae_width
+        self.parts: ModelParts = new_parts(
+            config.image_size,
+            self.work / "tokenizer",
+            unet_channels=(width, 2 * width, 4 * width),
+            vae_channels=(vae_width, 2 * vae_width, 4 * vae_width),
+        )
+        prompts = [PROMPT.format(name=name) for name in self.class_names] + [""]
+        states_GLD, pooled_GD = prompt_embeddings(self.parts, prompts)
+        self.device = torch.device(device)
+        self.conditioning = Conditioning(states_GLD.to(device), pooled_GD.to(device))
+        self.sigmas = sigma_table(self.parts.scheduler).to(device)
+        for module in (self.parts.vae, self.parts.unet):
+            nn.Module.to(module, device)
+        self.phases: list[Phase[Any]] = []
+
+    def _run(
+        self,
+        name: str,
+        module: M,
+        steps: int,
+        learning_rate: float,
+        loss_of: LossOf[M],
+    ) -> M:
+        phase = Phase(name=name, module=module, steps=steps, learning_rate=learning_rate)
+        self.phases.append(phase)
+        checkpoint = self.work / f"{name}.pt"
+        return run_phase(
+            phase, loss_of, seed=self.config.seed, checkpoint=checkpoint, report=self.report
+        )
+
+    def _images(self, rows: Tensor | slice) -> Tensor:
+        """Training images on the device, float [B, 3, H, W] in [-1, 1]."""
+        return to_unit(self.pixels_NHWC[rows].to(self.device))
+
+    def train_vae(self) -> None:
+        """Phase 1; sets the scaling factor to 1 / std of the latents' means."""
+        fix_posterior_width(self.parts.vae)
+        batch = self.config.vae_batch
+
+        def loss_of(vae: AutoencoderKL, generator: torch.Generator) -> Tensor:
+            rows = torch.randint(len(self.pixels_NHWC), (batch,), generator=generator)
+            images = self._images(rows)
+            if torch.rand((), generator=generator) < 0.5:
+                images = images.flip(-1)
+            return vae_loss(vae, images, generator)
+
+        vae = self._run("vae", self.parts.vae, self.config.vae_steps, 1e-3, loss_of)
+        fix_posterior_width(vae)  # the optimiser's weight decay must not move it
+        vae.register_to_config(scaling_factor=1 / self._latent_std(vae))
+        self.parts.vae = vae.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _latent_std(self, vae: AutoencoderKL) -> float:
+        rows = torch.arange(0, len(self.pixels_NHWC), max(1, len(self.pixels_NHWC) // 1024))
+        means = [latent_means(vae, self._images(part)) for part in rows.split(128)]
+        return float(torch.cat(means).std())
+
+    @torch.no_grad()
+    def _encode(self, images_BCHW: Tensor) -> Tensor:
+        mean = latent_means(self.parts.vae, images_BCHW)
+        return mean * self.parts.vae.config["scaling_factor"]
+
+    @torch.no_grad()
+    def decode(self, latents_B4hw: Tensor) -> Tensor:
+        """Latents of unit variance → images in [-1, 1]."""
+        scale = self.parts.vae.config["scaling_factor"]
+        decoded = self.parts.vae.decode(latents_B4hw / scale, return_dict=False)[0]
+        return decoded.clamp(-1, 1)
+
+    def encode_bank(self) -> LatentBank:
+        """Encode each image, its mirror image and `crops` square crops of 30–100 % area.
+
+        A crop's micro-conditioning is SDXL's: its size before enlarging, its corner after.
+        """
+        size, seed = self.config.image_size, self.config.seed
+        latents, labels, time_ids = [], [], []
+        for rows in torch.arange(len(self.labels_N)).split(256):
+            images = self._images(rows)
+            whole = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32)
+            for view in (images, images.flip(-1)):
+                latents.append(self._encode(view))
+                time_ids.append(whole.repeat(len(rows), 1))
+            for crop in range(self.config.crops):
+                u = uniform(seed, Draw.PRIOR, rows, crop, 4)
+                side = size * (0.3 + 0.7 * u[:, 0]).sqrt()
+                corner = u[:, 1:3] * (size - side)[:, None]
+                boxes = torch.cat([corner, side[:, None], side[:, None]], dim=1)
+                view = student_input(
+                    images,
+                    boxes.to(self.device),
+                    (u[:, 3] < 0.5).to(self.device),
+                    size,
+                    HALF_UNIT,
+                    HALF_UNIT,
+                )
+                latents.append(self._encode(view.contiguous()))
+                enlarged = size / side[:, None]
+                target = torch.full((len(rows), 2), float(size))
+                ids = [side[:, None], side[:, None], corner * enlarged, target]
+                time_ids.append(torch.cat(ids, dim=1))
+            labels.append(self.labels_N[rows].repeat(2 + self.config.crops))
+        on_device = (torch.cat(part).to(self.device) for part in (latents, labels, time_ids))
+        return LatentBank(*on_device)
+
+    def train_denoiser(self, bank: LatentBank) -> None:
+        """Phases 2, 3 and 4; leaves the few-step UNet in `parts`."""
+        config, batch = self.config, self.config.unet_batch
+        shared: dict[str, Any] = {
+            "bank": bank,
+            "conditioning": self.conditioning,
+            "sigmas": self.sigmas,
+            "half": config.precision == "bf16",
+        }
+
+        unet = self._run(
+            "denoiser",
+            self.parts.unet,
+            config.unet_steps,
+            8e-4,
+            lambda unet, generator: denoiser_loss(unet, **shared, batch=batch, generator=generator),
+        )
+        student = self._trainable_copy(unet)
+        guided = self._run(
+            "guidance",
+            student,
+            config.guidance_steps,
+            4e-4,
+            lambda module, generator: guidance_loss(
+                module, unet, **shared, guidance=config.guidance, batch=batch, generator=generator
+            ),
+        )
+        visited = sampled_steps(self.parts.scheduler, config.steps, self.device)
+        self.parts.unet = self._run(
+            "few_step",
+            self._trainable_copy(guided),
+            config.few_step_steps,
+            4e-4,
+            lambda module, generator: few_step_loss(
+                module,
+                guided,
+                **shared,
+                visited=visited,
+                substeps=config.substeps,
+                batch=batch,
+                generator=generator,
+            ),
+        )
+
+    @staticmethod
+    def _trainable_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+        copy: Any = UNet2DConditionModel.from_config(unet.config)
+        copy.load_state_dict(unet.state_dict())
+        return copy.to(unet.device)
+
+    @torch.no_grad()
+    def sample_sheet(self, count: int = 6) -> Image.Image:
+        """Per class a row: 2 reconstructions, `count` samples from real images, as many from noise.
+
+        Real ones come from the first `count` images of the class, repeated where it has fewer.
+        """
+        rows = []
+        for label in range(len(self.class_names)):
+            _, real, sampled = self._samples(label, count)
+            tiles = self.decode(torch.cat([real[:2], sampled]))
+            rows.append(torch.cat(list(tiles), dim=2))
+        sheet = torch.cat(rows, dim=1).permute(1, 2, 0).cpu()
+        return Image.fromarray(((sheet + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+
+    def _samples(self, label: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`count` images [C, 3, H, W] of a class, their latents, and [2C, 4, h, w] samples."""
+        of_class = torch.nonzero(self.labels_N == label).flatten()
+        images = self._images(of_class[torch.arange(count) % len(of_class)])
+        real = self._encode(images)
+        sampled = samples_of_class(
+            *(self.parts.unet, self.parts.scheduler, self.conditioning, real, label),
+            steps=self.config.steps,
+            size_px=self.config.image_size,
+            seed=self.config.seed + label,
+        )
+        return images, real, sampled
+
+    @torch.no_grad()
+    def recognised(self, teacher: Teacher, count: int = 50) -> dict[str, Any]:
+        """What share of `count` images of each class, and of what is made of them, it recognises.
+
+        Percent, by class and their mean: real training images, their reconstructions, samples with
+        all steps but the first, samples from noise.
+        """
+        shares: dict[str, list[float]] = {}
+        for label in range(len(self.class_names)):
+            images, real, sampled = self._samples(label, count)
+            made = self.decode(torch.cat([real, sampled])).split(count)
+            names = ("real", "reconstructed", "from_images", "from_noise")
+            for name, part in zip(names, (images, *made), strict=True):
+                shares.setdefault(name, []).append(recognised_percent(teacher, part, label))
+        return {
+            "teacher": teacher.describe(),
+            "images_per_class": count,
+            "percent": {
+                name: {"mean": round(fmean(by_class), 1), "by_class": by_class}
+                for name, by_class in shares.items()
+            },
+        }
+
+    @torch.no_grad()
+    def reconstruction_psnr_db(self, count: int = 512) -> float:
+        """PSNR of the reconstructions of every n-th training image; n = images // `count`, or 1."""
+        every = max(1, len(self.pixels_NHWC) // count)
+        images = self._images(slice(None, None, every))
+        error = [(self.decode(self._encode(x)) - x).square().mean() for x in images.split(128)]
+        return float(-10 * torch.log10(torch.stack(error).mean() / 4))
+
+    def card(self, data: str, command: str) -> dict:
+        """The model card: everything needed to make these weights again, and how they did."""
+        return {
+            "made_by": command,
+            "data": data,
+            "images": len(self.labels_N),
+            "class_names": list(self.class_names),
+            "prompt": PROMPT,
+            "image_size_px": self.config.image_size,
+            "seed": self.config.seed,
+            "config": self.config.as_dict(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "reconstruction_psnr_db": round(self.reconstruction_psnr_db(), 2),
+            "phases": {
+                p.name: {"steps": p.steps, "seconds": round(p.seconds, 1), "losses": p.losses}
+                for p in self.phases
+            },
+        }
+
+    def run(self, *, data: str, command: str, teacher: Teacher | None = None) -> Path:
+        """Run all phases, then write the model folder, over the model there; return it.
+
+        `teacher` is asked at the end what it recognises. ValueError when a phase diverges: what is
+        in the folder then stays.
+        """
+        began = time.monotonic()
+        self.train_vae()
+        bank = self.encode_bank()
+        self.report(f"encoded {len(bank.labels_N)} latents of {len(self.labels_N)} images")
+        self.train_denoiser(bank)
+        building = self.out / ".building"
+        shutil.rmtree(building, ignore_errors=True)
+        save_parts(self.parts, building)
+        self.sample_sheet().save(building / "samples.png")
+        card = self.card(data, command)
+        if teacher is not None:
+            count = max(1, min(50, 500 // len(self.class_names)))
+            card["recognised"] = self.recognised(teacher, count)
+            means = ((k, v["mean"]) for k, v in card["recognised"]["percent"].items())
+            told = ", ".join(f"{name.replace('_', ' ')} {mean:g} %" for name, mean in means)
+            self.report(f"the teacher recognises: {told}")
+        card["seconds_of_this_session"] = round(time.monotonic() - began, 1)
+        text = json.dumps(card, indent=1, allow_nan=False) + "\n"
+        (building / "model_card.json").write_text(text)
+        move_model(building, self.out)
+        return self.out

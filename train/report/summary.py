@@ -1,0 +1,216 @@
+"""RUN/summary.json: every number of a run, and where it comes from."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from ...export.models import seen_classes
+from ..options import BY_MODEL
+from ..plan import Plan
+from ..run.launch import read_launch
+
+SCHEMA = "patchbloom.summary/1"
+REAL = "real"  # the ceiling's students: fresh real images, no distillation
+_VERSIONS = (
+    "patchbloom",
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "onnxruntime",
+    "nvidia-dali-cuda130",
+    "pillow",
+)
+
+
+def mean_and_std(accuracies: Sequence[float]) -> list[float | None]:
+    """Mean and sample standard deviation, to 0.01; no deviation (None) of a single student."""
+    std = round(statistics.stdev(accuracies), 2) if len(accuracies) > 1 else None
+    return [round(statistics.fmean(accuracies), 2), std]
+
+
+def rounded(value: Any) -> Any:
+    """Plain JSON with every float at six significant digits: for people, not for computing on."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def make_summary(
+    plan: Plan,
+    *,
+    command: str,
+    teacher: Mapping[str, Any],
+    students: Mapping[str, Mapping[str, Any]],
+    coresets: Mapping[str, Mapping[str, Any]],
+    seconds: Mapping[str, float],
+    skipped: Mapping[str, int],
+) -> dict[str, Any]:
+    """The summary. `students`: results of the student stages by method, `real` among them.
+
+    Floats are rounded: percent to 0.01, shares, rates and seconds to 0.1, others to six digits.
+    """
+    methods = plan.options.methods
+    accuracy = {m: mean_and_std(students[m]["accuracies"]) for m in methods}
+    ceiling = mean_and_std(students[REAL]["accuracies"]) if REAL in students else None
+    shares = {}
+    if ceiling is not None and ceiling[0]:
+        shares = {
+            m: round(100 * value[0] / ceiling[0], 1)
+            for m, value in accuracy.items()
+            if value[0] is not None
+        }
+    return {
+        "schema": SCHEMA,
+        "accuracy": accuracy,
+        "ceiling": ceiling,
+        "share_of_ceiling": shares,
+        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+        "images_per_s": {m: round(students[m]["images_per_s"], 1) for m in methods},
+        "evals_per_image": {m: coresets[m]["evals"] for m in methods},
+        "bytes": {m: coresets[m]["bytes"] for m in methods},
+        "content_sha256": {m: coresets[m]["content_sha256"] for m in methods},
+        "skipped_images": dict(skipped),
+        "students": rounded(students),
+        "teacher": rounded(teacher),
+        "data": _data(plan),
+        "settings": _settings(plan),
+        "notes": _notes(plan, coresets),
+        "provenance": provenance(command, plan.device),
+    }
+
+
+def _data(plan: Plan) -> dict[str, Any]:
+    return {
+        "name": plan.options.data.rstrip("/").rsplit("/", 1)[-1],
+        "sha256": plan.data_sha256,
+        "classes": len(plan.class_names),
+        "training_images": len(plan.train),
+        "validation_images": len(plan.val),
+    }
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """What decided the result; None where an option plays no part."""
+    options, student = plan.options, plan.student
+    each = plan.samples_per_class + plan.doped_samples_per_class
+    samples = len(plan.class_names) * each
+    from_image = options.start == "image"
+    mixup = options.mixup and from_image
+    soft = options.targets == "soft"
+    stored = soft and options.labels != "online"
+    return {
+        "recipe": plan.recipe.name,
+        "about": plan.recipe.about,
+        "ipc": options.ipc,
+        "dope": options.dope,
+        "dsco": asdict(options.dsco) if "dsco" in options.methods else None,
+        "factor": plan.factor,
+        "patch_px": plan.patch_px,
+        "image_size": plan.image_size,
+        "model": plan.model.name if plan.model is not None else None,
+        "steps": plan.expand.steps,
+        "prompt": options.prompt,
+        "prompts": plan.own_prompts or None,
+        "t2i": _generation(plan),
+        "rho": options.rho if from_image else None,
+        "mixup": mixup,
+        "mixup_weight": options.mixup_weight if mixup else None,
+        "start": options.start,
+        "precision": plan.expand.precision,
+        "backend": options.backend,
+        "targets": options.targets,
+        "labels": options.labels if soft else None,
+        "codec": options.codec if stored else None,
+        "top_k": options.top_k if stored and options.codec == "topk" else None,
+        "components": options.kept_per_label(len(plan.class_names))
+        if stored and options.codec == "pca"
+        else None,
+        "student": student.network,
+        "epochs": student.epochs,
+        "batch": student.batch,
+        "student_steps": student.epochs * -(-samples // student.batch),
+        "temperature": student.temperature,
+        "cutmix": student.cutmix,
+        "seed": options.seed,
+        "seeds": options.seeds,
+    }
+
+
+def provenance(command: str, device: str) -> dict[str, Any]:
+    """Who made it, with what: nothing of it names the content."""
+    return {
+        "command": command,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "world_size": read_launch().size,
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _VERSIONS}
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _generation(plan: Plan) -> dict[str, Any] | None:
+    """How t2i makes and varies its images; None where it is not asked for."""
+    if "t2i" not in plan.options.methods:
+        return None
+    return {
+        "steps": plan.generate.steps,
+        "generate_size": plan.generate.size_px,
+        "variants": plan.options.variants,
+        "budget_seconds": plan.options.budget_seconds,
+    }
+
+
+def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    notes = [
+        "One recipe and one number of student steps for all methods; accuracies are of the last "
+        "epoch, never of the best."
+    ]
+    options = plan.options
+    if "t2i" in coresets:
+        made, variants = coresets["t2i"], options.variants
+        notes.append(
+            f"t2i: {made['generated']} generated images per class, each with {variants} variants: "
+            f"IPC {made['generated'] * (1 + variants)}. {plan.generate.steps} evaluation(s) made "
+            f"each of them, once, at {made['images_per_s']:.1f} images/s; its epochs take none."
+        )
+    if options.dope:
+        notes.append(
+            f"Every coreset was doped with {options.dope} real images per class, and the ceiling "
+            "has as many steps."
+        )
+    seen = seen_classes(plan.model.folder) if plan.model is not None else None
+    if plan.model is not None and seen is not None:
+        known = sum(name in seen for name in plan.class_names)
+        by_model = " and ".join(m for m in plan.options.methods if m in BY_MODEL)
+        if known:
+            notes.append(
+                f"{plan.model.name} was trained on images of {known} of these "
+                f"{len(plan.class_names)} classes: part of the gain of {by_model} here may be "
+                "what the model remembers of images that are not in the coreset."
+            )
+    return notes

@@ -1,0 +1,286 @@
+"""The world: the processes that torchrun started for one command, one per device.
+
+Two groups of processes: one for tensors (nccl on GPUs, gloo on CPUs), and one of gloo for plain
+values and for waiting, where nothing times out: rank 0 may train a teacher for hours. Without
+torchrun there is one process and no group at all.
+
+A failure is told once, by the rank that has it. The others meet a closed connection, or SIGTERM
+from torchrun, and end without a word.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...engine.expand.backends import resolve_device
+from ...export.config import DeviceName
+from .launch import Launch, read_launch
+
+Value = TypeVar("Value")
+
+WITHOUT_LIMIT = timedelta(days=3650)
+STARTED_WITHIN = timedelta(minutes=10)  # from the first process to the last
+TOLD_WITHIN = timedelta(seconds=10)  # how long the others let the one that failed say so
+FAILED, TOLD = "patchbloom/failed", "patchbloom/told"
+
+
+class OtherRankError(OSError):
+    """A process of the world is gone, and the work cannot go on without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Peers (engine/peers.py), and what a command needs beside: one leads, the others follow.
+
+    Every method is called by all ranks, in the same order. OtherRankError: one of them is gone.
+    """
+
+    launch: Launch
+    device: torch.device
+    """This process's own, with its number: a thread that is started later has another default."""
+    values: dist.ProcessGroup | None = None
+    """The group for plain values; None in a world of one."""
+    tensors: dist.ProcessGroup | None = None
+    """The group for tensors on this device; None in a world of one, and in `producing`."""
+    beside: World | None = None
+    """The same ranks in groups of their own, see `producing`."""
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def size(self) -> int:
+        return self.launch.size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which alone writes and speaks."""
+        return self.launch.leads
+
+    @property
+    def producing(self) -> World:
+        """For the thread that works beside the main one: calls of two threads mix in one group."""
+        return self.beside or self
+
+    @property
+    def threads(self) -> int:
+        """CPU cores for this process, 1 or more: those that it may use, shared on one machine."""
+        return max(1, len(os.sched_getaffinity(0)) // self.launch.local_size)
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here, without a limit."""
+        self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        if self.size == 1:
+            return flag
+        flag_1 = torch.tensor([flag], dtype=torch.int32)
+        with _loss_explained():
+            dist.all_reduce(flag_1, dist.ReduceOp.MAX, self.values)
+        return bool(flag_1)
+
+    def same(self, value: Value) -> Value:
+        """Rank 0's value, plain JSON, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        with _loss_explained():
+            dist.broadcast_object_list(values, src=0, group=self.values)
+        return values[0]
+
+    def once(self, work: Callable[[], Value]) -> Value:
+        """Rank 0 does the work, the others wait; all get its answer, plain JSON."""
+        return self.same(work() if self.leads else None)  # pyright: ignore[reportReturnType]
+
+    def in_turn(self, work: Callable[[], Value]) -> Value:
+        """All do the work: rank 0 first, then one rank of every other machine, then the rest.
+
+        What it downloads or builds is so made once on every disk, and found by the others.
+        """
+        own_turn = 0 if self.leads else 1 if self.launch.local_rank == 0 else 2
+        done: list[Value] = []
+        for turn in range(3):
+            if turn == own_turn:
+                done.append(work())
+            self.barrier()
+        return done[0]
+
+    def all_gather(self, value: Value) -> list[Value]:
+        """The plain values of all ranks, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _loss_explained():
+            dist.all_gather_object(values, value, group=self.values)
+        return values
+
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, rank after rank, on the device that they lie on.
+
+        Their number may differ; a rank without any gives an empty tensor of any shape and type.
+        """
+        if self.size == 1:
+            return rows
+        described = [
+            _Rows(shape, dtype, device)
+            for shape, dtype, device in self.all_gather(
+                (tuple(rows.shape), rows.dtype, rows.device.type)
+            )
+        ]
+        with _loss_explained():
+            on_gpu = any(each.device == "cuda" for each in described)
+            group = self.tensors if on_gpu and self.tensors is not None else self.values
+            return _gather_bytes(rows, described, group)
+
+    def send(self, tensors: Iterable[Tensor]) -> None:
+        """Rank 0's content in the tensors of all ranks; they lie on the world's device."""
+        if self.size == 1:
+            return
+        with _loss_explained():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0, self.tensors)
+
+
+ALONE = World(launch=Launch(), device=torch.device("cpu"))
+
+
+class _Rows(NamedTuple):
+    """What a rank brings."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    def bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def _gather_bytes(rows: Tensor, of_ranks: list[_Rows], group: dist.ProcessGroup | None) -> Tensor:
+    """As bytes, of any type, padded to the longest: what both gloo and nccl can do."""
+    kind = max(of_ranks, key=_Rows.bytes)
+    through = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    own = rows.to(through).contiguous().reshape(-1).view(torch.uint8)
+    padded = own.new_zeros(kind.bytes())
+    padded[: len(own)] = own
+    parts = list(own.new_empty(len(of_ranks), len(padded)).unbind())
+    dist.all_gather(parts, padded, group)
+    parts = [part[: each.bytes()] for part, each in zip(parts, of_ranks, strict=True)]
+    count = sum(each.shape[0] for each in of_ranks)
+    return torch.cat(parts).view(kind.dtype).view(count, *kind.shape[1:]).to(kind.device)
+
+
+@contextmanager
+def open_world(device: DeviceName) -> Iterator[World]:
+    """The world of this command; its groups are gone when the block ends, well or not.
+
+    ValueError: more processes than GPUs. Of several ranks that fail, the first keeps its error; the
+    others get OtherRankError, which `tell_once` does not tell.
+    """
+    launch = read_launch()
+    if launch.size == 1:
+        yield World(launch=launch, device=own_device(launch, device))
+        return
+    try:
+        world = _joined(launch, own_device(launch, device))
+        yield world
+        world.barrier()  # a rank that left sooner would close connections that others still read
+    except BaseException as error:
+        if not _fails_first() and isinstance(error, Exception):
+            raise OtherRankError("another process of this run failed first") from error
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _joined(launch: Launch, device: torch.device) -> World:
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=_store(),
+        rank=launch.rank,
+        world_size=launch.size,
+        device_id=device if on_gpu else None,
+    )
+    # Two nccl communicators at work in two threads may wait for each other for ever: beside the
+    # students' gradients, pictures are exchanged by gloo, through the host's memory.
+    by_host = _new_group(backend="gloo", timeout=WITHOUT_LIMIT)
+    beside = World(launch=launch, device=device, values=by_host)
+    values = _new_group(backend="gloo", timeout=WITHOUT_LIMIT)
+    tensors = _new_group() if on_gpu else values
+    return World(launch=launch, device=device, values=values, tensors=tensors, beside=beside)
+
+
+def _new_group(**options: Any) -> dist.ProcessGroup:
+    """Of all ranks: never the mark of a process that is in none."""
+    return cast(dist.ProcessGroup, dist.new_group(**options))
+
+
+def own_device(launch: Launch, device: DeviceName) -> torch.device:
+    """The CPU, or this process's GPU, which becomes the current one. ValueError: it has none."""
+    if resolve_device(device) == "cpu":
+        return torch.device("cpu")
+    found = torch.cuda.device_count()
+    if launch.local_rank >= found:
+        raise ValueError(
+            f"torchrun started {launch.local_size} processes on a machine with {found} GPUs: "
+            f"give --nproc-per-node {found}, or --device cpu"
+        )
+    torch.cuda.set_device(launch.local_rank)
+    return torch.device("cuda", launch.local_rank)
+
+
+@cache
+def _store() -> dist.Store:
+    """Where the ranks find each other: torchrun's own, or rank 0's.
+
+    torchrun keeps its store, with the addresses of dead processes in it, when it starts them again.
+    """
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=STARTED_WITHIN)))
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@cache
+def _fails_first() -> bool:
+    """Whether this process is the first of the world that failed, and so the one that tells."""
+    try:
+        return _store().add(FAILED, 1) == 1
+    except (RuntimeError, ValueError):  # the store ended with torchrun, or there was none
+        return read_launch().leads
+
+
+def tell_once(line: str) -> None:
+    """Print an error on stderr, unless another process of this world has failed before."""
+    with suppress(RuntimeError, ValueError):  # of a store that is not there
+        if _fails_first():
+            print(line, file=sys.__stderr__, flush=True)
+            _store().set(TOLD, "")
+        else:  # torchrun ends all processes as soon as one of them has ended
+            _store().wait([TOLD], TOLD_WITHIN)
+
+
+@contextmanager
+def _loss_explained() -> Iterator[None]:
+    """What gloo and nccl say of a closed connection, as one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].partition("] ")[2] or str(error)
+        raise OtherRankError(
+            f"a process of this run ended, or cannot be reached ({reason}): see what it or "
+            "torchrun says; what is done is kept, go on with --resume"
+        ) from error

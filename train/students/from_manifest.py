@@ -1,0 +1,247 @@
+"""What a coreset's manifest records of images, views, labels and students, put to use again.
+
+    settings, model             which images: method, seed, sizes; weights, steps, rho, mixup, …
+    labels.settings.source      the same, as the labels were made for it: compared, key by key
+    labels.settings.views       crops, flips, CutMix and its pools
+    labels.settings.student     the recipe: network, batch, learning rate, …
+    labels                      epochs, temperature, codec
+
+A manifest that lacks what is asked for is refused: an answer to another view is no label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ...engine.config import ExpandConfig
+from ...engine.coreset.coreset import Coreset
+from ...engine.errors import CoresetError
+from ...engine.expand.backends import require_backend, resolve_device
+from ...engine.labels.soft_labels import SoftLabels
+from ...export.config import BackendName, DeviceName
+from ...export.models import ModelError, ModelSource, Unavailable, find_model, weights_sha256
+from ..batching import engine_batch_for, together_in_engine
+from ..config import StudentConfig, pool_size
+from ..coreset_options import RenderOptions
+from ..labels.targets import StoredLabels
+from ..methods.open import open_coreset_source
+from ..methods.refresh import Refreshed
+from ..methods.source import ImageSource
+from ..methods.stored import doped_samples, with_doped
+from ..teacher.teacher import Teacher, load_teacher
+
+WHERE_THE_MODEL_LIES = ("model", "revision", "vae")
+"""Names in a source's description; the model's identity is its weights_sha256."""
+PRECISIONS = ("precision", "vae_precision")
+_AGAIN = "make the coreset and its labels again with this version of patchbloom"
+
+
+def require_soft_labels(coreset: Coreset) -> SoftLabels:
+    """The stored labels; CoresetError when there are none."""
+    stored = coreset.soft_labels()
+    if stored is None:
+        raise CoresetError(
+            f"{coreset.folder} holds no soft labels: expected those of `train labels` or of a run "
+            "with --labels record; make them where the teacher is, or train students on the "
+            "classes alone with `train student --targets hard`"
+        )
+    return stored
+
+
+def view_config(coreset: Coreset, *, device: DeviceName) -> StudentConfig:
+    """The views that the stored labels are of, in their pools, for any network and batch.
+
+    CoresetError when the manifest does not say what the views are.
+    """
+    labels = require_soft_labels(coreset)
+    views = _views(coreset, labels)
+    recipe = labels.settings.get("student", {})
+    # The recorded pool is of whole batches already: any is, of batches of 1.
+    return _config(coreset, labels, {**recipe, **views, "batch": 1, "device": device})
+
+
+def student_config(coreset: Coreset, *, device: DeviceName, **changes: Any) -> StudentConfig:
+    """The recipe of the coreset's own students with `changes`; those of None change nothing.
+
+    CoresetError for a manifest without a recipe, ValueError for more epochs than have labels or a
+    batch that would change the pools among which CutMix draws partners.
+    """
+    labels = require_soft_labels(coreset)
+    views = _views(coreset, labels)
+    recipe = labels.settings.get("student")
+    if recipe is None:
+        raise CoresetError(
+            f"{coreset.folder}: expected the students' recipe (network, batch, learning rate, …) "
+            f"in labels.settings.student of its manifest, got none: {_AGAIN}"
+        )
+    changes = {name: value for name, value in changes.items() if value is not None}
+    epochs, batch = changes.get("epochs", labels.epochs), changes.get("batch", recipe["batch"])
+    if epochs > labels.epochs:
+        raise ValueError(f"--epochs {epochs}: expected {labels.epochs} at most, which have labels")
+    if views["cutmix"] and views["pool"] % batch:
+        raise ValueError(
+            f"--batch {batch}: expected a divisor of {views['pool']}, the samples among which "
+            "CutMix drew the partners that the labels are of"
+        )
+    kept_pool = {"pool": views["pool"]} if views["cutmix"] and batch != recipe["batch"] else {}
+    return _config(coreset, labels, {**views, **recipe, **kept_pool, **changes, "device": device})
+
+
+def _views(coreset: Coreset, labels: SoftLabels) -> dict[str, Any]:
+    views = labels.settings.get("views")
+    if views is None or "source" not in labels.settings:
+        raise CoresetError(
+            f"{coreset.folder}: expected what its labels are of in labels.settings.source and "
+            f".views of its manifest, got {sorted(labels.settings) or 'nothing'}: {_AGAIN}"
+        )
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in views.items()}
+
+
+def _config(coreset: Coreset, labels: SoftLabels, settings: dict[str, Any]) -> StudentConfig:
+    known = {"epochs": labels.epochs, "temperature": labels.temperature}
+    try:
+        return StudentConfig(**{**known, **settings})
+    except TypeError as error:
+        raise CoresetError(
+            f"{coreset.folder}: its manifest holds settings of another version of patchbloom "
+            f"({error}): {_AGAIN}"
+        ) from None
+
+
+def fitting_labels(
+    coreset: Coreset, source: ImageSource, config: StudentConfig, options: RenderOptions
+) -> StoredLabels:
+    """The stored labels; CoresetError unless they are of these images and views.
+
+    A precision that was asked for may differ from the one that they were made in.
+    """
+    asked = PRECISIONS if options.precision or options.vae_precision else ()
+    return StoredLabels(
+        require_soft_labels(coreset), source, config, but_for=(*WHERE_THE_MODEL_LIES, *asked)
+    )
+
+
+def load_recorded_teacher(coreset: Coreset, spec: str, device: DeviceName) -> Teacher:
+    """The teacher that `spec` names, of the architecture and size in the manifest.
+
+    Raises as teacher.load_teacher does. It may be another one than the labels are of.
+    """
+    named = coreset.manifest["teacher"] or {}
+    return load_teacher(
+        spec,
+        coreset.class_ids,
+        network=named.get("architecture"),
+        size_px=named.get("size_px"),
+        device=device,
+    )
+
+
+@contextmanager
+def open_recorded_source(
+    coreset: Coreset, options: RenderOptions, backend: BackendName, config: StudentConfig
+) -> Iterator[ImageSource]:
+    """The images that the manifest names. Frees the model at the end.
+
+    ModelError: no model of that name, or other weights. Unavailable: what this machine lacks.
+    """
+    device = resolve_device(options.device)
+    if coreset.settings["method"] != "dace":
+        with open_coreset_source(coreset, None, None, device) as source:
+            yield with_doped(source, coreset, device)
+        return
+    expand = _expand_config(coreset, options, backend, config, device)
+    try:
+        require_backend(backend, expand.precision, device)
+    except Unavailable as error:
+        raise Unavailable(
+            f"the images of {coreset.folder} are made in {expand.precision}: {error}; another "
+            "--precision makes slightly other images, `train verify` tells how much it matters"
+        ) from None
+    model = _recorded_model(coreset, options.model)
+    share = _recorded_refresh(coreset)
+    with open_coreset_source(coreset, model, expand, device) as source:
+        own = source if share == 1 else Refreshed(source, share, coreset.settings["seed"])
+        yield with_doped(own, coreset, device)
+
+
+def _recorded_refresh(coreset: Coreset) -> float:
+    labels = coreset.manifest["labels"] or {"settings": {}}
+    return labels["settings"].get("source", {}).get("refresh", 1.0)
+
+
+def _recorded_model(coreset: Coreset, given: str | None) -> ModelSource:
+    named = _model(coreset)
+    try:
+        model = find_model(given or named["name"])
+    except ModelError as error:
+        if given is not None:
+            raise
+        raise ModelError(
+            f"{error}; {coreset.folder} was made with its weights, sha256 "
+            f"{named['weights_sha256'][:16]}…: give the folder that holds them with --model"
+        ) from None
+    found = weights_sha256(model)
+    if found != named["weights_sha256"]:
+        raise ModelError(
+            f"model {given or named['name']}: expected the weights that {coreset.folder} was made "
+            f"with, sha256 {named['weights_sha256'][:16]}…, got {found[:16]}…: give the folder "
+            "that holds those with --model"
+        )
+    return model
+
+
+def _expand_config(
+    coreset: Coreset,
+    options: RenderOptions,
+    backend: BackendName,
+    config: StudentConfig,
+    device: DeviceName,
+) -> ExpandConfig:
+    named = _model(coreset)
+    samples = len(coreset.labels_N) + len(coreset.class_ids) * doped_samples(coreset)
+    refresh = _recorded_refresh(coreset)
+    batch = options.engine_batch or engine_batch_for(samples, config, refresh)
+    group = None if samples <= pool_size(config) else config.group
+    recorded_vae = named["vae_precision"] if options.precision is None else "auto"
+    from_patch = named["start"] == "image"
+    return ExpandConfig(
+        size_px=coreset.settings["image_size_px"],
+        steps=named["steps"],
+        **({"rho": named["rho"], **_mixup(named)} if from_patch else {}),
+        start=named["start"],
+        seed=coreset.settings["seed"],
+        posterior=named["posterior"],
+        conditioning_px=named["conditioning_px"],
+        precision=options.precision or named["precision"],
+        vae_precision=options.vae_precision or recorded_vae,
+        batch=batch,
+        images_per_prompt=together_in_engine(group, batch, refresh),
+        backend=backend,
+        device=device,
+        bundles=options.bundles and options.bundles.expanduser(),
+    )
+
+
+def _mixup(named: dict[str, Any]) -> dict[str, Any]:
+    """As ExpandConfig.describe_mixup told it: a weight that is not there is uniform."""
+    return {key: named[key] for key in ("mixup", "mixup_weight") if key in named}
+
+
+_NAMES_THE_IMAGES = (
+    *("name", "weights_sha256", "prompt", "start", "steps", "rho", "mixup", "posterior"),
+    *("conditioning_px", "precision", "vae_precision"),
+)
+
+
+def _model(coreset: Coreset) -> dict[str, Any]:
+    """The manifest's model; CoresetError for one that does not name the images."""
+    named = coreset.manifest["model"] or {}
+    missing = [key for key in _NAMES_THE_IMAGES if key not in named]
+    if missing:
+        raise CoresetError(
+            f"{coreset.folder}: expected {missing[0]} in the model of its manifest, got none: "
+            f"{_AGAIN}"
+        )
+    return named

@@ -1,0 +1,256 @@
+"""All students of a method in lockstep: pools from the ring, checkpoints, and what is told.
+
+    producer:   for every pool: render → views → labels → a slot of the ring
+    consumer:   for every filled slot, for each student: its own order of the pool, batches,
+                AdamW steps on KL(labels || softmax(student / T)), batchmean, no T²
+
+Rendering is the expensive half; every student draws on the same rendering, and learns from one pool
+while the next is rendered (ring.py). On a GPU students take turns; on the CPU each computes in
+one thread, as many at a time as there are cores. So a student's bits depend neither on the number
+of cores, nor on the seeds that are trained beside it, nor on the overlap.
+
+A checkpoint says how far each student is, to the batch, and SIGINT and SIGTERM write one at once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ...engine.data.threads import single_threaded_workers
+from ...engine.expand.backends import resolve_device
+from ..config import StudentConfig, pool_size
+from ..labels.targets import Labels
+from ..labels.views import learning_rate
+from ..methods.source import ImageSource
+from ..run.checkpoint import CheckpointError, Checkpoints, Tensors, read_tensors, require_same
+from ..run.interrupts import Interrupts
+from ..run.progress import Report
+from ..run.world import World
+from .ring import Ring
+from .slots import Pool, PoolSlot, fill_slot, pools_from
+from .student import Student
+
+CHECKPOINT_S = 600.0
+"""Between two checkpoints at most, to the pool: ten epochs of a thousand classes at ipc 50 take a
+day."""
+SLOTS = {"cpu": 4, "cuda": 2}
+"""Pools that are rendered at most before the students have learned from them. On a CPU three
+students on two cores then have twelve calls to share, not three, of which the last would leave a
+core idle; on a GPU one is filled while the other is used."""
+
+
+class Lockstep:
+    """All students of one method, and how far they are."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        labels: Labels,
+        config: StudentConfig,
+        seeds: Sequence[int],
+        checkpoints: Checkpoints,
+        identity: dict[str, Any],
+        report: Report,
+        world: World,
+    ) -> None:
+        self.source, self.labels, self.config, self.world = source, labels, config, world
+        self.checkpoints, self.identity, self.report = checkpoints, identity, report
+        one = world.size == 1
+        self.device = torch.device(resolve_device(config.device)) if one else world.device
+        classes = len(source.class_ids)
+        self.students = [Student(seed, config, classes, self.device, world) for seed in seeds]
+        self._restore()
+        self._saved = (self._epoch(), time.monotonic())
+
+    def run(self, name: str) -> None:
+        """Train from where the students are to the last epoch, writing checkpoints.
+
+        Raises KeyboardInterrupt or Terminated after a signal, with the checkpoint written: within a
+        batch, but in a world of several ranks not while a pool is waited for.
+        """
+        pace = _Pace(self.source.samples)
+        with (
+            Interrupts() as interrupts,
+            self._workers() as workers,
+            self._ring(interrupts) as ring,
+            ring.consuming(),
+        ):
+            stopping = _Agreement(interrupts, self.world)
+            # Ranks take one pool or several, as they come: what they agree on, they ask per pool.
+            while not stopping.agreed and (taken := ring.take()):
+                # Students in threads share several pools better; ranks meet at every one.
+                for together in [taken] if workers is not None else [[each] for each in taken]:
+                    self._learn(together, workers, stopping)
+                    if stopping():
+                        break
+                    self._tell(together, name, pace, ring)
+                    if self.world.any(self._is_due()):
+                        self._save()
+            if stopping():
+                self._save()
+        if stopping():
+            interrupts.stop()
+
+    def _ring(self, interrupts: Interrupts) -> Ring[PoolSlot, Pool]:
+        source, labels, config = self.source, self.labels, self.config
+        slots = [
+            PoolSlot(config, source.samples, self.device) for _ in range(SLOTS[self.device.type])
+        ]
+        return Ring(
+            slots,
+            lambda slot, pool: fill_slot(slot, pool, source, labels, config),
+            pools_from(config, source.labels_N, min(student.pool for student in self.students)),
+            device=self.device,
+            overlap=config.overlap,
+            # A rank that stopped waiting by itself would part from the others.
+            interrupted=interrupts if self.world.size == 1 else lambda: False,
+            alone=self.world.size == 1,
+        )
+
+    @contextmanager
+    def _workers(self) -> Iterator[ThreadPoolExecutor | None]:
+        """Threads in which students compute at a time; None: they take turns in the caller's."""
+        if self.device.type != "cpu" or self.world.size > 1:
+            yield None
+            return
+        count = 1 if self.students[0].draws else min(torch.get_num_threads(), len(self.students))
+        with single_threaded_workers(count, "student") as workers:
+            yield workers
+
+    def _learn(
+        self,
+        taken: Sequence[tuple[Pool, PoolSlot]],
+        workers: ThreadPoolExecutor | None,
+        stopping: Callable[[], bool],
+    ) -> None:
+        """Every student learns from these pools, in order; ends with the last of them.
+
+        Calls start first in, first out, and a student's call waits for its call before.
+        """
+        calls: list[Future[None]] = []
+        before: Sequence[Future[None] | None] = [None] * len(self.students)
+        for pool, slot in taken:
+            given: dict[str, Any] = {
+                "rate": learning_rate(self.config, pool.epoch),
+                "samples": self.source.samples,
+                "interrupted": stopping,
+            }
+            if workers is None:
+                for student in self.students:
+                    student.train_pool(pool, slot, previous=None, **given)
+                continue
+            before = [
+                workers.submit(student.train_pool, pool, slot, previous=previous, **given)
+                for student, previous in zip(self.students, before, strict=True)
+            ]
+            calls += before
+        for call in calls:
+            call.result()
+
+    def _epoch(self) -> int:
+        """The epoch that all students have reached."""
+        return min(len(student.losses) for student in self.students)
+
+    def _tell(
+        self,
+        learned: Sequence[tuple[Pool, PoolSlot]],
+        name: str,
+        pace: _Pace,
+        ring: Ring[PoolSlot, Pool],
+    ) -> None:
+        """Report how far they are, and the epochs that ended with these pools."""
+        last, _ = learned[-1]
+        if not last.ends_epoch:
+            each = -(-self.source.samples // pool_size(self.config))
+            done = round((last.index + 1) / each, 2)
+            self.report.progress(name, done, self.config.epochs, "epochs")
+        ended = [pool.epoch for pool, _ in learned if pool.ends_epoch]
+        if not ended:
+            return
+        told = pace.of(len(ended), ring.waited_s())
+        for epoch in ended:
+            losses = [student.losses[epoch] for student in self.students]
+            loss = sum(losses) / len(losses)
+            self._require_finite(loss, epoch)
+            for tag, value in {"loss": loss, **told}.items():
+                self.report.scalar(f"{name}/{tag}", epoch, value)
+            note = f"loss {loss:.3g}, {told['images_per_s']:.3g} images/s"
+            note += f", waited {told['waited_s']:.2g} s"
+            self.report.progress(name, epoch + 1, self.config.epochs, "epochs", note)
+
+    def _require_finite(self, loss: float, epoch: int) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the students' loss is {loss} in epoch {epoch}: give a lower --learning-rate "
+                f"(now {self.config.learning_rate:g})"
+            )
+
+    def _is_due(self) -> bool:
+        epoch, saved_s = self._saved
+        every, now = self.config.checkpoint_every, self._epoch()
+        return now // every > epoch // every or time.monotonic() - saved_s >= CHECKPOINT_S
+
+    def _save(self) -> None:
+        self.labels.flush()
+        tensors: Tensors = {}
+        reached: dict[str, Any] = {}
+        for student in self.students:
+            own, reached[str(student.seed)] = student.state()
+            tensors |= own
+            # A checkpoint of NaN would push out one that is good.
+            self._require_finite(float(own[f"{student.seed}.loss"]), len(student.losses))
+        if self.world.leads:
+            self.checkpoints.write(tensors, {"config": self.identity, "students": reached})
+        self._saved = (self._epoch(), time.monotonic())
+
+    def _restore(self) -> None:
+        """Rank 0 chooses the checkpoint, and all read it."""
+        found = self.checkpoints.newest(self.report.say) if self.world.leads else None
+        chosen = self.world.same(None if found is None else found.name)
+        if chosen is None:
+            return
+        path = self.checkpoints.folder / chosen
+        tensors, metadata = read_tensors(path)
+        if "config" not in metadata:
+            raise CheckpointError(f"{path} is no checkpoint of ours: remove it")
+        require_same(path, metadata["config"], self.identity)
+        for student in self.students:
+            student.restore(tensors, metadata["students"][str(student.seed)])
+
+
+class _Agreement:
+    """Whether to stop: once a signal has come to any rank, and all of them have said so."""
+
+    def __init__(self, interrupts: Interrupts, world: World) -> None:
+        self._interrupts, self._world, self.agreed = interrupts, world, False
+
+    def __call__(self) -> bool:
+        """Asked by all ranks at the same places, until the answer is yes."""
+        self.agreed = self.agreed or self._world.any(self._interrupts())
+        return self.agreed
+
+
+class _Pace:
+    """Seconds, images per second and waiting per epoch."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples, self._began, self._waited_s = samples, time.monotonic(), 0.0
+
+    def of(self, epochs: int, waited_s: float) -> dict[str, float]:
+        """The mean of the epochs that end now; `waited_s` since the training began."""
+        now = time.monotonic()
+        seconds = max(now - self._began, 1e-9) / epochs
+        told = {
+            "seconds": seconds,
+            "images_per_s": self._samples / seconds,
+            "waited_s": (waited_s - self._waited_s) / epochs,
+        }
+        self._began, self._waited_s = now, waited_s
+        return told

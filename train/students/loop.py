@@ -1,0 +1,136 @@
+"""Train students on rendered images: one per seed, all from the same pools, and examine them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...engine.data.images import ImageSet
+from ..config import CHANGES_NO_RESULT, StudentConfig
+from ..labels.targets import Labels
+from ..labels.views import describe_views
+from ..methods.source import ImageSource
+from ..run.checkpoint import (
+    Checkpoints,
+    read_metadata,
+    require_same,
+    write_tensors,
+)
+from ..run.progress import Report
+from ..run.world import ALONE, World
+from ..teacher.evaluation import accuracies
+from .lockstep import Lockstep
+
+SCHEMA = "patchbloom.student/1"
+
+
+@dataclass(frozen=True)
+class StudentResult:
+    """A student after its last epoch."""
+
+    seed: int
+    accuracy: float | None
+    """Top-1 on the whole validation split, in percent (0-100); None without one."""
+    losses: tuple[float, ...]
+    """Mean KL divergence of each epoch, in nats."""
+    path: Path
+    """Its weights: safetensors."""
+
+
+def train_students(
+    source: ImageSource,
+    labels: Labels,
+    config: StudentConfig,
+    *,
+    seeds: Sequence[int],
+    val_set: ImageSet | None,
+    folder: Path,
+    report: Report,
+    name: str = "student",
+    world: World = ALONE,
+) -> list[StudentResult]:
+    """Train one student per seed; `folder` gets NAME-seedS.safetensors for each.
+
+    While it runs there are checkpoints beside them, from which a killed training goes on with the
+    same result (bitwise on the CPU). Without `val_set` nobody is examined. Raises CheckpointError
+    when a checkpoint was begun with another config, ValueError for a loss that is not finite, a
+    batch that does not fit into memory, or a validation set of other classes. The ranks of `world`
+    all call this, with the same `folder`, in which rank 0 writes.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds: expected one or more different seeds, got {list(seeds)}")
+    if val_set is not None and tuple(val_set.class_ids) != tuple(source.class_ids):
+        raise ValueError(
+            f"validation: expected the coreset's {len(source.class_ids)} classes "
+            f"({', '.join(source.class_ids[:3])}, …), got {len(val_set.class_ids)} "
+            f"({', '.join(val_set.class_ids[:3])}, …) in {val_set.root}"
+        )
+    paths = [folder / f"{name}-seed{seed}.safetensors" for seed in seeds]
+    identity = _identity(source, labels, config, seeds)
+    if world.once(lambda: all(path.is_file() for path in paths)):
+        return _finished(paths, identity, world)
+    checkpoints = Checkpoints(folder, name, config.checkpoints_kept)
+    training = Lockstep(source, labels, config, seeds, checkpoints, identity, report, world)
+    training.run(name)
+    networks = [student.network for student in training.students]
+    scores: list[float] | list[None] = [None] * len(networks)
+    if val_set is not None:
+        for network in networks:  # of a BatchNorm every rank has its own: rank 0's is kept
+            world.send(network.buffers())
+        scores = accuracies(
+            networks,
+            val_set,
+            size_px=config.size_px,
+            device=training.device,
+            precision=config.precision,
+            world=world,
+        )
+    for student, path, accuracy in zip(training.students, paths, scores, strict=True):
+        metadata = {
+            "schema": SCHEMA,
+            "config": identity,
+            "seed": student.seed,
+            "class_ids": source.class_ids,
+            "accuracy": accuracy,
+            "losses": student.losses,
+        }
+        if world.leads:
+            write_tensors(path, student.network.state_dict(), metadata)
+    if world.leads:
+        checkpoints.remove()
+    return _finished(paths, identity, world)
+
+
+def _finished(paths: Sequence[Path], identity: dict[str, Any], world: World) -> list[StudentResult]:
+    """The results in students' files; CheckpointError for one trained with another config."""
+
+    def read() -> list[dict[str, Any]]:
+        told = [read_metadata(path) for path in paths]
+        for path, metadata in zip(paths, told, strict=True):
+            require_same(path, metadata.get("config", {}), identity)
+        return told
+
+    return [
+        StudentResult(metadata["seed"], metadata["accuracy"], tuple(metadata["losses"]), path)
+        for path, metadata in zip(paths, world.once(read), strict=True)
+    ]
+
+
+def _identity(
+    source: ImageSource, labels: Labels, config: StudentConfig, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """All that decides the students, but the pixels."""
+    unimportant = ("device", *CHANGES_NO_RESULT)
+    settings = {key: value for key, value in asdict(config).items() if key not in unimportant}
+    return {
+        **settings,
+        "seeds": list(seeds),
+        "source": source.describe(),
+        "samples": source.samples,
+        "classes": hashlib.sha256("\n".join(source.class_ids).encode()).hexdigest(),
+        "labels": labels.describe(),
+        "views": describe_views(config),
+    }

@@ -1,0 +1,232 @@
+"""One student: a network, its optimiser, its own order, and one step.
+
+Legend: P samples of a pool, B of a batch, K classes, H W image size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from ...engine.labels.soft_labels import SoftTargets
+from ...kernels.softlabel import softlabel
+from ..config import StudentConfig
+from ..networks import autocast, build_network, draws_in_training
+from ..run.checkpoint import Tensors, restore_training, training_state
+from ..run.world import ALONE, World
+from ..teacher.optimisation import adamw, set_learning_rate
+from .slots import Pool, PoolSlot
+
+RANK_STRIDE = 2654435761  # 2^32 over the golden ratio: far from the seeds of other students
+
+
+class Student:
+    """A student's whole state. Seeds decide initialisation, order within a pool, and dropout.
+
+    The ranks of a world each take a part of every batch, and sum their gradients: all have the same
+    weights, which differ between world sizes by the order of that sum. BatchNorm sees the whole
+    batch on GPUs (SyncBatchNorm, which the CPU does not have) and a rank's part on CPUs.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        config: StudentConfig,
+        classes: int,
+        device: torch.device,
+        world: World = ALONE,
+    ) -> None:
+        self.seed, self.config, self.device, self._world = seed, config, device, world
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = build_network(config.network, classes, config.size_px)
+        self.network = network.to(device)
+        if world.size > 1 and device.type == "cuda":
+            self.network = SyncBatchNorm.convert_sync_batchnorm(self.network, world.tensors)
+        if config.compile:
+            # A CUDA graph writes each backward pass to the same place: nothing may wait there.
+            graphs = device.type == "cuda" and config.accumulate == 1
+            self.network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+        self._model = self.network
+        if world.size > 1:
+            self._model = DistributedDataParallel(self.network, process_group=world.tensors)
+        self.optimizer = adamw(self.network, config.learning_rate, config.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.pool = 0
+        """The pool that it is at: how many it has learned from."""
+        self.batch = 0
+        """Batches of that pool that it has learned from."""
+        self.losses: list[float] = []
+        """Mean KL divergence of each finished epoch."""
+        self.draws = draws_in_training(self.network)
+        self._epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._order = torch.Generator().manual_seed(seed)
+        # A CPU's generator takes 32 bits of its seed.
+        own_seed = (seed + world.rank * RANK_STRIDE) % 2**32
+        self._dropout = torch.Generator(device).manual_seed(own_seed).get_state()
+
+    def train_pool(
+        self,
+        pool: Pool,
+        slot: PoolSlot,
+        *,
+        rate: float,
+        samples: int,
+        previous: Future[None] | None,
+        interrupted: Callable[[], bool],
+    ) -> None:
+        """Learn from a pool in batches of near-equal size, at most `config.batch`.
+
+        Goes on after the last batch that it has learned from, and leaves a pool alone that it has
+        behind it, or not reached because it was interrupted. `previous` is this student's call for
+        the pool before, which has to end first; `samples` are those of a whole epoch.
+        """
+        if previous is not None:
+            previous.result()
+        if self.pool != pool.index:
+            return
+        self.network.train()
+        set_learning_rate(self.optimizer, rate)
+        before = self._order.get_state()
+        order_P = torch.randperm(len(slot.views_PCHW), generator=self._order).to(self.device)
+        batches = order_P.tensor_split(math.ceil(len(order_P) / self.config.batch))
+        if self.draws:
+            _set_default_rng(self.device, self._dropout)
+        while self.batch < len(batches) and not interrupted():
+            self._epoch_loss += self._step(slot, batches[self.batch])
+            self.batch += 1
+        if self.draws:
+            self._dropout = _default_rng(self.device)
+        if self.batch < len(batches):
+            self._order.set_state(before)
+            return
+        self.pool, self.batch = pool.index + 1, 0
+        if pool.ends_epoch:
+            self.losses.append(sum(self._world.all_gather(float(self._epoch_loss))) / samples)
+            self._epoch_loss.zero_()
+
+    def _step(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
+        """One step of the optimiser; the loss, summed over the batch.
+
+        ValueError, saying which size fits, when the batch does not fit into memory.
+        """
+        try:
+            return self._learn(slot, rows_B)
+        except torch.OutOfMemoryError:
+            pass  # and its frames, which hold the activations, are gone
+        own_B = rows_B.tensor_split(self._world.size)[self._world.rank]
+        raise ValueError(self._which_fits(slot, own_B))
+
+    def _learn(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
+        """The step; the loss is this rank's part.
+
+        DistributedDataParallel averages over ranks what is to be summed, hence the factor. A rank
+        for which a small batch has no picture takes one, and gives it no weight.
+        """
+        own_B = rows_B.tensor_split(self._world.size)[self._world.rank]
+        weight = self._world.size / len(rows_B) if len(own_B) else 0.0
+        own_B = own_B if len(own_B) else rows_B[:1]
+        parts = own_B.tensor_split(min(self.config.accumulate, len(own_B)))
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for number, rows_b in enumerate(parts):
+            with self._gradients_exchanged(number + 1 == len(parts)):
+                loss = self._loss(self._model, slot, rows_b)
+                self.scaler.scale(loss * weight).backward()
+            total += loss.detach() * (weight > 0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total
+
+    def _gradients_exchanged(self, now: bool) -> AbstractContextManager[None]:
+        """Of a batch in parts, with the last."""
+        if now or not isinstance(self._model, DistributedDataParallel):
+            return nullcontext()
+        return self._model.no_sync()
+
+    def _loss(self, model: nn.Module, slot: PoolSlot, rows_B: Tensor) -> Tensor:
+        """KL(labels || model) of some views, summed."""
+        if self.config.compile:
+            torch.compiler.cudagraph_mark_step_begin()
+        # Rows of NHWC: indexing NCHW would give up channels_last.
+        inputs_BCHW = slot.views_PCHW.permute(0, 2, 3, 1)[rows_B].permute(0, 3, 1, 2)
+        if self.config.precision == "fp32":
+            inputs_BCHW = inputs_BCHW.float()
+        with autocast(self.device, self.config.precision):
+            scores_BK = model(inputs_BCHW)
+        targets_B: SoftTargets = slot.targets_P.rows(rows_B)
+        labels, classes = targets_B.labels, targets_B.classes
+        return softlabel(scores_BK, labels, classes, temperature=self.config.temperature).sum()
+
+    def _which_fits(self, slot: PoolSlot, rows_B: Tensor) -> str:
+        """One line on a batch that does not fit, after trying halves of it.
+
+        In a world of several ranks nothing is tried: a BatchNorm would wait for the others.
+        """
+        batch, size_px = len(rows_B), self.config.size_px
+        fitting = math.ceil(batch / self.config.accumulate)
+        told = f"{fitting} images of {size_px} px do not fit into the memory of {self.device} while"
+        if self._world.size > 1:
+            parts = 2 * self.config.accumulate
+            return f"{told} {self.config.network} learns: give --accumulate {parts}"
+        while (fitting := fitting // 2) > 0:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                self._loss(self.network, slot, rows_B[:fitting]).backward()
+            except torch.OutOfMemoryError:
+                continue
+            parts = math.ceil(batch / fitting)
+            return (
+                f"{told} {self.config.network} learns; {fitting} do: give --accumulate {parts}, "
+                f"which is the same gradient, or --batch {fitting}, which is another recipe"
+            )
+        return f"{told} {self.config.network} learns, nor does one: use a smaller --student"
+
+    def state(self) -> tuple[Tensors, dict[str, Any]]:
+        """Everything that a checkpoint must hold: tensors under names of this student's, and JSON.
+
+        Not to be called while it learns; by all ranks.
+        """
+        prefix = f"{self.seed}."
+        tensors = training_state(self.network, self.optimizer, prefix)
+        tensors[f"{prefix}order"] = self._order.get_state()
+        dropout = self._world.all_gather(self._dropout.tolist())
+        tensors[f"{prefix}dropout"] = torch.tensor(dropout, dtype=torch.uint8)
+        losses = self._world.all_gather(float(self._epoch_loss))
+        tensors[f"{prefix}loss"] = torch.tensor(sum(losses), dtype=torch.float64)
+        reached = {"pool": self.pool, "batch": self.batch, "losses": self.losses}
+        return tensors, {**reached, "scaler": self.scaler.state_dict()}
+
+    def restore(self, tensors: Tensors, reached: dict[str, Any]) -> None:
+        """Put back what `state` took."""
+        prefix = f"{self.seed}."
+        restore_training(self.network, self.optimizer, tensors, prefix)
+        self._order.set_state(tensors[f"{prefix}order"])
+        dropout = tensors[f"{prefix}dropout"]
+        if len(dropout) == self._world.size:  # another world draws otherwise anyway
+            self._dropout = dropout[self._world.rank].clone()
+        if self._world.leads:
+            self._epoch_loss.copy_(tensors[f"{prefix}loss"])
+        self.pool, self.batch, self.losses = reached["pool"], reached["batch"], reached["losses"]
+        self.scaler.load_state_dict(reached["scaler"])
+
+
+def _default_rng(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+
+
+def _set_default_rng(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,265 @@
+"""The teacher: a frozen classifier of the real images, trained here or brought along.
+
+Legend: B images, K classes, H W image size; inputs are normalised floats, logits fp32.
+
+On disk it is one safetensors file: its state dict, and as metadata the architecture (a name of
+networks.py), class ids in order, image size, normalisation and accuracy.
+teacher/training.py makes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.error
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ...engine.data.class_names import imagenet_names
+from ...engine.expand.backends import resolve_device
+from ..networks import TORCHVISION, build_network
+from ..run.checkpoint import CheckpointError, Tensors, read_tensors, write_tensors
+from .evaluation import FORWARD_BATCH
+from .normalisation import IMAGENET, Normalisation
+
+SCHEMA = "patchbloom.teacher/1"
+
+
+class Teacher:
+    """A frozen classifier with its own normalisation and image size."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        architecture: str,
+        class_ids: Sequence[str],
+        size_px: int,
+        normalisation: Normalisation = IMAGENET,
+        accuracy: float | None = None,
+        columns: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`columns`: where the K classes are among the network's own outputs; None: all of them."""
+        self.architecture, self.class_ids = architecture, tuple(class_ids)
+        self.size_px, self.normalisation, self.accuracy = size_px, normalisation, accuracy
+        self.device = torch.device(device)
+        self.sha256 = weights_sha256(network.state_dict())
+        self.columns = None if columns is None else torch.tensor(columns, device=self.device)
+        network = network.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.network = network.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def logits(
+        self, inputs_BCHW: Tensor, normalisation: Normalisation = IMAGENET, *, native: bool = False
+    ) -> Tensor:
+        """fp32 [B, K] for images normalised with the caller's `normalisation`.
+
+        Images of another size than the teacher's are resized (bilinear, antialiased), or with
+        `native` taken as they are, if the network can.
+        """
+        answers = []
+        for part_BCHW in inputs_BCHW.split(FORWARD_BATCH[self.device.type]):
+            images = self.normalisation.from_other(part_BCHW.to(self.device).float(), normalisation)
+            if not native and images.shape[-2:] != (self.size_px, self.size_px):
+                size = (self.size_px, self.size_px)
+                images = interpolate(images, size, mode="bilinear", antialias=True)
+            answers.append(self.network(images).float())
+        logits_BK = torch.cat(answers)
+        return logits_BK if self.columns is None else logits_BK[:, self.columns]
+
+    def logits_from_uint8(self, images_NHWC: Tensor, *, native: bool = False) -> Tensor:
+        """fp32 [N, K] for uint8 images [N, H, W, 3]; `native` as of `logits`."""
+        parts = images_NHWC.split(FORWARD_BATCH[self.device.type])
+        own = self.normalisation
+        return torch.cat([self.logits(own.of_uint8(part), own, native=native) for part in parts])
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says about it."""
+        return {
+            "architecture": self.architecture,
+            "sha256": self.sha256,
+            "accuracy": self.accuracy,
+            "size_px": self.size_px,
+            "normalisation": asdict(self.normalisation),
+            "classes": len(self.class_ids),
+            "outputs": "all" if self.columns is None else "chosen by class id",
+        }
+
+    def save(self, path: Path, **more: Any) -> None:
+        """Write the file that `load_teacher` reads; `more` is added to its metadata."""
+        if self.columns is not None:
+            raise ValueError(f"{self.architecture} is torchvision's own: there is nothing to save")
+        metadata = {
+            "schema": SCHEMA,
+            "architecture": self.architecture,
+            "class_ids": self.class_ids,
+            "size_px": self.size_px,
+            "normalisation": asdict(self.normalisation),
+            "accuracy": self.accuracy,
+            **more,
+        }
+        write_tensors(path, self.network.state_dict(), metadata)
+
+
+def weights_sha256(state: Tensors) -> str:
+    """SHA-256 over names, types, shapes and bytes of a state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_teacher(
+    spec: str,
+    class_ids: Sequence[str],
+    *,
+    network: str | None = None,
+    size_px: int | None = None,
+    device: str = "auto",
+) -> Teacher:
+    """The teacher that `--teacher` names, for the data set's classes in their order.
+
+    spec: a file that `train teacher` wrote; a state dict saved by torch (read with weights_only),
+    whose architecture is `network`, trained at `size_px` with ImageNet's normalisation on the
+    classes in the order of their folder names; or torchvision:NAME, trained on ImageNet-1k: the
+    data set's class ids must be WordNet ids among its 1000.
+
+    Raises CheckpointError for classes or weights that do not fit, FileNotFoundError for no file.
+    """
+    on = resolve_device(device)  # pyright: ignore[reportArgumentType]
+    if spec.startswith(TORCHVISION):
+        return _torchvision_teacher(spec, class_ids, on)
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"teacher {spec}: no such file; give a file or torchvision:NAME (torchvision:resnet18)"
+        )
+    if path.suffix == ".safetensors":
+        return _own_teacher(path, class_ids, on)
+    if network is None or size_px is None:
+        raise ValueError(f"teacher {path}: a state dict needs its network and its size_px")
+    return _state_dict_teacher(path, class_ids, network, size_px, on)
+
+
+def _own_teacher(path: Path, class_ids: Sequence[str], device: str) -> Teacher:
+    tensors, metadata = read_tensors(path)
+    if metadata.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{path} is no teacher of `train teacher`: expected schema {SCHEMA}, "
+            f"got {metadata.get('schema')}"
+        )
+    _require_classes(path, metadata["class_ids"], class_ids)
+    module = build_network(metadata["architecture"], len(class_ids), metadata["size_px"])
+    _load_state(path, module, tensors)
+    return Teacher(
+        module,
+        architecture=metadata["architecture"],
+        class_ids=class_ids,
+        size_px=metadata["size_px"],
+        normalisation=Normalisation(
+            tuple(metadata["normalisation"]["mean"]), tuple(metadata["normalisation"]["std"])
+        ),
+        accuracy=metadata["accuracy"],
+        device=device,
+    )
+
+
+def _require_classes(path: Path, known: Sequence[str], wanted: Sequence[str]) -> None:
+    if len(known) != len(wanted):
+        raise CheckpointError(
+            f"teacher {path}: expected {len(wanted)} classes, as the data has, got {len(known)}: "
+            "use a teacher trained on these classes"
+        )
+    for index, (have, want) in enumerate(zip(known, wanted, strict=True)):
+        if have != want:
+            raise CheckpointError(
+                f"teacher {path}: class {index} is {have!r}, but {want!r} in the data: "
+                "use a teacher trained on these classes in this order"
+            )
+
+
+def _state_dict_teacher(
+    path: Path, class_ids: Sequence[str], network: str, size_px: int, device: str
+) -> Teacher:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types, from zip to unpickling errors
+        raise CheckpointError(
+            f"teacher {path}: expected a state dict of tensors and nothing else "
+            f"({str(error).splitlines()[0]}): save it with torch.save(network.state_dict(), path)"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"teacher {path}: expected a state dict, got {type(state).__name__}")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    module = build_network(network, len(class_ids), size_px)
+    _load_state(path, module, state)
+    return Teacher(
+        module, architecture=network, class_ids=class_ids, size_px=size_px, device=device
+    )
+
+
+def _load_state(path: Path, module: nn.Module, state: Tensors) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reasons = " ".join(str(error).split("\n\t")[1:2]) or str(error)
+        raise CheckpointError(
+            f"teacher {path}: its weights do not fit the network or the number of classes: "
+            f"{reasons}"
+        ) from None
+
+
+def torchvision_columns(spec: str, class_ids: Sequence[str]) -> list[int]:
+    """Where the classes are among the outputs of torchvision:NAME; nothing is downloaded.
+
+    Raises ValueError for an unknown name, CheckpointError for classes that are not ImageNet-1k's.
+    """
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if spec.removeprefix(TORCHVISION) not in known:
+        raise ValueError(f"teacher {spec} is unknown: expected one of {', '.join(sorted(known))}")
+    position = {class_id: index for index, class_id in enumerate(imagenet_names())}
+    strangers = [class_id for class_id in class_ids if class_id not in position]
+    if strangers:
+        raise CheckpointError(
+            f"teacher {spec} knows ImageNet-1k's classes by their WordNet ids; {strangers[0]!r} is "
+            "none: train a teacher on this data (leave out --teacher), or give a file"
+        )
+    return [position[class_id] for class_id in class_ids]
+
+
+def _torchvision_teacher(spec: str, class_ids: Sequence[str], device: str) -> Teacher:
+    import torchvision
+
+    columns, name = torchvision_columns(spec, class_ids), spec.removeprefix(TORCHVISION)
+    weights: Any = torchvision.models.get_model_weights(name)["DEFAULT"]
+    try:
+        network = torchvision.models.get_model(name, weights=weights)
+    except (urllib.error.URLError, RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"teacher {spec}: the download of {weights.url} failed ({error}): try again, or put "
+            f"the file into {torch.hub.get_dir()}/checkpoints"
+        ) from None
+    transforms = weights.transforms()
+    return Teacher(
+        network,
+        architecture=spec,
+        class_ids=class_ids,
+        size_px=transforms.crop_size[0],
+        normalisation=Normalisation(tuple(transforms.mean), tuple(transforms.std)),
+        accuracy=None,
+        columns=columns,
+        device=device,
+    )

@@ -1,0 +1,199 @@
+"""Train a teacher on the whole training split.
+
+AdamW, linear warm-up and cosine to 0 per step, random resized crops and flips. Order, crops and
+flips are pure functions of (seed, image, epoch): a training that was killed and
+resumed ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ...engine.data.images import ImageSet, check_same_classes, stream_crops
+from ...engine.expand.backends import resolve_device
+from ...engine.select.patches import RandomResizedCrops
+from ...kernels.noise import Draw, uniform_numpy
+from ..config import TeacherConfig, teacher_start
+from ..networks import build_network
+from ..run.checkpoint import (
+    read_tensors,
+    require_same,
+    restore_training,
+    training_state,
+    write_tensors,
+)
+from ..run.progress import Report
+from .evaluation import accuracies
+from .normalisation import IMAGENET
+from .optimisation import adamw, set_learning_rate
+from .teacher import Teacher, load_teacher
+
+TEACHER, CHECKPOINT = "teacher.safetensors", "checkpoint.safetensors"
+
+
+def train_teacher(
+    train_set: ImageSet,
+    val_set: ImageSet,
+    config: TeacherConfig,
+    folder: Path,
+    report: Report,
+) -> Teacher:
+    """Train a teacher; `folder` gets teacher.safetensors, and a checkpoint until it is done.
+
+    Goes on from the checkpoint of a killed training, with the same result (bitwise on the CPU, at
+    one number of threads); one that is done is loaded. CheckpointError: begun with another config.
+    """
+    check_same_classes(train_set, val_set)
+    identity = _identity(config, train_set)
+    final = folder / TEACHER
+    if final.is_file():
+        require_same(final, read_tensors(final)[1].get("config", {}), identity)
+        return load_teacher(str(final), train_set.class_ids, device=config.device)
+    training = _TeacherTraining(train_set, config, folder / CHECKPOINT, identity)
+    for epoch in range(training.epoch, config.epochs):
+        training.losses.append(training.train_epoch(epoch, report))
+        report.scalar("teacher/loss", epoch, training.losses[-1])
+        if epoch + 1 < config.epochs:
+            training.save(epoch + 1)
+    size_px, device = config.size_px, training.device
+    (accuracy,) = accuracies([training.network], val_set, size_px=size_px, device=device)
+    teacher = Teacher(
+        training.network,
+        architecture=config.network,
+        class_ids=train_set.class_ids,
+        size_px=size_px,
+        accuracy=accuracy,
+        device=device,
+    )
+    teacher.save(final, config=identity, losses=training.losses)
+    training.checkpoint.unlink(missing_ok=True)
+    report.scalar("teacher/accuracy", config.epochs, accuracy)
+    report.say(f"teacher: {accuracy:.1f} % of {len(val_set)} validation images")
+    return teacher
+
+
+def training_losses(folder: Path) -> list[float]:
+    """The mean cross-entropy of every epoch of the teacher in `folder`, in nats."""
+    return read_tensors(folder / TEACHER)[1]["losses"]
+
+
+def _identity(config: TeacherConfig, train_set: ImageSet) -> dict[str, Any]:
+    """All that decides the weights, but the pixels."""
+    settings = {key: value for key, value in asdict(config).items() if key != "device"}
+    listing = "\n".join(train_set.paths).encode()
+    return {**settings, "images": len(train_set), "files": hashlib.sha256(listing).hexdigest()}
+
+
+class _TeacherTraining:
+    """The network, its optimiser, and the epoch it has reached."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        config: TeacherConfig,
+        checkpoint: Path,
+        identity: dict[str, Any],
+    ) -> None:
+        self.images, self.config, self.checkpoint = images, config, checkpoint
+        self.identity = identity
+        self.device = torch.device(resolve_device(config.device))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(teacher_start(config.seed))
+            network = build_network(config.network, len(images.class_ids), config.size_px)
+        self.network = network.to(self.device)
+        self.optimizer = adamw(self.network, config.learning_rate, config.weight_decay)
+        self.epoch = 0
+        self.losses: list[float] = []
+        """Mean cross-entropy of each finished epoch."""
+        if checkpoint.is_file():
+            tensors, metadata = read_tensors(checkpoint)
+            require_same(checkpoint, metadata["config"], identity)
+            restore_training(self.network, self.optimizer, tensors, "")
+            self.epoch, self.losses = metadata["epoch"], metadata["losses"]
+
+    def save(self, epoch: int) -> None:
+        state = training_state(self.network, self.optimizer, "")
+        reached = {"config": self.identity, "epoch": epoch, "losses": self.losses}
+        write_tensors(self.checkpoint, state, reached)
+
+    def train_epoch(self, epoch: int, report: Report) -> float:
+        """One pass over the images in a new order; the mean loss."""
+        config, steps = self.config, self._steps()
+        self.network.train()
+        total = torch.zeros((), device=self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(config.seed + epoch)  # of dropout, where there is any
+            for step, (inputs_BCHW, labels_B) in enumerate(self._batches(epoch)):
+                rate = _learning_rate(config, epoch + step / steps, 1 / steps)
+                set_learning_rate(self.optimizer, rate)
+                total += self._step(inputs_BCHW, labels_B)
+                done = epoch * steps + step + 1
+                images, last = done * config.batch, config.epochs * steps * config.batch
+                report.progress("teacher", images, last, "images")
+        mean = float(total) / steps
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"the teacher's loss is {mean} in epoch {epoch}: lower its learning rate "
+                f"({config.learning_rate})"
+            )
+        return mean
+
+    def _step(self, inputs_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        logits_BK = self.network(inputs_BCHW)
+        smoothing = self.config.label_smoothing
+        loss = cross_entropy(logits_BK, labels_B, label_smoothing=smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def _steps(self) -> int:
+        return max(1, len(self.images) // self.config.batch)
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Whole batches of a seeded order; what is left over is left out this time."""
+        seed, batch = self.config.seed, self.config.batch
+        index_N = np.arange(len(self.images))
+        order_N = np.argsort(
+            uniform_numpy(seed, Draw.ORDER, index_N, epoch, 1)[:, 0], kind="stable"
+        )
+        stream = stream_crops(
+            self.images,
+            order_N[: self._steps() * batch],
+            RandomResizedCrops(
+                crops=1, seed=seed, draw=Draw.TEACHER_CROP, scale=self.config.crop_scale
+            ),
+            crops=1,
+            size_px=self.config.size_px,
+            batch=batch,
+            device=str(self.device),
+            epoch=epoch,
+        )
+        for crops in stream:
+            inputs_BCHW = IMAGENET.of_uint8(crops.pixels_BPHWC[:, 0])
+            if self.config.flip:
+                u_B1 = uniform_numpy(seed, Draw.FLIP, crops.index_B.numpy(), epoch, 1)
+                flips_B = torch.from_numpy(u_B1[:, 0] < 0.5).to(self.device)
+                flipped = inputs_BCHW.flip(3)
+                inputs_BCHW = torch.where(flips_B[:, None, None, None], flipped, inputs_BCHW)
+            layout = torch.channels_last
+            yield inputs_BCHW.contiguous(memory_format=layout), crops.labels_B.to(self.device)
+
+
+def _learning_rate(config: TeacherConfig, epoch: float, least: float) -> float:
+    """Linear over `warmup_epochs` (never quite 0: `least` of an epoch), then cosine to 0."""
+    warmup = min(config.warmup_epochs, config.epochs / 2)
+    if epoch < warmup:
+        return config.learning_rate * (epoch + least) / (warmup + least)
+    done = (epoch - warmup) / (config.epochs - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
