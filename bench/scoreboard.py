@@ -27,7 +27,7 @@ import tyro
 from measure import environment, publish
 from patchbloom.engine.console import print_table
 from patchbloom.engine.expand.backends import resolve_device
-from patchbloom.export.durable import replace_file
+from patchbloom.export.durable import replace_file, replace_json
 from scoreboard_board import Board
 from scoreboard_cells import CELLS, Cell, Size
 from scoreboard_options import Options
@@ -185,7 +185,7 @@ def main(options: Options, common: Sequence[str]) -> int:
         page = render(board.lines(), rows, failed)
         replace_file(options.out / MARKDOWN, page.encode())
         result = {"rows": rows, "failed": failed}
-        replace_file(options.out / JSON, (json.dumps(result, indent=1) + "\n").encode())
+        replace_json(options.out / JSON, result)
         write_plots(board.lines(), rows, options.out / PLOTS)
     print(page)
     if options.json:

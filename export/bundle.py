@@ -3,11 +3,14 @@
     <bundles>/sdxl-tiny-ort-cpu-fp32-64px-4x8-<key>/
         manifest.json   key, sha256 and size of every file, parity, and a hash over all of that
         *.onnx, …       what the backend made
+    .<name>.lock        held by who builds or removes the bundle; gone when nobody does
+    .<name>.partial     what is being built
+    .<name>.removed     what is being deleted
 
 The folder's name ends in a hash of the key (bundle_key.py); a bundle of another key is never
 loaded. Builds of one key take a lock: the second waits and reuses. A process that was killed leaves
-hidden files only, `.<name>.partial|removed|lock`, which the next build, list or remove clears away.
-Every byte is verified when a bundle is opened.
+hidden files only, whose lock is free; the next build, list or remove clears them away. Every byte
+is verified when a bundle is opened.
 """
 
 from __future__ import annotations
@@ -19,13 +22,15 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .bundle_key import BUNDLE_NAME, build_command, bundle_name, hash_json, why_not
-from .bundle_lock import bytes_of, held, hidden, remove_leftovers, take_lock
+from filelock import BaseFileLock
+
+from .bundle_key import BUNDLE_NAME, build_command, bundle_name, why_not
+from .durable import json_sha256, take_lock
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -92,12 +97,12 @@ def find_or_build(
         return open_bundle(folder, key, say)
     with _place_faults_told(bundles):
         bundles.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(folder)
-    if lock is None:
-        say("another process is building this engine: waiting for it")
-        lock = take_lock(folder, wait=True)
-    assert lock is not None
-    with held(folder, lock):
+        try:
+            lock = take_lock(_hidden(folder, "lock"))
+        except TimeoutError:
+            say("another process is building this engine: waiting for it")
+            lock = take_lock(_hidden(folder, "lock"), wait=True)
+    with _held(folder, lock):
         remove_leftovers(bundles)
         if folder.exists():
             return open_bundle(folder, key, say)
@@ -111,7 +116,7 @@ def _build(
     folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]], say: Say
 ) -> Bundle:
     """Fill a hidden folder, write its manifest last, rename. Call with the lock held."""
-    partial = hidden(folder, "partial")
+    partial = _hidden(folder, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
@@ -125,7 +130,7 @@ def _build(
                 "sha256": hashing.sha256(path),
                 "bytes": path.stat().st_size,
             }
-        manifest["content_sha256"] = hash_json(manifest)
+        manifest["content_sha256"] = json_sha256(manifest)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _sync(partial / MANIFEST)
         os.rename(partial, folder)
@@ -215,7 +220,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         recorded = manifest.pop("content_sha256")
-        intact = manifest["schema"] == SCHEMA and hash_json(manifest) == recorded
+        intact = manifest["schema"] == SCHEMA and json_sha256(manifest) == recorded
     except FileNotFoundError as error:
         raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; {remedy}") from error
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -279,17 +284,64 @@ def nearest_bundle(bundles: Path, key: Mapping[str, Any]) -> str | None:
 
 def remove_bundle(folder: Path) -> int:
     """Delete a bundle; returns the bytes freed. A process that has it open keeps what it mapped."""
-    lock = take_lock(folder, wait=True)
-    assert lock is not None
-    with held(folder, lock):
+    with _held(folder, take_lock(_hidden(folder, "lock"), wait=True)):
         if not folder.exists():
             return 0  # another process was faster
         freed = bytes_of(folder)
-        doomed = hidden(folder, "removed")
+        doomed = _hidden(folder, "removed")
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(folder, doomed)  # gone at once, even if the deletion is interrupted
         shutil.rmtree(doomed)
     return freed
+
+
+def remove_leftovers(bundles: Path) -> int:
+    """Remove what killed processes left hidden here; returns the bytes freed.
+
+    What a living process holds, and what may not be deleted here (another user's), stays.
+    """
+    names = set()
+    for path in bundles.iterdir() if bundles.is_dir() else ():
+        name, _, state = path.name.removeprefix(".").rpartition(".")
+        if state in ("partial", "removed", "lock") and BUNDLE_NAME.fullmatch(name):
+            names.add(name)
+    freed = 0
+    for name in sorted(names):
+        with suppress(OSError):
+            freed += _remove_leftovers_of(bundles / name)
+    return freed
+
+
+def _remove_leftovers_of(folder: Path) -> int:
+    """TimeoutError: a living process holds the lock."""
+    freed = 0
+    with _held(folder, take_lock(_hidden(folder, "lock"))):
+        for state in ("partial", "removed"):
+            left = _hidden(folder, state)
+            if left.exists():
+                freed += bytes_of(left)
+                shutil.rmtree(left)
+    return freed
+
+
+def bytes_of(folder: Path) -> int:
+    """Of all files in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _hidden(folder: Path, state: str) -> Path:
+    """Path of a bundle's lock, partial or removed."""
+    return folder.with_name(f".{folder.name}.{state}")
+
+
+@contextmanager
+def _held(folder: Path, lock: BaseFileLock) -> Iterator[None]:
+    """Let go of the lock at the end, and leave no file of it."""
+    try:
+        yield
+    finally:
+        _hidden(folder, "lock").unlink(missing_ok=True)
+        lock.release()
 
 
 class _Hashing:

@@ -7,12 +7,12 @@ EngineSpec. Graphs that were only exported are of backend "onnx"; `exported_for`
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
+
+from .durable import json_sha256
 
 BUNDLE_NAME = re.compile(r"[^.].*-\d+px-\d+x\d+-[0-9a-f]{12}")
 """What bundle_name makes; a folder of another name is not ours to list or to remove."""
@@ -27,7 +27,7 @@ def bundle_name(key: Mapping[str, Any]) -> str:
     if key["weights"] == "random":
         readable[0] += "-random"
     shape = f"{key['size_px']}px-{batch_shape(key)}"
-    return "-".join([*readable, shape, hash_json(key)[:12]])
+    return "-".join([*readable, shape, json_sha256(key)[:12]])
 
 
 def batch_shape(key: Mapping[str, Any]) -> str:
@@ -73,9 +73,3 @@ def _flat(key: Mapping[str, Any]) -> dict[str, Any]:
 
 def _short(field: str, value: Any) -> str:
     return str(value)[:12] if field.endswith("sha256") else str(value)
-
-
-def hash_json(value: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,18 +1,23 @@
-"""Writing a folder so that it is there whole or not at all.
+"""Files and folders that are there whole or not at all, their hashes, and locks on them.
 
-A folder is filled under a temporary name beside its place, and renamed last. A killed process
-leaves only that hidden folder, which the next write to the same place removes.
+A file or folder is written under a temporary name beside its place, and renamed last. A killed
+process leaves only that temporary one, which the next write to the same place removes.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock
 
 
 @contextmanager
@@ -100,16 +105,28 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all: under a temporary name beside it, renamed last."""
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; the file there takes its place when the block ends well."""
     staged = path.with_name(f"{path.name}.partial")
     try:
-        write_durably(staged, data)
+        yield staged
         os.replace(staged, path)
         _sync_folder(path.parent)
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `path` whole or not at all."""
+    with replacing_file(path) as staged:
+        write_durably(staged, data)
+
+
+def replace_json(path: Path, value: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Write `value` as indented JSON, whole or not at all; `default` as in json.dumps."""
+    replace_file(path, (json.dumps(value, indent=1, default=default) + "\n").encode())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -118,3 +135,41 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, read in a streaming way."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """SHA-256 of the one JSON spelling of `value`: sorted keys, no spaces, ASCII."""
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
+    ).hexdigest()
+
+
+def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock:
+    """Lock the file `path`, which is created if need be and never written to.
+
+    `release` frees it, and so does the death of the process. A holder may remove the file first:
+    those who wait then lock a new one. TimeoutError: another holder has it, and we do not wait.
+    """
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    lock.acquire(blocking=wait)
+    return lock
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """(setting, before, now) where two configs differ; `before` was read from JSON.
+
+    Settings that both have come first: one that only one has often follows from them.
+    """
+    now = json.loads(json.dumps(now))
+    both = before.keys() & now.keys()
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key not in both, key)):
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)

@@ -22,6 +22,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from .config import Precision, VaePrecision, Weights
+from .durable import file_sha256
 from .hub import fetch_sdxl_turbo
 
 TINY_FOLDER = Path(__file__).parent / "sdxl_tiny"
@@ -293,8 +294,7 @@ def _file_sha256(path: Path) -> str:
 @lru_cache(maxsize=256)
 def _hash_once(path: str, size_bytes: int, mtime_ns: int) -> str:
     """Hash a file once per process; size and time make a changed file another key."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(Path(path))
 
 
 def seen_classes(folder: Path) -> tuple[str, ...] | None:

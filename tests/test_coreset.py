@@ -266,8 +266,9 @@ def test_the_second_of_two_writers_leaves_the_first_ones_coreset(
 KILLED_WRITES = """
 import json, os, signal, sys, torch
 from pathlib import Path
-from patchbloom.engine import coreset, coreset_images, durable
-from patchbloom.engine.soft_labels import LabelBlock
+from patchbloom.engine.coreset import coreset, pixels as coreset_images
+from patchbloom.engine.labels.soft_labels import LabelBlock
+from patchbloom.export import durable
 
 def write_and_label(folder, kill_at):
     calls = 0

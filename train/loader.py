@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..engine.coreset.coreset import Coreset, open_coreset
+from ..export.durable import differences
 from .config import StudentConfig
 from .coreset_options import LoaderOptions
 from .labels.views import pools
@@ -118,13 +119,11 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
 
         ValueError: the state of another loader.
         """
-        before, now = state["of"], self._identity()
-        for key in now:
-            if before.get(key) != now[key]:
-                raise ValueError(
-                    f"state of a loader with {key} = {before.get(key)}, this one has {now[key]}: "
-                    "give the same options, or begin at an epoch with set_epoch"
-                )
+        for key, was, own in differences(state["of"], self._identity()):
+            raise ValueError(
+                f"state of a loader with {key} = {was}, this one has {own}: "
+                "give the same options, or begin at an epoch with set_epoch"
+            )
         self._next = self._position = (state["epoch"], state["batch"])
 
     def _identity(self) -> dict[str, Any]:

@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 
-from ...export.bundle import BundleError, find_bundles, named_bundle, read_manifest, remove_bundle
+from ...export.bundle import (
+    BundleError,
+    bytes_of,
+    find_bundles,
+    named_bundle,
+    read_manifest,
+    remove_bundle,
+    remove_leftovers,
+)
 from ...export.bundle_key import GRAPHS_ONLY, batch_shape, build_command, why_not
-from ...export.bundle_lock import bytes_of, remove_leftovers
 from ...export.config import EngineSpec
 from ...export.engines import exporter, graphs_machine_key, machine_key
 from ...export.models import Unavailable

@@ -8,12 +8,12 @@ that no byte of `manifest.json` can change unnoticed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...export.durable import file_sha256, json_sha256
 from ..errors import CoresetError
 
 SCHEMA = "patchbloom.coreset/1"
@@ -29,12 +29,6 @@ REQUIRED_SETTINGS = ("method", "seed", "image_size_px", "factor", "patch_px", "i
 _OUTSIDE_CONTENT = ("content_sha256", "provenance", "provenance_sha256")
 
 
-def canonical(value: Any) -> bytes:
-    """The one JSON spelling of `value` that is hashed; ValueError for NaN and infinity."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode("ascii")
-
-
 def spelled(manifest: dict[str, Any]) -> bytes:
     """The bytes of `manifest.json`: sorted, indented, one final newline."""
     return (json.dumps(manifest, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
@@ -43,7 +37,7 @@ def spelled(manifest: dict[str, Any]) -> bytes:
 def content_sha256(manifest: dict[str, Any]) -> str:
     """SHA-256 of all that names the content: every key but the hashes and the provenance."""
     content = {key: manifest[key] for key in manifest if key not in _OUTSIDE_CONTENT}
-    return hashlib.sha256(canonical(content)).hexdigest()
+    return json_sha256(content)
 
 
 def seal(content: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
@@ -51,15 +45,13 @@ def seal(content: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
     sealed = {key: content[key] for key in content if key not in _OUTSIDE_CONTENT}
     sealed["content_sha256"] = content_sha256(sealed)
     sealed["provenance"] = provenance
-    sealed["provenance_sha256"] = hashlib.sha256(canonical(provenance)).hexdigest()
+    sealed["provenance_sha256"] = json_sha256(provenance)
     return sealed
 
 
 def file_entry(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of one file, read in a streaming way."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return {"bytes": stream.tell(), "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def patch_files(class_id: str, count: int) -> list[str]:
@@ -122,8 +114,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         intact = (
             raw == spelled(manifest)
             and manifest["content_sha256"] == content_sha256(manifest)
-            and manifest["provenance_sha256"]
-            == hashlib.sha256(canonical(manifest["provenance"])).hexdigest()
+            and manifest["provenance_sha256"] == json_sha256(manifest["provenance"])
         )
         check_class_ids([entry["id"] for entry in manifest["classes"]])
         intact = intact and sorted(expected_files(manifest)) == sorted(manifest["files"])

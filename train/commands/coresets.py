@@ -7,15 +7,14 @@ RUN/coreset…-doped/    with --dope beside each of these: the one that the stud
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...engine.coreset.coreset import Coreset, open_coreset
-from ...engine.coreset.manifest import canonical
 from ...engine.select.patches import PatchSelection
+from ...export.durable import json_sha256
 from ..methods.dsco import PARTS, Optimised, optimise_images, write_optimised
 from ..methods.patches import select, write_selected
 from ..methods.t2i import ROUNDS, Generated, generate, write_generated
@@ -125,7 +124,7 @@ class RunCoresets:
             patches = {k: v for k, v in coreset.manifest["files"].items() if k.endswith(".png")}
             outputs += [coreset.folder / name for name in patches]
             result[method] = {
-                "patches_sha256": hashlib.sha256(canonical(patches)).hexdigest(),
+                "patches_sha256": json_sha256(patches),
                 "evals": coreset.manifest["model"]["evals"] if method == "dace" else 0,
                 **told,
             }

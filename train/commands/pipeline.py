@@ -9,13 +9,13 @@ RUN/teacher/, RUN/coreset…/ (coresets.py), RUN/students/METHOD-seedS.safetenso
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 from ...engine.coreset.coreset import Coreset, open_coreset
-from ...engine.coreset.manifest import DOPED, canonical
+from ...engine.coreset.manifest import DOPED
+from ...export.durable import json_sha256
 from ..config import CHANGES_NO_RESULT
 from ..labels.keep import RunLabels, label_settings
 from ..methods.dsco import dsco_settings
@@ -126,7 +126,7 @@ class Distillation:
         if doped is None:
             return StageResult({})
         images = {k: v for k, v in doped.manifest["files"].items() if k.startswith(f"{DOPED}/")}
-        named = {"doped_sha256": hashlib.sha256(canonical(images)).hexdigest()}
+        named = {"doped_sha256": json_sha256(images)}
         return StageResult(named, [doped.folder / name for name in images])
 
     def coresets(self) -> dict[str, Any]:

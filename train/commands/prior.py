@@ -15,7 +15,7 @@ import torch
 from ...engine.data.class_names import display_names
 from ...engine.data.images import ImageSet, check_no_class_emptied, open_image_set, stream_center
 from ...engine.expand.backends import resolve_device
-from ...export.durable import full_disk_explained, replace_file
+from ...export.durable import differences, full_disk_explained, replace_json
 from ...export.models import ModelSource, weights_sha256
 from ..config import PriorConfig
 from ..data.folder import data_folder, images_sha256
@@ -115,13 +115,12 @@ def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
 def _check_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     before = {**PriorConfig().as_dict(), **before}  # an option that it did not have yet
     unsaid = {"data": "other images in --data", "classes": "other --class-names"}
-    for key in now:
-        if before.get(key) != now[key]:
-            option = f"--{key.replace('_', '-')} {before.get(key)}, now {now[key]}"
-            raise RunError(
-                f"{out} was begun with {unsaid.get(key, option)}: "
-                "give the same options to --resume, or choose another --out"
-            )
+    for key, was, asked in differences(before, now):
+        option = f"--{key.replace('_', '-')} {was}, now {asked}"
+        raise RunError(
+            f"{out} was begun with {unsaid.get(key, option)}: "
+            "give the same options to --resume, or choose another --out"
+        )
 
 
 def _begin(command: TrainPrior, settings: dict[str, Any]) -> None:
@@ -131,7 +130,7 @@ def _begin(command: TrainPrior, settings: dict[str, Any]) -> None:
         record.unlink(missing_ok=True)  # first: what else is left cannot be resumed then
         shutil.rmtree(record.parent)
     record.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(record, (json.dumps(settings, indent=1) + "\n").encode())
+    replace_json(record, settings)
 
 
 def _load(

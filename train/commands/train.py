@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...export.durable import full_disk_explained, replace_file
+from ...export.durable import full_disk_explained, replace_file, replace_json
 from ..options import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from ..plan import Plan
 from ..report.page import PICTURES, SUMMARY, accuracy_rows, write_report
@@ -59,14 +59,10 @@ def _write_settings(folder: Path, plan: Plan, line: str) -> None:
     kinds = ("options", "teacher", "student", "expand")
     if not (folder / CONFIG).is_file():
         config = {kind: asdict(getattr(plan, kind)) for kind in kinds}
-        _write_json(folder / CONFIG, config)
+        replace_json(folder / CONFIG, config, default=str)
     path = folder / ENVIRONMENT
     sessions = json.loads(path.read_bytes()) if path.is_file() else []
-    _write_json(path, [*sessions, provenance(line, plan.device)])
-
-
-def _write_json(path: Path, value: Any) -> None:
-    replace_file(path, (json.dumps(value, indent=1, default=str) + "\n").encode())
+    replace_json(path, [*sessions, provenance(line, plan.device)], default=str)
 
 
 def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dict[str, Any]:
@@ -115,7 +111,7 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
             panels["teacher: cross-entropy"] = {"teacher": teacher}
         (folder / PICTURES).mkdir(exist_ok=True)
         replace_file(folder / PICTURES / "curves.png", curves(panels))
-        replace_file(folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+        replace_json(folder / SUMMARY, summary)
         write_report(folder)
         return StageResult(summary)
 

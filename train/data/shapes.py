@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ...export.durable import replacing
 
 CLASS_NAMES = (
     "disc",
@@ -268,9 +268,7 @@ def write_shapes(
 ) -> Path:
     """Write the set as `folder/{train,val}/<class>/*.jpg` unless it is there; return `folder`.
 
-    The folder is made under a temporary name and renamed when it is complete, so an interrupted
-    call leaves nothing that looks finished. Raises FileExistsError when `folder` holds something
-    else.
+    The folder is there whole or not at all. Raises FileExistsError when it holds something else.
     """
     recipe = {
         "generator_version": GENERATOR_VERSION,
@@ -286,25 +284,19 @@ def write_shapes(
             f"{folder} exists but is not the shapes set of {recipe}: "
             "remove it or choose another folder"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    counts = {"train": train_per_class, "val": val_per_class}
     try:
-        counts = {"train": train_per_class, "val": val_per_class}
-        with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-            jobs = [
-                pool.submit(_write_class, building, seed, split, index, count)
-                for split, count in counts.items()
-                for index in range(len(CLASS_NAMES))
-            ]
-            for job in jobs:
-                job.result()
-        (building / "shapes.json").write_text(json.dumps(recipe, indent=2) + "\n")
-        os.chmod(building, 0o755)
-        try:
-            building.rename(folder)
-        except OSError:  # another process finished first: its copy is the same
-            if not card.is_file():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        with replacing(folder, overwrite=False) as building:
+            with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+                jobs = [
+                    pool.submit(_write_class, building, seed, split, index, count)
+                    for split, count in counts.items()
+                    for index in range(len(CLASS_NAMES))
+                ]
+                for job in jobs:
+                    job.result()
+            (building / card.name).write_text(json.dumps(recipe, indent=2) + "\n")
+    except FileExistsError:  # another process finished first: its copy is the same
+        if not card.is_file():
+            raise
     return folder

@@ -22,7 +22,6 @@ Legend: E epochs, N samples, K classes, k kept probabilities or components, P sa
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +41,7 @@ from ...engine.labels.soft_labels import (
     as_fp16,
     unanswered,
 )
-from ...export.durable import full_disk_explained, replace_file
+from ...export.durable import differences, full_disk_explained, replace_file, replacing_file
 from ..config import StudentConfig, pool_size
 from ..methods.shared import answer_pool
 from ..methods.source import ImageSource
@@ -253,14 +252,8 @@ def _belongs_to(path: Path) -> Path:
 def _begin(path: Path, layout: LabelLayout) -> None:
     """Make `path` a recording without answers; OSError, one line, on a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"{path.name}.partial")
-    try:
-        with full_disk_explained(path, layout.bytes):
-            fill_with_missing(staged, layout)
-        os.replace(staged, path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
+    with full_disk_explained(path, layout.bytes), replacing_file(path) as staged:
+        fill_with_missing(staged, layout)
 
 
 class StoredLabels:
@@ -346,13 +339,11 @@ def _require_fit(
             f"{stored.temperature}, which keep no logits: {_AGAIN}"
         )
     for part, now in wanted.items():
-        before = stored.settings.get(part, {})
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                raise CoresetError(
-                    f"stored labels were made for {part} with {key} = {before.get(key)}, now it is "
-                    f"{now.get(key)}: give the same options, or {_AGAIN}"
-                )
+        for key, was, asked in differences(stored.settings.get(part, {}), now):
+            raise CoresetError(
+                f"stored labels were made for {part} with {key} = {was}, now it is {asked}: "
+                f"give the same options, or {_AGAIN}"
+            )
 
 
 _AGAIN = "label anew in another --out, or ask the teacher with --labels online"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ...export.durable import full_disk_explained, replace_file
+from ...export.durable import differences, full_disk_explained, replace_file
 
 Tensors = dict[str, Tensor]
 METADATA = "patchbloom"
@@ -117,13 +117,11 @@ def _versions() -> dict[str, str]:
 
 def require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """CheckpointError, naming the first key that differs, unless both configs are the same."""
-    now = json.loads(json.dumps(now))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise CheckpointError(
-                f"{path} was begun with {key} = {before.get(key)}, now it is {now.get(key)}: "
-                "give the same options to resume, or begin anew in another folder"
-            )
+    for key, was, asked in differences(before, now):
+        raise CheckpointError(
+            f"{path} was begun with {key} = {was}, now it is {asked}: "
+            "give the same options to resume, or begin anew in another folder"
+        )
 
 
 def training_state(network: nn.Module, optimizer: torch.optim.Optimizer, prefix: str) -> Tensors:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from ...engine.data.images import ImageSet
+from ...export.durable import file_sha256
 from ..run.progress import Report
 from ..run.world import World
 from .evaluation import accuracies
@@ -15,10 +15,7 @@ from .teacher import Teacher
 def name_of(teacher_source: str) -> str:
     """torchvision:NAME as it is; a file by its content."""
     path = Path(teacher_source).expanduser()
-    if not path.is_file():
-        return teacher_source
-    with path.open("rb") as stream:
-        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+    return f"sha256:{file_sha256(path)}" if path.is_file() else teacher_source
 
 
 def measure(teacher: Teacher, val: ImageSet, world: World, report: Report) -> float:
