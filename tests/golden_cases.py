@@ -14,25 +14,36 @@ import struct
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from patchbloom.engine.backends import CompiledBackend
+from patchbloom.engine.build import describe
+from patchbloom.engine.cli import main as engine_main
 from patchbloom.engine.config import ExpandConfig
+from patchbloom.engine.coreset import open_coreset
 from patchbloom.engine.label_file import LabelLayout
 from patchbloom.engine.soft_labels import LabelBlock
+from patchbloom.engine.stored import spec_of
 from patchbloom.engine.turbo import Expander
+from patchbloom.export.bundle import find_bundles, open_bundle
+from patchbloom.export.bundle_key import build_command, bundle_name
+from patchbloom.export.config import BackendName, EngineSpec
+from patchbloom.export.engines import engine_key, exporter, graphs_key
 from patchbloom.export.models import find_model
-from patchbloom.train import cli
+from patchbloom.train.cli import main as train_main
 from patchbloom.train.commands import TrainStudent
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.dsco import dsco_expand
 from patchbloom.train.generated import Generated
 from patchbloom.train.hard_labels import HardLabels
 from patchbloom.train.labels import OnlineLabels, RecordedLabels
+from patchbloom.train.loader import ExpandedLoader
 from patchbloom.train.methods import Expansions, Mosaics, RealImages, UpsampledPatches
 from patchbloom.train.networks import build_network
 from patchbloom.train.planning import make_plan
@@ -71,6 +82,20 @@ RUNS: dict[str, tuple[str, ...]] = {
     "hard": ("--method", "random", "--targets", "hard", "--cutmix", "on", "--no-ceiling"),
 }
 """Whole runs, by the name of their folder."""
+STOPPED: dict[str, tuple[str, ...]] = {
+    "stopped": (
+        *("--method", "upsample", "--cutmix", "on", "--no-ceiling", "--overlap", "off"),
+        *("--epochs", "6", "--seeds", "2"),
+    ),
+    "stopped-teacher": ("--method", "random", "--no-ceiling", "--teacher-epochs", "3"),
+}
+"""Runs that were stopped in the middle of their students, or of their teacher."""
+CORESETS = (
+    *("dense/coreset", "topk/coreset", "pca/coreset", "hard/coreset"),
+    *("all/coreset-t2i-doped", "all/coreset-dsco", "all/coreset-upsample-doped"),
+)
+"""Of these runs: one per codec, one without labels, whole images, and schema 1 and 2."""
+ENGINE = ("--backend", "ort", "--device", "cpu", "--size", "32", "--batch", "2")
 STAGES: dict[str, tuple[str, ...]] = {
     **RUNS,
     "noise": ("--method", "dace", "--start", "noise"),
@@ -101,7 +126,7 @@ _MEASURED = {
 """Keys of measured numbers."""
 _EXACT_HASHES = {
     *("weights_sha256", "model.weights_sha256", "t2i.weights_sha256", "dsco.weights_sha256"),
-    *("--data", "data_sha256", "classes", "files"),
+    *("--data", "data_sha256", "--coreset", "classes", "files"),
 }
 """Keys of hashes that no trained weights and no encoder of PNG has a part in."""
 
@@ -202,7 +227,7 @@ def run_all() -> None:
     """Every run of RUNS, in the current folder, which gets the data."""
     put_data(Path())
     for name, options in RUNS.items():
-        assert cli.main([*SMALL, "--out", name, *options]) == 0
+        assert train_main([*SMALL, "--out", name, *options]) == 0
 
 
 @contextmanager
@@ -248,7 +273,7 @@ def _stages_of(options: tuple[str, ...]) -> dict[str, Any]:
         return {"sha256": f"of the {name}"}
 
     with patch.object(RunFolder, "stage", stage):
-        assert cli.main(["student", *SMALL, "--out", "run", "--overwrite", *options]) == 0
+        assert train_main(["student", *SMALL, "--out", "run", "--overwrite", *options]) == 0
     return asked
 
 
@@ -260,8 +285,103 @@ def prior() -> dict[str, Any]:
 
     with elsewhere(), patch.object(PriorTraining, "run", stop):
         put_data(Path())
-        assert cli.main(["prior", "--data", "data", "--out", "model", "--image-size", "32"]) == 130
+        assert (
+            train_main(["prior", "--data", "data", "--out", "model", "--image-size", "32"]) == 130
+        )
         return json.loads(Path("model/.work/settings.json").read_bytes())
+
+
+def coresets() -> dict[str, Any]:
+    """What the golden coresets hold: what `engine` says of them, and their labels."""
+    with elsewhere() as folder:
+        unpack("runs", folder)
+        return {name: _coreset(name) for name in CORESETS}
+
+
+def _coreset(name: str) -> dict[str, Any]:
+    said = {each: _engine("coreset", each, name, "--json") for each in ("info", "verify")}
+    coreset = open_coreset(name)
+    stored = coreset.soft_labels()
+    if stored is None:
+        return said
+    first = range(0, stored.samples, 5)
+    rows = [stored.probabilities(epoch, first) for epoch in range(stored.epochs)]
+    with ExpandedLoader(
+        name, batch=5, class_indices=True, seed=3, backend="eager", device="cpu"
+    ) as loader:
+        images, labels, classes = next(iter(loader))
+    said |= {"images": list(images.shape), "classes": classes.tolist()}
+    return said | {"probabilities": torch.cat([*rows, labels]).tolist()}
+
+
+def _engine(*arguments: str) -> dict[str, Any]:
+    """The result of `engine …`."""
+    told = StringIO()
+    with redirect_stdout(told):
+        assert engine_main(list(arguments)) == 0
+    return json.loads(told.getvalue().splitlines()[-1])
+
+
+def students_elsewhere() -> dict[str, Any]:
+    """What students of the golden coresets alone leave behind."""
+    with elsewhere() as folder:
+        unpack("runs", folder)
+        return {name: _students(name, f"students-{n}") for n, name in enumerate(CORESETS)}
+
+
+def _students(coreset: str, out: str) -> dict[str, Any]:
+    given = ("--coreset", coreset, "--out", out, "--data", "data", "--seeds", "1", "--epochs", "1")
+    own = ("--student", "convnet-d3-w4", "--batch", "4") if coreset in _UNLABELLED else ()
+    assert train_main(["student", *given, "--backend", "eager", "--device", "cpu", *own]) == 0
+    return {"contents": contents(Path(out)), "scalars": told_scalars(Path(out))}
+
+
+_UNLABELLED = ("hard/coreset", "all/coreset-dsco")
+
+
+def engines() -> dict[str, Any]:
+    """Keys of engines, their names and commands, and what the golden one says."""
+    model, cpu = find_model("sdxl-tiny"), EngineSpec(size_px=64)
+    ranged = EngineSpec(
+        size_px=32, batch=8, min_batch=4, images_per_prompt=2, precision="fp16", opset=23
+    )
+    cuda = EngineSpec(size_px=64, device="cuda")
+    keys = {
+        **{f"{each}, fp32": engine_key(each, model, cpu, tokens=77) for each in COMPILED},
+        **{f"{each}, ranged": engine_key(each, model, ranged, tokens=77) for each in COMPILED},
+        **{f"{each}, graphs": graphs_key(each, model, ranged, tokens=77) for each in COMPILED[:2]},
+    }
+    keys = {name: masked_key(key) for name, key in keys.items()}
+    with elsewhere() as folder:
+        unpack("engine", folder)
+        (bundle,) = find_bundles(folder / "bundles")
+        info = _engine("info", bundle.name, "--bundles", "bundles", "--json")
+        del info["misfit"]  # between the versions there and here
+        opened = open_bundle(Path("bundles") / bundle.name)
+        backend = CompiledBackend(opened, spec_of(opened.key))
+        said = {"info": info, "describe": describe(opened), "backend": backend.describe()}
+    return {
+        "keys": keys,
+        "names": {name: bundle_name(key) for name, key in keys.items()},
+        "commands": {name: build_command(key) for name, key in keys.items()},
+        "flags on cuda": {
+            each: masked_key({"flags": exporter(each).flags(cuda)})["flags"] for each in COMPILED
+        },
+        "golden": said,
+    }
+
+
+COMPILED: tuple[BackendName, ...] = ("ort", "trt", "inductor")
+
+
+def masked_key(key: dict[str, Any]) -> dict[str, Any]:
+    """An engine's key without hashes of code and CPU, and versions of libraries."""
+    libraries = dict.fromkeys(key.get("libraries", {}), "VERSION")
+    flags = dict(key["flags"])
+    for name in flags.keys() & {"cpu_instructions_sha256", "triton"}:
+        flags[name] = "MACHINE"
+    hidden = {"exporter_sha256": "CODE", "libraries": libraries, "flags": flags}
+    return {**key, **{name: hidden[name] for name in hidden if name in key}}
 
 
 IDS = ("bars", "disc", "triangle")
@@ -407,6 +527,9 @@ FILES: dict[str, Callable[[], Any]] = {
     "stages": stages,
     "prior": prior,
     "runs": runs,
+    "coresets": coresets,
+    "elsewhere": students_elsewhere,
+    "engines": engines,
 }
 """The golden JSON files, by name."""
 
