@@ -22,42 +22,41 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from patchbloom.engine.backends import CompiledBackend
-from patchbloom.engine.build import describe
+from patchbloom.engine.builds.build import describe
+from patchbloom.engine.builds.catalogue import spec_of
 from patchbloom.engine.cli import main as engine_main
 from patchbloom.engine.config import ExpandConfig
-from patchbloom.engine.coreset import open_coreset
-from patchbloom.engine.label_file import LabelLayout
-from patchbloom.engine.soft_labels import LabelBlock
-from patchbloom.engine.stored import spec_of
-from patchbloom.engine.turbo import Expander
+from patchbloom.engine.coreset.coreset import open_coreset
+from patchbloom.engine.expand.backends import CompiledBackend
+from patchbloom.engine.expand.expander import Expander
+from patchbloom.engine.labels.file import LabelLayout
+from patchbloom.engine.labels.soft_labels import LabelBlock
 from patchbloom.export.bundle import find_bundles, open_bundle
 from patchbloom.export.bundle_key import build_command, bundle_name
 from patchbloom.export.config import BackendName, EngineSpec
 from patchbloom.export.engines import engine_key, exporter, graphs_key
 from patchbloom.export.models import find_model
 from patchbloom.train.cli import main as train_main
-from patchbloom.train.commands import TrainStudent
+from patchbloom.train.commands.planning import make_plan
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.dsco import dsco_expand
-from patchbloom.train.generated import Generated
-from patchbloom.train.hard_labels import HardLabels
-from patchbloom.train.labels import OnlineLabels, RecordedLabels
+from patchbloom.train.labels.hard import HardLabels
+from patchbloom.train.labels.targets import OnlineLabels, RecordedLabels
+from patchbloom.train.labels.views import describe_views
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.methods import Expansions, Mosaics, RealImages, UpsampledPatches
+from patchbloom.train.methods.open import describe_model
+from patchbloom.train.methods.refresh import Refreshed
+from patchbloom.train.methods.shared import SharedImages
+from patchbloom.train.methods.source import Expansions, Mosaics, RealImages, UpsampledPatches
+from patchbloom.train.methods.stored import Doped, StoredImages
+from patchbloom.train.methods.t2i import Generated
+from patchbloom.train.methods.whole_images import describe_generator
 from patchbloom.train.networks import build_network
-from patchbloom.train.planning import make_plan
-from patchbloom.train.pool_rendering import SharedImages
-from patchbloom.train.prior import PriorTraining
-from patchbloom.train.record import Silence
-from patchbloom.train.refresh import Refreshed
-from patchbloom.train.sources import describe_model
-from patchbloom.train.stages import RunFolder
-from patchbloom.train.stored_images import Doped, StoredImages
-from patchbloom.train.teacher import Teacher
-from patchbloom.train.views import describe_views
-from patchbloom.train.whole_images import describe_generator
-from patchbloom.train.world import ALONE
+from patchbloom.train.options import TrainStudent
+from patchbloom.train.prior.training import PriorTraining
+from patchbloom.train.run.folder import RunFolder
+from patchbloom.train.run.progress import Silence
+from patchbloom.train.run.world import ALONE
+from patchbloom.train.teacher.teacher import Teacher
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SMALL = (
@@ -518,7 +517,7 @@ def _model() -> dict[str, Any]:
     return {
         "dace": describe_model(plan, plan.expand),
         "t2i": describe_generator(plan, plan.generate),
-        "dsco": describe_generator(plan, dsco_expand(plan)),
+        "dsco": describe_generator(plan, plan.optimise),
     }
 
 

@@ -27,8 +27,8 @@ from golden_cases import (
     run_all,
     train_main,
 )
-from patchbloom.train.prior_model import new_parts, save_parts
-from patchbloom.train.record import Record
+from patchbloom.train.prior.model import new_parts, save_parts
+from patchbloom.train.run.progress import Record
 
 NOT_KEPT = ("tensorboard", "pictures", "report.html")
 """Of a run folder: names the host, or is drawn of the rest."""

@@ -32,7 +32,7 @@ from golden_cases import (
     told_scalars,
     unpack,
 )
-from patchbloom.engine.stored import spec_of
+from patchbloom.engine.builds.catalogue import spec_of
 from patchbloom.export.bundle import Bundle, BundleError, find_or_build, open_bundle
 from patchbloom.export.engines import engine_key, verify_engine
 from patchbloom.export.models import find_model, load_parts
