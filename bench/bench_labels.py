@@ -97,9 +97,9 @@ def mode_pass(
     mode: LabelChoice, plan: Plan, folder: Path, out: Path, report: Record
 ) -> Callable[[], int]:
     """The rest of the run in a fresh copy of `folder`; the images that its students saw."""
-    codec = "dense" if mode == "online" else plan.options.codec
-    chosen = replace(plan, options=replace(plan.options, labels=mode, codec=codec, out=out))
-    samples = len(plan.class_names) * plan.options.ipc * plan.factor**2
+    codec = "dense" if mode == "online" else plan.codec
+    chosen = replace(plan, labels=mode, codec=codec)
+    samples = len(plan.class_names) * plan.samples_per_class
 
     def one_pass() -> int:
         shutil.rmtree(out, ignore_errors=True)
@@ -118,7 +118,7 @@ def check_equal(work: Path, plan: Plan) -> int:
     """Bytes of the stored labels; RuntimeError unless all modes made the same bits."""
     for seed in plan.student_seeds:
         name = f"students/{METHOD}-seed{seed}.safetensors"
-        alike = MODES if plan.options.codec == "dense" else MODES[1:]
+        alike = MODES if plan.codec == "dense" else MODES[1:]
         first, *others = (read_tensors(work / mode / name)[0] for mode in alike)
         for other in others:
             if not all(torch.equal(first[key], other[key]) for key in first):
@@ -158,9 +158,7 @@ def main(options: Options) -> None:
         "label_bytes": label_bytes,
         "codec": options.codec,
         "top_k": options.top_k if options.codec == "topk" else None,
-        "components": plan.options.kept_per_label(len(plan.class_names))
-        if options.codec == "pca"
-        else None,
+        "components": plan.kept_per_label if options.codec == "pca" else None,
         "model": options.model,
         "backend": options.backend,
         "student": plan.student.network,

@@ -39,3 +39,10 @@ def together_in_engine(group: int | None, engine_batch: int, refresh: float) -> 
     if refresh < 1:
         return 1
     return None if group is None else math.gcd(group, engine_batch)
+
+
+def class_batch(classes: int, ipc: int) -> int:
+    """Images per call of the model for dsco when nobody says: of whole classes, if they fit."""
+    if ipc > LARGE_ENGINE_BATCH:
+        return fitting_batch(ipc)
+    return ipc * fitting_batch(classes, LARGE_ENGINE_BATCH // ipc)

@@ -4,56 +4,82 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..engine.config import ExpandConfig
+from ..engine.config import DscoConfig, ExpandConfig
 from ..engine.data.images import ImageSet
 from ..engine.expand.prompts import class_prompts
 from ..export.models import ModelSource
-from .config import Recipe, Scoring, StudentConfig, TeacherConfig, student_seeds
-from .options import RunOptions
+from .config import Choice, Recipe, Scoring, StudentConfig, TeacherConfig, student_seeds
+from .options import CodecChoice, LabelChoice
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run's options with nothing left open."""
 
-    options: RunOptions
+    methods: tuple[str, ...]
+    """In the order asked for, each once."""
+    data_name: str
     train: ImageSet
     val: ImageSet
     data_sha256: str
-    """Of the names and sizes of all images of both splits."""
+    """Hash of the names and sizes of all images of both splits."""
     class_names: tuple[str, ...]
     device: str
-    model: ModelSource | None
-    """None when no method renders with one."""
+    seed: int
+    seeds: int
+    """Students per method."""
     recipe: Recipe
+    ipc: int
     factor: int
+    dope: int
+    """Real images per class that are added to every coreset."""
+    scoring: Scoring
+    """How the teacher is shown a patch that it scores."""
+    select: Choice
+    candidates: int
     teacher: TeacherConfig
-    """Of a teacher that is trained here."""
+    """How a teacher is trained here."""
     teacher_source: str | None
     """torchvision:NAME or a file; None when the teacher is trained here."""
     student: StudentConfig
+    labels: LabelChoice
+    codec: CodecChoice
+    kept_per_label: int
+    """Numbers that the codec keeps of an answer."""
+    model: ModelSource | None
+    """None when no method runs one."""
+    prompt: str
+    own_prompts: dict[str, str]
+    """Prompts of the classes in --prompts, by class id."""
     expand: ExpandConfig
     """How dace makes images of patches."""
+    refresh: float
+    """Share of the patches that dace expands anew in an epoch."""
     generate: ExpandConfig
     """How t2i makes images of nothing, one of each class at a time."""
-    own_prompts: dict[str, str]
-    """Of the classes in --prompts, by id."""
+    generated: int | None
+    """Images per class that t2i makes; None where budget_seconds decides."""
+    variants: int
+    budget_seconds: float | None
+    dsco: DscoConfig
+    optimise: ExpandConfig
+    """How dsco makes images, of whole classes at a time."""
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """The model's prompt for each class."""
-        template, ids = self.options.prompt, self.train.class_ids
-        return class_prompts(self.class_names, template, class_ids=ids, own=self.own_prompts)
+        ids = self.train.class_ids
+        return class_prompts(self.class_names, self.prompt, class_ids=ids, own=self.own_prompts)
 
     @property
     def samples_per_class(self) -> int:
         """Images of a class that a student sees in an epoch, of every method, but for doping's."""
-        return self.options.ipc * self.factor**2
+        return self.ipc * self.factor**2
 
     @property
     def doped_samples_per_class(self) -> int:
         """Real images of a class that doping adds to these."""
-        return self.options.dope * self.factor**2
+        return self.dope * self.factor**2
 
     @property
     def image_size(self) -> int:
@@ -66,11 +92,6 @@ class Plan:
         return self.image_size // self.factor
 
     @property
-    def scoring(self) -> Scoring:
-        """How the teacher is shown a patch that it scores."""
-        return self.options.scoring or self.recipe.scoring
-
-    @property
     def student_seeds(self) -> tuple[int, ...]:
         """One per student."""
-        return student_seeds(self.options.seed, self.options.seeds)
+        return student_seeds(self.seed, self.seeds)

@@ -12,17 +12,17 @@ LARGE_LABELS_GIB = 1.0  # labels of a method from here on are told before the ru
 
 def announce(plan: Plan, report: Report) -> None:
     """Say how much data there is, and what of the plan its user may want to change."""
-    options, classes = plan.options, len(plan.class_names)
+    classes = len(plan.class_names)
     report.say(
         f"data: {len(plan.train)} training and {len(plan.val)} validation images of "
         f"{classes} classes; {plan.image_size} px, patches of {plan.patch_px} px"
     )
     kept_gib = label_gib(plan)
-    stores = options.labels != "online" and options.targets == "soft"
+    stores = plan.labels != "online" and plan.student.targets == "soft"
     if kept_gib >= LARGE_LABELS_GIB and stores:
-        smaller = options.codec == "dense" and classes > 1
+        smaller = plan.codec == "dense" and classes > 1
         report.say(
-            f"labels: {options.codec}, {kept_gib:.1f} GiB for each method, and as much again on "
+            f"labels: {plan.codec}, {kept_gib:.1f} GiB for each method, and as much again on "
             f"the disk while they are put into the coreset; "
             f"{'--codec pca keeps less, ' if smaller else ''}--labels online keeps none"
         )
@@ -31,9 +31,9 @@ def announce(plan: Plan, report: Report) -> None:
     if plan.own_prompts:
         report.say(
             f"prompts: {len(plan.own_prompts)} of {classes} classes have their own, the others "
-            f"{options.prompt!r}"
+            f"{plan.prompt!r}"
         )
-    if "t2i" in options.methods:
+    if "t2i" in plan.methods:
         report.say(_said_of_t2i(plan))
     unseen = unseen_classes(plan.model, plan.class_names)
     if unseen:
@@ -44,10 +44,10 @@ def announce(plan: Plan, report: Report) -> None:
 
 
 def _said_of_t2i(plan: Plan) -> str:
-    options, generate = plan.options, plan.generate
-    fitting = f"as many as fit into {options.budget_seconds or 0:g} s"
-    count = fitting if options.generated is None else str(options.generated)
-    shown = f", each and {options.variants} variants" if options.variants else ""
+    generate = plan.generate
+    fitting = f"as many as fit into {plan.budget_seconds or 0:g} s"
+    count = fitting if plan.generated is None else str(plan.generated)
+    shown = f", each and {plan.variants} variants" if plan.variants else ""
     return (
         f"t2i: images per class: {count}, made at {generate.size_px} px in {generate.steps} "
         f"step(s), kept at {plan.image_size} px{shown}"
@@ -58,10 +58,10 @@ def label_gib(plan: Plan) -> float:
     """GiB of a method's labels as --codec keeps them, of every sample and epoch."""
     classes = len(plan.class_names)
     layout = LabelLayout(
-        codec=plan.options.codec,
+        codec=plan.codec,
         epochs=plan.student.epochs,
         samples=classes * (plan.samples_per_class + plan.doped_samples_per_class),
         classes=classes,
-        k=plan.options.kept_per_label(classes),
+        k=plan.kept_per_label,
     )
     return layout.bytes / 2**30

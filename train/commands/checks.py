@@ -90,14 +90,12 @@ def check_labels(options: RunOptions, classes: int) -> None:
         )
 
 
-def images_needed(options: RunOptions, factor: int) -> int:
-    """Training images of a class that the methods take patches of."""
-    return options.ipc * factor**2 if set(options.methods) - set(GENERATED) else 0
-
-
-def check_images_per_class(train: ImageSet, needed: int, doped: int = 0) -> None:
-    """ValueError when a class has fewer than `needed` images, of each of which a patch is taken, or
+def check_images_per_class(
+    train: ImageSet, methods: tuple[str, ...], *, patches: int, doped: int
+) -> None:
+    """ValueError when a class has fewer images than `patches`, where a method takes one of each, or
     fewer than the `doped` that --dope adds."""
+    needed = patches if set(methods) - set(GENERATED) else 0
     counts = np.bincount(train.labels, minlength=len(train.class_ids))
     fewest = int(counts.argmin())
     if counts[fewest] < needed:

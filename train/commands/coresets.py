@@ -38,11 +38,11 @@ class RunCoresets:
     def folder(self, method: str) -> Path:
         """Where the coreset of a method lies, of which its students are."""
         folder = self.undoped_folder(method)
-        return folder.with_name(f"{folder.name}-doped") if self._plan.options.dope else folder
+        return folder.with_name(f"{folder.name}-doped") if self._plan.dope else folder
 
     def undoped_folder(self, method: str) -> Path:
         """Where the coreset lies that the method itself made."""
-        methods = self._plan.options.methods
+        methods = self._plan.methods
         primary = "dace" if "dace" in methods else methods[0]
         return self._run.folder / ("coreset" if method == primary else f"coreset-{method}")
 
@@ -80,9 +80,9 @@ class RunCoresets:
         is too small, networks that overflow, or a teacher that cannot take patches.
         """
         plan, world = self._plan, self._run.world
-        methods = plan.options.methods
+        methods = plan.methods
         kinds = {
-            method: "random" if method == "random" else plan.options.select
+            method: "random" if method == "random" else plan.select
             for method in methods
             if method not in GENERATED
         }
@@ -110,7 +110,7 @@ class RunCoresets:
         plan = self._plan
         result: dict[str, Any] = {}
         outputs: list[Path] = []
-        for method in plan.options.methods:
+        for method in plan.methods:
             told: dict[str, Any] = {}
             folder = self.undoped_folder(method)
             made = {"teacher": teacher, "provenance": provenance(line, plan.device)}

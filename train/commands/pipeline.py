@@ -83,13 +83,13 @@ class Distillation:
         plan = self.plan
         config = {
             "--data": plan.data_sha256,
-            "--method": list(plan.options.methods),
+            "--method": list(plan.methods),
             "--class-names": list(plan.class_names),
             "teacher": self.teacher_stage()["sha256"],
             **selection_settings(plan),
-            **(self._model_settings() if "dace" in plan.options.methods else {}),
-            **(generation_settings(plan) if "t2i" in plan.options.methods else {}),
-            **(dsco_settings(plan) if "dsco" in plan.options.methods else {}),
+            **(self._model_settings() if "dace" in plan.methods else {}),
+            **(generation_settings(plan) if "t2i" in plan.methods else {}),
+            **(dsco_settings(plan) if "dsco" in plan.methods else {}),
         }
         return self.run.stage("coreset", config, self._make_coresets, together=True)
 
@@ -108,7 +108,7 @@ class Distillation:
         is least sure of."""
         return self.run.stage(
             f"doping-{method}",
-            {**self._undoped_settings(method), "--dope": self.plan.options.dope},
+            {**self._undoped_settings(method), "--dope": self.plan.dope},
             lambda: self._dope(method),
             together=True,
         )
@@ -174,13 +174,13 @@ class Distillation:
     def _student_settings(self, method: str) -> dict[str, Any]:
         """All that decides labels and students of a method."""
         settings = self._undoped_settings(method)
-        if self.plan.options.dope:
-            settings["--dope"] = self.plan.options.dope
+        if self.plan.dope:
+            settings["--dope"] = self.plan.dope
             if method != REAL:
                 settings |= self.doping_stage(method)
         if method == REAL:
             return settings
-        return settings | label_settings(self.plan.options, len(self.plan.class_names))
+        return settings | label_settings(self.plan)
 
     def _undoped_settings(self, method: str) -> dict[str, Any]:
         """All that decides what a student of a method's own coreset learns; of labels, who makes
@@ -193,7 +193,7 @@ class Distillation:
             **settings_by_option("student", student),
         }
         if method == "dace":
-            settings["--refresh"] = plan.options.refresh
+            settings["--refresh"] = plan.refresh
         if method != REAL:
             settings["patches"] = self.coreset_stage()[method]["patches_sha256"]
         return settings | (self._model_settings() if method == "dace" else {})

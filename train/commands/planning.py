@@ -13,7 +13,7 @@ from ...engine.expand.backends import require_backend, resolve_device
 from ...engine.expand.batches import fitting_batch
 from ...export.config import DeviceName, Precision
 from ...export.models import ModelSource, find_model
-from ..batching import engine_batch_for, grouping, together_in_engine
+from ..batching import class_batch, engine_batch_for, grouping, together_in_engine
 from ..config import RECIPES, Recipe, StudentConfig, TeacherConfig, usual_precision
 from ..data.folder import data_folder, images_sha256
 from ..networks import TORCHVISION
@@ -29,7 +29,6 @@ from .checks import (
     check_labels,
     check_network,
     check_rendered,
-    images_needed,
 )
 
 SMALL_MODEL_PX = 128  # models up to this size are toys: the `small` recipe fits them
@@ -43,7 +42,12 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     given = _open(options, report)
     classes, each = len(given.train.class_ids), (options.ipc + options.dope) * given.factor**2
     check_labels(options, classes)
-    check_images_per_class(given.train, images_needed(options, given.factor), options.dope)
+    check_images_per_class(
+        given.train,
+        options.methods,
+        patches=options.ipc * given.factor**2,
+        doped=options.dope,
+    )
     by_recipe = given.recipe.student_for(
         ipc=options.ipc, factor=given.factor, classes=classes, network=options.student
     )
@@ -56,21 +60,39 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     _check_networks(options, given, teacher_source, teacher_network, by_recipe.network)
     expand = _expand_config(options, given, by_recipe, each, group)
     plan = Plan(
-        options=options,
+        methods=options.methods,
+        data_name=options.data.rstrip("/").rsplit("/", 1)[-1],
         train=given.train,
         val=given.val,
         data_sha256=images_sha256(given.train, given.val),
         class_names=given.class_names,
         device=given.device,
-        model=given.model,
+        seed=options.seed,
+        seeds=options.seeds,
         recipe=given.recipe,
+        ipc=options.ipc,
         factor=given.factor,
+        dope=options.dope,
+        scoring=options.scoring or given.recipe.scoring,
+        select=options.select,
+        candidates=options.candidates,
         teacher=_teacher_config(options, given, teacher_network),
         teacher_source=teacher_source,
         student=_student_config(options, given, by_recipe, group),
-        expand=expand,
-        generate=_generate_config(options, given, expand),
+        labels=options.labels,
+        codec=options.codec,
+        kept_per_label=options.kept_per_label(classes),
+        model=given.model,
+        prompt=options.prompt,
         own_prompts=given.own_prompts,
+        expand=expand,
+        refresh=options.refresh,
+        generate=_generate_config(options, given, expand),
+        generated=options.generated,
+        variants=options.variants,
+        budget_seconds=options.budget_seconds,
+        dsco=options.dsco,
+        optimise=_optimise_config(options, given, expand),
     )
     announce(plan, report)
     return plan
@@ -250,4 +272,16 @@ def _generate_config(options: RunOptions, given: _Given, expand: ExpandConfig) -
         mixup=False,
         batch=options.engine_batch or fitting_batch(len(given.train.class_ids)),
         images_per_prompt=1,
+    )
+
+
+def _optimise_config(options: RunOptions, given: _Given, expand: ExpandConfig) -> ExpandConfig:
+    """dsco starts from noise, at the size that the model was trained at."""
+    return replace(
+        expand,
+        size_px=expand.size_px if given.model is None else given.model.trained_px(),
+        start="noise",
+        mixup=False,
+        batch=options.engine_batch or class_batch(len(given.train.class_ids), options.ipc),
+        images_per_prompt=None,
     )

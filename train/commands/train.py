@@ -43,7 +43,7 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
             SharedRun(options.out, report, world, overwrite=options.overwrite) as run,
         ):
             if isinstance(report, Record):
-                _write_settings(run.folder, plan, line)
+                _write_settings(run.folder, options, plan, line)
                 report.open_log()
             skipped: dict[str, int] = {}
             if options.skip_corrupt:
@@ -51,14 +51,14 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
             return _run(Distillation(plan, run, report, line), options, skipped)
 
 
-def _write_settings(folder: Path, plan: Plan, line: str) -> None:
+def _write_settings(folder: Path, options: RunOptions, plan: Plan, line: str) -> None:
     """What was asked for and filled in, at first, and where each session ran: for people.
 
     A resumed run has the same settings, or its stages refuse it.
     """
-    kinds = ("options", "teacher", "student", "expand")
     if not (folder / CONFIG).is_file():
-        config = {kind: asdict(getattr(plan, kind)) for kind in kinds}
+        filled_in = {kind: asdict(getattr(plan, kind)) for kind in ("teacher", "student", "expand")}
+        config = {"options": asdict(options), **filled_in}
         replace_json(folder / CONFIG, config, default=str)
     path = folder / ENVIRONMENT
     sessions = json.loads(path.read_bytes()) if path.is_file() else []
@@ -105,7 +105,7 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
             "soft": "KL to the teacher",
             "hard": "cross-entropy, less that of CutMix's mixture",
         }
-        panels = {f"students: {learned[job.plan.options.targets]}": losses}
+        panels = {f"students: {learned[job.plan.student.targets]}": losses}
         if summary["teacher"].get("losses"):
             teacher = list(enumerate(summary["teacher"]["losses"]))
             panels["teacher: cross-entropy"] = {"teacher": teacher}

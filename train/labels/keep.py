@@ -16,7 +16,6 @@ from typing import Any
 from ...engine.coreset.coreset import Coreset, attach_labels
 from ...engine.errors import CoresetError
 from ..methods.source import ImageSource
-from ..options import RunOptions
 from ..plan import Plan
 from ..run.progress import Report
 from ..run.shared import SharedRun
@@ -35,18 +34,18 @@ KEPT_OPTIONS = {"topk": "--top-k", "pca": "--components"}
 """By codec, the option that says how many numbers of an answer it keeps."""
 
 
-def label_settings(options: RunOptions, classes: int) -> dict[str, Any]:
-    """What of the options decides the labels, for a stage's config: plain JSON, by option.
+def label_settings(plan: Plan) -> dict[str, Any]:
+    """What of the plan decides the labels, for a stage's config: plain JSON, by option.
 
     `stored` and `record` make the same labels and students.
     """
-    if options.targets == "hard":
+    if plan.student.targets == "hard":
         return {}
-    if options.labels == "online":
+    if plan.labels == "online":
         return {"--labels": "online"}
-    kept = {"--labels": "record or stored", "--codec": options.codec}
-    own = KEPT_OPTIONS.get(options.codec)
-    return kept | ({own: options.kept_per_label(classes)} if own else {})
+    kept = {"--labels": "record or stored", "--codec": plan.codec}
+    own = KEPT_OPTIONS.get(plan.codec)
+    return kept | ({own: plan.kept_per_label} if own else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +69,9 @@ class RunLabels:
         the coreset has labels of another --codec.
         """
         plan = self.plan
-        if plan.options.targets == "hard":
+        if plan.student.targets == "hard":
             return HardLabels(self.source, plan.student)
-        if self.coreset is None or plan.options.labels == "online":
+        if self.coreset is None or plan.labels == "online":
             return OnlineLabels(self.teacher(), plan.student.temperature, self.run.world)
         stored = self._stored(self.coreset)
         return self._recorded() if stored is None else stored
@@ -102,7 +101,7 @@ class RunLabels:
     def _recorded(self) -> RecordedLabels:
         return RecordedLabels(
             *(self.teacher(), self.source, self.plan.student, self._recording(), self.report),
-            codec=self.plan.options.codec,
+            codec=self.plan.codec,
             k=self._kept_per_label,
             world=self.run.world,
         )
@@ -111,7 +110,7 @@ class RunLabels:
         stored = coreset.soft_labels()
         if stored is None:
             return None
-        asked = _codec_options(self.plan.options.codec, self._kept_per_label)
+        asked = _codec_options(self.plan.codec, self._kept_per_label)
         kept = _codec_options(stored.codec, stored.k)
         if kept != asked:
             raise CoresetError(
@@ -124,7 +123,7 @@ class RunLabels:
 
     @property
     def _kept_per_label(self) -> int:
-        return self.plan.options.kept_per_label(len(self.source.class_ids))
+        return self.plan.kept_per_label
 
     def _recording(self) -> Path:
         return self.run.folder / "students" / f"{self.method}.labels.partial"

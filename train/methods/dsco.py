@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...engine.config import ExpandConfig
 from ...engine.coreset.coreset import Coreset
 from ...engine.data.images import STANDARD_RESIZE_RATIO, center_boxes, stream_crops
 from ...engine.dsco.images import NoiseOptimiser, RealImages
-from ...engine.expand.batches import fitting_batch
 from ...engine.expand.expander import Expander
 from ...export.models import ModelSource
-from ..batching import LARGE_ENGINE_BATCH
 from ..plan import Plan
 from ..run.checkpoint import read_tensors, write_tensors
 from ..run.folder import settings_by_option
@@ -71,7 +68,7 @@ def optimise_images(plan: Plan, folder: Path, world: World, report: Report) -> O
     losses_KS2 = world.all_gather_rows(_together([part["losses"] for part in own]))
     classes_K = torch.tensor([index for of_rank in dealt for group in of_rank for index in group])
     order_K = classes_K.argsort()
-    of_class = images_NSSC.view(len(order_K), plan.options.ipc, *images_NSSC.shape[1:])
+    of_class = images_NSSC.view(len(order_K), plan.ipc, *images_NSSC.shape[1:])
     return Optimised(of_class[order_K].flatten(0, 1), losses_KS2[order_K])
 
 
@@ -83,18 +80,18 @@ def _together(parts: list[Tensor]) -> Tensor:
 @contextmanager
 def _optimiser(plan: Plan, world: World) -> Iterator[NoiseOptimiser]:
     """Frees the model at the end."""
-    model, classes, ipc = _model(plan), len(plan.class_names), plan.options.ipc
+    model, classes, ipc = _model(plan), len(plan.class_names), plan.ipc
     expander = world.in_turn(
         lambda: Expander(
             model,
-            dsco_expand(plan),
+            plan.optimise,
             patches_NHWC=None,
             labels_N=torch.arange(classes).repeat_interleave(ipc),
             prompts_K=plan.prompts,
         )
     )
     try:
-        yield NoiseOptimiser(expander, plan.options.dsco, classes=classes, ipc=ipc)
+        yield NoiseOptimiser(expander, plan.dsco, classes=classes, ipc=ipc)
     finally:
         expander.close()
 
@@ -103,25 +100,6 @@ def _model(plan: Plan) -> ModelSource:
     if plan.model is None:
         raise ValueError("method dsco: expected a model, got none")
     return plan.model
-
-
-def dsco_expand(plan: Plan) -> ExpandConfig:
-    """How the model is used: from noise, at the size that it was trained at."""
-    return replace(
-        plan.expand,
-        size_px=_model(plan).trained_px(),
-        start="noise",
-        mixup=False,
-        batch=plan.options.engine_batch or _batch(len(plan.class_names), plan.options.ipc),
-        images_per_prompt=None,
-    )
-
-
-def _batch(classes: int, ipc: int) -> int:
-    """Images per call of the model when nobody says how many: of whole classes, if they fit."""
-    if ipc > LARGE_ENGINE_BATCH:
-        return fitting_batch(ipc)
-    return ipc * fitting_batch(classes, LARGE_ENGINE_BATCH // ipc)
 
 
 def _made_or_kept(
@@ -141,7 +119,7 @@ def _made_or_kept(
     classes = optimiser.classes
     made = optimiser.make(
         group,
-        None if plan.options.dsco.data_free else _real_images(plan),
+        None if plan.dsco.data_free else _real_images(plan),
         lambda done: report.progress("dsco", round(group.start + done, 1), classes, "classes"),
     )
     tensors = {
@@ -160,7 +138,7 @@ def _falls(losses_KS2: Tensor) -> str:
 
 def _real_images(plan: Plan) -> RealImages:
     """All training images of a class at the model's size, in order."""
-    size_px = _model(plan).trained_px()
+    size_px = plan.optimise.size_px
 
     def of_class(index: int) -> Iterator[tuple[Tensor, Tensor]]:
         stream = stream_crops(
@@ -181,14 +159,13 @@ def _real_images(plan: Plan) -> RealImages:
 def dsco_settings(plan: Plan) -> dict[str, Any]:
     """All that decides the images, for a stage's config: plain JSON, by option."""
     options = {
-        f"--dsco.{name.replace('_', '-')}": value
-        for name, value in asdict(plan.options.dsco).items()
+        f"--dsco.{name.replace('_', '-')}": value for name, value in asdict(plan.dsco).items()
     }
-    shared = {"--ipc": plan.options.ipc, "--seed": plan.options.seed, "--data": plan.data_sha256}
+    shared = {"--ipc": plan.ipc, "--seed": plan.seed, "--data": plan.data_sha256}
     return {
         **options,
         **shared,
-        **settings_by_option("dsco", describe_generator(plan, dsco_expand(plan))),
+        **settings_by_option("dsco", describe_generator(plan, plan.optimise)),
     }
 
 
@@ -205,11 +182,11 @@ def write_optimised(
         plan,
         folder,
         optimised.images_NSSC,
-        expand=dsco_expand(plan),
+        expand=plan.optimise,
         settings={
             "method": "dsco",
-            "ipc": plan.options.ipc,
-            "dsco": asdict(plan.options.dsco),
+            "ipc": plan.ipc,
+            "dsco": asdict(plan.dsco),
         },
         teacher=teacher,
         provenance={**provenance, "losses": optimised.losses_KS2.double().mean(0).tolist()},

@@ -46,7 +46,7 @@ def open_source(plan: Plan, coreset: Coreset | None, world: World = ALONE) -> It
     """
     with _opened(plan, coreset, world) as own:
         source = own if world.size == 1 else SharedImages(own, world.producing)
-        share, seed = plan.options.refresh, plan.options.seed
+        share, seed = plan.refresh, plan.seed
         by_model = coreset is not None and coreset.settings["method"] == "dace"
         source = Refreshed(source, share, seed) if by_model and share < 1 else source
         yield with_doped(source, coreset, plan.device)
@@ -60,7 +60,7 @@ def _opened(plan: Plan, coreset: Coreset | None, world: World) -> Iterator[Dealt
             images=plan.train,
             labels_N=torch.arange(len(plan.class_names)).repeat_interleave(samples),
             size_px=plan.image_size,
-            seed=plan.options.seed,
+            seed=plan.seed,
             device=plan.device,
             threads=world.threads,
         )
@@ -149,7 +149,7 @@ def describe_model(plan: Plan, expand: ExpandConfig) -> dict[str, Any] | None:
         "weights_bytes": weights_bytes(model),
         "vae": model.vae_name or "model's own",
         "scheduler": model.scheduler_config().get("_class_name"),
-        "prompt": plan.options.prompt,
+        "prompt": plan.prompt,
         **({"prompts": plan.own_prompts} if plan.own_prompts else {}),
         "start": expand.start,
         "steps": expand.steps,

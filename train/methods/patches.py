@@ -30,17 +30,17 @@ def select(
     asked, diversity = None, None
     if teacher is not None:
         asked, diversity = patch_teacher(
-            teacher, plan.options.select, plan.scoring, plan.patch_px, plan.options.candidates
+            teacher, plan.select, plan.scoring, plan.patch_px, plan.candidates
         )
     return select_patches(
         plan.train,
         asked,
-        ipc=plan.options.ipc,
+        ipc=plan.ipc,
         factor=plan.factor,
         image_size_px=plan.image_size,
         crops=plan.recipe.crops,
         pool_per_class=plan.recipe.pool_per_class,
-        seed=plan.options.seed,
+        seed=plan.seed,
         method="random" if kind == "random" else "lowest-loss",
         diversity=diversity,
         scoring=plan.scoring,
@@ -55,15 +55,15 @@ def select(
 def selection_settings(plan: Plan) -> dict[str, Any]:
     """All that decides which patches are chosen, for the stage's config: plain JSON, by option."""
     return {
-        "--seed": plan.options.seed,
-        "--ipc": plan.options.ipc,
+        "--seed": plan.seed,
+        "--ipc": plan.ipc,
         "--factor": plan.factor,
         "--image-size": plan.image_size,
         "--crops": plan.recipe.crops,
         "--pool-per-class": plan.recipe.pool_per_class,
         "--scoring": plan.scoring,
-        "--select": plan.options.select,
-        "--candidates": plan.options.candidates,
+        "--select": plan.select,
+        "--candidates": plan.candidates,
     }
 
 
@@ -87,17 +87,17 @@ def write_selected(
         class_names=plan.class_names,
         settings={
             "method": method,
-            "seed": plan.options.seed,
+            "seed": plan.seed,
             "image_size_px": plan.image_size,
             "factor": plan.factor,
             "patch_px": plan.patch_px,
-            "ipc": plan.options.ipc,
+            "ipc": plan.ipc,
             "data_sha256": plan.data_sha256,
             "selection": kind,
             "crops": plan.recipe.crops if scored else 1,
             "pool_per_class": plan.recipe.pool_per_class if scored else None,
             "scoring": plan.scoring if scored else None,
-            **({"candidates": plan.options.candidates} if diverse else {}),
+            **({"candidates": plan.candidates} if diverse else {}),
         },
         model=describe_model(plan, plan.expand) if method == "dace" else None,
         teacher=teacher,

@@ -98,8 +98,8 @@ def generate(plan: Plan, folder: Path, world: World, report: Report) -> Generate
     with _generator(plan, world) as source:
         return generate_rounds(
             source,
-            count=plan.options.generated,
-            budget_s=plan.options.budget_seconds,
+            count=plan.generated,
+            budget_s=plan.budget_seconds,
             size_px=plan.image_size,
             together=plan.generate.batch * world.size,
             kept=KeptRounds(folder / ROUNDS, _round_settings(plan)),
@@ -203,7 +203,7 @@ def write_generated(
 
     The number of images names the content, and not what decided it: a budget is provenance.
     """
-    count, variants = generated.per_class, plan.options.variants
+    count, variants = generated.per_class, plan.variants
     return write_whole_images(
         plan,
         folder,
@@ -218,21 +218,20 @@ def write_generated(
         teacher=teacher,
         provenance={
             **provenance,
-            "generation": {"budget_s": plan.options.budget_seconds, **generated.describe()},
+            "generation": {"budget_s": plan.budget_seconds, **generated.describe()},
         },
     )
 
 
 def _round_settings(plan: Plan) -> dict[str, Any]:
     """All that decides the images of a round."""
-    shared = {"--seed": plan.options.seed, "--image-size": plan.image_size}
+    shared = {"--seed": plan.seed, "--image-size": plan.image_size}
     names = {"classes": list(plan.class_names)}
     return {**shared, **names, **settings_by_option("t2i", describe_generator(plan, plan.generate))}
 
 
 def generation_settings(plan: Plan) -> dict[str, Any]:
     """All that decides how many images are generated, and which: for the stage's config."""
-    options = plan.options
     described = settings_by_option("t2i", describe_generator(plan, plan.generate))
-    kept = {"--budget-seconds": options.budget_seconds, "--variants": options.variants}
+    kept = {"--budget-seconds": plan.budget_seconds, "--variants": plan.variants}
     return {**kept, **described}

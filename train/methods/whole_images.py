@@ -63,7 +63,7 @@ def write_whole_images(
         class_ids=plan.train.class_ids,
         class_names=plan.class_names,
         settings={
-            "seed": plan.options.seed,
+            "seed": plan.seed,
             "image_size_px": plan.image_size,
             "factor": 1,
             "patch_px": plan.image_size,

@@ -61,7 +61,7 @@ def make_summary(
 
     Floats are rounded: percent to 0.01, shares, rates and seconds to 0.1, others to six digits.
     """
-    methods = plan.options.methods
+    methods = plan.methods
     accuracy = {m: mean_and_std(students[m]["accuracies"]) for m in methods}
     ceiling = mean_and_std(students[REAL]["accuracies"]) if REAL in students else None
     shares = {}
@@ -93,7 +93,7 @@ def make_summary(
 
 def _data(plan: Plan) -> dict[str, Any]:
     return {
-        "name": plan.options.data.rstrip("/").rsplit("/", 1)[-1],
+        "name": plan.data_name,
         "sha256": plan.data_sha256,
         "classes": len(plan.class_names),
         "training_images": len(plan.train),
@@ -103,48 +103,46 @@ def _data(plan: Plan) -> dict[str, Any]:
 
 def _settings(plan: Plan) -> dict[str, Any]:
     """What decided the result; None where an option plays no part."""
-    options, student = plan.options, plan.student
+    student, expand = plan.student, plan.expand
     each = plan.samples_per_class + plan.doped_samples_per_class
     samples = len(plan.class_names) * each
-    from_image = options.start == "image"
-    mixup = options.mixup and from_image
-    soft = options.targets == "soft"
-    stored = soft and options.labels != "online"
+    from_image = expand.start == "image"
+    mixup = expand.mixup and from_image
+    soft = student.targets == "soft"
+    stored = soft and plan.labels != "online"
     return {
         "recipe": plan.recipe.name,
         "about": plan.recipe.about,
-        "ipc": options.ipc,
-        "dope": options.dope,
-        "dsco": asdict(options.dsco) if "dsco" in options.methods else None,
+        "ipc": plan.ipc,
+        "dope": plan.dope,
+        "dsco": asdict(plan.dsco) if "dsco" in plan.methods else None,
         "factor": plan.factor,
         "patch_px": plan.patch_px,
         "image_size": plan.image_size,
         "model": plan.model.name if plan.model is not None else None,
-        "steps": plan.expand.steps,
-        "prompt": options.prompt,
+        "steps": expand.steps,
+        "prompt": plan.prompt,
         "prompts": plan.own_prompts or None,
         "t2i": _generation(plan),
-        "rho": options.rho if from_image else None,
+        "rho": expand.rho if from_image else None,
         "mixup": mixup,
-        "mixup_weight": options.mixup_weight if mixup else None,
-        "start": options.start,
-        "precision": plan.expand.precision,
-        "backend": options.backend,
-        "targets": options.targets,
-        "labels": options.labels if soft else None,
-        "codec": options.codec if stored else None,
-        "top_k": options.top_k if stored and options.codec == "topk" else None,
-        "components": options.kept_per_label(len(plan.class_names))
-        if stored and options.codec == "pca"
-        else None,
+        "mixup_weight": expand.mixup_weight if mixup else None,
+        "start": expand.start,
+        "precision": expand.precision,
+        "backend": expand.backend,
+        "targets": student.targets,
+        "labels": plan.labels if soft else None,
+        "codec": plan.codec if stored else None,
+        "top_k": plan.kept_per_label if stored and plan.codec == "topk" else None,
+        "components": plan.kept_per_label if stored and plan.codec == "pca" else None,
         "student": student.network,
         "epochs": student.epochs,
         "batch": student.batch,
         "student_steps": student.epochs * -(-samples // student.batch),
         "temperature": student.temperature,
         "cutmix": student.cutmix,
-        "seed": options.seed,
-        "seeds": options.seeds,
+        "seed": plan.seed,
+        "seeds": plan.seeds,
     }
 
 
@@ -175,13 +173,13 @@ def _processor() -> str:
 
 def _generation(plan: Plan) -> dict[str, Any] | None:
     """How t2i makes and varies its images; None where it is not asked for."""
-    if "t2i" not in plan.options.methods:
+    if "t2i" not in plan.methods:
         return None
     return {
         "steps": plan.generate.steps,
         "generate_size": plan.generate.size_px,
-        "variants": plan.options.variants,
-        "budget_seconds": plan.options.budget_seconds,
+        "variants": plan.variants,
+        "budget_seconds": plan.budget_seconds,
     }
 
 
@@ -190,23 +188,22 @@ def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "One recipe and one number of student steps for all methods; accuracies are of the last "
         "epoch, never of the best."
     ]
-    options = plan.options
     if "t2i" in coresets:
-        made, variants = coresets["t2i"], options.variants
+        made, variants = coresets["t2i"], plan.variants
         notes.append(
             f"t2i: {made['generated']} generated images per class, each with {variants} variants: "
             f"IPC {made['generated'] * (1 + variants)}. {plan.generate.steps} evaluation(s) made "
             f"each of them, once, at {made['images_per_s']:.1f} images/s; its epochs take none."
         )
-    if options.dope:
+    if plan.dope:
         notes.append(
-            f"Every coreset was doped with {options.dope} real images per class, and the ceiling "
+            f"Every coreset was doped with {plan.dope} real images per class, and the ceiling "
             "has as many steps."
         )
     seen = seen_classes(plan.model.folder) if plan.model is not None else None
     if plan.model is not None and seen is not None:
         known = sum(name in seen for name in plan.class_names)
-        by_model = " and ".join(m for m in plan.options.methods if m in BY_MODEL)
+        by_model = " and ".join(m for m in plan.methods if m in BY_MODEL)
         if known:
             notes.append(
                 f"{plan.model.name} was trained on images of {known} of these "
