@@ -3,10 +3,9 @@
     run.json               marks the folder as ours
     stages/<stage>.json    {"config", "state": "begun" | "done", "seconds", "result", "outputs"}
 
-A stage's file is written when it begins, then every CLOCK_EVERY_S with the seconds so far, and when
-it ends, each time whole or not at all. A stage that is done is taken over after its outputs were
-compared with their hashes; one that was only begun runs again and picks up its own checkpoints.
-Another config than before is refused.
+A stage's file is written when it begins and when it ends or is stopped, each time whole or not at
+all. A stage that is done is taken over after its outputs were compared with their hashes; one that
+was only begun runs again and picks up its own checkpoints. Another config than before is refused.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 from ...export.durable import replace_file
@@ -30,7 +28,6 @@ from .progress import Report
 
 SCHEMA = "patchbloom.run/1"
 MARK, STAGES = "run.json", "stages"
-CLOCK_EVERY_S = 10.0  # of a stage's seconds, what a kill loses at most
 OPTION_OF = {
     "teacher.network": "--teacher",
     "teacher.epochs": "--teacher-epochs",
@@ -154,51 +151,30 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                 self._report.say(f"{name}: done before, in {record['seconds']:.1f} s")
                 return record["result"]
         before = 0.0 if record is None else record.get("seconds", 0.0)
-        with self._clock(name, config, before) as seconds:
-            ended = work()
-        done = {
-            "config": config,
-            "config_sha256": config_sha256(config),
-            "state": "done",
-            "seconds": seconds(),
-            "resumed": record is not None,
-            "result": ended.result,
-            "outputs": {
-                path.relative_to(self.folder).as_posix(): _file_sha256(path)
-                for path in ended.outputs
-            },
-        }
-        self._write(name, done)
-        return json.loads(json.dumps(ended.result))
+        began = time.monotonic()
 
-    @contextmanager
-    def _clock(
-        self, name: str, config: dict[str, Any], before: float
-    ) -> Iterator[Callable[[], float]]:
-        """Keep the seconds of a begun stage in its file; yields what tells them."""
-        began, ended = time.monotonic(), Event()
+        def write(state: str, **more: Any) -> None:
+            seconds = round(before + time.monotonic() - began, 3)
+            self._write(name, {"config": config, "state": state, "seconds": seconds, **more})
 
-        def seconds() -> float:
-            return round(before + time.monotonic() - began, 3)
-
-        def write() -> None:
-            self._write(name, {"config": config, "state": "begun", "seconds": seconds()})
-
-        def tick() -> None:
-            while not ended.wait(CLOCK_EVERY_S):
-                with suppress(OSError):  # a full disk: the stage itself meets it, and tells
-                    write()
-
-        write()
-        ticking = Thread(target=tick, name=f"clock-{name}", daemon=True)
-        ticking.start()
+        write("begun")
         try:
-            yield seconds
-        finally:
-            ended.set()
-            ticking.join()
-            with suppress(OSError):
-                write()
+            ended = work()
+        except BaseException:
+            with suppress(OSError):  # a full disk may be why the work ended
+                write("begun")
+            raise
+        outputs = {
+            path.relative_to(self.folder).as_posix(): _file_sha256(path) for path in ended.outputs
+        }
+        write(
+            "done",
+            config_sha256=config_sha256(config),
+            resumed=record is not None,
+            result=ended.result,
+            outputs=outputs,
+        )
+        return json.loads(json.dumps(ended.result))
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The file of a stage; None when it never began."""
@@ -213,7 +189,8 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds of each stage that is done, in the order in which they ended.
 
-        Of a stage that was stopped and resumed, those of all its sessions together.
+        A stage that was stopped and resumed has those of all its sessions, except for sessions that
+        were killed.
         """
         files = sorted((self.folder / STAGES).glob("*.json"), key=lambda path: path.stat().st_mtime)
         records = {path.stem: json.loads(path.read_bytes()) for path in files}
