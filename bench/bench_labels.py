@@ -34,8 +34,8 @@ from patchbloom.train.commands.train import run_stages
 from patchbloom.train.options import CodecChoice, LabelChoice, TrainCoreset
 from patchbloom.train.plan import Plan
 from patchbloom.train.run.checkpoint import read_tensors
+from patchbloom.train.run.folder import RunFolder
 from patchbloom.train.run.progress import Record
-from patchbloom.train.run.shared import SharedRun
 from patchbloom.train.run.world import ALONE
 
 METHOD = "dace"
@@ -104,7 +104,7 @@ def mode_pass(
     def one_pass() -> int:
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(folder, out)
-        with SharedRun(out, report, ALONE) as run:
+        with RunFolder(out, report, ALONE) as run:
             job = Distillation(chosen, run, report, "bench_labels")
             if mode == "stored":
                 job.labels_stage(METHOD)

@@ -263,7 +263,7 @@ def _stages_of(options: tuple[str, ...]) -> dict[str, Any]:
     """Of one command."""
     asked: dict[str, Any] = {}
 
-    def stage(self: RunFolder, name: str, config: Any, work: Any, *, again: bool = False) -> Any:
+    def stage(self: RunFolder, name: str, config: Any, work: Any, **_: bool) -> Any:
         asked[name] = json.loads(json.dumps(config))
         if name == "coreset":
             return {method: {"patches_sha256": f"patches of {method}"} for method in METHODS}

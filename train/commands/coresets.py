@@ -22,16 +22,15 @@ from ..options import GENERATED
 from ..plan import Plan
 from ..report.pictures import coreset_sheet, write_picture
 from ..report.summary import provenance
-from ..run.folder import StageResult
+from ..run.folder import RunFolder, StageResult
 from ..run.progress import Report
-from ..run.shared import SharedRun
 from ..teacher.teacher import Teacher
 
 
 class RunCoresets:
     """The coresets in the folder of one run."""
 
-    def __init__(self, plan: Plan, run: SharedRun) -> None:
+    def __init__(self, plan: Plan, run: RunFolder) -> None:
         self._plan, self._run = plan, run
         self._verified: set[Path] = set()
 

@@ -15,12 +15,11 @@ from ..data.folder import images_sha256
 from ..plan import Plan
 from ..run.folder import RunError, RunFolder, StageResult
 from ..run.progress import Report
-from ..run.shared import SharedRun
 from ..teacher.training import CHECKPOINT
 from .checks import check_images_per_class
 
 
-def leave_out_damaged(plan: Plan, run: SharedRun, report: Report) -> tuple[Plan, dict[str, int]]:
+def leave_out_damaged(plan: Plan, run: RunFolder, report: Report) -> tuple[Plan, dict[str, int]]:
     """The plan without such images, and how many of each split were left out.
 
     Every file is decoded once, in a stage of its own: what comes after sees whole images only.
@@ -34,8 +33,8 @@ def leave_out_damaged(plan: Plan, run: SharedRun, report: Report) -> tuple[Plan,
     found = run.stage("data", {"--data": plan.data_sha256}, find)
     train, val = (_without(images, found[images.split]) for images in (plan.train, plan.val))
     check_images_per_class(train, plan.methods, patches=plan.samples_per_class, doped=plan.dope)
-    if any(found.values()) and run.own is not None:
-        _begin_anew(plan, run.own, report, train)
+    if any(found.values()) and run.world.leads:
+        _begin_anew(plan, run, report, train)
     left = replace(plan, train=train, val=val, data_sha256=images_sha256(train, val))
     return left, {split: len(paths) for split, paths in found.items()}
 

@@ -30,8 +30,8 @@ from ..methods.open import open_source
 from ..networks import build_network
 from ..plan import Plan
 from ..run.checkpoint import read_tensors
+from ..run.folder import RunFolder
 from ..run.progress import Report
-from ..run.shared import SharedRun
 from ..run.world import ALONE, World
 from ..students.loop import train_students
 from ..teacher.evaluation import FORWARD_BATCH
@@ -41,7 +41,7 @@ from ..teacher.teacher import Teacher
 
 def dope(
     plan: Plan,
-    run: SharedRun,
+    run: RunFolder,
     report: Report,
     teacher: Teacher,
     *,

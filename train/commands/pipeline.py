@@ -26,9 +26,8 @@ from ..methods.t2i import generation_settings
 from ..plan import Plan
 from ..report.pictures import expansion_sheet, one_sample_per_class, rendered_sheet, write_picture
 from ..report.summary import REAL, provenance
-from ..run.folder import StageResult, settings_by_option
+from ..run.folder import RunFolder, StageResult, settings_by_option
 from ..run.progress import Report
-from ..run.shared import SharedRun
 from ..students.loop import train_students
 from ..teacher.brought import measure, name_of
 from ..teacher.teacher import Teacher, load_teacher
@@ -40,7 +39,7 @@ from .doping import dope
 class Distillation:
     """One run: what was planned, the folder it fills, and who is told."""
 
-    def __init__(self, plan: Plan, run: SharedRun, report: Report, line: str) -> None:
+    def __init__(self, plan: Plan, run: RunFolder, report: Report, line: str) -> None:
         self.plan, self.run, self.report, self.line = plan, run, report, line
         self._coresets = RunCoresets(plan, run)
 

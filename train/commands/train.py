@@ -13,9 +13,8 @@ from ..plan import Plan
 from ..report.page import PICTURES, SUMMARY, accuracy_rows, write_report
 from ..report.pictures import curves
 from ..report.summary import REAL, make_summary, provenance, rounded
-from ..run.folder import StageResult, check_out
+from ..run.folder import RunFolder, StageResult, check_out
 from ..run.progress import Record, Silence
-from ..run.shared import SharedRun
 from ..run.world import open_world
 from .damaged import leave_out_damaged
 from .pipeline import Distillation
@@ -40,7 +39,7 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
         plan = world.in_turn(lambda: make_plan(options, report))
         with (
             full_disk_explained(options.out, NEEDED_BYTES),
-            SharedRun(options.out, report, world, overwrite=options.overwrite) as run,
+            RunFolder(options.out, report, world, overwrite=options.overwrite) as run,
         ):
             if isinstance(report, Record):
                 _write_settings(run.folder, options, plan, line)

@@ -17,8 +17,8 @@ from ...engine.coreset.coreset import Coreset, attach_labels
 from ...engine.errors import CoresetError
 from ..methods.source import ImageSource
 from ..plan import Plan
+from ..run.folder import RunFolder
 from ..run.progress import Report
-from ..run.shared import SharedRun
 from ..teacher.teacher import Teacher
 from .hard import HardLabels
 from .targets import (
@@ -53,7 +53,7 @@ class RunLabels:
     """Labels of the students of one source. All ranks of the run's world call the same."""
 
     plan: Plan
-    run: SharedRun
+    run: RunFolder
     report: Report
     teacher: Callable[[], Teacher]
     """Loads it, the first time that it is asked."""

@@ -3,6 +3,10 @@
     run.json               marks the folder as ours
     stages/<stage>.json    {"config", "state": "begun" | "done", "seconds", "result", "outputs"}
 
+Rank 0 alone reads and writes the folder; the ranks that follow take its decisions. A stage is rank
+0's alone, and the others wait for its result, or all ranks work together. A folder that rank 0
+cannot use, or a stage that it refuses, is its error; the others end with it (world.py).
+
 A stage's file is written when it begins and when it ends or is stopped, each time whole or not at
 all. A stage that is done is taken over after its outputs were compared with their hashes; one that
 was only begun runs again and picks up its own checkpoints. Another config than before is refused.
@@ -10,10 +14,7 @@ was only begun runs again and picks up its own checkpoints. Another config than 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -23,8 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...export.durable import replace_file
+from filelock import BaseFileLock
+
+from ...export.durable import differences, file_sha256, json_sha256, replace_json, take_lock
 from .progress import Report
+from .world import ALONE, World
 
 SCHEMA = "patchbloom.run/1"
 MARK, STAGES = "run.json", "stages"
@@ -96,27 +100,34 @@ class StageResult:
 
 
 class RunFolder(AbstractContextManager["RunFolder"]):
-    """One run folder, locked for this process."""
+    """One run folder, locked for a world."""
 
-    def __init__(self, folder: Path, report: Report, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, folder: Path, report: Report, world: World = ALONE, *, overwrite: bool = False
+    ) -> None:
         """Lock it, then, with `overwrite`, empty it: never under a process that works in it."""
-        self.folder, self._report = folder, report
+        self.folder, self.world, self._report = folder, world, report
         self._results: dict[str, dict[str, Any]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / MARK).exists():
-            _write_json(folder / MARK, {"schema": SCHEMA})
-        self._lock = os.open(folder / MARK, os.O_RDONLY)
+        self._lock = self._prepare(overwrite) if world.leads else None
+
+    def _prepare(self, overwrite: bool) -> BaseFileLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark = self.folder / MARK
+        if not mark.exists():
+            replace_json(mark, {"schema": SCHEMA})
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise RunError(f"another process works in {folder}: wait for it, or end it") from None
+            lock = take_lock(mark)
+        except TimeoutError:
+            told = f"another process works in {self.folder}: wait for it, or end it"
+            raise RunError(told) from None
         if overwrite:
-            _remove_all_but_the_mark(folder)
-        (folder / STAGES).mkdir(exist_ok=True)
+            _remove_all_but_the_mark(self.folder)
+        (self.folder / STAGES).mkdir(exist_ok=True)
+        return lock
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+        if self._lock is not None:
+            self._lock.release()
 
     def stage(
         self,
@@ -125,37 +136,53 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         work: Callable[[], StageResult],
         *,
         again: bool = False,
+        together: bool = False,
     ) -> dict[str, Any]:
-        """The result of stage `name`: from its file if it is done, else of `work`.
+        """The result of stage `name`, on every rank: from its file if it is done, else of `work`.
 
-        `config` is plain JSON, holds all that decides the result, and no path. Its keys are
-        options ("--rho") where there is one, because they appear in the message of a refusal.
-        Raises RunError when the stage was begun with another config (with `again` it is then done
-        again) or its outputs changed.
+        Rank 0 does the work alone, and must not ask anything of the world: the others wait for its
+        end. With `together` all ranks do it. `config` is plain JSON, holds all that decides the
+        result, and no path. Its keys are options ("--rho") where there is one, because they appear
+        in the message of a refusal. Raises RunError when the stage was begun with another config
+        (with `again` it is then done again) or its outputs changed.
         """
-        if name in self._results:
-            return self._results[name]
-        self._results[name] = self._run(name, json.loads(json.dumps(config)), work, again)
+        if name not in self._results:
+            config = json.loads(json.dumps(config))
+            result = self.world.once(lambda: self._done(name, config, again))
+            if result is None:
+                if self.world.leads:
+                    result = self._run(name, config, work)
+                elif together:
+                    work()
+                result = self.world.same(result)
+            assert result is not None
+            self._results[name] = result
         return self._results[name]
 
-    def _run(
-        self, name: str, config: dict[str, Any], work: Callable[[], StageResult], again: bool
-    ) -> dict[str, Any]:
+    def _done(self, name: str, config: dict[str, Any], again: bool) -> dict[str, Any] | None:
+        """The result in a stage's file, None when the stage is to be run; RunError: see `stage`."""
         record = self.read(name)
-        if again and record is not None and record["config"] != config:
-            record = None
-        if record is not None:
-            self._check_config(name, record["config"], config)
-            if record["state"] == "done":
-                self._check_outputs(name, record["outputs"])
-                self._report.say(f"{name}: done before, in {record['seconds']:.1f} s")
-                return record["result"]
-        before = 0.0 if record is None else record.get("seconds", 0.0)
-        began = time.monotonic()
+        if record is None or (again and record["config"] != config):
+            return None
+        self._check_config(name, record["config"], config)
+        if record["state"] != "done":
+            return None
+        self._check_outputs(name, record["outputs"])
+        self._report.say(f"{name}: done before, in {record['seconds']:.1f} s")
+        return record["result"]
+
+    def _run(
+        self, name: str, config: dict[str, Any], work: Callable[[], StageResult]
+    ) -> dict[str, Any]:
+        """Do the work and write its stage's file, with the seconds of earlier sessions added."""
+        record, began = self.read(name) or {}, time.monotonic()
+        if record.get("config") != config:
+            record = {}
 
         def write(state: str, **more: Any) -> None:
-            seconds = round(before + time.monotonic() - began, 3)
-            self._write(name, {"config": config, "state": state, "seconds": seconds, **more})
+            seconds = round(record.get("seconds", 0.0) + time.monotonic() - began, 3)
+            told = {"config": config, "state": state, "seconds": seconds, **more}
+            replace_json(self._file(name), told)
 
         write("begun")
         try:
@@ -164,33 +191,34 @@ class RunFolder(AbstractContextManager["RunFolder"]):
             with suppress(OSError):  # a full disk may be why the work ended
                 write("begun")
             raise
-        outputs = {
-            path.relative_to(self.folder).as_posix(): _file_sha256(path) for path in ended.outputs
-        }
+        result = json.loads(json.dumps(ended.result))
         write(
             "done",
-            config_sha256=config_sha256(config),
-            resumed=record is not None,
-            result=ended.result,
-            outputs=outputs,
+            config_sha256=json_sha256(config),
+            resumed=bool(record),
+            result=result,
+            outputs={
+                path.relative_to(self.folder).as_posix(): file_sha256(path)
+                for path in ended.outputs
+            },
         )
-        return json.loads(json.dumps(ended.result))
+        return result
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """The file of a stage; None when it never began."""
-        path = self.folder / STAGES / f"{name}.json"
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        """The file of a stage; None when it never began, and on the ranks that follow."""
+        path = self._file(name)
+        return json.loads(path.read_bytes()) if self.world.leads and path.is_file() else None
 
     def forget(self, name: str, leftovers: Iterable[Path]) -> None:
         """A stage that never ended is as if it had not begun; its `leftovers` go first."""
-        for path in (*leftovers, self.folder / STAGES / f"{name}.json"):
+        for path in (*leftovers, self._file(name)):
             path.unlink(missing_ok=True)
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds of each stage that is done, in the order in which they ended.
 
         A stage that was stopped and resumed has those of all its sessions, except for sessions that
-        were killed.
+        were killed before they could write.
         """
         files = sorted((self.folder / STAGES).glob("*.json"), key=lambda path: path.stat().st_mtime)
         records = {path.stem: json.loads(path.read_bytes()) for path in files}
@@ -198,33 +226,29 @@ class RunFolder(AbstractContextManager["RunFolder"]):
             name: record["seconds"] for name, record in records.items() if record["state"] == "done"
         }
 
-    def _write(self, name: str, record: dict[str, Any]) -> None:
-        _write_json(self.folder / STAGES / f"{name}.json", record)
+    def _file(self, name: str) -> Path:
+        return self.folder / STAGES / f"{name}.json"
 
     def _check_config(self, name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-        # What both have comes first: a setting that is there for one choice only follows from it.
-        for key in sorted(
-            before.keys() | now.keys(), key=lambda k: (k not in before.keys() & now.keys(), k)
-        ):
-            if before.get(key) != now.get(key):
-                if key == "--data":
-                    raise RunError(
-                        f"the images have changed since the {name} stage of {self.folder} was run: "
-                        "give the same data to --resume, or start again with --overwrite"
-                    )
-                was, asked = (settings.get(key, LEFT_OUT.get(key)) for settings in (before, now))
+        for key, _, _ in differences(before, now):
+            if key == "--data":
                 raise RunError(
-                    f"the {name} stage of {self.folder} was run with {key} = {was}, "
-                    f"now asked for {asked}: give the same options to --resume, "
-                    "another --out, or --overwrite"
+                    f"the images have changed since the {name} stage of {self.folder} was run: "
+                    "give the same data to --resume, or start again with --overwrite"
                 )
+            was, asked = (settings.get(key, LEFT_OUT.get(key)) for settings in (before, now))
+            raise RunError(
+                f"the {name} stage of {self.folder} was run with {key} = {was}, "
+                f"now asked for {asked}: give the same options to --resume, "
+                "another --out, or --overwrite"
+            )
 
     def _check_outputs(self, name: str, outputs: dict[str, str]) -> None:
         for relative, sha256 in outputs.items():
             path = self.folder / relative
             if not path.is_file():
                 found = "it is missing"
-            elif _file_sha256(path) != sha256:
+            elif file_sha256(path) != sha256:
                 found = "it was changed"
             else:
                 continue
@@ -257,12 +281,6 @@ def check_out(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def config_sha256(config: dict[str, Any]) -> str:
-    """One name for a stage's settings."""
-    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _is_run(mark: Path) -> bool:
     try:
         return json.loads(mark.read_bytes())["schema"] == SCHEMA
@@ -275,12 +293,3 @@ def _remove_all_but_the_mark(folder: Path) -> None:
     for entry in folder.iterdir():
         if entry.name != MARK:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
