@@ -82,13 +82,13 @@ def test_a_model_without_its_training_is_not_resumed_and_stays_until_replaced(
     assert "is not empty: --overwrite the model there" in _refused(command, RunError)
     assert not (command.out / ".work").exists()
     _begin(command, overwrite=True)
-    (command.out / ".work" / "vae.pt").write_text("of the first")
+    (command.out / ".work" / "vae.safetensors").write_text("of the first")
     seeded = replace(command.prior, seed=1)
     assert "--seed 0, now 1: give the same" in _refused(
         command, RunError, resume=True, prior=seeded
     )
     _begin(command, overwrite=True, prior=seeded)
-    assert not (command.out / ".work" / "vae.pt").exists()
+    assert not (command.out / ".work" / "vae.safetensors").exists()
     assert json.loads((command.out / ".work" / "settings.json").read_text())["seed"] == 1
     assert _texts(command.out) == {"old"}
     _begin(command, resume=True, prior=seeded)
@@ -104,6 +104,15 @@ def test_a_resume_with_other_images_or_names_says_so(command: TrainPrior, tmp_pa
     (tmp_path / "data" / "disc" / "b.png").unlink()
     error = _refused(command, RunError, resume=True)
     assert "was begun with other images in --data: give the same options to --resume" in error
+
+
+def test_a_pickled_checkpoint_of_an_older_version_is_refused(command: TrainPrior) -> None:
+    _begin(command)
+    (command.out / ".work" / "vae.pt").write_text("of torch.save")
+    error = _refused(command, RunError, resume=True)
+    assert "checkpoints (.work/*.pt) are not read: give --overwrite to begin anew" in error
+    _begin(command, overwrite=True)
+    assert not (command.out / ".work" / "vae.pt").exists()
 
 
 def test_a_teacher_that_is_not_there_is_told_before_anything_is_written(

@@ -110,6 +110,11 @@ def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
             f"{WORK}/{SETTINGS}): give --overwrite to replace it, or choose another --out"
         )
     _check_settings(out, json.loads(record.read_text()), settings)
+    if any(record.parent.glob("*.pt")):
+        raise RunError(
+            f"{out} was begun by an older version, whose checkpoints ({WORK}/*.pt) are not read: "
+            "give --overwrite to begin anew, choose another --out, or go on with that version"
+        )
 
 
 def _check_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the four training phases of a small latent diffusion prior minimise, on one drawn batch.
+"""Losses of the four training phases of a small latent diffusion prior, and its samples.
 
 1. `vae`       autoencoder: L1 on pixels and on their gradients, posterior of fixed width.
 2. `denoiser`  epsilon prediction, weighted (1 + sigma²) so that errors count alike at every noise
@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import l1_loss
@@ -268,3 +268,51 @@ def _timestep_of(sigmas_B: Tensor, table: Tensor) -> Tensor:
     above = torch.searchsorted(log_table, log_sigma).clamp(1, len(table) - 1)
     low, high = log_table[above - 1], log_table[above]
     return (above - 1) + ((log_sigma - low) / (high - low)).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- samples
+
+
+@torch.no_grad()
+def samples_of_class(
+    unet: UNet2DConditionModel,
+    scheduler: EulerAncestralDiscreteScheduler,
+    conditioning: Conditioning,
+    real_B4hw: Tensor,
+    label: int,
+    *,
+    steps: int,
+    size_px: int,
+    seed: int,
+) -> Tensor:
+    """[2B, 4, h, w]: B samples from real latents, with all steps but the first, and B from noise.
+
+    With one step the first B are the real latents themselves.
+    """
+    device, count = real_B4hw.device, len(real_B4hw)
+    visited = sampled_steps(scheduler, steps, device)
+    low = scheduler.sigmas[1:].float().to(device)
+    up = (low.square() - visited.sigmas_down.square()).clamp(min=0).sqrt()
+    draw = torch.Generator().manual_seed(seed)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=draw).to(device)
+
+    states = torch.cat(
+        [real_B4hw + low[0] * noise(real_B4hw), noise(real_B4hw) * visited.sigmas[0]]
+    )
+    prompts = torch.full((2 * count,), label, device=device)
+    side = float(size_px)
+    ids = torch.tensor([side, side, 0, 0, side, side], device=device).repeat(2 * count, 1)
+    for k, (t, high, down) in enumerate(
+        zip(visited.timesteps, visited.sigmas, visited.sigmas_down, strict=True)
+    ):
+        first = count if k == 0 else 0
+        part = states[first:]
+        rows = len(part)
+        eps = predict(
+            *(unet, part, high.repeat(rows), t.repeat(rows)),
+            *(prompts[:rows], ids[:rows], conditioning),
+        )
+        states[first:] = part + eps * (down - high) + up[k] * noise(part)
+    return states

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from ...kernels.noise import Draw, uniform
 from ...kernels.student_input import student_input
 from ..config import PriorConfig
+from ..methods.source import as_uint8
 from ..teacher.teacher import Teacher
-from .loop import LossOf, M, Phase, run_phase
+from .loop import LossOf, M, Phase
 from .losses import (
     Conditioning,
     LatentBank,
@@ -39,11 +40,11 @@ from .losses import (
     fix_posterior_width,
     guidance_loss,
     sampled_steps,
+    samples_of_class,
     sigma_table,
     vae_loss,
 )
 from .model import ModelParts, move_model, new_parts, prompt_embeddings, save_parts
-from .samples import recognised_percent, samples_of_class
 
 PROMPT = "A photo of a {name}"
 HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
@@ -96,7 +97,8 @@ class PriorTraining:
         self.sigmas = sigma_table(self.parts.scheduler).to(device)
         for module in (self.parts.vae, self.parts.unet):
             nn.Module.to(module, device)
-        self.phases: list[Phase[Any]] = []
+        self.phases: dict[str, dict[str, Any]] = {}
+        """What the card says of each that has ended."""
 
     def _run(
         self,
@@ -106,12 +108,11 @@ class PriorTraining:
         learning_rate: float,
         loss_of: LossOf[M],
     ) -> M:
-        phase = Phase(name=name, module=module, steps=steps, learning_rate=learning_rate)
-        self.phases.append(phase)
-        checkpoint = self.work / f"{name}.pt"
-        return run_phase(
-            phase, loss_of, seed=self.config.seed, checkpoint=checkpoint, report=self.report
-        )
+        phase = Phase(name, module, steps, learning_rate, self.work / f"{name}.safetensors")
+        average = phase.run(loss_of, seed=self.config.seed, report=self.report)
+        told = {"steps": steps, "seconds": round(phase.seconds, 1), "losses": phase.losses}
+        self.phases[name] = told
+        return average
 
     def _images(self, rows: Tensor | slice) -> Tensor:
         """Training images on the device, float [B, 3, H, W] in [-1, 1]."""
@@ -277,7 +278,9 @@ class PriorTraining:
             made = self.decode(torch.cat([real, sampled])).split(count)
             names = ("real", "reconstructed", "from_images", "from_noise")
             for name, part in zip(names, (images, *made), strict=True):
-                shares.setdefault(name, []).append(recognised_percent(teacher, part, label))
+                answers = teacher.logits_from_uint8(torch.from_numpy(as_uint8(part))).argmax(1)
+                share = (answers == label).float().mean().item()
+                shares.setdefault(name, []).append(round(100 * share, 1))
         return {
             "teacher": teacher.describe(),
             "images_per_class": count,
@@ -309,10 +312,7 @@ class PriorTraining:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "reconstruction_psnr_db": round(self.reconstruction_psnr_db(), 2),
-            "phases": {
-                p.name: {"steps": p.steps, "seconds": round(p.seconds, 1), "losses": p.losses}
-                for p in self.phases
-            },
+            "phases": self.phases,
         }
 
     def run(self, *, data: str, command: str, teacher: Teacher | None = None) -> Path:
