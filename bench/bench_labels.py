@@ -36,7 +36,6 @@ from patchbloom.train.plan import Plan
 from patchbloom.train.run.checkpoint import read_tensors
 from patchbloom.train.run.folder import RunFolder
 from patchbloom.train.run.progress import Record
-from patchbloom.train.run.world import ALONE
 
 METHOD = "dace"
 MODES: tuple[LabelChoice, ...] = ("online", "record", "stored")
@@ -104,7 +103,7 @@ def mode_pass(
     def one_pass() -> int:
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(folder, out)
-        with RunFolder(out, report, ALONE) as run:
+        with RunFolder(out, report) as run:
             job = Distillation(chosen, run, report, "bench_labels")
             if mode == "stored":
                 job.labels_stage(METHOD)

@@ -30,7 +30,7 @@ from typing import Any
 from filelock import BaseFileLock
 
 from .bundle_key import BUNDLE_NAME, build_command, bundle_name, why_not
-from .durable import json_sha256, take_lock
+from .durable import json_sha256, take_lock, write_durably
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -131,8 +131,7 @@ def _build(
                 "bytes": path.stat().st_size,
             }
         manifest["content_sha256"] = json_sha256(manifest)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _sync(partial / MANIFEST)
+        write_durably(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         os.rename(partial, folder)
     except BaseException as error:
         told = _space_fault(folder.parent, error)

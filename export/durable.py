@@ -164,12 +164,8 @@ def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, before, now) where two configs differ; `before` was read from JSON.
-
-    Settings that both have come first: one that only one has often follows from them.
-    """
+    """(setting, before, now) where two configs differ, by name; `before` was read from JSON."""
     now = json.loads(json.dumps(now))
-    both = before.keys() & now.keys()
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (key not in both, key)):
+    for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from cli_cases import SMALL, Command, one_thread, runner, write_small_set
 from patchbloom.engine.coreset import coreset
 from patchbloom.export import durable
 from patchbloom.train.labels import keep as run_labels
-from patchbloom.train.run.folder import RunFolder
+from patchbloom.train.run.folder import RunError, RunFolder
 from patchbloom.train.run.progress import Record
 
 
@@ -83,6 +84,26 @@ def test_another_process_at_work_in_the_folder(
             error = train(*options, option).error
             assert f"another process works in {tmp_path / 'run'}" in error
         assert (tmp_path / "run" / "teacher").is_dir()
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    holding = (
+        "import sys; from pathlib import Path; from patchbloom.export.durable import take_lock\n"
+        "lock = take_lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    mark = tmp_path / "run.json"
+    mark.write_text('{"schema": "patchbloom.run/1"}')
+    command = [sys.executable, "-c", holding, str(mark)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with Record() as record, subprocess.Popen(command, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another process works in"):
+            RunFolder(tmp_path, record)
+        process.kill()
+        process.wait()
+        with RunFolder(tmp_path, record):
+            assert json.loads(mark.read_text()) == {"schema": "patchbloom.run/1"}
 
 
 def test_other_options_than_before_are_refused(

@@ -230,7 +230,9 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         return self.folder / STAGES / f"{name}.json"
 
     def _check_config(self, name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-        for key, _, _ in differences(before, now):
+        both = before.keys() & now.keys()
+        # What both have comes first: a setting that is there for one choice only follows from it.
+        for key, _, _ in sorted(differences(before, now), key=lambda each: each[0] not in both):
             if key == "--data":
                 raise RunError(
                     f"the images have changed since the {name} stage of {self.folder} was run: "
