@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...engine.config import ExpandConfig
-from ...engine.data.class_names import display_names
-from ...engine.data.class_texts import read_prompts
 from ...engine.data.images import ImageSet, check_same_classes, open_image_set
+from ...engine.data.names import display_names, read_prompts
 from ...engine.expand.backends import require_backend, resolve_device
 from ...engine.expand.batches import fitting_batch
 from ...export.config import DeviceName, Precision

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ...engine.data.class_names import imagenet_names
+from ...engine.data.names import imagenet_names
 from ...engine.expand.backends import resolve_device
 from ..networks import TORCHVISION, build_network
 from ..run.checkpoint import CheckpointError, Tensors, read_tensors, write_tensors
