@@ -1,7 +1,7 @@
 """`engine`: build, verify and look at engines; look at coresets and export them.
 
 The last line of stdout is one JSON object. Importing this module imports neither torch nor
-TensorRT: each command imports what it needs.
+TensorRT: each command imports what it needs, when there is something for it to do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tyro.extras import SubcommandApp
 
 from . import options as c
 from .console import run_command
+from .coreset.manifest import require_manifest
 
 Coreset = c.CoresetInfo | c.CoresetVerify | c.CoresetShow | c.CoresetExport
 Engine = (
@@ -46,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _execute(command: Engine | Coreset) -> dict[str, Any]:
     if isinstance(command, Coreset):
+        require_manifest(command.folder)
         from .formats.commands import run_coreset_command  # torch
 
         return run_coreset_command(command)
-    from .builds.commands import run_engine_command  # torch
+    from .builds.commands import run_engine_command
 
     return run_engine_command(command)

@@ -71,14 +71,19 @@ def read_prompts(path: Path | None, class_ids: Sequence[str]) -> dict[str, str]:
     return {class_id: prompts[class_id] for class_id in class_ids if class_id in prompts}
 
 
+def require_text_file(option: str, path: Path) -> None:
+    """FileNotFoundError, naming the option, when there is no such file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{option} {path}: no such file")
+
+
 def _read_texts(option: str, path: Path, what: str) -> list[tuple[str, str]]:
     """The (id, text) pairs of `path`, in its order; an id may come twice.
 
     `option` and `what` ("name") are for the message: FileNotFoundError for no file, ValueError for
     other than UTF-8, JSON that cannot be read, a line without a text, or a text that is none.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{option} {path}: no such file")
+    require_text_file(option, path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

@@ -13,9 +13,8 @@ from ...engine.expand.batches import fitting_batch
 from ...export.config import DeviceName, Precision
 from ...export.models import ModelSource, find_model
 from ..batching import engine_batch_for, grouping, together_in_engine
-from ..config import RECIPES, Recipe, StudentConfig, TeacherConfig, usual_precision
+from ..config import RECIPES, TORCHVISION, Recipe, StudentConfig, TeacherConfig, usual_precision
 from ..data.folder import data_folder, images_sha256
-from ..networks import TORCHVISION
 from ..options import BY_MODEL, RunOptions
 from ..plan import Plan
 from ..run.progress import Report
