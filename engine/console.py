@@ -14,11 +14,12 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, TypeVar
 
 Parsed = TypeVar("Parsed")
+WIDEST_TABLE = 10_000  # columns, in a pipe
 # tyro draws a box around a usage error, and closes it with a hint that we give ourselves.
 _BOX = re.compile(r"[│╭╮╰╯─]+|-{5,}|For full helptext,.*|Error parsing [^:]*:|\(required\)")
 _BAD_VALUE = re.compile(
@@ -110,9 +111,22 @@ def _lines(value: Any) -> list[str]:
     return ["-" if value is None else str(value)]
 
 
-def print_table(rows: list[list[str]]) -> None:
-    """Columns, two spaces apart; the first row is their heading."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns, two spaces apart; the first row is their heading.
+
+    Cells are folded to the width of a terminal, and stay whole in a pipe or a file.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = WIDEST_TABLE
+    with console.capture() as drawn:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
