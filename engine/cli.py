@@ -20,26 +20,31 @@ Coreset = c.CoresetInfo | c.CoresetVerify | c.CoresetShow | c.CoresetExport
 Engine = (
     c.EngineBuild | c.EngineVerify | c.EngineList | c.EngineInfo | c.EngineRemove | c.EngineDoctor
 )
+COMMANDS = {
+    "build": c.EngineBuild,
+    "verify": c.EngineVerify,
+    "list": c.EngineList,
+    "info": c.EngineInfo,
+    "remove": c.EngineRemove,
+    "doctor": c.EngineDoctor,
+    "coreset info": c.CoresetInfo,
+    "coreset verify": c.CoresetVerify,
+    "coreset show": c.CoresetShow,
+    "coreset export": c.CoresetExport,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 unusable input, 130 interrupted)."""
-    coreset = SubcommandApp()
-    coreset.command(name="info")(c.CoresetInfo)
-    coreset.command(name="verify")(c.CoresetVerify)
-    coreset.command(name="show")(c.CoresetShow)
-    coreset.command(name="export")(c.CoresetExport)
-    app = SubcommandApp()
-    app.command(name="build")(c.EngineBuild)
-    app.command(name="verify")(c.EngineVerify)
-    app.command(name="list")(c.EngineList)
-    app.command(name="info")(c.EngineInfo)
-    app.command(name="remove")(c.EngineRemove)
-    app.command(name="doctor")(c.EngineDoctor)
+    app, coreset = SubcommandApp(), SubcommandApp()
+    for name, kind in COMMANDS.items():
+        under, _, name_there = name.rpartition(" ")
+        (coreset if under else app).command(name=name_there)(kind)
     app.command(coreset, name="coreset", help="Look at a coreset folder, or export it.")
     given = sys.argv[1:] if arguments is None else list(arguments)
     return run_command(
         "engine",
+        COMMANDS,
         lambda: app.cli(prog="engine", args=given, description="Engines and coresets."),
         _execute,
     )

@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with launch.one_voice():
         return run_command(
             "train",
+            STAGES,
             lambda: _parse(given),
             lambda command: _execute(command, given),
             print_error if launch.size == 1 else _tell_once,
