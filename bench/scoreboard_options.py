@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from patchbloom.train.config import RecipeName
-from patchbloom.train.networks import TORCHVISION
+from patchbloom.train.config import TORCHVISION, RecipeName
 
 Part = Literal["methods", "ablation", "patches", "students", "codecs", "gain"]
 PARTS: tuple[Part, ...] = ("methods", "ablation", "patches", "students", "codecs", "gain")

@@ -31,7 +31,7 @@ from typing import Any
 
 from patchbloom.engine.coreset.coreset import Coreset, open_coreset
 from patchbloom.export.models import find_model, weights_sha256
-from patchbloom.train.networks import TORCHVISION
+from patchbloom.train.config import TORCHVISION
 from patchbloom.train.report.summary import mean_and_std
 from patchbloom.train.teacher.brought import name_of
 from scoreboard_board import Board

@@ -1,7 +1,7 @@
 """`engine`: build, verify and look at engines; look at coresets and export them.
 
 The last line of stdout is one JSON object. Importing this module imports neither torch nor
-TensorRT: each command imports what it needs.
+TensorRT: each command imports what it needs, when there is something for it to do.
 """
 
 from __future__ import annotations
@@ -14,31 +14,37 @@ from tyro.extras import SubcommandApp
 
 from . import options as c
 from .console import run_command
+from .coreset.manifest import require_manifest
 
 Coreset = c.CoresetInfo | c.CoresetVerify | c.CoresetShow | c.CoresetExport
 Engine = (
     c.EngineBuild | c.EngineVerify | c.EngineList | c.EngineInfo | c.EngineRemove | c.EngineDoctor
 )
+COMMANDS = {
+    "build": c.EngineBuild,
+    "verify": c.EngineVerify,
+    "list": c.EngineList,
+    "info": c.EngineInfo,
+    "remove": c.EngineRemove,
+    "doctor": c.EngineDoctor,
+    "coreset info": c.CoresetInfo,
+    "coreset verify": c.CoresetVerify,
+    "coreset show": c.CoresetShow,
+    "coreset export": c.CoresetExport,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 unusable input, 130 interrupted)."""
-    coreset = SubcommandApp()
-    coreset.command(name="info")(c.CoresetInfo)
-    coreset.command(name="verify")(c.CoresetVerify)
-    coreset.command(name="show")(c.CoresetShow)
-    coreset.command(name="export")(c.CoresetExport)
-    app = SubcommandApp()
-    app.command(name="build")(c.EngineBuild)
-    app.command(name="verify")(c.EngineVerify)
-    app.command(name="list")(c.EngineList)
-    app.command(name="info")(c.EngineInfo)
-    app.command(name="remove")(c.EngineRemove)
-    app.command(name="doctor")(c.EngineDoctor)
+    app, coreset = SubcommandApp(), SubcommandApp()
+    for name, kind in COMMANDS.items():
+        under, _, name_there = name.rpartition(" ")
+        (coreset if under else app).command(name=name_there)(kind)
     app.command(coreset, name="coreset", help="Look at a coreset folder, or export it.")
     given = sys.argv[1:] if arguments is None else list(arguments)
     return run_command(
         "engine",
+        COMMANDS,
         lambda: app.cli(prog="engine", args=given, description="Engines and coresets."),
         _execute,
     )
@@ -46,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _execute(command: Engine | Coreset) -> dict[str, Any]:
     if isinstance(command, Coreset):
+        require_manifest(command.folder)
         from .formats.commands import run_coreset_command  # torch
 
         return run_coreset_command(command)
-    from .builds.commands import run_engine_command  # torch
+    from .builds.commands import run_engine_command
 
     return run_engine_command(command)

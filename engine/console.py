@@ -8,22 +8,23 @@ traceback.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tyro import _errors  # private: the version of tyro is pinned
+from tyro.extras import get_parser
+
+if TYPE_CHECKING:
+    from tyro._arguments import ArgumentDefinition
 
 Parsed = TypeVar("Parsed")
-# tyro draws a box around a usage error, and closes it with a hint that we give ourselves.
-_BOX = re.compile(r"[│╭╮╰╯─]+|-{5,}|For full helptext,.*|Error parsing [^:]*:|\(required\)")
-_BAD_VALUE = re.compile(
-    r"Error parsing (\S+): .*?'([^']*)'.* Argument helptext: \S+ (?:\{None\}\|)?([A-Z]+) "
-)
+WIDEST_TABLE = 10_000  # columns, in a pipe
 
 
 class Terminated(BaseException):
@@ -37,17 +38,19 @@ def print_error(line: str) -> None:
 
 def run_command(
     program: str,
+    commands: Mapping[str, type],
     parse: Callable[[], Parsed],
     execute: Callable[[Parsed], dict[str, Any]],
     tell: Callable[[str], None] = print_error,
 ) -> int:
     """Parse, execute, print the result as one line of JSON; returns the exit code.
 
+    `commands` are all that the program has, by name: hints for a mistyped option come from them.
     `tell` gets the line of an error: of several processes that run one command, one prints it.
     """
     try:
         with _terminated_by_exception():
-            parsed = _parse_in_one_line(program, parse)
+            parsed = _parse_in_one_line(commands, parse)
             result = execute(parsed)
     except (ValueError, OSError) as error:
         message, code = str(error) or type(error).__name__, 2
@@ -79,22 +82,67 @@ def _terminated_by_exception() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _parse_in_one_line(program: str, parse: Callable[[], Parsed]) -> Parsed:
-    """tyro's parse, its boxed usage error made one line; --help prints and exits as usual."""
-    boxed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(boxed):
-            return parse()
-    except SystemExit as end:
-        if end.code in (0, None):
-            raise
-    bad = _BAD_VALUE.search(" ".join(re.sub(r"[│─]+|-{5,}", "", boxed.getvalue()).split()))
-    if bad is not None:
-        option, value, kind = bad.groups()
-        raise ValueError(f"{option}: expected {kind}, got {value!r} (see {program} --help)")
-    lines = [_BOX.sub("", line) for line in boxed.getvalue().splitlines()[1:]]
-    told = " ".join(" ".join(lines).split()) or "the command line cannot be parsed"
-    raise ValueError(f"{told} (see {program} --help)")
+def _parse_in_one_line(commands: Mapping[str, type], parse: Callable[[], Parsed]) -> Parsed:
+    """tyro's parse, with a ValueError of one line for the box that it would draw and exit."""
+
+    def refuse(event: _errors.ParseErrorEvent) -> None:
+        told = _told(event, commands)
+        if told is not None:
+            raise ValueError(f"{told} (see {event.prog} --help)")
+
+    with _errors.on_parse_error(refuse):
+        return parse()
+
+
+def _told(event: _errors.ParseErrorEvent, commands: Mapping[str, type]) -> str | None:
+    """Why tyro refuses a command line; None for a reason that no command of ours has."""
+    match event:
+        case _errors.MissingArgs(missing_arguments=missing, unrecognized_tokens=unknown):
+            command = f"{event.prog} {missing[0].source_parser.prog_suffix}".strip()
+            needed = [f"{_spelled(each.arg)}: {_about(each.arg)}" for each in missing]
+            beside = [_unknown(unknown, commands)] if unknown else []
+            return f"{command} needs " + "; ".join([*needed, *beside])
+        case _errors.UnrecognizedArgs(tokens=tokens):
+            return _unknown(tokens, commands)
+        case _errors.MissingSubcommand(subcommand_spec=spec):
+            return f"expected one of {', '.join(spec.parser_from_name)}"
+        case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
+            name = argument.display_name()
+            return f"invalid choice {value!r} for argument {name!r}: expected {', '.join(choices)}"
+        case _errors.BadValue(argument=argument):
+            return f"{_spelled(argument)}: the value is missing"
+        case _errors.InstantiationFailure(message=message, argument=argument):
+            if argument is None:
+                return message
+            # "invalid literal for int() with base 10: 'x'", or a line like it per type.
+            kind = str(argument.lowered.metavar).removeprefix("{None}|")
+            got = message.rpartition(": ")[2]
+            return f"{argument.display_name()}: expected {kind}, got {got}"
+    return None
+
+
+def _spelled(argument: ArgumentDefinition) -> str:
+    """`--out PATH`, or `PATH` for a positional argument."""
+    name = [] if argument.is_positional() else [argument.display_name()]
+    return " ".join([*name, str(argument.lowered.metavar)])
+
+
+def _about(argument: ArgumentDefinition) -> str:
+    text = argument.field.helptext
+    return str(text() if callable(text) else text).rstrip(".")
+
+
+def _unknown(tokens: Sequence[str], commands: Mapping[str, type]) -> str:
+    """Names the options that mistyped ones are closest to, or the commands."""
+    told = f"unrecognized: {' '.join(tokens)}"
+    parsers = (get_parser(kind) for kind in commands.values())
+    options = {word for each in parsers for act in each._actions for word in act.option_strings}
+    close = [near for token in tokens for near in get_close_matches(token, options, 1, 0.8)]
+    if close:
+        return f"{told}. Perhaps you meant: {', '.join(close)}"
+    if any(token.startswith("-") for token in tokens):
+        return told
+    return f"{told}. Commands: {', '.join(commands)}"
 
 
 def print_fields(result: dict[str, Any]) -> None:
@@ -110,9 +158,22 @@ def _lines(value: Any) -> list[str]:
     return ["-" if value is None else str(value)]
 
 
-def print_table(rows: list[list[str]]) -> None:
-    """Columns, two spaces apart; the first row is their heading."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns, two spaces apart; the first row is their heading.
+
+    Cells are folded to the width of a terminal, and stay whole in a pipe or a file.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = WIDEST_TABLE
+    with console.capture() as drawn:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))

@@ -23,7 +23,7 @@ from patchbloom.engine.coreset import coreset as coreset_module
 from patchbloom.engine.coreset import pixels as coreset_images
 from patchbloom.engine.coreset.coreset import attach_labels, open_coreset, write_coreset
 from patchbloom.engine.coreset.manifest import spelled
-from patchbloom.engine.data.class_names import display_names, imagenet_names
+from patchbloom.engine.data.names import display_names, imagenet_names
 from patchbloom.engine.errors import CoresetError
 from patchbloom.engine.labels.soft_labels import LabelBlock, SoftLabels, decode_topk, encode_topk
 from PIL import Image

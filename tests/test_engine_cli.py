@@ -100,6 +100,31 @@ def test_options_are_stable(command: Any):
     assert [field.name for field in fields(command)] == OPTIONS[command]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("", "expected one of build, verify, list, info, remove, doctor, coreset"),
+        ("buidl", "unrecognized: buidl. Commands: build, verify,"),
+        ("build --batchs 2", "unrecognized: --batchs 2. Perhaps you meant: --batch"),
+        ("build --batch", "--batch INT: the value is missing"),
+        ("build --size two", "--size: expected INT, got 'two'"),
+        ("build --backend onnx", "invalid choice 'onnx' for argument '--backend': expected auto, "),
+        ("build --batch 0", "--batch 0: expected 1 or more"),
+        ("coreset export X", "engine coreset export needs --to {imagefolder,webdataset,parquet,"),
+        ("info", "engine info needs STR: Name of an engine"),
+    ],
+)
+def test_a_command_line_that_cannot_be_parsed_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: str, told: str
+):
+    assert cli.main(arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith(f"engine: error: {told}")
+    assert line.endswith("--help)")
+
+
 def test_help_is_quick():
     script = (
         "import sys; from patchbloom.engine import cli\n"

@@ -19,7 +19,7 @@ import pytest
 import torch
 from patchbloom.engine.cli import main
 from patchbloom.engine.coreset.coreset import Coreset, open_coreset, write_coreset
-from patchbloom.engine.data.class_names import imagenet_names
+from patchbloom.engine.data.names import imagenet_names
 from patchbloom.engine.formats import exports
 from patchbloom.engine.formats import webdataset as shards
 from patchbloom.engine.formats.ddranking import SUBSETS

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.engine.coreset.coreset import Coreset, attach_labels, write_coreset
-from patchbloom.engine.data.class_names import imagenet_names
+from patchbloom.engine.data.names import imagenet_names
 from patchbloom.engine.formats.ddranking import SUBSETS
 from patchbloom.engine.formats.exports import export_coreset
 from patchbloom.engine.labels.soft_labels import LabelBlock

@@ -65,16 +65,8 @@ def test_what_goes_left_is_no_breach(tmp_path: Path, file: str, text: str) -> No
     assert violations(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "engine --help",
-        "engine coreset show --help",
-        "train --help",
-        "train student --help",
-    ],
-)
-def test_help_imports_nothing_heavy(command: str) -> None:
+def run_counting_imports(command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command; the last line of its stdout names the heavy modules that it imported."""
     program, *arguments = command.split()
     script = (
         "import sys\n"
@@ -86,7 +78,63 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])\n"
         "sys.exit(code)\n"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "engine --help",
+        "engine coreset show --help",
+        "train --help",
+        "train student --help",
+    ],
+)
+def test_help_imports_nothing_heavy(command: str) -> None:
+    run = run_counting_imports(command)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(f"usage: {program}")
+    assert run.stdout.startswith(f"usage: {command.split()[0]}")
     assert run.stdout.endswith("HEAVY []\n")
+
+
+@pytest.mark.parametrize("command", ["list", "list --json", "verify", "remove --all"])
+def test_commands_without_engines_import_nothing_heavy(command: str, tmp_path: Path) -> None:
+    run = run_counting_imports(f"engine {command} --bundles {tmp_path / 'none'}")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("HEAVY []\n")
+
+
+RUN = "--data {here} --out {here}/run"
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train --data {none} --out {here}/run", "data folder {none}: found nothing; give an"),
+        ("train prior --data {none} --out {here}/m", "data folder {none}: found nothing; give an"),
+        (f"train {RUN} --class-names {{none}}", "--class-names {none}: no such file"),
+        (f"train coreset {RUN} --prompts {{none}}", "--prompts {none}: no such file"),
+        (f"train {RUN} --teacher {{none}}", "--teacher {none}: network '{none}' is unknown"),
+        (f"train {RUN} --student resnet1", "--student resnet1: network 'resnet1' is unknown"),
+        (f"train prior {RUN} --teacher {{none}}", "teacher {none}: no such file; give a file"),
+        (
+            "train verify --coreset {none} --teacher resnet18",
+            "{none} is not a coreset: no such folder",
+        ),
+        (
+            "train student --coreset {here} --out {here}/run",
+            "{here} is not a coreset: it has no manifest.json",
+        ),
+        ("engine coreset info {none}", "{none} is not a coreset: no such folder"),
+        ("engine info any --bundles {none}", "no engine in {none} is called 'any'"),
+    ],
+)
+def test_a_path_that_is_not_there_is_told_before_heavy_imports(
+    command: str, told: str, tmp_path: Path
+) -> None:
+    places = {"here": tmp_path, "none": tmp_path / "none"}
+    run = run_counting_imports(command.format(**places))
+    assert run.returncode == 2, run.stderr
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"{command.split()[0]}: error: {told.format(**places)}")
+    assert run.stdout == "HEAVY []\n"

@@ -77,9 +77,9 @@ def test_an_installed_wheel_finds_its_data_from_another_folder(
     site = tmp_path / "site"
     _run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, built[1])
     script = (
-        "from patchbloom.engine.data import class_names\n"
-        "assert class_names.display_names(['n01440764']) == ('tench',)\n"
-        "print(class_names.__file__)\n"
+        "from patchbloom.engine.data import names\n"
+        "assert names.display_names(['n01440764']) == ('tench',)\n"
+        "print(names.__file__)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
     place = _run(sys.executable, "-c", script, cwd=tmp_path, env=environment).strip()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.coreset.coreset import Coreset, open_coreset
-from patchbloom.engine.data.class_texts import read_prompts
+from patchbloom.engine.data.names import read_prompts
 from patchbloom.engine.expand.expander import Expander
 from patchbloom.engine.expand.prompts import class_prompts, encode_prompts
 from patchbloom.export.models import find_model

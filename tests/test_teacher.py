@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from patchbloom.engine.data.class_names import imagenet_names
 from patchbloom.engine.data.images import ImageSet, open_image_set
+from patchbloom.engine.data.names import imagenet_names
 from patchbloom.train.config import (
     MOST_STUDENTS,
     TeacherConfig,

@@ -10,11 +10,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from ..engine.console import print_error, run_command
+from ..engine.coreset.manifest import require_manifest
+from ..engine.data.names import require_text_file
+from .config import naming_option, require_network, teacher_file
 from .coreset_options import StudentElsewhere, TrainVerify
 from .options import STAGES, Command, Train, TrainPrior, TrainReport
 from .run.launch import read_launch
@@ -30,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with launch.one_voice():
         return run_command(
             "train",
+            STAGES,
             lambda: _parse(given),
             lambda command: _execute(command, given),
             print_error if launch.size == 1 else _tell_once,
@@ -53,8 +58,36 @@ def _parse(given: list[str]) -> Command:
     return tyro.cli(Train, prog="train", args=given, description=about)
 
 
+def _check_named(command: Command) -> None:
+    """Whether the command names what is there, before it takes seconds to import torch.
+
+    What is checked later raises the same errors, by the same functions.
+    """
+    named = vars(command)
+    if named.get("data") not in (None, "shapes"):
+        from ..engine.data.images import require_data_folder  # numpy
+
+        require_data_folder(named["data"])
+    if named.get("class_names") is not None:
+        require_text_file("--class-names", named["class_names"])
+    if named.get("prompts") is not None:
+        require_text_file("--prompts", named["prompts"].expanduser())
+    if named.get("coreset") is not None:
+        require_manifest(named["coreset"].expanduser())
+    teacher, student = named.get("teacher"), named.get("student")
+    if teacher is not None and isinstance(command, TrainPrior | TrainVerify):
+        teacher_file(teacher)
+    elif teacher is not None and not Path(teacher).expanduser().is_file():
+        with naming_option("--teacher", teacher):
+            require_network(teacher)
+    if student is not None:
+        with naming_option("--student", student):
+            require_network(student)
+
+
 def _execute(command: Command, given: list[str]) -> dict[str, Any]:
     line = " ".join(["train", *given])
+    _check_named(command)
     match command:
         case TrainPrior():
             from .commands.prior import run_prior

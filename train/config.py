@@ -6,7 +6,11 @@ Sources: RDED's published procedure; DACE (paper), where what it leaves open is 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -22,10 +26,45 @@ SMALL_IMAGES_PX = 64  # CIFAR's 32 and Tiny-ImageNet's 64, of which RDED takes w
 CHANGES_NO_RESULT = ("overlap", "accumulate", "checkpoint_every", "checkpoints_kept")
 """Options of a StudentConfig that a resumed training may have otherwise; `accumulate`, so that one
 that ran out of memory can go on: the gradient is the same, though a BatchNorm sees parts."""
+TORCHVISION = "torchvision:"
+CONVNET = re.compile(r"convnet-d([345])(?:-w(\d+)(?:to(\d+))?)?(?:-(bn|in|none))?")
+NETWORKS = ("resnet18", "resnet50", "vgg11", "alexnet", "vit-s")
 MOST_STUDENTS = 998
 _STARTS = 1000  # of a run: its students', then that of a network for doping, then the teacher's
 MOST_SEED = 2**32 // _STARTS - 1
 """Of a run: its students' seeds are 1000 times it and some, and have 32 bits."""
+
+
+def require_network(name: str) -> None:
+    """ValueError for a name that is none of a network; torchvision's are not looked up."""
+    if not (name.startswith(TORCHVISION) or CONVNET.fullmatch(name) or name in NETWORKS):
+        raise ValueError(
+            f"network {name!r} is unknown: expected convnet-d{{3,4,5}}, {', '.join(NETWORKS)} (a "
+            "ConvNet may add its width and norm: convnet-d4-w24to96-bn) or torchvision:NAME"
+        )
+
+
+@contextmanager
+def naming_option(option: str, network: str) -> Iterator[None]:
+    """A ValueError about a network says which option it came from."""
+    try:
+        yield
+    except ValueError as error:
+        hint = " or a file of weights" if option == "--teacher" else ""
+        raise ValueError(f"{option} {network}: {error}{hint}") from None
+
+
+def teacher_file(teacher: str) -> Path | None:
+    """The file that holds the teacher, or None for torchvision:NAME; FileNotFoundError for none."""
+    if teacher.startswith(TORCHVISION):
+        return None
+    path = Path(teacher).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"teacher {teacher}: no such file; give a file or torchvision:NAME "
+            "(torchvision:resnet18)"
+        )
+    return path
 
 
 def check_seed(seed: int) -> None:

@@ -29,14 +29,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import StudentPrecision
+from .config import CONVNET, TORCHVISION, StudentPrecision, require_network
 
 SMALL_IMAGE_PX = 96
 """Up to here a ResNet keeps the full resolution in its stem."""
-TORCHVISION = "torchvision:"
-CONVNET = re.compile(r"convnet-d([345])(?:-w(\d+)(?:to(\d+))?)?(?:-(bn|in|none))?")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = ("convnet-d{3,4,5}", "resnet18", "resnet50", "vgg11", "alexnet", "vit-s")
 
 
 def build_network(name: str, classes: int, size_px: int) -> nn.Module:
@@ -44,17 +41,13 @@ def build_network(name: str, classes: int, size_px: int) -> nn.Module:
 
     Raises ValueError, one line, for a name that is unknown or a size that the net cannot take.
     """
+    require_network(name)
     if name.startswith(TORCHVISION):
         network = _torchvision(name.removeprefix(TORCHVISION), classes, size_px)
     elif match := CONVNET.fullmatch(name):
         network = _convnet(match, classes, size_px)
-    elif name in _BUILDERS:
-        network = _BUILDERS[name](classes, size_px)
     else:
-        raise ValueError(
-            f"network {name!r} is unknown: expected {', '.join(NAMES)} (a ConvNet may add its "
-            "width and norm: convnet-d4-w24to96-bn) or torchvision:NAME"
-        )
+        network = _BUILDERS[name](classes, size_px)
     return network.to(memory_format=torch.channels_last)
 
 

@@ -1,4 +1,7 @@
-"""`engine list`, `info` and `remove`: the engines stored in a folder, and which fit here."""
+"""`engine list`, `info` and `remove`: the engines stored in a folder, and which fit here.
+
+Torch is imported when there is an engine to compare with this machine.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ...export.bundle import (
     BundleError,
@@ -20,8 +21,6 @@ from ...export.bundle import (
 )
 from ...export.bundle_key import GRAPHS_ONLY, batch_shape, build_command, why_not
 from ...export.config import EngineSpec
-from ...export.engines import exporter, graphs_machine_key, machine_key
-from ...export.models import Unavailable
 
 
 def list_engines(bundles: Path) -> dict[str, Any]:
@@ -67,6 +66,11 @@ def misfit(key: Mapping[str, Any]) -> list[str]:
 
     The model's weights are not compared: that takes reading them.
     """
+    import torch
+
+    from ...export.engines import exporter, graphs_machine_key, machine_key
+    from ...export.models import Unavailable
+
     graphs_only = key["backend"] == GRAPHS_ONLY
     try:
         spec = spec_of(key)

@@ -86,12 +86,8 @@ def check_class_ids(class_ids: tuple[str, ...] | list[str]) -> None:
         )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Parse and check `manifest.json`; says nothing yet about the other files.
-
-    Raises CoresetError when the folder is no coreset, the schema is another one, or any byte of the
-    manifest was changed after it was written.
-    """
+def require_manifest(folder: Path) -> Path:
+    """The path of `manifest.json`; CoresetError when there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         found = "no such folder" if not folder.is_dir() else f"it has no {MANIFEST}"
@@ -99,6 +95,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is not a coreset: {found}. Give the folder that `train` or "
             "`train coreset` wrote (RUN/coreset)"
         )
+    return path
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Parse and check `manifest.json`; says nothing yet about the other files.
+
+    Raises CoresetError when the folder is no coreset, the schema is another one, or any byte of the
+    manifest was changed after it was written.
+    """
+    path = require_manifest(folder)
     raw = path.read_bytes()
     try:
         manifest = json.loads(raw)

@@ -84,11 +84,7 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
     ``SUFFIXES`` are passed over. Raises FileNotFoundError when there is no such folder, InputError
     when it holds no classes or a class holds no images.
     """
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        found = "a file" if root.exists() else "nothing"
-        raise FileNotFoundError(f"data folder {root}: found {found}; give an existing folder")
-    folder = _split_folder(root, split)
+    folder = _split_folder(require_data_folder(root), split)
     class_ids = tuple(sorted(e.name for e in os.scandir(folder) if _is_visible_folder(e)))
     if not class_ids:
         raise InputError(
@@ -110,6 +106,15 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
         )
     labels = np.repeat(np.arange(len(class_ids), dtype=np.int64), counts)
     return ImageSet(folder, split, class_ids, tuple(paths), labels)
+
+
+def require_data_folder(root: Path | str) -> Path:
+    """The folder itself, `~` expanded; FileNotFoundError when there is none."""
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        raise FileNotFoundError(f"data folder {root}: found {found}; give an existing folder")
+    return root
 
 
 def check_same_classes(train: ImageSet, val: ImageSet) -> None:

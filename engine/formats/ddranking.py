@@ -31,7 +31,7 @@ from PIL import Image
 
 from ...kernels.mosaic import mosaic
 from ..coreset.coreset import Coreset
-from ..data.class_names import imagenet_names
+from ..data.names import imagenet_names
 from ..errors import CoresetError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -12,6 +12,7 @@ import torch
 from ...engine.data.images import ImageSet
 from ...export.machine import cxx_compiler
 from ...export.models import ModelSource, Unavailable
+from ..config import naming_option
 from ..networks import build_network
 from ..options import GENERATED, RunOptions
 
@@ -34,12 +35,8 @@ def check_network(
     ValueError, naming `option`.
     """
     shown_px = shown_px or size_px
-    try:
-        with torch.device("meta"):
-            network = build_network(name, classes, size_px)
-    except ValueError as error:
-        hint = " or a file of weights" if option == "--teacher" else ""
-        raise ValueError(f"{option} {name}: {error}{hint}") from None
+    with naming_option(option, name), torch.device("meta"):
+        network = build_network(name, classes, size_px)
     try:
         network(torch.empty(2, 3, shown_px, shown_px, device="meta"))
     except (RuntimeError, AssertionError) as error:

@@ -6,17 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...engine.config import ExpandConfig
-from ...engine.data.class_names import display_names
-from ...engine.data.class_texts import read_prompts
 from ...engine.data.images import ImageSet, check_same_classes, open_image_set
+from ...engine.data.names import display_names, read_prompts
 from ...engine.expand.backends import require_backend, resolve_device
 from ...engine.expand.batches import fitting_batch
 from ...export.config import DeviceName, Precision
 from ...export.models import ModelSource, find_model
 from ..batching import class_batch, engine_batch_for, grouping, together_in_engine
-from ..config import RECIPES, Recipe, StudentConfig, TeacherConfig, usual_precision
+from ..config import RECIPES, TORCHVISION, Recipe, StudentConfig, TeacherConfig, usual_precision
 from ..data.folder import data_folder, images_sha256
-from ..networks import TORCHVISION
 from ..options import BY_MODEL, RunOptions
 from ..plan import Plan
 from ..run.progress import Report

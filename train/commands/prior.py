@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ...engine.data.class_names import display_names
 from ...engine.data.images import ImageSet, check_no_class_emptied, open_image_set, stream_center
+from ...engine.data.names import display_names
 from ...engine.expand.backends import resolve_device
 from ...export.durable import differences, full_disk_explained, replace_json
 from ...export.models import ModelSource, weights_sha256

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...engine.console import print_table
 from ...export.durable import full_disk_explained, replace_file, replace_json
 from ..options import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from ..plan import Plan
@@ -115,7 +116,7 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
         return StageResult(summary)
 
     summary = job.run.stage("report", {"students": students}, work, again=True)
-    print(_table(accuracy_rows(summary)))
+    print_table([("method", "accuracy, %", "share of ceiling"), *accuracy_rows(summary)])
     first = ("accuracy", "ceiling", "share_of_ceiling", "seconds", "images_per_s", "bytes")
     return {
         "run": str(folder),
@@ -127,12 +128,3 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
 def _mean_losses(result: dict[str, Any]) -> list[float]:
     """Of every epoch, over the students."""
     return [sum(losses) / len(losses) for losses in zip(*result["losses"], strict=True)]
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    heads = ("method", "accuracy, %", "share of ceiling")
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(3)]
-    return "\n".join(
-        f"{name:{widths[0]}}  {accuracy:>{widths[1]}}  {share:>{widths[2]}}"
-        for name, accuracy, share in [heads, *rows]
-    )

@@ -1,13 +1,14 @@
-"""RUN/report.html: one self-contained page, made of RUN/summary.json and RUN/pictures/*.png."""
+"""RUN/report.html: one self-contained page: page.html, filled from a run's summary and pictures."""
 
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ...export.durable import replace_file
 
@@ -17,16 +18,8 @@ CAPTIONS = {
     "expansions.png": "The same patches, a column each, expanded with more and more noise.",
     "curves.png": "Training curves.",
 }
+SIZES = ("without_labels", "labels", "with_labels", "generator", "with_generator")
 RENDERED = "rendered-*.png"  # one per method
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1rem }
-table { border-collapse: collapse; margin: .6rem 0 1.2rem } th, td { padding: .25rem .8rem;
-       border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums }
-th:first-child, td:first-child, td.text { text-align: left } td.text { word-break: break-word }
-figure { margin: 1rem 0 } img { max-width: 100% } figcaption, .note { color: #555 }
-pre { background: #f5f5f5; padding: .6rem; overflow-x: auto }
-"""
 
 
 def write_report(run: Path) -> dict[str, Any]:
@@ -43,30 +36,24 @@ def write_report(run: Path) -> dict[str, Any]:
 
 def render(summary: Mapping[str, Any], pictures: Path) -> str:
     """The page; every value of the summary is escaped."""
-    title = _text(f"patchbloom: {summary['data']['name']}")
-    parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        f"<title>{title}</title><style>{_STYLE}</style></head>",
-        f"<body><h1>{title}</h1>",
-        f"<p>{_headline(summary)}</p>",
-        "<h2>Accuracy</h2>",
-        _methods_table(summary),
-        *(f"<p class='note'>{_text(note)}</p>" for note in summary["notes"]),
-        "<h2>Pictures</h2>",
-        *_figures(pictures),
-        "<h2>Bytes</h2>",
-        _bytes_table(summary),
-        "<h2>Seconds per stage</h2>",
-        _table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in summary["seconds"].items()]),
-        "<h2>Settings</h2>",
-        _pairs(summary["settings"]),
-        "<h2>Teacher</h2>",
-        _pairs({key: value for key, value in summary["teacher"].items() if key != "losses"}),
-        "<h2>Provenance</h2>",
-        _pairs(summary["provenance"]),
-        "</body></html>\n",
-    ]
-    return "\n".join(parts)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["plain"] = _plain
+    teacher = {key: value for key, value in summary["teacher"].items() if key != "losses"}
+    return environment.get_template("page.html").render(
+        {**summary, "teacher": teacher},
+        methods=_method_rows(summary),
+        figures=_figures(pictures),
+        sizes=[
+            (method, *(_amount(sizes.get(kind)) for kind in SIZES))
+            for method, sizes in summary["bytes"].items()
+        ],
+        stage_seconds=[(stage, f"{taken:.1f}") for stage, taken in summary["seconds"].items()],
+    )
 
 
 def accuracy_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -89,37 +76,12 @@ def mean_and_std(value: Sequence[float | None]) -> str:
     return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
 
-def _headline(summary: Mapping[str, Any]) -> str:
-    settings, data = summary["settings"], summary["data"]
-    return _text(
-        f"{data['classes']} classes, {settings['ipc']} image(s) per class as {settings['factor']}² "
-        f"patches of {settings['patch_px']} px; {settings['image_size']} px; recipe "
-        f"{settings['recipe']}; {settings['student_steps']} steps of every student; "
-        f"{settings['seeds']} student(s) per method, "
-        f"{settings.get('targets', 'soft')} targets. Accuracy in percent, of the last epoch, on "
-        f"all {data['validation_images']} validation images."
-    )
-
-
-def _methods_table(summary: Mapping[str, Any]) -> str:
+def _method_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rates, evals = summary["images_per_s"], summary["evals_per_image"]
-    heads = ("method", "accuracy", "share of ceiling", "evals per image", "images/s rendered")
-    rows = []
-    for name, accuracy, share in accuracy_rows(summary):
-        rate = rates.get(name)
-        rows.append(
-            (name, accuracy, share, str(evals.get(name, "-")), f"{rate:.1f}" if rate else "-")
-        )
-    return _table(heads, rows)
-
-
-def _bytes_table(summary: Mapping[str, Any]) -> str:
-    kinds = ("without_labels", "labels", "with_labels", "generator", "with_generator")
-    rows = [
-        (method, *(_amount(sizes.get(kind)) for kind in kinds))
-        for method, sizes in summary["bytes"].items()
+    return [
+        (*row, str(evals.get(row[0], "-")), f"{rates[row[0]]:.1f}" if rates.get(row[0]) else "-")
+        for row in accuracy_rows(summary)
     ]
-    return _table(("method", *(kind.replace("_", " ") for kind in kinds)), rows)
 
 
 def _amount(size_bytes: int | None) -> str:
@@ -128,7 +90,8 @@ def _amount(size_bytes: int | None) -> str:
     return f"{size_bytes / 1024:.1f} KiB" if size_bytes < 2**20 else f"{size_bytes / 2**20:.1f} MiB"
 
 
-def _figures(folder: Path) -> list[str]:
+def _figures(folder: Path) -> list[tuple[str, str, str]]:
+    """Name, caption and base64 of each picture."""
     figures = []
     captions = dict(CAPTIONS)
     for path in sorted(folder.glob(RENDERED)):
@@ -137,25 +100,8 @@ def _figures(folder: Path) -> list[str]:
     for name, caption in captions.items():
         if (folder / name).is_file():
             inlined = base64.b64encode((folder / name).read_bytes()).decode()
-            figures.append(
-                f"<figure><img alt='{_text(name)}' src='data:image/png;base64,{inlined}'>"
-                f"<figcaption>{_text(caption)}</figcaption></figure>"
-            )
+            figures.append((name, caption, inlined))
     return figures
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(name)}</th>" for name in heads)
-    lines = ["".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows]
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{_text(key)}</td><td class='text'>{_text(_plain(value))}</td></tr>"
-        for key, value in values.items()
-    )
-    return f"<table>{rows}</table>"
 
 
 def _plain(value: Any) -> str:
@@ -164,7 +110,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value))
     return "-" if value is None else str(value)
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ...engine.data.class_names import imagenet_names
+from ...engine.data.names import imagenet_names
 from ...engine.expand.backends import resolve_device
-from ..networks import TORCHVISION, build_network
+from ..config import TORCHVISION, teacher_file
+from ..networks import build_network
 from ..run.checkpoint import CheckpointError, Tensors, read_tensors, write_tensors
 from .evaluation import FORWARD_BATCH
 from .normalisation import IMAGENET, Normalisation
@@ -135,13 +136,9 @@ def load_teacher(
     Raises CheckpointError for classes or weights that do not fit, FileNotFoundError for no file.
     """
     on = resolve_device(device)  # pyright: ignore[reportArgumentType]
-    if spec.startswith(TORCHVISION):
+    path = teacher_file(spec)
+    if path is None:
         return _torchvision_teacher(spec, class_ids, on)
-    path = Path(spec).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"teacher {spec}: no such file; give a file or torchvision:NAME (torchvision:resnet18)"
-        )
     if path.suffix == ".safetensors":
         return _own_teacher(path, class_ids, on)
     if network is None or size_px is None:

@@ -1,0 +1,131 @@
+"""What the user calls the classes, and prompts for them. Torch-free.
+
+A file of names or prompts is a JSON object {id: text}, or lines "id text" (a tab, or else the first
+space, separates them): texts go to classes by id, never by order.
+
+A name comes from the first of: the user's file, the shipped map of ImageNet-1k's WordNet ids
+(`imagenet_classes.json`: the 1000 ids with a WordNet lemma each, made distinct where two classes
+share one), the folder's name with `_` and `-` read as spaces. A bare WordNet id is never a name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+_WORDNET_ID = re.compile(r"[nvars]\d{8}")
+
+
+def display_names(
+    class_ids: Sequence[str], class_names_file: str | Path | None = None
+) -> tuple[str, ...]:
+    """One name per class id, in the same order.
+
+    `class_names_file` names every class, and may name others.
+
+    Raises FileNotFoundError or ValueError for an unreadable file or a class it leaves out, and
+    ValueError for a WordNet id outside ImageNet-1k when there is no file.
+    """
+    if class_names_file is not None:
+        names = _read_names(Path(class_names_file))
+        missing = [class_id for class_id in class_ids if class_id not in names]
+        if missing:
+            raise ValueError(
+                f"--class-names {class_names_file}: expected a name for each of {len(class_ids)} "
+                f"classes, {len(missing)} missing, first {missing[0]!r}: add its id and a name"
+            )
+        return tuple(names[class_id] for class_id in class_ids)
+    return tuple(_shipped_or_folder_name(class_id) for class_id in class_ids)
+
+
+@cache
+def imagenet_names() -> dict[str, str]:
+    """The shipped map: WordNet id → name, 1000 entries sorted by id, which is ImageNet's order."""
+    # Not importlib.resources: it refuses the namespace package of an editable install.
+    shipped = Path(__file__).with_name("imagenet_classes.json")
+    return json.loads(shipped.read_text(encoding="utf-8"))
+
+
+def read_prompts(path: Path | None, class_ids: Sequence[str]) -> dict[str, str]:
+    """Classes' own prompts, by id, in the order of `class_ids`; none without a file.
+
+    A class that the file leaves out has none. Raises as _read_texts does, and ValueError for a
+    class that is given twice or is not among `class_ids`.
+    """
+    if path is None:
+        return {}
+    prompts: dict[str, str] = {}
+    for class_id, prompt in _read_texts("--prompts", path.expanduser(), "prompt"):
+        if class_id in prompts:
+            raise ValueError(f"--prompts {path}: {class_id!r} is given twice: keep one of them")
+        if class_id not in class_ids:
+            known = ", ".join(class_ids[:3])
+            raise ValueError(
+                f"--prompts {path}: expected ids of the {len(class_ids)} classes ({known}, …), "
+                f"got {class_id!r}: correct it (a tab ends an id with spaces), or leave it out"
+            )
+        prompts[class_id] = prompt
+    return {class_id: prompts[class_id] for class_id in class_ids if class_id in prompts}
+
+
+def require_text_file(option: str, path: Path) -> None:
+    """FileNotFoundError, naming the option, when there is no such file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{option} {path}: no such file")
+
+
+def _read_texts(option: str, path: Path, what: str) -> list[tuple[str, str]]:
+    """The (id, text) pairs of `path`, in its order; an id may come twice.
+
+    `option` and `what` ("name") are for the message: FileNotFoundError for no file, ValueError for
+    other than UTF-8, JSON that cannot be read, a line without a text, or a text that is none.
+    """
+    require_text_file(option, path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{option} {path}: expected UTF-8 text") from None
+    if text.lstrip().startswith("{"):
+        try:
+            pairs = json.loads(text, object_pairs_hook=list)  # a dict would keep the last of two
+        except ValueError as error:
+            raise ValueError(f"{option} {path}: expected a JSON object ({error})") from None
+    else:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        pairs = [_split_line(f"{option} {path}", line, what) for line in lines]
+    if not pairs:
+        raise ValueError(f"{option} {path}: it is empty: expected a {what} for one class or more")
+    for class_id, value in pairs:
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{option} {path}: {class_id!r}: expected a {what}, got {value!r}")
+    return [(class_id, value.strip()) for class_id, value in pairs]
+
+
+def _shipped_or_folder_name(class_id: str) -> str:
+    name = imagenet_names().get(class_id)
+    if name is not None:
+        return name
+    if _WORDNET_ID.fullmatch(class_id):
+        raise ValueError(
+            f"class folder {class_id!r} is a WordNet id that is not among ImageNet-1k's 1000: "
+            "name the classes with --class-names FILE, one line 'id name' each"
+        )
+    return " ".join(re.split(r"[_\-\s]+", class_id)).strip() or class_id
+
+
+def _read_names(path: Path) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for class_id, name in _read_texts("--class-names", path, "name"):
+        if names.setdefault(class_id, name) != name:
+            raise ValueError(f"--class-names {path}: {class_id!r} is named twice: keep one of them")
+    return names
+
+
+def _split_line(place: str, line: str, what: str) -> tuple[str, str]:
+    parts = line.split("\t", 1) if "\t" in line else line.split(None, 1)
+    if len(parts) != 2:
+        raise ValueError(f"{place}: expected a line 'id {what}', got {line!r}")
+    return parts[0].strip(), parts[1].strip()
