@@ -81,10 +81,9 @@ class SharedRun(AbstractContextManager["SharedRun"]):
         if work is not None and self.world.same(False):
             work()
 
-    @property
-    def own(self) -> RunFolder | None:
-        """The folder itself, for what rank 0 alone does; None on the ranks that follow."""
-        return self._own
+    def read(self, name: str) -> dict[str, Any] | None:
+        """Of stages.RunFolder; None on the ranks that follow."""
+        return None if self._own is None else self._own.read(name)
 
     def seconds(self) -> dict[str, float]:
         """Of stages.RunFolder; nothing on the ranks that follow."""
