@@ -28,13 +28,11 @@ from eager_bytes import count_moved
 from kernel_case import Case
 from latent_cases import latent_cases, noise_case, schedule_case
 from measure import environment, launch_us, publish, time_us
-from noise_ceiling import noise_ceiling
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.export.config import DeviceName
 from picture_cases import label_cases, pixel_cases
 from roofline import copy_bytes_per_s
 from torch import Tensor
-from triton.runtime import driver
 
 LEAST_SPEEDUP, FROM_PASSES = 4.0, 4
 """Times eager, wherever eager makes so many passes."""
@@ -115,7 +113,7 @@ def measure(case: Case, device: str, copied: float, compiled: bool) -> dict[str,
         if name != "kernel"
     }
     if case.normals:
-        row |= noise_row(case.normals / kernel_s / 1e9, device)
+        row["gnormal_per_s"] = round(case.normals / kernel_s / 1e9, 3)
     if device == "cuda":
         if case.latent_sized:
             row["launch_us"] = launch_us(case.kernel)
@@ -137,29 +135,6 @@ def bytes_row(case: Case) -> dict[str, Any]:
     }
 
 
-def noise_row(gnormal_per_s: float, device: str) -> dict[str, Any]:
-    """Numbers per second beside what arithmetic allows; on the CPU, instructions of sm_90 alone.
-
-    `ceiling` null, with the reason, where the machine code cannot be had or read.
-    """
-    row: dict[str, Any] = {"gnormal_per_s": round(gnormal_per_s, 3)}
-    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
-    try:
-        ceiling = noise_ceiling(10 * major + minor)
-    except (OSError, ValueError) as error:
-        return row | {"ceiling": None, "no_ceiling": str(error)}
-    row["instructions_per_normal"] = round(ceiling.instructions_per_normal, 1)
-    row["instructions_from"] = f"SASS of sm_{ceiling.capability}, {ceiling.unit} decides"
-    if device == "cuda":
-        active: Any = driver.active
-        found = active.utils.get_device_properties(torch.cuda.current_device())
-        clock_ghz = found["sm_clock_rate"] / 1e6  # the highest
-        most = ceiling.gnormal_per_s(found["multiprocessor_count"], clock_ghz)
-        row["ceiling_gnormal_per_s"] = round(most, 1)
-        row["share_of_ceiling"] = round(gnormal_per_s / most, 3)
-    return row
-
-
 def missed_targets(case: Case, row: dict[str, Any]) -> list[str]:
     """What the row falls short of, in words; [] when nothing."""
     missed = []
@@ -178,8 +153,7 @@ def print_case(name: str, row: dict[str, Any]) -> None:
     if "launch_us" in row:
         parts.append(f"launch {row['launch_us']['p50']} us")
     if "gnormal_per_s" in row:
-        ceiling = row.get("ceiling_gnormal_per_s", row.get("no_ceiling", "none on the CPU"))
-        parts.append(f"{row['gnormal_per_s']} Gnormal/s, ceiling {ceiling}")
+        parts.append(f"{row['gnormal_per_s']} Gnormal/s")
     if "remark" in row:
         parts.append(row["remark"])
     parts += [f"MISSED: {words}" for words in row.get("missed", ())]

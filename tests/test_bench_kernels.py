@@ -134,55 +134,6 @@ def test_a_row_names_the_targets_that_it_missed(
     assert bench.missed_targets(case, row) == expected
 
 
-SASS = """
-        /*0000*/                   LDC R1, c[0x0][0x28] ;    /* 0x00000a00ff017b82 */
-                                                             /* 0x000ff00000000800 */
-        /*0010*/              @!P2 BRA 0x40 ;                /* 0x000000000000794d */
-        /*0020*/                   DMUL R2, R2, R4 ;         /* 0x000000000000794d */
-        /*0030*/                   CALL.REL.NOINC 0x70 ;     /* 0x000000000000794d */
-        /*0040*/                   IMAD.HI.U32 R1, R2, R3 ;  /* 0x000000000000794d */
-        /*0050*/               @P1 EXIT ;                    /* 0x000000000000794d */
-        /*0060*/                   EXIT ;                    /* 0x000000000000794d */
-        /*0070*/                   BRA 0x70;                 /* 0x000000000000794d */
-"""
-
-
-def test_instructions_are_counted_on_the_way_that_is_taken(bench: ModuleType) -> None:
-    counting = sys.modules["noise_ceiling"]
-    assert counting.executed_opcodes(SASS) == ["LDC", "BRA", "IMAD", "EXIT", "EXIT"]
-    for change, found in (("BRA 0x40", "BRA 0x20"), ("BRA 0x40", "BRA 0x0")):
-        with pytest.raises(ValueError, match="expected straight code, found a"):
-            counting.executed_opcodes(SASS.replace(change, found))
-    with pytest.raises(ValueError, match="expected an address, found 'R4'"):
-        counting.executed_opcodes(SASS.replace("BRA 0x40", "BRA R4"))
-    with pytest.raises(ValueError, match="expected an EXIT, found none"):
-        counting.executed_opcodes("")
-
-
-def test_a_ceiling_that_cannot_be_counted_loses_no_time(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """No cuobjdump, one that fails, machine code of another shape, an unknown architecture."""
-    counting = sys.modules["noise_ceiling"]
-    with pytest.raises(ValueError, match="sm_120: expected sm_80 to sm_99"):
-        counting.noise_ceiling(120)
-    tool = tmp_path / "backends" / "nvidia" / "bin" / "cuobjdump"
-    tool.parent.mkdir(parents=True)
-    monkeypatch.setattr(counting.triton, "__file__", str(tmp_path / "__init__.py"))
-    for program, reason in (
-        (None, "No such file"),
-        ("#!/bin/sh\necho unknown >&2; exit 3", "sm_90: cuobjdump: unknown"),
-        ("#!/bin/sh\necho other", "expected an EXIT, found none"),
-    ):
-        if program:
-            tool.write_text(program)
-            tool.chmod(0o755)
-        row = bench.noise_row(2.0, "cpu")
-        assert row["ceiling"] is None
-        assert reason in row["no_ceiling"]
-        assert row["gnormal_per_s"] == 2.0
-
-
 def test_it_runs_on_the_cpu() -> None:
     command = [sys.executable, str(BENCH / "bench_kernels.py"), "--device", "cpu", "--json"]
     options = ["--no-record", "--no-compiled", "--only", "noise"]
@@ -196,6 +147,4 @@ def test_it_runs_on_the_cpu() -> None:
     assert row["kernel_us"]["n"] == 10
     assert row["speedup"].keys() == {"eager"}
     assert row["gnormal_per_s"] > 0
-    assert 50 < row["instructions_per_normal"] < 100
-    assert row["instructions_from"].startswith("SASS of sm_90")
     assert "missed" not in row, "nothing is a kernel here"
