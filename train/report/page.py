@@ -103,7 +103,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
 
 def _methods_table(summary: Mapping[str, Any]) -> str:
     rates, evals = summary["images_per_s"], summary["evals_per_image"]
-    heads = ("method", "accuracy", "share of ceiling", "evals per image", "images/s rendered")
+    heads = ("method", "accuracy", "share of ceiling", "evals per image", "images/s in training")
     rows = []
     for name, accuracy, share in accuracy_rows(summary):
         rate = rates.get(name)
