@@ -1,8 +1,7 @@
-"""How cost grows: with the batch, classes, images, epochs and processes; and what ImageNet takes.
+"""How cost grows: with the batch, classes, images, epochs and processes.
 
     python bench/bench_scale.py --data DIR --json
     python bench/bench_scale.py --parts scoring --size 224 --data DIR
-    python bench/bench_scale.py --parts projection --rates bench/results/DEVICE/scale-*.jsonl
 
 expansion   images/s against the engine's batch
 coreset     generated classes, IPC 1: write, verify, read, open, expand; with room for few prompts'
@@ -11,8 +10,6 @@ scoring     images scored by a small untrained teacher: memory must stay flat (Â
 labels      dense soft labels against epochs: seconds and bytes
 ranks       `torchrun N train labels`, from a teacher that is there: the whole command with its
             start, on the CPU with gloo; the gate is one content_sha256 at any N
-projection  what ImageNet-1k and -21k would take at the rates of this run and those of --rates, as
-            far as they were measured at this size, model, backend and teacher (projection.py)
 
 Every point runs in a process of its own (scale_points.py); its peak memory is that process's. A
 part that is done has its row at once, `scale-PART`; one that fails has a row of the points before
@@ -31,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +37,6 @@ from measure import Rate, environment, publish
 from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.expand.backends import resolve_device
 from pictures import default_precision
-from projection import BENCHMARK, Target, commands, project, rates_for, read_rows, table
 from scale_parts import AXES, Options, Point, points_of, settings_of
 
 FLAT = 0.1
@@ -143,26 +139,12 @@ def slopes(points: Sequence[Point]) -> Rate | None:
 
 
 def rates_of(part: str, points: Sequence[Point]) -> dict[str, dict[str, Any]]:
-    """What a projection wants: `rates`, and how they spread; of some parts none.
-
-    Of scoring and labels the slope of the two largest points, which has no start in it.
-    """
-    largest = points[-1]
-    if part in SLOPES:
-        slope, name = slopes(points), SLOPES[part]
-        if slope is None:
-            return {"rates": {}}
-        return {"rates": {name: round(slope.p50, 1)}, "rates_spread": {name: slope.row()}}
-    if part != "coreset":
+    """`rates` of scoring and labels, and how they spread: slopes, which have no start in them."""
+    slope = slopes(points) if part in SLOPES else None
+    if slope is None:
         return {"rates": {}}
-    patches = 4 * largest["classes"]
-    return {
-        "rates": {
-            "write_patches_per_s": round(patches / largest["write_s"], 1),
-            "bytes_per_patch": round(largest["patch_bytes"] / patches, 1),
-            "bytes_per_prompt": largest["all_keys_values_bytes"] / largest["classes"],
-        }
-    }
+    name = SLOPES[part]
+    return {"rates": {name: round(slope.p50, 1)}, "rates_spread": {name: slope.row()}}
 
 
 def show(part: str, points: Sequence[Point], memory: dict[str, dict[str, Any]]) -> None:
@@ -205,7 +187,7 @@ def run_part(options: Options, part: str, device: str) -> dict[str, Any] | None:
     memory = growth(points) if part == "scoring" else {}
     show(part, points, memory)
     row = environment("cpu" if part == "ranks" else device) | {
-        "benchmark": f"{BENCHMARK}{part}",
+        "benchmark": f"scale-{part}",
         **settings_of(options, part),
         "evals": points[-1].get("evals"),
         "quick": options.quick,
@@ -218,40 +200,14 @@ def run_part(options: Options, part: str, device: str) -> dict[str, Any] | None:
     return row
 
 
-def report_projection(options: Options, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Print it, from the (file, row) that fit; what was not measured, with the command for it."""
-    target = Target(
-        model=options.model,
-        backend=options.backend,
-        size_px=options.size,
-        teacher=options.teacher,
-    )
-    rates = rates_for(target, rows)
-    print(f"\n{table(target, rates)}")
-    row = {
-        "benchmark": f"{BENCHMARK}projection",
-        "target": asdict(target),
-        "projection": project(rates),
-        "rates": {name: asdict(origin) for name, origin in rates.items()},
-        "not_measured": commands(target, rates),
-    }
-    publish(row, record=False, as_json=options.json)
-
-
 def main(options: Options) -> int:
-    """Run the parts, one child after the other, and report; the exit status.
-
-    ValueError, OSError: files of --rates that are none, before anything runs.
-    """
+    """Run the parts, one child after the other, and report; the exit status."""
     device = resolve_device(options.device)
     backend, _, precision = options.backend.partition("-")
     named = f"{backend}-{precision or default_precision(device)}"
     options = replace(options.sized(), backend=named)
-    known = read_rows([path.expanduser() for path in options.rates])
-    measured = [run_part(options, part, device) for part in options.parts if part != "projection"]
+    measured = [run_part(options, part, device) for part in options.parts]
     done = [row for row in measured if row is not None]
-    if "projection" in options.parts:
-        report_projection(options, [*known, *(("this run", row) for row in done)])
     verdicts = {found["verdict"] for row in done for found in row["memory"].values()}
     complete = len(done) == len(measured) and not any(row["failed"] for row in done)
     return 0 if complete and "NOT flat" not in verdicts else 1
