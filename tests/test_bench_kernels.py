@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import bench_kernels as bench
 import pytest
 import torch
 
@@ -24,21 +22,14 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield importlib.import_module("bench_kernels")
-
-
-def test_every_operation_has_a_case(bench: ModuleType) -> None:
+def test_every_operation_has_a_case() -> None:
     names = [case.name for case in bench.make_cases("meta")]
     assert {
         name.rsplit(" to ")[0].split(" x ")[0].rsplit(" ", 1)[0] for name in names
     } == OPERATIONS
 
 
-def test_half_passes_the_gate(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_passes_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's dtypes on the CPU: the tolerances leave room for them, and for little else."""
     latents, pictures = sys.modules["latent_cases"], sys.modules["picture_cases"]
     for module in (latents, pictures):
@@ -61,9 +52,7 @@ def test_half_passes_the_gate(bench: ModuleType, monkeypatch: pytest.MonkeyPatch
         ({"speedup": {"eager": 3.99}}, ["3.99 x eager, not 4.0"]),
     ],
 )
-def test_a_row_names_the_targets_that_it_missed(
-    found: dict[str, Any], expected: list[str], bench: ModuleType
-) -> None:
+def test_a_row_names_the_targets_that_it_missed(found: dict[str, Any], expected: list[str]) -> None:
     case = bench.Case(
         name="pictures", kernel=list, reference=list, moved_bytes=1, tolerance=0, share_of_copy=0.85
     )

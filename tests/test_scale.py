@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -10,21 +9,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
+import bench_scale
 import numpy as np
 import pytest
 from PIL import Image
 
 BENCH = Path(__file__).parents[1] / "bench"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def bench_scale(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module("bench_scale")
 
 
 def write_photos(folder: Path, count: int, side_px: int) -> Path:
@@ -78,7 +72,7 @@ def rows_of(printed: str) -> dict[str, dict[str, Any]]:
     return {row["benchmark"]: row for row in rows}
 
 
-def test_bench_scale(bench_scale: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bench_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Two parts in children."""
     options = bench_scale.Options(
         parts=("coreset", "scoring"),
@@ -130,7 +124,7 @@ def scored_points(*peaks: float) -> list[dict[str, float]]:
     ]
 
 
-def test_a_rate_has_no_start_in_it(bench_scale: ModuleType):
+def test_a_rate_has_no_start_in_it():
     points = scored_points(1e9, 1e9, 1e9)
     found = bench_scale.rates_of("scoring", points)
     assert found["rates"] == {"score_images_per_s": 5.0}
@@ -141,9 +135,7 @@ def test_a_rate_has_no_start_in_it(bench_scale: ModuleType):
     assert bench_scale.rates_of("scoring", points[:1]) == {"rates": {}}
 
 
-def test_ranks_are_asked_for_what_their_row_says(
-    bench_scale: ModuleType, monkeypatch: pytest.MonkeyPatch
-):
+def test_ranks_are_asked_for_what_their_row_says(monkeypatch: pytest.MonkeyPatch):
     asked = []
 
     def train(launch: list[str], stage: str, out: Path, words: list[str]) -> None:
@@ -167,7 +159,7 @@ def test_ranks_are_asked_for_what_their_row_says(
 
 
 def test_a_failed_part_loses_no_other(
-    bench_scale: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Not the parts before and after it, and not the points before its failure."""
     expanded = {"batch": 1, "images_per_s": {"p50": 5.0}, "evals": 4, "peak_bytes": 1}
@@ -198,7 +190,7 @@ def test_a_failed_part_loses_no_other(
     assert bench_scale.main(replace(asked, parts=("labels",))) == 1
 
 
-def test_a_child_that_fails_is_named(bench_scale: ModuleType, tmp_path: Path):
+def test_a_child_that_fails_is_named(tmp_path: Path):
     options = bench_scale.Options(data=tmp_path / "nowhere", device="cpu", backend="eager-fp32")
     with pytest.raises(RuntimeError, match="images 1000: the child ended with 1"):
         next(bench_scale.run_points(options, "scoring", "cpu"))
@@ -213,7 +205,6 @@ def test_a_child_that_fails_is_named(bench_scale: ModuleType, tmp_path: Path):
     ],
 )
 def test_memory_that_grows_ends_with_1(
-    bench_scale: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     peaks: tuple[float, ...],
