@@ -28,16 +28,14 @@ With `--json` the row so far is printed after every factor, as `partial`; the la
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from epoch_runs import EpochTime, Given, Kept, Part, render_epochs, train_student
-from measure import environment, publish, quantiles
+from measure import environment, publish, quantiles, run_program
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.engine.expand.expander import Expander
@@ -275,7 +273,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, Options)

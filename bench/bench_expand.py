@@ -18,13 +18,11 @@ Beside the rates: TFLOP/s and percent of roofline, by the arithmetic that an ima
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
-import tyro
 from expand_peers import Options, Peers, open_peers
-from measure import Rate, environment, measure_rates, publish, ratios
+from measure import Rate, environment, measure_rates, publish, ratios, run_program
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.engine.expand.schedule import make_schedule
 from patchbloom.export.models import ModelSource, find_model
@@ -166,7 +164,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, Options)

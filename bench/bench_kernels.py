@@ -16,16 +16,14 @@ With `--json` the row so far is printed after every case, as `partial`; the last
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
 from kernel_case import Case
 from latent_cases import latent_cases, noise_case
-from measure import environment, launch_us, publish, time_us
+from measure import environment, launch_us, publish, run_program, time_us
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.export.config import DeviceName
 from picture_cases import label_cases, pixel_cases
@@ -155,7 +153,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, Options)

@@ -9,14 +9,12 @@ as diffusers does in one call. Wrong prompts and a wrong timestep must fail the 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from diffusers_peer import open_pipeline
-from measure import environment, publish
+from measure import environment, publish, run_program
 from patchbloom.export.models import find_model
 from pictures import (
     TOLERANCE,
@@ -110,7 +108,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, Options)

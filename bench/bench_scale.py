@@ -32,8 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tyro
-from measure import Rate, environment, publish
+from measure import Rate, environment, publish, run_program
 from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.expand.backends import resolve_device
 from pictures import default_precision
@@ -148,20 +147,10 @@ def rates_of(part: str, points: Sequence[Point]) -> dict[str, dict[str, Any]]:
 
 
 def show(part: str, points: Sequence[Point], memory: dict[str, dict[str, Any]]) -> None:
-    """A line per point, and per verdict on its memory."""
+    """A line of JSON per point, and a line per verdict on its memory."""
     print(f"\n{part}")
     for point in points:
-        cells = []
-        for name, value in point.items():
-            if isinstance(value, list):
-                continue
-            if name.endswith("_bytes"):
-                cells.append(f"{name.removesuffix('_bytes')} {value / 1e6:,.1f} MB")
-            elif isinstance(value, dict):
-                cells.append(f"{name} {value['p50']:,.1f}")
-            else:
-                cells.append(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}")
-        print("  " + "   ".join(cells))
+        print(f"  {json.dumps(point)}")
     for key, found in memory.items():
         measured = ""
         if "growth" in found:
@@ -214,8 +203,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Options)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main, Options, wrong=2)

@@ -11,15 +11,13 @@ host, which no faster kernel mends.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
-from measure import environment, publish, timed
+from measure import environment, publish, run_program, timed
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.export.config import DeviceName, Weights
 from patchbloom.export.models import find_model
@@ -154,7 +152,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, Options)
