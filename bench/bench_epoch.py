@@ -30,7 +30,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -83,8 +82,6 @@ class Options:
     """Turns of the runs: n, as a run gives one number."""
     batch: int = 32
     """Images per call of the engine."""
-    bundles: Path | None = None
-    """Folder of built engines; by default the user's cache."""
     json: bool = False
     """Print the row as the last line."""
     record: bool = True
@@ -102,7 +99,6 @@ def open_source(options: Options, factor: int, device: str) -> Expansions:
         batch=min(options.batch, len(coreset.labels_N)),
         backend=options.backend,
         device=options.device,
-        bundles=options.bundles,
         nan_gate=options.weights != "random",
     )
     expander = Expander(

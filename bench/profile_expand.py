@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,8 +51,6 @@ class Options:
     patches_per_class: int = 40
     largest: int = 10
     """Costs to name."""
-    bundles: Path | None = None
-    """Folder of built engines; by default the user's cache."""
     json: bool = False
     """Print the row as the last line."""
     record: bool = True
@@ -97,7 +94,6 @@ def measure(options: Options, device: str) -> dict[str, Any]:
         find_model(options.model, options.weights),
         coreset,
         device=device,
-        bundles=options.bundles,
         size_px=options.size,
         batch=options.batch,
         nan_gate=options.weights != "random",
