@@ -44,6 +44,11 @@ class Outcome:
         assert self.code == 0, self.err
         return json.loads(self.out.splitlines()[-1])
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """The result, or {"error": the one line that reports the error}."""
+        return {"error": self.error} if self.code else self.result
+
 
 Command = Callable[..., Outcome]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import measure
 import numpy as np
 import pytest
-from patchbloom.train.prior.model import new_parts, save_parts
+from cli_cases import write_small_model
 from PIL import Image
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -110,8 +110,7 @@ def test_bench_score_without_data(tmp_path: Path):
 
 def test_bench_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    parts = new_parts(32, tmp_path / "words", unet_channels=(16, 32, 64), vae_channels=(8, 16, 16))
-    save_parts(parts, tmp_path / "model")
+    write_small_model(tmp_path)
     command = [sys.executable, str(BENCH / "bench_labels.py"), "--no-record", "--json"]
     options = ["--epochs", "1", "--rounds", "1", "--threads", "1", "--shapes-per-class", "5"]
     done = subprocess.run(

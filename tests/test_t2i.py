@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_cases import runner
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.coreset.coreset import Coreset, open_coreset
 from patchbloom.engine.data.class_texts import read_prompts
@@ -59,20 +60,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str], given: tuple[str, ...]) -> Train:
-    """Run `train ...`; its result, or {"error": the one line that it ends with}."""
-
-    def run(*arguments: str | Path) -> dict[str, Any]:
-        capsys.readouterr()
-        words = [str(argument) for argument in arguments]
-        stage = [words.pop(0)] if not words[0].startswith("--") else []
-        code = cli.main([*stage, *given, *words])
-        told = capsys.readouterr()
-        if code == 0:
-            return json.loads(told.out.splitlines()[-1])
-        assert code == 2, told.err
-        return {"error": told.err.splitlines()[-1]}
-
-    return run
+    run = runner(capsys)
+    return lambda *arguments: run(*arguments, *given).told
 
 
 @pytest.fixture(scope="module")
