@@ -28,16 +28,13 @@ With `--json` the row so far is printed after every factor, as `partial`; the la
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from epoch_runs import EpochTime, Given, Kept, Part, render_epochs, train_student
-from measure import environment, publish, quantiles
+from measure import environment, publish, quantiles, run_program
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.engine.expand.expander import Expander
@@ -85,8 +82,6 @@ class Options:
     """Turns of the runs: n, as a run gives one number."""
     batch: int = 32
     """Images per call of the engine."""
-    bundles: Path | None = None
-    """Folder of built engines; by default the user's cache."""
     json: bool = False
     """Print the row as the last line."""
     record: bool = True
@@ -104,7 +99,6 @@ def open_source(options: Options, factor: int, device: str) -> Expansions:
         batch=min(options.batch, len(coreset.labels_N)),
         backend=options.backend,
         device=options.device,
-        bundles=options.bundles,
         nan_gate=options.weights != "random",
     )
     expander = Expander(
@@ -275,7 +269,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, Options)

@@ -18,13 +18,12 @@ Beside the rates: TFLOP/s and percent of roofline, by the arithmetic that an ima
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
-import tyro
 from expand_peers import Options, Peers, open_peers
-from measure import Rate, environment, measure_rates, publish, ratios
+from measure import Rate, environment, measure_rates, publish, ratios, run_program
+from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.engine.expand.schedule import make_schedule
 from patchbloom.export.models import ModelSource, find_model
@@ -44,7 +43,8 @@ def arithmetic(
     options: Options, model: ModelSource, device: str, rates: dict[str, Rate]
 ) -> dict[str, Any]:
     """What an image needs, what the device reaches, and how far each peer is from it."""
-    evals = make_schedule(model.scheduler_config(), steps=options.steps, rho=options.rho).evals
+    config = ExpandConfig(size_px=options.size)
+    evals = make_schedule(model.scheduler_config(), steps=config.steps, rho=config.rho).evals
     work = count_image_work(model, size_px=options.size, batch=options.batch, evals=evals)
     usual = default_precision(device)
     precisions = {name: peer_precisions(name, model, usual) for name in rates}
@@ -145,7 +145,7 @@ def main(options: Options) -> None:
         classes=options.classes,
         patches_per_class=options.patches_per_class,
         side_px=options.size // 2,
-        seed=options.seed,
+        seed=0,
     )
     peers = open_peers(options, model, device, coreset)
     rates = measure_rates(peers.passes, rounds=options.rounds)
@@ -166,7 +166,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, Options)

@@ -2,14 +2,13 @@
 
     python bench/bench_kernels.py --json                     (on a GPU, under 2 minutes)
     python bench/bench_kernels.py --device cpu --no-record   (a rehearsal: references only)
-    python bench/bench_kernels.py --bytes-only               (the table of bytes, without a GPU)
 
 First the gate: kernel and reference agree, or no time is taken. Then the clock, CUDA events with a
 cleared cache (measure.py): p20, p50, p80 in microseconds, and for each operation the bytes that it
-must move, by the formula in its file, as a share of what a copy reaches on the same device; beside
-them what eager moves, counted (eager_bytes.py). Operations on latents wait for their launch more
-than for memory: theirs is given too. A row names the targets that it missed: a share of copy
-bandwidth for pictures of 512 px, and 4 times eager where eager makes 4 passes.
+must move, by the formula in its file, as a share of what a copy reaches on the same device.
+Operations on latents wait for their launch more than for memory: theirs is given too. A row names
+the targets that it missed: a share of copy bandwidth for pictures of 512 px, and 4 times eager
+where eager makes 4 passes.
 
 With `--json` the row so far is printed after every case, as `partial`; the last line is the row.
 """
@@ -17,27 +16,19 @@ With `--json` the row so far is printed after every case, as `partial`; the last
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
-from eager_bytes import count_moved
 from kernel_case import Case
-from latent_cases import latent_cases, noise_case, schedule_case
-from measure import environment, launch_us, publish, time_us
-from noise_ceiling import noise_ceiling
+from latent_cases import latent_cases, noise_case
+from measure import environment, launch_us, publish, run_program, time_us
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.export.config import DeviceName
 from picture_cases import label_cases, pixel_cases
 from roofline import copy_bytes_per_s
 from torch import Tensor
-from triton.runtime import driver
-
-LEAST_SPEEDUP, FROM_PASSES = 4.0, 4
-"""Times eager, wherever eager makes so many passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +39,6 @@ class Options:
     """`auto` is cuda where there is one; on the CPU shapes are small, and nothing is a kernel."""
     only: str = ""
     """Cases whose names hold this."""
-    bytes_only: bool = False
-    """Only count bytes, at a GPU's shapes, on tensors without memory: needs no GPU."""
     compiled: bool = True
     """Also time torch.compile of the references."""
     json: bool = False
@@ -61,15 +50,13 @@ class Options:
 def make_cases(device: str) -> list[Case]:
     """sdxl-tiny's shapes on the CPU, else SDXL-Turbo's at 224 and 512 px, the larger compiled."""
     if device == "cpu":
-        cases = [*latent_cases(device, 32, 16, compiled=True), schedule_case(device, 32, 16, 64)]
+        cases = latent_cases(device, 32, 16, compiled=True)
         cases += pixel_cases(device, 32, 64, compiled=True)
         return cases + label_cases(device, 32, 100, 10, compiled=True)
     cases = [
         *latent_cases(device, 32, 28, compiled=False),
         *latent_cases(device, 64, 64, compiled=True),
         noise_case(device, 64, (3, 512, 512), compiled=False),
-        schedule_case(device, 32, 28, 224),
-        schedule_case(device, 64, 64, 224),
     ]
     for side, compiled in ((224, False), (512, True)):
         cases += pixel_cases(device, 64, side, compiled=compiled)
@@ -98,9 +85,7 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 
 def measure(case: Case, device: str, copied: float, compiled: bool) -> dict[str, Any]:
     """The case's row."""
-    row: dict[str, Any] = {"max_difference": check(case), **bytes_row(case)}
-    if case.remark:
-        row["remark"] = case.remark
+    row: dict[str, Any] = {"max_difference": check(case), "moved_bytes": case.moved_bytes}
     peers = {"kernel": case.kernel, "eager": case.reference}
     if compiled and case.compiled:
         peers["compiled"] = torch.compile(case.reference, dynamic=False)
@@ -115,48 +100,11 @@ def measure(case: Case, device: str, copied: float, compiled: bool) -> dict[str,
         if name != "kernel"
     }
     if case.normals:
-        row |= noise_row(case.normals / kernel_s / 1e9, device)
+        row["gnormal_per_s"] = round(case.normals / kernel_s / 1e9, 3)
     if device == "cuda":
         if case.latent_sized:
             row["launch_us"] = launch_us(case.kernel)
         row["missed"] = missed_targets(case, row)
-    return row
-
-
-def bytes_row(case: Case) -> dict[str, Any]:
-    """Bytes by the formula, bytes and passes of eager.
-
-    A pass is an operation that moves at least a hundredth of what the formula does.
-    """
-    eager = count_moved(case.reference)
-    return {
-        "moved_bytes": case.moved_bytes,
-        "eager_bytes": eager.total_bytes,
-        "bytes_ratio": round(eager.total_bytes / case.moved_bytes, 2),
-        "eager_passes": eager.passes(case.moved_bytes / 100),
-    }
-
-
-def noise_row(gnormal_per_s: float, device: str) -> dict[str, Any]:
-    """Numbers per second beside what arithmetic allows; on the CPU, instructions of sm_90 alone.
-
-    `ceiling` null, with the reason, where the machine code cannot be had or read.
-    """
-    row: dict[str, Any] = {"gnormal_per_s": round(gnormal_per_s, 3)}
-    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
-    try:
-        ceiling = noise_ceiling(10 * major + minor)
-    except (OSError, ValueError) as error:
-        return row | {"ceiling": None, "no_ceiling": str(error)}
-    row["instructions_per_normal"] = round(ceiling.instructions_per_normal, 1)
-    row["instructions_from"] = f"SASS of sm_{ceiling.capability}, {ceiling.unit} decides"
-    if device == "cuda":
-        active: Any = driver.active
-        found = active.utils.get_device_properties(torch.cuda.current_device())
-        clock_ghz = found["sm_clock_rate"] / 1e6  # the highest
-        most = ceiling.gnormal_per_s(found["multiprocessor_count"], clock_ghz)
-        row["ceiling_gnormal_per_s"] = round(most, 1)
-        row["share_of_ceiling"] = round(gnormal_per_s / most, 3)
     return row
 
 
@@ -166,8 +114,8 @@ def missed_targets(case: Case, row: dict[str, Any]) -> list[str]:
     if case.share_of_copy is not None and row["share_of_copy"] < case.share_of_copy:
         missed.append(f"share_of_copy {row['share_of_copy']}, not {case.share_of_copy}")
     speedup = row["speedup"]["eager"]
-    if row["eager_passes"] >= FROM_PASSES and speedup < LEAST_SPEEDUP:
-        missed.append(f"{speedup} x eager, not {LEAST_SPEEDUP}")
+    if case.speedup is not None and speedup < case.speedup:
+        missed.append(f"{speedup} x eager, not {case.speedup}")
     return missed
 
 
@@ -178,31 +126,13 @@ def print_case(name: str, row: dict[str, Any]) -> None:
     if "launch_us" in row:
         parts.append(f"launch {row['launch_us']['p50']} us")
     if "gnormal_per_s" in row:
-        ceiling = row.get("ceiling_gnormal_per_s", row.get("no_ceiling", "none on the CPU"))
-        parts.append(f"{row['gnormal_per_s']} Gnormal/s, ceiling {ceiling}")
-    if "remark" in row:
-        parts.append(row["remark"])
+        parts.append(f"{row['gnormal_per_s']} Gnormal/s")
     parts += [f"MISSED: {words}" for words in row.get("missed", ())]
     print(f"{name:48} {row['kernel_us']['p50']:9.1f} us   {', '.join(parts)}", flush=True)
 
 
-def print_bytes(rows: dict[str, dict[str, Any]]) -> None:
-    """The table of bytes."""
-    print(f"\n{'':48} {'formula, MB':>12} {'eager, MB':>12} {'ratio':>7} {'passes':>7}")
-    for name, row in rows.items():
-        moved, eager = row["moved_bytes"] / 1e6, row["eager_bytes"] / 1e6
-        print(
-            f"{name:48} {moved:12.3f} {eager:12.3f} {row['bytes_ratio']:7} {row['eager_passes']:7}"
-        )
-
-
 def main(options: Options) -> None:
     """Gate, measure, report."""
-    if options.bytes_only:
-        counted = {c.name: bytes_row(c) for c in make_cases("meta") if options.only in c.name}
-        print_bytes(counted)
-        publish({"benchmark": "kernels", "cases": counted}, record=False, as_json=options.json)
-        return
     began = time.perf_counter()
     device = resolve_device(options.device)
     copied = copy_bytes_per_s(device)
@@ -218,13 +148,9 @@ def main(options: Options) -> None:
             print_case(case.name, rows[case.name])
             if options.json:
                 print(json.dumps(row | {"partial": True, "cases": rows}), flush=True)
-    print_bytes(rows)
     row |= {"seconds": round(time.perf_counter() - began, 1), "cases": rows}
     publish(row, record=options.record, as_json=options.json)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, Options)

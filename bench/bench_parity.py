@@ -9,14 +9,11 @@ as diffusers does in one call. Wrong prompts and a wrong timestep must fail the 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import tyro
 from diffusers_peer import open_pipeline
-from measure import environment, publish
+from measure import environment, publish, run_program
 from patchbloom.export.models import find_model
 from pictures import (
     TOLERANCE,
@@ -41,13 +38,8 @@ class Options:
     """Engine batches; as many pictures are made."""
     size: int = 64
     """Image size in px; patches have half of it."""
-    steps: int = 5
-    rho: float = 0.8
     classes: int = 10
     threads: int = 2
-    bundles: Path | None = None
-    """Folder of built engines; by default the user's cache."""
-    seed: int = 0
     json: bool = False
     """Print the row as the last line."""
     record: bool = True
@@ -66,23 +58,14 @@ def main(options: Options) -> None:
         classes=options.classes,
         patches_per_class=per_class,
         side_px=options.size // 2,
-        seed=options.seed,
+        seed=0,
     )
     errors: dict[str, dict[int, Errors]] = {}
     print("backend        batch   max abs  relative L2     PSNR  wrong timestep  wrong prompt")
     for name in options.backends:
         for batch in options.batches:
             expander = open_expander(
-                name,
-                model,
-                coreset,
-                device="cpu",
-                bundles=options.bundles,
-                size_px=options.size,
-                steps=options.steps,
-                rho=options.rho,
-                seed=options.seed,
-                batch=batch,
+                name, model, coreset, device="cpu", size_px=options.size, batch=batch
             )
             samples = torch.arange(batch) * 7 % len(coreset.labels_N)
             expected = pipeline_pictures(pipeline, coreset, samples, expander.config)
@@ -101,8 +84,8 @@ def main(options: Options) -> None:
         "benchmark": "parity",
         "model": options.model,
         "size_px": options.size,
-        "steps": options.steps,
-        "rho": options.rho,
+        "steps": expander.config.steps,
+        "rho": expander.config.rho,
         "tolerance": TOLERANCE,
         "errors": errors,
     }
@@ -110,7 +93,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, Options)

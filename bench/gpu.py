@@ -8,8 +8,8 @@ A stage is a process group of its own and is killed whole at its limit, after Py
 into its log where it hung; the next stage starts all the same. One that hangs in the driver, where
 no signal arrives, is left behind after DEATH_S, and the table says so. What a stage may take, its
 death included, is at most what is left of the form's total without the least times of the stages
-after it; where nothing is left, it is not run. A stage whose libraries are not here, or do not
-import, is skipped and says which. `--out` gets a log per stage, summary.txt, and the rows as
+after it; where nothing is left, it is not run. A stage whose libraries are not here is skipped and
+says which. `--out` gets a log per stage, summary.txt, and the rows as
 bench/results/ has them, <device>/<benchmark>.jsonl, each with its stage and command; of a benchmark
 that did not end, the row so far.
 
@@ -220,10 +220,10 @@ def run_stages(stages: Sequence[Stage], out: Path, deadline: float = inf) -> lis
         }
         for number, stage in enumerate(stages):
             print(f"[{number + 1}/{len(stages)}] {stage.name}: ", end="", flush=True)
-            later = [each for each in stages[number + 1 :] if not lacking.keys() & set(each.needs)]
+            later = [each for each in stages[number + 1 :] if not lacking & set(each.needs)]
             limit_s = allowed_s(stage, later, deadline - time.monotonic())
             try:
-                if lacks := [lacking[name] for name in stage.needs if name in lacking]:
+                if lacks := [name for name in stage.needs if name in lacking]:
                     outcome = Outcome(stage.name, "skipped", said=f"needs {', '.join(lacks)}")
                 else:
                     outcome = run_stage(stage, out, environment, limit_s)

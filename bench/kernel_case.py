@@ -29,10 +29,10 @@ class Case:
     """The launch takes longer than the work: its time is reported."""
     share_of_copy: float | None = None
     """The least share of copy bandwidth that is good enough; None: no target."""
+    speedup: float | None = 4.0
+    """The least times eager torch that is good enough; None: no target, eager makes few passes."""
     compiled: bool = True
     """Whether torch.compile of the reference is timed too: compilation takes seconds."""
-    remark: str = ""
-    """What the row must say of how it was measured."""
 
 
 def model_dtype(device: str) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Noise, first state and sampler steps of a batch of latents, alone and as a schedule in one graph.
+"""Noise, first state and sampler steps of a batch of latents.
 
 Formulas of the bytes: kernels/noise.py, latents.py, sampler.py and table_step.py. Names give
 samples x channels x rows x columns. Model inputs and eps are of ``model_dtype``.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,11 @@ from patchbloom.engine.expand.schedule import make_schedule
 from patchbloom.kernels.latents import start_state, start_state_reference
 from patchbloom.kernels.noise import Draw, normal, normal_reference
 from patchbloom.kernels.sampler import euler_ancestral_step, euler_ancestral_step_reference
-from patchbloom.kernels.student_input import student_input, student_input_reference
 from patchbloom.kernels.table_step import (
     euler_ancestral_table_step,
     euler_ancestral_table_step_reference,
     step_table,
 )
-from picture_cases import Views, random_views, view_bytes
 from torch import Tensor
 
 SEED, EPOCH = 1, 2
@@ -128,65 +125,3 @@ def latent_cases(device: str, batch: int, side: int, *, compiled: bool) -> list[
             **sized,
         ),
     ]
-
-
-def schedule_case(device: str, batch: int, side: int, size_px: int) -> Case:
-    """All that stands between four evaluations: first state, four steps, the student's input.
-
-    On a GPU the calls are captured in one CUDA graph and the time is a replay's; on the CPU the
-    same calls are made one by one. The networks are left out: eps and the pictures stay the same.
-    """
-    half, given = model_dtype(device), random_latents(device, batch, side)
-    views = random_views(device, batch, 8 * side)
-    shape = given.bank.shape
-    buffers = torch.empty(shape, device=device), torch.empty(shape, dtype=half, device=device)
-
-    def calls() -> tuple[Tensor, ...]:
-        start_state(given.bank, given.rows, given.rows, *given.classes, **START, out=buffers)
-        for step in given.steps.split(1):
-            named = given.table, step, given.epoch
-            euler_ancestral_table_step(
-                buffers[0], given.eps, given.rows, *named, seed=SEED, out=buffers
-            )
-        return *buffers, student_input(*views.inputs, size_px, **views.moments, dtype=half)
-
-    s = half.itemsize
-    per_number = 2 * 4 + 4 + s + SCHEDULE.evals * (4 + s + 4 + s)
-    return Case(
-        name=f"4-eval schedule {batch} x 4 x {side} x {side} to {size_px}",
-        kernel=_captured(calls) if device == "cuda" else calls,
-        reference=lambda: _schedule_reference(given, views, size_px, half),
-        moved_bytes=per_number * given.bank.numel() + view_bytes(views, size_px, half),
-        tolerance=STEP_TOLERANCE,
-        latent_sized=True,
-        compiled=False,
-        remark="one CUDA graph, replayed" if device == "cuda" else "no CUDA graph: call by call",
-    )
-
-
-def _schedule_reference(
-    given: Latents, views: Views, size_px: int, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    names = given.bank, given.rows, given.rows, *given.classes
-    state, model_input = start_state_reference(*names, **START)
-    for step in given.steps.split(1):
-        named = given.table, step, given.epoch
-        state, model_input = euler_ancestral_table_step_reference(
-            state, given.eps, given.rows, *named, seed=SEED
-        )
-    shown = student_input_reference(*views.inputs, size_px, **views.moments)
-    return state, model_input, shown.to(dtype)
-
-
-def _captured(calls: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-    calls()  # compiles the kernels, which a capture must not
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = calls()
-
-    def replay() -> tuple[Tensor, ...]:
-        graph.replay()
-        return results
-
-    return replay

@@ -16,13 +16,14 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -235,6 +236,22 @@ def publish(row: Mapping[str, object], *, record: bool, as_json: bool) -> None:
         print(f"appended to {append_row(str(row['benchmark']), row)}")
     if as_json:
         print(json.dumps(row))
+
+
+def run_program(
+    main: Callable[[Any], int | None], options: type[Any], *, wrong: int = 1
+) -> NoReturn:
+    """Call `main` with the options of the command line and exit with what it returns.
+
+    A ValueError or OSError is one line on stderr and exit status `wrong`.
+    """
+    import tyro  # the tests of this file run where there is none
+
+    try:
+        sys.exit(main(tyro.cli(options)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(wrong)
 
 
 def _cpu_name() -> str:

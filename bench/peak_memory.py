@@ -13,13 +13,13 @@ by then goes back to the system before a pass (glibc alone can be asked to).
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from patchbloom.engine.data.heap import give_back_free_heap
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FORGET_PEAK = "5"
@@ -39,7 +39,7 @@ class MemoryWatch:
         """
         if self._device == "cpu":
             gc.collect()
-            give_back_free_heap()
+            _give_back_free_heap()
             known = _forget_peak()
             one_pass()
             grown = _status_bytes("VmHWM") - self._before["process_bytes"]
@@ -54,11 +54,17 @@ class MemoryWatch:
     def _in_use(self) -> dict[str, int]:
         gc.collect()
         if self._device == "cpu":
-            give_back_free_heap()  # Else a peer grows into what others have freed.
+            _give_back_free_heap()  # Else a peer grows into what others have freed.
             return {"process_bytes": _status_bytes("VmRSS")}
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return {"torch_bytes": torch.cuda.memory_allocated(), "device_bytes": _device_bytes()}
+
+
+def _give_back_free_heap() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _forget_peak() -> bool:

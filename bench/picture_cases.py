@@ -83,7 +83,9 @@ def pixel_cases(device: str, batch: int, side: int, *, compiled: bool) -> list[C
     view: dict[str, Any] = {
         "moved_bytes": view_bytes(views, student, half), "tolerance": 2e-2, **common,
     }  # fmt: skip
-    copied: dict[str, Any] = {"moved_bytes": 2 * pixels, "tolerance": 0, **common}
+    copied: dict[str, Any] = {
+        "moved_bytes": 2 * pixels, "tolerance": 0, "speedup": None, **common,
+    }  # fmt: skip
     return [
         Case(
             name=f"upsample_patches {batch} x {patch} to {side}",

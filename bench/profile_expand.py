@@ -11,15 +11,12 @@ host, which no faster kernel mends.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
-from measure import environment, publish, timed
+from measure import environment, publish, run_program, timed
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.export.config import DeviceName, Weights
 from patchbloom.export.models import find_model
@@ -54,8 +51,6 @@ class Options:
     patches_per_class: int = 40
     largest: int = 10
     """Costs to name."""
-    bundles: Path | None = None
-    """Folder of built engines; by default the user's cache."""
     json: bool = False
     """Print the row as the last line."""
     record: bool = True
@@ -99,7 +94,6 @@ def measure(options: Options, device: str) -> dict[str, Any]:
         find_model(options.model, options.weights),
         coreset,
         device=device,
-        bundles=options.bundles,
         size_px=options.size,
         batch=options.batch,
         nan_gate=options.weights != "random",
@@ -154,7 +148,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, Options)

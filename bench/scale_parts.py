@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from patchbloom.export.config import DeviceName, Weights
 
-Part = Literal["expansion", "coreset", "scoring", "labels", "ranks", "projection"]
+Part = Literal["expansion", "coreset", "scoring", "labels", "ranks"]
 Point = dict[str, Any]
-PARTS: tuple[Part, ...] = ("expansion", "coreset", "scoring", "labels", "ranks", "projection")
+PARTS: tuple[Part, ...] = ("expansion", "coreset", "scoring", "labels", "ranks")
 AXES = {
     "expansion": "batch",
     "coreset": "classes",
@@ -27,7 +27,7 @@ class Options:
     """How cost grows."""
 
     parts: tuple[Part, ...] = PARTS
-    """Which of them to run; projection alone needs --rates."""
+    """Which of them to run."""
     quick: bool = False
     """Few and small points, whatever the counts below say."""
     data: Path | None = None
@@ -44,7 +44,7 @@ class Options:
     device: DeviceName = "auto"
     """`auto` is cuda where there is one; ranks are measured on the CPU."""
     size: int = 64
-    """Image size in px, of every part and of the projection; patches and crops have half of it."""
+    """Image size in px; patches and crops have half of it."""
     batches: tuple[int, ...] = (1, 4, 16, 32, 64)
     classes: tuple[int, ...] = (10, 1000, 10_000)
     cached_prompts: int = 64
@@ -58,16 +58,14 @@ class Options:
     """Images of one timed pass of expansion and coreset."""
     shapes_per_class: int = 100
     """Generated training images of a class, for labels and ranks."""
-    rates: tuple[Path, ...] = ()
-    """For the projection: results files of before, which count where this run has no such rate."""
     threads: int = 2
     """Of a process; ranks have one each."""
     rounds: int = 5
     """Of expansion, coreset, scoring and labels; ranks are timed once."""
     json: bool = False
-    """Print every row as a line of its own, the projection last."""
+    """Print every row as a line of its own."""
     record: bool = True
-    """Append the rows to bench/results/; a projection is none."""
+    """Append the rows to bench/results/."""
 
     def sized(self) -> Options:
         """Itself, or its quick form."""

@@ -32,7 +32,7 @@ from scoreboard_board import Board
 from scoreboard_cells import CELLS, Cell, Size
 from scoreboard_options import Options
 from scoreboard_page import duration, plus_minus, render, write_plots
-from scoreboard_rows import ROWS, Row, check_alike, measured_rows, read_row, read_rows
+from scoreboard_rows import ROWS, Row, check_alike, read_row, read_rows
 from thousand_classes import write_thousand
 
 PLOTS, MARKDOWN, JSON = "plots", "scoreboard.md", "scoreboard.json"
@@ -110,12 +110,11 @@ def estimate_s(cell: Cell, size: Size, rows: Iterable[Row]) -> float | None:
 
 def list_cells(board: Board, cells: Sequence[Cell], rows: Mapping[str, Row]) -> None:
     """--dry-run: every cell, how much work it is, and the time that is left."""
-    measured = [*rows.values(), *measured_rows(board.options.rates)]
     table = [["cell", "images per epoch", "epochs", "time", ""]]
     left, unknown = 0.0, 0
     for cell in cells:
         size, row = board.size(cell), rows.get(cell.name)
-        seconds = row["total_s"] if row else estimate_s(cell, size, measured)
+        seconds = row["total_s"] if row else estimate_s(cell, size, rows.values())
         begun = (board.options.out / CELLS / cell.name).is_dir()
         state = "done" if row else "begun" if begun else ""
         told = "not known" if seconds is None else duration(seconds)
@@ -125,10 +124,7 @@ def list_cells(board: Board, cells: Sequence[Cell], rows: Mapping[str, Row]) -> 
     print_table(table)
     print(f"{len(cells)} cells, {len(rows)} done, {duration(left)} left")
     if unknown:
-        print(
-            f"and {unknown} of unknown time: run them in another --out with a few --epochs, and "
-            "give that board to --rates"
-        )
+        print(f"and {unknown} of unknown time, of which no cell like it is done")
 
 
 def run_all(board: Board, cells: Sequence[Cell], rows: dict[str, Row]) -> dict[str, str]:

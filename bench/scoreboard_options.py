@@ -56,8 +56,6 @@ class Options:
     DIR"."""
     hard: bool = False
     """Also train students on hard labels, by `train --targets hard`."""
-    rates: tuple[Path, ...] = ()
-    """Other boards, or files of their rows, that tell a --dry-run how long a cell takes."""
     dry_run: bool = False
     """List the cells and their time; run none."""
     json: bool = False

@@ -196,14 +196,3 @@ def _models_now(rows: Iterable[Row]) -> Iterator[tuple[Identity, str]]:
     for given in {row["model"]["given"] for row in rows if row.get("model") is not None}:
         if given is not None and Path(given).expanduser().is_dir():
             yield ("model", given), weights_sha256(find_model(given))
-
-
-def measured_rows(places: Iterable[Path]) -> list[Row]:
-    """Rows of other boards, or of files with a row per line; ValueError for anything else."""
-    rows: list[Row] = []
-    for place in places:
-        found = sorted((place / ROWS).glob("*.json")) if place.is_dir() else [place]
-        if not found or not all(path.is_file() for path in found):
-            raise ValueError(f"--rates {place}: expected a board or a file of rows, found none")
-        rows += [json.loads(line) for path in found for line in path.read_text().splitlines()]
-    return rows

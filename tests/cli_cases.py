@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,11 @@ class Outcome:
         assert self.code == 0, self.err
         return json.loads(self.out.splitlines()[-1])
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """The result, or {"error": the one line that reports the error}."""
+        return {"error": self.error} if self.code else self.result
+
 
 Command = Callable[..., Outcome]
 
@@ -58,15 +62,6 @@ def runner(capsys: pytest.CaptureFixture[str]) -> Command:
         return Outcome(code, *capsys.readouterr())
 
     return run
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other take minutes on busy cores, for networks of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_small_model(folder: Path) -> None:

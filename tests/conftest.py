@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,22 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 def data_dir(pytestconfig: pytest.Config) -> Path:
     """The real data set of --data-dir, with train/ and val/."""
     return pytestconfig.getoption("--data-dir")
+
+
+@pytest.fixture
+def train(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `train ...` in this process; a cli_cases.Command."""
+    from cli_cases import runner  # seconds: torch
+
+    return runner(capsys)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small generated set, only to be read."""
+    from cli_cases import write_small_set
+
+    return write_small_set(tmp_path_factory.mktemp("data"))
 
 
 def _gpu_is_missed(config: pytest.Config) -> bool:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from cli_cases import write_small_model
 from patchbloom.train import cli
 from patchbloom.train.data.shapes import write_shapes
-from patchbloom.train.prior.model import new_parts, save_parts
 
 METHODS = ("random", "dace")
 OPTIONS = (
@@ -59,11 +58,7 @@ def _train(arguments: list[str]) -> None:
 def write_inputs(folder: Path) -> tuple[str, ...]:
     """Data and a model with random weights, both of 32 px; the options that name them."""
     write_shapes(folder / "data", train_per_class=5, val_per_class=2)
-    torch.manual_seed(0)
-    parts = new_parts(
-        32, folder / "tokenizer", unet_channels=(16, 32, 64), vae_channels=(8, 16, 16)
-    )
-    save_parts(parts, folder / "model")
+    write_small_model(folder)
     return ("--data", str(folder / "data"), "--model", str(folder / "model"))
 
 

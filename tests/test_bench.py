@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import measure
 import numpy as np
 import pytest
-from patchbloom.train.prior.model import new_parts, save_parts
+from cli_cases import write_small_model
 from PIL import Image
 
 BENCH = Path(__file__).parents[1] / "bench"
 
 
-@pytest.fixture(scope="module")
-def measure():
-    spec = importlib.util.spec_from_file_location("measure", BENCH / "measure.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["measure"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["measure"]
-
-
-def test_rates_count_what_is_timed(measure):
+def test_rates_count_what_is_timed():
     calls = []
 
     def one_pass(name: str, seconds: float) -> int:
@@ -46,7 +34,7 @@ def test_rates_count_what_is_timed(measure):
     assert measure.Rate((1.0, 2.0, 3.0)).row() == {"p20": 1.4, "p50": 2.0, "p80": 2.6, "n": 3}
 
 
-def test_rows_are_appended(measure, tmp_path: Path):
+def test_rows_are_appended(tmp_path: Path):
     row = measure.environment()
     assert {"time", "device", "cores", "versions", "commit"} <= row.keys()
     for n in range(2):
@@ -61,7 +49,7 @@ def run_bench_score(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_rows_of_before_do_not_make_a_commit_dirty(measure, tmp_path: Path, monkeypatch):
+def test_rows_of_before_do_not_make_a_commit_dirty(tmp_path: Path, monkeypatch):
     results = tmp_path / "bench" / "results"
     results.mkdir(parents=True)
     code, rows = tmp_path / "bench" / "code.py", results / "rows.jsonl"
@@ -122,21 +110,11 @@ def test_bench_score_without_data(tmp_path: Path):
 
 def test_bench_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    parts = new_parts(32, tmp_path / "words", unet_channels=(16, 32, 64), vae_channels=(8, 16, 16))
-    save_parts(parts, tmp_path / "model")
+    write_small_model(tmp_path)
     command = [sys.executable, str(BENCH / "bench_labels.py"), "--no-record", "--json"]
     options = ["--epochs", "1", "--rounds", "1", "--threads", "1", "--shapes-per-class", "5"]
     done = subprocess.run(
-        [
-            *command,
-            *options,
-            "--model",
-            str(tmp_path / "model"),
-            "--backend",
-            "eager",
-            "--codec",
-            "topk",
-        ],
+        [*command, *options, "--model", str(tmp_path / "model"), "--backend", "eager"],
         capture_output=True,
         text=True,
         check=False,
@@ -146,4 +124,4 @@ def test_bench_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     row = json.loads(done.stdout.splitlines()[-1])
     assert set(row["ratio"]) == set(row["targets"]) == {"record_over_online", "record_over_stored"}
     assert min(row["seconds"].values()) > 0
-    assert 40 * 4 * 4 < row["label_bytes"] < 40 * 4 * 4 + 200
+    assert 40 * 10 * 2 < row["label_bytes"] < 40 * 10 * 2 + 200

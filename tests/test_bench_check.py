@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import check
 import numpy as np
 import pytest
 
 CHECK = Path(__file__).parents[1] / "bench" / "check.py"
 RATES = (98.0, 100.0, 102.0)
-
-
-@pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(CHECK.parent))
-    return importlib.import_module("check")
 
 
 def quantiles(values: tuple[float, float, float], rounds: int | None = 5) -> dict[str, Any]:
@@ -104,7 +97,7 @@ def test_the_rule(
     }
 
 
-def test_equal_rounds_are_hardly_ever_called_slower(check: ModuleType) -> None:
+def test_equal_rounds_are_hardly_ever_called_slower() -> None:
     """5 rounds of one speed on either side; of the noises the one that such rules trip over."""
     rng = np.random.default_rng(0)
     rounds = (1 + 0.1 * rng.standard_normal((2, 20_000, 5))) * np.where(

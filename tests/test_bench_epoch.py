@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import bench_epoch
 import pytest
 import torch
 from patchbloom.train.config import StudentConfig
@@ -18,13 +15,6 @@ from torch import Tensor
 CONFIG = StudentConfig(
     network="convnet-d3-w8", size_px=16, epochs=2, batch=8, temperature=4.0, device="cpu"
 )
-
-
-@pytest.fixture(scope="module")
-def bench_epoch() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-        yield importlib.import_module("bench_epoch")
 
 
 class Noise:
@@ -50,7 +40,7 @@ class Noise:
         return {"method": "noise"}
 
 
-def test_the_gate_holds_for_what_is_rendered_as_it_should_be(bench_epoch: ModuleType) -> None:
+def test_the_gate_holds_for_what_is_rendered_as_it_should_be() -> None:
     source = Noise()
     found = bench_epoch.check_overlap(source, CONFIG, "cpu", batch=8)
     assert found["overlapped"] == 0
@@ -60,7 +50,7 @@ def test_the_gate_holds_for_what_is_rendered_as_it_should_be(bench_epoch: Module
 
 
 @pytest.mark.parametrize(("device", "pools"), [("cpu", 10), ("cuda", 4)])
-def test_the_gate_sees_late_images(bench_epoch: ModuleType, device: str, pools: int) -> None:
+def test_the_gate_sees_late_images(device: str, pools: int) -> None:
     """By the rule of either device: the last pool of the second student."""
     source = Noise(whole=2 * pools - 1)
     with pytest.raises(RuntimeError, match=r"overlap changed the student: .* no time is reported"):
@@ -76,7 +66,7 @@ class Slow(Noise):
         return super().render(samples_P, epoch)
 
 
-def test_what_comes_first_is_not_in_the_times(bench_epoch: ModuleType) -> None:
+def test_what_comes_first_is_not_in_the_times() -> None:
     """One time a run, of an epoch on average, though without overlap its epochs come together."""
     source = Slow()
     runs = bench_epoch.make_runs(("serial", "overlapped", "generate"), source)
@@ -88,6 +78,6 @@ def test_what_comes_first_is_not_in_the_times(bench_epoch: ModuleType) -> None:
     assert all(0 < each.waited_s <= each.seconds for each in taken["overlapped"])
 
 
-def test_a_blind_gate_is_told(bench_epoch: ModuleType) -> None:
+def test_a_blind_gate_is_told() -> None:
     with pytest.raises(RuntimeError, match="the gate is blind"):
         bench_epoch.check_overlap(Noise(changes=False), CONFIG, "cpu", batch=8)

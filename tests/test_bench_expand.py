@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import bench_expand
 import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 
 
-@pytest.fixture(scope="module")
-def bench_expand() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield importlib.import_module("bench_expand")
-
-
-def test_ours_is_compared_with_every_peer(bench_expand: ModuleType) -> None:
+def test_ours_is_compared_with_every_peer() -> None:
     speeds = {"diffusers": 10, "diffusers-bf16": 20, "diffusers-upcast": 5, "eager-bf16": 40}
     rates = {name: bench_expand.Rate((speed, speed, 2 * speed)) for name, speed in speeds.items()}
     found = bench_expand.compared(rates)
@@ -50,8 +41,6 @@ def test_ours_is_compared_with_every_peer(bench_expand: ModuleType) -> None:
         ("ort", "ort", None, False),
     ],
 )
-def test_what_a_name_says(
-    bench_expand: ModuleType, name: str, peer: str, precision: str | None, is_peer: bool
-) -> None:
+def test_what_a_name_says(name: str, peer: str, precision: str | None, is_peer: bool) -> None:
     assert bench_expand.split_name(name) == (peer, precision)
     assert bench_expand.is_peer(name) is is_peer

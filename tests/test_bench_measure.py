@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import measure
+import peak_memory
 import pytest
 import torch
 
@@ -14,25 +13,8 @@ BENCH = Path(__file__).parents[1] / "bench"
 MIB = 2**20
 
 
-@pytest.fixture(scope="module")
-def bench() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def measure(bench: pytest.MonkeyPatch) -> ModuleType:
-    return importlib.import_module("measure")
-
-
-@pytest.fixture(scope="module")
-def peak_memory(bench: pytest.MonkeyPatch) -> ModuleType:
-    return importlib.import_module("peak_memory")
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_peak_memory_is_what_a_peer_holds_and_needs(peak_memory: ModuleType, device: str) -> None:
+def test_peak_memory_is_what_a_peer_holds_and_needs(device: str) -> None:
     def floats(mib: int) -> torch.Tensor:
         return torch.ones(mib * MIB // 4, device=device)
 
@@ -46,7 +28,7 @@ def test_peak_memory_is_what_a_peer_holds_and_needs(peak_memory: ModuleType, dev
     assert found["process_bytes" if device == "cpu" else "torch_bytes"] < limit, found
 
 
-def test_a_peak_has_no_heap_that_is_free_by_then(peak_memory: ModuleType) -> None:
+def test_a_peak_has_no_heap_that_is_free_by_then() -> None:
     watch = peak_memory.MemoryWatch("cpu")
     built = [bytearray(50_000) for _ in range(4000)]
     kept = [bytearray(50_000) for _ in built[::100]]  # the last holds the top of the heap
@@ -56,14 +38,14 @@ def test_a_peak_has_no_heap_that_is_free_by_then(peak_memory: ModuleType) -> Non
 
 
 def test_a_peak_that_cannot_be_counted_anew_is_not_known(
-    peak_memory: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(peak_memory, "CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
     assert peak_memory.MemoryWatch("cpu").peak_of(list) == {"process_bytes": None}
 
 
 @pytest.mark.gpu
-def test_a_pass_ends_when_all_streams_do(measure: ModuleType) -> None:
+def test_a_pass_ends_when_all_streams_do() -> None:
     cycles = 10**8  # 50 ms and more
     side = torch.cuda.Stream()
 
@@ -79,7 +61,7 @@ def test_a_pass_ends_when_all_streams_do(measure: ModuleType) -> None:
 
 
 @pytest.mark.gpu
-def test_a_row_names_the_gpu(measure: ModuleType) -> None:
+def test_a_row_names_the_gpu() -> None:
     row = measure.environment("cuda")
     assert row["sm_count"] > 0
     assert row["cuda"]

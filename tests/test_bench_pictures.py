@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-
+import pictures
 import pytest
-
-
-@pytest.fixture(scope="module")
-def pictures() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-        yield importlib.import_module("pictures")
 
 
 def errors_of(same: float, timestep: float, prompt: float, max_abs: float = 2e-6) -> dict:
@@ -31,9 +20,7 @@ def errors_of(same: float, timestep: float, prompt: float, max_abs: float = 2e-6
         ("fp16", errors_of(0.0, 0.12, 0.26)),
     ],
 )
-def test_right_pictures_pass(
-    pictures: ModuleType, precision: str, errors: dict[str, dict[str, float]]
-) -> None:
+def test_right_pictures_pass(precision: str, errors: dict[str, dict[str, float]]) -> None:
     pictures.check_errors("eager", errors, precision)
 
 
@@ -56,12 +43,12 @@ NOT_DIFFUSERS, BLIND = "pictures are not diffusers'", "wrong prompts or timestep
     ],
 )
 def test_other_pictures_and_a_blind_gate_do_not(
-    pictures: ModuleType, precision: str, errors: dict[str, dict[str, float]], said: str
+    precision: str, errors: dict[str, dict[str, float]], said: str
 ) -> None:
     with pytest.raises(RuntimeError, match=said):
         pictures.check_errors("eager", errors, precision)
 
 
-def test_the_bound_is_of_the_coarser_side(pictures: ModuleType) -> None:
+def test_the_bound_is_of_the_coarser_side() -> None:
     assert pictures.coarser("fp32", "fp16") == pictures.coarser("fp16", "fp32") == "fp16"
     assert pictures.coarser("bf16", "fp16") == "bf16"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import roofline
 import torch
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand.expander import Expander
@@ -17,14 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 BENCH = Path(__file__).parents[1] / "bench"
 
 
-@pytest.fixture(scope="module")
-def roofline() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield importlib.import_module("roofline")
-
-
-def test_counted_work_is_what_an_expansion_computes(roofline: ModuleType) -> None:
+def test_counted_work_is_what_an_expansion_computes() -> None:
     model, batch = find_model("sdxl-tiny"), 4
     config = ExpandConfig(size_px=64, batch=batch, backend="eager", device="cpu", steps=3, rho=0.7)
     expander = Expander(
@@ -41,7 +32,7 @@ def test_counted_work_is_what_an_expansion_computes(roofline: ModuleType) -> Non
     assert counter.get_total_flops() == pytest.approx(batch * work.flops, rel=1e-3)
 
 
-def test_the_floor_is_by_precision(roofline: ModuleType) -> None:
+def test_the_floor_is_by_precision() -> None:
     work = roofline.ImageWork(denoiser=3e9, decoder=4e9, evals=4)
     reached = roofline.Roofline(flops={"fp16": 12e9, "fp32": 2e9}, copy_bytes_per_s=1e9)
     assert work.floor_s(reached, "fp16", "fp32") == 1.0 + 2.0
@@ -56,7 +47,7 @@ def test_the_floor_is_by_precision(roofline: ModuleType) -> None:
 
 @pytest.mark.parametrize(("slow", "tflops"), [("convolution", 2.147), ("product", 9.664)])
 def test_the_roofline_counts_the_faster_arithmetic_and_both_ways_of_a_copy(
-    roofline: ModuleType, monkeypatch: pytest.MonkeyPatch, slow: str, tflops: float
+    monkeypatch: pytest.MonkeyPatch, slow: str, tflops: float
 ) -> None:
     ran = []
 
@@ -77,9 +68,7 @@ def test_the_roofline_counts_the_faster_arithmetic_and_both_ways_of_a_copy(
     assert found.row() == {"reached_tflops": {"bf16": tflops}, "copy_gb_per_s": 268.4}
 
 
-def test_on_a_gpu_a_convolution_is_no_roofline(
-    roofline: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_gpu_a_convolution_is_no_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "matmul_flops", lambda device, precision: 1.0)
     monkeypatch.setattr(roofline, "convolution_flops", lambda device, precision: 2.0)
     assert roofline.arithmetic_flops("cuda", "fp32") == 1.0

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tables
 
 ROOT = Path(__file__).parents[1]
 MARKED = """# Title
@@ -22,13 +20,6 @@ between
 <!-- /bench:score -->
 after
 """
-
-
-@pytest.fixture(scope="module")
-def tables() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "bench"))
-        yield importlib.import_module("tables")
 
 
 def spread(p50: float) -> dict[str, float]:
@@ -55,12 +46,12 @@ def expand_row(p50: float, batch: int = 32, **more: Any) -> dict[str, Any]:
     }
 
 
-def test_readme_is_up_to_date(tables: ModuleType) -> None:
+def test_readme_is_up_to_date() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tables.rendered(readme, tables.RESULTS) == readme, "run `make bench-table`"
 
 
-def test_the_last_row_of_a_setting_is_shown(tables: ModuleType, tmp_path: Path) -> None:
+def test_the_last_row_of_a_setting_is_shown(tmp_path: Path) -> None:
     alone = expand_row(77.0) | {"spread": {"diffusers": spread(77.0)}}
     counted = expand_row(
         30.0,
@@ -90,9 +81,7 @@ def test_the_last_row_of_a_setting_is_shown(tables: ModuleType, tmp_path: Path) 
         assert line == "| stale |" or line in found.splitlines()
 
 
-def test_backends_in_processes_of_their_own_are_one_table(
-    tables: ModuleType, tmp_path: Path
-) -> None:
+def test_backends_in_processes_of_their_own_are_one_table(tmp_path: Path) -> None:
     def of_one(name: str, p50: float, slow: float, **more: Any) -> dict[str, Any]:
         return expand_row(0.0) | {
             "weights": "random",
@@ -124,7 +113,7 @@ def test_backends_in_processes_of_their_own_are_one_table(
     )  # other weights: another table
 
 
-def test_precisions_are_told_apart(tables: ModuleType, tmp_path: Path) -> None:
+def test_precisions_are_told_apart(tmp_path: Path) -> None:
     """A row of a GPU: ours in bf16 over diffusers in fp16, in bf16, and with its VAE in fp32."""
     names = ("diffusers", "diffusers-upcast", "diffusers-bf16", "eager-bf16")
     row = expand_row(0.0, sm_count=132) | {
@@ -151,9 +140,7 @@ def test_precisions_are_told_apart(tables: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"images": 128}, {"classes": 2}, {"threads": 1}])
-def test_other_work_is_another_table(
-    tables: ModuleType, tmp_path: Path, changed: dict[str, int]
-) -> None:
+def test_other_work_is_another_table(tmp_path: Path, changed: dict[str, int]) -> None:
     (tmp_path / "card").mkdir()
     rows = [expand_row(20.0), expand_row(30.0, **changed), expand_row(21.0, classes=10)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -164,6 +151,6 @@ def test_other_work_is_another_table(
     assert "30 (29–31)" in found
 
 
-def test_a_missing_marker_is_said(tables: ModuleType, tmp_path: Path) -> None:
+def test_a_missing_marker_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected <!-- bench:score --> and .* once"):
         tables.rendered(MARKED.replace("<!-- /bench:score -->", ""), tmp_path)

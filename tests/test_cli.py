@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from cli_cases import Command, runner
+from cli_cases import Command
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.coreset_options import LoaderOptions, StudentElsewhere, TrainVerify
 from patchbloom.train.options import STAGES, RunOptions, TrainPrior, TrainReport
@@ -145,11 +145,6 @@ PRIOR_CONFIG = [
     "substeps",
     "seed",
 ]
-
-
-@pytest.fixture
-def train(capsys: pytest.CaptureFixture[str]) -> Command:
-    return runner(capsys)
 
 
 def names(kind: type) -> list[str]:

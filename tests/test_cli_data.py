@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_cases import SMALL, Command, one_thread, runner, write_small_set
+from cli_cases import SMALL, Command
 from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.prior.model import new_parts, save_parts
-
-
-@pytest.fixture
-def train(capsys: pytest.CaptureFixture[str]) -> Command:
-    return runner(capsys)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_set(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

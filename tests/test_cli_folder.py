@@ -11,28 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_cases import SMALL, Command, one_thread, runner, write_small_set
+from cli_cases import SMALL, Command
 from patchbloom.engine.coreset import coreset
 from patchbloom.export import durable
 from patchbloom.train.labels import keep as run_labels
 from patchbloom.train.run.folder import RunError, RunFolder
 from patchbloom.train.run.progress import Record
-
-
-@pytest.fixture
-def train(capsys: pytest.CaptureFixture[str]) -> Command:
-    return runner(capsys)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_set(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

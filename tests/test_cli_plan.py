@@ -7,23 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_cases import SMALL, Command, runner, write_small_set
+from cli_cases import SMALL, Command
 from patchbloom.train.commands import planning
 from patchbloom.train.commands import train as run
 from patchbloom.train.options import RunOptions
 from patchbloom.train.prior.model import new_parts, save_parts
 from patchbloom.train.run.folder import RunFolder
 from patchbloom.train.run.progress import Record
-
-
-@pytest.fixture
-def train(capsys: pytest.CaptureFixture[str]) -> Command:
-    return runner(capsys)
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_set(tmp_path_factory.mktemp("data"))
 
 
 def test_generated_images_have_one_recipe_with_and_without_a_model(

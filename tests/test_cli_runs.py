@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,27 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_cases import SMALL, Command, one_thread, runner, write_small_set
+from cli_cases import SMALL, Command
 from patchbloom.engine.coreset import coreset
 from patchbloom.train.config import PriorConfig
 from PIL import Image
 from safetensors.torch import load_file
-
-
-@pytest.fixture
-def train(capsys: pytest.CaptureFixture[str]) -> Command:
-    return runner(capsys)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_set(tmp_path_factory.mktemp("data"))
 
 
 def floats(value: Any) -> list[float]:

@@ -63,28 +63,38 @@ def names(run: Path) -> list[str]:
     return [open_coreset(folder).content_sha256 for folder in folders]
 
 
-def test_a_run_that_stopped_at_it_goes_on_without_it(
+REFUSED = "was run with images that --skip-corrupt leaves out: start again with --overwrite"
+
+
+def test_a_run_that_stopped_at_it_starts_again_without_it(
     train: Command, others: Path, thousand: Path, tmp_path: Path
 ) -> None:
     bad, out = thousand / "train" / BAD, tmp_path / "run"
-    error = train("coreset", "--data", thousand, "--out", out).error
+    given = ("--data", thousand, "--out", out)
+    error = train("coreset", *given).error
     assert f"cannot decode {bad}: " in error
     assert error.endswith("replace or remove the file, or leave such files out with --skip-corrupt")
-    assert train("coreset", "--data", thousand, "--out", out).error == error
-    outcome = train("coreset", "--data", thousand, "--out", out, "--skip-corrupt")
+    assert train("coreset", *given).error == error
+    assert (
+        f"the teacher stage of {out} {REFUSED}" in train("coreset", *given, "--skip-corrupt").error
+    )
+    assert (
+        f"the teacher stage of {out} {REFUSED}"
+        in train("", *given, "--skip-corrupt", "--resume").error
+    )
+    assert train("coreset", *given).error == error
+    outcome = train("coreset", *given, "--skip-corrupt", "--overwrite")
     assert outcome.result["skipped_images"] == {"train": 1, "val": 0}
     assert outcome.err.count(f"skipped, it cannot be decoded: {bad}") == 1
-    assert "teacher: begun anew, without the images that are left out" in outcome.err
     assert names(out) == names(others / "run")
-    result = train("", "--data", thousand, "--out", out, "--skip-corrupt", "--resume").result
+    result = train("", *given, "--skip-corrupt", "--resume").result
     assert result["skipped_images"] == {"train": 1, "val": 0}
     assert set(result["accuracy"]) == {"rded", "random"}
+    assert min(result["images_per_s"].values()) > 0
 
 
 @pytest.mark.parametrize("thousand", ["text"], indirect=True)
-def test_scoring_stops_at_it_and_goes_on_without_it(
-    train: Command, others: Path, thousand: Path, tmp_path: Path
-) -> None:
+def test_scoring_stops_at_it(train: Command, others: Path, thousand: Path, tmp_path: Path) -> None:
     """A teacher that was brought along has seen no training image before patches are scored."""
     out, teacher = tmp_path / "run", others / "run" / "teacher" / "teacher.safetensors"
     given = ("coreset", "--data", thousand, "--out", out, "--teacher", teacher)
@@ -93,7 +103,9 @@ def test_scoring_stops_at_it_and_goes_on_without_it(
     states = {name: stage["state"] for name, stage in told.items()}
     assert states == {"teacher": "done", "coreset": "begun"}
     assert not list(out.glob("*coreset*"))
-    assert train(*given, "--skip-corrupt").result["skipped_images"] == {"train": 1, "val": 0}
+    assert REFUSED in train(*given, "--skip-corrupt").error
+    result = train(*given, "--skip-corrupt", "--overwrite").result
+    assert result["skipped_images"] == {"train": 1, "val": 0}
     assert names(out) == names(others / "run")
 
 
@@ -103,8 +115,6 @@ def test_a_teacher_of_images_that_are_left_out_later_is_not_taken_over(
     data, run = (shutil.copytree(others / name, tmp_path / name) for name in ("data", "run"))
     path = data / "train" / "c4" / "040.jpg"
     path.write_bytes(bytes(path.stat().st_size))  # names and sizes are what a run knows them by
-    given = ("coreset", "--data", data, "--out", run, "--skip-corrupt")
-    error = train(*given).error
-    assert "the teacher stage of" in error
-    assert "was run with images that --skip-corrupt leaves out: start again with" in error
+    error = train("coreset", "--data", data, "--out", run, "--skip-corrupt").error
+    assert f"the teacher stage of {run} {REFUSED}" in error
     assert names(run) == names(others / "run")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_cases import write_small_model
+from cli_cases import runner, write_small_model
 from patchbloom.engine.config import DscoConfig, ExpandConfig
 from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.data.images import open_image_set
@@ -254,14 +254,8 @@ Train = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str]) -> Train:
-    """Run `train ...` in this process; its result."""
-
-    def run(*arguments: str | Path) -> dict[str, Any]:
-        capsys.readouterr()
-        assert cli.main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return run
+    run = runner(capsys)
+    return lambda *arguments: run(*arguments).result
 
 
 @pytest.fixture(scope="module")

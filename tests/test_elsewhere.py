@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_cases import write_small_model
+from cli_cases import runner, write_small_model
 from patchbloom.engine.coreset.coreset import Coreset, attach_labels, open_coreset
 from patchbloom.engine.labels.soft_labels import Codec, LabelBlock
 from patchbloom.train import cli
@@ -38,18 +38,8 @@ Train = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str]) -> Train:
-    """Run `train ...`; its result, or {"error": the one line that it ends with}."""
-
-    def run(*arguments: str | Path) -> dict[str, Any]:
-        capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        told = capsys.readouterr()
-        if code == 0:
-            return json.loads(told.out.splitlines()[-1])
-        assert code == 2, told.err
-        return {"error": told.err.splitlines()[-1]}
-
-    return run
+    run = runner(capsys)
+    return lambda *arguments: run(*arguments).told
 
 
 @pytest.fixture(scope="module")

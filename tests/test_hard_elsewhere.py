@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_cases import write_small_model
+from cli_cases import runner, write_small_model
 from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.train import cli
 from patchbloom.train.data.shapes import write_shapes
@@ -30,18 +30,14 @@ Train = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str]) -> Train:
-    """Run `train student ...`; its result, or {"error": the one line that it ends with}."""
+    """Run `train student ...`; what cli_cases.Outcome tells, and under "told" what it said."""
+    run = runner(capsys)
 
-    def run(*arguments: str | Path) -> dict[str, Any]:
-        capsys.readouterr()
-        code = cli.main(["student", *map(str, arguments)])
-        told = capsys.readouterr()
-        if code == 0:
-            return {**json.loads(told.out.splitlines()[-1]), "told": told.err}
-        assert code == 2, told.err
-        return {"error": told.err.splitlines()[-1]}
+    def student(*arguments: str | Path) -> dict[str, Any]:
+        outcome = run("student", *arguments)
+        return {**outcome.told, "told": outcome.err}
 
-    return run
+    return student
 
 
 @pytest.fixture(scope="module")

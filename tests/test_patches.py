@@ -100,20 +100,6 @@ def tensors(selection: PatchSelection) -> dict[str, torch.Tensor]:
     return {k: v for k, v in vars(selection).items() if isinstance(v, torch.Tensor)}
 
 
-@pytest.mark.parametrize(("every_s", "given_back"), [(0.0, 5), (1e6, 0)])
-def test_free_memory_goes_back_while_patches_are_scored(
-    images: ImageSet, teacher, monkeypatch: pytest.MonkeyPatch, every_s: float, given_back: int
-) -> None:
-    """36 images are five batches of eight."""
-    calls = []
-    monkeypatch.setattr("patchbloom.engine.select.patches.TRIM_EVERY_S", every_s)
-    monkeypatch.setattr(
-        "patchbloom.engine.select.patches.give_back_free_heap", lambda: calls.append(1)
-    )
-    select(images, teacher)
-    assert len(calls) == given_back
-
-
 # Boxes
 
 

@@ -7,12 +7,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import scoreboard
 import tyro
 from patchbloom.export.models import TINY_FOLDER, find_model, weights_sha256
 from patchbloom.train.coreset_options import StudentElsewhere
@@ -22,23 +21,8 @@ from PIL import Image
 from run_processes import write_inputs
 
 BENCH = Path(__file__).parents[1] / "bench"
-MODULES = (
-    *("scoreboard", "scoreboard_board", "scoreboard_cells", "scoreboard_options"),
-    *("scoreboard_page", "scoreboard_rows", "measure"),
-)
 STUDENT = ("--student", "convnet-d3-w8", "--device", "cpu")
 DOPED = (*STUDENT, "--dope", "1")
-
-
-@pytest.fixture(scope="module")
-def scoreboard() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        import scoreboard
-
-        yield scoreboard
-        for name in MODULES:
-            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +30,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shapes(tmp_path_factory.mktemp("set") / "data", train_per_class=5, val_per_class=2)
 
 
-def board_of(scoreboard: ModuleType, data: Path, out: Path, *common: str, **options: Any) -> Any:
+def board_of(data: Path, out: Path, *common: str, **options: Any) -> Any:
     given = {"recipe": "small", "image_size": 32, "ipc": (1,), **options}
     asked = scoreboard.Options(data=str(data), out=out, **given)
     return scoreboard.Board(options=asked, common=common)
 
 
-def test_a_board_of_more_methods_has_the_cells_of_fewer(scoreboard: ModuleType, data: Path) -> None:
+def test_a_board_of_more_methods_has_the_cells_of_fewer(data: Path) -> None:
     def names(*methods: str) -> set[str]:
-        board = board_of(scoreboard, data, Path("out"), methods=methods, parts=("methods",))
+        board = board_of(data, Path("out"), methods=methods, parts=("methods",))
         return {cell.name for cell in board.cells()}
 
     assert names("upsample") < names("random", "upsample")
     assert not any("ceiling" in name for name in names("upsample"))
 
 
-def test_cells_are_shared_and_say_what_they_are(scoreboard: ModuleType, data: Path) -> None:
+def test_cells_are_shared_and_say_what_they_are(data: Path) -> None:
     common = ("--model", "prior", "--backend", "ort")
     options = {"hard": True, "students": ("alexnet",), "variant": ("plain=--model 'a b'",)}
-    board = board_of(scoreboard, data, Path("out"), *common, factors=(1, 2, 3, 4), **options)
+    board = board_of(data, Path("out"), *common, factors=(1, 2, 3, 4), **options)
     cells = {cell.name: cell for cell in board.cells()}
     assert len(cells) == len(board.cells())
     assert next(iter(cells)) == "teacher"
@@ -108,13 +92,13 @@ def test_cells_are_shared_and_say_what_they_are(scoreboard: ModuleType, data: Pa
     assert board.size(teacher).samples == 10_000
     assert "--model" not in words
     with pytest.raises(ValueError, match="--students resnet1"):
-        board_of(scoreboard, data, Path("out"), students=("resnet1",)).cells()
+        board_of(data, Path("out"), students=("resnet1",)).cells()
 
 
-def test_cells_take_what_is_given_for_every_cell(scoreboard: ModuleType, data: Path) -> None:
+def test_cells_take_what_is_given_for_every_cell(data: Path) -> None:
     def elsewhere(*common: str) -> tuple[Any, StudentElsewhere]:
         board = board_of(
-            *(scoreboard, data, Path("out"), "--device", "cpu", *common),
+            *(data, Path("out"), "--device", "cpu", *common),
             **{"parts": ("students", "codecs"), "students": ("vit-s",)},
         )
         cell = next(cell for cell in board.cells() if cell.base is not None)
@@ -142,17 +126,15 @@ def test_cells_take_what_is_given_for_every_cell(scoreboard: ModuleType, data: P
     )
     assert board.thousand_teacher.words[-3:] == thousand[-3:]
     sizes = {32: 1, 64: 1, 96: 2}
-    boards = (board_of(scoreboard, data, Path("out"), recipe="rded", image_size=px) for px in sizes)
+    boards = (board_of(data, Path("out"), recipe="rded", image_size=px) for px in sizes)
     assert [board.factor for board in boards] == list(sizes.values())
 
 
-def test_rows_of_other_teachers_or_images_are_refused(
-    scoreboard: ModuleType, data: Path, tmp_path: Path
-) -> None:
+def test_rows_of_other_teachers_or_images_are_refused(data: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher.safetensors"
     teacher.write_bytes(b"one")
     board = board_of(
-        *(scoreboard, data, tmp_path, *STUDENT),
+        *(data, tmp_path, *STUDENT),
         **{"teacher": str(teacher), "parts": ("students",), "students": ("alexnet",)},
     )
     cells = board.cells()
@@ -189,13 +171,11 @@ def test_rows_of_other_teachers_or_images_are_refused(
         read()
 
 
-def test_rows_of_a_model_that_was_trained_again_are_refused(
-    scoreboard: ModuleType, data: Path, tmp_path: Path
-) -> None:
+def test_rows_of_a_model_that_was_trained_again_are_refused(data: Path, tmp_path: Path) -> None:
     prior = tmp_path / "prior"
     shutil.copytree(TINY_FOLDER, prior)
     board = board_of(
-        *(scoreboard, data, tmp_path, "--model", str(prior)),
+        *(data, tmp_path, "--model", str(prior)),
         **{"methods": ("upsample", "dace"), "parts": ("methods",)},
     )
     cells = board.cells()
@@ -219,8 +199,8 @@ def test_rows_of_a_model_that_was_trained_again_are_refused(
         scoreboard.check_alike(board, cells, rows)
 
 
-def test_time_is_told_from_the_nearest_cell(scoreboard: ModuleType, data: Path) -> None:
-    board = board_of(scoreboard, data, Path("out"), ipc=(1, 2), epochs=100)
+def test_time_is_told_from_the_nearest_cell(data: Path) -> None:
+    board = board_of(data, Path("out"), ipc=(1, 2), epochs=100)
     cells = {cell.name: cell for cell in board.cells()}
     cell = cells["rded-ipc2"]
     size = board.size(cell)
@@ -232,8 +212,6 @@ def test_time_is_told_from_the_nearest_cell(scoreboard: ModuleType, data: Path) 
     assert scoreboard.estimate_s(cell, size, [fewer, near]) == 10 + 100 * 2 * 0.5
     other = {**near, "student": "vgg11"}
     assert scoreboard.estimate_s(cell, size, [other, {**near, "method": "dace"}]) is None
-    with pytest.raises(ValueError, match=r"--rates nowhere: expected a board"):
-        scoreboard.measured_rows([Path("nowhere")])
 
 
 def kill_when(process: subprocess.Popen[bytes], path: Path) -> None:
@@ -247,7 +225,7 @@ def kill_when(process: subprocess.Popen[bytes], path: Path) -> None:
 
 
 def test_a_killed_board_goes_on(
-    scoreboard: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "board"
     shown: dict[str, Any] = {"methods": ("random", "upsample"), "parts": ("methods",)}
@@ -264,7 +242,7 @@ def test_a_killed_board_goes_on(
     first = (out / "cells" / "random-ipc1-ceiling" / "summary.json").stat()
 
     def go_on(**changes: Any) -> int:
-        board = board_of(scoreboard, data, out, record=False, json=True, **{**given, **changes})
+        board = board_of(data, out, record=False, json=True, **{**given, **changes})
         return scoreboard.main(board.options, DOPED)
 
     assert go_on(ipc=(1, 99)) == 1  # the cells of 99 images per class fail, and the other is done
@@ -291,9 +269,8 @@ def test_a_killed_board_goes_on(
     assert "3 cells, 3 done, 0 s left" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"cell teacher of .* was run with .*another --out"):
         go_on(teacher_epochs=2)
-    published = tmp_path / "scoreboard.jsonl"
-    published.write_text("".join(path.read_text() for path in sorted((out / "rows").iterdir())))
-    assert [row["cell"] for row in scoreboard.measured_rows([published])] == sorted(board["rows"])
+    lines = "".join(path.read_text() for path in sorted((out / "rows").iterdir())).splitlines()
+    assert [json.loads(line)["cell"] for line in lines] == sorted(board["rows"])
     (out / "cells" / "teacher" / "teacher" / "teacher.safetensors").write_bytes(b"another")
     with pytest.raises(ValueError, match=r"cell random-.* the teacher of what is given now"):
         go_on()
@@ -301,11 +278,11 @@ def test_a_killed_board_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_part_runs(scoreboard: ModuleType, tmp_path: Path) -> None:
+def test_every_part_runs(tmp_path: Path) -> None:
     data, model = write_inputs(tmp_path)[1::2]
     common = (*DOPED, "--model", model, "--backend", "eager", "--bundles", str(tmp_path / "b"))
     board = board_of(
-        *(scoreboard, Path(data), tmp_path / "board", *common),
+        *(Path(data), tmp_path / "board", *common),
         **{"epochs": 3, "teacher_epochs": 1, "seeds": 2, "record": False},
         **{"factors": (1, 2), "students": ("alexnet",), "variant": ("rho 1=--rho 1",)},
     )
@@ -334,11 +311,9 @@ def test_every_part_runs(scoreboard: ModuleType, tmp_path: Path) -> None:
     assert plots == sorted(board.options.parts)
 
 
-def test_the_page_says_who_wins(scoreboard: ModuleType, data: Path, tmp_path: Path) -> None:
+def test_the_page_says_who_wins(data: Path, tmp_path: Path) -> None:
     parts = ("methods", "codecs", "gain")
-    board = board_of(
-        scoreboard, data, Path("out"), hard=True, parts=parts, variant=("plain=--x 1",)
-    )
+    board = board_of(data, Path("out"), hard=True, parts=parts, variant=("plain=--x 1",))
     sizes = {"without_labels": 1024, "with_labels": 2048, "with_generator": 3 * 2**20}
 
     def row(cell: Any, accuracy: list[float | None], **more: Any) -> dict[str, Any]:

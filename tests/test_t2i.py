@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_cases import runner
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.coreset.coreset import Coreset, open_coreset
 from patchbloom.engine.data.names import read_prompts
@@ -51,14 +52,6 @@ UNCHANGED: dict[str, Any] = {
 Train = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Options that name data and a model of random weights, both of 32 px."""
@@ -67,20 +60,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str], given: tuple[str, ...]) -> Train:
-    """Run `train ...`; its result, or {"error": the one line that it ends with}."""
-
-    def run(*arguments: str | Path) -> dict[str, Any]:
-        capsys.readouterr()
-        words = [str(argument) for argument in arguments]
-        stage = [words.pop(0)] if not words[0].startswith("--") else []
-        code = cli.main([*stage, *given, *words])
-        told = capsys.readouterr()
-        if code == 0:
-            return json.loads(told.out.splitlines()[-1])
-        assert code == 2, told.err
-        return {"error": told.err.splitlines()[-1]}
-
-    return run
+    run = runner(capsys)
+    return lambda *arguments: run(*arguments, *given).told
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers_peer as peer
 import numpy as np
 import pytest
 import torch
@@ -83,19 +83,7 @@ def expander(
 
 
 @pytest.fixture(scope="module")
-def peer():
-    """bench/diffusers_peer.py: diffusers' pipelines with our noise in their hands."""
-    path = Path(__file__).parents[1] / "bench" / "diffusers_peer.py"
-    spec = importlib.util.spec_from_file_location("diffusers_peer", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def diffusers_images(model: ModelSource, peer) -> Callable[..., Tensor]:
+def diffusers_images(model: ModelSource) -> Callable[..., Tensor]:
     """Images of diffusers' img2img pipeline for latents, with the noise of `samples`."""
     pipeline = peer.open_pipeline(model.folder)
 
@@ -157,7 +145,7 @@ def test_mixup_follows_the_formula(expander, diffusers_images, posterior, law):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_start_from_noise_equals_text_to_image(expander, model, peer, steps):
+def test_start_from_noise_equals_text_to_image(expander, model, steps):
     from diffusers import StableDiffusionXLPipeline
 
     parts = peer.open_pipeline(model.folder).components

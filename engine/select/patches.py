@@ -16,7 +16,6 @@ upright image.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,6 @@ import numpy as np
 import torch
 
 from ...kernels.noise import Draw, uniform_numpy
-from ..data.heap import give_back_free_heap
 from ..data.images import CropBatch, ImageSet, InputError, stream_crops
 from ..peers import ALONE, Peers, share_of
 from .best import BestPatches, best_of_all
@@ -41,8 +39,6 @@ from .scores import (
 )
 
 TRIES = 10
-TRIM_EVERY_S = 2.0
-"""So often free memory goes back to the system, which keeps the peak flat for 1 % of the time."""
 Method = Literal["lowest-loss", "random"]
 
 
@@ -199,16 +195,13 @@ def select_patches(
         skip_corrupt=skip_corrupt,
     )
     skipped: list[int] = []
-    done, total, trimmed_s = 0, len(pending), time.monotonic()
+    done, total = 0, len(pending)
     while len(pending):
         crop_batches = stream(share_of(pending, batch, peers), boxes, crops=crops)
         for crop_batch in crop_batches:
             scores = scorer(crop_batch.pixels_BPHWC, crop_batch.labels_B)
             kept_BP = crop_batch.pixels_BPHWC if diversity is None else scores.features()
             _offer(best, crop_batch, scores, kept_BP, by_loss=method == "lowest-loss")
-            if time.monotonic() - trimmed_s > TRIM_EVERY_S:
-                give_back_free_heap()
-                trimmed_s = time.monotonic()
             done += len(crop_batch.labels_B)
             if progress:
                 progress(min(done * peers.size, total), total)

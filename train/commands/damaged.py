@@ -1,7 +1,6 @@
 """--skip-corrupt: images that cannot be decoded are found, named, counted and left out.
 
-A run that stopped at such an image goes on without it, given --skip-corrupt: what it had begun is
-begun anew, as it was of other images. What it had ended is refused.
+A run that was begun with them cannot go on without them, and is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from ..data.folder import images_sha256
 from ..plan import Plan
 from ..run.folder import RunError, RunFolder, StageResult
 from ..run.progress import Report
-from ..teacher.training import CHECKPOINT
 from .checks import check_images_per_class
 
 
@@ -24,7 +22,7 @@ def leave_out_damaged(plan: Plan, run: RunFolder, report: Report) -> tuple[Plan,
 
     Every file is decoded once, in a stage of its own: what comes after sees whole images only.
     Raises InputError when a class has none left, ValueError when it has too few, RunError for a
-    teacher that was trained with images that are now left out.
+    run that was begun with images that are now left out.
     """
 
     def find() -> StageResult:
@@ -33,31 +31,20 @@ def leave_out_damaged(plan: Plan, run: RunFolder, report: Report) -> tuple[Plan,
     found = run.stage("data", {"--data": plan.data_sha256}, find)
     train, val = (_without(images, found[images.split]) for images in (plan.train, plan.val))
     check_images_per_class(train, plan.methods, patches=plan.samples_per_class, doped=plan.dope)
-    if any(found.values()) and run.world.leads:
-        _begin_anew(plan, run, report, train)
+    if any(found.values()):
+        _refuse_stages_of_all(plan, run)
     left = replace(plan, train=train, val=val, data_sha256=images_sha256(train, val))
     return left, {split: len(paths) for split, paths in found.items()}
 
 
-def _begin_anew(plan: Plan, run: RunFolder, report: Report, train: ImageSet) -> None:
-    """Forget what was begun of all images, of which some are damaged: it can never end.
-
-    A teacher that was brought along has only been measured, and is measured again. The checkpoint
-    of one that is trained here stays when `train`, what is left of the training images, is all.
-    """
-    checkpoint = [] if len(train) == len(plan.train) else [run.folder / "teacher" / CHECKPOINT]
-    stages = (("teacher", plan.teacher_source is not None, checkpoint), ("coreset", False, []))
-    for name, may_be_done, leftovers in stages:
+def _refuse_stages_of_all(plan: Plan, run: RunFolder) -> None:
+    for name in ("teacher", "coreset"):
         record = run.read(name)
-        if record is None or record["config"]["--data"] != plan.data_sha256:
-            continue
-        if record["state"] == "done" and not may_be_done:
+        if record is not None and record["config"]["--data"] == plan.data_sha256:
             raise RunError(
                 f"the {name} stage of {run.folder} was run with images that --skip-corrupt leaves "
                 "out: start again with --overwrite, or choose another --out"
             )
-        run.forget(name, leftovers)
-        report.say(f"{name}: begun anew, without the images that are left out")
 
 
 def _damaged(images: ImageSet, plan: Plan, report: Report) -> list[str]:

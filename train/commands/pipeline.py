@@ -19,7 +19,7 @@ from ...export.durable import json_sha256
 from ..config import CHANGES_NO_RESULT
 from ..labels.keep import RunLabels, label_settings
 from ..methods.dsco import dsco_settings
-from ..methods.open import describe_model, open_source, own_part, rendering_rate
+from ..methods.open import describe_model, open_source, own_part
 from ..methods.patches import selection_settings
 from ..methods.source import Expansions, ImageSource
 from ..methods.t2i import generation_settings
@@ -201,7 +201,6 @@ class Distillation:
         plan, folder = self.plan, self.run.folder / "students"
         coreset = None if method == REAL else self._coresets.open(method)
         with open_source(plan, coreset, self.run.world) as source:
-            rate = rendering_rate(source)
             if self.run.world.leads:
                 self._draw(method, own_part(source), coreset)
             run_labels = self._labels(method, source, coreset)
@@ -222,7 +221,7 @@ class Distillation:
             "accuracies": [result.accuracy for result in results],
             "losses": [list(result.losses) for result in results],
             "seeds": [result.seed for result in results],
-            "images_per_s": rate,
+            "images_per_s": results[0].images_per_s,
             "render": source.describe(),
         }
         return StageResult(described, [result.path for result in results])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,8 +32,6 @@ from .source import (
     UpsampledPatches,
 )
 from .stored import Doped, StoredImages, with_doped
-
-MEASURED_IMAGES = 256
 
 
 @contextmanager
@@ -170,20 +167,3 @@ def own_part(source: ImageSource) -> ImageSource:
     while isinstance(source, Doped | Refreshed | SharedImages):
         source = source.source
     return source
-
-
-def rendering_rate(source: ImageSource) -> float:
-    """Images per second, rendered alone and fresh, after one rendering that is not counted."""
-    source = own_part(source)
-    samples_P = torch.arange(min(source.samples, MEASURED_IMAGES))
-    source.render(samples_P, 0)
-    _wait_for_gpu()
-    began = time.perf_counter()
-    source.render(samples_P, 0)
-    _wait_for_gpu()
-    return len(samples_P) / (time.perf_counter() - began)
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -77,7 +77,9 @@ def make_summary(
         "ceiling": ceiling,
         "share_of_ceiling": shares,
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
-        "images_per_s": {m: round(students[m]["images_per_s"], 1) for m in methods},
+        "images_per_s": {
+            m: (rate := students[m]["images_per_s"]) and round(rate, 1) for m in methods
+        },
         "evals_per_image": {m: coresets[m]["evals"] for m in methods},
         "bytes": {m: coresets[m]["bytes"] for m in methods},
         "content_sha256": {m: coresets[m]["content_sha256"] for m in methods},

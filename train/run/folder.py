@@ -209,11 +209,6 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         path = self._file(name)
         return json.loads(path.read_bytes()) if self.world.leads and path.is_file() else None
 
-    def forget(self, name: str, leftovers: Iterable[Path]) -> None:
-        """A stage that never ended is as if it had not begun; its `leftovers` go first."""
-        for path in (*leftovers, self._file(name)):
-            path.unlink(missing_ok=True)
-
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds of each stage that is done, in the order in which they ended.
 

@@ -66,6 +66,8 @@ class Lockstep:
         self.device = torch.device(resolve_device(config.device)) if one else world.device
         classes = len(source.class_ids)
         self.students = [Student(seed, config, classes, self.device, world) for seed in seeds]
+        self.images_per_s: float | None = None
+        """Mean of the epochs that ended here; None before the first."""
         self._restore()
         self._saved = (self._epoch(), time.monotonic())
 
@@ -175,6 +177,7 @@ class Lockstep:
         if not ended:
             return
         told = pace.of(len(ended), ring.waited_s())
+        self.images_per_s = pace.images_per_s()
         for epoch in ended:
             losses = [student.losses[epoch] for student in self.students]
             loss = sum(losses) / len(losses)
@@ -242,6 +245,7 @@ class _Pace:
 
     def __init__(self, samples: int) -> None:
         self._samples, self._began, self._waited_s = samples, time.monotonic(), 0.0
+        self._epochs, self._seconds = 0, 0.0
 
     def of(self, epochs: int, waited_s: float) -> dict[str, float]:
         """The mean of the epochs that end now; `waited_s` since the training began."""
@@ -253,4 +257,9 @@ class _Pace:
             "waited_s": (waited_s - self._waited_s) / epochs,
         }
         self._began, self._waited_s = now, waited_s
+        self._epochs, self._seconds = self._epochs + epochs, self._seconds + seconds * epochs
         return told
+
+    def images_per_s(self) -> float:
+        """The mean of all epochs so far."""
+        return self._epochs * self._samples / self._seconds

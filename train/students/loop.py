@@ -38,6 +38,8 @@ class StudentResult:
     """Mean KL divergence of each epoch, in nats."""
     path: Path
     """Its weights: safetensors."""
+    images_per_s: float | None
+    """Rendered and learned from, by all students together; None when they were trained before."""
 
 
 def train_students(
@@ -71,7 +73,7 @@ def train_students(
     paths = [folder / f"{name}-seed{seed}.safetensors" for seed in seeds]
     identity = _identity(source, labels, config, seeds)
     if world.once(lambda: all(path.is_file() for path in paths)):
-        return _finished(paths, identity, world)
+        return _finished(paths, identity, world, None)
     checkpoints = Checkpoints(folder, name, config.checkpoints_kept)
     training = Lockstep(source, labels, config, seeds, checkpoints, identity, report, world)
     training.run(name)
@@ -101,10 +103,12 @@ def train_students(
             write_tensors(path, student.network.state_dict(), metadata)
     if world.leads:
         checkpoints.remove()
-    return _finished(paths, identity, world)
+    return _finished(paths, identity, world, training.images_per_s)
 
 
-def _finished(paths: Sequence[Path], identity: dict[str, Any], world: World) -> list[StudentResult]:
+def _finished(
+    paths: Sequence[Path], identity: dict[str, Any], world: World, rate: float | None
+) -> list[StudentResult]:
     """The results in students' files; CheckpointError for one trained with another config."""
 
     def read() -> list[dict[str, Any]]:
@@ -114,7 +118,7 @@ def _finished(paths: Sequence[Path], identity: dict[str, Any], world: World) -> 
         return told
 
     return [
-        StudentResult(metadata["seed"], metadata["accuracy"], tuple(metadata["losses"]), path)
+        StudentResult(metadata["seed"], metadata["accuracy"], tuple(metadata["losses"]), path, rate)
         for path, metadata in zip(paths, world.once(read), strict=True)
     ]
 
