@@ -103,8 +103,8 @@ class EngineSession:
     def run(self, *inputs: Tensor) -> Tensor:
         """Enqueue the engine on torch's current stream; the next call overwrites the result.
 
-        Inputs are cast to the graph's dtypes. Raises ValueError when shapes differ from the
-        graph's, RuntimeError when TensorRT refuses to run.
+        Inputs are cast to the graph's dtypes. Raises ValueError when shapes do not match,
+        RuntimeError when TensorRT refuses to run.
         """
         prompts = self._prompts_of(inputs[0]) if self._ranged else self._most
         if prompts != self._prompts:
