@@ -1,4 +1,4 @@
-"""What an engine is built for: names and shapes, free of torch so that `--help` stays quick."""
+"""An engine's settings: names and shapes, without torch so that `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 Weights = Literal["pretrained", "random"]
 
 DEFAULT_OPSET: OnnxOpset = 21
-"""The first with a native GroupNormalization; 23 adds a native Attention."""
+"""The first opset with a native GroupNormalization; 23 adds a native Attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +23,20 @@ class EngineSpec:
     size_px: int
     """Height and width of the images; a multiple of the VAE's factor."""
     batch: int = 32
-    """Images per call. Always full: a short batch is padded."""
+    """Images per call; a short batch is padded."""
     min_batch: int | None = None
-    """Fewest images per call, of an engine for a range of batches; None: `batch` alone, which is
-    fastest. Both are whole numbers of prompts, `images_per_prompt` images each."""
+    """Fewest images per call, for an engine with a range of batches; None: `batch` only, which is
+    fastest. Both are multiples of `images_per_prompt`."""
     images_per_prompt: int = 1
-    """n of a batch of G prompts × n images; divides `batch`."""
+    """n in a batch of G prompts × n images; divides `batch`."""
     precision: Precision = "fp32"
-    """Of weights and activations; the sampler's state is fp32 in any case."""
+    """Precision of weights and activations; the sampler's state is always fp32."""
     vae_precision: VaePrecision = "auto"
-    """Of encoder and decoder; `auto` is `precision`, or fp32 for a VAE that overflows in fp16."""
+    """Precision of the VAE; `auto` is `precision`, or fp32 for a VAE that overflows in fp16."""
     opset: OnnxOpset = DEFAULT_OPSET
-    """Version of the ONNX operators, where a backend starts from ONNX."""
+    """ONNX opset, for backends that start from ONNX."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where it runs."""
+    """Device that it runs on."""
 
     def __post_init__(self) -> None:
         if self.size_px < 1 or self.batch < 1:
@@ -75,7 +75,7 @@ class EngineSpec:
 
     @property
     def min_prompts(self) -> int:
-        """Fewest prompts per batch: `prompts`, unless the engine is for a range."""
+        """Fewest prompts per batch: `prompts`, unless the engine has a range of batches."""
         return (self.min_batch or self.batch) // self.images_per_prompt
 
     def as_dict(self) -> dict[str, int | str | None]:

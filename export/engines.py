@@ -1,8 +1,8 @@
-"""Compile a model for a backend, or open what was compiled: one way for ort, inductor and trt.
+"""Compile a model for ort, inductor or trt, or open a compiled engine.
 
-An exporter is one of the modules to_ort, to_inductor, to_tensorrt. A build goes: graph by graph
-torch's answers are kept and the graph is written; then torch's weights are freed; then what was
-written is compiled, opened, and held against torch's answers. Only then is the bundle stored.
+An exporter is one of the modules to_ort, to_inductor, to_tensorrt. For each graph, a build records
+torch's output and writes the graph. It then frees torch's weights, compiles and opens the engine,
+and compares it with torch's outputs. Only then is the bundle stored.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ _CODE = {
     "inductor": ("to_inductor.py",),
     "trt": ("to_onnx.py", "to_tensorrt.py", "trt_build.py"),
 }
-"""What decides the bytes of an engine, beside the modules and graphs themselves."""
+"""The files that determine an engine's bytes, besides modules.py and graphs.py."""
 
 
 class Session(Protocol):
     """One compiled graph, with its buffers."""
 
     def run(self, *inputs: Tensor) -> Tensor:
-        """Run it; the result is contiguous, and may be a buffer that the next call overwrites.
+        """Run the graph; the result is contiguous, and the next call may overwrite it.
 
-        Inputs are cast to the graph's types. ValueError: shapes that are not the graph's.
+        Inputs are cast to the graph's dtypes. Raises ValueError when shapes do not match.
         """
         ...
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free its memory."""
         ...
 
 
 class Exporter(Protocol):
-    """What to_ort, to_inductor and to_tensorrt each define."""
+    """The functions that to_ort, to_inductor and to_tensorrt each define."""
 
     def require(self, precision: Precision, device: str) -> None:
-        """Unavailable: what this backend needs there and for that is not here."""
+        """Raise Unavailable when a requirement for this precision and device is missing."""
         ...
 
     def libraries(self) -> dict[str, str]:
@@ -75,17 +75,17 @@ class Exporter(Protocol):
         ...
 
     def flags(self, spec: EngineSpec) -> dict[str, Any]:
-        """Settings of the exporter that an engine depends on; plain JSON."""
+        """Exporter settings that an engine depends on; plain JSON."""
         ...
 
     def export_graph(self, graph: Graph, folder: Path, spec: EngineSpec) -> None:
-        """Write what `compile_graphs` needs of one graph."""
+        """Write one graph's files for `compile_graphs`."""
         ...
 
     def compile_graphs(self, folder: Path, spec: EngineSpec, say: Say) -> dict[str, Any]:
-        """Turn what was written into what is opened; returns what is worth reporting.
+        """Compile the written files for `open_sessions`; return entries for the report.
 
-        Torch holds no weights any more.
+        Torch's weights are already freed.
         """
         ...
 
@@ -102,12 +102,12 @@ def exporter(backend: BackendName) -> Exporter:
 def engine_key(
     backend: BackendName, model: ModelSource, spec: EngineSpec, *, tokens: int
 ) -> dict[str, Any]:
-    """All that an engine depends on. The graphs' bytes follow from it: weights, code, versions."""
+    """Everything that an engine depends on; weights, code and versions determine its graphs."""
     return {**_model_key(model, spec, tokens), **machine_key(backend, spec)}
 
 
 def _model_key(model: ModelSource, spec: EngineSpec, tokens: int) -> dict[str, Any]:
-    """Of the model and the shapes; what `auto` comes to is in it, so that both are one engine."""
+    """The part of a key for model and shapes; `auto` is resolved, so both name one engine."""
     return {
         "model": model.name,
         "weights": model.weights,
@@ -119,7 +119,7 @@ def _model_key(model: ModelSource, spec: EngineSpec, tokens: int) -> dict[str, A
 
 
 def machine_key(backend: BackendName, spec: EngineSpec) -> dict[str, Any]:
-    """The part of a key that follows from this machine and this code, whatever the model."""
+    """The part of a key that depends on this machine and this code, not on the model."""
     return {
         "backend": backend,
         "exporter_sha256": _code_sha256(backend),
@@ -132,12 +132,12 @@ def machine_key(backend: BackendName, spec: EngineSpec) -> dict[str, Any]:
 def graphs_key(
     backend: BackendName, model: ModelSource, spec: EngineSpec, *, tokens: int
 ) -> dict[str, Any]:
-    """As engine_key, of the ONNX graphs alone: no runtime and no GPU has a part in them."""
+    """The key of ONNX graphs alone, which depend on no runtime and no GPU."""
     return {**_model_key(model, spec, tokens), **graphs_machine_key(backend, spec)}
 
 
 def graphs_machine_key(backend: BackendName, spec: EngineSpec) -> dict[str, Any]:
-    """As machine_key, of the ONNX graphs alone."""
+    """`machine_key` for ONNX graphs alone."""
     return {
         "backend": GRAPHS_ONLY,
         "exported_for": backend,
@@ -155,7 +155,7 @@ def _code_sha256(backend: BackendName) -> str:
 
 
 def require_engine(backend: BackendName, model: ModelSource, spec: EngineSpec) -> None:
-    """Unavailable: what an engine needs is not here, or the backend does not make such a one."""
+    """Raise Unavailable when a requirement is missing or the backend cannot build this engine."""
     vae_precision = resolve_vae_precision(model, spec.precision, spec.vae_precision)
     exporter(backend).require(spec.precision, spec.device)
     try:
@@ -172,7 +172,7 @@ def require_engine(backend: BackendName, model: ModelSource, spec: EngineSpec) -
 
 
 def require_graphs(backend: BackendName) -> None:
-    """Unavailable: a backend that starts from something else than ONNX graphs."""
+    """Raise Unavailable unless the backend starts from ONNX graphs."""
     if backend not in ("ort", "trt"):
         raise Unavailable(
             f"the {backend} backend is not made from ONNX graphs: export for --backend ort or trt"
@@ -181,7 +181,7 @@ def require_graphs(backend: BackendName) -> None:
 
 @contextmanager
 def _full_memory_told() -> Iterator[None]:
-    """Unavailable, with what to do, for each library's way to say that memory is short."""
+    """Turn any library's out-of-memory error into Unavailable, which says what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -204,10 +204,10 @@ def open_engine(
     bundles: Path,
     say: Say,
 ) -> Bundle:
-    """Find the bundle for these settings, or build it; the parts are taken over and freed.
+    """Find the bundle for these settings, or build it; frees the parts.
 
-    Unavailable: what the backend needs is missing. BundleError: a damaged bundle, an engine that
-    does not match torch, or a full disk.
+    Raises Unavailable when a requirement is missing; BundleError for a damaged bundle, an engine
+    that does not match torch, or a full disk.
     """
     require_engine(backend, model, spec)
     compiler = exporter(backend)
@@ -246,10 +246,11 @@ def export_graphs(
     bundles: Path,
     say: Say,
 ) -> Bundle:
-    """Write and check the ONNX graphs that an engine is compiled from, and stop there.
+    """Write and check the ONNX graphs that an engine is compiled from; frees the parts.
 
-    Nothing is run: a full-size model takes neither a GPU nor its runtime. Unavailable: a backend
-    that starts from something else. BundleError: weights of NaN, a damaged bundle, a full disk.
+    Nothing is run: even a full-size model needs neither a GPU nor its runtime. Raises Unavailable
+    unless the backend starts from ONNX graphs; BundleError for weights that are NaN or infinite, a
+    damaged bundle or a full disk.
     """
     require_graphs(backend)
 
@@ -268,9 +269,9 @@ def export_graphs(
 
 
 def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec, say: Say) -> dict[str, Any]:
-    """Parity of an opened bundle against torch, measured anew; the parts are freed.
+    """Measure an opened bundle's parity with torch again; frees the parts.
 
-    BundleError: beyond the tolerance, NaN or infinite.
+    Raises BundleError beyond the tolerance, or for NaN or infinity.
     """
     with _full_memory_told():
         references = []
@@ -283,7 +284,7 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec, say: Say)
 
 
 def _measure(sessions: dict[str, Session], references: list[Reference]) -> dict[str, Any]:
-    """Parity of each graph, at either end of a range of batches; closes the sessions."""
+    """Parity of each graph, at both ends of a range of batches; closes the sessions."""
     try:
         return {
             name: check_parity(held, sessions[reference.graph].run)
@@ -296,7 +297,7 @@ def _measure(sessions: dict[str, Session], references: list[Reference]) -> dict[
 
 
 def _provenance(model: ModelSource, started: float, exported_s: float) -> dict[str, Any]:
-    """What a bundle's report says beside its parity, outside the key."""
+    """A bundle's report besides its parity; not part of the key."""
     return {
         "model": model_reference(model),
         "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -309,7 +310,7 @@ def _provenance(model: ModelSource, started: float, exported_s: float) -> dict[s
 def _check_weights(parts: ModelParts) -> None:
     for part in (parts.unet, parts.vae):
         for name, values in part.named_parameters():
-            # NaN passes on to both. isfinite() takes ten times as long on a CPU: 68 s in fp16.
+            # NaN spreads to both. isfinite() takes ten times as long on a CPU: 68 s in fp16.
             if not bool(torch.isfinite(torch.stack(values.aminmax())).all()):
                 raise BundleError(
                     f"{type(part).__name__}'s {name} holds NaN or infinite values: check the "
@@ -318,7 +319,7 @@ def _check_weights(parts: ModelParts) -> None:
 
 
 def free_parts(parts: ModelParts) -> None:
-    """Let go of the networks, whoever else still holds `parts`."""
+    """Free the networks, even while others still hold `parts`."""
     vars(parts).clear()
     gc.collect()
     if torch.cuda.is_available():

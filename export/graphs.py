@@ -1,7 +1,7 @@
-"""What is compiled: encoder, denoiser and decoder of a model, with borders of known shape.
+"""The graphs to compile: a model's encoder, denoiser and decoder, with borders of known shape.
 
-Every backend starts from these three modules; what it makes of them is held against them. Height
-and width are static; the batch is too, or a range of prompts of n images each.
+Every backend starts from these three modules and is compared with them. Height and width are
+static; the batch is static too, or a range of prompts with n images each.
 Legend: B = G · n images of G prompts, C latent channels, h w latent size, P keys and values.
 """
 
@@ -28,16 +28,16 @@ class Port:
 
     name: str
     shape: tuple[int, ...]
-    """At the largest batch."""
+    """Shape at the largest batch."""
     dtype: torch.dtype
     per_prompt: int = 0
-    """Rows of the first dimension for each prompt; 0: it does not grow with the batch."""
+    """Rows of the first dimension per prompt; 0: it does not grow with the batch."""
 
 
 def prompts_of(name: str, rows: int, per_prompt: int, *, fewest: int, most: int) -> int:
-    """Prompts of a call to an engine for a range of batches, from the rows of its first input.
+    """Prompts in a call to an engine with a range of batches, from the rows of its first input.
 
-    ValueError: not a whole number of prompts, or fewer or more than the engine's.
+    Raises ValueError when that is not a whole number in the engine's range.
     """
     prompts, rest = divmod(rows, per_prompt)
     if rest or not fewest <= prompts <= most:
@@ -50,7 +50,7 @@ def prompts_of(name: str, rows: int, per_prompt: int, *, fewest: int, most: int)
 
 @dataclass(frozen=True)
 class Borders:
-    """Inputs and output of a compiled graph, as a session knows them."""
+    """Inputs and output of a compiled graph."""
 
     inputs: tuple[Port, ...]
     output: Port
@@ -65,10 +65,10 @@ class Graph:
     inputs: tuple[Port, ...]
     output: Port
     min_prompts: int | None = None
-    """Fewest prompts of a range of batches; None: the batch is static."""
+    """Fewest prompts in a range of batches; None: the batch is static."""
 
     def random_inputs(self, seed: int) -> list[Tensor]:
-        """Standard normal inputs, on the module's device; a timestep is drawn from the schedule."""
+        """Standard normal inputs on the module's device; a timestep is whole, in [0, 999]."""
         generator = torch.Generator().manual_seed(seed)
         device = next(self.module.parameters()).device
         values = []
@@ -81,7 +81,7 @@ class Graph:
 
 
 def write_borders(graph: Graph, folder: Path) -> None:
-    """Write `<graph>.json`, for sessions whose engines do not tell shapes and types."""
+    """Write `<graph>.json`, for sessions whose engines do not report shapes and dtypes."""
     ports = [
         {
             "name": port.name,
@@ -95,7 +95,7 @@ def write_borders(graph: Graph, folder: Path) -> None:
 
 
 def read_borders(folder: Path, name: str) -> Borders:
-    """What write_borders wrote of one graph."""
+    """Read one graph's `<graph>.json`."""
     *inputs, output = (
         Port(port["name"], tuple(port["shape"]), DTYPES[port["precision"]], port["per_prompt"])
         for port in json.loads((folder / f"{name}.json").read_text())
@@ -104,7 +104,7 @@ def read_borders(folder: Path, name: str) -> Borders:
 
 
 def make_graphs(parts: ModelParts, spec: EngineSpec, *, tokens: int) -> tuple[Graph, Graph, Graph]:
-    """Encoder, denoiser and decoder of a model at an engine's shapes; takes over the parts."""
+    """A model's encoder, denoiser and decoder at an engine's shapes; takes over the parts."""
     vae_config: Any = parts.vae.config
     channels, n = vae_config.latent_channels, spec.images_per_prompt
     side = spec.size_px // 2 ** (len(vae_config.block_out_channels) - 1)

@@ -1,7 +1,7 @@
 """SDXL-Turbo from the Hugging Face hub: pinned revisions, the half-precision parts, its licence.
 
-Safetensors, JSON and the tokenizers' text only; every file is compared with the size and the hash
-that the hub's own listing has of it. Nothing is unpickled and no remote code is run.
+Downloads only safetensors, JSON and the tokenizers' text, and checks each file's size and hash
+against the hub's listing. Nothing is unpickled; no remote code runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODEL_FILES = (
     "unet/diffusion_pytorch_model.fp16.safetensors",
 )
 TOKENIZER_FILES = ("merges.txt", "tokenizer_config.json", "vocab.json")
-"""Without tokenizer_config.json, transformers pads prompts otherwise and says nothing."""
+"""Without tokenizer_config.json, transformers silently pads prompts differently."""
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 LICENCE_NOTE = (
     "SDXL-Turbo is Stability AI's, under its non-commercial research licence: "
@@ -42,12 +42,12 @@ LICENCE_NOTE = (
 
 
 class DownloadError(OSError):
-    """The hub could not be reached, or a download stopped; what arrived is kept."""
+    """The hub could not be reached, or a download stopped; files already received are kept."""
 
 
 @dataclass(frozen=True)
 class TurboFolders:
-    """Snapshots of the model and of its VAE."""
+    """Snapshots of the model and its VAE."""
 
     model: Path
     vae: Path
@@ -56,16 +56,16 @@ class TurboFolders:
 
 
 def fetch_sdxl_turbo() -> TurboFolders:
-    """Return SDXL-Turbo's folders, from the hub's cache or by a download of about 7 GB.
+    """Return SDXL-Turbo's folders from the hub's cache, or download about 7 GB.
 
-    A download that stopped goes on where it was. DownloadError says what to do instead.
+    A stopped download resumes. Raises DownloadError, whose message says what to do instead.
     """
     model = _snapshot(MODEL_ID, MODEL_REVISION, MODEL_FILES)
     return TurboFolders(model, _snapshot(VAE_ID, VAE_REVISION, VAE_FILES))
 
 
 def is_sdxl_turbo_cached() -> bool:
-    """Whether the hub's cache holds both snapshots whole; nothing is downloaded."""
+    """Whether the hub's cache holds both snapshots completely; downloads nothing."""
     return None not in (
         _cached(MODEL_ID, MODEL_REVISION, MODEL_FILES),
         _cached(VAE_ID, VAE_REVISION, VAE_FILES),
@@ -73,12 +73,12 @@ def is_sdxl_turbo_cached() -> bool:
 
 
 def _cached(repository: str, revision: str, patterns: tuple[str, ...]) -> Path | None:
-    """The snapshot in the hub's cache, if all of it is there."""
+    """The snapshot in the hub's cache, if it is complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # Without the patterns, the files that were never wanted count as missing.
+        # Without the patterns, files that we never download count as missing.
         folder = Path(
             snapshot_download(
                 repository,
@@ -122,7 +122,7 @@ def _remedy() -> str:
 
     places = " and ".join(f"models--{name.replace('/', '--')}" for name in (MODEL_ID, VAE_ID))
     return (
-        "run the same command again and it goes on where it stopped; without a network, put "
+        "run the same command again to resume where it stopped; without a network, put "
         f"{places} of another machine's cache into {HF_HUB_CACHE} (HF_HOME moves it), or give "
         "--model a folder with unet/, vae/, text_encoder/, text_encoder_2/, tokenizer/, "
         "tokenizer_2/ and scheduler/, weights as safetensors (or .fp16.safetensors), in vae/ "
@@ -131,9 +131,9 @@ def _remedy() -> str:
 
 
 def _listing(repository: str, revision: str, patterns: tuple[str, ...]) -> list[Any]:
-    """What the hub says of each file that is wanted: path, size, git's hash, sha256 of large ones.
+    """The hub's entry for each file: path, size, git's hash, and sha256 for large files.
 
-    OSError: it lacks one.
+    Raises OSError when the hub lacks a required file.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -151,7 +151,7 @@ def _listing(repository: str, revision: str, patterns: tuple[str, ...]) -> list[
 
 
 def _names(patterns: tuple[str, ...]) -> list[str]:
-    """The files that have to be there."""
+    """The required files."""
     names = [pattern for pattern in patterns if "*" not in pattern]
     for folder in {pattern.split("/")[0] for pattern in patterns if "*" in pattern}:
         names += [f"{folder}/{name}" for name in TOKENIZER_FILES]
@@ -159,14 +159,14 @@ def _names(patterns: tuple[str, ...]) -> list[str]:
 
 
 def _is_complete(folder: Path, patterns: tuple[str, ...]) -> bool:
-    """Whether a cached snapshot has every file; a link whose target is gone is no file."""
+    """Whether a cached snapshot has every file; a dangling link is not a file."""
     return all((folder / name).is_file() for name in _names(patterns))
 
 
 def _check(path: Path, entry: Any) -> None:
-    """OSError, and the file is removed, unless it has the hub's size and hash.
+    """Remove the file and raise OSError unless it has the hub's size and hash.
 
-    Large files are known to the hub by sha256, small ones by git's sha1 of a blob.
+    The hub lists large files by sha256 and small ones by git's blob sha1.
     """
     size_bytes = path.stat().st_size
     if entry.lfs is None:
@@ -179,7 +179,7 @@ def _check(path: Path, entry: Any) -> None:
     if (size_bytes, digest.hexdigest()) != (entry.size, expected):
         path.resolve().unlink()
         raise OSError(
-            f"{entry.path} came with {size_bytes} bytes and {digest.name} {digest.hexdigest()}, "
+            f"{entry.path} arrived with {size_bytes} bytes and {digest.name} {digest.hexdigest()}, "
             f"the hub says {entry.size} and {expected}"
         )
 

@@ -1,4 +1,4 @@
-"""What this machine is and has: GPU, driver, compiler, memory; for keys, refusals and reports."""
+"""This machine's GPU, driver, compiler and memory, for keys, refusals and reports."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _INSTRUCTIONS = re.compile(
     r"s?sse|avx|fma|f16c|bmi|abm|popcnt|amx|sha|v?aes|v?pclmul|gfni|adx|movbe|movdir|"
     r"clflushopt|clwb|rdrand|rdseed|xsave|fsgsbase|asimd|sve|sme|i8mm|bf16|fphp|crc32|atomics"
 )
-POLL_S = 0.02  # cuBLAS's and TensorRT's workspaces live for longer than this
+POLL_S = 0.02  # cuBLAS's and TensorRT's workspaces live longer than this
 
 
 def gpu_identity(device: str) -> dict[str, Any]:
-    """GPU name, SM count and driver version that an engine depends on; None each on the CPU."""
+    """GPU name, SM count and driver version that an engine depends on; all None on the CPU."""
     if device != "cuda":
         return {"gpu": None, "sm_count": None, "driver": None}
     import torch
@@ -32,14 +32,14 @@ def gpu_identity(device: str) -> dict[str, Any]:
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's driver, as its management library tells it; None without one."""
+    """Version of NVIDIA's driver, as NVML reports it; None without a driver."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
     version = ctypes.create_string_buffer(80)
-    told = nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(version, 80) == 0
-    return version.value.decode() if told else None
+    known = nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(version, 80) == 0
+    return version.value.decode() if known else None
 
 
 def cxx_compiler() -> str | None:
@@ -51,9 +51,9 @@ def cxx_compiler() -> str | None:
 
 
 def cpu_instructions() -> list[str]:
-    """The instruction sets of this processor, by the kernel's names; empty where it tells none.
+    """This CPU's instruction sets, by the kernel's names; empty if it lists none.
 
-    Without what else it lists, which changes with kernel and hypervisor.
+    Other listed features are left out: they change with kernel and hypervisor.
     """
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, features = line.partition(":")
@@ -63,15 +63,15 @@ def cpu_instructions() -> list[str]:
 
 
 def gpu_memory_bytes() -> tuple[int, int]:
-    """Free and in all, of the current GPU; what torch keeps for reuse counts as taken."""
+    """(free, total) of the current GPU; memory that torch caches counts as used."""
     import torch
 
     return torch.cuda.mem_get_info()
 
 
 def free_host_bytes() -> int:
-    """What a process here can still take: the system's own estimate plus swap, or a container's
-    limit where that is lower."""
+    """Memory that a process can still take: the system's estimate plus swap, or what a container's
+    limit leaves, if that is less."""
     fields = _kilobytes(Path("/proc/meminfo"))
     free = 1024 * (fields["MemAvailable"] + fields.get("SwapFree", 0))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -79,26 +79,26 @@ def free_host_bytes() -> int:
         if (maximum := limit.read_text().strip()) != "max":
             free = min(free, int(maximum) - int(used.read_text()) + _file_cache_bytes())
     except (OSError, ValueError):
-        pass  # no container with a limit of its own
+        pass  # no container limit
     return free
 
 
 def _file_cache_bytes() -> int:
-    """Of the container: counted as used, but given up when memory is asked for."""
+    """The container's inactive file cache: counted as used, but freed on demand."""
     lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def peak_host_bytes() -> int:
-    """The most that this process had in memory since it began, without its children.
+    """Peak memory of this process, without its children.
 
-    Not getrusage's: that begins with what the parent had when it started us.
+    Unlike getrusage's peak, it excludes what the parent held when it started this process.
     """
     return 1024 * _kilobytes(Path(f"/proc/{os.getpid()}/status"))["VmHWM"]
 
 
 def _kilobytes(path: Path) -> dict[str, int]:
-    """The lines "Name: 123 kB" of a file of /proc."""
+    """The lines "Name: 123 kB" of a /proc file."""
     fields = {}
     for line in path.read_text().splitlines():
         name, _, value = line.partition(":")
@@ -108,10 +108,9 @@ def _kilobytes(path: Path) -> dict[str, int]:
 
 
 class PeakGpuMemory:
-    """The most GPU memory in use while the block ran, whoever's it was; 0 on the CPU.
+    """Peak GPU memory in use while the block ran, by any process; 0 on the CPU.
 
-    Asked of the driver every POLL_S: torch's own count knows nothing of TensorRT's or ONNX
-    Runtime's memory. Other programs on the GPU count too.
+    Polls the driver every POLL_S: torch's own count misses TensorRT's and ONNX Runtime's memory.
     """
 
     def __init__(self, device: str) -> None:

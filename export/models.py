@@ -1,8 +1,8 @@
-"""What a model is: sdxl-turbo, sdxl-tiny, or any local folder in diffusers' SDXL layout.
+"""Models: sdxl-turbo, sdxl-tiny, or any local folder in diffusers' SDXL layout.
 
 A model is a folder with unet/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/ and
-scheduler/ as `StableDiffusionXLImg2ImgPipeline.save_pretrained` writes it; weights in safetensors
-only, plain or of the fp16 variant. Nothing is unpickled and no remote code is run.
+scheduler/, as `StableDiffusionXLImg2ImgPipeline.save_pretrained` writes it. Weights are safetensors
+only, plain or fp16 variant. Nothing is unpickled; no remote code runs.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .hub import fetch_sdxl_turbo
 
 TINY_FOLDER = Path(__file__).parent / "sdxl_tiny"
 TURBO_CONFIGURATION = Path(__file__).parent / "sdxl_turbo"
-"""SDXL-Turbo's architecture as it is published, with the configuration of its fp16-fix VAE."""
-TOKENS = 77  # of a CLIP prompt
+"""SDXL-Turbo's published architecture, with the configuration of its fp16-fix VAE."""
+TOKENS = 77  # per CLIP prompt
 NAMES = ("sdxl-turbo", "sdxl-tiny")
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -40,28 +40,28 @@ _DIFFUSERS_WEIGHTS, _TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
 
 
 class ModelError(ValueError):
-    """The model asked for does not exist, is incomplete, or is of another kind."""
+    """The requested model does not exist, is incomplete, or is of another kind."""
 
 
 class Unavailable(OSError):  # noqa: N818 - reads as the message does
-    """This machine lacks what was asked for; the message says what, and how to get it."""
+    """This machine lacks something that is needed; the message says what, and how to get it."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the parts of a model lie."""
+    """Where a model's parts are stored."""
 
     name: str
-    """As the user gave it, or as the folder is called."""
+    """Name given by the user, or the folder's name."""
     folder: Path
     vae_folder: Path
     """Holds config.json and the VAE's weights; `folder`/vae unless another VAE is used."""
     revision: str | None = None
-    """Commit on the hub, when it came from there."""
+    """Hub commit, if the model came from the hub."""
     vae_name: str | None = None
-    """Hub id and revision of the VAE, when it is not the model's own."""
+    """Hub id and revision of the VAE, if it is not the model's own."""
     weights: Weights = "pretrained"
-    """`random`: the architecture alone, for export, memory and speed. Its pictures show nothing."""
+    """`random`: the architecture only, to test export, memory and speed; images mean nothing."""
 
     def part(self, name: str) -> Path:
         """Folder of unet, vae, text_encoder, …"""
@@ -72,7 +72,7 @@ class ModelSource:
         return _read_json(self.folder / "scheduler" / "scheduler_config.json")
 
     def trained_px(self) -> int:
-        """Side of the images that it was trained at: 512 for sdxl-turbo, 64 for sdxl-tiny."""
+        """Side of its training images: 512 for sdxl-turbo, 64 for sdxl-tiny."""
         return _read_json(self.part("unet") / "config.json")["sample_size"] * self.vae_factor()
 
     def vae_factor(self) -> int:
@@ -81,7 +81,7 @@ class ModelSource:
         return 2 ** (len(vae["block_out_channels"]) - 1)
 
     def text_widths(self) -> tuple[int, int]:
-        """Widths of a token's embedding and of the pooled one, as the UNet takes them."""
+        """Widths of a token's embedding and of the pooled embedding, as the UNet takes them."""
         unet = _read_json(self.part("unet") / "config.json")
         times = 6 * unet["addition_time_embed_dim"]
         return unet["cross_attention_dim"], unet["projection_class_embeddings_input_dim"] - times
@@ -89,18 +89,18 @@ class ModelSource:
 
 @dataclass
 class ModelParts:
-    """The networks that make images; the text encoders are loaded apart and freed early."""
+    """The networks that make images; the text encoders are loaded separately and freed early."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
 
 
 def find_model(name_or_folder: str | Path, weights: Weights = "pretrained") -> ModelSource:
-    """Resolve a model's name or folder; `sdxl-turbo` is downloaded when it is not in the cache.
+    """Resolve a model's name or folder; download `sdxl-turbo` if it is not cached.
 
-    With random weights nothing is downloaded, and only the configurations have to be there.
-    ModelError: no such name or folder, or a folder that lacks a part. The download's own errors are
-    those of `hub.fetch_sdxl_turbo`.
+    With random weights nothing is downloaded, and only the configurations are required. Raises
+    ModelError when the name or folder does not exist or a part is missing; a download raises as
+    `hub.fetch_sdxl_turbo` does.
     """
     name = str(name_or_folder)
     if name == "sdxl-turbo" and weights == "random":
@@ -130,7 +130,7 @@ def _check_parts(source: ModelSource) -> None:
     for path in expected:
         if not path.is_file():
             raise ModelError(
-                f"{source.folder} is no model in diffusers' SDXL layout: {path} is missing; "
+                f"{source.folder} is not a model in diffusers' SDXL layout: {path} is missing; "
                 "expected what StableDiffusionXLImg2ImgPipeline.save_pretrained writes"
             )
     if source.weights == "pretrained":
@@ -148,7 +148,7 @@ def _weights_by_part() -> dict[str, str]:
 
 
 def _weight_files(source: ModelSource, part: str) -> tuple[str | None, list[Path]]:
-    """The variant to load, None or "fp16", and the files of one part."""
+    """(variant to load: None or "fp16", weight files) of one part."""
     stem, folder = _weights_by_part()[part], source.part(part)
     plain = sorted([*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-0*.safetensors")])
     half = sorted(folder.glob(f"{stem}.fp16*.safetensors"))
@@ -163,9 +163,9 @@ def _weight_files(source: ModelSource, part: str) -> tuple[str | None, list[Path
 def resolve_vae_precision(
     source: ModelSource, precision: Precision, vae_precision: VaePrecision = "auto"
 ) -> Precision:
-    """What the VAE computes in. `auto` is `precision`, but fp32 for fp16 and a VAE that overflows.
+    """Precision of the VAE. `auto` is `precision`, or fp32 if the VAE overflows in fp16.
 
-    SDXL's own VAE does, and its configuration says so by `force_upcast`; its fp16-fix does not.
+    SDXL's own VAE does, and its configuration says so with `force_upcast`; the fp16-fix does not.
     """
     if vae_precision != "auto":
         return vae_precision
@@ -180,13 +180,13 @@ def load_parts(
     vae_precision: VaePrecision = "auto",
     device: str,
 ) -> ModelParts:
-    """Load UNet and VAE, in eval mode and without gradients; the VAE's type may be another."""
+    """Load UNet and VAE in eval mode, without gradients; the VAE's dtype may differ."""
     unet_dtype = DTYPES[precision]
     vae_dtype = DTYPES[resolve_vae_precision(source, precision, vae_precision)]
     if source.weights == "random":
         unet = _random(UNet2DConditionModel, source, "unet", unet_dtype, device)
         return ModelParts(unet, _random(AutoencoderKL, source, "vae", vae_dtype, device))
-    # Said, because diffusers wants it, and complains where accelerate is not installed.
+    # Explicit, because diffusers' default warns when accelerate is not installed.
     light = {"low_cpu_mem_usage": find_spec("accelerate") is not None}
     unet = _load(UNet2DConditionModel, source, "unet", device, torch_dtype=unet_dtype, **light)
     vae = _load(AutoencoderKL, source, "vae", device, torch_dtype=vae_dtype, **light)
@@ -196,8 +196,8 @@ def load_parts(
 def _random(kind: type, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
     """The part's architecture with torch's own initialisation, seeded; none on "meta".
 
-    Made where and as it is used: both networks of SDXL-Turbo in fp16 take 45 s and 6 GB on one
-    core of a CPU, the half of it for the memory's first touch.
+    Created directly on its device and in its dtype: both networks of SDXL-Turbo in fp16 take 45 s
+    and 6 GB on one CPU core, half of the time for first touching the memory.
     """
     before = torch.get_default_dtype()
     with torch.random.fork_rng(), torch.device(device):
@@ -226,7 +226,7 @@ def _load(kind: type, source: ModelSource, part: str, device: str, **options: An
 
 
 def model_reference(source: ModelSource) -> str:
-    """What `--model` has to be given to find the model again, from any folder."""
+    """The `--model` value that finds the model again, from any working directory."""
     embedded = source.folder in (TINY_FOLDER, TURBO_CONFIGURATION)
     return source.name if embedded or source.revision else str(source.folder)
 
@@ -234,7 +234,7 @@ def model_reference(source: ModelSource) -> str:
 def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[Any, Any]:
     """Tokenizer and text encoder of "text_encoder" or "text_encoder_2", in fp32.
 
-    fp32 in any case: a prompt is encoded once, and rounding there would touch every image.
+    Always fp32: a prompt is encoded once, and its rounding would affect every image.
     """
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -247,7 +247,7 @@ def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[A
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without the bar that transformers shows for every weight file."""
+    """Hide the progress bar that transformers shows for every weight file."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -262,7 +262,7 @@ def _quiet_transformers() -> Iterator[None]:
 def weights_sha256(source: ModelSource) -> str:
     """One hash over the weights and configurations of all parts: the model's identity.
 
-    Of random weights it covers the configurations.
+    For random weights it covers only the configurations.
     """
     digest = hashlib.sha256()
     if source.weights == "random":
@@ -276,10 +276,7 @@ def weights_sha256(source: ModelSource) -> str:
 
 
 def weights_bytes(source: ModelSource) -> int:
-    """Bytes on disk of all weights: what a coreset's images need beside the coreset.
-
-    0 for random weights.
-    """
+    """Bytes on disk of all weights, which expanding a coreset also needs; 0 for random weights."""
     if source.weights == "random":
         return 0
     parts = _weights_by_part()
@@ -293,12 +290,12 @@ def _file_sha256(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _hash_once(path: str, size_bytes: int, mtime_ns: int) -> str:
-    """Hash a file once per process; size and time make a changed file another key."""
+    """Hash a file once per process; size and time in the cache key detect a changed file."""
     return file_sha256(Path(path))
 
 
 def seen_classes(folder: Path) -> tuple[str, ...] | None:
-    """Class names that the model was trained on, from its model card; None when it has no card."""
+    """Class names that the model was trained on, from its model card; None without a card."""
     card = folder / "model_card.json"
     return tuple(_read_json(card)["class_names"]) if card.is_file() else None
 

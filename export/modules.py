@@ -1,8 +1,8 @@
-"""Export-ready torch modules around diffusers' own networks; weights and arithmetic untouched.
+"""Export-ready torch modules around diffusers' networks; weights and arithmetic are unchanged.
 
 Legend: B = G · n images in a batch of G prompts × n images (image b belongs to prompt b // n),
-C latent channels, h w latent size, H W image size, L tokens, D embedding width, P the keys and
-values of one prompt laid end to end. Each module equals the stock pipeline to fp32 rounding.
+C latent channels, h w latent size, H W image size, L tokens, D embedding width, P concatenated keys
+and values of one prompt. Each module equals the stock pipeline to fp32 rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class KeyValueSlot:
-    """Where one cross-attention layer's K [heads, L, d], and right after it V, lie in kv_GP."""
+    """Position in kv_GP of one cross-attention layer's K [heads, L, d], directly followed by V."""
 
     start: int
     heads: int
@@ -29,7 +29,7 @@ class KeyValueSlot:
 
     @property
     def size(self) -> int:
-        """Elements of K alone, which are those of V."""
+        """Elements of K; V has as many."""
         return self.heads * self.tokens * self.head_width
 
     def read(self, kv_GP: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,9 +67,9 @@ def key_value_slots(unet: UNet2DConditionModel, tokens: int) -> list[KeyValueSlo
 
 
 class GroupedCrossAttention:
-    """Attention processor: the queries of G · n images against the K and V of G prompts.
+    """Attention processor: queries of G · n images against K and V of G prompts.
 
-    n images of one prompt are n · S queries of one attention, so K and V are never copied.
+    The n images of a prompt are n · S queries of one attention, so K and V are never copied.
     """
 
     def __init__(self, slot: KeyValueSlot) -> None:
@@ -94,11 +94,11 @@ INT32_MAX = 2**31 - 1
 
 
 class Upsampler(nn.Module):
-    """Nearest neighbours at twice the size or `output_size`, then a convolution: diffusers' own.
+    """diffusers' upsampler: nearest neighbours to twice the size or `output_size`, then a conv.
 
-    Without its branch on 64 images or more, by which an exported range of batches would end at 63.
-    What is left of it is the reason for it: torch's kernel for channels_last on CUDA counted
-    elements in 32 bits (pytorch issue 141831).
+    It drops diffusers' branch for 64 images or more, which would end an exported range of batches
+    at 63, and keeps a check of the cause: torch's channels_last kernel on CUDA counted elements in
+    32 bits (pytorch issue 141831).
     """
 
     def __init__(self, stock: Upsample2D) -> None:
@@ -119,7 +119,7 @@ class Upsampler(nn.Module):
 
 
 def _replace_upsamplers(network: nn.Module) -> None:
-    """Put an Upsampler, with the same weights, where diffusers has an Upsample2D."""
+    """Replace every Upsample2D of diffusers by an Upsampler with the same weights."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, Upsample2D):
@@ -127,11 +127,11 @@ def _replace_upsamplers(network: nn.Module) -> None:
 
 
 class Denoiser(nn.Module):
-    """SDXL's UNet with the text side taken out: (x_BCHW, timestep_1, added_GD, kv_GP) → eps_BCHW.
+    """SDXL's UNet without the text side: (x_BCHW, timestep_1, added_GD, kv_GP) → eps_BCHW.
 
-    x is the scaled model input, timestep fp32, added_GD and kv_GP come from PromptProjector. Takes
-    over the UNet: its cross-attention processors and upsamplers are replaced. ValueError: not an
-    SDXL UNet.
+    x is the scaled model input, timestep is fp32, added_GD and kv_GP come from PromptProjector.
+    Takes over the UNet: replaces its cross-attention processors and upsamplers. Raises ValueError
+    when it is not an SDXL UNet.
     """
 
     def __init__(self, unet: UNet2DConditionModel, tokens: int) -> None:
@@ -147,7 +147,7 @@ class Denoiser(nn.Module):
         slots = key_value_slots(unet, tokens)
         for layer, slot in zip(_cross_attentions(unet), slots, strict=True):
             layer.set_processor(GroupedCrossAttention(slot))
-        # UNet2DConditionModel.forward asks this method for what it adds to the time embedding.
+        # UNet2DConditionModel.forward adds this method's result to the time embedding.
         unet.get_aug_embed = lambda emb, encoder_hidden_states, added_cond_kwargs: (
             added_cond_kwargs["added_BD"]
         )
@@ -167,11 +167,10 @@ class Denoiser(nn.Module):
 
 
 class PromptProjector(nn.Module):
-    """What the UNet needs of a prompt: (text_GLD, pooled_GD, time_ids_6) → (added_GD, kv_GP).
+    """The UNet's inputs from a prompt: (text_GLD, pooled_GD, time_ids_6) → (added_GD, kv_GP).
 
     time_ids is SDXL's micro-conditioning: original height and width, crop top and left, target
-    height and width, in pixels. Shares the UNet's weights, and holds no others of it: 13 % of
-    SDXL-Turbo's.
+    height and width, in pixels. Shares only the UNet weights that it needs: 13 % of SDXL-Turbo's.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
@@ -198,7 +197,7 @@ class PromptProjector(nn.Module):
 
 
 def _latent_statistics(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
-    """Shift and scale [1, C, 1, 1] of latents = (raw - shift) · scale, as the pipeline has them."""
+    """Shift and scale [1, C, 1, 1] of latents = (raw - shift) · scale, as in the pipeline."""
     config: Any = vae.config
     channels, factor = config.latent_channels, config.scaling_factor
     mean, std = config.latents_mean, config.latents_std
@@ -211,7 +210,7 @@ def _latent_statistics(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
 class LatentEncoder(nn.Module):
     """images_BCHW in [-1, 1] → moments [B, 2C, h, w]: mean and standard deviation of the latents.
 
-    In the UNet's units (shifted and scaled); a latent is mean, or mean + std · n.
+    Both are in the UNet's units (shifted and scaled); a latent is mean, or mean + std · n.
     """
 
     shift: Tensor
@@ -234,7 +233,7 @@ class LatentEncoder(nn.Module):
 class LatentDecoder(nn.Module):
     """latents_BCHW in the UNet's units → images [B, 3, H, W], clamped to [-1, 1].
 
-    Takes over the VAE's decoder: its upsamplers are replaced.
+    Takes over the VAE's decoder: replaces its upsamplers.
     """
 
     shift: Tensor

@@ -1,7 +1,7 @@
-"""The gate of every engine: what torch makes of random inputs, and how far an engine may be off.
+"""The parity gate: torch's output for random inputs, and how far an engine may differ from it.
 
-An engine passes when it makes no NaN or infinity, and its max abs error is at most PARITY_TOLERANCE
-of its precision times the largest value (or 1, if that is larger).
+An engine passes when it yields no NaN or infinity, and its max abs error is at most its precision's
+PARITY_TOLERANCE times the largest value (or 1, if that is larger).
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from .graphs import Graph
 from .models import PRECISIONS
 
 PARITY_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""bf16 keeps 8 bits: sdxl-tiny's denoiser, compiled, is 3e-2 off its own eager run."""
+"""bf16 keeps 8 bits: sdxl-tiny's compiled denoiser differs from its eager run by 3e-2."""
 SEED = 1
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A graph's inputs, on its device, and torch's answer, fp32 on the CPU."""
+    """A graph's inputs, on its device, and torch's output, fp32 on the CPU."""
 
     graph: str
     precision: Precision
-    """That the graph computes in: the VAE's may be another than the UNet's."""
+    """Precision of the graph: the VAE's may differ from the UNet's."""
     inputs: list[Tensor]
     expected: Tensor
     fewest: tuple[tuple[int, ...], int] | None = None
-    """Rows of each input, and of the answer, in the smallest batch of a range."""
+    """(rows of each input, rows of the output) in the smallest batch of a range."""
 
     def batches(self) -> dict[str, Reference]:
-        """By name: itself, and its first rows as the smallest batch of a range."""
+        """By name: this reference, and its first rows as the smallest batch of a range."""
         if self.fewest is None:
             return {self.graph: self}
         rows, answers = self.fewest
@@ -48,8 +48,7 @@ class Reference:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """fp32 as fp32: by default cuDNN computes it in TF32, whose 10 bits are not within
-    PARITY_TOLERANCE."""
+    """Compute fp32 in fp32: cuDNN's default is TF32, whose 10 bits miss PARITY_TOLERANCE."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -60,7 +59,7 @@ def without_tf32() -> Iterator[None]:
 
 @torch.no_grad()
 def make_reference(graph: Graph) -> Reference:
-    """Run the module on its random inputs. BundleError: the weights themselves make NaN."""
+    """Run the module on its random inputs. Raises BundleError when torch's output is not finite."""
     inputs = graph.random_inputs(SEED)
     with without_tf32():
         expected = graph.module(*inputs).float().cpu()
@@ -89,9 +88,9 @@ def _remedy(graph: str) -> str:
 
 @torch.no_grad()
 def check_parity(reference: Reference, run: Callable[..., Tensor]) -> dict[str, Any]:
-    """Compare an engine's answer with torch's: max_abs, relative_l2, psnr_db (decoder) and limit.
+    """Compare an engine's output with torch's: max_abs, relative_l2, psnr_db (decoder) and limit.
 
-    BundleError: beyond the tolerance, NaN or infinite.
+    Raises BundleError beyond the tolerance, or for NaN or infinity.
     """
     found = run(*reference.inputs).float().cpu()
     if not bool(torch.isfinite(found).all()):

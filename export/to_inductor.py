@@ -1,15 +1,15 @@
 """Torch modules → AOTInductor packages: compiled ahead of time, opened without compiling again.
 
-Each graph becomes one package for one batch, its weights inside, and a file that names its borders.
-Convolutions run in channels_last. On the CPU weights are frozen, so that oneDNN lays them out for
-its kernels; on a GPU matrix products are tuned. Results come from torch's caching allocator on the
-current stream. A package is one graph: export inlines repeated blocks (torch 2.15,
-`nested_compile_region`), so that they are not compiled once for all.
+Each graph becomes one package for one batch size, with its weights inside, and a file that
+describes its borders. Convolutions run in channels_last. On the CPU weights are frozen, so that
+oneDNN lays them out for its kernels; on a GPU matrix products are tuned. Results come from torch's
+caching allocator on the current stream. Export inlines repeated blocks, even with torch 2.15's
+`nested_compile_region`, so each of them is compiled separately.
 
-On the CPU the VAE's GroupNorms stay torch's own kernel: compiled in channels_last, they read rows
-of few channels one by one. The UNet's, over more channels and fewer pixels, are compiled. sdxl-tiny
-at batch 32, one thread, ms per image, compiled or kept: decoder 5.8 or 4.3 in fp32, 2.5 or 2.0 in
-bf16; denoiser 2.5 or 2.7, 1.0 or 2.2.
+On the CPU the VAE's GroupNorms keep torch's own kernel: compiled in channels_last, they would read
+rows of few channels one by one. The UNet's, over more channels and fewer pixels, are compiled.
+sdxl-tiny at batch 32, one thread, ms per image, compiled vs kept: decoder 5.8 vs 4.3 in fp32, 2.5
+vs 2.0 in bf16; denoiser 2.5 vs 2.7 and 1.0 vs 2.2.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 _OPENS_FOLDERS = Version(torch.__version__) >= Version("2.15")
-"""Whether torch opens a package that is unpacked (2.15 does, 2.11 does not). An archive is unpacked
-below TMPDIR whenever it is opened, 5 GB for SDXL-Turbo."""
+"""Whether torch can open an unpacked package (2.15 can, 2.11 cannot). An archive is unpacked below
+TMPDIR whenever it is opened, 5 GB for SDXL-Turbo."""
 
 
 @torch.library.custom_op("patchbloom::group_norm", mutates_args=())
 def _group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """torch's own GroupNorm, as an operator that Inductor calls and does not take apart."""
+    """torch's own GroupNorm, as an operator that Inductor calls without decomposing it."""
     normal, promised = nn.functional.group_norm(x, groups, weight, bias, eps), torch.empty_like(x)
-    # Torch lays out sequences (the VAE's attention) as it likes, and Inductor reads what it was
-    # promised.
+    # For sequences (the VAE's attention) torch may choose another layout than the fake operator,
+    # and Inductor relies on the fake's.
     return normal if normal.stride() == promised.stride() else promised.copy_(normal)
 
 
@@ -73,7 +73,7 @@ class _WholeGroupNorm(nn.Module):
 
 
 def require(precision: Precision, device: str) -> None:
-    """Unavailable: no C++ compiler, no Triton on a GPU, or a precision that is not for here."""
+    """Raise Unavailable without a C++ compiler, without Triton on a GPU, or for fp16 on a CPU."""
     if cxx_compiler() is None:
         raise Unavailable(
             "the inductor backend compiles C++, and there is no compiler here: install g++, or "
@@ -93,7 +93,7 @@ def libraries() -> dict[str, str]:
 
 
 def flags(spec: EngineSpec) -> dict[str, Any]:
-    """Inductor's options, and the CPU's instructions: packages are compiled for those there are."""
+    """Inductor's options, and the CPU's instruction sets, for which packages are compiled."""
     if spec.device == "cuda":
         return {**_OPTIONS["cuda"], "triton": version("triton"), "tf32": False}
     instructions = hashlib.sha256(" ".join(cpu_instructions()).encode()).hexdigest()
@@ -102,13 +102,13 @@ def flags(spec: EngineSpec) -> dict[str, Any]:
 
 @torch.no_grad()
 def export_graph(graph: Graph, folder: Path, spec: EngineSpec) -> None:
-    """Compile one graph: write its package and `<graph>.json`; the module is taken over."""
+    """Compile one graph: write its package and `<graph>.json`; takes over the module."""
     module = graph.module.to(memory_format=torch.channels_last)
     if spec.device == "cpu" and graph.name != "denoiser":
         _keep_group_norms(module)
     program = torch.export.export(module, tuple(graph.random_inputs(seed=0)), strict=False)
     package = folder / f"{graph.name}.pt2"
-    # Inductor's own cache would keep another copy of the weights for ever.
+    # Inductor's own cache would keep another copy of the weights forever.
     with fresh_cache(dir=str(folder)), without_tf32():
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(package), inductor_configs=dict(_OPTIONS[spec.device])
@@ -128,7 +128,7 @@ def _keep_group_norms(module: nn.Module) -> None:
 
 
 def compile_graphs(folder: Path, spec: EngineSpec, say: Say) -> dict[str, Any]:
-    """Nothing is left to do: a graph is compiled as it is exported, from weights in memory."""
+    """Nothing to do: `export_graph` compiles, from weights in memory."""
     return {}
 
 
@@ -143,14 +143,14 @@ class PackageSession:
     def __init__(self, folder: Path, name: str, device: str) -> None:
         self._device = torch.device(device)
         self._inputs = read_borders(folder, name).inputs
-        # Single-threaded: otherwise a call waits until the GPU is done with the last one.
+        # Single-threaded: otherwise a call waits until the GPU has finished the previous one.
         package = folder / (name if _OPENS_FOLDERS else f"{name}.pt2")
         self._run = torch._inductor.aoti_load_package(str(package), run_single_threaded=True)
 
     def run(self, *inputs: Tensor) -> Tensor:
         """Run the graph on the current stream; the result is contiguous.
 
-        Inputs are cast to the graph's types. ValueError: shapes that are not the graph's.
+        Inputs are cast to the graph's dtypes. Raises ValueError when shapes do not match.
         """
         cast = []
         for port, value in zip(self._inputs, inputs, strict=True):

@@ -1,11 +1,10 @@
-"""Torch modules → ONNX graphs with static shapes or a range of batches, checked as written.
+"""Torch modules → ONNX graphs with static shapes or a range of batches, checked after writing.
 
-The dynamo exporter, opset 21 or 23, weights as initialisers, beside the graph when they pass
-1.5 GB.
-GroupNormalization is native in opset 21, but ONNX Runtime has no CPU kernel for it and expands it
-to seven passes over the tensor; for the CPU it is therefore written as InstanceNormalization over
-the groups and one affine step, the same arithmetic (decoder of sdxl-tiny at batch 32, one thread:
-7.1 → 5.8 ms per image).
+Uses the dynamo exporter and opset 21 or 23. Weights are initialisers, in a separate file above
+1.5 GB. GroupNormalization is native in opset 21, but ONNX Runtime has no CPU kernel for it and
+expands it to seven passes over the tensor. For the CPU it is therefore written as
+InstanceNormalization over the groups and one affine step, the same arithmetic (decoder of sdxl-tiny
+at batch 32, one thread: 7.1 → 5.8 ms per image).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def export_onnx(
 ) -> None:
     """Write one graph to `path` and check it: onnx.checker, names, shapes, element types.
 
-    RuntimeError when the written graph is not what was specified.
+    Raises RuntimeError when the written graph differs from its specification.
     """
     import onnx
 
@@ -54,14 +53,14 @@ def export_onnx(
     written = onnx.load(path, load_external_data=False)
     versions = [entry.version for entry in written.opset_import if entry.domain == ""]
     if versions != [opset]:
-        raise RuntimeError(f"{path.name} should be of opset {opset}, but is of {versions}")
+        raise RuntimeError(f"{path.name}: expected opset {opset}, got {versions}")
     ranged = graph.min_prompts is not None
     _check_ports(path.name, list(written.graph.input), graph.inputs, ranged)
     _check_ports(path.name, list(written.graph.output), (graph.output,), ranged)
 
 
 def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any], ...] | None:
-    """Of each input, the dimension that grows with the batch; None when the batch is static."""
+    """For each input, the dimension that grows with the batch; None when the batch is static."""
     if graph.min_prompts is None:
         return None
     first = graph.inputs[0]
@@ -76,7 +75,7 @@ def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any], ...] | None:
 
 
 def _check_ports(file: str, written: list[Any], specified: tuple[Port, ...], ranged: bool) -> None:
-    """RuntimeError unless names, shapes and types are as specified; a range is told in prompts."""
+    """Raise RuntimeError unless names, shapes and types match; a range is written in prompts."""
     import onnx
 
     element_types = {
@@ -118,7 +117,7 @@ def _group_norm_by_instances(
         op.Constant(value_floats=[0.0] * num_groups),
     )
     rest = math.prod(sides) // num_groups
-    # 0 keeps the batch, which may be a range.
+    # 0 keeps the batch dimension, which may be a range.
     grouped = op.Reshape(input, op.Constant(value_ints=[0, num_groups, rest]))
     normal = op.InstanceNormalization(
         grouped, *(op.CastLike(value, input) for value in groups), epsilon=eps
@@ -131,7 +130,7 @@ def _group_norm_by_instances(
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without the exporter's chatter on its own progress and on operators we do not use."""
+    """Silence the exporter's messages on its progress and on operators that we do not use."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""ONNX graphs → ONNX Runtime: sessions that run where they were asked to, or not at all."""
+"""ONNX graphs → ONNX Runtime sessions, which run on the requested device or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ELEMENTS = {
 
 
 def require(precision: Precision, device: str) -> None:
-    """Unavailable: no ONNX Runtime or provider here, or a precision that it does not run."""
+    """Raise Unavailable without ONNX Runtime or its provider, or for an unsupported precision."""
     require_ort(device)
     if precision == "bf16" or (device == "cpu" and precision != "fp32"):
         raise Unavailable(
@@ -35,13 +35,13 @@ def require(precision: Precision, device: str) -> None:
 
 def libraries() -> dict[str, str]:
     """Versions that an engine depends on."""
-    # Of the module: the distribution is onnxruntime, onnxruntime-gpu, ...
+    # The module's version: the distribution may be onnxruntime, onnxruntime-gpu, ...
     runtime = {"onnxruntime": require_ort("cpu").__version__}
     return {name: version(name) for name in _LIBRARIES} | runtime
 
 
 def flags(spec: EngineSpec) -> dict[str, Any]:
-    """How the graphs are written: for the CPU where it runs them, which is in fp32 only."""
+    """Native GroupNorm unless the graph is for the CPU, which runs fp32 only."""
     return {"native_group_norm": spec.device == "cuda" or spec.precision != "fp32"}
 
 
@@ -64,7 +64,7 @@ def open_sessions(folder: Path, spec: EngineSpec) -> dict[str, OrtSession]:
 class OrtSession:
     """One graph on one provider, with its output buffer; inputs and output are torch tensors.
 
-    `prompts`: fewest and most prompts of a call, of a graph whose batch is a range.
+    `prompts`: fewest and most prompts per call, for a graph with a range of batches.
     """
 
     def __init__(self, path: Path, device: str, prompts: tuple[int, int] = (1, 1)) -> None:
@@ -72,8 +72,8 @@ class OrtSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        # Threads that spin between two operators save 15 % of sdxl-tiny's time; between two calls
-        # torch works on the same cores, and a spinning pool would take them from it.
+        # Threads that spin between operators save 15 % of sdxl-tiny's time. Between calls torch
+        # works on the same cores, and a spinning pool would take them from it.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._stream = torch.cuda.Stream() if device == "cuda" else None
         settings = {} if self._stream is None else cuda_settings(self._stream)
@@ -101,7 +101,7 @@ class OrtSession:
     def run(self, *inputs: Tensor) -> Tensor:
         """Run the graph; the result is overwritten by the next call.
 
-        Inputs are cast to the graph's types. ValueError: shapes that are not the graph's.
+        Inputs are cast to the graph's dtypes. Raises ValueError when shapes do not match.
         """
         output, prompts = self._output, self._most
         if _per_prompt(self._result):
@@ -120,8 +120,8 @@ class OrtSession:
         if self._stream is None:
             self._session.run_with_iobinding(self._binding)
             return output
-        # ONNX Runtime waits for its own stream only, neither for the kernels that fill its inputs
-        # nor for those that still read its last output.
+        # ONNX Runtime waits only for its own stream, not for the kernels that fill its inputs or
+        # still read its last output.
         torchs = torch.cuda.current_stream()
         self._stream.wait_stream(torchs)
         self._session.run_with_iobinding(self._binding, self._unwaited)
@@ -148,7 +148,7 @@ class OrtSession:
 
 
 def _per_prompt(port: Any) -> int:
-    """Rows for each prompt of a port whose first side is "8*prompts"; 0 where it is static."""
+    """Rows per prompt of a port whose first dimension is "8*prompts"; 0 if it is static."""
     side = port.shape[0]
     if isinstance(side, int):
         return 0
@@ -156,16 +156,16 @@ def _per_prompt(port: Any) -> int:
 
 
 def _shape(port: Any, prompts: int) -> list[int]:
-    """A port's shape at this many prompts."""
+    """A port's shape for this many prompts."""
     return [_per_prompt(port) * prompts or port.shape[0], *port.shape[1:]]
 
 
 def cuda_settings(stream: torch.cuda.Stream) -> dict[str, str]:
-    """Options of the CUDA provider: compute on this stream and its device, fp32 as fp32.
+    """Options of the CUDA provider: compute on this stream and its device, fp32 in fp32.
 
-    A stream of our own, because torch's usual one has the handle 0, which ONNX Runtime takes for
-    none given: it then makes one, and reads inputs that torch has not written yet. By default fp32
-    is computed in TF32, whose 10 bits are not within PARITY_TOLERANCE.
+    It is our own stream, because torch's default stream has handle 0, which ONNX Runtime takes for
+    none: it would make its own, and read inputs that torch has not written yet. By default fp32 is
+    computed in TF32, whose 10 bits miss PARITY_TOLERANCE.
     """
     return {
         "device_id": str(stream.device_index),
@@ -175,9 +175,9 @@ def cuda_settings(stream: torch.cuda.Stream) -> dict[str, str]:
 
 
 def require_ort(device: str) -> Any:
-    """The onnxruntime module, its telemetry off.
+    """The onnxruntime module, with telemetry off.
 
-    Unavailable when it, or its provider for the device, is not installed.
+    Raises Unavailable when it, or its provider for the device, is not installed.
     """
     try:
         import onnxruntime

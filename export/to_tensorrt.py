@@ -1,11 +1,11 @@
-"""ONNX graphs → TensorRT 10.12 to 11: plans without weights, which are refitted from the graphs.
+"""ONNX graphs → TensorRT 10.12 to 11: plans without weights, refitted from the graphs.
 
-Networks are strongly typed: the graph's own types decide, so one code serves both majors, of which
-11 knows no precision flags. A precision that quantises (fp8, int8 through modelopt) would be
-another graph, written by export_graph, and nothing here would change.
+Networks are strongly typed: the graph's own types decide, so the same code serves both major
+versions (11 has no precision flags). A quantised precision (fp8, int8 through modelopt) would be
+another graph, written by export_graph; nothing else here would change.
 
-Held against the real bindings of 10.16 and 11.4 (tests/test_trt_contract.py); no engine has been
-built yet, for want of a GPU.
+Tested against the real bindings of 10.16 and 11.4 (tests/test_trt_contract.py); no engine has been
+built yet, for lack of a GPU.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ OLDEST, TOO_NEW = (10, 12), (12, 0)
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 _DISTRIBUTIONS = ("tensorrt-cu13", "tensorrt-cu12", "tensorrt")
 _REMEDY = "pip install 'tensorrt-cu13>=10.12,<12'"
-_OPTIMISATION_LEVEL = 3  # TensorRT's own default, said so that it is in the key
+_OPTIMISATION_LEVEL = 3  # TensorRT's own default, explicit so that it is in the key
 
 
 def require(precision: Precision, device: str) -> None:
-    """Unavailable: no TensorRT of a version that is known to work, or no GPU."""
+    """Raise Unavailable without a supported version of TensorRT, or without a GPU."""
     missing = []
     if device != "cuda" or not torch.cuda.is_available():
-        missing.append("an NVIDIA GPU (torch finds none, or was asked for another device)")
+        missing.append("an NVIDIA GPU (torch finds none, or another device was requested)")
     found = _installed_version()
     if found is None:
         missing.append(f"TensorRT 10.12 to 11 ({_REMEDY})")
@@ -57,7 +57,7 @@ def require(precision: Precision, device: str) -> None:
 
 
 def _installed_version() -> str | None:
-    """Of whichever distribution brings the module; it is not imported."""
+    """Version of whichever distribution provides the module, without importing it."""
     for name in _DISTRIBUTIONS:
         try:
             return version(name)
@@ -73,7 +73,7 @@ def libraries() -> dict[str, str]:
 
 
 def flags(spec: EngineSpec) -> dict[str, Any]:
-    """Settings of the builder that an engine depends on."""
+    """Builder settings that an engine depends on."""
     return {
         "native_group_norm": True,
         "optimisation_level": _OPTIMISATION_LEVEL,
@@ -90,9 +90,9 @@ def export_graph(graph: Graph, folder: Path, spec: EngineSpec) -> None:
 
 
 def compile_graphs(folder: Path, spec: EngineSpec, say: Say) -> dict[str, Any]:
-    """Build `<graph>.plan` of each graph; seconds and bytes of each.
+    """Build `<graph>.plan` for each graph; return the seconds and bytes of each.
 
-    BundleError: a graph that TensorRT does not take, or no way to run it in this GPU's memory.
+    Raises BundleError when TensorRT rejects a graph or cannot run it in this GPU's memory, and
     KeyboardInterrupt between two steps of the build.
     """
     from .trt_build import build_plan
@@ -106,7 +106,7 @@ def compile_graphs(folder: Path, spec: EngineSpec, say: Say) -> dict[str, Any]:
 
 
 def open_sessions(folder: Path, spec: EngineSpec) -> dict[str, EngineSession]:
-    """A session for each graph; all three compute in the same memory, so one at a time."""
+    """A session for each graph; all three share one memory, so only one may run at a time."""
     from .trt_session import open_plans
 
     return open_plans(folder, spec)

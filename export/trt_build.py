@@ -1,4 +1,4 @@
-"""An ONNX graph → a TensorRT plan, with progress that a user sees and a timing cache per GPU."""
+"""An ONNX graph → a TensorRT plan, with progress messages and a timing cache per GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PATIENCE_S = 5.0  # between two lines of progress
 
 
 class Log(trt.ILogger):
-    """Keeps TensorRT's errors, for a message that names the cause; the rest is not shown."""
+    """Keeps TensorRT's errors, for a message that names the cause; drops the rest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class Log(trt.ILogger):
             self.errors.append(" ".join(msg.split()))
 
     def last_error(self) -> str:
-        """The last thing that went wrong, in one line."""
+        """The last error, in one line."""
         return self.errors[-1] if self.errors else "TensorRT does not say why"
 
 
 class Progress(trt.IProgressMonitor):
-    """Tells how far a build is; ends it at the next step once it is told to stop."""
+    """Reports a build's progress; ends it at the next step once `stopped` is set."""
 
     def __init__(self, graph: str, say: Say) -> None:
         super().__init__()
@@ -69,9 +69,10 @@ class Progress(trt.IProgressMonitor):
 def build_plan(
     folder: Path, name: str, spec: EngineSpec, *, level: int, say: Say
 ) -> dict[str, Any]:
-    """Compile `<name>.onnx` into `<name>.plan`, without weights; returns what it took and takes.
+    """Compile `<name>.onnx` into `<name>.plan`, without weights; return its seconds and bytes.
 
-    BundleError: TensorRT does not take the graph, or finds no way to run it. KeyboardInterrupt.
+    Raises BundleError when TensorRT rejects the graph or finds no way to run it, and
+    KeyboardInterrupt.
     """
     began_s = time.perf_counter()
     log = Log()
@@ -80,9 +81,9 @@ def build_plan(
     _parse(network, folder / f"{name}.onnx", log)
     config = builder.create_builder_config()
     config.builder_optimization_level = level
-    config.max_aux_streams = 0  # one stream per graph: what overlaps is the student's training
-    config.clear_flag(trt.BuilderFlag.TF32)  # whose 10 bits are not within PARITY_TOLERANCE
-    # The weights stay in the graph's own file, and are put in when the plan is opened.
+    config.max_aux_streams = 0  # one stream per graph: it overlaps with the student's training
+    config.clear_flag(trt.BuilderFlag.TF32)  # its 10 bits miss PARITY_TOLERANCE
+    # The weights stay in the graph's own file, and are refitted when the plan is opened.
     config.set_flag(trt.BuilderFlag.STRIP_PLAN)
     config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     if spec.min_batch is not None:
@@ -94,8 +95,8 @@ def build_plan(
     progress = Progress(name, say)
     config.progress_monitor = progress
     say(f"compiling the {name}")
-    # In a thread of its own. TensorRT holds the one that builds and tells progress from others,
-    # and Python hears Ctrl-C in the main thread alone: there it would wait for the build's end.
+    # In its own thread: TensorRT blocks the building thread and reports progress from other
+    # threads, and Python handles Ctrl-C only in the main thread, which must not be blocked.
     with ThreadPoolExecutor(1) as thread, _interrupts_told(progress):
         plan = thread.submit(builder.build_serialized_network, network, config).result()
     if progress.stopped:
@@ -109,7 +110,7 @@ def build_plan(
     (folder / f"{name}.plan").write_bytes(plan_bytes)
     try:
         _write_timing_cache(cache_path, cache)
-    except OSError as error:  # the plan is good, with or without it
+    except OSError as error:  # the plan is good without it
         say(f"the timing cache {cache_path} could not be kept: {error}")
     seconds = time.perf_counter() - began_s
     say(f"compiled the {name} in {seconds:.0f} s, {len(plan_bytes) / 1e6:.1f} MB without weights")
@@ -129,7 +130,7 @@ def _parse(network: Any, path: Path, log: Log) -> None:
 
 
 def _add_range(profile: Any, folder: Path, name: str, spec: EngineSpec) -> None:
-    """Batches from the smallest to the largest, tuned for the largest."""
+    """Allow batches from the smallest to the largest, tuned for the largest."""
     for port in read_borders(folder, name).inputs:
         if port.per_prompt:
             fewest = (port.per_prompt * spec.min_prompts, *port.shape[1:])
@@ -137,20 +138,21 @@ def _add_range(profile: Any, folder: Path, name: str, spec: EngineSpec) -> None:
 
 
 def _timing_cache_path(bundles: Path, device: str) -> Path:
-    """Beside the bundles: what TensorRT measured on this GPU, which makes the next build faster.
+    """TensorRT's kernel timings on this GPU, beside the bundles.
 
-    And the same: without it, two builds may choose different kernels.
+    They make the next build faster, and the same: without them two builds may choose different
+    kernels.
     """
     gpu = re.sub(r"\W+", "-", gpu_identity(device)["gpu"] or device).lower()
     return bundles / f".tensorrt-{trt.__version__}-{gpu}.timing"
 
 
 def _read_timing_cache(path: Path, config: Any, say: Say) -> Any:
-    """Attach the cache to the build; one that TensorRT refuses is replaced by an empty one."""
+    """Attach the cache to the build, or an empty one if TensorRT refuses it."""
     kept = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(kept)
     if cache is None or not config.set_timing_cache(cache, False):
-        say(f"{path.name} is damaged or of another machine: timing everything anew")
+        say(f"{path.name} is damaged or from another machine: timing everything again")
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
@@ -167,7 +169,7 @@ def _write_timing_cache(path: Path, cache: Any) -> None:
 
 @contextmanager
 def _interrupts_told(progress: Progress) -> Iterator[None]:
-    """Ctrl-C asks the build to stop: an exception must not pass through TensorRT's own frames."""
+    """Make Ctrl-C ask the build to stop: no exception may pass through TensorRT's own frames."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

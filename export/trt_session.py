@@ -1,8 +1,8 @@
-"""TensorRT plans, opened: weights put in from the graphs, one activation memory for all three.
+"""Opened TensorRT plans: weights refitted from the graphs, one activation memory for all three.
 
-A call copies its inputs into buffers whose addresses TensorRT knows, and enqueues: nothing is
-allocated and nothing waits. Engines of up to REPLAYED_BATCH images are recorded once as a CUDA
-graph, and replayed: there launches take as long as the kernels (measured by others, not here).
+A call copies its inputs into buffers whose addresses TensorRT knows, then enqueues: it neither
+allocates nor waits. Engines of up to REPLAYED_BATCH images are captured once as a CUDA graph and
+replayed: at that size launches take as long as the kernels (measured by others, not here).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REMEDY = (
 
 
 def open_plans(folder: Path, spec: EngineSpec) -> dict[str, EngineSession]:
-    """A session for each plan. BundleError: a plan that does not open, weights that do not fit."""
+    """A session for each plan. Raises BundleError when a plan or its weights do not load."""
     log = Log()
     runtime = trt.Runtime(log)
     engines = {name: _open_plan(runtime, folder, name, log) for name in GRAPHS}
@@ -63,7 +63,7 @@ def _open_plan(runtime: Any, folder: Path, name: str, log: Log) -> Any:
 
 
 class EngineSession:
-    """One engine with its buffers; `activations` are shared, so sessions must not run at once."""
+    """One engine with its buffers; sessions share `activations`, so only one may run at a time."""
 
     def __init__(
         self,
@@ -103,8 +103,8 @@ class EngineSession:
     def run(self, *inputs: Tensor) -> Tensor:
         """Enqueue the engine on torch's current stream; the next call overwrites the result.
 
-        Inputs are cast to the graph's types. ValueError: shapes that are not the graph's.
-        RuntimeError: TensorRT refuses to run.
+        Inputs are cast to the graph's dtypes. Raises ValueError when shapes do not match,
+        RuntimeError when TensorRT refuses to run.
         """
         prompts = self._prompts_of(inputs[0]) if self._ranged else self._most
         if prompts != self._prompts:
@@ -138,12 +138,12 @@ class EngineSession:
             raise RuntimeError(f"TensorRT refused to run the engine: {self._log.last_error()}")
 
     def _record(self) -> torch.cuda.CUDAGraph:
-        """The engine as a CUDA graph; it has to have run once, to load its kernels."""
+        """Capture the engine as a CUDA graph, after one run that loads its kernels."""
         self._stream.wait_stream(torch.cuda.current_stream())
         self._execute(self._stream)
         self._stream.synchronize()
         recorded = torch.cuda.CUDAGraph()
-        # Other threads (a data loader's) may go on: only this one must not allocate meanwhile.
+        # Other threads (a data loader's) may continue; only this one must not allocate meanwhile.
         with torch.cuda.graph(recorded, stream=self._stream, capture_error_mode="thread_local"):
             self._execute(self._stream)
         return recorded
@@ -166,5 +166,5 @@ class EngineSession:
 
 
 def _shape(port: Port, prompts: int) -> tuple[int, ...]:
-    """A port's shape at this many prompts."""
+    """A port's shape for this many prompts."""
     return (port.per_prompt * prompts or port.shape[0], *port.shape[1:])

@@ -1,4 +1,4 @@
-"""The start of an expansion: latents gathered from the bank, mixed within the class, and noised.
+"""Start of an expansion: gather latents from the bank, mix within the class, add noise.
 
 Formula, per sample, with z = bank[row]:
 
@@ -7,26 +7,25 @@ Formula, per sample, with z = bank[row]:
     state   = z + sigma * n                                                 n: Draw.START
     input   = state * model_scale,                 model_scale = 1 / sqrt(sigma^2 + 1)
 
-The two mixup lines run when mixup is asked for. The partner is any row of the class, the sample's
-own included. gamma is uniform on (0, 1), which is Beta(1, 1) (DACE, section 3): then Q(u) = u. Or
-its quantiles at 0, 1 / K, ..., 1 are given, and Q is linear between them:
+The first two lines apply only with mixup. The partner is any row of the class, including the
+sample's own. By default gamma is uniform on (0, 1), i.e. Beta(1, 1) (DACE, section 3), and
+Q(u) = u. If its quantiles at 0, 1 / K, ..., 1 are given, Q is linear between them:
 
     k = min(floor(u * K), K - 1)        Q(u) = Q_k + (u * K - k) * (Q_(k+1) - Q_k)
 
-Kernel and reference agree on gamma to the bit: the step to the knot is exact, and nothing is fused.
-The state is diffusers' (x = z + sigma n); u, gamma and n are functions of (seed, sample, epoch)
-alone. Element e of n is element e of the latent in C, H, W order, whichever layout the model input
-is written in.
+Kernel and reference agree on gamma bit for bit: subtracting k is exact, and nothing is fused.
+The state is diffusers' (x = z + sigma n); u, gamma and n depend only on (seed, sample, epoch).
+Element e of n belongs to element e of the latent in C, H, W order, whatever the memory layout of
+the model input.
 
-Bytes per element of a bank of b and a model input of s bytes, beside five indices per sample:
+Bytes per element, for a bank of b-byte and a model input of s-byte numbers:
 
     b (2 b with mixup), read;    4 + s, written
 
-and two numbers of the table per program, if there is one.
+plus five indices per sample, and two quantiles per program if they are given. Eager torch moves
+601 instead of 14 (mixup, b = 4, s = 2), mostly for the noise.
 
-Eager torch moves 601 instead of 14 (mixup, b = 4, s = 2), most of it for the noise.
-
-Shapes: N rows of the bank, class-sorted; B samples; C, H, W of one latent; Q = K + 1 knots.
+Shapes: N bank rows, sorted by class; B samples; C, H, W of one latent; Q = K + 1 knots.
 """
 
 import math
@@ -117,9 +116,9 @@ def start_state_kernel(
     NHWC: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Program (sample, block) writes 4 GROUPS elements of one latent; NHWC: of the model input.
+    """Program (sample, block) writes 4 GROUPS elements of one latent.
 
-    INTERVALS: K, or 0 where gamma is uniform.
+    NHWC: the model input is channels_last. INTERVALS: K, or 0 when gamma is uniform.
     """
     index = tl.program_id(0)
     first_group = tl.program_id(1) * GROUPS
@@ -150,7 +149,7 @@ def start_state_kernel(
     first_out = index.to(tl.int64) * numel
     tl.store(state_ptr + first_out + element, state, mask=inside)
     if NHWC:
-        # Scattered, C numbers apart: a latent is a few KiB and the lines stay in L2.
+        # Scattered writes, C numbers apart: a latent is a few KiB, so its lines stay in L2.
         element = (element % pixels) * (numel // pixels) + element // pixels
     model_input = (state * model_scale).to(input_ptr.dtype.element_ty)
     tl.store(input_ptr + first_out + element, model_input, mask=inside)
@@ -172,7 +171,7 @@ def start_state_into(
     model_scale: float,
     quantiles_Q: torch.Tensor | None,
 ) -> None:
-    """What ``start_state`` does once it has checked."""
+    """``start_state`` after its checks."""
     inputs = bank_NCHW, rows_B, samples_B, class_first_B, class_count_B
     if not runs_kernel(bank_NCHW):
         results = start_state_reference(
@@ -195,7 +194,7 @@ def start_state_into(
         state,
         model_input,
         *inputs,
-        bank_NCHW if quantiles_Q is None else quantiles_Q,  # not read without
+        bank_NCHW if quantiles_Q is None else quantiles_Q,  # unread dummy
         numel,
         math.prod(bank_NCHW.shape[2:]),
         sigma,
@@ -230,13 +229,13 @@ def start_state(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first state (fp32) and the first model input (``dtype``), both [B, C, H, W].
 
-    ``bank_NCHW`` is fp32 or fp16, the index tensors int64 on the same device; ``rows_B`` and
-    class_first + class_count stay inside the bank (not checked: that would need a sync).
-    ``quantiles_Q``, fp32, two knots or more, ascending in [0, 1] (not checked either), are those of
-    the mixup weight; None: it is uniform. The model input is contiguous, or channels_last. Give
-    ``out`` = (state, model input) to write into buffers of your own, whose dtype and layout then
-    count. No gradient flows. Raises TypeError or ValueError for a dtype, shape, device or layout
-    that does not fit.
+    ``bank_NCHW`` is fp32 or fp16; the index tensors are int64 on the same device. ``rows_B`` and
+    class_first + class_count must stay inside the bank (not checked: that would need a sync).
+    ``quantiles_Q`` holds the mixup weight's quantiles: fp32, at least two knots, ascending in
+    [0, 1] (not checked either); None: the weight is uniform. The model input is contiguous or
+    channels_last. ``out`` = (state, model input) provides buffers, whose dtype and layout then
+    apply. No gradient flows. Raises TypeError or ValueError when a dtype, shape, device or layout
+    does not fit.
     """
     require("bank_NCHW", bank_NCHW, dtype=FLOATS, shape=("N", "C", "H", "W"))
     require("rows_B", rows_B, dtype=torch.int64, shape=("B",), like=bank_NCHW)

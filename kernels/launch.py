@@ -1,8 +1,8 @@
-"""What a launcher settles first: do the tensors fit the kernel, and who runs the operation.
+"""Checks before a launch, and the choice between kernel and reference.
 
-A launcher runs the Triton kernel on CUDA tensors and the torch reference on CPU tensors. Under
-``TRITON_INTERPRET=1`` (Triton's own switch, read before ``import triton``) CPU tensors go through
-the kernel too, in Triton's interpreter: that is how the kernels are tested without a GPU.
+A launcher runs the Triton kernel on CUDA tensors and the torch reference on CPU tensors. With
+``TRITON_INTERPRET=1`` (Triton's own switch, set before ``import triton``) CPU tensors too go
+through the kernel, in Triton's interpreter: this tests the kernels without a GPU.
 """
 
 from collections.abc import Sequence
@@ -58,11 +58,11 @@ def require(
 def launch(
     kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *args: Any, **constants: Any
 ) -> None:
-    """Run a Triton kernel on ``out``'s device; nothing when ``out`` is empty.
+    """Run a Triton kernel on ``out``'s device; do nothing when ``out`` is empty.
 
-    Multiply-adds are not fused, whatever Triton's version does by default: results then round as
-    the reference's do, and these kernels wait for memory. ``kernel`` is untyped because Triton's
-    decorator keeps the signature of the device code.
+    Multiply-adds are not fused, whatever Triton's default: results then round as the reference's
+    do, and these kernels are memory-bound. ``kernel`` is untyped because Triton's decorator keeps
+    the signature of the device code.
     """
     if out.numel():
         with torch.cuda.device_of(out):

@@ -1,4 +1,4 @@
-"""r x r patches side by side on one canvas: the picture that a student of RDED sees.
+"""r x r patches side by side on one canvas: the image that an RDED student sees.
 
 Formula, for canvas pixel (y, x), patch side p and tile t = (y // p) * r + x // p:
 
@@ -6,10 +6,10 @@ Formula, for canvas pixel (y, x), patch side p and tile t = (y // p) * r + x // 
     shuffle:  out[b, y, x]    = canvas[b, (s // r) * p + y % p, (s % r) * p + x % p],
                                                                        s = order[b, t]
 
-so the tiles lie in row-major order (Sun et al. 2024, RDED, section 3.3), and a shuffle of the
-mosaic of ``rows`` is the mosaic of the permuted ``rows``. Numbers are copied, whatever they mean.
+Tiles lie in row-major order (Sun et al. 2024, RDED, section 3.3), so a shuffle of the mosaic of
+``rows`` is the mosaic of the permuted ``rows``. Values are only copied.
 
-Bytes per number of s bytes: 2 s, and 8 per tile. Eager torch moves 4 s for a mosaic (gather,
+Bytes per number of s bytes: 2 s, plus 8 per tile. Eager torch moves 4 s for a mosaic (gather,
 reorder) and 6 s for a shuffle (reorder, gather, reorder).
 
 Shapes: N patches of p x p pixels; B canvases of r p x r p pixels; C channels.
@@ -26,7 +26,7 @@ NUMBERS_PER_PROGRAM = 1024
 
 
 def mosaic_reference(patches_NHWC: torch.Tensor, rows: torch.Tensor, r: int) -> torch.Tensor:
-    """[B, r p, r p, C] of the patches' dtype, in plain torch."""
+    """[B, r p, r p, C] in the patches' dtype, in plain torch."""
     _, p, _, channels = patches_NHWC.shape
     tiles = patches_NHWC[rows].view(len(rows), r, r, p, p, channels)
     return tiles.permute(0, 1, 3, 2, 4, 5).reshape(len(rows), r * p, r * p, channels)
@@ -35,7 +35,7 @@ def mosaic_reference(patches_NHWC: torch.Tensor, rows: torch.Tensor, r: int) -> 
 def shuffle_patches_reference(
     canvas_BHWC: torch.Tensor, order: torch.Tensor, r: int
 ) -> torch.Tensor:
-    """[B, H, W, C] of the canvas's dtype, in plain torch."""
+    """[B, H, W, C] in the canvas's dtype, in plain torch."""
     batch, side, _, channels = canvas_BHWC.shape
     tiles = canvas_BHWC.view(batch, r, side // r, r, side // r, channels).transpose(2, 3)
     patches_NHWC = tiles.reshape(batch * r * r, side // r, side // r, channels)
@@ -54,7 +54,7 @@ def mosaic_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (canvas, block) copies BLOCK numbers of one canvas; SHUFFLE: from a canvas."""
+    """Program (canvas, block) fills BLOCK numbers of one canvas; SHUFFLE: from a canvas."""
     index = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     RUN: tl.constexpr = SIDE * CHANNELS
@@ -86,7 +86,7 @@ def _launch(
 
 @torch.library.custom_op("patchbloom::mosaic", mutates_args=())
 def mosaic_op(patches_NHWC: torch.Tensor, rows: torch.Tensor, r: int) -> torch.Tensor:
-    """What ``mosaic`` does once it has checked."""
+    """``mosaic`` after its checks."""
     if runs_kernel(patches_NHWC):
         return _launch(patches_NHWC, rows, r, patches_NHWC.shape[1], shuffle=False)
     return mosaic_reference(patches_NHWC, rows, r)
@@ -99,11 +99,11 @@ def _empty_mosaic(patches_NHWC: torch.Tensor, rows: torch.Tensor, r: int) -> tor
 
 
 def mosaic(patches_NHWC: torch.Tensor, rows: torch.Tensor, r: int) -> torch.Tensor:
-    """Patches [N, p, p, C] and int64 rows [B, r r] to canvases [B, r p, r p, C] of their dtype.
+    """Arrange patches [N, p, p, C] by int64 rows [B, r r] on canvases [B, r p, r p, C].
 
-    The patches are uint8 or fp16. ``rows`` stay inside them (not checked: that would need a sync).
-    No gradient flows. Raises TypeError or ValueError for a dtype, shape, device or layout that does
-    not fit.
+    Patches and canvases are uint8 or fp16. ``rows`` must be below N (not checked: that would need a
+    sync). No gradient flows. Raises TypeError or ValueError when a dtype, shape, device or layout
+    does not fit.
     """
     require("patches_NHWC", patches_NHWC, dtype=PIXELS, shape=("N", "p", "p", "C"))
     _, p, width, _ = patches_NHWC.shape
@@ -115,7 +115,7 @@ def mosaic(patches_NHWC: torch.Tensor, rows: torch.Tensor, r: int) -> torch.Tens
 
 @torch.library.custom_op("patchbloom::shuffle_patches", mutates_args=())
 def shuffle_patches_op(canvas_BHWC: torch.Tensor, order: torch.Tensor, r: int) -> torch.Tensor:
-    """What ``shuffle_patches`` does once it has checked."""
+    """``shuffle_patches`` after its checks."""
     if runs_kernel(canvas_BHWC):
         return _launch(canvas_BHWC, order, r, canvas_BHWC.shape[1] // r, shuffle=True)
     return shuffle_patches_reference(canvas_BHWC, order, r)
@@ -127,12 +127,12 @@ def _empty_shuffle(canvas_BHWC: torch.Tensor, order: torch.Tensor, r: int) -> to
 
 
 def shuffle_patches(canvas_BHWC: torch.Tensor, order: torch.Tensor, r: int) -> torch.Tensor:
-    """Canvases [B, H, H, C] with their r x r tiles in another order, given per canvas.
+    """Reorder the r x r tiles of canvases [B, H, H, C], each canvas in its own order.
 
-    The canvases are uint8 or fp16 and H is a multiple of r; a channels_last picture is one as
-    ``.permute(0, 2, 3, 1)``. ``order`` is int64 [B, r r] in [0, r r), as the ranks of
-    Draw.PATCH_SHUFFLE's uniforms are (not checked: that would need a sync). No gradient flows.
-    Raises TypeError or ValueError for a dtype, shape, device or layout that does not fit.
+    The canvases are uint8 or fp16 and H is a multiple of r; ``.permute(0, 2, 3, 1)`` turns
+    channels_last images into canvases. ``order`` is int64 [B, r r] in [0, r r), such as the ranks
+    of Draw.PATCH_SHUFFLE's uniforms (not checked: that would need a sync). No gradient flows.
+    Raises TypeError or ValueError when a dtype, shape, device or layout does not fit.
     """
     require("canvas_BHWC", canvas_BHWC, dtype=PIXELS, shape=("B", "H", "H", "C"))
     batch, height, width, _ = canvas_BHWC.shape

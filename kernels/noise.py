@@ -1,4 +1,4 @@
-"""Counter-based noise: every random number of the system is a pure function of its name.
+"""Counter-based noise: a number is a pure function of (seed, element, draw, sample, epoch).
 
 Formula. Philox 4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3")
 with the 64-bit seed as key (low word, high word) and the counter words
@@ -11,16 +11,16 @@ turns a counter into four 32-bit words x. From each word, in fp32 and in this or
 
 where fl rounds to nearest even: fl(x) and the sum both round, so 128 of the 2^32 words would give
 1.0; the minimum keeps u inside (0, 1), between 2^-33 and 1 - 2^-24. Box-Muller on (u0, u1) and
-(u2, u3) gives four normals, in the lanes cos, sin, cos, sin:
+(u2, u3) gives four normals, in lanes cos, sin, cos, sin:
 
     n = sqrt(-2 ln u0) * cos(2 pi u1),   sqrt(-2 ln u0) * sin(2 pi u1),   ...   |n| <= 6.77
 
-The words are the same bits everywhere. Triton, torch and numpy differ in the last bits of log, sin
-and cos only: the normals agree to 2e-6. A number does not depend on which other samples are
-asked for, nor on their order.
+The words are bit-identical everywhere. Triton, torch and numpy differ only in the last bits of
+log, sin and cos: the normals agree to 2e-6. A number does not depend on which other samples are
+requested, nor on their order.
 
 Bytes per number of s bytes: s, written. Eager torch on int64 words moves 529 in 126 passes (s = 4).
-Beside a GPU's memory, arithmetic counts: 71 instructions per number on sm_90.
+Arithmetic matters as well as memory traffic: 71 instructions per number on sm_90.
 
 Shapes: B samples; G counter groups of four elements. ``element`` runs over a sample's own numbers
 in C order. ``sample`` and ``element // 4`` are taken modulo 2^32.
@@ -44,14 +44,14 @@ LOW_32 = 0xFFFFFFFF
 UNIFORM_MAX = 1.0 - 2.0**-24
 TWO_PI = 2.0 * math.pi
 GROUPS_PER_PROGRAM = 256
-"""1024 numbers, two counters a thread at four warps."""
+"""1024 numbers: two counters per thread at four warps."""
 ROUNDS_JIT = tl.constexpr(ROUNDS)
 CHECK_OVERFLOW = tl.constexpr(False)
-"""Philox wraps by design; Triton's debug mode would stop at it."""
+"""Philox overflows by design; Triton's debug mode would raise."""
 
 
 class Draw(IntEnum):
-    """What a number is drawn for: the second counter word. Values are part of stored artefacts."""
+    """Purpose of a draw: the second counter word. Stored artefacts depend on the values."""
 
     START = 0
     POSTERIOR = 1
@@ -88,8 +88,8 @@ def philox_reference(
     """The four output words of each counter, as int64 tensors in [0, 2^32).
 
     ``groups``, ``samples`` and, when they are tensors, ``draw`` and ``epoch`` are int64 and
-    broadcast against each other. The 64-bit products wrap in int64; the shifted-in sign bits are
-    masked off, and so are a seed's above 64.
+    broadcast against each other. The 64-bit products wrap in int64; shifted-in sign bits and seed
+    bits above 64 are masked off.
     """
     key_0, key_1 = seed & LOW_32, (seed >> 32) & LOW_32
     c0, c1, c2, c3 = groups & LOW_32, draw, samples & LOW_32, epoch
@@ -103,7 +103,7 @@ def philox_reference(
 
 
 def unit_reference(words: torch.Tensor) -> torch.Tensor:
-    """u of int64 words in [0, 2^32): fp32 in (0, 1)."""
+    """int64 words in [0, 2^32) → u, fp32 in (0, 1)."""
     return words.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=UNIFORM_MAX)
 
 
@@ -226,13 +226,13 @@ def philox_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS: tl.conste
 
 @triton.jit
 def unit_of(word):
-    """u of one word: fp32 in (0, 1)."""
+    """One word → u, fp32 in (0, 1)."""
     return tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
 
 
 @triton.jit
 def normal_of(word_0, word_1):
-    """Box-Muller of two words: the cos and the sin lane."""
+    """Box-Muller of two words: the cos lane and the sin lane."""
     radius = tl.sqrt_rn(-2.0 * tl.log(unit_of(word_0)))
     angle = 6.283185307179586 * unit_of(word_1)
     return radius * tl.cos(angle), radius * tl.sin(angle)
@@ -240,7 +240,7 @@ def normal_of(word_0, word_1):
 
 @triton.jit
 def normal_block(group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS: tl.constexpr = ROUNDS_JIT):
-    """[4 G] fp32 normals, in element order, of [G] consecutive counters of one sample."""
+    """[4 G] fp32 normals in element order, from [G] consecutive counters of one sample."""
     word_0, word_1, word_2, word_3 = philox_block(
         group, draw, sample, epoch, seed_lo, seed_hi, ROUNDS
     )
@@ -279,9 +279,9 @@ def noise_kernel(
 
 
 def signed(word: int, bits: int) -> int:
-    """The signed integer with the bits of an unsigned one: an argument keeps one type at any value.
+    """Reinterpret an unsigned integer as signed, so that an argument's type never varies.
 
-    Kernels take int32 words, and an operator's schema knows int64 alone.
+    Kernels take int32 words; an operator's schema allows only int64.
     """
     return word - 2**bits if word >= 2 ** (bits - 1) else word
 
@@ -293,7 +293,7 @@ def kernel_words(seed: int, draw: int, epoch: int) -> tuple[int, int, int, int]:
 
 
 def require_words(seed: int, draw: int, epoch: int) -> None:
-    """Raise ValueError unless seed is a 64-bit, draw and epoch a 32-bit unsigned integer."""
+    """Raise ValueError unless seed (64 bits), draw and epoch (32 bits) fit their unsigned types."""
     for name, value, bits in (("seed", seed, 64), ("draw", draw, 32), ("epoch", epoch, 32)):
         if not 0 <= value < 2**bits:
             raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {value}")
@@ -303,7 +303,7 @@ def require_words(seed: int, draw: int, epoch: int) -> None:
 def noise_into(
     out: torch.Tensor, samples_B: torch.Tensor, seed: int, draw: int, epoch: int, gaussian: bool
 ) -> None:
-    """Fill ``out`` [B, ...]: what ``normal`` and ``uniform`` do once they have checked."""
+    """Fill ``out`` [B, ...]: ``normal`` and ``uniform`` after their checks."""
     count = math.prod(out.shape[1:])
     if not runs_kernel(out):
         if gaussian:
@@ -328,8 +328,8 @@ def uniform(
 ) -> torch.Tensor:
     """``count`` uniforms per sample: fp32 [B, count] in (0, 1), on ``samples_B``'s device.
 
-    Element e of a sample is the u of Philox word e, before Box-Muller. ``samples_B`` is int64.
-    Raises TypeError or ValueError for tensors or words out of range.
+    Element e of a sample is u of its Philox word e, before Box-Muller. ``samples_B`` is int64.
+    Raises TypeError or ValueError when a tensor does not fit or a word is out of range.
     """
     require("samples_B", samples_B, dtype=torch.int64, shape=("B",))
     require_words(seed, draw, epoch)
@@ -350,10 +350,10 @@ def normal(
     dtype: torch.dtype = torch.float32,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Standard normals [B, *shape] on ``samples_B``'s device, each a pure function of its name.
+    """Standard normals [B, *shape] on ``samples_B``'s device.
 
     ``samples_B`` is int64; ``dtype`` (or ``out``'s) is float32, float16 or bfloat16. Raises
-    TypeError or ValueError for tensors or words out of range.
+    TypeError or ValueError when a tensor does not fit or a word is out of range.
     """
     require("samples_B", samples_B, dtype=torch.int64, shape=("B",))
     require_words(seed, draw, epoch)

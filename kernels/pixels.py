@@ -1,4 +1,4 @@
-"""Patches up to the encoder: uint8 to pictures in [-1, 1], resized in the same pass.
+"""Patches to encoder inputs: uint8 to images in [-1, 1], resized in the same pass.
 
 Formula, torch's ``interpolate(align_corners=False)`` without antialias, per output row i of S
 (columns alike), p source rows:
@@ -7,7 +7,7 @@ Formula, torch's ``interpolate(align_corners=False)`` without antialias, per out
                                    or floor(y), floor(y) + 1 (bilinear), clamped to the patch
     out = clamp(sum(weight * pixel) / 127.5 - 1, -1, 1)
 
-Bytes per picture of s-byte numbers: p^2 C read, s S^2 C written. Eager torch moves 44 bytes instead
+Bytes per image of s-byte numbers: p^2 C read, s S^2 C written. Eager torch moves 44 bytes instead
 of 2.25 per output number in 7 passes (S = 2 p, s = 2).
 
 Shapes: N patches; C channels; H, W, p source and S output sides in pixels.
@@ -77,7 +77,7 @@ def upsample_kernel(
     BICUBIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (patch, block) writes BLOCK pixels of every channel of one output picture."""
+    """Program (patch, block) writes BLOCK pixels of every channel of one output image."""
     index = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < size * size
@@ -127,7 +127,7 @@ def upsample_kernel(
 def upsample_patches_op(
     patches_NHWC: torch.Tensor, size_px: int, bicubic: bool, dtype: torch.dtype
 ) -> torch.Tensor:
-    """What ``upsample_patches`` does once it has checked."""
+    """``upsample_patches`` after its checks."""
     if not runs_kernel(patches_NHWC):
         mode: Mode = "bicubic" if bicubic else "bilinear"
         return upsample_patches_reference(patches_NHWC, size_px, mode=mode).to(dtype)
@@ -165,9 +165,9 @@ def upsample_patches(
     mode: Mode = "bicubic",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """uint8 patches [N, p, p, C] to ``dtype`` pictures [N, C, size_px, size_px] in [-1, 1].
+    """uint8 patches [N, p, p, C] to ``dtype`` images [N, C, size_px, size_px] in [-1, 1].
 
-    Raises TypeError or ValueError for a dtype, shape, layout or mode that does not fit.
+    Raises TypeError or ValueError when a dtype, shape, layout or mode does not fit.
     """
     require("patches_NHWC", patches_NHWC, dtype=torch.uint8, shape=("N", "H", "W", "C"))
     if mode not in ("bicubic", "bilinear"):

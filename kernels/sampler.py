@@ -8,10 +8,10 @@ Formula (Karras et al. 2022; k-diffusion's ``sample_euler_ancestral``; diffusers
 
 With sigma_up == 0, as in the last step of a full schedule, no noise is drawn.
 
-Bytes per element of eps and model input of s bytes: 4 + s read, 4 + s written, and 8 per sample.
-Eager torch moves 583 instead of 12 (s = 2), most of it for the noise.
+Bytes per element, with s-byte eps and model input: 4 + s read, 4 + s written, plus 8 per sample.
+Eager torch moves 583 instead of 12 (s = 2), mostly for the noise.
 
-``table_step.py`` takes the same step with the sigmas, the step and the epoch read on the device.
+``table_step.py`` takes the same step, but reads the sigmas, step and epoch on the device.
 
 Shapes: B samples; C, H, W of one latent.
 """
@@ -105,7 +105,7 @@ def euler_ancestral_step_kernel(
     seed_hi,
     GROUPS: tl.constexpr,
 ):
-    """``step_block`` with scalars of the host."""
+    """``step_block`` with host scalars."""
     step_block(
         next_state_ptr, next_input_ptr, state_ptr, eps_ptr, samples_ptr, numel,
         slope, sigma_up, next_scale, draw, epoch, seed_lo, seed_hi, GROUPS,
@@ -118,7 +118,7 @@ def require_step(
     samples_B: torch.Tensor,
     out: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
-    """Raise TypeError or ValueError unless the tensors are what both steps take."""
+    """Raise TypeError or ValueError unless the tensors fit a step (scalar or table)."""
     require("state_BCHW", state_BCHW, dtype=torch.float32, shape=("B", "C", "H", "W"))
     sizes = state_BCHW.shape
     require("eps_BCHW", eps_BCHW, dtype=FLOATS, shape=sizes, like=state_BCHW)
@@ -129,7 +129,7 @@ def require_step(
 
 
 def step_grid(state_BCHW: torch.Tensor) -> tuple[int, int]:
-    """The programs of ``step_block``: (samples, blocks of a sample)."""
+    """Grid of ``step_block``: (samples, blocks per sample)."""
     return len(state_BCHW), triton.cdiv(math.prod(state_BCHW.shape[1:]), 4 * GROUPS_PER_PROGRAM)
 
 
@@ -150,7 +150,7 @@ def euler_ancestral_step_into(
     step: int,
     epoch: int,
 ) -> None:
-    """What ``euler_ancestral_step`` does once it has checked."""
+    """``euler_ancestral_step`` after its checks."""
     if not runs_kernel(state_BCHW):
         results = euler_ancestral_step_reference(
             state_BCHW,
@@ -197,7 +197,7 @@ def euler_ancestral_step_op(
     step: int,
     epoch: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``euler_ancestral_step_into`` buffers of its own: torch differentiates no other operator."""
+    """``euler_ancestral_step_into`` new buffers: torch differentiates only functional operators."""
     out = torch.empty_like(state_BCHW), torch.empty_like(eps_BCHW)
     inputs = state_BCHW, eps_BCHW, samples_B
     scalars = sigma, sigma_down, sigma_up, next_scale
@@ -221,7 +221,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...
 def _backward(
     ctx: Any, grad_state: torch.Tensor, grad_input: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
-    """The step is linear in state and eps, and the noise is no function of either."""
+    """The step is linear in state and eps; the noise depends on neither."""
     grad = grad_state + grad_input.float() * ctx.next_scale
     return grad, (grad * ctx.slope).to(ctx.eps_dtype), *(None,) * 8
 
@@ -245,10 +245,10 @@ def euler_ancestral_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The next state (fp32) and the next model input (eps's dtype, or ``out``'s), [B, C, H, W].
 
-    ``state_BCHW`` is fp32; ``eps_BCHW`` fp32, fp16 or bf16; both contiguous. ``out`` = (state,
-    model input) are buffers to write into; ``out[0]`` may be ``state_BCHW``. Without ``out``, the
-    gradients of state and eps flow. Raises TypeError or ValueError for a dtype, shape, device or
-    layout that does not fit.
+    ``state_BCHW`` is fp32; ``eps_BCHW`` is fp32, fp16 or bf16; both are contiguous. ``out`` =
+    (state, model input) provides buffers; ``out[0]`` may be ``state_BCHW``. Gradients flow to state
+    and eps only without ``out``. Raises TypeError or ValueError when a dtype, shape, device or
+    layout does not fit.
     """
     require_step(state_BCHW, eps_BCHW, samples_B, out)
     require_words(seed, Draw.ANCESTRAL + step, epoch)

@@ -1,6 +1,6 @@
-"""Temperature KL of a student's logits against stored soft labels, never spelt out as [B, K].
+"""KL of student logits against stored soft labels at a temperature, targets never materialised.
 
-Formula, for the logits x of one picture, T the temperature, and labels a (and b where mixed):
+Formula, for the logits x of one image, temperature T, and label a (and b when mixed):
 
     q_c  = softmax(x / T)_c
     p_c  = softmax(t / T)_c                             dense: fp16 teacher logits t
@@ -9,26 +9,26 @@ Formula, for the logits x of one picture, T the temperature, and labels a (and b
     p    = w p_a + (1 - w) p_b                                                       mixed: CutMix
     loss = sum_c p_c (log p_c - log q_c),      d loss / d x_c = (q_c - p_c) / T
 
-There is no factor T^2 (Hinton et al. 2015, section 2): the students' loss has none, and it is
-``softlabel(...).mean()``. The top-k line is the coreset's codec.
+There is no factor T^2 (Hinton et al. 2015, section 2): the students' loss,
+``softlabel(...).mean()``, has none. The top-k line is the coreset's top-k codec.
 
 The kernels read x once. They keep running maxima of the raw logits and multiply differences by
-1 / T, so neither an offset of 1e4 nor T = 0.5 costs digits; a maximum that moves rescales the
-sums, and shifts those that hold x - max (Milakov & Gimelshein 2018, "Online normalizer calculation
-for softmax", with the expectations carried along). Only log p of two mixed dense rows needs
-both normalisers first: those rows are read again, from L2 as a rule (87 KB at K = 21,841).
+1 / T, so neither an offset of 1e4 nor T = 0.5 costs precision; a new maximum rescales the sums,
+and shifts those of x - max (Milakov & Gimelshein 2018, "Online normalizer calculation for
+softmax", extended to expectations). Only log p of two mixed dense rows needs both normalisers
+first: those rows are read again, usually from L2 (87 KB at K = 21,841).
 
-Bytes per picture, x of s bytes, L = 1 label or 2 where mixed, class codes of i bytes:
+Bytes per image, with x of s bytes, L = 1 label or 2 when mixed, and class codes of i bytes:
 
                      dense                                   top-k
     forward          s K + 2 L K (+ 4 K from L2 if L = 2)    s K + L k (2 + i + s)
     backward         2 s K + 2 L K                           2 s K + L k (2 + i + 2 s)
 
-and 4 + 8 (1 + L) bytes of loss and normalisers. On fp32 logits and dense labels that is 6 K and
-10 K. Eager torch moves 110 K and 71 K in the reference, which takes care of extreme logits, and
-78 K and 36 K in ``kl_div(log_softmax(x / T), softmax(t / T))``, which does not.
+plus 4 + 8 (1 + L) bytes for loss and normalisers. With fp32 logits and dense labels that is 6 K
+forward and 10 K backward. Eager torch moves 110 K and 71 K in the reference, which handles extreme
+logits, and 78 K and 36 K in ``kl_div(log_softmax(x / T), softmax(t / T))``, which does not.
 
-Shapes: B pictures; N label rows; K classes; k kept probabilities of a row.
+Shapes: B images; N label rows; K classes; k kept probabilities per row.
 """
 
 import math
@@ -61,7 +61,7 @@ def target_reference(
     classes: int,
     temperature: float,
 ) -> torch.Tensor:
-    """The targets p that the arguments of ``softlabel`` mean, fp32 [B, K], in plain torch."""
+    """Targets p for ``softlabel``'s arguments, fp32 [B, K], in plain torch."""
     if rows_B2 is not None and weight_B is not None:
         settings = {"classes": classes, "temperature": temperature}
         first_BK, second_BK = (
@@ -107,7 +107,7 @@ def _constants(
     classes_Nk: torch.Tensor | None,
     rows_B2: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """What the kernels are compiled for; K too, so that rows of even K load as vectors."""
+    """Compile-time constants of the kernels; K is one, so that rows of even K load as vectors."""
     classes = student_BK.shape[1]
     block = min(triton.next_power_of_2(classes), MOST_CLASSES_PER_BLOCK)
     constants = {"MIXED": rows_B2 is not None, "CLASSES": classes, "BLOCK": block}
@@ -119,7 +119,7 @@ def _constants(
 
 
 def _normalisers(student_BK: torch.Tensor, rows_B2: torch.Tensor | None) -> torch.Tensor:
-    """Two numbers per softmax for the backward kernel; none where the reference runs."""
+    """Two numbers per softmax for the backward kernel; none when the reference runs."""
     softmaxes = 2 if rows_B2 is None else 3
     shape = (len(student_BK), softmaxes if runs_kernel(student_BK) else 0, 2)
     return student_BK.new_empty(shape, dtype=torch.float32)
@@ -134,7 +134,7 @@ def _softlabel(
     weight_B: torch.Tensor | None,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss [B], what the backward kernel needs of the forward one), both fp32."""
+    """(loss [B], normalisers for the backward kernel), both fp32."""
     names = (labels, classes_Nk, rows_B2, weight_B)
     normalisers = _normalisers(student_BK, rows_B2)
     if not runs_kernel(student_BK):
@@ -176,7 +176,7 @@ def _softlabel_grad(
     weight_B: torch.Tensor | None,
     temperature: float,
 ) -> torch.Tensor:
-    """The gradient [B, K] in the student's dtype; ``grad_B`` of any stride, as sum() expands it."""
+    """Gradient [B, K] in the student's dtype; ``grad_B`` has any stride, as sum() expands it."""
     names = (labels, classes_Nk, rows_B2, weight_B)
     classes = student_BK.shape[1]
     if not runs_kernel(student_BK):
@@ -212,7 +212,7 @@ def _(grad_B, normalisers, student_BK, labels, classes_Nk, rows_B2, weight_B, te
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     *tensors, ctx.temperature = inputs
     ctx.save_for_backward(output[1], *tensors)
-    ctx.set_materialize_grads(False)  # normalisers have none, and zeros would be a launch
+    ctx.set_materialize_grads(False)  # normalisers have none; zeros would cost a launch
 
 
 def _backward(
@@ -234,15 +234,16 @@ def softlabel(
     rows_B2: torch.Tensor | None = None,
     weight_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """KL(label || student) of each picture at a temperature: fp32 [B], with a gradient.
+    """KL(label || student) of each image at a temperature: fp32 [B], differentiable.
 
-    ``student_BK`` holds logits, fp32, fp16 or bf16. ``labels`` are fp16: teacher logits [N, K]; or,
-    with their int16 or int32 ``classes_Nk``, probabilities [N, k] at this temperature, k < K, each
-    class once per row. Picture b learns from row b, and N = B; or, with both of ``rows_B2`` (int64)
-    and ``weight_B`` (fp32, in [0, 1]), from w of row rows_B2[b, 0] and 1 - w of row rows_B2[b, 1].
-    Logits are finite; these, the classes and the rows are not checked: that would need a sync.
-    Looking up k classes in a row of k takes k^2 steps where top-k labels are mixed. Labels and
-    weights are constants. Raises TypeError or ValueError for what does not fit.
+    ``student_BK`` holds logits in fp32, fp16 or bf16. ``labels`` are fp16: teacher logits [N, K];
+    or, with int16 or int32 ``classes_Nk``, probabilities [N, k] at this temperature, k < K, each
+    class once per row. Image b learns from row b, and N = B. With ``rows_B2`` (int64) and
+    ``weight_B`` (fp32, in [0, 1]) it learns from w times row rows_B2[b, 0] plus 1 - w times row
+    rows_B2[b, 1]. Logits must be finite, classes and rows in range (not checked: that would need a
+    sync). Mixing top-k labels takes k^2 steps to look up the classes of one row in the other.
+    Labels and weights get no gradient. Raises TypeError or ValueError when an argument does not
+    fit.
     """
     require("student_BK", student_BK, dtype=FLOATS, shape=("B", "K"))
     pictures, classes = student_BK.shape

@@ -27,10 +27,10 @@ def dense_block(
     MIXED: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """A block of a label row into its running (maximum, sum, gap).
+    """Fold a block of a label row into its running (maximum, sum, gap).
 
-    gap / sum is the mean over the label of its own scaled logit less the student's; of minus the
-    student's alone where labels are mixed.
+    gap / sum is the label's expectation of its own scaled logit minus the student's; when labels
+    are mixed, of minus the student's alone.
     """
     logits = load_logits(row_ptr, column, CLASSES)
     inside = column < CLASSES
@@ -55,7 +55,7 @@ def mixed_p_log_p(
     CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """sum of p ln p over two mixed label rows."""
+    """Sum of p ln p for the mixture of two label rows."""
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, CLASSES, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -78,7 +78,7 @@ def softlabel_dense_kernel(
     CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program b writes the loss of picture b and (maximum, log sum) of its student and labels."""
+    """Program b writes the loss of image b and (maximum, log sum) of its student and labels."""
     row = tl.program_id(0).to(tl.int64)
     student = student_ptr + row * CLASSES
     normalisers = normalisers_ptr + row * (6 if MIXED else 4)
@@ -131,7 +131,7 @@ def softlabel_dense_grad_kernel(
     CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (picture, block) writes BLOCK classes of the gradient."""
+    """Program (image, block) writes BLOCK classes of the gradient."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     saved = normalisers_ptr + row * (6 if MIXED else 4)

@@ -1,28 +1,28 @@
-"""Device code that dense and top-k soft labels share: a row's softmax and what is kept of it.
+"""Device code shared by dense and top-k soft labels: a row's softmax and its normalisers.
 
-Running values are (maximum, sum of exponentials) of raw logits; stored "normalisers" are the
-maximum and the log of the sum for a row of logits, 1 / total and a class's share of the rest for a
-row of codes. Offsets of rows are int64.
+Running values are (maximum, sum of exponentials) of raw logits. Stored normalisers are (maximum,
+log of the sum) for a row of logits, and (1 / total, a class's share of the rest) for a row of
+codes. Row offsets are int64.
 """
 
 import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-1e30)
-"""Where a running maximum starts: below any logit, and finite, as 0 times infinity is NaN."""
+"""Initial running maximum: below any logit, and finite, because 0 times infinity is NaN."""
 
 
 @triton.jit
 def load_logits(row_ptr, column, CLASSES: tl.constexpr):
-    """Logits of a row in fp32, -inf beyond its end."""
+    """A row's logits in fp32, -inf beyond its end."""
     return tl.load(row_ptr + column, mask=column < CLASSES, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
 def softmax_block(logits, inside, top, total, inverse_t):
-    """A block into a running (maximum, sum of exponentials).
+    """Fold a block into a running (maximum, sum of exponentials).
 
-    Also what the maximum fell behind by, and the block's scaled logits (0 outside) with their
+    Also returns (old - new maximum) / T, and the block's scaled logits (0 outside) with their
     exponentials.
     """
     new_top = tl.maximum(top, tl.max(logits, 0))

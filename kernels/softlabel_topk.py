@@ -28,7 +28,7 @@ def kept_normaliser(kept_ptr, CLASSES: tl.constexpr, KEPT: tl.constexpr, CODES: 
 
 @triton.jit
 def look_up(column, kept_ptr, classes_ptr, scale, rest, KEPT: tl.constexpr):
-    """(probability, whether it is of the rest) of each class in `column` by one coded row."""
+    """(probability, whether it belongs to the rest) of each class in `column`, in one coded row."""
     probability = tl.zeros(column.shape, tl.float32) + rest
     of_rest = column >= 0
     for code in range(KEPT):
@@ -54,7 +54,7 @@ def code_block(
     MIXED: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """(class, target, whether the other row leaves it to its rest) of some codes of a row."""
+    """(class, target, whether it belongs to the other row's rest) of a block of a row's codes."""
     column = tl.load(classes_ptr + code, mask=code < KEPT, other=0).to(tl.int32)
     target = tl.load(kept_ptr + code, mask=code < KEPT, other=0.0).to(tl.float32) * scale
     alone = column >= 0
@@ -68,7 +68,7 @@ def code_block(
 
 @triton.jit
 def code_loss(student_ptr, x_top, inverse_t, column, target, base, counted):
-    """What the codes that are `counted` add to the loss of a target of `base` everywhere."""
+    """Loss that the `counted` codes add to that of a target of `base` everywhere."""
     x = tl.load(student_ptr + column, mask=counted, other=0.0).to(tl.float32)
     loss = p_log_p(target) - p_log_p(base) - (target - base) * ((x - x_top) * inverse_t)
     return tl.sum(tl.where(counted, loss, 0.0), 0)
@@ -90,7 +90,7 @@ def softlabel_topk_kernel(
     BLOCK: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """Program b writes the loss of picture b and the normalisers of its student and labels."""
+    """Program b writes the loss of image b and the normalisers of its student and labels."""
     row = tl.program_id(0).to(tl.int64)
     student = student_ptr + row * CLASSES
     normalisers = normalisers_ptr + row * (6 if MIXED else 4)
@@ -137,7 +137,7 @@ def softlabel_topk_kernel(
 
 @triton.jit
 def store_grad(out_ptr, student_ptr, column, target, mask, top, log_total, inverse_t, scale):
-    """Write (q - target) scale of some classes of a row."""
+    """Write (q - target) scale for some classes of a row."""
     x = tl.load(student_ptr + column, mask=mask, other=0.0).to(tl.float32)
     grad = (tl.exp((x - top) * inverse_t - log_total) - target) * scale
     tl.store(out_ptr + column, grad.to(out_ptr.dtype.element_ty), mask=mask)
@@ -161,10 +161,9 @@ def softlabel_topk_grad_kernel(
     BLOCK: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """Program (picture, block) writes BLOCK classes of the gradient, those with a code twice.
+    """Program (image, block) writes BLOCK classes of the gradient, those with a code twice.
 
-    The barrier puts the second write after the first. A class that both rows keep gets the same
-    bits from both.
+    The barrier orders the two writes. A class that both rows keep gets the same bits from both.
     """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK

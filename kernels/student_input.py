@@ -1,4 +1,4 @@
-"""Pictures down to the student: clamped, cropped, resized, flipped, normalised, CutMix included.
+"""Images to student inputs: clamp, crop, resize, flip, normalise and CutMix in one pass.
 
 Formula, torchvision's ``resized_crop(antialias=False)`` followed by a flip and ``normalize``, per
 output row i of S and box (top, left, height, width):
@@ -6,22 +6,22 @@ output row i of S and box (top, left, height, width):
     y = top + clamp((i + 0.5) * height / S - 0.5, 0, height - 1),     x alike, with j -> S - 1 - j
     out = (bilinear(clamp(image, -1, 1), y, x) / 2 + 0.5 - mean) / std                 if flipped
 
-CutMix in the same pass: inside a box of output pixels, a row shows what its partner's row would
-have shown there, with the partner's own box and flip:
+CutMix: inside a box of output pixels, an image shows its partner's view, with the partner's own
+box and flip:
 
     out[b, i, j] = view[partners[b] if (i, j) in pasted[b] else b, i, j]
 
-Bytes per picture with pictures of i and views of s bytes a number, CutMix or not:
+Bytes per image, for images of i-byte and views of s-byte numbers, with or without CutMix:
 
     i C height width of its box, read (fewer where S < height / 2 skips rows);    s C S^2, written
 
-and 17 of box and flip, 40 more with CutMix, whose pasted pixels are read from the partner's box
-instead. Eager torch moves 17 times as much, with CutMix 20 times (512 to 224 px, boxes of 42 % of
-the area, i = s = 2): 8 and 11 passes.
+plus 17 for box and flip, and 40 more with CutMix, which reads pasted pixels from the partner's box
+instead. Eager torch moves 17 times as much, or 20 times with CutMix (512 to 224 px, boxes of 42 %
+of the area, i = s = 2), in 8 and 11 passes.
 
-Shapes: B pictures; C channels; H, W source and S output sides in pixels; boxes_B4 holds
-(top, left, height, width) in source pixels, top and left from 0; pasted_B4 the same of output
-pixels, whole numbers, and may hang over the picture's edge.
+Shapes: B images; C channels; H, W source and S output sides in pixels; boxes_B4 holds
+(top, left, height, width) in source pixels, top and left from 0; pasted_B4 holds the same in whole
+output pixels and may extend past the edge.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ PIXELS_PER_PROGRAM = 256
 def _normalisation(
     mean_C: tuple[float, ...], std_C: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, shift) of a value in [-1, 1], kept on the device: no copy inside a step."""
+    """(scale, shift) for values in [-1, 1], cached on the device: no copy inside a step."""
     scale = torch.tensor([0.5 / std for std in std_C], device=device)
     shift = [(0.5 - mean) / std for mean, std in zip(mean_C, std_C, strict=True)]
     return scale, torch.tensor(shift, device=device)
@@ -52,10 +52,10 @@ def _normalisation(
 def _sampling_grid(
     images_BCHW: torch.Tensor, boxes_B4: torch.Tensor, flips_B: torch.Tensor, size_px: int
 ) -> torch.Tensor:
-    """Where each output pixel looks, as ``grid_sample`` wants it: [B, S, S, (x, y)].
+    """Where ``grid_sample`` samples each output pixel: [B, S, S, (x, y)].
 
-    It takes positions as g = (2 x + 1) / W - 1; they are inside the box already, so its border rule
-    never acts.
+    It takes positions as g = (2 x + 1) / W - 1. They are already inside the box, so its border rule
+    never applies.
     """
     height, width = images_BCHW.shape[-2:]
     steps = torch.arange(size_px, device=boxes_B4.device) + 0.5
@@ -103,7 +103,7 @@ def student_input_reference(
 
 @triton.jit
 def clamped_load(ptr, offset, inside):
-    """A decoder's value, clamped to [-1, 1]."""
+    """Load decoder values, clamped to [-1, 1]."""
     value = tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)
     return tl.minimum(tl.maximum(value, -1.0), 1.0)
 
@@ -125,7 +125,7 @@ def student_input_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (picture, block) writes BLOCK pixels of every channel, channels last."""
+    """Program (image, block) writes BLOCK pixels of every channel, channels last."""
     index = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < size * size
@@ -181,7 +181,7 @@ def student_input_op(
     std_C: Sequence[float],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """What ``student_input`` does once it has checked."""
+    """``student_input`` after its checks."""
     cutmix = None if partners_B is None or pasted_B4 is None else (partners_B, pasted_B4)
     inputs = images_BCHW, boxes_B4, flips_B
     out = _empty_student_input(*inputs, partners_B, pasted_B4, size_px, mean_C, std_C, dtype)
@@ -194,7 +194,7 @@ def student_input_op(
         out,
         *inputs,
         *_normalisation(tuple(mean_C), tuple(std_C), images_BCHW.device),
-        *(cutmix or (boxes_B4, boxes_B4)),  # not read without CutMix
+        *(cutmix or (boxes_B4, boxes_B4)),  # unread without CutMix
         height,
         width,
         size_px,
@@ -232,7 +232,7 @@ def student_input_backward(
     pasted_B4: torch.Tensor | None,
     std_C: Sequence[float],
 ) -> torch.Tensor:
-    """The images' gradient, in plain torch on every device: no stage trains through a view yet."""
+    """The images' gradient, in plain torch on every device: no stage trains through views yet."""
     size_px = grad_BCSS.shape[-1]
     scale, _ = _normalisation((0.0,) * len(std_C), tuple(std_C), images_BCHW.device)
     grad = grad_BCSS.float() * scale[:, None, None]
@@ -242,7 +242,7 @@ def student_input_backward(
         grad = own.index_add_(0, partners_B, grad.masked_fill(~inside, 0.0))
     grid_BSS2 = _sampling_grid(images_BCHW, boxes_B4, flips_B, size_px)
     images = images_BCHW.float()
-    # bilinear, border, align_corners=False; the images' gradient and not the grid's
+    # bilinear, border, align_corners=False; gradient of the images, not of the grid
     backward = torch.ops.aten.grid_sampler_2d_backward
     grad, _ = backward(grad, images, grid_BSS2, 0, 1, False, (True, False))
     return grad.masked_fill(images.abs() > 1.0, 0.0).to(images_BCHW.dtype)
@@ -277,14 +277,14 @@ def student_input(
     cutmix: tuple[torch.Tensor, torch.Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Pictures in [-1, 1] cropped, resized, flipped and normalised: [B, C, size_px, size_px].
+    """Crop, resize, flip and normalise images in [-1, 1]: [B, C, size_px, size_px].
 
-    ``images_BCHW`` is fp32, fp16 or bf16 (values outside [-1, 1] are clamped); ``boxes_B4`` fp32
-    (top, left, height, width) in pixels, inside the picture and at least one pixel a side (not
-    checked: that would need a sync); ``flips_B`` bool, after the resize; ``mean_C`` and ``std_C``
-    in [0, 1] units. ``cutmix`` = (partners_B, pasted_B4), both int64: rows of the images (not
-    checked either) and boxes of output pixels. The result is channels_last; the images' gradient
-    flows. Raises TypeError or ValueError otherwise.
+    ``images_BCHW`` is fp32, fp16 or bf16 (values outside [-1, 1] are clamped). ``boxes_B4`` is fp32
+    (top, left, height, width) in pixels, inside the image and at least one pixel per side (not
+    checked: that would need a sync). ``flips_B`` is bool, applied after the resize. ``mean_C`` and
+    ``std_C`` are in [0, 1] units. ``cutmix`` = (partners_B, pasted_B4), both int64: rows of the
+    images (not checked either) and boxes of output pixels. The result is channels_last; gradients
+    flow to the images. Raises TypeError or ValueError when an argument does not fit.
     """
     require("images_BCHW", images_BCHW, dtype=FLOATS, shape=("B", "C", "H", "W"))
     batch, channels = images_BCHW.shape[:2]

@@ -1,16 +1,16 @@
-"""The Euler-ancestral step of ``sampler.py``, to the bit, inside CUDA graphs.
+"""``sampler.py``'s Euler-ancestral step, bit-identical, for CUDA graphs.
 
 Formula: sampler.py's, with (sigma_down - sigma, sigma_up, next_scale) = table[step].
 
-A CUDA graph freezes host scalars. Which of them may freeze? Where each step has its own launch in
-the graph, the sigmas and the step may: replays repeat the schedule. The epoch may not: a replay
-would repeat the noise of the epoch that was captured. And where one captured evaluation (network
-and step) is replayed for every step, or one graph serves several schedules, nothing but the seed
-may. So ``euler_ancestral_table_step`` reads all of them on the device: sigmas from a table [S, 3],
-step and epoch from tensors of one number. The seed stays a scalar: it names a run's images.
+A CUDA graph freezes host scalars. When each step has its own launch in the graph, the sigmas and
+the step may freeze: replays repeat the schedule. The epoch may not: a replay would repeat the
+captured epoch's noise. When one captured evaluation (network and step) is replayed for every step,
+or one graph serves several schedules, only the seed may freeze. So ``euler_ancestral_table_step``
+reads all the others on the device: sigmas from a table [S, 3], step and epoch from one-element
+tensors. The seed stays a scalar: a run has one.
 
-Bytes: sampler.py's, and 28 that every program reads of the table, step and epoch. Eager torch moves
-595 per element instead of 12 (s = 2).
+Bytes: sampler.py's, plus 28 per program for table, step and epoch. Eager torch moves 595 per
+element instead of 12 (s = 2).
 
 Shapes: B samples; C, H, W of one latent; S steps.
 """
@@ -39,7 +39,7 @@ def euler_ancestral_table_step_reference(
     *,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``euler_ancestral_step_reference`` of row ``step_1`` of the table, with the same bits."""
+    """``euler_ancestral_step_reference`` for row ``step_1`` of the table, bit-identical."""
     slope, sigma_up, next_scale = table_S3[step_1][0].unbind()
     state = state_BCHW + eps_BCHW.float() * slope
     draw_11, epoch_11 = Draw.ANCESTRAL + step_1[:, None], epoch_1[:, None]
@@ -63,7 +63,7 @@ def euler_ancestral_table_step_kernel(
     seed_hi,
     GROUPS: tl.constexpr,
 ):
-    """``step_block`` with scalars of the device."""
+    """``step_block`` with device scalars."""
     step = tl.load(step_ptr)
     epoch = tl.load(epoch_ptr)
     slope = tl.load(table_ptr + step * 3)
@@ -85,8 +85,8 @@ def step_table(
 ) -> torch.Tensor:
     """A schedule for ``euler_ancestral_table_step``: fp32 [S, 3], sigma_down - sigma first.
 
-    The difference is taken in double and then rounded, as the scalar of ``euler_ancestral_step``.
-    Raises ValueError for sequences of unequal lengths.
+    The difference is computed in double, then rounded, like ``euler_ancestral_step``'s scalar.
+    Raises ValueError when the sequences differ in length.
     """
     slopes = [down - sigma for sigma, down in zip(sigmas, sigmas_down, strict=True)]
     rows = list(zip(slopes, sigmas_up, next_scales, strict=True))
@@ -107,7 +107,7 @@ def euler_ancestral_table_step_into(
     epoch_1: torch.Tensor,
     seed: int,
 ) -> None:
-    """What ``euler_ancestral_table_step`` does once it has checked."""
+    """``euler_ancestral_table_step`` after its checks."""
     inputs = state_BCHW, eps_BCHW, samples_B, table_S3, step_1, epoch_1
     if not runs_kernel(state_BCHW):
         results = euler_ancestral_table_step_reference(*inputs, seed=seed)
@@ -133,12 +133,12 @@ def euler_ancestral_table_step(
     seed: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``euler_ancestral_step``, to the bit, of a step that only the device knows.
+    """``euler_ancestral_step``, bit-identical, for a step that only the device knows.
 
-    ``table_S3`` is ``step_table``'s; ``step_1`` and ``epoch_1`` int64 [1] on the same device, in
-    [0, S) and [0, 2^32) (not checked: that would need a sync). A graph of all steps gives launch k
-    the slice [k : k + 1] of an arange; a graph of one step adds 1 to ``step_1``. No gradient flows.
-    The rest, and what is raised, as in ``euler_ancestral_step``.
+    ``table_S3`` comes from ``step_table``; ``step_1`` and ``epoch_1`` are int64 [1] on the same
+    device, in [0, S) and [0, 2^32) (not checked: that would need a sync). A graph of all steps
+    gives launch k the slice [k : k + 1] of an arange; a graph of one step adds 1 to ``step_1``. No
+    gradient flows. All else is as in ``euler_ancestral_step``.
     """
     require_step(state_BCHW, eps_BCHW, samples_B, out)
     if out is None:

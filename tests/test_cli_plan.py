@@ -64,7 +64,7 @@ def test_an_unknown_model(train: Command, shapes: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_model(train: Command, shapes: Path, tmp_path: Path) -> None:
     error = train("--data", shapes, "--out", tmp_path / "run", "--model", shapes).error
-    assert "is no model in diffusers' SDXL layout" in error
+    assert "is not a model in diffusers' SDXL layout" in error
 
 
 def test_an_interrupted_download(
@@ -83,7 +83,7 @@ def test_an_interrupted_download(
     monkeypatch.setattr(hub, "_listing", lambda *_: [])
     error = train("--data", shapes, "--out", tmp_path / "run", "--model", "sdxl-turbo").error
     assert "download of stabilityai/sdxl-turbo did not finish (Connection broken" in error
-    assert "run the same command again and it goes on where it stopped" in error
+    assert "run the same command again to resume where it stopped" in error
 
 
 @pytest.mark.parametrize("option", ["--student", "--teacher"])

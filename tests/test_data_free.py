@@ -59,7 +59,7 @@ def test_images_are_made_of_no_real_one(train: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ((), ".jpg: it is no JPEG, PNG, WebP, BMP or TIFF image"),
+        ((), ".jpg: it is not a JPEG, PNG, WebP, BMP or TIFF image"),
         ((*FREE, "--steps", "1"), "--steps 1: expected 2 or more for dsco, which optimises"),
         (("--dsco.data-free", "--dsco.templates", "0"), "--dsco.templates 0: expected 1 or more"),
         ((*FREE, "--dsco.learning-rate", "inf"), "learning-rate inf: expected a finite number"),

@@ -149,7 +149,7 @@ def test_from_build_to_remove(engine: Callable[..., Outcome], model: Path, tmp_p
 
     again = build(engine, model)
     assert not again.json["built"]
-    assert "was there already" in again.out
+    assert "already built" in again.out
 
     verified = engine("verify", name[:12])
     (result,) = verified.json["verified"]

@@ -320,7 +320,7 @@ DAMAGE = {
     "header-only": lambda jpeg: jpeg[:30],
     "zeros": lambda _: bytes(300),
 }
-REASONS = {"cut": "cut short or damaged", "text": "it is no JPEG", "empty": "the file is empty"}
+REASONS = {"cut": "truncated or damaged", "text": "it is not a JPEG", "empty": "the file is empty"}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

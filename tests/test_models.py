@@ -276,7 +276,7 @@ def test_a_file_that_is_not_the_hubs_is_removed(
     refused = fetch(server, tmp_path)
     assert refused.returncode == 1
     last = refused.stderr.strip().splitlines()[-1]
-    assert f"{name} came with {len(content)} bytes" in last
+    assert f"{name} arrived with {len(content)} bytes" in last
     server.listed.clear()
     assert fetch(server, tmp_path).returncode == 0
 

@@ -120,7 +120,7 @@ def test_prompts_that_cannot_be_meant_are_refused(
 def test_a_prompt_that_would_be_cut_off_is_refused() -> None:
     model = find_model("sdxl-tiny")
     long = "disc " * 76
-    with pytest.raises(ValueError, match="expected 77 tokens at most, which the model reads"):
+    with pytest.raises(ValueError, match="expected at most 77 tokens, the model's limit"):
         encode_prompts(model, ["a disc", long], device="cpu")
 
 

@@ -75,7 +75,7 @@ def installed(monkeypatch: Any, version: str | None, gpu: bool) -> None:
         (None, True, "cuda", r"needs TensorRT 10\.12 to 11 \(pip install"),
         ("10.11.0.33", True, "cuda", r"10\.12 to 11, not 10\.11\.0\.33"),
         ("12.0.1", True, "cuda", r"10\.12 to 11, not 12\.0\.1"),
-        ("11.4.0.106", True, "cpu", "needs an NVIDIA GPU .*asked for another device"),
+        ("11.4.0.106", True, "cpu", "needs an NVIDIA GPU .*another device was requested"),
         ("11.4.0.106", True, "cuda", "is installed but does not load"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`engine build` and `engine verify`: options → an engine on disk; whether it still is right."""
+"""`engine build` and `engine verify`: build an engine from options; check stored engines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .needs import check_room, engine_needs
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
-    """A build with nothing left open."""
+    """A fully resolved build."""
 
     model: ModelSource
     backend: BackendName
@@ -45,10 +45,10 @@ class BuildPlan:
 
 
 def build_engine(command: EngineBuild, bundles: Path, say: Say) -> dict[str, Any]:
-    """Build what is asked for, or find it stored; what there is to tell of it.
+    """Build the requested engine, or find it stored; return its description.
 
-    Unavailable: a library, GPU, memory or disk space is missing. ValueError, BundleError: options
-    that do not fit the model, weights of NaN, an engine that is not torch's equal.
+    Raises Unavailable when a library, a GPU, memory or disk space is missing; ValueError when
+    options do not fit the model; BundleError for NaN weights or an engine that differs from torch.
     """
     plan = plan_build(command, say)
     key_of = graphs_key if plan.export_only else engine_key
@@ -59,7 +59,7 @@ def build_engine(command: EngineBuild, bundles: Path, say: Say) -> dict[str, Any
 
 
 def plan_build(command: EngineBuild, say: Say) -> BuildPlan:
-    """Choose what was left out, and say what was chosen; what cannot work here is refused first."""
+    """Resolve the options and report defaults that were chosen; refuse what cannot work here."""
     device = resolve_device(command.device)
     half = command.export_only or device == "cuda"
     precision = command.precision or ("fp16" if half else "fp32")
@@ -74,7 +74,7 @@ def plan_build(command: EngineBuild, say: Say) -> BuildPlan:
     if size_px % model.vae_factor():
         raise ValueError(
             f"--size {size_px}: expected a multiple of {model.vae_factor()}, by which the VAE of "
-            f"{model.name} makes images smaller"
+            f"{model.name} shrinks images"
         )
     spec = EngineSpec(
         size_px=size_px,
@@ -102,7 +102,7 @@ def plan_build(command: EngineBuild, say: Say) -> BuildPlan:
 
 
 def _choose_built(spec: EngineSpec) -> BackendName:
-    """What `auto` means for a build: as for a run, or the first that is not torch itself."""
+    """Resolve `auto` for a build: as for a run, but the first compiled backend instead of eager."""
     backend = choose_backend(spec)
     order: tuple[BackendName, ...] = ("trt", "inductor", "ort")
     for each in order if backend == "eager" else ():
@@ -130,7 +130,7 @@ def _build(plan: BuildPlan, bundles: Path, say: Say) -> Bundle:
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """What a build reports of its engine, without the hashes."""
+    """A build's report on its engine, without the hashes."""
     shown = ("model", "weights", "backend", "device", "gpu", "precision", "vae_precision")
     shapes = ("size_px", "batch", "min_batch", "images_per_prompt", "opset")
     return {
@@ -147,7 +147,7 @@ def verify_engines(
 ) -> list[dict[str, Any]]:
     """Verify each engine and `show` its result at once.
 
-    BundleError at the end, when any of them is wrong or cannot be run here: which, and why.
+    Raises BundleError at the end if any is wrong or cannot run here; it says which, and why.
     """
     results, faults = [], []
     for folder in folders:
@@ -164,10 +164,10 @@ def verify_engines(
 
 
 def verify_stored(folder: Path, say: Say) -> dict[str, Any]:
-    """Verify every byte of a stored engine, then its parity against torch, measured anew.
+    """Verify every byte of a stored engine, then measure its parity with torch again.
 
-    BundleError: what is wrong with it, or why it cannot be run here. Graphs that were only exported
-    have no parity.
+    Raises BundleError, which says what is wrong or why it cannot run here. Graphs that were only
+    exported have no parity.
     """
     bundle = open_bundle(folder, say=say)
     result: dict[str, Any] = {
@@ -199,7 +199,7 @@ def _parity_anew(bundle: Bundle, say: Say) -> dict[str, Any]:
 
 
 def _model_of(bundle: Bundle) -> ModelSource:
-    """The model that a bundle was built from. BundleError: it is gone, or its weights changed."""
+    """The bundle's model. Raises BundleError when it is gone or its weights have changed."""
     name = bundle.manifest["report"]["model"]
     try:
         model = find_model(name, bundle.key["weights"])
@@ -212,7 +212,7 @@ def _model_of(bundle: Bundle) -> ModelSource:
         raise BundleError(
             f"its bytes are right, but the weights in {model.folder} have changed since it was "
             f"built (sha256 {before[:12]} then, {now[:12]} now): `{_rebuild(bundle)}` builds an "
-            "engine of the new ones"
+            "engine from the new ones"
         )
     return model
 

@@ -1,6 +1,6 @@
-"""`engine list`, `info` and `remove`: the engines stored in a folder, and which fit here.
+"""`engine list`, `info` and `remove`: the engines in a folder, and which fit this machine.
 
-Torch is imported when there is an engine to compare with this machine.
+Torch is imported only when there is an engine to compare with this machine.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ...export.config import EngineSpec
 
 
 def list_engines(bundles: Path) -> dict[str, Any]:
-    """All engines stored there, damaged ones too; `misfit` is empty for one that fits.
+    """All stored engines, including damaged ones; `misfit` is empty for one that fits.
 
-    Manifests are read, other files are not. What killed processes left is removed.
+    Reads only manifests. Removes what killed processes left.
     """
     freed = remove_leftovers(bundles)
     engines = [_row(folder) for folder in find_bundles(bundles)]
@@ -57,14 +57,14 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def spec_of(key: Mapping[str, Any]) -> EngineSpec:
-    """The shapes and precisions that a key holds."""
+    """The spec that a key holds."""
     return EngineSpec(**{field.name: key[field.name] for field in fields(EngineSpec)})
 
 
 def misfit(key: Mapping[str, Any]) -> list[str]:
     """Why a stored engine does not fit this machine and this code; empty when it does.
 
-    The model's weights are not compared: that takes reading them.
+    The model's weights are not compared: that would take reading them.
     """
     import torch
 
@@ -89,7 +89,7 @@ def misfit(key: Mapping[str, Any]) -> list[str]:
 
 
 def engine_info(bundles: Path, name: str) -> dict[str, Any]:
-    """Everything that a stored engine's manifest says; its files are not read."""
+    """Everything in a stored engine's manifest; reads no other file."""
     folder = named_bundle(bundles, name)
     manifest = read_manifest(folder)
     key, report = manifest["key"], manifest["report"]
@@ -107,12 +107,12 @@ def engine_info(bundles: Path, name: str) -> dict[str, Any]:
 
 
 def remove_engines(bundles: Path, names: Sequence[str], everything: bool) -> dict[str, Any]:
-    """Remove the engines of these names or unique beginnings, or all; which, and bytes freed.
+    """Remove engines by name or unique prefix, or all; return their names and the bytes freed.
 
-    BundleError: a name that fits none or several; then none is removed.
+    Raises BundleError, and removes none, when a name matches no engine or several.
     """
     if everything == bool(names):
-        raise ValueError("engine remove: expected the names of engines, or --all, and not both")
+        raise ValueError("engine remove: expected the names of engines or --all, not both")
     folders = find_bundles(bundles) if everything else [named_bundle(bundles, n) for n in names]
     freed = remove_leftovers(bundles)
     removed = sorted({folder.name for folder in folders})

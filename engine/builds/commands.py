@@ -1,4 +1,4 @@
-"""`engine build|verify|list|info|remove|doctor`: what each prints, and returns as JSON."""
+"""`engine build|verify|list|info|remove|doctor`: run, print the result, return it as JSON."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ EngineCommand = EngineBuild | EngineVerify | EngineList | EngineInfo | EngineRem
 
 
 def run_engine_command(command: EngineCommand) -> dict[str, Any]:
-    """Run it, and print the result for people unless JSON alone is asked for."""
+    """Run the command, and print its result unless only JSON is requested."""
     if isinstance(command, EngineDoctor):
-        return _doctor(command)  # which also has an answer where torch does not load
+        return _doctor(command)  # it also works when torch does not load
     if isinstance(command, EngineVerify):
         return _verify(command)
     bundles = (command.bundles or default_bundles_folder()).expanduser()
@@ -84,7 +84,7 @@ def _doctor(command: EngineDoctor) -> dict[str, Any]:
 
 
 def _show_build(result: dict[str, Any]) -> None:
-    state = f"built in {result['seconds']:.0f} s" if result["built"] else "was there already"
+    state = f"built in {result['seconds']:.0f} s" if result["built"] else "already built"
     print(f"{result['engine']}: {state}, {_mb(result['bytes'])}")
     _show_parity(result.get("parity"))
     if result["built"]:

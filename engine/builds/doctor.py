@@ -1,7 +1,7 @@
-"""`engine doctor`: what this machine can run, what is missing for the rest, and what mends it.
+"""`engine doctor`: what this machine can run, what is missing for the rest, and how to get it.
 
-It has an answer wherever Python starts: libraries are looked up before any is loaded, and one that
-does not load is a finding.
+It works wherever Python starts: it looks up libraries before it loads any, and reports one that
+does not load.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ ALIASES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt-cu13": ("tensorrt-cu13", "tensorrt", "tensorrt-cu12"),
 }
-"""The same module under the names of several distributions."""
+"""Distributions that provide the same module."""
 EXAMPLES = (("sdxl-tiny", 64), ("sdxl-turbo", 224), ("sdxl-turbo", 512))
-"""Model and px of the builds whose needs are told, at a batch of 32."""
+"""(model, px) of the builds whose needs are reported, at a batch of 32."""
 FORMULA = (
     "estimated memory: k x parameters x bytes + 3 x the VAE's largest layer (batch x channels x "
     "px² x bytes), k = 1 to run eagerly, 2 to build; disk: parameters x bytes"
@@ -54,13 +54,13 @@ def examine(bundles: Path) -> dict[str, Any]:
 
 
 def check_any_works(found: dict[str, Any]) -> None:
-    """OSError when not one backend works here."""
+    """Raise OSError when no backend works here."""
     if not any(backend["works"] for backend in found["backends"]):
         raise OSError(f"no backend works here: {found['backends'][0]['missing']}")
 
 
 def _libraries() -> list[dict[str, Any]]:
-    """What this package asks for in its own metadata, and what is installed of it."""
+    """The requirements in this package's metadata, and the installed versions."""
     from packaging.requirements import Requirement
 
     found = []
@@ -100,7 +100,7 @@ def _installed(name: str) -> str | None:
 
 
 def _load_fault(libraries: list[dict[str, Any]]) -> str | None:
-    """Why not even the eager backend can start; None when it can."""
+    """Why even the eager backend cannot start; None when it can."""
     for name in ("torch", "diffusers", "transformers"):
         try:
             import_module(name)
@@ -121,12 +121,12 @@ def _backend(name: Any, device: str, loads: str | None) -> dict[str, Any]:
 
 
 def _missing(name: Any, device: Any) -> str | None:
-    """Why a backend does not work there, in one line with what mends it; None when it does."""
+    """Why a backend does not work there, and the remedy, in one line; None when it works."""
     from ..expand.backends import require_backend, resolve_device
 
     precision: Precision = "fp16" if device == "cuda" else "fp32"
     try:
-        if name != "trt":  # which names the GPU beside the library
+        if name != "trt":  # its message names the GPU as well as the library
             resolve_device(device)
         require_backend(name, precision, device)
     except (ImportError, OSError) as error:
@@ -191,7 +191,7 @@ def _needs(name: str, size_px: int, gpu: dict[str, Any] | None) -> dict[str, Any
 
 
 def show_examination(found: dict[str, Any]) -> None:
-    """Print it for people."""
+    """Print the findings."""
     rows = [["backend", "on", "works", ""]]
     for backend in found["backends"]:
         works = "yes" if backend["works"] else "no"
@@ -221,7 +221,7 @@ def _show_machine(found: dict[str, Any]) -> None:
             f"torch's CUDA {gpu['cuda']}"
         )
     else:
-        print("GPU: none that torch finds")
+        print("GPU: torch finds none")
     print(f"NVIDIA driver: {found['driver'] or 'none'}")
     print(f"host: {host['cores']} cores, {_gb(host['free_memory_bytes'])} GB of memory free")
     if found["free_disk_bytes"] is not None:

@@ -1,13 +1,13 @@
-"""What an engine takes of memory and disk, told from the model's configuration, and what is here.
+"""The memory and disk that an engine needs, from the model's configuration, and what is free.
 
     weights   parameters × bytes of their precision
-    layer     batch × channels × px² × bytes: the largest feature map of the VAE, which at SDXL's
-              sizes dwarfs those of the UNet
+    layer     batch × channels × px² × bytes: the VAE's largest feature map, which at SDXL's sizes
+              dwarfs the UNet's
     memory    HELD · weights + LAYERS · layer: an estimate
     disk      weights, once
 
 A build is refused only when it cannot succeed: `least_bytes` is the weights once and one layer,
-which torch holds while it makes the answers that the engine is held against.
+which torch holds while it computes the outputs that the engine is compared with.
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ from ...export.machine import free_host_bytes, gpu_memory_bytes
 from ...export.models import ModelSource, Unavailable, load_parts
 
 HELD: dict[BackendName, int] = {"eager": 1, "ort": 2, "inductor": 2, "trt": 2}
-"""Times the weights are held at the peak: as they were written, and as they are compiled."""
-LAYERS = 3  # a resnet's input, what it computes, and its output
+"""Copies of the weights at the peak: as written, and as compiled."""
+LAYERS = 3  # a resnet's input, intermediate and output
 GRAPHS_SHARE = 0.8
-"""Of the weights that surely are in the graphs: K and V of the prompts are computed outside, 13 %
-of SDXL-Turbo's UNet."""
+"""Share of the weights that is certainly in the graphs: K and V of the prompts are computed
+outside, 13 % of SDXL-Turbo's UNet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Of one engine; bytes."""
+    """The needs of one engine."""
 
     unet_parameters: int
     vae_parameters: int
     weights_bytes: int
     layer_bytes: int
     held: int
-    """How often the weights are in memory, see HELD."""
+    """Copies of the weights in memory, see HELD."""
 
     @property
     def memory_bytes(self) -> int:
-        """Estimate of the peak: of the GPU's memory on cuda, of the host's on the CPU."""
+        """Estimated peak, of GPU memory on cuda, of host memory on the CPU."""
         return self.held * self.weights_bytes + LAYERS * self.layer_bytes
 
     @property
     def least_bytes(self) -> int:
-        """Of memory, without which it cannot be built."""
+        """Memory without which it cannot be built."""
         return self.weights_bytes + self.layer_bytes
 
     @property
     def least_disk_bytes(self) -> int:
-        """Without which it cannot be stored."""
+        """Disk space without which it cannot be stored."""
         return int(GRAPHS_SHARE * self.weights_bytes)
 
     def parameters(self) -> str:
-        """As people read them."""
+        """UNet + VAE parameters, for display."""
         return f"{self.unet_parameters / 1e6:,.0f} M + {self.vae_parameters / 1e6:,.0f} M"
 
 
 def engine_needs(
     model: ModelSource, spec: EngineSpec, backend: BackendName, *, export_only: bool = False
 ) -> Needs:
-    """Count a model's parameters, on the meta device: no weights are read.
+    """Compute the needs from a model's layers on the meta device; reads no weights.
 
-    A mere export runs nothing, so it holds the weights once and no layer.
+    An export alone runs nothing, so it holds the weights once and no layer.
     """
     parts = load_parts(
         replace(model, weights="random"),
@@ -86,7 +86,7 @@ def engine_needs(
 
 
 def check_room(needs: Needs, spec: EngineSpec, bundles: Path) -> None:
-    """Unavailable when memory or disk are too small for certain; nothing is written."""
+    """Raise Unavailable when memory or disk is certainly too small; writes nothing."""
     free = gpu_memory_bytes()[0] if spec.device == "cuda" else free_host_bytes()
     if free < needs.least_bytes:
         where = "GPU memory" if spec.device == "cuda" else "memory"
@@ -97,8 +97,8 @@ def check_room(needs: Needs, spec: EngineSpec, bundles: Path) -> None:
         )
     if spec.device == "cuda" and free_host_bytes() < needs.weights_bytes:
         raise Unavailable(
-            f"this build holds {_gb(needs.weights_bytes)} of weights in the host's memory on their "
-            f"way, {_gb(free_host_bytes())} are free: end what else runs there"
+            f"this build loads {_gb(needs.weights_bytes)} of weights through the host's memory, "
+            f"{_gb(free_host_bytes())} are free: end what else runs there"
         )
     free = free_disk_bytes(bundles)
     if free < needs.least_disk_bytes:
@@ -110,7 +110,7 @@ def check_room(needs: Needs, spec: EngineSpec, bundles: Path) -> None:
 
 
 def free_disk_bytes(folder: Path) -> int:
-    """Where the folder lies, or would lie."""
+    """Free disk space where the folder is, or would be."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -1,13 +1,13 @@
 """Encoded image files → uint8 crops: read once, decode once by DALI, cut P crops.
 
-What DALI does: it reads the header (upright size, before anything is decoded, so that boxes can be
-drawn for it), decodes to upright RGB, and on a GPU also crops and resizes. On the CPU the crops are
-resized by torch's 8-bit kernel instead: the same antialiased bilinear filter, equal to Pillow's
-within 1/255, at a quarter of the time (224 → 112 px: 58 µs a crop against 210 µs for DALI's float
-kernel and 117 µs for Pillow). Crop first, then resize: a crop never sees pixels outside its box.
+DALI reads the header (for the upright size, so that boxes can be drawn before decoding), decodes to
+upright RGB, and on a GPU also crops and resizes. On the CPU torch's 8-bit kernel resizes the crops
+instead: the same antialiased bilinear filter, equal to Pillow's within 1/255, in a quarter of the
+time (224 → 112 px: 58 µs per crop against 210 µs for DALI's float kernel and 117 µs for Pillow).
+Cropping precedes resizing, so a crop never sees pixels outside its box.
 
-A file that cannot be decoded makes DALI fail for its whole batch, without a name. Then every file
-in flight is decoded alone, the culprits are reported, and a new pipeline goes on with the rest.
+An undecodable file makes DALI fail for its whole batch, without naming the file. Then every file in
+flight is decoded alone, the culprits are reported, and a new pipeline continues with the rest.
 
 Shapes: B images, P crops of one image, H = W = ``size_px``, C = 3. A box is (top, left, height,
 width) in whole pixels of the upright image.
@@ -30,25 +30,25 @@ from torch.nn.functional import interpolate
 from .threads import single_threaded_workers
 
 PREFETCH = 2
-"""Batches that DALI works on ahead of the one that is handed out."""
-NO_HEADER = "it is no JPEG, PNG, WebP, BMP or TIFF image, or one cut short"
-NO_PIXELS = "its pixel data is cut short or damaged"
+"""Batches that DALI prepares ahead of the one that is returned."""
+NO_HEADER = "it is not a JPEG, PNG, WebP, BMP or TIFF image, or it is truncated"
+NO_PIXELS = "its pixel data is truncated or damaged"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropRequest:
-    """What to cut of every image, and with what."""
+    """Which crops to cut from every image, and how."""
 
     boxes: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
     """(index_B, heights_B, widths_B) → boxes_BP4, inside the image."""
     crops: int
     size_px: int
     batch: int
-    """Images decoded together. Changes speed and memory, never a pixel."""
+    """Images decoded together; affects speed and memory, never a pixel."""
     device: str
-    """``cpu``, or ``cuda[:n]``: decoded, cropped and left there."""
+    """``cpu`` or ``cuda[:n]``: where images are decoded and cropped, and crops stay."""
     threads: int
-    """Decoding and resizing together; on the CPU at least one for each."""
+    """For decoding and resizing together; on the CPU at least one for each."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Crops:
 
 @dataclass(frozen=True)
 class _InFlight:
-    """A batch that DALI has been given: files index_B, which end before ``end`` in the order."""
+    """A batch submitted to DALI: files index_B, which end before ``end`` in the order."""
 
     end: int
     index_B: np.ndarray
@@ -77,8 +77,8 @@ def decode_crops(
 ) -> Iterator[Crops]:
     """Yield the crops of the files ``order`` (int64 indices), in that order.
 
-    ``read(index)`` gives a file's bytes, uint8 [n]. ``on_undecodable(index, reason)`` is told of
-    each file that cannot be decoded: it raises to refuse, or returns to leave the file out.
+    ``read(index)`` returns a file's bytes, uint8 [n]. ``on_undecodable(index, reason)`` is called
+    for each undecodable file: it raises to refuse the file, or returns to skip it.
     """
     reported: set[int] = set()
 
@@ -102,7 +102,7 @@ def decode_crops(
             for index in _undecodable(read, suspects, request):
                 report(index, NO_PIXELS)
             if len(reported) == known:
-                raise  # Not a matter of the files: out of memory, a fault in `boxes`, ...
+                raise  # No file is at fault: out of memory, an error in `boxes`, ...
         pending = pending[delivered:]
         pending = pending[~np.isin(pending, list(reported))]
 
@@ -114,10 +114,10 @@ def _decode(
     in_flight: deque[_InFlight],
     report: Callable[[int, str], None],
 ) -> Iterator[tuple[int, Crops]]:
-    """One pipeline's life: (end in the order, crops) of every batch.
+    """Run one pipeline; yield (end in the order, crops) of every batch.
 
-    ``in_flight`` holds what DALI was given and is not yielded yet. Raises RuntimeError, as DALI
-    does, for a batch with an undecodable file.
+    ``in_flight`` holds the batches submitted to DALI but not yielded yet. Raises RuntimeError, as
+    DALI does, for a batch with an undecodable file.
     """
 
     def source() -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
@@ -191,7 +191,7 @@ def _check_boxes(boxes_BP4: np.ndarray, sizes_B2: np.ndarray, crops: int) -> Non
 
 
 def _device_id(device: str) -> int | None:
-    """DALI's number of the device; plain "cuda" is the current one, as everywhere in torch."""
+    """DALI's id of the device; plain "cuda" is the current device, as in torch."""
     if device == "cpu":
         return None
     index = torch.device(device).index
@@ -202,7 +202,7 @@ def _decoded(encoded: DataNode, device: str) -> DataNode:
     """Upright RGB images, uint8 [H, W, 3], on the device.
 
     ``hw_decoder_load=0``: by default DALI splits a batch between the GPU's JPEG unit and its cores
-    by what else is in the batch, so that an image's pixels would depend on its neighbours.
+    by what the batch holds, so an image's pixels would depend on its neighbours.
     """
     if device == "cpu":
         return fn.decoders.image(encoded, device="cpu", output_type=types.DALIImageType.RGB)
@@ -212,7 +212,7 @@ def _decoded(encoded: DataNode, device: str) -> DataNode:
 
 
 def _image_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
-    """Decoded images, uint8 [H, W, 3] of any size. The boxes stay on this side."""
+    """Decoded images, uint8 [H, W, 3] of any size. DALI does not get the boxes."""
     images = (encoded for encoded, _ in source)
     pipeline = Pipeline(request.batch, _decoders(request), None, prefetch_queue_depth=PREFETCH)
     with pipeline:
@@ -223,7 +223,7 @@ def _image_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
 
 
 def _crop_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
-    """Crops, uint8 [P, H, W, 3], made where the images are decoded."""
+    """Crops, uint8 [P, H, W, 3], cut on the device that decodes."""
     size = [request.size_px, request.size_px]
     device_id = _device_id(request.device)
     pipeline = Pipeline(request.batch, _decoders(request), device_id, prefetch_queue_depth=PREFETCH)
@@ -247,7 +247,7 @@ def _crop_pipeline(source: Iterator, request: CropRequest) -> Pipeline:
 
 def _gpu_tensor(crops) -> Callable[[], torch.Tensor]:
     pixels_BPHWC = torch.from_dlpack(crops.as_tensor()).clone()
-    # DALI reuses its buffer on its own stream as soon as `crops` is gone: the copy must be done.
+    # DALI reuses its buffer on its own stream once `crops` is gone: the copy must finish first.
     torch.cuda.current_stream(pixels_BPHWC.device).synchronize()
     return lambda: pixels_BPHWC
 
@@ -255,7 +255,7 @@ def _gpu_tensor(crops) -> Callable[[], torch.Tensor]:
 def _resize(
     pool: ThreadPoolExecutor, decoded, batch: _InFlight, request: CropRequest
 ) -> Callable[[], torch.Tensor]:
-    """Start resizing a batch's crops in the pool; call the answer for uint8 [B, P, H, W, 3]."""
+    """Start resizing a batch's crops in the pool; return a call for uint8 [B, P, H, W, 3]."""
     count, size, workers = len(batch.index_B), request.size_px, _resizers(request)
     pixels_BPHWC = torch.empty((count, request.crops, size, size, 3), dtype=torch.uint8)
 
@@ -274,12 +274,12 @@ def _resize(
 
 
 def resize_crops(image_HWC: np.ndarray, boxes_P4: np.ndarray, out_PHWC: torch.Tensor) -> None:
-    """Write the boxes of a uint8 RGB image, resized to ``out_PHWC``'s size, into it.
+    """Cut the boxes of a uint8 RGB image and resize them into ``out_PHWC``.
 
-    Bilinear with antialiasing, as Pillow; a crop that has the size already is copied.
+    Bilinear with antialiasing, like Pillow; a crop that already has the size is copied.
     """
-    # The unit axis goes in front of the permute: torch takes its fast path for strides that say
-    # channels_last, and with N = 1 only this order of views has them (52 µs against 70 µs).
+    # The unit axis comes before the permute: torch's fast path needs channels_last strides, and
+    # with N = 1 only this order of views has them (52 µs against 70 µs).
     image_NCHW = torch.from_numpy(image_HWC)[None].permute(0, 3, 1, 2)
     size = out_PHWC.shape[1:3]
     for out_HWC, (top, left, height, width) in zip(out_PHWC, boxes_P4.tolist(), strict=True):
@@ -290,14 +290,14 @@ def resize_crops(image_HWC: np.ndarray, boxes_P4: np.ndarray, out_PHWC: torch.Te
 
 
 class _OneStep:
-    """A pipeline of one step on encoded files, run when called; built anew after a failure."""
+    """A pipeline of one step on encoded files, run when called; rebuilt after a failure."""
 
     def __init__(self, step: Callable[[DataNode], DataNode], batch: int, device: str) -> None:
         self._step, self._batch, self._device_id = step, batch, _device_id(device)
         self._pipeline: Pipeline | None = None
 
     def __call__(self, encoded: list[np.ndarray]):
-        """The step's output for up to ``batch`` files; RuntimeError if it fails for one of them."""
+        """The step's output for up to ``batch`` files. Raises RuntimeError if it fails for one."""
         if self._pipeline is None:
             self._pipeline = Pipeline(
                 self._batch,
@@ -320,7 +320,7 @@ class _OneStep:
 
 
 def _upright_sizes(peek: _OneStep, encoded: list[np.ndarray]) -> np.ndarray:
-    """(height, width), int64 [B, 2], from the headers; (0, 0) where there is none to read."""
+    """(height, width), int64 [B, 2], from the headers; (0, 0) where a header is unreadable."""
     with contextlib.suppress(RuntimeError):
         return np.asarray(peek(encoded).as_tensor())[:, :2].astype(np.int64)
     sizes_B2 = np.zeros((len(encoded), 2), dtype=np.int64)
@@ -333,7 +333,7 @@ def _upright_sizes(peek: _OneStep, encoded: list[np.ndarray]) -> np.ndarray:
 def _undecodable(
     read: Callable[[int], np.ndarray], suspects: Sequence[int], request: CropRequest
 ) -> Iterator[int]:
-    """Those of the files that cannot be decoded even alone."""
+    """The suspects that cannot be decoded even alone."""
     decode = _OneStep(lambda encoded: _decoded(encoded, request.device), 1, request.device)
     for index in suspects:
         try:

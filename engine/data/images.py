@@ -1,11 +1,11 @@
-"""An image data set on disk and its one decoder: files → uint8 crops, by DALI.
+"""An image dataset on disk and its decoder: files → uint8 crops, by DALI.
 
-An ``ImageSet`` is an ImageFolder that was listed, not opened. ``stream_crops`` reads each file
-once, decodes it once to upright RGB (greyscale, CMYK, palette and alpha are converted, EXIF
-rotation is applied) and cuts P crops of it. What comes out for an image depends on the file, its
-boxes and the decoder only: not on batch size, number of threads, order, or a damaged neighbour.
-Memory grows with the number of images by their list alone: 95 B each where paths have 30 letters,
-and 16 B for an order of them; 1.6 GB for the 14 million of ImageNet-21k.
+An ``ImageSet`` lists the files of an ImageFolder and opens none. ``stream_crops`` reads and decodes
+each file once, to upright RGB (greyscale, CMYK, palette and alpha are converted, EXIF rotation is
+applied), and cuts P crops of it. The crops depend only on the file, its boxes and the decoder: not
+on batch size, number of threads, order, or a damaged neighbour. Only the list grows with the number
+of images: 95 B each for paths of 30 letters, and 16 B for an order of them; 1.6 GB for the 14
+million of ImageNet-21k.
 
 Shapes: B images, P crops of one image, H = W = ``size_px``, C = 3 (RGB). A box is (top, left,
 height, width) in whole pixels of the upright image.
@@ -38,7 +38,7 @@ BoxFn = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
 
 
 class InputError(ValueError):
-    """The user's data does not fit what was asked of it; the message says what to do."""
+    """The user's data does not fit the request; the message says what to do."""
 
 
 class CorruptImageError(InputError):
@@ -53,7 +53,7 @@ class ImageSet:
     """The folder that holds the class folders, e.g. DIR/train."""
     split: str
     class_ids: tuple[str, ...]
-    """Class folder names, sorted; the class index is the position in here."""
+    """Class folder names, sorted; the class index is the position in this tuple."""
     paths: tuple[str, ...]
     """Relative to ``root``, with forward slashes: ``n01440764/n01440764_10026.JPEG``."""
     labels: np.ndarray
@@ -65,10 +65,10 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class CropBatch:
-    """Crops of B images, in the order asked for. All tensors are the caller's own."""
+    """Crops of B images, in the requested order. The caller owns all tensors."""
 
     pixels_BPHWC: torch.Tensor
-    """uint8, on the device that was asked for."""
+    """uint8, on the requested device."""
     labels_B: torch.Tensor
     """int64, CPU."""
     index_B: torch.Tensor
@@ -80,9 +80,9 @@ class CropBatch:
 def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet:
     """List DIR/train or DIR/val (or DIR/test); a plain ImageFolder serves as "train".
 
-    Images are looked for at any depth below a class folder; hidden files and other suffixes than
-    ``SUFFIXES`` are passed over. Raises FileNotFoundError when there is no such folder, InputError
-    when it holds no classes or a class holds no images.
+    Images may lie at any depth below a class folder; hidden files and suffixes not in ``SUFFIXES``
+    are ignored. Raises FileNotFoundError when there is no such folder, InputError when it holds no
+    classes or a class holds no images.
     """
     folder = _split_folder(require_data_folder(root), split)
     class_ids = tuple(sorted(e.name for e in os.scandir(folder) if _is_visible_folder(e)))
@@ -133,7 +133,7 @@ def check_same_classes(train: ImageSet, val: ImageSet) -> None:
 
 
 def check_no_class_emptied(images: ImageSet, decoded: np.ndarray) -> None:
-    """InputError when no image of some class is among `decoded`, the classes of those that were."""
+    """Raise InputError when a class is missing from `decoded`, the classes of decoded images."""
     counts = np.bincount(decoded, minlength=len(images.class_ids))
     if not counts.all():
         raise InputError(
@@ -145,9 +145,9 @@ def check_no_class_emptied(images: ImageSet, decoded: np.ndarray) -> None:
 def center_boxes(resize_ratio: float, size_px: int) -> BoxFn:
     """Boxes of "resize the shorter side to size_px * resize_ratio, crop the centre of size_px".
 
-    In pixels of the source that is one centred square of side short / resize_ratio (rounded to
-    whole pixels), so that there is one resampling, not a resize and a crop. A file that is already
-    size_px × size_px is taken whole.
+    In source pixels that is one centred square of side short / resize_ratio (rounded to whole
+    pixels), so one resampling replaces the resize and the crop. A file that is already
+    size_px × size_px is used whole.
     """
     if resize_ratio < 1.0:
         raise ValueError(f"resize_ratio: expected at least 1, got {resize_ratio}")
@@ -163,7 +163,7 @@ def center_boxes(resize_ratio: float, size_px: int) -> BoxFn:
 
 
 class CropStream:
-    """A pass over ``order``; each ``iter`` starts one. Made by ``stream_crops``."""
+    """Passes over ``order``; each ``iter`` starts one. ``stream_crops`` creates it."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class CropStream:
         self.images, self.order, self.request = images, order, request
         self.skip_corrupt = skip_corrupt
         self.skipped: list[int] = []
-        """Indices of the undecodable files that the pass left out so far."""
+        """Indices of the undecodable files that the pass has skipped so far."""
 
     def __iter__(self) -> Iterator[CropBatch]:
         import torch
@@ -223,11 +223,11 @@ def stream_crops(
     """Decode the images ``order`` (int64 indices) and cut ``crops`` boxes of each.
 
     Crops are resized to size_px × size_px by antialiased bilinear interpolation. ``device`` is
-    "cpu" or "cuda[:n]" (decoded and resized there; the pixels differ a little from the CPU's).
-    ``threads`` defaults to the cores this process may use.
+    "cpu" or "cuda[:n]", which decodes and resizes there; its pixels differ slightly from the CPU's.
+    ``threads`` defaults to the cores that this process may use.
 
-    Raises InputError for a device that is not there; while streaming, CorruptImageError for a file
-    that cannot be decoded, unless ``skip_corrupt``: then it is left out and put on ``skipped``.
+    Raises InputError when the device is missing. While streaming, an undecodable file raises
+    CorruptImageError, or with ``skip_corrupt`` is skipped and appended to ``skipped``.
     """
     from .decode import CropRequest
 
@@ -257,7 +257,7 @@ def stream_center(
     threads: int | None = None,
     skip_corrupt: bool = False,
 ) -> CropStream:
-    """Validation's view of every image, in order: see ``center_boxes``. P = 1."""
+    """The validation crop of every image, in order: see ``center_boxes``. P = 1."""
     return stream_crops(
         images,
         np.arange(len(images)),
@@ -301,7 +301,7 @@ def _is_visible_folder(entry: os.DirEntry) -> bool:
 
 
 def _image_files(folder: Path, prefix: str) -> Iterator[str]:
-    """Image files at any depth below the folder, as prefix + path in it."""
+    """Image files at any depth below the folder, as prefix + relative path."""
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
@@ -316,6 +316,6 @@ def _suffixes() -> str:
 
 
 def _some(names: list[str], limit: int = 5) -> str:
-    """The names, or the first few of them and how many more."""
+    """The names, or the first few and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,4 +1,4 @@
-"""Threads that compute side by side on a CPU without fighting for its cores."""
+"""Threads that compute in parallel on a CPU without competing for its cores."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 @contextmanager
 def single_threaded_workers(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """A pool of ``count`` threads, each of which runs torch's CPU operators in itself alone.
+    """A pool of ``count`` threads, each of which runs torch's CPU operators single-threaded.
 
-    Otherwise every worker brings an OpenMP team as large as the machine, and most of the time goes
-    into teams that wait for each other. torch keeps the number of threads per thread, but gives the
-    number set last to threads that start later: so all workers are started here, and the caller's
-    number is set again before the pool is handed out.
+    Otherwise every worker has an OpenMP team as large as the machine, and the teams spend most of
+    the time waiting for each other. torch keeps a thread count per thread, but a new thread gets
+    the count that was set last: so all workers start here, and the caller's count is restored
+    before the pool is yielded.
     """
     threads = torch.get_num_threads()
     started = Barrier(count + 1)
@@ -31,4 +31,4 @@ def single_threaded_workers(count: int, name: str) -> Iterator[ThreadPoolExecuto
 
 def _compute_alone() -> None:
     torch.set_num_threads(1)
-    torch.get_num_threads()  # Settles it: a thread's first question takes the number set last.
+    torch.get_num_threads()  # Settles the count: a thread's first query takes the one set last.

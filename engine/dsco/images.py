@@ -1,10 +1,10 @@
-"""Method dsco's images: plain text-to-image sampling but for its noise, which is optimised.
+"""Images of method dsco: text-to-image sampling with optimised noise.
 
-The images of a class depend on the seed, the class, the other images of the class and the real
-ones, and up to rounding on nothing else. So whole groups of classes, each the work of one engine
-batch or more, can be made apart and in any order.
+Up to rounding, the images of a class depend only on the seed, the class, the class's other images
+and its real images. So groups of classes, each one engine batch or more, can be made separately and
+in any order.
 
-Legend: N images of one class, M of all classes of a group, F features, C h w of a latent.
+Legend: N images of one class, M images of a group of classes, F features, C h w of a latent.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from .pivots import LatentFeatures, Pivots
 from .stepwise import Stepwise
 
 RealImages = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
-"""All real images of a class, in batches: uint8 [B, H, W, 3], and their numbers, int64 [B]."""
+"""Class → its real images in batches: (uint8 [B, H, W, 3], sample numbers, int64 [B])."""
 
 
 @dataclass(frozen=True)
 class OptimisedImages:
-    """Of a group of classes, class after class."""
+    """Images of a group of classes, sorted by class."""
 
     images_MCHW: Tensor
     """fp32 in [-1, 1]."""
@@ -49,7 +49,7 @@ class OptimisedImages:
 class NoiseOptimiser:
     """Makes `ipc` images of each class with an Expander that starts from noise.
 
-    ValueError: a schedule of one step, which has no noise to optimise.
+    Raises ValueError for a schedule of one step, which has no noise to optimise.
     """
 
     def __init__(self, expander: Expander, config: DscoConfig, *, classes: int, ipc: int) -> None:
@@ -60,7 +60,7 @@ class NoiseOptimiser:
             raise ValueError("method dsco: expected --steps of 2 or more, got 1: no step has noise")
 
     def groups(self) -> list[range]:
-        """Classes that are made together: as few as fill a batch of the engine."""
+        """Classes made together: the fewest that fill an engine batch."""
         each = -(-self._expander.spec.batch // self.ipc)
         return [
             range(first, min(first + each, self.classes)) for first in range(0, self.classes, each)
@@ -72,13 +72,14 @@ class NoiseOptimiser:
         real: RealImages | None,
         progress: Callable[[float], None] = lambda done: None,
     ) -> OptimisedImages:
-        """Images of a group of classes; `real` is not needed with `data_free`.
+        """Make the images of a group of classes; `data_free` needs no `real`.
 
-        `progress` is told the classes done, counting parts of them. ValueError: NaN, a call that
-        does not fit into memory, a loss that is not finite, a class without real images.
+        `progress` receives the number of classes done, in fractions. Raises ValueError for NaN, a
+        call that does not fit into memory, a loss that is not finite, or a class without real
+        images.
         """
         steps = self._schedule.evals - 1
-        parts = steps + 2  # of a class: what it is matched with, the steps, the pictures
+        parts = steps + 2  # per class: the match losses, the steps, the decoding
         matches_KS: list[Sequence[Match]] = []
         for index in group:
             matches_KS.append(self._matches(index, real))
@@ -120,7 +121,7 @@ class NoiseOptimiser:
         )
 
     def _matches(self, class_index: int, real: RealImages | None) -> Sequence[Match]:
-        """What x is matched with after every step but the last."""
+        """Match losses of x after every step but the last."""
         if self.config.data_free:
             return [
                 partial(data_free_loss, templates=each, config=self.config)
@@ -146,7 +147,7 @@ class NoiseOptimiser:
     def _pivots(
         self, features: LatentFeatures, batches: Iterator[tuple[Tensor, Tensor]]
     ) -> list[Tensor]:
-        """Of every step but the last, fp32 [N, F]; the real images are seen once."""
+        """Pivots for every step but the last, fp32 [N, F]; reads the real images once."""
         levels = range(1, self._schedule.evals)
         device = self._stepwise.device
         pivots = [Pivots(self.config.pivot_rows, device=device) for _ in levels]
@@ -163,7 +164,7 @@ class NoiseOptimiser:
 
     @torch.no_grad()
     def _templates(self, class_index: int) -> list[ChannelStatistics]:
-        """Of x after every step but the last, of images that are sampled plainly."""
+        """Statistics of x after every step but the last, from plainly sampled images."""
         count, device = self.config.templates, self._stepwise.device
         first, shape = class_index * count, self._stepwise.latent_CHW
         samples_M = torch.arange(first, first + count, device=device)
@@ -172,7 +173,7 @@ class NoiseOptimiser:
         state_MCHW *= self._schedule.start_sigma
         statistics = []
         for step in range(self._schedule.evals - 1):
-            # Epoch 1: the noise that the optimisation begins with is epoch 0's.
+            # Epoch 1: the optimisation starts from epoch 0's noise.
             noise_MCHW = normal(self.seed, Draw.ANCESTRAL + step, samples_M, 1, shape)
             state_MCHW = self._stepwise.mean(state_MCHW, classes_M, step)
             state_MCHW += self._schedule.sigmas_up[step] * noise_MCHW

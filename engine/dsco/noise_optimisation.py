@@ -1,7 +1,7 @@
-"""NOpt: the noise of a denoising step is optimised, for all images of a class together.
+"""NOpt: optimises the noise of a denoising step, for all images of a class together.
 
-    x' = mu + sigma_up · eps         mu: where the step leads, a constant; eps: what is optimised
-    x  = x' / sqrt(sigma² + 1)       as the network sees it next
+    x' = mu + sigma_up · eps         mu: the step's mean, a constant; eps: the optimised noise
+    x  = x' / sqrt(sigma² + 1)       the network's next input
     loss(eps) = match(x) + sum over images of |r| + r²,        r = ||eps|| - sqrt(D)
 
     with real images   match = a · n · sum over images and features of |d| + d²,
@@ -10,11 +10,12 @@
                                + c · the mean cosine similarity of two images
 
 eps starts as the ancestral noise that the plain sampler would draw. The first state is a Latin
-hypercube of Gaussians: of the n images of a class, in each of D dimensions, one lies in each of n
-equally probable intervals.
+hypercube of Gaussians: in each of D dimensions, each of n equally probable intervals holds one of a
+class's n images.
 
-Source: DsCo, arXiv 2603.27987. Filled in: data-free statistics are squared differences of the
-channels of x, over images and positions; the similarity is that of whole x.
+Source: DsCo, arXiv 2603.27987. Our choices, where it is silent: data-free statistics are those of
+each channel of x, over images and positions, compared by squared difference; similarity is that of
+whole x.
 
 Legend: N images of one class, F features, C h w of a latent, D = C·h·w.
 """
@@ -33,11 +34,11 @@ from ...kernels.noise import Draw, uniform
 from ..config import DscoConfig
 
 Match = Callable[[Tensor], Tensor]
-"""Of x, fp32 [N, C, h, w], the first part of the loss."""
+"""x, fp32 [N, C, h, w] → the match term of the loss."""
 
 
 class ChannelStatistics(NamedTuple):
-    """Of some images' x, over images and positions; fp32 [C] each."""
+    """Statistics of x over images and positions; fp32 [C] each."""
 
     mean_C: Tensor
     std_C: Tensor
@@ -46,7 +47,7 @@ class ChannelStatistics(NamedTuple):
 def latin_hypercube(seed: int, samples_N: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normals of one class's samples, stratified over them: fp32 [N, *shape].
 
-    A function of the seed and of the set of samples (int64), of which each number is one.
+    They depend on the seed and the set of sample numbers (int64).
     """
     count = math.prod(shape)
     order_ND = uniform(seed, Draw.LATIN, samples_N, 0, count)
@@ -63,7 +64,7 @@ def pivot_loss(features_NF: Tensor, pivots_NF: Tensor, weight: float) -> Tensor:
 
 
 def norm_loss(noise_NCHW: Tensor) -> Tensor:
-    """Sum of |r| + r² over the images: Gaussian noise of D numbers is about sqrt(D) long."""
+    """Sum of |r| + r² over the images: D Gaussian numbers have a norm of about sqrt(D)."""
     noise_ND = noise_NCHW.flatten(1)
     off_N = noise_ND.norm(dim=1) - math.sqrt(noise_ND.shape[1])
     return (off_N.abs() + off_N.square()).sum()
@@ -76,7 +77,7 @@ def channel_statistics(x_NCHW: Tensor) -> ChannelStatistics:
 
 
 def data_free_loss(x_NCHW: Tensor, templates: ChannelStatistics, config: DscoConfig) -> Tensor:
-    """The match with the templates' statistics, and the repulsion, which one image has not."""
+    """The match with the templates' statistics, plus repulsion (zero for one image)."""
     of_x = channel_statistics(x_NCHW)
     gaps = (of_x.mean_C - templates.mean_C).square() + (of_x.std_C - templates.std_C).square()
     loss = config.match_weight * gaps.sum()
@@ -97,10 +98,10 @@ def optimise_noise(
     match: Match,
     config: DscoConfig,
 ) -> tuple[Tensor, tuple[float, float]]:
-    """The optimised noise, fp32 [N, C, h, w], and the loss before and after.
+    """Optimise the noise; return it, fp32 [N, C, h, w], and the loss before and after.
 
-    `scale` is 1 / sqrt(sigma² + 1) of the level that the step leads to. ValueError for a loss that
-    was finite and is no more.
+    `scale` is 1 / sqrt(sigma² + 1) at the level that the step leads to. Raises ValueError when a
+    finite loss becomes NaN or infinite.
     """
     noise_NCHW = noise_NCHW.clone().requires_grad_()
     sgd = torch.optim.SGD([noise_NCHW], lr=config.learning_rate, momentum=config.momentum)
@@ -109,7 +110,7 @@ def optimise_noise(
         x_NCHW = (mean_NCHW + sigma_up * noise_NCHW) * scale
         return match(x_NCHW) + norm_loss(noise_NCHW)
 
-    # cuDNN's choice among its algorithms would not be the same twice.
+    # cuDNN would otherwise choose different algorithms in different runs.
     with (
         torch.enable_grad(),
         torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False),

@@ -1,16 +1,16 @@
-"""What the latents of a class are compared by: random features, and pivots of their distribution.
+"""Random features of a class's latents, and pivots of their distribution, to compare latents.
 
-    x       a latent noised to the level that a denoising step leads to, as the network sees it
+    x       a latent noised to the level that a denoising step leads to, as the network's input
     phi(x)  4 → 256, then 512, 1024, 2048 channels: convolutions with random weights, each
-            followed by LeakyReLU, and the mean over what is left of the picture
+            followed by LeakyReLU, and the mean over the remaining positions
     pivots  per feature: the means of n equal parts of the sorted values of all images
 
 The first convolution is 3×3; the others are grouped and 4×4 with stride 2. Small latents cannot be
-halved three times: where less than 2×2 positions would be left, a convolution is 3×3 with stride 1
-instead, so there is always something to average. The weights have torch's own distribution for a
-convolution, uniform up to 1 / sqrt(fan-in), drawn from Draw.FEATURES by (seed, class, layer).
+halved three times: where fewer than 2×2 positions would remain, a convolution is 3×3 with stride 1
+instead. The weights have torch's default distribution for a convolution, uniform up to
+1 / sqrt(fan-in), drawn with Draw.FEATURES by (seed, class, layer).
 
-Source: DsCo, arXiv 2603.27987; the size of the first kernel and the groups are not stated there.
+Source: DsCo, arXiv 2603.27987, which states neither the first kernel's size nor the groups.
 
 Legend: B images, F features, R rows kept, n parts, C h w of a latent.
 """
@@ -28,7 +28,7 @@ from ...kernels.noise import Draw, uniform
 
 WIDTHS = (256, 512, 1024, 2048)
 FEATURES = WIDTHS[-1]
-COLUMNS = 256  # of the features that are sorted at a time: the rest of the memory is the answer's
+COLUMNS = 256  # features sorted at a time; the rest of the memory holds the result
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Layer:
 
 
 class LatentFeatures:
-    """A random network of one class: latents → features. Its weights take no gradient."""
+    """A random network of one class: latents → features. Its weights get no gradient."""
 
     def __init__(
         self,
@@ -82,9 +82,9 @@ def _weights(
 
 
 def bin_means(values_RF: Tensor, bins: int, weights_RF: Tensor | None = None) -> Tensor:
-    """Per column, the means of `bins` parts of equal weight of the sorted values: fp32 [bins, F].
+    """Per column, the means of `bins` equal-weight parts of the sorted values: fp32 [bins, F].
 
-    A value at a border is split, so any number of rows has any number of parts. Without
+    A value at a border is split, so any number of bins fits any number of rows. Without
     `weights_RF` every row counts 1. Computed in float64.
     """
     parts = []
@@ -98,25 +98,25 @@ def bin_means(values_RF: Tensor, bins: int, weights_RF: Tensor | None = None) ->
 
 
 def _means_of_parts(values_FR: Tensor, mass_FR: Tensor, bins: int) -> Tensor:
-    """Of ascending values: the integral of the quantile function over each part, per mass."""
+    """For ascending values, the integral of the quantile function over each part, per mass."""
     ends_FR = mass_FR.cumsum(1)
     sums_FR = (values_FR * mass_FR).cumsum(1)
     share = torch.arange(bins + 1, device=values_FR.device, dtype=torch.float64) / bins
     borders_FE = (share * ends_FR[:, -1:]).contiguous()
     at_FE = torch.searchsorted(ends_FR, borders_FE).clamp_(max=values_FR.shape[1] - 1)
-    # Up to the end of the value in which the border lies, less what lies beyond the border.
+    # The sum up to the end of the value that holds the border, minus the share beyond the border.
     beyond_FE = (ends_FR.gather(1, at_FE) - borders_FE) * values_FR.gather(1, at_FE)
     upto_FE = sums_FR.gather(1, at_FE) - beyond_FE
     return upto_FE.diff(dim=1) / borders_FE.diff(dim=1)
 
 
 class Pivots:
-    """Bin means of a stream of feature rows, in the memory of 2·R rows whatever its length.
+    """Bin means of a stream of feature rows, in memory for 2·R rows whatever its length.
 
-    Full, the R rows of the buffer join R earlier values per feature, of equal weight, and are
-    reduced to R bin means again. Up to 2·R rows in all the answer is exact. Beyond, with M rows,
-    the mean of each feature is still exact, and the values that a pivot averages have ranks that
-    are off by at most (M + R) / (2·R²) of all: a reduction moves none by more than one of R bins.
+    When the buffer's R rows are full, they join R earlier values per feature, of equal weight, and
+    are reduced to R bin means. Up to 2·R rows in all, the result is exact. Beyond, with M rows, the
+    mean of each feature is still exact, and the values that a pivot averages have ranks that are
+    off by at most (M + R) / (2·R²) of all: a reduction moves none by more than one of R bins.
     """
 
     def __init__(self, rows: int, columns: int = FEATURES, device: str | torch.device = "cpu"):
@@ -124,10 +124,10 @@ class Pivots:
         self._filled = 0
         self._earlier_RF = self._buffer_RF[:0]
         self._count = 0
-        """Rows that the earlier values stand for."""
+        """Rows that the earlier values represent."""
 
     def add(self, rows_BF: Tensor) -> None:
-        """Take fp32 [B, F] into account."""
+        """Add feature rows, fp32 [B, F]."""
         rows = len(self._buffer_RF)
         while len(rows_BF):
             if self._filled == rows:
@@ -139,7 +139,7 @@ class Pivots:
             rows_BF = rows_BF[len(taken) :]
 
     def means(self, bins: int) -> Tensor:
-        """The pivots of all rows so far, ascending: fp32 [bins, F]. ValueError: there were none."""
+        """The pivots of all rows so far, ascending: fp32 [bins, F]. Raises ValueError if none."""
         if not self._filled:
             raise ValueError("pivots: expected features of one image or more, got none")
         new_RF = self._buffer_RF[: self._filled]

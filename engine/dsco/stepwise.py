@@ -1,7 +1,7 @@
-"""An Expander's networks one denoising step at a time, for states that the caller changes between.
+"""An Expander's networks one denoising step at a time; the caller changes states in between.
 
 The step is kernels/sampler.py's without its noise: x ← x + eps·(sigma_down - sigma). Nothing here
-takes a gradient, so every backend serves. Legend: M images, C h w of a latent, H W of an image.
+needs a gradient, so every backend works. Legend: M images, C h w of a latent, H W of an image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..expand.expander import Expander
 
 
 class Stepwise:
-    """Of an Expander that starts from noise; its batches, prompts and schedule are used."""
+    """Uses the batches, prompts and schedule of an Expander that starts from noise."""
 
     def __init__(self, expander: Expander) -> None:
         self.expander, self.schedule = expander, expander.schedule
@@ -27,9 +27,9 @@ class Stepwise:
 
     @torch.no_grad()
     def mean(self, state_MCHW: Tensor, classes_M: np.ndarray, step: int) -> Tensor:
-        """The states after evaluation `step` before its noise is added: fp32 [M, C, h, w].
+        """The states after evaluation `step`, before its noise is added: fp32 [M, C, h, w].
 
-        `classes_M` are the images' prompts, int64. ValueError: a call that does not fit into
+        `classes_M` are the images' classes, int64. Raises ValueError when a call does not fit into
         memory.
         """
         mean_MCHW = torch.empty_like(state_MCHW)
@@ -62,9 +62,9 @@ class Stepwise:
 
     @torch.no_grad()
     def decode(self, latents_MCHW: Tensor, classes_M: np.ndarray) -> Tensor:
-        """Images of the last states: fp32 [M, 3, H, W] in [-1, 1].
+        """Decode the last states to images: fp32 [M, 3, H, W] in [-1, 1].
 
-        ValueError: NaN, or a call that does not fit into memory.
+        Raises ValueError for NaN, or when a call does not fit into memory.
         """
         size_px, backend = self.expander.config.size_px, self.expander.backend
         images_MCHW = torch.empty(len(latents_MCHW), 3, size_px, size_px, device=self.device)
@@ -88,6 +88,6 @@ class Stepwise:
 
 
 def _keep(out_MCHW: Tensor, plan: BatchPlan, made_BCHW: Tensor) -> None:
-    """Put what a call made where it belongs, without the padding."""
+    """Copy a call's results to their places in `out_MCHW`, without the padding."""
     slots = np.flatnonzero(plan.targets_B >= 0)
     out_MCHW[torch.from_numpy(plan.targets_B[slots])] = made_BCHW[torch.from_numpy(slots)]

@@ -1,6 +1,6 @@
-"""One call for every way to run the networks: eager, and what was compiled for ort, inductor, trt.
+"""One interface for all ways to run the networks: eager, or compiled for ort, inductor or trt.
 
-What is asked for runs, or fails with what is missing and how to get it: there is no fallback.
+A requested backend runs, or fails with what is missing and how to get it: there is no fallback.
 Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W image size.
 """
 
@@ -23,7 +23,7 @@ from ...export.parity import without_tf32
 
 
 class Backend(Protocol):
-    """The networks at one static batch. Tensors lie on the spec's device; images in [-1, 1].
+    """The networks at one static batch. Tensors are on the spec's device; images in [-1, 1].
 
     A result may be a buffer that the next call of the same method overwrites.
     """
@@ -38,7 +38,7 @@ class Backend(Protocol):
     def denoise(
         self, x_BCHW: Tensor, timestep_1: Tensor, added_GD: Tensor, kv_GP: Tensor
     ) -> Tensor:
-        """Predicted noise, fp32, of the scaled states x (fp32)."""
+        """Predicted noise, fp32, for the scaled states x (fp32)."""
         ...
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what the backend holds."""
+        """Free the backend's memory."""
         ...
 
 
 class EagerBackend:
-    """Torch as it is: the reference of the other backends."""
+    """Plain torch: the reference for the other backends."""
 
     name = "eager"
 
@@ -124,7 +124,7 @@ class CompiledBackend:
 
 
 def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
-    """Turn `auto` into what is here; Unavailable when cuda is asked for where there is none."""
+    """Resolve `auto` to a device. Raises Unavailable when cuda is requested but missing."""
     if device == "cpu":
         return "cpu"
     if torch.cuda.is_available():
@@ -132,17 +132,17 @@ def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
     if device == "auto":
         return "cpu"
     raise Unavailable(
-        "device cuda was asked for, but torch finds no CUDA GPU here: run on a machine with an "
+        "device cuda was requested, but torch finds no CUDA GPU here: run on a machine with an "
         "NVIDIA GPU, its driver and a CUDA build of torch, or use --device cpu"
     )
 
 
 def choose_backend(spec: EngineSpec) -> Literal["ort", "inductor", "eager"]:
-    """What `auto` means here for these settings.
+    """Resolve `auto` for these settings.
 
-    On the CPU (sdxl-tiny, batch 32, two threads, images per second) in fp32 ort, 112, built in 10 s
-    and without a compiler: inductor makes 135, and is built in 44 s. In bf16 inductor, 280, where
-    there is a compiler; eager, 159, elsewhere. On a GPU eager, until the others are measured there.
+    CPU, sdxl-tiny, batch 32, two threads, images per second: in fp32 ort, 112, built in 10 s
+    without a compiler (inductor: 135, built in 44 s); in bf16 inductor, 280, if there is a
+    compiler, otherwise eager, 159. On a GPU eager, until the others are measured there.
     """
     if spec.device == "cuda":
         return "eager"
@@ -160,9 +160,10 @@ def open_backend(
     tokens: int,
     bundles: Path,
 ) -> Backend:
-    """Open the backend asked for; it takes over the parts. `auto` says on stderr what it chose.
+    """Open the requested backend, which takes over the parts; report on stderr what `auto` chose.
 
-    Unavailable: what it needs is missing. BundleError: a bundle that is damaged or cannot be built.
+    Raises Unavailable when a requirement is missing, BundleError when a bundle is damaged or cannot
+    be built.
     """
     if name == "auto":
         name = choose_backend(spec)
@@ -181,6 +182,6 @@ def _say(line: str) -> None:
 
 
 def require_backend(name: BackendName, precision: Precision, device: str) -> None:
-    """Unavailable unless the backend can run here; asked at once, before hours of other work."""
+    """Raise Unavailable unless the backend can run here: a check before hours of other work."""
     if name not in ("auto", "eager"):
         exporter(name).require(precision, device)

@@ -1,7 +1,7 @@
-"""Which samples go through an engine together: batches of G prompts × n images, always full.
+"""Arrange samples in engine batches of G prompts × n images, always full.
 
 Legend: B = G · n slots of a batch, slot b belongs to group b // n; all slots of a group show one
-class. A slot that is only padding repeats a sample and is thrown away.
+class. A padding slot repeats a sample, and its image is discarded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class BatchPlan:
     samples_B: np.ndarray
     """Sample of each slot, int64."""
     targets_B: np.ndarray
-    """Where the slot's image goes in the answer, int64; -1: padding."""
+    """Position of the slot's image in the output, int64; -1: padding."""
     classes_G: np.ndarray
     """Class of each group, int64."""
 
@@ -36,8 +36,8 @@ def images_per_prompt(batch: int, class_counts: np.ndarray) -> int:
 def fitting_batch(samples: int, most: int = 32) -> int:
     """The largest engine batch up to `most` that divides a pass over all samples.
 
-    `most` itself where that is less than half of it, unless there are no more samples. At 10
-    classes of 4 patches it is 20: batches of 32 would render 64 images for the 40 that are wanted.
+    If that is less than half of `most`, and not all samples, it is `most` itself. For 10 classes of
+    4 patches it is 20: batches of 32 would render 64 images for 40 samples.
     """
     divisor = max(batch for batch in range(1, most + 1) if samples % batch == 0)
     return divisor if divisor == samples or 2 * divisor >= most else most

@@ -1,10 +1,10 @@
 """The Expander: patches → latents once → mixed and noised → a few UNet steps → images.
 
 An image is a pure function of (model, patch, prompt, settings; seed, sample, epoch): all noise is
-counter-based (kernels/noise.py), so order, neighbours and batch composition play no part. What
-does not change is computed once: latents of the patches, text embeddings, and the cross-attention
-keys and values of as many classes as fit (prompt_bank.py). Legend: N samples, K classes, B images
-of G prompts in a batch, C latent channels, h w latent size, H W image size.
+counter-based (kernels/noise.py), so order, neighbours and batch composition have no effect.
+Latents of the patches and text embeddings are computed once, and so are the cross-attention keys
+and values of as many classes as fit (prompt_bank.py). Legend: N samples, K classes, B images of G
+prompts in a batch, C latent channels, h w latent size, H W image size.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ VARIED = {"steps", "rho", "mixup", "mixup_weight", "start", "seed"}
 class Expander:
     """Makes images of a coreset's samples with a few-step latent diffusion model.
 
-    `patches_NHWC` uint8 and `labels_N` (sorted) are the coreset; `prompts_K` has one prompt per
-    class. With start "noise" the patches may be None. ValueError: settings or shapes that do not
-    fit; Unavailable: a backend or device that is not here.
+    `patches_NHWC` (uint8) and `labels_N` (sorted) are the coreset; `prompts_K` has one prompt per
+    class. With start "noise" the patches may be None. Raises ValueError when settings or shapes do
+    not fit, Unavailable when a backend or device is missing.
     """
 
     def __init__(
@@ -157,8 +157,8 @@ class Expander:
 
     @torch.no_grad()
     def encode(self, patches_NHWC: Tensor) -> Tensor:
-        """Moments of patches (uint8, any size), fp32 [N, 2C, h, w]; with posterior "mean" the means
-        alone, [N, C, h, w]."""
+        """Moments of patches (uint8, any size), fp32 [N, 2C, h, w]; with posterior "mean" only the
+        means, [N, C, h, w]."""
         channels = self._latent_CHW[0]
         kept = channels if self.config.posterior == "mean" else 2 * channels
         moments = torch.empty(len(patches_NHWC), kept, *self._latent_CHW[1:], device=self._device)
@@ -178,8 +178,8 @@ class Expander:
     def latents(self, epoch: int = 0) -> Tensor:
         """The latent bank fp32 [N, C, h, w]: one row per sample, before mixup and noise.
 
-        With posterior "sample" it is mean + std · n, n drawn anew for every epoch. With start
-        "noise" it is one row of zeros for all.
+        With posterior "sample" it is mean + std · n, with a new n for every epoch. With start
+        "noise" it is one row of zeros for all samples.
         """
         if self._moments is None:
             return torch.zeros(1, *self._latent_CHW, device=self._device)
@@ -198,9 +198,9 @@ class Expander:
     ) -> Tensor:
         """Images of `samples` (rows of the coreset, any order, repeats allowed) at `epoch`.
 
-        Returns fp32 [len(samples), 3, H, W] in [-1, 1] in the order asked, in `out` if given.
-        ValueError: samples or an `out` that do not fit, or networks that overflow to NaN, unless
-        `nan_gate` is off.
+        Returns fp32 [len(samples), 3, H, W] in [-1, 1] in the requested order, in `out` if given.
+        Raises ValueError when samples or `out` do not fit, or, unless `nan_gate` is off, when the
+        networks overflow to NaN.
         """
         rows = np.asarray(samples, dtype=np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self._labels_N)):
@@ -222,9 +222,9 @@ class Expander:
         return out
 
     def require_numbers(self, images: Tensor) -> None:
-        """ValueError for NaN among them, unless `nan_gate` is off."""
-        # Once a call, not once a batch: the answer waits for the GPU. Later kernels clamp, and
-        # would make black pixels of NaN that a teacher labels without complaint.
+        """Raise ValueError if any is NaN, unless `nan_gate` is off."""
+        # Once per call, not per batch: the check waits for the GPU. Later kernels clamp, and would
+        # turn NaN into black pixels, which a teacher labels without complaint.
         if self.config.nan_gate and bool(images.isnan().any()):
             raise ValueError(
                 f"{self.model.name} makes NaN in {self.config.precision}: use --vae-precision "
@@ -232,21 +232,20 @@ class Expander:
             )
 
     def within_memory(self, call: Callable[[], Tensor]) -> Tensor:
-        """What a call of the networks returns; ValueError, saying what to do, if it does not fit
-        into memory."""
+        """Call the networks. Raises ValueError, saying what to do, when they run out of memory."""
         try:
             return call()
         except torch.OutOfMemoryError:
-            pass  # and the frames that hold what was computed are gone
+            pass  # raise below, when the frames that hold tensors are gone
         raise ValueError(
             f"{self.spec.batch} images of {self.config.size_px} px at a time do not fit into the "
             f"memory of {self.spec.device} with {self.model.name}: give a smaller --engine-batch"
         )
 
     def calls(self, samples: Tensor | np.ndarray | Sequence[int]) -> list[np.ndarray]:
-        """Positions in `samples` of what each call of the denoiser makes together, int64.
+        """Positions in `samples` of the images that each call of the denoiser makes, int64.
 
-        `expand` of some of these sets, one after the other, makes these calls again, slot for slot:
+        `expand` of some of these sets, one after the other, repeats their calls slot for slot: so
         ranks can share the samples and get the same bits.
         """
         plans = self._plans(np.asarray(samples, dtype=np.int64))
@@ -337,9 +336,9 @@ class Expander:
         }
 
     def varied(self, **changes: Any) -> Expander:
-        """The same patches and networks with other settings: those of `VARIED`.
+        """An Expander of the same patches and networks with other settings, of those in `VARIED`.
 
-        Costs nothing; closing either closes both. ValueError: another field, which needs a new one.
+        Costs nothing; closing either closes both. Raises ValueError for any other field.
         """
         wrong = changes.keys() - VARIED
         if wrong:
@@ -359,7 +358,7 @@ class Expander:
         return other
 
     def close(self) -> None:
-        """Free the networks and the banks; the Expander is of no use afterwards."""
+        """Free the networks and the banks; the Expander is unusable afterwards."""
         self.backend.close()
         self._moments, self._bank_epoch = None, None
         del self.prompt_bank

@@ -1,16 +1,17 @@
-"""Added embeddings, keys and values of the class prompts: of all classes, or of those that fit.
+"""Added embeddings, keys and values of the class prompts, for all classes or as many as fit.
 
-They depend on the prompt alone, so what fits into the budget is computed once and kept on the
-device. SDXL-Turbo has 25.6 MB of them (fp16) for a prompt: 1000 classes are 26 GB, 10,000 are
-256 GB. Where they do not all fit, the text embeddings stay on the host (0.3 MB of a prompt), the
-weights that project them stay on the device (13 % of the UNet's; eager has them anyway), and rows
-are computed when a call asks for them.
+They depend only on the prompt, so the rows that fit the budget are computed once and kept on the
+device. SDXL-Turbo needs 25.6 MB (fp16) per prompt: 26 GB for 1000 classes, 256 GB for 10,000. If
+not all fit, the text embeddings stay on the host (0.3 MB per prompt), the weights that project them
+stay on the device (13 % of the UNet's; eager has them anyway), and a missing row is computed when a
+call needs it.
 
-A prompt is always projected in a group of GROUP. Products of one shape give a row the same bits in
-any place and with any neighbours: so the images are the same, bit for bit, with any budget.
+Prompts are always projected in groups of GROUP. Products of one shape give a row the same bits in
+any place and with any neighbours, so images are bit-identical with any budget.
 
-What was used last, but not by this call, makes room. A pass over the classes is a cycle, in which
-least recently used would drop every prompt just before its turn. So a cycle finds a share C / K.
+The row evicted is the most recently used one that this call does not need. A pass over the classes
+is a cycle, in which LRU would evict every prompt just before its turn; this way a cycle finds a
+share C / K of the rows.
 
 Legend: K classes, C of them kept, G prompts of a call, L tokens, D embedding width, P keys and
 values of a prompt end to end.
@@ -32,17 +33,17 @@ from ...export.modules import PromptProjector, key_value_slots
 from .prompts import TextEmbeddings
 
 GROUP = 8
-"""Prompts that are projected together. For 8 SDXL-Turbo reads 0.69 GB of weights and does 0.4
-TFLOP: 1 ms of an H100 by its data sheet (not measured), and 0.4 GB for as long."""
+"""Prompts projected together. For 8, SDXL-Turbo reads 0.69 GB of weights and does 0.4 TFLOP: 1 ms
+on an H100 by its data sheet (not measured), and 0.4 GB of memory meanwhile."""
 BANK_SHARE = 0.4
-"""Of the free memory, unless a budget is given: an engine's build and activations need the rest."""
+"""Default share of free memory: an engine's build and activations need the rest."""
 
 
 class PromptBank:
     """Rows of K prompts, `capacity` of them on the device. Threads and CUDA streams may share it.
 
-    Takes over `text`, and lets go of it where all rows are kept. ValueError: no capacity for one
-    prompt.
+    Takes over `text`, and frees it if all rows are kept. Raises ValueError when `capacity` is below
+    one prompt.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class PromptBank:
         self._time_ids_6 = torch.tensor([size, size, 0, 0, size, size], device=self._device)
         self._text: TextEmbeddings | None = text
         self._projector: PromptProjector | None = PromptProjector(parts.unet)
-        self._rows: dict[int, int] = {}  # class → its row, in the order of their last use
+        self._rows: dict[int, int] = {}  # class → its row, in order of last use
         self._lock = Lock()
         self._last_use: torch.cuda.Event | None = None
         if self.capacity == prompts:
@@ -77,25 +78,25 @@ class PromptBank:
 
     @property
     def resident(self) -> bool:
-        """All prompts are kept, and nothing is computed any more."""
+        """Whether all prompts are kept, so that nothing is computed any more."""
         return self._text is None
 
     @property
     def weights_bytes(self) -> int:
-        """Of the weights that stay to compute rows; 0 where all rows are kept."""
+        """Size of the weights that stay to compute rows; 0 if all rows are kept."""
         weights = () if self._projector is None else self._projector.parameters()
         return sum(weight.nbytes for weight in weights)
 
     @property
     def kept_bytes(self) -> int:
-        """Of the rows on the device."""
+        """Size of the rows on the device."""
         return self._added_CD.nbytes + self._kv_CP.nbytes
 
     def of(self, classes_G: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(added_GD, kv_GP) of the prompts of a call: int64 class indices, repeats allowed.
+        """(added_GD, kv_GP) of a call's prompts: int64 class indices, repeats allowed.
 
-        On the device, in the UNet's type, the caller's own. ValueError: more than `capacity`
-        different ones.
+        They are on the device, in the UNet's dtype, and the caller owns them. Raises ValueError for
+        more than `capacity` different classes.
         """
         if self.resident:
             self._await_last_use()
@@ -132,7 +133,7 @@ class PromptBank:
 
     @torch.no_grad()
     def _keep(self, classes: Collection[int], wanted: Collection[int]) -> None:
-        """Compute rows of classes that have none; those of `wanted` do not make room for them."""
+        """Compute rows of classes that have none, without evicting rows of `wanted`."""
         pending = list(classes)
         for first in range(0, len(pending), GROUP):
             chosen = pending[first : first + GROUP]
@@ -142,7 +143,7 @@ class PromptBank:
                 self._added_CD[row] = added_GD[index]
                 self._kv_CP[row] = kv_GP[index]
                 self._rows[each] = row
-            del added_GD, kv_GP  # not beside the next group's
+            del added_GD, kv_GP  # before the next group's are allocated
 
     def _project(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
         assert self._text is not None
@@ -158,7 +159,7 @@ class PromptBank:
         return self._projector(*inputs, self._time_ids_6)
 
     def _room(self, wanted: Collection[int]) -> int:
-        """A row that is free, or of the prompt that makes room."""
+        """A free row, or an evicted prompt's."""
         if len(self._rows) < self.capacity:
             return len(self._rows)
         return self._rows.pop(next(each for each in reversed(self._rows) if each not in wanted))
@@ -172,10 +173,10 @@ def open_prompt_bank(
     least: int,
     budget_bytes: int | None,
 ) -> PromptBank:
-    """The bank with the rows that fit into `budget_bytes`; None: into BANK_SHARE of free memory.
+    """A bank with as many rows as fit into `budget_bytes`; None: BANK_SHARE of free memory.
 
-    `least` different prompts come in one call. Says on stderr when not all are kept. ValueError: a
-    budget too small for `least`.
+    One call has up to `least` different prompts. Reports on stderr when not all prompts are kept.
+    Raises ValueError when the budget is too small for `least`.
     """
     prompts, tokens = text.text_KLD.shape[:2]
     least = min(least, prompts)
@@ -195,7 +196,7 @@ def open_prompt_bank(
     if not bank.resident:
         print(
             f"prompts: keys and values of {bank.capacity} of {prompts} classes are kept "
-            f"({bank.kept_bytes / 1e6:,.1f} MB), the others are computed as they come; for this "
+            f"({bank.kept_bytes / 1e6:,.1f} MB), the others are computed on demand, for which "
             f"{bank.weights_bytes / 1e6:,.1f} MB of the UNet's weights stay",
             file=sys.stderr,
             flush=True,
@@ -204,5 +205,5 @@ def open_prompt_bank(
 
 
 def _elements(parts: ModelParts, tokens: int) -> int:
-    """Keys and values of one prompt."""
+    """Number of elements in one prompt's keys and values."""
     return 2 * sum(slot.size for slot in key_value_slots(parts.unet, tokens))

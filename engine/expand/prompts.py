@@ -1,6 +1,6 @@
-"""Class names → prompts → their text embeddings; the text encoders are freed at once.
+"""Class names → prompts → text embeddings; the text encoders are freed immediately.
 
-Legend: K classes, G prompts that are encoded together, L tokens, D embedding width.
+Legend: K classes, G prompts encoded together, L tokens, D embedding width.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ CHUNK = 32  # prompts at a time: SDXL's second encoder keeps 33 states of 0.4 MB
 
 @dataclass(frozen=True)
 class TextEmbeddings:
-    """Of K prompts: text_KLD from both encoders, pooled_KD from the second.
+    """Embeddings of K prompts: text_KLD from both encoders, pooled_KD from the second.
 
-    On the host: 10,000 prompts of SDXL-Turbo are 3.2 GB in fp16.
+    They stay on the host: 10,000 prompts of SDXL-Turbo take 3.2 GB in fp16.
     """
 
     text_KLD: Tensor
@@ -38,10 +38,10 @@ def class_prompts(
     class_ids: Sequence[str] = (),
     own: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
-    """A prompt per class: the template, or its `own` by class id; `{name}` in it is the class name.
+    """One prompt per class: its own from `own`, or the template; `{name}` becomes the class name.
 
-    `class_ids` go with `names`, and are needed where there are own prompts. ValueError: a template
-    without `{name}`, which would give all classes one prompt.
+    `own` is keyed by class id, and needs `class_ids` in the order of `names`. Raises ValueError
+    when the template lacks `{name}`, which would give all classes the same prompt.
     """
     if "{name}" not in template:
         raise ValueError(f"the prompt template must hold {{name}}, got {template!r}")
@@ -54,7 +54,7 @@ def class_prompts(
 
 
 def unseen_classes(model: ModelSource, names: Sequence[str]) -> tuple[str, ...]:
-    """The names that the model's card does not list; none when the model has no card."""
+    """The names that the model's card does not list; none if the model has no card."""
     seen = seen_classes(model.folder)
     return () if seen is None else tuple(name for name in names if name not in seen)
 
@@ -70,8 +70,8 @@ def encode_prompts(
     """Encode as SDXL does: penultimate states of both encoders, pooled states of the second.
 
     Computed on `device` in fp32, CHUNK prompts at a time, and kept in `dtype` on the host. A model
-    of random weights has no text encoders: its embeddings are normal numbers that depend on the
-    prompt alone. ValueError: a prompt that is longer than the model reads.
+    with random weights has no text encoders: its embeddings are normal numbers that depend only on
+    the prompt. Raises ValueError when a prompt exceeds the model's limit.
     """
     width, pooled_width = model.text_widths()
     text = TextEmbeddings(
@@ -94,9 +94,9 @@ def _encode_part(
     text: TextEmbeddings,
     first: int,
 ) -> int:
-    """Fill the columns of `text` from `first` on, and return where they end; the encoder is freed.
+    """Fill the columns of `text` from `first` on and return where they end; frees the encoder.
 
-    The pooled states are the second encoder's.
+    The second encoder also fills the pooled states.
     """
     tokenizer, encoder = load_text_encoder(model, part, device=device)
     for start in range(0, len(prompts), CHUNK):
@@ -119,11 +119,11 @@ def _encode_part(
 
 
 def _require_short(tokenizer: Any, prompts: Sequence[str]) -> None:
-    """ValueError: what is cut off a prompt would be missing from the images without a word."""
+    """Raise ValueError for a prompt that would be truncated: the images would silently miss it."""
     for prompt, tokens in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
         if len(tokens) > TOKENS:
             raise ValueError(
-                f"prompt {prompt!r}: expected {TOKENS} tokens at most, which the model reads, got "
+                f"prompt {prompt!r}: expected at most {TOKENS} tokens, the model's limit, got "
                 f"{len(tokens)}: give a shorter one"
             )
 

@@ -1,8 +1,8 @@
-"""SDXL-Turbo's noise schedule and the evaluations that (steps, rho) means.
+"""SDXL-Turbo's noise schedule, and the evaluations that (steps, rho) selects.
 
-The numbers are read from diffusers' EulerAncestralDiscreteScheduler, and the start is chosen as its
-img2img pipeline does: of S steps the last int(S · rho) are run. S = 5, rho = 0.8 is t = 799, 599,
-399, 199. With sigma_k the noise level of step k and sigma_to the next one (0 after the last):
+The numbers come from diffusers' EulerAncestralDiscreteScheduler. As in its img2img pipeline, the
+last int(S · rho) of S steps are run: S = 5, rho = 0.8 gives t = 799, 599, 399, 199. With sigma the
+noise level of a step and sigma_to the next one (0 after the last):
 
     state    x = z + sigma · n,  model input x / sqrt(sigma² + 1)
     step     x ← x + eps · (sigma_down - sigma) + sigma_up · n
@@ -23,10 +23,10 @@ from ..config import Start
 
 @dataclass(frozen=True)
 class Schedule:
-    """Per evaluation, in order; all as Python floats of fp32 values."""
+    """One value per evaluation, in order; Python floats of fp32 values."""
 
     start_sigma: float
-    """Of the first state: z + start_sigma · n, with z = 0 when the start is noise."""
+    """The first state is z + start_sigma · n, with z = 0 when the start is noise."""
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
     sigmas_down: tuple[float, ...]
@@ -45,8 +45,8 @@ def make_schedule(
 ) -> Schedule:
     """Read the schedule of (steps, rho) from a model's `scheduler_config.json`.
 
-    Start "noise" runs all steps; rho plays no part. ValueError: another scheduler than
-    EulerAncestralDiscrete, another prediction than epsilon, or a rho that means no evaluation.
+    Start "noise" runs all steps and ignores rho. Raises ValueError for a scheduler other than
+    EulerAncestralDiscrete, a prediction other than epsilon, or a rho that gives no evaluation.
     """
     name = scheduler_config.get("_class_name", "EulerAncestralDiscreteScheduler")
     prediction = scheduler_config.get("prediction_type", "epsilon")

@@ -1,9 +1,9 @@
-"""The best patches of every class, seen as a stream, by one process or by several.
+"""The best patches of every class in a stream, for one process or several.
 
-What is kept of a patch is a row: its pixels, uint8 [H, W, 3], or the teacher's features, fp32 [D].
+A row represents a patch: its pixels, uint8 [H, W, 3], or the teacher's features, fp32 [D].
 
-Shapes: K classes, N = per_class patches of each, M rows that travel. A box is (top, left, height,
-width) in pixels of the upright image.
+Shapes: K classes, N = per_class patches of each, M rows exchanged between ranks. A box is (top,
+left, height, width) in pixels of the upright image.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from ..peers import Peers
 
 
 class BestPatches:
-    """The ``per_class`` patches with the lowest (key, index) of every class, seen as a stream.
+    """Keeps the ``per_class`` patches with the lowest (key, index) of every class in a stream.
 
-    Memory is that of the answer, whatever the number of patches offered; the answer does not depend
-    on their order.
+    Memory is that of the result, however many patches are offered; their order does not matter.
     """
 
     def __init__(
@@ -32,14 +31,14 @@ class BestPatches:
         row: Sequence[int],
         dtype: torch.dtype = torch.uint8,
     ) -> None:
-        """`row`: the shape of what is kept of a patch."""
+        """`row` is the shape of a patch's row."""
         self.per_class, self.row = per_class, tuple(row)
         shape = (classes, per_class)
         self.rows_KN = torch.zeros((*shape, *row), dtype=dtype)
         self.losses_KN = torch.full(shape, math.nan)
         self.source_index_KN = torch.full(shape, -1, dtype=torch.int64)
         self.boxes_KN4 = torch.zeros((*shape, 4), dtype=torch.int64)
-        # Per class: (-key, -index, slot), so that the first of the heap is the next to go.
+        # Per class: (-key, -index, slot), so that the heap's first entry is the next to be dropped.
         self._heaps: list[list[tuple[float, int, int]]] = [[] for _ in range(classes)]
 
     def offer(
@@ -72,11 +71,11 @@ class BestPatches:
         return [len(heap) for heap in self._heaps]
 
     def held(self) -> list[list[tuple[float, int, int]]]:
-        """(key, index, slot) of the patches held, per class, in no order."""
+        """(key, index, slot) of the patches held, per class, unordered."""
         return [[(-key, -index, slot) for key, index, slot in heap] for heap in self._heaps]
 
     def sort(self) -> None:
-        """Bring every class into the order of (key, index), lowest first; offers end here."""
+        """Sort every class by (key, index), lowest first; no offer may follow."""
         for label, heap in enumerate(self._heaps):
             heap.sort(reverse=True)
             order = torch.tensor([slot for _, _, slot in heap], dtype=torch.int64)
@@ -90,14 +89,14 @@ class BestPatches:
             heap.clear()
 
     def empty(self) -> BestPatches:
-        """One of the same sizes, without a patch."""
+        """An empty one of the same sizes."""
         return BestPatches(len(self._heaps), self.per_class, self.row, self.rows_KN.dtype)
 
 
 def best_of_all(best: BestPatches, peers: Peers) -> BestPatches:
-    """The best of what all ranks hold, the same on every rank.
+    """The best patches of all ranks, the same on every rank.
 
-    The keys travel first, then the patches that win: one answer in all, whatever the world size.
+    Ranks exchange keys first, then only the winning rows: one result's worth at any world size.
     """
     if peers.size == 1:
         return best

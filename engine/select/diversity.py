@@ -1,16 +1,16 @@
-"""Which of a class's candidates differ: greedy choices on the teacher's features.
+"""Diverse patches of a class: greedy selection on the teacher's features.
 
-The lowest losses often are near-duplicates. Here the candidates, a few times as many patches as are
-kept, are those with the lowest losses, and of them are chosen, one after the other, with
+Patches with the lowest losses are often near-duplicates. The candidates are the patches with the
+lowest losses, a few times as many as are kept. Patches are chosen from them one by one, with
 s_ij = cosine of the features of i and j:
 
     facility-location   argmax_j sum_i max(0, s_ij - max_{c chosen} s_ic)   typical of the rest
     k-center            argmin_j max_{c chosen} s_jc                        far from the chosen
 
-The first facility is the candidate most like all others, the first centre the one of lowest loss.
-The greedy sum is within 1 - 1/e of the best (Nemhauser et al. 1978), the greedy radius within twice
-(Gonzalez 1985). Similarities are rounded to 2^-20 and summed as integers: no order of summation
-shows, and equal candidates tie, of which the one with the lower (loss, index) is taken.
+The first facility is the candidate most like all others, the first centre the one with the lowest
+loss. The greedy sum is at least 1 - 1/e of the best (Nemhauser et al. 1978), the greedy radius at
+most twice the best (Gonzalez 1985). Similarities are rounded to 2^-20 and summed as integers, so
+the order of summation does not matter, and ties go to the lower (loss, index).
 
 Legend: C candidates of one class, in ascending order of (loss, index); D features.
 """
@@ -33,14 +33,14 @@ _ONE = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
-    """How patches are chosen among those of lowest loss."""
+    """How to choose among the patches with the lowest losses."""
 
     choice: DiverseChoice
-    """The greedy choice."""
+    """Greedy criterion."""
     features: int
-    """D: how many the teacher gives."""
+    """D: number of the teacher's features."""
     candidates: int = 4
-    """How many times the patches that are kept compete, as far as a class has images."""
+    """Candidates per kept patch, as far as a class has images."""
 
     def __post_init__(self) -> None:
         if self.choice not in get_args(DiverseChoice):
@@ -52,17 +52,17 @@ class Diversity:
 
 
 class Chosen(NamedTuple):
-    """A patch that was chosen, of an image that is known by its index."""
+    """A chosen patch; its key is the image's index."""
 
     label: int
     place: int
-    """In the order of the choice within its class."""
+    """Rank in the order of choice within its class."""
     loss: float
     box_4: np.ndarray
 
 
 def diverse_choice(features_CD: np.ndarray, count: int, choice: DiverseChoice) -> list[int]:
-    """`count` of the C candidates in the order of their choice; fp32 features of any length.
+    """Choose `count` of the C candidates; return them in order of choice. fp32 features, any norm.
 
     Memory is C² numbers; time is count · C².
     """
@@ -75,9 +75,9 @@ def diverse_choice(features_CD: np.ndarray, count: int, choice: DiverseChoice) -
         if choice == "facility-location":
             worth_C = np.maximum(similar_CC - nearest_C[:, None], 0).sum(0)
         else:
-            worth_C = _ONE - nearest_C  # 0 of a duplicate of what is chosen
+            worth_C = _ONE - nearest_C  # 0 for a duplicate of a chosen one
         worth_C[chosen] = -1
-        chosen.append(int(worth_C.argmax()))  # the first of equal ones
+        chosen.append(int(worth_C.argmax()))  # the first of equals
         nearest_C = np.maximum(nearest_C, similar_CC[chosen[-1]])
     return chosen
 
@@ -85,9 +85,9 @@ def diverse_choice(features_CD: np.ndarray, count: int, choice: DiverseChoice) -
 def choose_diverse(
     candidates: BestPatches, per_class: int, choice: DiverseChoice
 ) -> dict[int, Chosen]:
-    """`per_class` candidates of every class, by their image's index; ends the candidates' offers.
+    """Choose `per_class` candidates of every class; return them by image index.
 
-    A row of the candidates is a patch's features.
+    Rows of `candidates` are features; no offer may follow.
     """
     counts = candidates.counts()
     candidates.sort()
@@ -113,9 +113,9 @@ def cut_again(
     batch: int,
     peers: Peers,
 ) -> BestPatches:
-    """The pixels of chosen patches: from `stream` of images (int64 indices) and boxes.
+    """Cut the pixels of chosen patches from `stream`(image indices, boxes).
 
-    Shared by `peers`, batch by batch; all get them all, keyed by their place.
+    `peers` share the work batch by batch; each gets all patches, keyed by place.
     """
 
     def boxes(index_B: np.ndarray, _: np.ndarray, __: np.ndarray, ___: int) -> np.ndarray:

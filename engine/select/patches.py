@@ -1,12 +1,13 @@
-"""Patches of a data set: seeded crop boxes, the teacher's score, the best patches of every class.
+"""Patches of a dataset: seeded crop boxes, the teacher's scores, the best patches of every class.
 
-The procedure is RDED's (Sun et al., CVPR 2024; its ``synthesize`` folder): a pool of images per
-class, P random resized crops of each, each crop on the centre of a canvas of the full image size,
-scored by the teacher's cross-entropy. The best crop of an image competes with those of the other
-images; the ipc · factor² lowest losses of a class are kept. The canvas is filled with the mean
-colour, which is RDED's zero after normalisation. Beyond RDED, a diverse choice among more patches
-of low loss is an option (diversity.py): features are kept of these candidates, and no pixels, and
-the chosen are cut again. At 1000 classes, 160 candidates of each and a ResNet-18 that is 0.33 GB.
+The procedure is RDED's (Sun et al., CVPR 2024; its ``synthesize`` folder): take a pool of images
+per class, cut P random resized crops of each image, put each crop in the centre of a canvas of the
+full image size, and score it by the teacher's cross-entropy. The best crop of an image competes
+with those of the other images; the ipc · factor² lowest losses of a class are kept. The canvas has
+the mean colour, which is RDED's zero after normalisation. Beyond RDED, an option chooses diverse
+patches among more candidates of low loss (diversity.py): candidates keep features, not pixels, and
+the chosen ones are cut again. With 1000 classes, 160 candidates each and a ResNet-18, the features
+take 0.33 GB.
 
 Shapes: B images, P crops of one image, T tries for a box, K classes, N = K · per_class patches,
 H = W = image_size_px // factor. A box is (top, left, height, width) in pixels of the
@@ -53,10 +54,10 @@ def resized_crop_boxes(
     """torchvision's RandomResizedCrop as a function of its uniform numbers: int64 [B, P, 4].
 
     Try t of a crop has four numbers in (0, 1): area, log of the aspect ratio (width / height), top
-    and left. The first try whose rounded box fits the image is taken; if none of the T fits, the
-    largest centred box of the nearest allowed ratio. torchvision draws until a try fits, and top
-    and left only then; drawing all of them at once changes no distribution, and makes a box a pure
-    function of (seed, draw, sample, epoch). Computed in float64.
+    and left. The first try whose rounded box fits the image wins; if none of the T fits, the result
+    is the largest centred box of the nearest allowed ratio. torchvision draws until a try fits, and
+    only then top and left; drawing all of them at once leaves the distribution unchanged and makes
+    a box a pure function of (seed, draw, sample, epoch). Computed in float64.
     """
     area_BPT, aspect_BPT, top_BPT, left_BPT = np.moveaxis(uniforms_BPT4.astype(np.float64), -1, 0)
     height_B11, width_B11 = heights_B[:, None, None], widths_B[:, None, None]
@@ -109,24 +110,24 @@ class RandomResizedCrops:
 
 @dataclass(frozen=True)
 class PatchSelection:
-    """The chosen patches, class after class, best or first chosen first; all on the CPU."""
+    """The chosen patches by class, in order of loss or of choice; all on the CPU."""
 
     patches_NHWC: torch.Tensor
     """uint8."""
     labels_N: torch.Tensor
     """int64, ascending."""
     losses_N: torch.Tensor
-    """float32: the teacher's cross-entropy in nats; NaN when no teacher was asked."""
+    """float32: the teacher's cross-entropy in nats; NaN without a teacher."""
     source_index_N: torch.Tensor
     """int64: position in ``ImageSet.paths``; no image twice."""
     boxes_N4: torch.Tensor
-    """int64: where in the upright source image the patch was cut."""
+    """int64: the patch's box in the upright source image."""
     skipped: tuple[str, ...]
-    """Paths of undecodable files that were left out."""
+    """Paths of undecodable files that were skipped."""
 
 
 def selection_order(labels: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Per class, its image indices in the seeded order in which the pool takes them."""
+    """Image indices of each class, in the seeded order that fills the pool."""
     index = np.arange(len(labels))
     rank = uniform_numpy(seed, Draw.SELECTION, index, 0, 1)[:, 0]
     order = np.lexsort((index, rank, labels))
@@ -156,20 +157,21 @@ def select_patches(
 ) -> PatchSelection:
     """Choose ipc · factor² patches of image_size_px // factor pixels for every class.
 
-    "lowest-loss": the ``pool_per_class`` first decodable images of each class in the seeded order
-    (at least as many as patches are needed), ``crops`` crops of each, chosen by the teacher.
-    "random": the first ipc · factor² images of that order, one crop of each; a teacher, if given,
-    only reports their losses. ``diversity``, for "lowest-loss" and a teacher that gives features,
-    chooses among several times as many patches of low loss.
+    "lowest-loss" takes the first ``pool_per_class`` decodable images of each class in the seeded
+    order (at least as many as patches are needed), cuts ``crops`` crops of each, and keeps those
+    with the lowest teacher loss. "random" takes the first ipc · factor² images of that order and
+    one crop of each; a teacher, if given, only reports their losses. With ``diversity``, which
+    needs a teacher that returns features, "lowest-loss" chooses among several times as many patches
+    of low loss.
 
-    The teacher is always called on batch · crops canvases of one size (the last batch is padded);
-    ``scoring`` is how it is shown a patch (select/scores.py), and ``canvas_rgb`` what surrounds a
-    padded one: the teacher's mean colour. ``progress`` is told (images done, images in all).
-    ``peers`` share the images, batch by batch, and all return what one process would (after an
-    undecodable file up to the rounding of the teacher's answers: batches close up behind it).
+    The teacher is always called on batch · crops canvases of one size (the last batch is padded).
+    ``scoring`` is how it sees a patch (select/scores.py); ``canvas_rgb`` surrounds a padded patch:
+    the teacher's mean colour. ``progress`` receives (images done, all images). ``peers`` share the
+    images batch by batch, and all return what one process would (after an undecodable file only up
+    to the rounding of the teacher's outputs, because later images move up in the batches).
 
-    Raises InputError, saying what to do, for sizes that do not fit, classes with too few images,
-    undecodable files (see ``stream_crops``) and a teacher with another number of classes.
+    Raises InputError, saying what to do, when sizes do not fit, a class has too few images, a file
+    is undecodable (see ``stream_crops``), or the teacher has another number of classes.
     """
     patch_px, per_class = _sizes(ipc, factor, image_size_px)
     if method == "random":
@@ -237,7 +239,7 @@ def _room(
     most: int,
     diversity: Diversity | None,
 ) -> BestPatches:
-    """For the patches' pixels, or the features of candidates, `most` of a class at most."""
+    """Storage for the patches' pixels, or for the features of at most `most` candidates a class."""
     if diversity is None:
         return BestPatches(classes, per_class, (patch_px, patch_px, 3))
     candidates = min(per_class * diversity.candidates, most)
@@ -247,9 +249,9 @@ def _room(
 def _offer(
     best: BestPatches, crops: CropBatch, scores: Scores, kept_BP: torch.Tensor, *, by_loss: bool
 ) -> None:
-    """The best crop of each image, which competes by its loss or is merely the next."""
+    """Offer the best crop of each image, ranked by loss or by image index alone."""
     labels_B, index_B = crops.labels_B.tolist(), crops.index_B.tolist()
-    best_B = scores.losses_BP.argmin(axis=1)  # The first of equal ones, which torch leaves open.
+    best_B = scores.losses_BP.argmin(axis=1)  # The first of equals; torch does not promise it.
     for b, crop in enumerate(best_B.tolist()):
         loss = float(scores.losses_BP[b, crop])
         best.offer(
@@ -263,7 +265,7 @@ def _offer(
 
 
 def _sizes(ipc: int, factor: int, image_size_px: int) -> tuple[int, int]:
-    """(patch_px, patches per class), or InputError."""
+    """(patch_px, patches per class). Raises InputError when the sizes do not fit."""
     if ipc < 1:
         raise InputError(f"ipc: expected at least 1, got {ipc}")
     if not 1 <= factor <= image_size_px or image_size_px % factor:
@@ -290,7 +292,7 @@ def _require_enough(images: ImageSet, counts: Sequence[int], needed: int, what: 
 def _replacements(
     ranked: list[np.ndarray], taken: list[int], skipped_labels: np.ndarray
 ) -> np.ndarray:
-    """The next images in the seeded order, for undecodable ones; moves ``taken`` on."""
+    """The next images in the seeded order, to replace undecodable ones; advances ``taken``."""
     chosen = []
     for label, count in zip(*np.unique(skipped_labels, return_counts=True), strict=True):
         chosen.append(ranked[label][taken[label] : taken[label] + count])

@@ -1,13 +1,14 @@
-"""What a teacher thinks of patches: cross-entropy of each, and the features behind its answer.
+"""Teacher scores of patches: the cross-entropy of each, and the features behind the logits.
 
-"pad": on the centre of a canvas of the mean colour, which is RDED's zero padding after
-normalisation (``synthesize/utils.py`` of its code). The teacher sees the patch at the scale that it
-has in a mosaic, and so prefers crops in which the object is twice as large as in an image.
-"resize": enlarged to the image size, which is how a student sees it without diffusion.
-"native": as it is, in its own size, by a teacher whose network takes any.
+The teacher can see a patch in three ways:
+"pad": in the centre of a canvas of the mean colour, which is RDED's zero padding after
+normalisation (``synthesize/utils.py`` of its code). The patch has its scale in a mosaic, so the
+teacher prefers crops in which the object is twice as large as in an image.
+"resize": enlarged to the image size, as a student sees it without diffusion.
+"native": in its own size, for a teacher whose network takes any size.
 
 Shapes: B images, P patches of one image, N = B · P, K classes, D features, C = 3; H = W is
-image_size_px, or of native patches their own side.
+image_size_px, or the patches' own side if native.
 """
 
 from __future__ import annotations
@@ -29,21 +30,20 @@ IMAGENET_MEAN_RGB = (124, 116, 104)
 Scoring = Literal["pad", "resize", "native"]
 Answer = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 TeacherFn = Callable[[torch.Tensor], Answer]
-"""uint8 [B, H, W, 3] of the size that the scoring shows → logits [B, K], or these and fp32 features
-[B, D]."""
+"""uint8 [B, H, W, 3] in the scoring's size → logits [B, K], or (logits, fp32 features [B, D])."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the patches of some images."""
+    """Scores of the patches of B images."""
 
     losses_BP: np.ndarray
     """float64, in nats; NaN without a teacher."""
     features_BPD: torch.Tensor | None = None
-    """fp32; None of a teacher that gives none."""
+    """fp32; None if the teacher returns none."""
 
     def features(self) -> torch.Tensor:
-        """`features_BPD`; ValueError when there are none."""
+        """`features_BPD`. Raises ValueError when there are none."""
         if self.features_BPD is None:
             raise ValueError("diversity: expected a teacher that gives features, got logits alone")
         return self.features_BPD
@@ -52,7 +52,7 @@ class Scores:
 def cross_entropy(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> np.ndarray:
     """-log softmax(logits)[label] in nats, float64 [B], as log(1 + Σ_{j≠y} exp(z_j - z_y)).
 
-    In this form the losses of confident answers (1e-6 and below, where fp32 log-softmax has a few
+    In this form the losses of confident predictions (1e-6 and below, where fp32 log-softmax has few
     steps left) keep their order.
     """
     logits_BK = logits_BK.detach().to("cpu", torch.float64)
@@ -63,7 +63,7 @@ def cross_entropy(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> np.ndarray
 
 
 class PatchScorer:
-    """Scores of crops, each on a canvas of the size that the teacher is shown, allocated once."""
+    """Scores crops, each on a canvas of the size that the teacher sees, allocated once."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class PatchScorer:
         self.canvas_NHWC: torch.Tensor | None = None
 
     def __call__(self, pixels_BPHWC: torch.Tensor, labels_B: torch.Tensor) -> Scores:
-        """InputError for a teacher of other classes, or with losses that are not finite."""
+        """Raises InputError when the teacher has other classes or a loss is not finite."""
         images, crops, patch_px = pixels_BPHWC.shape[:3]
         if self.teacher is None:
             return Scores(np.full((images, crops), np.nan))
@@ -113,6 +113,6 @@ class PatchScorer:
         return Scores(losses.reshape(images, crops), features)
 
     def _enlarged(self, patches_NHWC: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, H, W, 3] of the image size, bicubic, as method upsample shows them."""
+        """uint8 [N, H, W, 3] of the image size, bicubic, as in method upsample."""
         images_NCHW = upsample_patches(patches_NHWC, self.image_size_px, mode="bicubic")
         return images_NCHW.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
