@@ -9,7 +9,7 @@
 #              .venv where make setup has made it, else PYTHON, and with VENV= PYTHON always. DRY=1: a
 #              rehearsal on the CPU, after make setup
 # make check   ruff, pyright, import direction
-# make bench-table   README's tables of figures from bench/results
+# make bench-table   the tables of bench/README.md, from bench/results
 PYTHON ?= python3
 VENV := .venv
 BIN := .venv/bin

@@ -1,6 +1,6 @@
-"""README's tables of figures, rendered from bench/results: `make bench-table`.
+"""The tables of bench/README.md, rendered from bench/results: `make bench-table`.
 
-    python bench/tables.py        (rewrites README.md in place)
+    python bench/tables.py        (rewrites bench/README.md in place)
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, which stay; nothing else is
 touched. A block is of one device and setting, and of the commit at which it was measured last; rows
@@ -25,7 +25,7 @@ import tyro
 from peer_names import default_precision, is_peer, split_name
 
 ROOT = Path(__file__).parents[1]
-RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
+RESULTS, README = ROOT / "bench" / "results", ROOT / "bench" / "README.md"
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row, str], str]]
 """What a line says under each head, of a peer's row and its name there."""
@@ -33,7 +33,7 @@ Columns = dict[str, Callable[[Row, str], str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write README's tables from the results."""
+    """Write the tables of bench/README.md from the results."""
 
     results: Path = RESULTS
     """Folder of result files, by device."""
