@@ -1,4 +1,4 @@
-"""Accuracy on a whole split: every network answers the same pass over the files."""
+"""Accuracy on a whole split: one pass over the files evaluates every network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..run.world import ALONE, World
 from .normalisation import IMAGENET, Normalisation
 
 FORWARD_BATCH = {"cpu": 32, "cuda": 256}
-"""Images per forward pass. CPU, convnet-d4-w24to96 at 64 px, one core: 0.80 ms an image at 32,
+"""Images per forward pass. One CPU core, convnet-d4-w24to96 at 64 px: 0.80 ms per image at 32,
 1.06 at 64, 1.25 at 128, where the activations leave the cache."""
 
 
@@ -36,7 +36,7 @@ def accuracies(
     A network is a module, which is left in eval mode, or any function from normalised images
     [B, 3, size_px, size_px] to logits [B, K]; its passes run under autocast at `precision`. Files
     that cannot be decoded are refused. The ranks of `world` share the images, batch by batch, and
-    all get the same answer.
+    all return the same result.
     """
     for network in networks:
         if isinstance(network, nn.Module):
