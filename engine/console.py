@@ -1,8 +1,7 @@
-"""How a command of ours ends: one JSON object as the last line of stdout, or one line of error.
+"""How a command ends: one JSON object as the last line of stdout, or one error line.
 
-Exit codes: 0 done; 2 the user's input cannot be used (ValueError, OSError, a command line that does
-not parse); 130 interrupted; 143 terminated. Anything else is a fault of ours and keeps its
-traceback.
+Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse);
+130 interrupted; 143 terminated. Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 Parsed = TypeVar("Parsed")
-# tyro draws a box around a usage error, and closes it with a hint that we give ourselves.
+# tyro draws a box around a usage error, and ends it with a hint that we replace by our own.
 _BOX = re.compile(r"[│╭╮╰╯─]+|-{5,}|For full helptext,.*|Error parsing [^:]*:|\(required\)")
 _BAD_VALUE = re.compile(
     r"Error parsing (\S+): .*?'([^']*)'.* Argument helptext: \S+ (?:\{None\}\|)?([A-Z]+) "
@@ -27,11 +26,11 @@ _BAD_VALUE = re.compile(
 
 
 class Terminated(BaseException):
-    """SIGTERM came: as KeyboardInterrupt, no Exception, so that nothing on the way takes it."""
+    """SIGTERM came. Like KeyboardInterrupt it is no Exception, so that no handler catches it."""
 
 
 def print_error(line: str) -> None:
-    """Print a line of error on stderr."""
+    """Print an error line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -43,7 +42,7 @@ def run_command(
 ) -> int:
     """Parse, execute, print the result as one line of JSON; returns the exit code.
 
-    `tell` gets the line of an error: of several processes that run one command, one prints it.
+    `tell` prints the error line: when several processes run one command, only one prints it.
     """
     try:
         with _terminated_by_exception():
@@ -64,7 +63,7 @@ def run_command(
 
 @contextlib.contextmanager
 def _terminated_by_exception() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, not the process: what is half written is removed."""
+    """SIGTERM ends the block, as Ctrl-C does, not the process: half-written files are removed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
@@ -80,7 +79,7 @@ def _terminated_by_exception() -> Iterator[None]:
 
 
 def _parse_in_one_line(program: str, parse: Callable[[], Parsed]) -> Parsed:
-    """tyro's parse, its boxed usage error made one line; --help prints and exits as usual."""
+    """tyro's parse, with its boxed usage error as one line; --help prints and exits as usual."""
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):
@@ -93,12 +92,12 @@ def _parse_in_one_line(program: str, parse: Callable[[], Parsed]) -> Parsed:
         option, value, kind = bad.groups()
         raise ValueError(f"{option}: expected {kind}, got {value!r} (see {program} --help)")
     lines = [_BOX.sub("", line) for line in boxed.getvalue().splitlines()[1:]]
-    told = " ".join(" ".join(lines).split()) or "the command line cannot be parsed"
-    raise ValueError(f"{told} (see {program} --help)")
+    fault = " ".join(" ".join(lines).split()) or "the command line cannot be parsed"
+    raise ValueError(f"{fault} (see {program} --help)")
 
 
 def print_fields(result: dict[str, Any]) -> None:
-    """A result as people read it: a line per field, and per entry of a mapping."""
+    """Print a result for people: a line per field, and per entry of a mapping."""
     for key, value in result.items():
         for line, text in enumerate(_lines(value)):
             print(f"{'' if line else key:16}{text}")
@@ -111,7 +110,7 @@ def _lines(value: Any) -> list[str]:
 
 
 def print_table(rows: list[list[str]]) -> None:
-    """Columns, two spaces apart; the first row is their heading."""
+    """Print columns two spaces apart; the first row is their heading."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

@@ -69,7 +69,7 @@ class RunOptions:
     """Scheduler steps. Default: 5 for dace, whose images take int(steps · rho) UNet evaluations,
     and for dsco; 1 for t2i, which takes 4 at most."""
     rho: float = 0.8
-    """Share of the noise schedule that is run, in (0, 1]; 1.0 still starts from the patch."""
+    """Share of the noise schedule to run, in (0, 1]; 1.0 still starts from the patch."""
     mixup: bool = True
     """Mix the latents of two patches of one class before the noise is added."""
     mixup_weight: str = "uniform"
