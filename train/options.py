@@ -107,7 +107,7 @@ class RunOptions:
     """How the teacher sees a patch that it scores: padded to the image size, as in RDED, enlarged
     to it, or `native`, unchanged, for a network that takes any size. Default: the recipe's."""
     select: Choice = "lowest-loss"
-    """Which patches are kept, in all methods but random: those of lowest loss, as in RDED, or a
+    """How patches are selected, in all methods but random: by lowest loss, as in RDED, or by a
     choice among more of them that avoids near-duplicates."""
     candidates: int = 4
     """With another --select than lowest-loss: candidates per patch that is kept."""

@@ -131,8 +131,8 @@ def _check_labels(coreset: Coreset, labels: SoftLabels) -> None:
     without = "export without labels: --no-labels"
     if (coreset.manifest["model"] or {}).get("start") == "noise":
         raise CoresetError(
-            f"{coreset.folder}: its labels are of images that the model made from the prompt alone "
-            f"(--start noise), not of stored images: {without}"
+            f"{coreset.folder}: its labels belong to images that the model made from the prompt "
+            f"alone (--start noise), not to stored ones: {without}"
         )
     expected = len(coreset.class_ids) * sum(_samples_of_a_class(coreset))
     if labels.samples != expected:

@@ -115,7 +115,7 @@ def _label_columns(pa: Any, group: list[StoredImage], labels: SoftLabels) -> dic
 
 def _nested(pa: Any, values_Rk: np.ndarray, counts: Sequence[int]) -> Any:
     """[R, k] as a list of rows per image; `counts`: rows of each image."""
-    answers, kept = values_Rk.shape
+    rows, kept = values_Rk.shape
     flat = pa.array(np.ascontiguousarray(values_Rk).reshape(-1))
-    inner = pa.ListArray.from_arrays(np.arange(answers + 1, dtype=np.int32) * kept, flat)
+    inner = pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * kept, flat)
     return pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), inner)

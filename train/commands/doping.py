@@ -135,7 +135,7 @@ def all_margins(
     """
     batch = FORWARD_BATCH[teacher.device.type]
     own = share_of(np.arange(len(images)), batch, world)
-    answers: list[tuple[int, float]] = []
+    scored: list[tuple[int, float]] = []
     stream = stream_crops(
         images,
         own,
@@ -150,10 +150,10 @@ def all_margins(
         inputs_BCHW = IMAGENET.of_uint8(crops.pixels_BPHWC[:, 0])
         classes_B = teacher.logits(inputs_BCHW).argmax(1)
         margins_B = margins_of(network(inputs_BCHW).float().softmax(1), classes_B)
-        answers += zip(crops.index_B.tolist(), margins_B.tolist(), strict=True)
-        report.progress("doping", len(answers), len(own), "images")
+        scored += zip(crops.index_B.tolist(), margins_B.tolist(), strict=True)
+        report.progress("doping", len(scored), len(own), "images")
     margins_M = np.empty(len(images), np.float32)
-    for of_rank in world.all_gather(answers):
+    for of_rank in world.all_gather(scored):
         for index, margin in of_rank:
             margins_M[index] = margin
     return margins_M

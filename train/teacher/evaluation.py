@@ -56,11 +56,11 @@ def accuracies(
     for crops in stream:
         inputs_BCHW = normalisation.of_uint8(crops.pixels_BPHWC[:, 0])
         with autocast(device, precision):
-            answers = [network(inputs_BCHW).argmax(1).cpu() for network in networks]
-        right += torch.stack([_matches(answer_B, crops.labels_B) for answer_B in answers])
+            predictions = [network(inputs_BCHW).argmax(1).cpu() for network in networks]
+        right += torch.stack([_matches(classes_B, crops.labels_B) for classes_B in predictions])
     of_ranks = zip(*world.all_gather(right.tolist()), strict=True)
     return [100.0 * sum(counts) / len(images) for counts in of_ranks]
 
 
-def _matches(answer_B: Tensor, labels_B: Tensor) -> Tensor:
-    return (answer_B == labels_B).sum()
+def _matches(classes_B: Tensor, labels_B: Tensor) -> Tensor:
+    return (classes_B == labels_B).sum()

@@ -63,14 +63,14 @@ class Teacher:
         Images of another size than the teacher's are resized (bilinear, antialiased), or passed
         unchanged with `native`, if the network can take them.
         """
-        answers = []
+        outputs = []
         for part_BCHW in inputs_BCHW.split(FORWARD_BATCH[self.device.type]):
             images = self.normalisation.from_other(part_BCHW.to(self.device).float(), normalisation)
             if not native and images.shape[-2:] != (self.size_px, self.size_px):
                 size = (self.size_px, self.size_px)
                 images = interpolate(images, size, mode="bilinear", antialias=True)
-            answers.append(self.network(images).float())
-        logits_BK = torch.cat(answers)
+            outputs.append(self.network(images).float())
+        logits_BK = torch.cat(outputs)
         return logits_BK if self.columns is None else logits_BK[:, self.columns]
 
     def logits_from_uint8(self, images_NHWC: Tensor, *, native: bool = False) -> Tensor:
