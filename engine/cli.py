@@ -1,4 +1,4 @@
-"""`engine`: build, verify and look at engines; look at coresets and export them.
+"""`engine`: build, verify and inspect engines; inspect and export coresets.
 
 The last line of stdout is one JSON object. Importing this module imports neither torch nor
 TensorRT: each command imports what it needs, when there is something for it to do.
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, kind in COMMANDS.items():
         under, _, name_there = name.rpartition(" ")
         (coreset if under else app).command(name=name_there)(kind)
-    app.command(coreset, name="coreset", help="Look at a coreset folder, or export it.")
+    app.command(coreset, name="coreset", help="Inspect a coreset folder, or export it.")
     given = sys.argv[1:] if arguments is None else list(arguments)
     return run_command(
         "engine",

@@ -1,4 +1,4 @@
-"""Settings of the Expander and of noise optimisation, free of torch so that `--help` is quick."""
+"""Settings of the Expander and of noise optimisation. Torch-free, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 Start = Literal["image", "noise"]
 Posterior = Literal["mean", "sample"]
 TEMPLATE = "A photo of a {name}"
-"""Of prompts; DACE's text-only ablation has it."""
+"""Template of prompts, from DACE's text-only ablation."""
 LEAST_BETA, MOST_BETA = 0.001, 1000.0
-"""Of Beta(a, a): beyond, mixup is hardly more than one of the two patches, or a fixed 0.5."""
+"""Range of a in Beta(a, a): beyond it, mixup is little more than one of the two patches, or a fixed
+0.5."""
 
 
 def parse_mixup_weight(text: str) -> tuple[Literal["fixed", "beta"], float]:
-    """What --mixup-weight asks for: ("fixed", gamma) or ("beta", a), a = 1 where it is uniform.
+    """Parse --mixup-weight: ("fixed", gamma) or ("beta", a), a = 1 for `uniform`.
 
-    ValueError for anything but `uniform`, a number in [0, 1], and beta:A, A from LEAST_BETA to
-    MOST_BETA.
+    Raises ValueError for anything but `uniform`, a number in [0, 1], and beta:A, A from LEAST_BETA
+    to MOST_BETA.
     """
     beta = text.startswith("beta:")
     least, most = (LEAST_BETA, MOST_BETA) if beta else (0.0, 1.0)
     try:
-        # + 0.0: -0 is 0, and has no name of its own.
+        # + 0.0 turns -0 into 0: both name the same images.
         value = 1.0 if text == "uniform" else float(text.removeprefix("beta:")) + 0.0
     except ValueError:
         value = math.nan
@@ -40,18 +41,19 @@ def parse_mixup_weight(text: str) -> tuple[Literal["fixed", "beta"], float]:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpandConfig:
-    """How patches become images; what says where it runs is no part of an image's name."""
+    """How patches become images; fields about where it runs are no part of an image's name."""
 
     size_px: int
     """Height and width of the images made."""
     steps: int = 5
     """Scheduler steps S; an image takes int(S · rho) UNet evaluations."""
     rho: float = 0.8
-    """Share of the noise schedule that is run, in (0, 1]; 1.0 still starts from the patch."""
+    """Share of the noise schedule to run, in (0, 1]; 1.0 still starts from the patch."""
     mixup: bool = True
     """Mix the latents of two patches of one class before the noise is added."""
     mixup_weight: str = "uniform"
-    """Of the patch itself in that mixture: `uniform`, a number in [0, 1], or beta:A, Beta(A, A)."""
+    """Weight of the patch itself in that mixture: `uniform`, a number in [0, 1], or beta:A for
+    Beta(A, A)."""
     start: Start = "image"
     """`noise` starts from pure noise, text to image: patches, rho and mixup play no part."""
     seed: int = 0
@@ -59,25 +61,26 @@ class ExpandConfig:
     posterior: Posterior = "mean"
     """Latent of a patch: the mean of the VAE's posterior, or a fresh sample per epoch."""
     conditioning_px: int | None = None
-    """Image size that the model is told in SDXL's micro-conditioning; None: `size_px`."""
+    """Image size in SDXL's micro-conditioning; None: `size_px`."""
     precision: Precision = "fp32"
-    """Of weights and activations; the sampler's state is fp32 in any case."""
+    """Precision of weights and activations; the sampler's state is always fp32."""
     vae_precision: VaePrecision = "auto"
-    """Of encoder and decoder; `auto` is `precision`, or fp32 for a VAE that overflows in fp16."""
+    """Precision of encoder and decoder; `auto` is `precision`, or fp32 for a VAE that overflows in
+    fp16."""
     nan_gate: bool = True
-    """Look for NaN in every call's images, which waits for the GPU once."""
+    """Check every call's images for NaN, which waits for the GPU once."""
     batch: int = 32
     """Images per engine call."""
     images_per_prompt: int | None = None
     """n of a batch of G prompts × n images; None: the largest that pads no whole epoch."""
     backend: BackendName = "auto"
-    """What runs the networks; `auto` takes the fastest that works here and says which."""
+    """Backend that runs the networks; `auto` takes the fastest that works here and says which."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
     bundles: Path | None = None
     """Folder of built engines; None: patchbloom/bundles in the user's cache."""
     prompt_cache_bytes: int | None = None
-    """For keys and values of prompts on the device, at least those of one call's; None: 40 % of the
+    """Device memory for keys and values of prompts, at least those of one call; None: 40 % of the
     free memory. No bit of an image depends on it."""
 
     def __post_init__(self) -> None:
@@ -103,9 +106,9 @@ class ExpandConfig:
         parse_mixup_weight(self.mixup_weight)
 
     def describe_mixup(self) -> dict[str, Any]:
-        """`mixup`, and `mixup_weight` in one spelling: what of mixup names the images.
+        """`mixup` and `mixup_weight` in one spelling, as part of the images' name.
 
-        A uniform weight is left out, so that coresets made before there was a choice keep their
+        A uniform weight is omitted, so that coresets from before there was a choice keep their
         names.
         """
         mixup = self.mixup and self.start == "image"
@@ -118,24 +121,24 @@ class ExpandConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DscoConfig:
-    """Noise optimisation (DsCo's NOpt, arXiv 2603.27987); what the paper leaves open is said so."""
+    """Noise optimisation (DsCo's NOpt, arXiv 2603.27987), with a note where the paper is silent."""
 
     iterations: int = 200
     """SGD steps on the noise of a denoising step; 0: plain sampling from a Latin hypercube."""
     learning_rate: float = 0.1
-    """Of these steps."""
+    """Learning rate of these steps."""
     momentum: float = 0.9
-    """Of these steps, in [0, 1)."""
+    """Momentum of these steps, in [0, 1)."""
     feature_weight: float = 0.0005
     """Weight of the gaps between features and pivots, per image of the class."""
     groups: int = 32
     """Groups of the feature network's convolutions, a power of 2 up to 256; not stated in the
     paper. One CPU core, 16 px latents, ms per image and iteration: 11.7 at 4, 1.7 at 32."""
     pivot_rows: int = 1024
-    """Rows of features that are kept of a class and step: pivots are exact up to twice as many
-    images of a class, and memory does not grow beyond. Ours."""
+    """Rows of features kept per class and step: pivots are exact up to twice as many images of a
+    class, and memory does not grow beyond that. Not in the paper."""
     data_free: bool = False
-    """Look at no real image: match the statistics of generated templates instead of pivots."""
+    """Use no real image: match the statistics of generated templates instead of pivots."""
     templates: int = 200
     """Generated images per class whose statistics --dsco.data-free matches."""
     match_weight: float = 0.001

@@ -1,8 +1,7 @@
-"""How a command of ours ends: one JSON object as the last line of stdout, or one line of error.
+"""How a command ends: one JSON object as the last line of stdout, or one error line.
 
-Exit codes: 0 done; 2 the user's input cannot be used (ValueError, OSError, a command line that does
-not parse); 130 interrupted; 143 terminated. Anything else is a fault of ours and keeps its
-traceback.
+Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse);
+130 interrupted; 143 terminated. Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ WIDEST_TABLE = 10_000  # columns, in a pipe
 
 
 class Terminated(BaseException):
-    """SIGTERM came: as KeyboardInterrupt, no Exception, so that nothing on the way takes it."""
+    """SIGTERM came. Like KeyboardInterrupt it is no Exception, so that no handler catches it."""
 
 
 def print_error(line: str) -> None:
-    """Print a line of error on stderr."""
+    """Print an error line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -45,8 +44,8 @@ def run_command(
 ) -> int:
     """Parse, execute, print the result as one line of JSON; returns the exit code.
 
-    `commands` are all that the program has, by name: hints for a mistyped option come from them.
-    `tell` gets the line of an error: of several processes that run one command, one prints it.
+    `commands` holds every command of the program by name, for hints about a mistyped option.
+    `tell` prints the error line: when several processes run one command, only one prints it.
     """
     try:
         with _terminated_by_exception():
@@ -67,7 +66,7 @@ def run_command(
 
 @contextlib.contextmanager
 def _terminated_by_exception() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, not the process: what is half written is removed."""
+    """SIGTERM ends the block, as Ctrl-C does, not the process: half-written files are removed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
@@ -146,7 +145,7 @@ def _unknown(tokens: Sequence[str], commands: Mapping[str, type]) -> str:
 
 
 def print_fields(result: dict[str, Any]) -> None:
-    """A result as people read it: a line per field, and per entry of a mapping."""
+    """Print a result for people: a line per field, and per entry of a mapping."""
     for key, value in result.items():
         for line, text in enumerate(_lines(value)):
             print(f"{'' if line else key:16}{text}")

@@ -1,4 +1,4 @@
-"""What `engine` can be asked for. Torch-free, so that --help is quick."""
+"""Options of `engine`. Torch-free, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ExportFormat = Literal["imagefolder", "webdataset", "parquet", "ddranking"]
 
 @dataclass(frozen=True, kw_only=True)
 class CoresetInfo:
-    """Say what a coreset is, how it was made and how many bytes it takes."""
+    """Describe a coreset: its content, how it was made, and its size in bytes."""
 
     folder: Positional[Path]
     """The coreset's folder: the one with manifest.json in it."""
     json: bool = False
-    """Print nothing but the last line, the JSON object."""
+    """Print only the last line, the JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class CoresetVerify:
     folder: Positional[Path]
     """The coreset's folder: the one with manifest.json in it."""
     json: bool = False
-    """Print nothing but the last line, the JSON object."""
+    """Print only the last line, the JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,11 @@ class CoresetShow:
     folder: Positional[Path]
     """The coreset's folder: the one with manifest.json in it."""
     out: Path | None = None
-    """The PNG to write; FOLDER.png, beside the folder, when left out."""
+    """The PNG to write. Default: FOLDER.png, beside the folder."""
     patches_per_class: int = 10
     """The longest row, at least 1."""
     json: bool = False
-    """Print nothing but the last line, the JSON object."""
+    """Print only the last line, the JSON object."""
 
     def __post_init__(self) -> None:
         if self.patches_per_class < 1:
@@ -75,16 +75,16 @@ class CoresetExport:
     out: Path
     """The folder to write."""
     labels: bool = True
-    """With the stored soft labels, which webdataset and parquet can hold. They are of views of what
-    is made of an image (export.json says what), several of each; refused where they are of none."""
+    """Export the stored soft labels too, in webdataset and parquet. An image has several, each for
+    a view derived from it (export.json says how); refused where no stored image has any."""
     dataset: str | None = None
-    """DD-Ranking's name of the data set, such as ImageNette: it decides the class numbers. For
-    --to ddranking, and needed there. Of CIFAR10, CIFAR100 and TinyImageNet the number of classes is
-    checked, not which they are."""
+    """DD-Ranking's name of the data set, such as ImageNette, which decides the class numbers.
+    Required for --to ddranking, and only for that. For CIFAR10, CIFAR100 and TinyImageNet only the
+    number of classes is checked."""
     overwrite: bool = False
     """Replace the export in --out."""
     json: bool = False
-    """Print nothing but the last line, the JSON object."""
+    """Print only the last line, the JSON object."""
 
     def __post_init__(self) -> None:
         if self.dataset is not None and self.to != "ddranking":
@@ -93,41 +93,43 @@ class CoresetExport:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineBuild:
-    """Compile a model for a backend, hold it against torch, and store it; or find it stored."""
+    """Compile a model for a backend, compare it with torch, and store it; or find it stored."""
 
     model: str | None = None
-    """sdxl-turbo, sdxl-tiny, or a folder in diffusers' SDXL layout. Left out: sdxl-turbo where
-    there is a CUDA device, sdxl-tiny elsewhere."""
+    """sdxl-turbo, sdxl-tiny, or a folder in diffusers' SDXL layout. Default: sdxl-turbo where there
+    is a CUDA device, sdxl-tiny elsewhere."""
     backend: BackendName = "auto"
-    """What is built for; `auto` takes what `train --backend auto` does, or the first of trt,
-    inductor and ort that works here where that is eager, and says which."""
+    """The backend to build for; `auto` takes what `train --backend auto` does, or, where that is
+    eager, the first of trt, inductor and ort that works here, and says which."""
     size: int | None = None
-    """Side of the images in px. Left out: what the model was trained at (sdxl-turbo 512, sdxl-tiny
-    64); `train` makes the images of its recipe, 224 px for sdxl-turbo."""
+    """Side of the images in px. Default: what the model was trained at (sdxl-turbo 512, sdxl-tiny
+    64); `train` makes images at its recipe's size, 224 px for sdxl-turbo."""
     batch: int = 32
     """Images per call; a short batch is padded."""
     min_batch: int | None = None
-    """Fewest images per call, for an engine of a range of batches. Left out: --batch alone, which
+    """Fewest images per call, for an engine with a range of batches. Default: --batch alone, which
     is fastest, and what `train` uses."""
     images_per_prompt: int = 1
     """n of a batch of G prompts x n images, a divisor of --batch; `train` takes the largest that
     fits its coreset."""
     precision: Precision | None = None
-    """Of weights and activations. Left out: fp16 on cuda and for --export-only, fp32 on the CPU."""
+    """Precision of weights and activations. Default: fp16 on cuda and for --export-only, fp32 on
+    the CPU."""
     vae_precision: VaePrecision = "auto"
-    """Of encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows in fp16."""
+    """Precision of encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows in
+    fp16."""
     opset: OnnxOpset = DEFAULT_OPSET
     """Version of the ONNX operators, where a backend starts from ONNX."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
     weights: Weights = "pretrained"
-    """`random`: the architecture alone, nothing is downloaded; for memory and speed."""
+    """`random`: the architecture alone, without a download, to measure memory and speed."""
     export_only: bool = False
     """Write and check the ONNX graphs, and stop: listed as `onnx`, never loaded as an engine."""
     bundles: Path | None = None
-    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print nothing but the last line, the JSON object."""
+    """Print only the last line, the JSON object."""
 
     def __post_init__(self) -> None:
         for name in ("size", "batch", "min_batch", "images_per_prompt"):
@@ -138,57 +140,57 @@ class EngineBuild:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineVerify:
-    """Verify every byte of stored engines, and measure their parity against torch anew."""
+    """Verify every byte of stored engines, and measure their parity against torch again."""
 
     names: Positional[tuple[str, ...]] = ()
-    """Names of engines, or unique beginnings of them; none or `all`: every engine."""
+    """Names of engines, or unique prefixes of them; none or `all`: every engine."""
     bundles: Path | None = None
-    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print nothing but the last line, the JSON object."""
+    """Print only the last line, the JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineList:
-    """List the stored engines: what they are for, their size, and whether they fit this machine."""
+    """List the stored engines: their purpose, their size, and whether they fit this machine."""
 
     bundles: Path | None = None
-    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print nothing but the last line, the JSON object."""
+    """Print only the last line, the JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """Say everything that is recorded of a stored engine, and the command that builds it."""
+    """Show everything recorded about a stored engine, and the command that builds it."""
 
     name: Positional[str]
-    """Name of an engine, or a unique beginning of it."""
+    """Name of an engine, or a unique prefix of it."""
     bundles: Path | None = None
-    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print nothing but the last line, the JSON object."""
+    """Print only the last line, the JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRemove:
-    """Remove stored engines, and say how many bytes that frees."""
+    """Remove stored engines, and report how many bytes that frees."""
 
     names: Positional[tuple[str, ...]] = ()
-    """Names of engines, or unique beginnings of them."""
+    """Names of engines, or unique prefixes of them."""
     all: bool = False
     """Every engine in the folder."""
     bundles: Path | None = None
-    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print nothing but the last line, the JSON object."""
+    """Print only the last line, the JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineDoctor:
-    """Say what this machine can run, what is missing for the rest, and what mends it."""
+    """Show what this machine can run, what is missing for the rest, and how to fix it."""
 
     bundles: Path | None = None
-    """Folder of stored engines. Left out: patchbloom/bundles in the user's cache."""
+    """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print nothing but the last line, the JSON object."""
+    """Print only the last line, the JSON object."""

@@ -1,8 +1,8 @@
-"""Processes that share one piece of work: what the engine asks of them, and how work is dealt.
+"""Processes that share one piece of work: the engine's interface to them, and how work is dealt.
 
-The engine knows no process groups: `train` hands one in. What is shared comes out the same, bit for
-bit, at any number of ranks, because the calls of a network keep their composition: whole batches
-are dealt, never parts of them.
+The engine knows no process groups: `train` passes one in. Results are the same, bit for bit, at any
+number of ranks, because the calls of a network keep their composition: whole batches are dealt,
+never parts of them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Peers(Protocol):
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """Rank of this process."""
         ...
 
     @property
     def size(self) -> int:
-        """Processes in all."""
+        """Number of processes."""
         ...
 
     def all_gather(self, value: Value) -> list[Value]:
@@ -58,7 +58,7 @@ ALONE = Alone()
 def share_of(order: np.ndarray, batch: int, peers: Peers) -> np.ndarray:
     """This rank's part of `order`: whole batches of it, dealt in turn.
 
-    Cut into batches again, it gives batches of the whole order: only its last one can be short.
+    Split into batches again, it gives batches of the whole order; only its last can be short.
     """
     starts = range(peers.rank * batch, len(order), peers.size * batch)
     return np.concatenate([order[:0], *(order[first : first + batch] for first in starts)])

@@ -216,7 +216,7 @@ def test_imagenet_is_known_by_its_classes(tmp_path: Path) -> None:
 
 def test_labels_of_no_stored_image_are_refused(tmp_path: Path) -> None:
     coreset = written(tmp_path / "noise", model={"start": "noise"})
-    with pytest.raises(ValueError, match=r"of the prompt alone .* export without .* --no-labels"):
+    with pytest.raises(ValueError, match=r"from the prompt alone .* export without .* --no-labels"):
         export_coreset(coreset, "webdataset", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert export_coreset(coreset, "webdataset", tmp_path / "out", labels=False)["images"] == 9

@@ -115,8 +115,8 @@ def test_small_images_are_learnt_by_the_small_recipe(
     ("labels", "method", "options", "told"),
     [
         ("hard", "rded", ["--targets", "soft"], "or train students on the classes alone with"),
-        ("hard", "rded", ["--factor", "4"], "are of factor 2: leave it out"),
-        ("hard", "t2i", ["--factor", "3"], "of which the square divides 4, the images of a class"),
+        ("hard", "rded", ["--factor", "4"], "have factor 2: leave it out"),
+        ("hard", "t2i", ["--factor", "3"], "one whose square divides 4, the images of a class"),
         ("hard", "rded", ["--recipe", "large"], "invalid choice 'large' for argument '--recipe'"),
         ("hard", "rded", ["--batch", "0"], "--batch 0: expected 1 or more"),
         ("soft", "rded", ["--cutmix", "off"], "leave it out, or give --targets hard"),
@@ -127,7 +127,7 @@ def test_small_images_are_learnt_by_the_small_recipe(
         ),
         (
             *("soft", "rded", ["--targets", "hard", "--factor", "1"]),
-            "holds the recipe of its students, which single options change: leave it out",
+            "holds the recipe of its students, and single options change it: leave it out",
         ),
     ],
 )

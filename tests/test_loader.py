@@ -262,7 +262,7 @@ def test_a_second_iteration_ends_the_first(loader) -> None:
     next(first)
     second = iter(loader)
     next(second)
-    with pytest.raises(ValueError, match="asked for another iteration before this one was through"):
+    with pytest.raises(ValueError, match="began another iteration before this one ended"):
         next(first)
     assert len(list(second)) == 3
 

@@ -291,5 +291,5 @@ def test_a_loss_of_nan_leaves_the_checkpoint_before(
 
 def test_a_checkpoint_without_a_config_is_refused(source, labels, tmp_path: Path) -> None:
     Checkpoints(tmp_path, "student", 2).write({"a": torch.zeros(1)}, {})
-    with pytest.raises(CheckpointError, match="no checkpoint of ours"):
+    with pytest.raises(CheckpointError, match="is not a patchbloom checkpoint"):
         train(source, labels, tmp_path)

@@ -1,4 +1,4 @@
-"""Calls of the engine: how many images each has, and how many samples of a class stay together."""
+"""Batching for the engine: images per call, and samples of a class that stay together."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 from ..engine.expand.batches import fitting_batch
 from .config import StudentConfig, pool_size
 
-LARGE_ENGINE_BATCH = 32  # where an epoch is many pools: the last batch of each may be padded
-MOST_TOGETHER = 8  # samples of a class in a group: more would show in a student's batches
+LARGE_ENGINE_BATCH = 32  # for an epoch of many pools: the last batch of each may be padded
+MOST_TOGETHER = 8  # samples of a class per group: more would skew a student's batches
 
 
 def engine_batch_for(samples: int, student: StudentConfig, refresh: float = 1.0) -> int:
-    """Images per call of the model when nobody says how many: of `samples` per epoch."""
+    """Default images per call of the model, for `samples` per epoch."""
     if refresh < 1:
         return fitting_batch(round(refresh * min(samples, pool_size(student))))
     return fitting_batch(samples) if samples <= pool_size(student) else LARGE_ENGINE_BATCH
@@ -21,10 +21,10 @@ def engine_batch_for(samples: int, student: StudentConfig, refresh: float = 1.0)
 def grouping(classes: int, each: int, student: StudentConfig) -> int | None:
     """Samples of a class that stay together in an epoch's order.
 
-    None where an epoch is one pool: its order is of no matter, and the Expander's own choice, a
-    divisor of what a whole class has, pads nothing. A pool of 1000 classes has about one sample of
-    each: at 8 images per prompt, and no groups, five times as many images would be rendered as are
-    wanted; at 1, keys and values of a prompt would be read for every image.
+    None where an epoch is one pool: its order does not matter, and the Expander's own choice, a
+    divisor of a class's samples, pads nothing. A pool of 1000 classes has about one sample of each:
+    at 8 images per prompt and without groups, five times as many images would be rendered as are
+    needed; at 1, keys and values of a prompt would be read for every image.
     """
     if classes * each <= pool_size(student):
         return None
@@ -32,9 +32,9 @@ def grouping(classes: int, each: int, student: StudentConfig) -> int | None:
 
 
 def together_in_engine(group: int | None, engine_batch: int, refresh: float) -> int | None:
-    """ExpandConfig.images_per_prompt for groups of an epoch's order, None: the Expander's choice.
+    """ExpandConfig.images_per_prompt for groups of an epoch's order; None: the Expander's choice.
 
-    What is expanded anew of a group, when not all is, has no fixed number.
+    With `refresh` below 1 the number of samples that are expanded per group varies, hence 1.
     """
     if refresh < 1:
         return 1
@@ -42,7 +42,7 @@ def together_in_engine(group: int | None, engine_batch: int, refresh: float) -> 
 
 
 def class_batch(classes: int, ipc: int) -> int:
-    """Images per call of the model for dsco when nobody says: of whole classes, if they fit."""
+    """Default images per call of the model for dsco: whole classes, if they fit."""
     if ipc > LARGE_ENGINE_BATCH:
         return fitting_batch(ipc)
     return ipc * fitting_batch(classes, LARGE_ENGINE_BATCH // ipc)

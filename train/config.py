@@ -1,6 +1,6 @@
 """How priors, teachers and students are trained, and the recipes: frozen, torch-free, validated.
 
-Sources: RDED's published procedure; DACE (paper), where what it leaves open is filled as RDED does.
+Sources: RDED's published procedure; the DACE paper, with its gaps filled as RDED does.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ StudentPrecision = Literal["fp32", "bf16", "fp16"]
 PriorPrecision = Literal["fp32", "bf16"]
 ViewPrecision = Literal["fp32", "fp16"]
 Targets = Literal["soft", "hard"]
-TIMESTEPS = 1000  # of a prior's noise schedule, as SDXL's
-SMALL_IMAGES_PX = 64  # CIFAR's 32 and Tiny-ImageNet's 64, of which RDED takes whole images
+TIMESTEPS = 1000  # in a prior's noise schedule, as in SDXL's
+SMALL_IMAGES_PX = 64  # RDED keeps images of CIFAR (32) and Tiny-ImageNet (64) whole
 CHANGES_NO_RESULT = ("overlap", "accumulate", "checkpoint_every", "checkpoints_kept")
-"""Options of a StudentConfig that a resumed training may have otherwise; `accumulate`, so that one
-that ran out of memory can go on: the gradient is the same, though a BatchNorm sees parts."""
+"""StudentConfig fields that may change on resume; `accumulate`, so that a training that ran out of
+memory can continue: the gradient is the same, though a BatchNorm sees parts."""
 TORCHVISION = "torchvision:"
 CONVNET = re.compile(r"convnet-d([345])(?:-w(\d+)(?:to(\d+))?)?(?:-(bn|in|none))?")
 NETWORKS = ("resnet18", "resnet50", "vgg11", "alexnet", "vit-s")
 MOST_STUDENTS = 998
-_STARTS = 1000  # of a run: its students', then that of a network for doping, then the teacher's
+_STARTS = 1000  # seeds per run: its students, then the doping student, then the teacher
 MOST_SEED = 2**32 // _STARTS - 1
-"""Of a run: its students' seeds are 1000 times it and some, and have 32 bits."""
+"""Largest --seed: network seeds are 1000 · seed + k and must fit 32 bits."""
 
 
 def require_network(name: str) -> None:
-    """ValueError for a name that is none of a network; torchvision's are not looked up."""
+    """Raises ValueError for an unknown network; torchvision names are not looked up."""
     if not (name.startswith(TORCHVISION) or CONVNET.fullmatch(name) or name in NETWORKS):
         raise ValueError(
             f"network {name!r} is unknown: expected convnet-d{{3,4,5}}, {', '.join(NETWORKS)} (a "
@@ -46,7 +46,7 @@ def require_network(name: str) -> None:
 
 @contextmanager
 def naming_option(option: str, network: str) -> Iterator[None]:
-    """A ValueError about a network says which option it came from."""
+    """Puts the option in front of a ValueError about a network."""
     try:
         yield
     except ValueError as error:
@@ -68,28 +68,28 @@ def teacher_file(teacher: str) -> Path | None:
 
 
 def check_seed(seed: int) -> None:
-    """ValueError for a seed that would share students with another one."""
+    """Raises ValueError for a seed whose students would coincide with another seed's."""
     if not 0 <= seed <= MOST_SEED:
         raise ValueError(f"--seed {seed}: expected 0 to {MOST_SEED}")
 
 
 def student_seeds(seed: int, count: int) -> tuple[int, ...]:
-    """Of `count` students, at most MOST_STUDENTS; no other network of any run starts from one."""
+    """Seeds of `count` students, at most MOST_STUDENTS; no other network of any run has them."""
     return tuple(_STARTS * seed + k for k in range(count))
 
 
 def doping_seed(seed: int) -> int:
-    """Of the student whose margins decide what a coreset is doped with; none of those examined."""
+    """Seed of the doping student; never an evaluated one."""
     return _STARTS * seed + MOST_STUDENTS
 
 
 def teacher_start(seed: int) -> int:
-    """The seed of a teacher's first weights: a student must not start where its teacher did."""
+    """Seed of a teacher's initial weights: a student must not start where its teacher did."""
     return _STARTS * seed + MOST_STUDENTS + 1
 
 
 def usual_precision(device: Device) -> StudentPrecision:
-    """Of a student's passes, when nobody says; `device` is cpu or cuda."""
+    """Default precision of a student's passes; `device` is cpu or cuda."""
     return "bf16" if device == "cuda" else "fp32"
 
 
@@ -126,15 +126,15 @@ class PriorConfig:
     """Images per autoencoder step."""
     vae_width: int = 16
     """Channels of the autoencoder's first level, a multiple of 8; the next two have twice and four
-    times as many. What it blurs, no denoiser brings back."""
+    times as many. The denoiser cannot restore what the autoencoder blurs."""
     width: int = 32
     """Channels of the denoiser's first level, a multiple of 32; the next two have twice and four
     times as many. 32: 4.2 million parameters, 64: 16.4 million."""
     crops: int = 2
-    """Random crops per image that the denoiser sees beside the image and its mirror image."""
+    """Random crops per image that the denoiser sees, besides the image and its mirror image."""
     precision: PriorPrecision = "fp32"
-    """Of the denoiser's training passes; bf16 by autocast. An idle CPU core with AMX, steps per
-    second: 3.6 in fp32 and 3.7 in bf16 at width 32, 1.3 and 1.5 at width 64."""
+    """Precision of the denoiser's training passes; bf16 by autocast. Steps per second on an idle
+    CPU core with AMX: 3.6 in fp32 and 3.7 in bf16 at width 32, 1.3 and 1.5 at width 64."""
     unet_steps: int = 4500
     """Optimiser steps of the denoiser."""
     unet_batch: int = 64
@@ -144,7 +144,7 @@ class PriorConfig:
     few_step_steps: int = 1000
     """Steps that distil several small sampler steps into one."""
     substeps: int = 5
-    """Small deterministic steps of the teacher that one student eval learns to match."""
+    """Small deterministic teacher steps that one student evaluation learns to match."""
     seed: int = 0
     """Seed of initialisation and of every step's batch, noise and timesteps."""
 
@@ -175,21 +175,21 @@ class TeacherConfig:
     """How a teacher is trained on the whole training split: AdamW, cosine to 0 after a warm-up."""
 
     network: str = "resnet18"
-    """A name of networks.build_network."""
+    """A name for networks.build_network."""
     size_px: int = 224
-    """Side of the images that it sees."""
+    """Side of its input images."""
     epochs: int = 100
     """Passes over the training split."""
     batch: int = 128
     """Images per optimiser step."""
     learning_rate: float = 1e-3
-    """Peak of the schedule."""
+    """Peak learning rate of the schedule."""
     weight_decay: float = 0.05
     """Decoupled; none on 1-D parameters."""
     warmup_epochs: float = 1.0
-    """Epochs, or a part of one, over which the learning rate rises from 0."""
+    """Epochs, possibly fractional, over which the learning rate rises from 0."""
     label_smoothing: float = 0.0
-    """Of the cross-entropy, in [0, 1)."""
+    """Label smoothing of the cross-entropy, in [0, 1)."""
     crop_scale: tuple[float, float] = (0.25, 1.0)
     """Share of the image's area that a random crop covers."""
     flip: bool = True
@@ -210,55 +210,55 @@ class StudentConfig:
     """How students are trained on expansions: AdamW, KL to the teacher at a temperature."""
 
     network: str = "resnet18"
-    """A name of networks.build_network."""
+    """A name for networks.build_network."""
     size_px: int = 224
-    """Side of the images that it sees."""
+    """Side of its input images."""
     epochs: int = 300
     """Each epoch renders every sample of the coreset once."""
     batch: int = 10
     """Views per optimiser step; the same for every method."""
     learning_rate: float = 1e-3
-    """Of the first epoch."""
+    """Learning rate of the first epoch."""
     weight_decay: float = 0.01
     """Decoupled; none on 1-D parameters."""
     final_lr_fraction: float = 0.5
-    """What is left of the learning rate after the last epoch, in [0, 1): the rate of epoch e of E
-    is 0.5·(1 + cos(acos(2·fraction - 1)·e/E)) of the first; 0.5 is RDED's, 0 is the full cosine."""
+    """Final learning rate as a fraction of the first, in [0, 1): the rate of epoch e of E is
+    0.5·(1 + cos(acos(2·fraction - 1)·e/E)) of the first; 0.5 is RDED's, 0 is the full cosine."""
     targets: Targets = "soft"
-    """`soft`: KL divergence to the teacher's answer; `hard`: cross-entropy on the class, without a
-    teacher, where CutMix mixes two classes by the area that each shows."""
+    """`soft`: KL divergence to the teacher's output; `hard`: cross-entropy on the class, without a
+    teacher; CutMix then mixes two classes by their visible area."""
     temperature: float = 20.0
-    """Of teacher and student in the KL divergence (batchmean, without the T² factor); 1 with hard
-    targets."""
+    """Temperature of teacher and student in the KL divergence (batchmean, without the T² factor);
+    1 with hard targets."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Share of the image's area that a view covers."""
     flip: bool = True
     """Mirror half of the views."""
     cutmix: bool = True
-    """Paste a box of another sample of the pool into every view; the label is of the mixture."""
+    """Paste a box from another sample of the pool into every view; the label is the mixture's."""
     pool: int = 1024
-    """Samples that are rendered together and among which CutMix partners and batches are drawn."""
+    """Samples rendered together; CutMix partners and batches are drawn from them."""
     group: int = 1
     """Samples of one class that stay together in the order of an epoch, so that they share a prompt
-    in the engine; a student mixes them with the rest of the pool."""
+    in the engine; a student shuffles them into the rest of the pool."""
     views: ViewPrecision = "fp32"
-    """Of the views, which teacher and student see. bf16 would keep 7 of a pixel's 8 bits."""
+    """Precision of the views for teacher and student. bf16 would keep 7 of a pixel's 8 bits."""
     precision: StudentPrecision = "fp32"
-    """Of a student's passes, in training and validation, by autocast; weights and optimiser stay in
-    fp32."""
+    """Precision of a student's passes, in training and validation, by autocast; weights and
+    optimiser stay in fp32."""
     compile: bool = False
     """Compile the network with torch.compile, on a GPU as CUDA graphs."""
     accumulate: int = 1
-    """Parts that a batch is split into for its gradient, when it does not fit into memory whole. A
-    BatchNorm then sees parts."""
+    """Micro-batches per batch, for a batch that does not fit into memory. A BatchNorm then sees
+    parts."""
     overlap: bool = True
     """Render the next pools while the students learn; changes no result."""
     checkpoint_every: int = 10
-    """Epochs between two checkpoints of all students at most; changes no result."""
+    """Most epochs between two checkpoints of all students; changes no result."""
     checkpoints_kept: int = 2
-    """The last checkpoints that are kept: should one be damaged, there is another; no result."""
+    """Newest checkpoints to keep, in case one is damaged; changes no result."""
     seed: int = 0
-    """The coreset's seed: of crops, flips, CutMix and the order of samples, so that stored labels
+    """The coreset's seed for crops, flips, CutMix and the order of samples, so that stored labels
     fit every student. A student's own seed sets its initialisation and its order in the pool."""
     device: Device = "auto"
     """`auto` is cuda where there is one."""
@@ -274,65 +274,64 @@ class StudentConfig:
             raise ValueError(f"temperature {self.temperature}: expected 1 with hard targets")
 
     def at(self, precision: StudentPrecision) -> StudentConfig:
-        """With passes of another precision, and views that keep all that such a pass can see."""
+        """A copy with passes in another precision, and views that lose nothing in such a pass."""
         views = "fp32" if precision == "fp32" else "fp16"
         return replace(self, precision=precision, views=views)
 
     def recipe(self) -> dict[str, Any]:
-        """How a student learns from views and labels, for a manifest that describes these itself.
+        """How a student learns from views and labels, which a manifest describes separately.
 
-        Plain JSON: network, batch, learning rate and so on; without what says where it runs.
+        Plain JSON: network, batch, learning rate and so on; nothing about where it runs.
         """
-        return {k: v for k, v in asdict(self).items() if k not in _NOT_OF_THE_RECIPE}
+        return {k: v for k, v in asdict(self).items() if k not in _OUTSIDE_RECIPE}
 
 
-_NOT_OF_THE_RECIPE = {
-    *("seed", "size_px", "crop_scale", "flip", "cutmix", "views"),  # of the views
-    *("epochs", "temperature", "targets"),  # of the labels
+_OUTSIDE_RECIPE = {
+    *("seed", "size_px", "crop_scale", "flip", "cutmix", "views"),  # describe the views
+    *("epochs", "temperature", "targets"),  # describe the labels
     *("device", "compile"),
     *CHANGES_NO_RESULT,
 }
 
 
 def pool_size(config: StudentConfig) -> int:
-    """Samples of a full pool: `config.pool` rounded down to whole batches, to cost no step."""
+    """Samples of a full pool: `config.pool` rounded down to whole batches, to add no step."""
     return max(config.pool // config.batch, 1) * config.batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One protocol for all methods, before the options of the command line."""
+    """One protocol for all methods, before command-line options change it."""
 
     name: RecipeName
     about: str
-    """Where it comes from, and what was filled in."""
+    """Its source, and what was filled in."""
     image_size: int
-    """Side of the rendered images and of what teacher and student see, in px."""
+    """Side of the rendered images and of the networks' inputs, in px."""
     factor: int = 2
-    """r: a patch is image_size // r wide, and r² patches take the place of one image."""
+    """r: a patch is image_size // r wide, and r² patches replace one image."""
     small_factor: int = 2
-    """r of images of 64 px or less."""
+    """r for images of 64 px or less."""
     crops: int = 5
     """Random crops per image that the teacher scores."""
     pool_per_class: int = 300
     """Images per class that are cropped and scored."""
     scoring: Scoring = "pad"
-    """How the teacher is shown a crop: padded to the image size, as RDED does, enlarged, or as it
-    is."""
+    """How the teacher sees a crop: padded to the image size, as in RDED, enlarged, or unchanged."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     batches: tuple[tuple[int, int, int], ...] = ((1, 10, 20), (10, 50, 100), (50, 100, 200))
-    """(ipc, batch with fewer than 100 classes, batch with more); the first row with ipc or more.
-    With the 200 classes of Tiny-ImageNet it is 100 at every ipc."""
+    """(ipc, batch below 100 classes, batch from 100 on); the first row with this ipc or more
+    applies. Tiny-ImageNet's 200 classes have 100 at every ipc."""
 
     def factor_for(self, image_size: int) -> int:
-        """r of images of `image_size` px."""
+        """r for images of `image_size` px."""
         return self.small_factor if image_size <= SMALL_IMAGES_PX else self.factor
 
     def student_for(
         self, *, ipc: int, factor: int, classes: int, network: str | None = None
     ) -> StudentConfig:
-        """The student with the batch, the learning rate and the crop that these numbers ask for."""
+        """The student config with the batch, learning rate and crop scale for these numbers."""
         network = network or self.student.network
         few, many = next((row[1:] for row in self.batches if ipc <= row[0]), self.batches[-1][1:])
         rate = NETWORK_LEARNING_RATES.get(network.removeprefix("torchvision:"))
@@ -354,7 +353,7 @@ NETWORK_LEARNING_RATES = {
     "mobilenet_v2": 2.5e-3,
     "efficientnet_b0": 2e-3,
 }
-"""Student networks that RDED trains at another rate than the recipe's; vit-s as its ViT-B."""
+"""Student networks that RDED trains at another rate than the recipe's; vit-s has its ViT-B's."""
 
 RECIPES: dict[RecipeName, Recipe] = {
     "rded": Recipe(

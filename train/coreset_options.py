@@ -1,7 +1,7 @@
-"""Options of what takes a coreset folder alone: two commands of `train`, and ExpandedLoader.
+"""Options of two `train` commands and of ExpandedLoader, which need nothing but a coreset folder.
 
-What names images, views and labels is in the coreset's manifest: the options here are those of the
-machine that makes them again, and of what learns from them. Torch-free, so that --help is quick.
+The coreset's manifest describes images, views and labels; these options describe the machine that
+makes them again, and the training that uses them. Torch-free, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ def _check_at_least_1(options: object, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RenderOptions:
-    """How this machine makes a coreset's images; which ones, the manifest says."""
+    """How this machine renders a coreset's images; the manifest says which images."""
 
     model: str | None = None
-    """A name, or a folder in diffusers' SDXL layout, with the weights whose sha256 the manifest
-    holds. Left out: the model of the manifest's name."""
+    """A name, or a folder in diffusers' SDXL layout, whose weights have the manifest's sha256.
+    Default: the model that the manifest names."""
     precision: Precision | None = None
-    """Of the model's weights. Left out: the manifest's. Another one makes slightly other images:
-    `train verify` tells what that does to the labels."""
+    """Precision of the model's weights. Default: the manifest's. Another one changes the images
+    slightly: `train verify` measures what that does to the labels."""
     vae_precision: VaePrecision | None = None
-    """Of its encoder and decoder. Left out: the manifest's; `auto` beside another --precision."""
+    """Precision of its encoder and decoder. Default: the manifest's; `auto` with another
+    --precision."""
     engine_batch: int | None = None
-    """Images per call of the model; pictures differ by rounding at most. Left out: as the run that
+    """Images per call of the model; images differ by rounding at most. Default: as the run that
     made the labels would choose it."""
     bundles: Path | None = None
-    """Folder of built engines. Left out: patchbloom/bundles in the user's cache."""
+    """Folder of built engines. Default: patchbloom/bundles in the user's cache."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
 
@@ -49,28 +50,27 @@ class RenderOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions(RenderOptions):
-    """What ExpandedLoader yields, in which order, and how far ahead it renders."""
+    """Content and order of ExpandedLoader's batches, and how far ahead it renders."""
 
     batch: int
     """Images per step."""
     drop_last: bool = False
-    """Leave out an epoch's last batch when it is not full."""
+    """Drop an epoch's last batch when it is not full."""
     epochs: int | None = None
-    """Epochs that may be asked for. Left out: as many as have stored labels; no end with a
-    teacher."""
+    """Number of epochs available. Default: those with stored labels; unlimited with a teacher."""
     labels: LabelKind = "probabilities"
     """`probabilities` at the temperature, each row summing to 1, or the teacher's `logits`."""
     temperature: float | None = None
-    """Of the probabilities. Left out: the manifest's; top-k labels have no other."""
+    """Temperature of the probabilities. Default: the manifest's; top-k labels have no other."""
     class_indices: bool = False
     """Yield triples: images, labels, and the class of each image (int64), whatever CutMix pasted
     into it."""
     seed: int = 0
-    """Of the order within a pool; the coreset's seed decides which samples are in it."""
+    """Seed of the order within a pool; the coreset's seed decides which samples are in it."""
     ahead: int = 1
-    """Pools that are rendered while one is drained; each takes its views' and labels' memory."""
+    """Pools rendered while one is consumed; each takes the memory of its views and labels."""
     backend: BackendName = "auto"
-    """What runs the model; `auto` takes the fastest that works here and says which."""
+    """Backend that runs the model; `auto` takes the fastest that works here and says which."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,57 +93,57 @@ class StudentElsewhere(RenderOptions):
     """Train students from a coreset folder alone: no teacher, no original images."""
 
     coreset: Path
-    """The coreset folder. Its manifest says what images, views and labels are, and the recipe."""
+    """The coreset folder. Its manifest describes images, views, labels and the recipe."""
     out: Path
-    """The run folder to write. The same command given again goes on where it was stopped."""
+    """The run folder to write. The same command resumes a stopped run."""
     data: str | None = None
-    """An image folder with val/ (or test/), or `shapes`, to measure the accuracy on. Left out:
-    none is measured."""
+    """An image folder with val/ (or test/), or `shapes`, to measure accuracy on. Default: accuracy
+    is not measured."""
     shapes_per_class: int = 1000
-    """Training images per class of --data shapes, as the coreset's run had them."""
+    """Training images per class of --data shapes, as in the coreset's run."""
     backend: BackendName = "auto"
-    """What runs the model; `auto` takes the fastest that works here and says which."""
+    """Backend that runs the model; `auto` takes the fastest that works here and says which."""
     targets: Targets | None = None
-    """What students learn: the stored labels, or with `hard` the class alone: cross-entropy, mixed
-    by area under CutMix. Left out: the labels, or the classes where none are stored."""
+    """Training targets: the stored labels, or with `hard` the class alone (cross-entropy, mixed by
+    area under CutMix). Default: the labels, or the classes where none are stored."""
     recipe: RecipeName | None = None
-    """How students are trained, where no labels are stored; with labels the manifest says it. Left
-    out: `small` for images of 128 px or less, `dace` for others."""
+    """Training recipe where no labels are stored; with labels the manifest holds it. Default:
+    `small` for images of 128 px or less, `dace` for others."""
     factor: int | None = None
-    """r of the run that wrote whole images without labels (t2i, dsco): a view is 1/r of an image or
-    more. Left out: the recipe's; of patches the manifest says it."""
+    """r of the run that wrote whole images without labels (t2i, dsco): a view covers 1/r of an
+    image or more. Default: the recipe's; for patches the manifest holds it."""
     cutmix: Literal["on", "off"] | None = None
-    """With hard targets: paste boxes of other samples into the views. Left out: the manifest's, or
+    """With hard targets: paste boxes from other samples into the views. Default: the manifest's, or
     the recipe's."""
     student: str | None = None
-    """The students' network. Left out: the manifest's, or the recipe's."""
+    """The students' network. Default: the manifest's, or the recipe's."""
     epochs: int | None = None
-    """Epochs of the students, no more than have labels if they learn these. Left out: as many, or
-    the recipe's."""
+    """Epochs of the students; with stored labels, no more than have labels. Default: all of those,
+    or the recipe's."""
     batch: int | None = None
     """Views per optimiser step; with CutMix and stored labels a divisor of the manifest's pool.
-    Left out: the manifest's, or the recipe's."""
+    Default: the manifest's, or the recipe's."""
     learning_rate: float | None = None
-    """Of the first epoch. Left out: the manifest's, or the recipe's."""
+    """Learning rate of the first epoch. Default: the manifest's, or the recipe's."""
     final_lr_fraction: float | None = None
-    """What is left of it after the last epoch, in [0, 1). Left out: the manifest's, or the
+    """Final learning rate as a fraction of the first, in [0, 1). Default: the manifest's, or the
     recipe's."""
     weight_decay: float | None = None
-    """Decoupled; none on 1-D parameters. Left out: the manifest's, or the recipe's."""
+    """Decoupled; none on 1-D parameters. Default: the manifest's, or the recipe's."""
     student_precision: StudentPrecision | None = None
-    """Of the students' passes, by autocast. Left out: the manifest's; without labels bf16 on cuda,
-    fp32 on the CPU."""
+    """Precision of the students' passes, by autocast. Default: the manifest's; without labels bf16
+    on cuda, fp32 on the CPU."""
     student_compile: bool = False
     """Compile the students' network with torch.compile, on a GPU as CUDA graphs."""
     accumulate: int = 1
-    """Parts that a batch is split into when it does not fit into memory whole."""
+    """Micro-batches per batch, for a batch that does not fit into memory."""
     overlap: Literal["on", "off"] = "on"
     """Render the next images while the students learn; the students are the same either way."""
     seed: int | None = None
-    """Of the students' initialisation and order. Left out: the manifest's, which gives the
+    """Seed of the students' initialisation and order. Default: the manifest's, which reproduces the
     students of the coreset's own run."""
     seeds: int = 3
-    """Students; the accuracy is the mean ± std over them."""
+    """Number of students; accuracy is the mean ± std over them."""
     overwrite: bool = False
     """Replace the run in --out."""
 
@@ -157,20 +157,20 @@ class StudentElsewhere(RenderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainVerify(RenderOptions):
-    """Make some images of a coreset again, ask the teacher, and tell how far its labels drifted."""
+    """Render some images of a coreset again and measure how far the teacher's labels drifted."""
 
     coreset: Path
     """The coreset folder, with stored labels."""
     teacher: str
     """The teacher that made the labels: a file, or torchvision:NAME."""
     other_teacher: bool = False
-    """Take a teacher of another sha256 than the manifest's."""
+    """Accept a teacher whose sha256 differs from the manifest's."""
     samples: int = 256
-    """Pairs of (sample, epoch) to look at, spread over a few epochs."""
+    """Pairs of (sample, epoch) to compare, spread over a few epochs."""
     backend: tuple[BackendName, ...] = ("auto",)
-    """What runs the model: one or several, each of them measured."""
+    """Backends that run the model: one or several, each measured."""
     seed: int = 0
-    """Of the choice of pairs."""
+    """Seed of the choice of pairs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,13 +1,13 @@
-"""A coreset as an iterable of (images, soft labels), in place of anyone's DataLoader.
+"""A coreset as an iterable of (images, soft labels), which replaces a DataLoader.
 
     coreset → pools of an epoch → images → views → labels      in a thread, some pools ahead
             → the pool's samples in the loader's order → batches                in the caller
 
-Views are those that the stored labels are of: crops, flips and CutMix by (seed, sample, epoch) of
-the coreset. The order of an epoch follows from the loader's seed; no timing plays a part. A batch
-may reach over two pools, so that all but an epoch's last are full.
+Views match the stored labels: crops, flips and CutMix follow from the coreset's (seed, sample,
+epoch). The order of an epoch follows from the loader's seed and never from timing. A batch may span
+two pools, so all but an epoch's last are full.
 
-Legend: N samples of an epoch, P samples of a pool, B of a batch, K classes, H W image size.
+Legend: N samples per epoch, P per pool, B per batch, K classes, H W image size.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
     """Batches of fresh images of a coreset, and their soft labels, on the device.
 
     Yields (images, labels), or (images, labels, classes) with `class_indices`: images fp32
-    [B, 3, H, W], normalised as ImageNet's are, channels_last; labels fp32 [B, K]; classes int64
+    [B, 3, H, W], with ImageNet's normalisation, channels_last; labels fp32 [B, K]; classes int64
     [B].
 
-    Every iteration is the next epoch, from 0 on, unless `set_epoch` or `load_state_dict` says
-    otherwise. Only one runs at a time. Leaving it early ends its thread; between epochs the thread
-    goes on with the next, until `close`.
+    Every iteration is the next epoch, starting from 0, unless `set_epoch` or `load_state_dict`
+    chooses another. Only one runs at a time. Leaving it early ends its thread; between epochs the
+    thread continues with the next one, until `close`.
     """
 
     def __init__(
@@ -55,14 +55,15 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         views: StudentConfig | None = None,
         **options: Any,
     ) -> None:
-        """`options`: the fields of coreset_options.LoaderOptions; `batch` has to be given.
+        """`options`: the fields of coreset_options.LoaderOptions; `batch` is required.
 
-        teacher: asked for the labels instead of the stored ones; a Teacher, a file, or
+        teacher: computes labels in place of the stored ones; a Teacher, a file, or
         torchvision:NAME. views: crops, flips, CutMix, pool and temperature, for a coreset without
-        stored labels; left out, those of its manifest.
+        stored labels; default: those in its manifest.
 
-        Raises ValueError or OSError, one clear line, for a coreset that holds no labels or does not
-        say what they are of, a model of other weights, or a machine that lacks what was asked for.
+        Raises ValueError or OSError, one clear line, for a coreset without labels or without a
+        description of their views, a model with other weights, or a machine that lacks what was
+        requested.
         """
         self.options = LoaderOptions(**options)
         if not isinstance(coreset, Coreset):
@@ -82,13 +83,13 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         self._next = self._position = (0, 0)
         self._stream: Generator[LabelledPool] | None = None
         self._running = 0
-        """The number of the iteration begun last."""
+        """The number of the latest iteration."""
         self._upcoming: tuple[int, int] | None = None
         """(epoch, pool) that the stream yields next."""
 
-    def _epochs(self, asks_teacher: bool) -> int | None:
+    def _epochs(self, has_teacher: bool) -> int | None:
         wanted = self.options.epochs
-        if asks_teacher:
+        if has_teacher:
             return wanted
         labelled = self._config.epochs
         if wanted is not None and wanted > labelled:
@@ -96,28 +97,28 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         return wanted or labelled
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Batches per epoch."""
         whole, rest = divmod(len(self._labels_N), self.options.batch)
         return whole + (rest > 0 and not self.options.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be of this epoch: its beginning, or where a loaded state left it.
+        """Choose the epoch of the next iteration: from its start, or from where a state left it.
 
-        ValueError: there is no such epoch.
+        Raises ValueError when there is no such epoch.
         """
         self._require(epoch)
         if epoch != self._next[0]:
             self._next = (epoch, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands after the batch handed out last; plain JSON."""
+        """The loader's position after the latest batch; plain JSON."""
         epoch, batch = self._position
         return {"epoch": epoch, "batch": batch, "of": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration yield the rest of the epoch in which the state was taken.
 
-        ValueError: the state of another loader.
+        Raises ValueError for the state of another loader.
         """
         for key, was, own in differences(state["of"], self._identity()):
             raise ValueError(
@@ -127,7 +128,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         self._next = self._position = (state["epoch"], state["batch"])
 
     def _identity(self) -> dict[str, Any]:
-        """All that decides which samples a batch holds."""
+        """Everything that decides which samples a batch holds."""
         return {
             "coreset": self._coreset.content_sha256,
             "batch": self.options.batch,
@@ -136,9 +137,9 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         }
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """ValueError: the loader is closed, or has no such epoch.
+        """Raises ValueError when the loader is closed, or has no such epoch.
 
-        An iterator takes its epoch when its first batch is asked for: some trainers ask for several
+        An iterator takes its epoch when its first batch is requested: some trainers create several
         and use one.
         """
         if self._closed:
@@ -167,15 +168,15 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         if not 0 <= epoch < (math.inf if self.epochs is None else self.epochs):
             known = "0 or more" if self.epochs is None else f"0 to {self.epochs - 1}"
             raise ValueError(
-                f"epoch {epoch}: expected {known}: set_epoch chooses one, more take labels of more "
+                f"epoch {epoch}: expected {known}: set_epoch chooses one, more need labels of more "
                 "epochs or a teacher"
             )
 
     def _require_running(self, number: int) -> None:
         if number != self._running:
             raise ValueError(
-                "the loader was closed or asked for another iteration before this one was through: "
-                "make a loader for each"
+                "the loader was closed or began another iteration before this one ended: make a "
+                "loader for each"
             )
 
     def _batches(self, epoch: int, done: int) -> Iterator[tuple[Tensor, ...]]:
@@ -200,7 +201,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         return tuple(tensors) if self.options.class_indices else tuple(tensors[:2])
 
     def _pools(self, epoch: int, skipped: int) -> Iterator[tuple[LabelledPool, int]]:
-        """The epoch's pools after `skipped` samples, and how many of the pool to skip."""
+        """The epoch's pools after `skipped` samples, and how many rows of each pool to skip."""
         sizes = [len(samples_P) for samples_P in pools(self._config, self._labels_N, epoch)]
         first = 0
         while first < len(sizes) and skipped >= sizes[first]:
@@ -215,7 +216,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
             yield next(stream), skipped if index == first else 0
 
     def _stream_from(self, epoch: int, first: int) -> Generator[LabelledPool]:
-        """All pools from there on: of the thread that runs, if they come next in it."""
+        """All pools from there on, out of the running thread if they come next in it."""
         if self._stream is None or self._upcoming != (epoch, first):
             self._stop()
             items = _items(self._config, self._labels_N, epoch, first, self.epochs)
@@ -244,7 +245,7 @@ _OPEN: WeakSet[ExpandedLoader] = WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """A thread that still computes when the interpreter is taken down would crash it."""
+    """A thread that still computes while the interpreter shuts down would crash it."""
     for loader in list(_OPEN):
         loader.close()
 
@@ -274,16 +275,16 @@ class _Slot:
 def _ahead(
     source: PoolSource, items: Iterable[tuple[int, Tensor]], ahead: int
 ) -> Generator[LabelledPool]:
-    """The items' pools, in order, made in a thread that is at most `ahead` in advance.
+    """The items' pools, in order, made in a thread that is at most `ahead` pools ahead.
 
-    Closing it ends the thread, once the pool that it works on is filled. An error is raised here,
-    with its own traceback, when its item is asked for.
+    Closing it ends the thread, once the pool in progress is filled. An error is raised here, with
+    its own traceback, when its item is requested.
     """
 
     def fill(slot: _Slot, item: tuple[int, Tensor]) -> None:
         slot.pool = source.fill(item)
 
-    slots = [_Slot() for _ in range(ahead + 1)]  # the first is drained meanwhile
+    slots = [_Slot() for _ in range(ahead + 1)]  # + 1: the caller consumes one
     with Ring(slots, fill, items, device=source.device) as ring:
         while taken := ring.take():
             for _, slot in taken:

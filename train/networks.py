@@ -2,15 +2,14 @@
 
 convnet-d{D}[-w{W}|-w{A}to{B}][-{norm}]
     the ConvNet of the distillation literature (Gidaris & Komodakis 2018; Zhao et al., ICLR 2021): D
-    blocks of 3×3 convolution, norm, ReLU and 2×2 average pooling, then one linear layer on what is
-    left. W channels in every block (128), or from A to B in equal steps; norm is bn (batch, the
-    default), in (instance) or none.
+    blocks of 3×3 convolution, norm, ReLU and 2×2 average pooling, then one linear layer. W channels
+    in every block (default: 128), or from A to B in equal steps; norm is bn (batch, the default),
+    in (instance) or none.
 resnet18, resnet50
-    torchvision's; at 96 px or less with RDED's stem for small ones: 3×3, stride 1,
-    no max-pool.
+    torchvision's; at 96 px or less with RDED's stem for small images: 3×3, stride 1, no max-pool.
 vgg11, alexnet
     the small-image variants of the same literature: batch norm and one linear layer in VGG, no
-    dropout in either; global average pooling makes them fit any size.
+    dropout in either; adaptive average pooling makes them fit any size.
 vit-s
     ViT-S (Touvron et al. 2021: 12 layers, width 384, 6 heads), patches of 4, 8 or 16 px, so that
     49 to 256 of them cover the image.
@@ -32,14 +31,14 @@ from torch import nn
 from .config import CONVNET, TORCHVISION, StudentPrecision, require_network
 
 SMALL_IMAGE_PX = 96
-"""Up to here a ResNet keeps the full resolution in its stem."""
+"""Largest image whose full resolution a ResNet's stem keeps."""
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_network(name: str, classes: int, size_px: int) -> nn.Module:
-    """A net with random weights, drawn from torch's default generator, in channels_last layout.
+    """A net with random weights from torch's default generator, in channels_last layout.
 
-    Raises ValueError, one line, for a name that is unknown or a size that the net cannot take.
+    Raises ValueError, one line, for an unknown name or a size that the net cannot take.
     """
     require_network(name)
     if name.startswith(TORCHVISION):
@@ -52,7 +51,7 @@ def build_network(name: str, classes: int, size_px: int) -> nn.Module:
 
 
 def autocast(device: torch.device, precision: StudentPrecision) -> torch.autocast:
-    """What a network's passes run under; nothing changes at fp32."""
+    """The context for a network's passes; it changes nothing at fp32."""
     dtype = _AUTOCAST.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
@@ -175,5 +174,5 @@ def _torchvision(name: str, classes: int, size_px: int) -> nn.Module:
         options = {"aux_logits": False, "init_weights": True}
     try:
         return torchvision.models.get_model(name, num_classes=classes, **options)
-    except (AssertionError, ValueError) as error:  # vit_*: the size is no multiple of its patch
+    except (AssertionError, ValueError) as error:  # vit_*: the size is not a multiple of its patch
         raise ValueError(f"network {TORCHVISION}{name} at {size_px} px: {error}") from None

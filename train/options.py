@@ -1,7 +1,7 @@
-"""What `train` can be asked for. Torch-free, so that --help is quick.
+"""Options of `train`. Torch-free, so that --help is quick.
 
-An option left out ("None" in the help) follows from the data, the model and the machine; what was
-chosen is said on stderr and written to RUN/summary.json.
+An option that is not given ("None" in the help) follows from the data, the model and the machine;
+the choice is logged on stderr and written to RUN/summary.json.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .coreset_options import StudentElsewhere, TrainVerify
 LEAST_REFRESH = 0.001
 METHODS = ("dace", "rded", "random", "upsample", "t2i", "dsco")
 GENERATED = ("t2i", "dsco")
-"""Methods whose coreset holds images that a model made, and no patches of the data."""
+"""Methods whose coreset holds generated images, and no patches of the data."""
 BY_MODEL = ("dace", "t2i", "dsco")
 """Methods that run a diffusion model."""
 STEPS = {"dace": 5, "t2i": 1, "dsco": 5}
-"""Their scheduler steps, when nobody says how many."""
+"""Their default scheduler steps."""
 MOST_T2I_STEPS = 4
 LabelChoice = Literal["stored", "online", "record"]
 CodecChoice = Literal["dense", "topk", "pca"]
@@ -50,83 +50,81 @@ class RunOptions:
     out: Path
     """The run folder to write."""
     model: str | None = None
-    """sdxl-turbo, sdxl-tiny, or a folder in diffusers' SDXL layout. Left out: sdxl-turbo where
-    there is a CUDA device, sdxl-tiny elsewhere and for --data shapes."""
+    """sdxl-turbo, sdxl-tiny, or a folder in diffusers' SDXL layout. Default: sdxl-turbo where there
+    is a CUDA device, sdxl-tiny elsewhere and for --data shapes."""
     backend: BackendName = "auto"
-    """What runs the model; `auto` takes the fastest that works here and says which."""
+    """Backend that runs the model; `auto` takes the fastest that works here and says which."""
     method: tuple[str, ...] = ("dace",)
     """One or several of dace, rded, random, upsample, t2i, dsco; they share teacher, patches and
     recipe."""
     ipc: int = 1
-    """Images per class; the coreset holds ipc · factor² patches of each, of t2i ipc / (1 +
-    variants) generated images, and of dsco ipc images."""
+    """Images per class; the coreset holds ipc · factor² patches per class, for t2i ipc / (1 +
+    variants) generated images, and for dsco ipc images."""
     factor: int | None = None
-    """r: patches are r times smaller than images. Left out: the recipe's, 2; of `rded` 1 for images
-    of 64 px or less."""
+    """r: patches are r times smaller than images. Default: the recipe's, 2; with `rded` 1 for
+    images of 64 px or less."""
     image_size: int | None = None
-    """Side of rendered images and of what the networks see, in px. Left out: the recipe's."""
+    """Side of rendered images and of the networks' inputs, in px. Default: the recipe's."""
     steps: int | None = None
-    """Scheduler steps. Left out: 5 for dace, whose image takes int(steps · rho) evaluations of the
-    UNet, and for dsco, and 1 for t2i, which takes 4 at most."""
+    """Scheduler steps. Default: 5 for dace, whose images take int(steps · rho) UNet evaluations,
+    and for dsco; 1 for t2i, which takes 4 at most."""
     rho: float = 0.8
-    """Share of the noise schedule that is run, in (0, 1]; 1.0 still starts from the patch."""
+    """Share of the noise schedule to run, in (0, 1]; 1.0 still starts from the patch."""
     mixup: bool = True
     """Mix the latents of two patches of one class before the noise is added."""
     mixup_weight: str = "uniform"
-    """Weight of the patch itself in that mixture, its partner having the rest: `uniform`, drawn
-    from 0 to 1, a number, the same for all, or beta:A, drawn from Beta(A, A)."""
+    """Weight of the patch itself in that mixture; its partner gets the rest: `uniform`, drawn from
+    0 to 1; a number, the same for all; or beta:A, drawn from Beta(A, A)."""
     start: Start = "image"
     """`noise` starts from pure noise: patches, rho and mixup then play no part."""
     prompt: str = TEMPLATE
-    """The model's prompt; {name} in it is the name of the class."""
+    """The model's prompt; {name} in it stands for the name of the class."""
     prompts: Path | None = None
-    """Prompts of their own for some classes: a JSON object {folder: prompt}, or lines of a folder,
-    a tab (or a space, where no folder's name has one) and its prompt. A class that it leaves out
-    has --prompt."""
+    """Prompts for single classes: a JSON object {folder: prompt}, or lines with a folder, a tab (or
+    a space, where no folder's name has one) and its prompt. Other classes have --prompt."""
     variants: int = 0
-    """Augmented variants beside each generated image of t2i, anew in every epoch; published: 4."""
+    """Augmented variants of each generated image of t2i, new in every epoch; published: 4."""
     generate_size: int | None = None
-    """Side of t2i's images as the model makes them, in px; they are kept at the image size. Left
-    out: the size that the model was trained at."""
+    """Side of t2i's images as the model generates them, in px; they are stored at the image size.
+    Default: the size that the model was trained at."""
     budget_seconds: float | None = None
-    """Generate for t2i as many images as fit into these seconds, whatever --ipc is: the epochs of
-    its students stay as long as those of --ipc."""
+    """Generate as many images for t2i as fit into these seconds, whatever --ipc is; the epochs of
+    its students stay as long as --ipc makes them."""
     precision: Precision | None = None
-    """Of the model's weights. Left out: fp16 on cuda, fp32 on the CPU."""
+    """Precision of the model's weights. Default: fp16 on cuda, fp32 on the CPU."""
     vae_precision: VaePrecision = "auto"
-    """Of its encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows in
-    fp16."""
+    """Precision of its encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows
+    in fp16."""
     engine_batch: int | None = None
-    """Images per call of the model; pictures differ by rounding at most. Left out: 32, or, when an
-    epoch is rendered at once, the divisor of its images that is nearest to 32 from below."""
+    """Images per call of the model; images differ by rounding at most. Default: 32, or, when an
+    epoch is rendered at once, the largest divisor of its images up to 32."""
     bundles: Path | None = None
-    """Folder of built engines. Left out: patchbloom/bundles in the user's cache."""
+    """Folder of built engines. Default: patchbloom/bundles in the user's cache."""
     recipe: RecipeName | None = None
-    """How teacher and students are trained. Left out: `small` with a model of 128 px or less and,
+    """How teacher and students are trained. Default: `small` with a model of 128 px or less and,
     without a model, for --data shapes and on a CPU; `dace` elsewhere."""
     scoring: Scoring | None = None
-    """How the teacher is shown a patch that it scores: padded to the image size, as RDED does,
-    enlarged to it, or `native`, as it is, by a network that takes any size. Left out: the
-    recipe's."""
+    """How the teacher sees a patch that it scores: padded to the image size, as in RDED, enlarged
+    to it, or `native`, unchanged, for a network that takes any size. Default: the recipe's."""
     select: Choice = "lowest-loss"
-    """Which patches are kept, of all methods but random: those of lowest loss, as RDED does, or a
+    """How patches are selected, in all methods but random: by lowest loss, as in RDED, or by a
     choice among more of them that avoids near-duplicates."""
     candidates: int = 4
-    """With another --select than lowest-loss: how many times the patches that are kept compete."""
+    """With another --select than lowest-loss: candidates per patch that is kept."""
     epochs: int | None = None
-    """Epochs of the students, each with fresh images. Left out: the recipe's."""
+    """Epochs of the students, each with fresh images. Default: the recipe's."""
     teacher_epochs: int | None = None
-    """Epochs of a teacher that is trained here. Left out: the recipe's."""
+    """Epochs of a teacher that is trained here. Default: the recipe's."""
     teacher: str | None = None
-    """A network to train, torchvision:NAME, or a file. Left out: the recipe's network."""
+    """A network to train, torchvision:NAME, or a file. Default: the recipe's network."""
     student: str | None = None
-    """The students' network. Left out: the recipe's."""
+    """The students' network. Default: the recipe's."""
     targets: Targets = "soft"
-    """What students learn: the teacher's answers, or with `hard` the class alone: cross-entropy,
-    mixed by area under CutMix. No soft labels are then asked for or stored."""
+    """Training targets: the teacher's soft labels, or with `hard` the class alone (cross-entropy,
+    mixed by area under CutMix), for which no soft labels are computed or stored."""
     labels: LabelChoice = "record"
-    """How the teacher's soft labels come: `record` trains and stores them in one pass, `stored`
-    stores them first, `online` stores none. The students are the same."""
+    """How students get the teacher's soft labels: `record` trains and stores them in one pass,
+    `stored` stores them first, `online` stores none. The students are the same."""
     codec: CodecChoice = "dense"
     """How labels are kept: `dense`, fp16 logits of all classes; `pca`, a byte for each of the first
     principal components of the teacher's answers; or `topk`, the largest probabilities. Students of
@@ -136,46 +134,46 @@ class RunOptions:
     components: int | None = None
     """Of --codec pca: fewer than there are classes, 256 at most. Left out: 40, or all there are."""
     seed: int = 0
-    """Of everything random: patches, noise, crops, order, initialisation."""
+    """Seed of everything random: patches, noise, crops, order, initialisation."""
     seeds: int = 3
     """Students per method; accuracies are the mean ± std over them."""
     batch: int | None = None
-    """Views per optimiser step of a student. Left out: the recipe's for this ipc."""
+    """Views per optimiser step of a student. Default: the recipe's for this ipc."""
     learning_rate: float | None = None
-    """Of a student's first epoch. Left out: the recipe's for its network."""
+    """Learning rate of a student's first epoch. Default: the recipe's for its network."""
     accumulate: int = 1
-    """Parts that a batch is split into when it does not fit into memory whole; the gradient is that
-    of the batch, a BatchNorm sees parts."""
+    """Micro-batches per batch, for a batch that does not fit into memory; the gradient is the
+    batch's, but a BatchNorm sees parts."""
     cutmix: Literal["on", "off"] | None = None
-    """Paste boxes of other samples into the views that students and teacher see. Left out: the
+    """Paste boxes from other samples into the views that students and teacher see. Default: the
     recipe's."""
     student_precision: StudentPrecision | None = None
-    """Of the students' passes, by autocast. Left out: bf16 on cuda, fp32 on the CPU."""
+    """Precision of the students' passes, by autocast. Default: bf16 on cuda, fp32 on the CPU."""
     student_compile: bool = False
     """Compile the students' network with torch.compile, on a GPU as CUDA graphs."""
     overlap: Literal["on", "off"] = "on"
     """Render the next images while the students learn; `off` is the serial baseline. The students
-    are the same either way. Labels that are made first are not overlapped."""
+    are the same either way. Labels that are stored first are not overlapped."""
     refresh: float = 1.0
-    """Share of the patches that dace expands anew in an epoch; the others are shown again, with new
-    crops. Less than 1 is lossy."""
+    """Share of the patches that dace expands again in every epoch; the others keep their images,
+    with new crops. Less than 1 is lossy."""
     dsco: DscoConfig = field(default_factory=DscoConfig)
     """Method dsco: how the noise of its images is optimised."""
     dope: int = 0
-    """Real images per class that are added to every coreset: those that a student of the coreset is
-    least sure of. They are kept whole, and shown factor² times an epoch."""
+    """Real images per class added to every coreset: those that a student of the coreset is least
+    sure of. They are stored whole, and shown factor² times per epoch."""
     ceiling: bool = True
-    """Also train students on fresh real images: the ceiling that the methods are measured by."""
+    """Also train students on fresh real images: the ceiling that methods are measured against."""
     class_names: Path | None = None
     """Names for prompts: a JSON object or lines "folder name"."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
     skip_corrupt: bool = False
-    """Leave out and count images that cannot be decoded, instead of stopping at them."""
+    """Skip and count images that cannot be decoded, instead of stopping at them."""
     shapes_per_class: int = 1000
     """Training images per class of --data shapes; a fifth as many for validation."""
     resume: bool = False
-    """Go on with the run in --out, from the stage and epoch where it was stopped."""
+    """Resume the run in --out, from the stage and epoch where it was stopped."""
     overwrite: bool = False
     """Replace the run in --out."""
 
@@ -344,16 +342,16 @@ class TrainPrior:
     class_names: Path | None = None
     """Names for prompts: a JSON object or lines "folder name"."""
     teacher: str | None = None
-    """A file of `train teacher`, or torchvision:NAME: the card then says what share of samples it
-    takes for their class. A model that is finished gets it by --resume."""
+    """A file from `train teacher`, or torchvision:NAME: the model card then says what share of
+    samples this teacher classifies as their class. --resume adds it to a finished model."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
     skip_corrupt: bool = False
-    """Leave out and count images that cannot be decoded, instead of stopping at them."""
+    """Skip and count images that cannot be decoded, instead of stopping at them."""
     shapes_per_class: int = 1000
     """Training images per class of --data shapes."""
     resume: bool = False
-    """Go on with the training in --out."""
+    """Resume the training in --out."""
     overwrite: bool = False
     """Replace the model in --out."""
 

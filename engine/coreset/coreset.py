@@ -2,18 +2,18 @@
 
     manifest.json                what it is, how it was made, the hash of every file
     patches/<class id>/*.png     a plain ImageFolder, nothing else in it
-    doped/<class id>/*.png       another, where real images were added (train/commands/doping.py)
+    doped/<class id>/*.png       another one, with the real images that doping added
     labels.safetensors           soft labels, see labels/file.py
 
 Legend: N samples (patches), H and W patch size in pixels, C = 3, K classes, r factor, D doped
 images, S image size in pixels.
-A sample is a row in class-sorted order: class 0's ipc·r² patches, then class 1's, and so on. But
-for methods t2i and dsco: their patches are whole images (r = 1), `generated` of a class, and their
-samples are `samples_per_class` showings of them (of t2i also of their variants).
+A sample is a row in class-sorted order: class 0's ipc·r² patches, then class 1's, and so on. The
+exceptions are methods t2i and dsco: their patches are whole images (r = 1), `generated` per class,
+and their samples are `samples_per_class` showings of these (for t2i also of their variants).
 
-A coreset is written under a temporary name beside its place and renamed last, so an interrupted
-write leaves nothing that looks finished. Nothing is ever unpickled. The same pixels and
-Pillow give the same `content_sha256`.
+A coreset is written under a temporary name beside its target and renamed last, so an interrupted
+write leaves nothing that looks finished. Nothing is ever unpickled. The same pixels and Pillow
+version give the same `content_sha256`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ AnyLabels = LabelBlock | RecordedBlock
 
 @dataclass(frozen=True)
 class Coreset:
-    """An opened coreset. Patches and labels are read when they are asked for."""
+    """An opened coreset. Patches and labels are read on demand."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -69,7 +69,7 @@ class Coreset:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """method, seed, image_size_px, factor, patch_px, ipc and what the method adds."""
+        """method, seed, image_size_px, factor, patch_px, ipc and the method's own settings."""
         return self.manifest["settings"]
 
     @property
@@ -99,7 +99,7 @@ class Coreset:
 
     @property
     def doped_per_class(self) -> int:
-        """Real images that doping added to each class; 0 in a coreset as a method makes it."""
+        """Real images that doping added to each class; 0 without doping."""
         return self.manifest["classes"][0].get("doped", 0)
 
     def doped(self) -> Tensor:
@@ -112,7 +112,7 @@ class Coreset:
         return read_images(self.folder, names, self.settings["image_size_px"])
 
     def soft_labels(self) -> SoftLabels | None:
-        """Stored labels; None when there are none (not labelled, or the teacher answers online)."""
+        """Stored labels; None when there are none (not labelled, or the teacher labels online)."""
         described = self.manifest["labels"]
         if described is None or described["codec"] == "none":
             return None
@@ -121,9 +121,9 @@ class Coreset:
     def bytes(self) -> dict[str, int | None]:
         """Sizes on disk, with and without labels, with and without the generator.
 
-        `generator` is the model's own `weights_bytes`; None where the manifest does not say. The
-        manifest is counted without its provenance, of which a student needs nothing. `patches` has
-        the images that doping added, too.
+        `generator` is the model's own `weights_bytes`; None where the manifest lacks it. The
+        manifest counts without its provenance, which no student needs. `patches` includes the
+        images that doping added.
         """
         files = self.manifest["files"]
         patches = sum(entry["bytes"] for name, entry in files.items() if name != LABELS)
@@ -173,12 +173,12 @@ def write_coreset(
     """Write a coreset folder and open it.
 
     patches_NHWC: uint8 [N, patch_px, patch_px, 3]; labels_N: class indices, non-decreasing, each
-    class ipc·r² times, or `settings["generated"]` times where there is such a number: images that
-    were generated once and are augmented to ipc. `settings` must name method, seed, image_size_px,
-    factor, patch_px and ipc.
-    `settings`, `model` and `teacher` are hashed: they hold no paths, times or host names, which
-    belong into `provenance`. doped_DHWC: real images, uint8 [D, image_size_px, image_size_px, 3],
-    equally many of each class, in class order.
+    class ipc·r² times, or `settings["generated"]` times if set: images that were generated once and
+    are augmented to ipc. `settings` must name method, seed, image_size_px, factor, patch_px and
+    ipc.
+    `settings`, `model` and `teacher` are hashed, so paths, times and host names belong in
+    `provenance`. doped_DHWC: real images, uint8 [D, image_size_px, image_size_px, 3], equally many
+    per class, in class order.
 
     Raises CoresetError for arguments that contradict each other or a folder that is not empty
     (`overwrite` replaces a coreset, and only a coreset); OSError, one clear line, on a full disk.
@@ -226,10 +226,10 @@ def write_coreset(
 def attach_labels(
     folder: str | Path, labels: AnyLabels, *, provenance: dict[str, Any] | None = None
 ) -> Coreset:
-    """Put soft labels into a coreset, replacing those it has; `provenance` is added to its own.
+    """Store soft labels in a coreset, replacing its old ones; `provenance` is added to its own.
 
-    Wherever this is killed, what is left opens as the coreset with the old labels, with none, or
-    with the new ones: the manifest first lets go of the old file and is replaced last.
+    After a kill at any point the folder opens as the coreset with the old labels, with none, or
+    with the new ones: the manifest first drops the old file and is replaced last.
     """
     coreset = open_coreset(folder)
     folder, manifest = coreset.folder, coreset.manifest
@@ -319,7 +319,7 @@ def _check_label_classes(labels: AnyLabels, classes: int) -> None:
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
-    """Refuse to write where something is, unless it is a coreset and `overwrite` was asked for."""
+    """Refuse to write over anything but a coreset, and over that without `overwrite`."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CoresetError(f"{folder} exists and is not a folder: choose another --out")
     if not folder.exists() or not any(folder.iterdir()):
@@ -342,7 +342,7 @@ def _check_target(folder: Path, overwrite: bool) -> None:
 
 
 def _any_manifest(path: Path) -> dict[str, Any] | None:
-    """A manifest of ours of any version, even of a damaged coreset; None if it is not one."""
+    """A patchbloom manifest of any version, even of a damaged coreset; None if it is not one."""
     try:
         manifest = json.loads(path.read_bytes())
         ours = manifest["schema"].startswith("patchbloom.coreset/") and set(manifest["files"])
@@ -360,7 +360,7 @@ def _write_labels(path: Path, labels: AnyLabels, layout: LabelLayout) -> None:
 
 
 def _as_json(value: dict[str, Any], what: str = "provenance") -> dict[str, Any]:
-    """`value` as it will be read back (tuples become lists); CoresetError if not plain JSON."""
+    """`value` as JSON reads it back (tuples become lists); CoresetError if it is not plain JSON."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""The manifest of a coreset: what it says, how it is hashed, and what it is checked against.
+"""The manifest of a coreset: its content, its hashes and its checks.
 
 A manifest is JSON with sorted keys. `content_sha256` is the SHA-256 of everything in it but itself
-and the provenance (command, time, versions, world size), which differ between two makings of the
-same content. The provenance has a hash of its own, and the file has exactly one valid spelling, so
+and the provenance (command, time, versions, world size), which differs when the same content is
+made twice. The provenance has a hash of its own, and the file has exactly one valid spelling, so
 that no byte of `manifest.json` can change unnoticed.
 """
 
@@ -18,7 +18,7 @@ from ..errors import CoresetError
 
 SCHEMA = "patchbloom.coreset/1"
 SCHEMA_DOPED = "patchbloom.coreset/2"
-"""Of a coreset with real images beside its patches; everything else is as in version 1."""
+"""Schema of a coreset with real images beside its patches; all else is as in version 1."""
 NOISE_SCHEME = "philox4x32-10/box-muller/1"
 MANIFEST = "manifest.json"
 LABELS = "labels.safetensors"
@@ -35,7 +35,7 @@ def spelled(manifest: dict[str, Any]) -> bytes:
 
 
 def content_sha256(manifest: dict[str, Any]) -> str:
-    """SHA-256 of all that names the content: every key but the hashes and the provenance."""
+    """SHA-256 of the content: every key but the hashes and the provenance."""
     content = {key: manifest[key] for key in manifest if key not in _OUTSIDE_CONTENT}
     return json_sha256(content)
 
@@ -75,14 +75,14 @@ def expected_files(manifest: dict[str, Any]) -> list[str]:
 
 
 def check_class_ids(class_ids: tuple[str, ...] | list[str]) -> None:
-    """Refuse ids that are no folder name, or whose order is not that of an ImageFolder (sorted)."""
+    """Refuse ids that are no folder names, or not in the order of an ImageFolder (sorted)."""
     for class_id in class_ids:
         if not class_id or class_id in {".", ".."} or "/" in class_id or "\0" in class_id:
             raise CoresetError(f"class id {class_id!r} cannot be a folder name: rename the class")
     if list(class_ids) != sorted(set(class_ids)):
         raise CoresetError(
             "class ids must be unique and sorted, as an ImageFolder orders them; "
-            f"got {list(class_ids)[:8]}: sort the classes and number the labels anew"
+            f"got {list(class_ids)[:8]}: sort the classes and renumber the labels"
         )
 
 
@@ -134,7 +134,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     """Compare every file with its size and SHA-256; CoresetError names the first that differs.
 
-    A file that the manifest does not list is refused too: `patches/` is a plain ImageFolder, and a
+    Files that the manifest does not list are refused too: `patches/` is a plain ImageFolder, and a
     stray image in it would be trained on.
     """
     for name, entry in manifest["files"].items():
@@ -156,7 +156,7 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def strays(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
-    """What lies in the folder and is neither listed, nor above a listed file, nor a leftover."""
+    """Paths in the folder that are neither listed, nor above a listed file, nor leftovers."""
     listed = {*manifest["files"], MANIFEST, *LEFTOVERS}
     listed |= {above.as_posix() for name in manifest["files"] for above in Path(name).parents}
     for path in sorted(folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""The pictures of a coreset: PNG files, as Pillow writes them at level 9 without metadata.
+"""The images of a coreset: PNG files, as Pillow writes them at level 9 without metadata.
 
 Legend: N images of one size, H W in pixels, 3 channels (RGB).
 """
@@ -21,7 +21,7 @@ from .manifest import file_entry
 def read_images(folder: Path, names: Sequence[str], size_px: int) -> Tensor:
     """uint8 [N, size_px, size_px, 3] in 0..255, in the order of the names.
 
-    CoresetError: a file of another size or mode.
+    Raises CoresetError for a file of another size or mode.
     """
     pixels_NHWC = torch.empty((len(names), size_px, size_px, 3), dtype=torch.uint8)
     for row, name in enumerate(names):
@@ -38,7 +38,7 @@ def read_images(folder: Path, names: Sequence[str], size_px: int) -> Tensor:
 def write_images(
     folder: Path, names: Sequence[str], pixels: Iterator[np.ndarray]
 ) -> dict[str, Any]:
-    """Write the next images, uint8 [H, W, 3], under these names; size and hash of each file."""
+    """Write the next images, uint8 [H, W, 3], under these names; returns each size and hash."""
     entries = {}
     for name in names:
         path = folder / name

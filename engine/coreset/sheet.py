@@ -1,4 +1,4 @@
-"""Contact sheets: rows of small pictures with a name in front.
+"""Contact sheets: rows of small pictures, each with a name in front.
 
 Legend: N pictures, H and W their size in pixels, C = 3.
 """
@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _GAP_PX = 4
-_SMALLEST_TILE_PX = 48  # smaller pictures are enlarged by a whole factor, pixels kept square
+_SMALLEST_TILE_PX = 48  # smaller pictures are enlarged by an integer factor
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)
 
 
 def contact_sheet(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
-    """One line per (name, pictures uint8 [N, H, W, 3]); all pictures have one size.
+    """One line per (name, pictures uint8 [N, H, W, 3]); all pictures have the same size.
 
     Raises ValueError when there is no picture or the sizes differ.
     """

@@ -1,15 +1,15 @@
-"""Which stored image a sample shows in an epoch, and so whose each soft label is.
+"""Maps (sample, epoch) to its stored image, and so to its label.
 
-A class of G stored images, each with V variants that are drawn when it is shown, has J samples an
+A class of G stored images, each with V variants that are drawn when it is shown, has J samples per
 epoch, and M = G · (1 + V):
 
     number = (epoch · J + sample) mod M,   image = number mod G,   variant = number // G
 
-Variant 0 is the image itself: all are shown equally often, whatever G. Patches are shown one a
-sample, J = G and V = 0; what is made of a patch is the method's affair. In a doped coreset a class
-has the samples of its patches first, then those of its real images, by the same rule.
+Variant 0 is the image itself: all are shown equally often, whatever G. Each sample shows one patch:
+J = G and V = 0; the method decides what it makes of the patch. In a doped coreset a class has the
+samples of its patches first, then those of its real images, by the same rule.
 
-Legend: E epochs, B samples asked for, A answers that an image has.
+Legend: E epochs, B requested samples, A labels per image.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _LABELLED = {
     "t2i": "it, where the variant is 0, else of an augmented variant of it",
     "dsco": "it",
 }
-"""What the teacher was shown for a patch, by method."""
+"""The image that the teacher saw for a patch, by method."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredImage:
-    """A patch, a whole image or a real one: a file of the coreset, and whose label it has."""
+    """One image file of the coreset (patch, whole image or real image), and its labelled views."""
 
     file: str
     """Its path in the coreset."""
     name: str
-    """Unique in its class, and in the order of its class: 000000, doped_000000."""
+    """Unique in its class and sorted in its order: 000000, doped_000000."""
     class_index: int
     class_id: str
     class_name: str
     doped: bool
     """Whether it is a real image that doping added."""
     views_A3: np.ndarray
-    """int32 [A, 3], sample, epoch and variant of each answer, by epoch; A = 0 without labels."""
+    """int32 [A, 3], sample, epoch and variant of each label, by epoch; A = 0 without labels."""
 
 
 def shown(
@@ -67,9 +67,9 @@ def shown(
 
 
 def stored_images(coreset: Coreset, labels: SoftLabels | None) -> Iterator[StoredImage]:
-    """Every image of a coreset, class after class, patches first; with the views that have labels.
+    """Every image of a coreset, class after class, patches first, with its labelled views.
 
-    CoresetError for labels of other images than these.
+    Raises CoresetError for labels of other images.
     """
     if labels is not None:
         _check_labels(coreset, labels)
@@ -97,7 +97,7 @@ def stored_images(coreset: Coreset, labels: SoftLabels | None) -> Iterator[Store
 
 
 def told_of_labels(coreset: Coreset) -> str:
-    """For people: what a row of an image's labels answers."""
+    """Explain to people what a row of an image's labels belongs to."""
     method = coreset.settings["method"]
     doped = " Of a doped image it is of the image itself." if coreset.doped_per_class else ""
     return (
@@ -109,14 +109,14 @@ def told_of_labels(coreset: Coreset) -> str:
 
 
 def _samples_of_a_class(coreset: Coreset) -> tuple[int, int]:
-    """J of its patches, and of its doped images."""
+    """J for its patches, and for its doped images."""
     settings, patches = coreset.settings, coreset.manifest["classes"][0]["patches"]
     real = settings["doping"]["samples_per_class"] if coreset.doped_per_class else 0
     return settings.get("samples_per_class", patches), real
 
 
 def _views(epochs: int, *, each: int, images: int, variants: int, first: int) -> list[np.ndarray]:
-    """Of each image of a class, int32 [A, 3]; sample numbers start at `first`."""
+    """Views of each image of a class, int32 [A, 3]; sample numbers start at `first`."""
     if not images:
         return []
     epoch_EJ, sample_EJ = torch.meshgrid(torch.arange(epochs), torch.arange(each), indexing="ij")
@@ -131,12 +131,12 @@ def _check_labels(coreset: Coreset, labels: SoftLabels) -> None:
     without = "export without labels: --no-labels"
     if (coreset.manifest["model"] or {}).get("start") == "noise":
         raise CoresetError(
-            f"{coreset.folder}: its labels are of images that the model made of the prompt alone "
-            f"(--start noise), and so of none that is stored: {without}"
+            f"{coreset.folder}: its labels belong to images that the model made from the prompt "
+            f"alone (--start noise), not to stored ones: {without}"
         )
     expected = len(coreset.class_ids) * sum(_samples_of_a_class(coreset))
     if labels.samples != expected:
         raise CoresetError(
             f"stored labels: expected {expected} samples, as many as the coreset shows in an "
-            f"epoch, got {labels.samples}: label the coreset anew, or {without}"
+            f"epoch, got {labels.samples}: label the coreset again, or {without}"
         )

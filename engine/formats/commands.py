@@ -1,4 +1,4 @@
-"""`engine coreset info|verify|show|export`: what each does, and how people read it."""
+"""`engine coreset info|verify|show|export`: the commands, and their output for people."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .exports import export_coreset
 def run_coreset_command(
     command: CoresetInfo | CoresetVerify | CoresetShow | CoresetExport,
 ) -> dict[str, Any]:
-    """Run it, and print the result for people unless JSON alone is asked for."""
+    """Run the command, and print its result for people unless JSON alone is requested."""
     match command:
         case CoresetInfo():
             result = _info(open_coreset(command.folder, verify=False))

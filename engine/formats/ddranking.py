@@ -1,23 +1,23 @@
 """A coreset as DD-Ranking (0.2) takes it: `compute_metrics(image_tensor=…)` or `(image_path=…)`.
 
-    images.pt                fp32 [N, 3, H, W], normalised as its data set is
+    images.pt                fp32 [N, 3, H, W], with the data set's normalisation
     labels.pt                int64 [N], for `hard_labels` or `labels`
     images/00000/000000.png  the same images, a folder per class number, for `image_path`
 
-An image is the mosaic of r² patches, so H = W is the images' size and N as many of every class as
-DD-Ranking counts as its budget: ipc, or what was generated once, and the real images that doping
-added after them. Classes are numbered as DD-Ranking numbers them, which for ImageNet's subsets is
-an order of its own, and not that of the folders. Of ImageNet and its subsets every class id is
-checked. CIFAR's and TinyImageNet's are not known here: their number is checked, and that CIFAR's
-are none of ImageNet's.
+An image is the mosaic of r² patches, so H = W is the image size, and a class has as many as
+DD-Ranking counts as its budget: ipc, or the number generated once, then the real images that doping
+added. Classes have DD-Ranking's numbers, which for ImageNet's subsets follow an order of their own,
+not that of the folders. For ImageNet and its subsets every class id is checked. The ids of CIFAR
+and TinyImageNet are not known here: only their number is checked, and that CIFAR's are none of
+ImageNet's.
 
-Soft labels are left out: the stored ones are of views, one per epoch, and DD-Ranking takes one per
-image (mode S) or asks a teacher of its own (mode M). `torch.save` is what DD-Ranking reads, and a
-pickle: of tensors alone, so torch.load's weights_only does. DD-Ranking 0.2.0 asks for numpy
-below 2, and runs with 2: the tests have it in a folder of its own, and its evaluation open an
-export both ways.
+Soft labels are omitted: the stored ones belong to views, one per epoch, and DD-Ranking takes one
+per image (mode S) or runs a teacher of its own (mode M). DD-Ranking reads files of `torch.save`,
+which are pickles: these hold tensors alone, so torch.load's weights_only opens them. DD-Ranking
+0.2.0 requires numpy below 2, but runs with 2: the tests install it in a folder of its own, and let
+its evaluation open an export both ways.
 
-Legend: N images, K classes, M mosaics and D doped images of a class, r factor, T = r² patches of a
+Legend: N images, K classes, M mosaics and D doped images per class, r factor, T = r² patches of a
 mosaic, H W image size.
 """
 
@@ -47,14 +47,14 @@ SUBSETS = {
     "ImageFruit": (953, 954, 949, 950, 951, 957, 952, 945, 943, 948),
     "ImageYellow": (309, 986, 954, 951, 987, 779, 599, 291, 72, 11),
 }
-"""ImageNet-1k's index of each class, in DD-Ranking's order."""
+"""ImageNet-1k's class indices, in DD-Ranking's order."""
 
 
 def write_dd_ranking(coreset: Coreset, dataset: str | None, folder: Path) -> dict[str, Any]:
-    """Fill `folder`; what is told of it: data set, ipc, image size, class ids in its order.
+    """Fill `folder`; returns data set, ipc, image size, class ids in its order, and the like.
 
-    CoresetError when there is no such `dataset`, the coreset's classes are not as many, or, of
-    ImageNet and its subsets, not the same; or when doped images are of another size than mosaics.
+    Raises CoresetError for an unknown `dataset`, another number of classes, other classes (for
+    ImageNet and its subsets), or doped images of another size than the mosaics.
     """
     classes = _class_order(coreset, dataset)
     images_NHWC = _images(coreset, classes)
@@ -78,7 +78,7 @@ def write_dd_ranking(coreset: Coreset, dataset: str | None, folder: Path) -> dic
 
 
 def _class_order(coreset: Coreset, dataset: str | None) -> list[int]:
-    """The coreset's class index of each of DD-Ranking's classes."""
+    """The coreset's class index for each of DD-Ranking's classes."""
     known = (*CLASS_COUNTS, *SUBSETS)
     if dataset not in known:
         raise CoresetError(
@@ -110,7 +110,7 @@ def _class_order(coreset: Coreset, dataset: str | None) -> list[int]:
 
 
 def _images(coreset: Coreset, classes: list[int]) -> torch.Tensor:
-    """Mosaics and, after those of a class, its doped images: uint8 [N, H, W, 3]."""
+    """Each class's mosaics, then its doped images: uint8 [N, H, W, 3]."""
     factor, order_K = coreset.settings["factor"], torch.tensor(classes)
     patches_N = torch.arange(len(coreset.labels_N))
     patches_KMT = patches_N.reshape(len(classes), -1, factor**2)[order_K]

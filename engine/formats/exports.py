@@ -6,15 +6,15 @@
     parquet      data/train-00000-of-00001.parquet    formats/parquet.py
     ddranking    images.pt, labels.pt, images/        formats/ddranking.py
 
-    export.json  beside them: the coreset's name, the classes in order, what the labels are of and
-                 which parts of them are here, and size and SHA-256 of every file
+    export.json  beside them: the coreset's hash, the classes in order, a description of the labels
+                 and the parts of them that are here, and size and SHA-256 of every file
 
-All that a coreset holds is training data, so the one split is `train`: patches, and the real images
-that doping added, which may be larger. Both are the coreset's own PNG bytes. Soft labels are the
-teacher's answers to views of images that are made of the stored ones, not to these as they are.
-Each is exported once, with the image that it is of (coreset/shown.py); export.json says what was
-made of it. Labels in principal components are exported as logits, which at 1000 classes are 50
-times as large. The same coreset gives the same bytes, and an export is there whole or not at all.
+A coreset holds only training data, so the one split is `train`: patches, and the real images that
+doping added, which may be larger. Both are the coreset's own PNG bytes. Soft labels are the
+teacher's outputs for views of images derived from the stored ones, not for the stored ones
+themselves. Each is exported once, with its image (coreset/shown.py); export.json describes the
+derivation. Labels in principal components are exported as logits, which at 1000 classes are 50
+times as large. The same coreset gives the same bytes, and an export is complete or absent.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def export_coreset(
 ) -> dict[str, Any]:
     """Write a coreset as `to` into the folder `out`; returns format, files, bytes, soft labels.
 
-    `labels`: with the stored soft labels, where the format can hold them. `dataset`: DD-Ranking's
-    name of the data set, for `ddranking` alone.
+    `labels`: include the stored soft labels, where the format can hold them. `dataset`:
+    DD-Ranking's name of the data set, for `ddranking` alone.
 
     Raises CoresetError for a folder that is not empty (`overwrite` replaces an export, and only an
-    export), soft labels that are of no stored image, or what write_dd_ranking refuses; Unavailable
-    without pyarrow, for `parquet`; OSError, one clear line, on a full disk.
+    export), soft labels that belong to no stored image, or arguments that write_dd_ranking refuses;
+    Unavailable without pyarrow, for `parquet`; OSError, one clear line, on a full disk.
     """
     out = out.expanduser()
     _check_target(coreset, out, overwrite)
@@ -70,8 +70,8 @@ def export_coreset(
     }
     needed = _needed_bytes(coreset, to, stored)
     with full_disk_explained(out, needed), replacing(out, overwrite) as partial:
-        told = {**_counts(coreset), **writers[to](partial)}
-        _write_mark(coreset, to, stored, partial, told)
+        summary = {**_counts(coreset), **writers[to](partial)}
+        _write_mark(coreset, to, stored, partial, summary)
     files = json.loads((out / MARK).read_bytes())["files"]
     return {
         "format": to,
@@ -80,7 +80,7 @@ def export_coreset(
         "files": len(files) + 1,
         "bytes": sum(entry["bytes"] for entry in files.values()),
         "soft_labels": None if stored is None else stored.codec,
-        **told,
+        **summary,
     }
 
 
@@ -102,25 +102,25 @@ def _write_mark(
     to: ExportFormat,
     stored: SoftLabels | None,
     folder: Path,
-    told: dict[str, Any],
+    summary: dict[str, Any],
 ) -> None:
     manifest = coreset.manifest
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     described = {
         "schema": SCHEMA,
         "format": to,
-        **told,
+        **summary,
         "coreset": coreset.content_sha256,
         "classes": manifest["classes"],
         "settings": coreset.settings,
         "labels": None if stored is None else manifest["labels"] | {"parts": stored.parts},
-        "views": None if stored is None else _told_of_views(coreset),
+        "views": None if stored is None else _describe_views(coreset),
         "files": {path.relative_to(folder).as_posix(): file_entry(path) for path in paths},
     }
     write_durably(folder / MARK, spelled(described))
 
 
-def _told_of_views(coreset: Coreset) -> dict[str, Any]:
+def _describe_views(coreset: Coreset) -> dict[str, Any]:
     return {"columns": VIEW_COLUMNS, "meaning": told_of_labels(coreset)}
 
 
@@ -138,7 +138,7 @@ def _needed_bytes(coreset: Coreset, to: ExportFormat, labels: SoftLabels | None)
 
 
 def _check_target(coreset: Coreset, out: Path, overwrite: bool) -> None:
-    """Refuse to write where something is, unless it is an export and `overwrite` was asked for."""
+    """Refuse to write over anything but an export, and over that without `overwrite`."""
     if out.resolve().is_relative_to(coreset.folder.resolve()):
         raise CoresetError(f"--out {out} lies in the coreset, which holds its own files only")
     if coreset.folder.resolve().is_relative_to(out.resolve()):
@@ -161,7 +161,7 @@ def _check_target(coreset: Coreset, out: Path, overwrite: bool) -> None:
 
 
 def _exported_files(out: Path) -> set[str]:
-    """What an export in `out` consists of; nothing if there is none."""
+    """Files of the export in `out`; empty if there is none."""
     try:
         mark = json.loads((out / MARK).read_bytes())
         ours = mark["schema"].startswith(OF_ANY_VERSION)

@@ -4,16 +4,15 @@
     doped        bool: a real image that doping added, of its own size, and not a patch
     label        int64, a ClassLabel whose names are the class ids in order
     class_name   for prompts and people
-    logits                     soft labels that keep them, fp16 [A][K]
-    probabilities, classes     top-k ones, fp16 and int16 [A][k]
-    views                      what each is of, int32 [A][3]: sample, epoch, variant
+    logits                     soft labels as logits, fp16 [A][K]
+    probabilities, classes     top-k soft labels, fp16 and int16 [A][k]
+    views                      the view of each label, int32 [A][3]: sample, epoch, variant
 
-The features are in the files' metadata, as datasets writes them itself. Row groups take about
-GROUP_BYTES of soft labels or GROUP_ROWS rows; nothing larger is in memory. Needs pyarrow, of which
-one version gives the same bytes for the same coreset.
+The features are in the files' metadata, as datasets itself writes them. Row groups take about
+GROUP_BYTES of soft labels or GROUP_ROWS rows; nothing larger is in memory. Needs pyarrow; the same
+coreset and pyarrow version give the same bytes.
 
-Legend: A answers of an image (coreset/shown.py), K classes, k kept probabilities, R answers
-of a group.
+Legend: A labels per image (coreset/shown.py), K classes, k kept probabilities, R labels per group.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ _PARTS = {"logits": "float16", "probabilities": "float16", "classes": "int16", "
 
 
 def write_parquet(coreset: Coreset, labels: SoftLabels | None, folder: Path) -> dict[str, Any]:
-    """Write `folder`/data/train-00000-of-00001.parquet; what is told of it.
+    """Write `folder`/data/train-00000-of-00001.parquet; returns its entries for export.json.
 
-    Unavailable when pyarrow is not installed.
+    Raises Unavailable when pyarrow is not installed.
     """
     pa, pq = _pyarrow()
     schema = _schema(pa, coreset, labels)
@@ -92,8 +91,8 @@ def _schema(pa: Any, coreset: Coreset, labels: SoftLabels | None) -> Any:
         fields[name] = pa.list_(pa.list_(pa.type_for_alias(kind)))
         each = {"feature": {"dtype": kind, "_type": "Value"}, "_type": "List"}
         features[name] = {"feature": each, "_type": "List"}
-    told = json.dumps({"info": {"features": features}})
-    return pa.schema(list(fields.items()), metadata={"huggingface": told})
+    info = json.dumps({"info": {"features": features}})
+    return pa.schema(list(fields.items()), metadata={"huggingface": info})
 
 
 def _columns(folder: Path, group: list[StoredImage]) -> dict[str, Any]:
@@ -115,8 +114,8 @@ def _label_columns(pa: Any, group: list[StoredImage], labels: SoftLabels) -> dic
 
 
 def _nested(pa: Any, values_Rk: np.ndarray, counts: Sequence[int]) -> Any:
-    """[R, k] as a list of rows per image, which has so many of them."""
-    answers, kept = values_Rk.shape
+    """[R, k] as a list of rows per image; `counts`: rows of each image."""
+    rows, kept = values_Rk.shape
     flat = pa.array(np.ascontiguousarray(values_Rk).reshape(-1))
-    inner = pa.ListArray.from_arrays(np.arange(answers + 1, dtype=np.int32) * kept, flat)
+    inner = pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * kept, flat)
     return pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), inner)

@@ -1,18 +1,18 @@
-"""A coreset as WebDataset shards: tar files of the samples in order, each a few entries of one key.
+"""A coreset as WebDataset shards: tar files of the samples in order, each some entries of one key.
 
-    train-000000.tar, …       at most SHARD_BYTES each, but for a single sample that is larger
+    train-000000.tar, …       at most SHARD_BYTES each, unless a single sample is larger
     <class>_<number>.png      the patch: index of the class, 5 digits, and number in it, 6 digits
     <class>_doped_<number>.png                            a real image, where doping added some
     <class>_<number>.cls      the class index
     <class>_<number>.json     {"class_id", "class_name", "doped"}
-    <class>_<number>.logits.npy                 soft labels that keep them, fp16 [A, K]
-    <class>_<number>.probabilities.npy, .classes.npy      top-k ones, fp16 and int16 [A, k]
-    <class>_<number>.views.npy      what each is of, int32 [A, 3]: sample, epoch, variant
+    <class>_<number>.logits.npy                           soft labels as logits, fp16 [A, K]
+    <class>_<number>.probabilities.npy, .classes.npy      top-k labels, fp16 and int16 [A, k]
+    <class>_<number>.views.npy      the view of each label, int32 [A, 3]: sample, epoch, variant
 
 WebDataset's own decoders read all of it; nothing in it is a pickle. Entries carry neither time nor
 owner, so equal coresets give equal bytes.
 
-Legend: A answers of an image (coreset/shown.py), K classes, k kept probabilities.
+Legend: A labels per image (coreset/shown.py), K classes, k kept probabilities.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Entries = list[tuple[str, bytes]]
 def write_shards(
     coreset: Coreset, labels: SoftLabels | None, folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> dict[str, Any]:
-    """Fill `folder` with shards of at most `shard_bytes`; what is told of them."""
+    """Fill `folder` with shards of at most `shard_bytes`; returns their entries for export.json."""
     images = stored_images(coreset, labels)
     samples, count = (_sample(coreset.folder, image, labels) for image in images), 0
     pending = next(samples, None)
@@ -54,13 +54,13 @@ def write_shards(
 def _fill(
     shard: tarfile.TarFile, pending: Entries | None, samples: Iterator[Entries], most_bytes: int
 ) -> Entries | None:
-    """Add samples while there is room, one at least; returns the first that is left, if any."""
+    """Add samples while there is room, at least one; returns the first that is left, if any."""
     while pending is not None:
         needed = sum(_BLOCK + len(data) + -len(data) % _BLOCK for _, data in pending)
         if shard.offset and shard.offset + needed > most_bytes:
             break
         for name, data in pending:
-            entry = tarfile.TarInfo(name)  # of 1970, of nobody
+            entry = tarfile.TarInfo(name)  # dated 1970, without an owner
             entry.size = len(data)
             shard.addfile(entry, io.BytesIO(data))
         pending = next(samples, None)
@@ -69,11 +69,11 @@ def _fill(
 
 def _sample(folder: Path, image: StoredImage, labels: SoftLabels | None) -> Entries:
     key = f"{image.class_index:05d}_{image.name}"
-    told = {"class_id": image.class_id, "class_name": image.class_name, "doped": image.doped}
+    fields = {"class_id": image.class_id, "class_name": image.class_name, "doped": image.doped}
     entries = [
         (f"{key}.png", (folder / image.file).read_bytes()),
         (f"{key}.cls", str(image.class_index).encode()),
-        (f"{key}.json", json.dumps(told, sort_keys=True).encode()),
+        (f"{key}.json", json.dumps(fields, sort_keys=True).encode()),
     ]
     if labels is None:
         return entries

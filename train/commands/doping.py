@@ -1,14 +1,14 @@
-"""Doping: real images that a network trained on the coreset is least sure of, added to the coreset.
+"""Doping: add to a coreset the real images that a network trained on it is least sure of.
 
-    margin = p(the teacher's class) - the largest other p,     p: the network's, as the teacher and
-                                                               it see the image in validation
-    the N lowest margins of every class are kept whole beside the patches; ties by position
+    margin = p(the teacher's class) - the largest other p,     p: the network's; it and the teacher
+                                                               see the image as in validation
+    the N images of lowest margin per class are stored whole beside the patches; ties by position
 
-A student that already knows an image learns little from it; where the margin is low, or negative,
-the coreset says too little. After DsCo (arXiv 2603.27987), where 500 real images join 100 made ones
-of a class. It applies to the coreset of every method.
+A student that already knows an image learns little from it; where the margin is low or negative,
+the coreset lacks information. After DsCo (arXiv 2603.27987), where 500 real images join 100
+generated ones per class. It applies to the coreset of every method.
 
-Legend: M training images, B of a batch, K classes, S image size in pixels.
+Legend: M training images, B per batch, K classes, S image size in pixels.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def dope(
     folder: Path,
     provenance: dict[str, Any],
 ) -> Coreset | None:
-    """Train a network on `coreset`, and write the coreset to `folder` with --dope real images more.
+    """Train a network on `coreset`, and write it to `folder` with --dope real images per class.
 
     All ranks of the run's world call it, and share the margins. Rank 0 trains alone, because the
-    network's bits name the coreset; it writes, and returns what it wrote. Raises as train_students
-    does.
+    network's bits name the coreset; it writes the coreset and returns it, other ranks return None.
+    Raises the errors of train_students.
     """
     world, config = run.world, _doping_student(plan)
     path = world.once(
@@ -85,7 +85,7 @@ def dope(
 
 
 def _doping_student(plan: Plan) -> StudentConfig:
-    """As the run's, but learning from soft labels, so that --targets dope with the same images."""
+    """The run's student with soft labels, so that both --targets dope with the same images."""
     return replace(plan.student, targets="soft", temperature=plan.recipe.student.temperature)
 
 
@@ -97,7 +97,7 @@ def _trained(
     teacher: Teacher,
     coreset: Coreset,
 ) -> str:
-    """The file of a student of the coreset, with a seed that none of those examined has."""
+    """Train one extra student; returns its weights file."""
     with open_source(plan, coreset) as source:
         (result,) = train_students(
             source,
@@ -129,13 +129,13 @@ def all_margins(
     report: Report,
     world: World = ALONE,
 ) -> np.ndarray:
-    """The margin of every image, fp32 [M], of a network in eval mode on the teacher's device.
+    """The margin of every image, fp32 [M]; `network` is in eval mode, on the teacher's device.
 
     The ranks of `world` share the images.
     """
     batch = FORWARD_BATCH[teacher.device.type]
     own = share_of(np.arange(len(images)), batch, world)
-    answers: list[tuple[int, float]] = []
+    scored: list[tuple[int, float]] = []
     stream = stream_crops(
         images,
         own,
@@ -150,10 +150,10 @@ def all_margins(
         inputs_BCHW = IMAGENET.of_uint8(crops.pixels_BPHWC[:, 0])
         classes_B = teacher.logits(inputs_BCHW).argmax(1)
         margins_B = margins_of(network(inputs_BCHW).float().softmax(1), classes_B)
-        answers += zip(crops.index_B.tolist(), margins_B.tolist(), strict=True)
-        report.progress("doping", len(answers), len(own), "images")
+        scored += zip(crops.index_B.tolist(), margins_B.tolist(), strict=True)
+        report.progress("doping", len(scored), len(own), "images")
     margins_M = np.empty(len(images), np.float32)
-    for of_rank in world.all_gather(answers):
+    for of_rank in world.all_gather(scored):
         for index, margin in of_rank:
             margins_M[index] = margin
     return margins_M
@@ -162,7 +162,7 @@ def all_margins(
 def lowest_margins(margins_M: np.ndarray, labels_M: np.ndarray, per_class: int) -> np.ndarray:
     """Positions of the `per_class` lowest margins of each class, class after class, lowest first.
 
-    Of equal margins the first counts as lower. Every class has as many images or more.
+    Among equal margins the first counts as lower. Every class has at least `per_class` images.
     """
     order_M = np.lexsort((margins_M, labels_M))
     firsts_K = np.searchsorted(labels_M[order_M], np.unique(labels_M))
@@ -194,13 +194,13 @@ def write_doped(
     device: str,
     provenance: dict[str, Any],
 ) -> Coreset:
-    """Write `coreset` again, with the real images of the lowest margins and without labels.
+    """Write `coreset` again, with the real images of lowest margin and without labels.
 
-    An epoch shows each of them `views` times. `made_with` says how the network was trained.
+    An epoch shows each of them `views` times. `made_with` describes how the network was trained.
     """
     chosen = lowest_margins(margins_M, images.labels, per_class)
     doping = {"images_per_class": per_class, "samples_per_class": per_class * views, **made_with}
-    told = [
+    added = [
         {"image": images.paths[index], "margin": round(float(margins_M[index]), 6)}
         for index in chosen.tolist()
     ]
@@ -215,6 +215,6 @@ def write_doped(
         model=manifest["model"],
         teacher=manifest["teacher"],
         doped_DHWC=read_whole(images, chosen, coreset.settings["image_size_px"], device),
-        provenance={**manifest["provenance"], **provenance, "doped": told},
-        overwrite=True,  # of what a killed run left
+        provenance={**manifest["provenance"], **provenance, "doped": added},
+        overwrite=True,  # replaces what a killed run left
     )

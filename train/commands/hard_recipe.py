@@ -1,9 +1,9 @@
-"""The recipe of students that learn the classes of a coreset, without a teacher's answers.
+"""The recipe of students that learn the classes of a coreset, without a teacher's labels.
 
-The manifest of a coreset with soft labels holds the recipe of its own students: they are trained
-as these, whatever they learn. Without labels it says how large images are and how many, and a named
-recipe says the rest, filled in as `train --targets hard` does: the same students, with the same
-options, but for --refresh, which only labels record.
+The manifest of a coreset with soft labels holds the recipe of its own students, which applies to
+hard targets too. Without labels the manifest gives the size and number of images, and a named
+recipe the rest, filled in as `train --targets hard` does: the same options give the same students,
+except for --refresh, which only labels record.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def hard_config(
     device: DeviceName,
     **changes: Any,
 ) -> StudentConfig:
-    """The recipe for hard targets with `changes`; those of None change nothing.
+    """The recipe for hard targets with `changes`; None changes nothing.
 
-    ValueError for an option that contradicts the manifest; CoresetError for one without a recipe
-    though it has labels.
+    Raises ValueError for an option that contradicts the manifest; CoresetError for a manifest with
+    labels but without a recipe.
     """
     if coreset.soft_labels() is None:
         config = _filled_in(coreset, options, report, device)
@@ -53,7 +53,7 @@ def _refuse_beside_a_recorded_recipe(coreset: Coreset, options: StudentElsewhere
         if value is not None:
             raise ValueError(
                 f"{option} {value}: the manifest of {coreset.folder} holds the recipe of its "
-                "students, which single options change: leave it out"
+                "students, and single options change it: leave it out"
             )
 
 
@@ -67,8 +67,8 @@ def _filled_in(
     ipc, rest = divmod(each, factor**2)
     if rest:
         raise ValueError(
-            f"--factor {factor}: expected one of which the square divides {each}, the images of a "
-            f"class that students of {coreset.folder} see in an epoch: give the --factor of its run"
+            f"--factor {factor}: expected one whose square divides {each}, the images of a class "
+            f"that students of {coreset.folder} see in an epoch: give the --factor of its run"
         )
     student = recipe.student_for(ipc=ipc, factor=factor, classes=classes, network=options.student)
     return replace(
@@ -81,7 +81,7 @@ def _filled_in(
 
 
 def _recipe(options: StudentElsewhere, size_px: int, report: Report) -> Recipe:
-    """Left out, the one that `train` takes at the sizes that it takes by itself."""
+    """The requested recipe. Default: the one that `train` chooses at this size."""
     if options.recipe is not None:
         return RECIPES[options.recipe]
     recipe = RECIPES["small" if size_px <= SMALL_MODEL_PX else "dace"]
@@ -90,13 +90,13 @@ def _recipe(options: StudentElsewhere, size_px: int, report: Report) -> Recipe:
 
 
 def _factor(coreset: Coreset, options: StudentElsewhere, recipe: Recipe) -> int:
-    """r: of patches the manifest tells it; whole images have none, and views of them do."""
+    """r: the manifest's for patches; for views of whole images, the option's or the recipe's."""
     settings = coreset.settings
     if "samples_per_class" in settings:
         return options.factor or recipe.factor_for(settings["image_size_px"])
     if options.factor not in (None, settings["factor"]):
         raise ValueError(
-            f"--factor {options.factor}: the patches of {coreset.folder} are of factor "
+            f"--factor {options.factor}: the patches of {coreset.folder} have factor "
             f"{settings['factor']}: leave it out"
         )
     return settings["factor"]

@@ -2,10 +2,10 @@
 
     OUT/stages/student.json, OUT/students/METHOD-seedS.safetensors, OUT/tensorboard/, OUT/log.jsonl
 
-Neither the original images nor the teacher are needed; with --data the students are measured on a
-validation split. They learn the stored labels, or with hard targets the classes, which every
-coreset has. With the same seeds, and the same engine on the same kind of device, they are the
-students of the coreset's own run: bit for bit on a CPU.
+This needs neither the original images nor the teacher; --data adds a validation split to measure
+accuracy on. Students learn the stored labels, or with hard targets the classes, which every coreset
+has. With the same seeds, and the same engine on the same kind of device, they equal the students of
+the coreset's own run: bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .checks import check_compiler, check_network
 from .hard_recipe import hard_config
 
 STAGE = "student"
-NEEDED_BYTES = 64 * 2**20  # of the run's small files; weights say their own need
+NEEDED_BYTES = 64 * 2**20  # for the run's small files; writing weights checks its own need
 
 
 def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
-    """Train the students that the command asks for; returns what is printed, plain JSON.
+    """Train the requested students; returns the printed result, plain JSON.
 
-    Raises ValueError or OSError, one clear line, for a coreset that does not say enough, labels of
-    other views, a model of other weights, or a machine that lacks what was asked for.
+    Raises ValueError or OSError, one clear line, for a manifest that lacks information, labels of
+    other views, a model with other weights, or a machine that lacks what was requested.
     """
     with Record(options.out) as report:
         _require_apart(options.coreset, options.out)
@@ -71,13 +71,13 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
 
 
 def _require_apart(coreset: Path, out: Path) -> None:
-    """--overwrite empties --out: a run's own folder is none for the students of its coreset."""
+    """Raises ValueError if --coreset lies in --out, which --overwrite would empty."""
     if coreset.expanduser().resolve().is_relative_to(out.resolve()):
         raise ValueError(f"--coreset {coreset} lies in --out {out}: choose another --out")
 
 
 def _require_own(out: Path) -> None:
-    """The students of another run have the same names: they are neither taken over nor replaced."""
+    """Raises ValueError for another run's folder, whose students have the same file names."""
     others = sorted({path.stem for path in (out / "stages").glob("*.json")} - {STAGE})
     if others:
         raise ValueError(
@@ -125,7 +125,7 @@ def _refuse_what_hard_targets_take(options: StudentElsewhere) -> None:
         value = getattr(options, name)
         if value is not None:
             raise ValueError(
-                f"--{name} {value}: the stored labels are of the manifest's recipe and views: "
+                f"--{name} {value}: the stored labels belong to the manifest's recipe and views: "
                 "leave it out, or give --targets hard"
             )
 
@@ -140,7 +140,7 @@ def _validation(options: StudentElsewhere, report: Report) -> ImageSet | None:
 def _settings(
     coreset: Coreset, options: StudentElsewhere, config: StudentConfig, val: ImageSet | None
 ) -> dict[str, Any]:
-    """All that decides the students and what is told of them."""
+    """Everything that decides the students and their reported results."""
     student = {k: v for k, v in asdict(config).items() if k not in CHANGES_NO_RESULT}
     return {
         "--coreset": coreset.content_sha256,

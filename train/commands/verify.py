@@ -1,19 +1,19 @@
-"""`train verify`: how far a coreset's stored labels are from what the teacher says here and now.
+"""`train verify`: how far a coreset's stored labels are from the teacher's output here and now.
 
-For some (sample, epoch): make the image again, and its view, ask the teacher, and compare
+For some (sample, epoch): render the image and its view again, run the teacher, and compare
 
     drift     KL(stored || now) = sum stored · (log stored - log now)      in nats, at the labels' T
-    control   the same, with `stored` of another sample of the same class: what a drift would be
-              that makes labels no better than their class
+    control   the same, with `stored` from another sample of the same class: a drift this large
+              makes labels no better than their class
 
-The teacher's answer goes through the labels' codec first, as it did then: so on the machine that
-made the labels the drift is 0, whatever the codec leaves out. Another teacher's goes through no
-codec pca, whose basis is of the first one's answers: its drift has in it what that codec lost.
+The teacher's logits pass through the labels' codec first, as they did then, so on the machine that
+made the labels the drift is 0, whatever the codec loses. Another teacher's logits skip codec pca,
+whose basis fits the first teacher: its drift includes that codec's loss.
 
-With CutMix a view needs its partner's image too. Only the images that are looked at and their
-partners are rendered; the rest of a pool is left black, and is not looked at.
+With CutMix a view needs its partner's image too. Only the compared images and their partners are
+rendered; the rest of a pool stays black and unused.
 
-Legend: P samples of a pool, S of them looked at, K classes, H W image size.
+Legend: P samples per pool, S of them compared, K classes, H W image size.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from ..students.from_manifest import (
 from ..teacher.teacher import Teacher
 
 EPOCHS_LOOKED_AT = 8
-"""Pairs are spread over so many epochs, or as few as there are: an engine renders whole batches of
-one epoch, and pairs of 256 epochs would cost 256 batches."""
+"""Number of epochs to spread pairs over, if there are as many: an engine renders whole batches of
+one epoch, and pairs from 256 epochs would cost 256 batches."""
 
 
 def verify_labels(options: TrainVerify) -> dict[str, Any]:
-    """Measure the drift with each backend; returns what is printed, plain JSON.
+    """Measure the drift with each backend; returns the printed result, plain JSON.
 
-    Raises ValueError or OSError, one clear line, for a coreset without labels or whose manifest
-    does not say what they are of, another teacher, a model of other weights, or a machine that
-    lacks what was asked for.
+    Raises ValueError or OSError, one clear line, for a coreset without labels or without a
+    description of their views, another teacher, a model with other weights, or a machine that lacks
+    what was requested.
     """
     with Record() as report:
         coreset = open_coreset(options.coreset.expanduser())
@@ -114,8 +114,8 @@ def _drift(
         total = sum(len(rows_S) for *_, rows_S in pairs)
         for pool in pairs:
             compared.append(_compare(source, stored, config, teacher, *pool))
-            looked_at = sum(len(each.kl_S) for each in compared)
-            report.progress(f"verify, {backend}", looked_at, total, "samples")
+            done = sum(len(each.kl_S) for each in compared)
+            report.progress(f"verify, {backend}", done, total, "samples")
         made_by = _made_by(source)
     alone = any(bool(each.control_S.isnan().any()) for each in compared)
     return {
@@ -131,7 +131,7 @@ def _drift(
 
 
 def _made_by(source: ImageSource) -> dict[str, Any]:
-    """What ran the model, and in which precision; None where there is no model."""
+    """Backend and precisions of the model; None where there is no model."""
     keys = ("backend", "precision", "vae_precision")
     source = own_part(source)
     if not isinstance(source, Expansions):
@@ -142,11 +142,11 @@ def _made_by(source: ImageSource) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Compared:
-    """Some samples of one epoch."""
+    """Comparison of some samples of one epoch."""
 
     kl_S: Tensor
     agrees_S: Tensor
-    """Whether the likeliest class is the same; bool."""
+    """Whether the top-1 class is the same; bool."""
     control_S: Tensor
     """NaN for a sample that is alone in its class."""
     rendered: int
@@ -178,10 +178,10 @@ def _compare(
 def chosen_pairs(
     config: StudentConfig, labels_N: Tensor, count: int, seed: int
 ) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Which pairs are looked at: a pool's samples [P], its epoch, and rows [S] of the pool.
+    """The pairs to compare: a pool's samples [P], its epoch, and rows [S] of the pool.
 
-    One pool of each of EPOCHS_LOOKED_AT epochs, or more when `count` asks for more samples than
-    these hold. Fewer pairs than `count` only when the coreset's epochs hold no more.
+    One pool from each of EPOCHS_LOOKED_AT epochs, or from more when these hold fewer than `count`
+    samples. Yields fewer pairs than `count` only when the coreset's epochs hold no more.
     """
     draw = np.random.default_rng(seed)
     each = math.ceil(count / min(EPOCHS_LOOKED_AT, config.epochs))
@@ -199,7 +199,7 @@ def chosen_pairs(
 def _views(
     source: ImageSource, config: StudentConfig, samples_P: Tensor, epoch: int, rows_S: Tensor
 ) -> tuple[Tensor, int]:
-    """Views of some rows of a pool, normalised [S, 3, H, W], and how many images that took."""
+    """Views of some rows of a pool, normalised [S, 3, H, W], and how many images were rendered."""
     needed = rows_S
     if config.cutmix:
         partners_P, _ = cutmix_of(samples_P, epoch, config)
@@ -212,16 +212,16 @@ def _views(
 
 
 def _coded(logits_SK: Tensor, stored: SoftLabels, teacher: Teacher) -> Tensor:
-    """The teacher's logits as the codec would give them back: fp32 probabilities on the CPU."""
+    """The teacher's logits as the codec would return them: fp32 probabilities on the CPU."""
     if stored.codec == "pca" and teacher.sha256 != stored.settings.get("teacher"):
         return (logits_SK.cpu().float() / stored.temperature).softmax(1)
     return stored.as_probabilities(stored.encoding.encode(logits_SK).decoded())
 
 
 def kl(p_SK: Tensor, q_SK: Tensor) -> Tensor:
-    """KL(p || q) of each row, in nats, fp64 [S]; probabilities below 1e-12 count as that.
+    """KL(p || q) of each row, in nats, fp64 [S]; probabilities are at least 1e-12.
 
-    Rows are made to sum to 1 again: fp32 ones miss it by 1e-7, and a drift can be less.
+    Rows are normalised to sum to 1 again: fp32 rows miss it by 1e-7, and a drift can be smaller.
     """
     p, q = (each.double().clamp_min(1e-12) for each in (p_SK, q_SK))
     p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
@@ -238,7 +238,7 @@ def _spread(values_S: Tensor) -> dict[str, float]:
 
 
 def _others_of_the_class(labels_N: Tensor) -> Tensor:
-    """For every sample the next of its class, the first after the last; itself when alone."""
+    """For every sample the next one of its class, cyclically; itself when alone."""
     samples_N = torch.arange(len(labels_N))
     first_N = torch.searchsorted(labels_N, labels_N)
     count_N = torch.bincount(labels_N)[labels_N]

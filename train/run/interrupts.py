@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM, kept until a training has written down where it stands.
+"""Ctrl-C and SIGTERM, deferred until a training has written its checkpoint.
 
-The first signal asks; a second one does not wait. Torch-free.
+The first signal requests a stop; a second one stops at once. Torch-free.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ...engine.console import Terminated
 
 
 class Interrupts(AbstractContextManager["Interrupts"]):
-    """While the block runs, SIGINT and SIGTERM only say that it should end.
+    """Inside the block, SIGINT and SIGTERM only request its end.
 
-    Signals come to the main thread alone: in another one nothing is changed.
+    Signals reach the main thread alone: in another one nothing changes.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._hear)
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,7 +42,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
         """Raise what the signal would have raised: KeyboardInterrupt or Terminated."""
         raise KeyboardInterrupt if self._signal == signal.SIGINT else Terminated
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
             self.stop()
         self._signal = number

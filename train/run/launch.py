@@ -1,6 +1,6 @@
-"""What torchrun says of this process, and who speaks for all: from the environment, torch-free.
+"""torchrun's environment variables for this process, and which rank prints. Torch-free.
 
-Without torchrun there is one process, and it speaks.
+Without torchrun there is one process, and it prints.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class Launch:
     size: int = 1
     """Processes in all, on all machines."""
     local_rank: int = 0
-    """Among the processes of this machine; the number of its GPU."""
+    """Rank among the processes of this machine; the index of its GPU."""
     local_size: int = 1
-    """Processes of this machine."""
+    """Processes on this machine."""
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0, which alone writes and speaks."""
+        """Whether this is rank 0, which alone writes and prints."""
         return self.rank == 0
 
     def require_alone(self, command: str) -> None:
-        """ValueError for a command that has nothing to share."""
+        """Raises ValueError if torchrun started several processes for a command that takes one."""
         if self.size > 1:
             raise ValueError(
                 f"{command} runs in one process, and torchrun started {self.size}: "
@@ -39,7 +39,7 @@ class Launch:
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:
-        """What ranks other than 0 print is dropped meanwhile, on stdout and stderr."""
+        """Drop stdout and stderr of all ranks except 0 inside the block."""
         if self.leads:
             yield
             return
@@ -48,7 +48,7 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """The launch that torchrun's variables describe."""
+    """Read the launch from torchrun's environment variables."""
     names = {
         "rank": "RANK",
         "size": "WORLD_SIZE",

@@ -1,7 +1,7 @@
-"""What a run says while it works: progress on stderr, scalars for TensorBoard, lines of JSON.
+"""Reports of a running command: progress on stderr, scalars for TensorBoard, lines of JSON.
 
-Standard output is left to the one JSON object that ends every command. On a terminal progress is a
-bar with rate and time left; in a log it is a line every few seconds. Torch-free.
+Standard output is reserved for the one JSON object that ends every command. On a terminal progress
+is a bar with rate and time left; in a log it is a line every few seconds. Torch-free.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINE_EVERY_S = 10.0  # between two lines of progress in a log
 
 
 class Report(Protocol):
-    """Where trainings and renderings tell how far they are."""
+    """Where trainings and renderings report their progress."""
 
     def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
         """`done` of `total` units ("epochs", "images") of `what` are finished; call it often."""
@@ -35,12 +35,12 @@ class Report(Protocol):
         ...
 
     def say(self, line: str) -> None:
-        """One line for people: a choice that was made, a warning."""
+        """One line for the user: a choice that was made, a warning."""
         ...
 
 
 class Silence(AbstractContextManager["Silence"]):
-    """The Report of a process that another one speaks for."""
+    """The Report of a process that prints nothing, because another one reports."""
 
     def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
         pass
@@ -58,7 +58,7 @@ class Silence(AbstractContextManager["Silence"]):
 class Record(AbstractContextManager["Record"]):
     """The Report of a command: stderr and, when given a folder, FOLDER/tensorboard and log.jsonl.
 
-    The log has a line per thing said and per scalar: {"time": seconds since 1970, "said": …} or
+    The log has one line per message and per scalar: {"time": seconds since 1970, "said": …} or
     {"time": …, "tag": …, "step": …, "value": …}.
     """
 
@@ -89,7 +89,7 @@ class Record(AbstractContextManager["Record"]):
             del self._began[what]
 
     def _pace(self, what: str, done: float, total: float, unit: str, now: float) -> str:
-        """Rate since this session began with it, and the time left at that rate."""
+        """Rate in this session, and the time left at that rate."""
         began, before = self._began[what]
         seconds, made = now - began, done - before
         if seconds <= 0 or made <= 0:
@@ -130,7 +130,7 @@ class Record(AbstractContextManager["Record"]):
         return self._writer
 
     def open_log(self) -> None:
-        """Write to the log from now on, first what was said so far: when the folder is ours."""
+        """Write to the log from now on, earlier lines first. Call it once the folder is ours."""
         self._log_is_open = True
         self._write_lines()
 
@@ -139,7 +139,7 @@ class Record(AbstractContextManager["Record"]):
         self._write_lines()
 
     def _write_lines(self) -> None:
-        """To the log; a full disk costs the log and nothing else."""
+        """Append to the log; a full disk costs log lines and nothing else."""
         if self._folder is not None and self._log_is_open:
             with suppress(OSError), (self._folder / LOG).open("a") as log:
                 log.write(self._unwritten)

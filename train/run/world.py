@@ -1,11 +1,11 @@
 """The world: the processes that torchrun started for one command, one per device.
 
-Two groups of processes: one for tensors (nccl on GPUs, gloo on CPUs), and one of gloo for plain
-values and for waiting, where nothing times out: rank 0 may train a teacher for hours. Without
-torchrun there is one process and no group at all.
+There are two process groups: one for tensors (nccl on GPUs, gloo on CPUs), and a gloo group for
+plain values and for waiting, which never times out: rank 0 may train a teacher for hours. Without
+torchrun there is one process and no group.
 
-A failure is told once, by the rank that has it. The others meet a closed connection, or SIGTERM
-from torchrun, and end without a word.
+A failure is reported once, by the rank that has it. The others see a closed connection, or SIGTERM
+from torchrun, and exit silently.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ Value = TypeVar("Value")
 
 WITHOUT_LIMIT = timedelta(days=3650)
 STARTED_WITHIN = timedelta(minutes=10)  # from the first process to the last
-TOLD_WITHIN = timedelta(seconds=10)  # how long the others let the one that failed say so
-FAILED, TOLD = "patchbloom/failed", "patchbloom/told"
+REPORTED_WITHIN = timedelta(seconds=10)  # how long the other ranks wait for the error message
+FAILED, REPORTED = "patchbloom/failed", "patchbloom/told"
 
 
 class OtherRankError(OSError):
-    """A process of the world is gone, and the work cannot go on without it."""
+    """A process of the world is gone, and the work cannot continue without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Peers (engine/peers.py), and what a command needs beside: one leads, the others follow.
+    """Peers (engine/peers.py), and what else a command needs: one rank leads, the others follow.
 
-    Every method is called by all ranks, in the same order. OtherRankError: one of them is gone.
+    All ranks call every method, in the same order. Raises OtherRankError when one of them is gone.
     """
 
     launch: Launch
     device: torch.device
-    """This process's own, with its number: a thread that is started later has another default."""
+    """This process's device, with its index: a thread that starts later has another default."""
     values: dist.ProcessGroup | None = None
     """The group for plain values; None in a world of one."""
     tensors: dist.ProcessGroup | None = None
@@ -67,25 +67,25 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0, which alone writes and speaks."""
+        """Whether this is rank 0, which alone writes and prints."""
         return self.launch.leads
 
     @property
     def producing(self) -> World:
-        """For the thread that works beside the main one: calls of two threads mix in one group."""
+        """For the thread beside the main one: in one group the calls of two threads would mix."""
         return self.beside or self
 
     @property
     def threads(self) -> int:
-        """CPU cores for this process, 1 or more: those that it may use, shared on one machine."""
+        """CPU cores for this process, 1 or more: its share of those usable on this machine."""
         return max(1, len(os.sched_getaffinity(0)) // self.launch.local_size)
 
     def barrier(self) -> None:
-        """Wait until all ranks are here, without a limit."""
+        """Wait until all ranks are here, without a timeout."""
         self.any(False)
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether `flag` is true on any rank."""
         if self.size == 1:
             return flag
         flag_1 = torch.tensor([flag], dtype=torch.int32)
@@ -103,13 +103,13 @@ class World:
         return values[0]
 
     def once(self, work: Callable[[], Value]) -> Value:
-        """Rank 0 does the work, the others wait; all get its answer, plain JSON."""
+        """Rank 0 does the work, the others wait; all return its result, plain JSON."""
         return self.same(work() if self.leads else None)  # pyright: ignore[reportReturnType]
 
     def in_turn(self, work: Callable[[], Value]) -> Value:
-        """All do the work: rank 0 first, then one rank of every other machine, then the rest.
+        """All do the work: rank 0 first, then one rank on every other machine, then the rest.
 
-        What it downloads or builds is so made once on every disk, and found by the others.
+        Downloads and builds thus happen once per disk, and the other ranks find them.
         """
         own_turn = 0 if self.leads else 1 if self.launch.local_rank == 0 else 2
         done: list[Value] = []
@@ -129,9 +129,9 @@ class World:
         return values
 
     def all_gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, rank after rank, on the device that they lie on.
+        """The rows of all ranks, rank after rank, on their own device.
 
-        Their number may differ; a rank without any gives an empty tensor of any shape and type.
+        Their number may differ; a rank without rows passes an empty tensor of any shape and type.
         """
         if self.size == 1:
             return rows
@@ -147,7 +147,7 @@ class World:
             return _gather_bytes(rows, described, group)
 
     def send(self, tensors: Iterable[Tensor]) -> None:
-        """Rank 0's content in the tensors of all ranks; they lie on the world's device."""
+        """Copy rank 0's content into the tensors of all ranks; they lie on the world's device."""
         if self.size == 1:
             return
         with _loss_explained():
@@ -159,7 +159,7 @@ ALONE = World(launch=Launch(), device=torch.device("cpu"))
 
 
 class _Rows(NamedTuple):
-    """What a rank brings."""
+    """Description of one rank's rows."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -170,7 +170,7 @@ class _Rows(NamedTuple):
 
 
 def _gather_bytes(rows: Tensor, of_ranks: list[_Rows], group: dist.ProcessGroup | None) -> Tensor:
-    """As bytes, of any type, padded to the longest: what both gloo and nccl can do."""
+    """Gather rows of any type as bytes, padded to the longest: gloo and nccl both can."""
     kind = max(of_ranks, key=_Rows.bytes)
     through = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     own = rows.to(through).contiguous().reshape(-1).view(torch.uint8)
@@ -185,10 +185,10 @@ def _gather_bytes(rows: Tensor, of_ranks: list[_Rows], group: dist.ProcessGroup 
 
 @contextmanager
 def open_world(device: DeviceName) -> Iterator[World]:
-    """The world of this command; its groups are gone when the block ends, well or not.
+    """The world of this command; its groups are destroyed when the block ends, even by an error.
 
-    ValueError: more processes than GPUs. Of several ranks that fail, the first keeps its error; the
-    others get OtherRankError, which `tell_once` does not tell.
+    Raises ValueError for more processes than GPUs. When several ranks fail, the first keeps its
+    error; the others get OtherRankError, which `tell_once` does not print.
     """
     launch = read_launch()
     if launch.size == 1:
@@ -197,7 +197,7 @@ def open_world(device: DeviceName) -> Iterator[World]:
     try:
         world = _joined(launch, own_device(launch, device))
         yield world
-        world.barrier()  # a rank that left sooner would close connections that others still read
+        world.barrier()  # a rank that left early would close connections that others still read
     except BaseException as error:
         if not _fails_first() and isinstance(error, Exception):
             raise OtherRankError("another process of this run failed first") from error
@@ -216,8 +216,8 @@ def _joined(launch: Launch, device: torch.device) -> World:
         world_size=launch.size,
         device_id=device if on_gpu else None,
     )
-    # Two nccl communicators at work in two threads may wait for each other for ever: beside the
-    # students' gradients, pictures are exchanged by gloo, through the host's memory.
+    # Two nccl communicators in two threads may deadlock: beside the students' gradients, images are
+    # exchanged by gloo, through host memory.
     by_host = _new_group(backend="gloo", timeout=WITHOUT_LIMIT)
     beside = World(launch=launch, device=device, values=by_host)
     values = _new_group(backend="gloo", timeout=WITHOUT_LIMIT)
@@ -226,12 +226,12 @@ def _joined(launch: Launch, device: torch.device) -> World:
 
 
 def _new_group(**options: Any) -> dist.ProcessGroup:
-    """Of all ranks: never the mark of a process that is in none."""
+    """New group of all ranks (never the non-member sentinel)."""
     return cast(dist.ProcessGroup, dist.new_group(**options))
 
 
 def own_device(launch: Launch, device: DeviceName) -> torch.device:
-    """The CPU, or this process's GPU, which becomes the current one. ValueError: it has none."""
+    """The CPU, or this process's GPU, made the current one. Raises ValueError if it has none."""
     if resolve_device(device) == "cpu":
         return torch.device("cpu")
     found = torch.cuda.device_count()
@@ -246,9 +246,9 @@ def own_device(launch: Launch, device: DeviceName) -> torch.device:
 
 @cache
 def _store() -> dist.Store:
-    """Where the ranks find each other: torchrun's own, or rank 0's.
+    """The store where the ranks find each other: torchrun's own, or rank 0's.
 
-    torchrun keeps its store, with the addresses of dead processes in it, when it starts them again.
+    torchrun keeps its store across restarts, with the addresses of dead processes in it.
     """
     store, _, _ = next(iter(dist.rendezvous("env://", timeout=STARTED_WITHIN)))
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -256,7 +256,7 @@ def _store() -> dist.Store:
 
 @cache
 def _fails_first() -> bool:
-    """Whether this process is the first of the world that failed, and so the one that tells."""
+    """Whether this process failed first in its world, and so reports the error."""
     try:
         return _store().add(FAILED, 1) == 1
     except (RuntimeError, ValueError):  # the store ended with torchrun, or there was none
@@ -265,22 +265,22 @@ def _fails_first() -> bool:
 
 def tell_once(line: str) -> None:
     """Print an error on stderr, unless another process of this world has failed before."""
-    with suppress(RuntimeError, ValueError):  # of a store that is not there
+    with suppress(RuntimeError, ValueError):  # there may be no store
         if _fails_first():
             print(line, file=sys.__stderr__, flush=True)
-            _store().set(TOLD, "")
+            _store().set(REPORTED, "")
         else:  # torchrun ends all processes as soon as one of them has ended
-            _store().wait([TOLD], TOLD_WITHIN)
+            _store().wait([REPORTED], REPORTED_WITHIN)
 
 
 @contextmanager
 def _loss_explained() -> Iterator[None]:
-    """What gloo and nccl say of a closed connection, as one line."""
+    """Turn an error of gloo or nccl about a closed connection into one line."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0].partition("] ")[2] or str(error)
         raise OtherRankError(
-            f"a process of this run ended, or cannot be reached ({reason}): see what it or "
-            "torchrun says; what is done is kept, go on with --resume"
+            f"a process of this run ended, or cannot be reached ({reason}): see its output or "
+            "torchrun's; finished work is kept, continue with --resume"
         ) from error

@@ -1,6 +1,6 @@
-"""The pools that ExpandedLoader hands out batch by batch: views, labels, and the order of both.
+"""The pools that ExpandedLoader hands out batch by batch: views, labels, and their order.
 
-Legend: P samples of a pool, B of a batch, K classes, H W image size.
+Legend: P samples per pool, B per batch, K classes, H W image size.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class LabelledPool:
     """int64: the order in which the pool is handed out."""
 
     def batch(self, rows_B: Tensor) -> tuple[Tensor, ...]:
-        """Copies of some rows: the next pool takes this one's place."""
-        # Gathered as NHWC: indexing the first of four dimensions would give up channels_last.
+        """Copies of some rows: the next pool replaces this one."""
+        # Gathered as NHWC: indexing the first of four dimensions would lose channels_last.
         views_BCHW = self.views_PCHW.permute(0, 2, 3, 1)[rows_B].permute(0, 3, 1, 2)
         return views_BCHW, self.labels_PK[rows_B], self.classes_P[rows_B]
 
 
 @dataclass(frozen=True)
 class PoolSource:
-    """What fills a pool."""
+    """Everything that fills a pool."""
 
     source: ImageSource
     config: StudentConfig
@@ -85,10 +85,10 @@ def open_pools(
     teacher: Teacher | str | None,
     opened: ExitStack,
 ) -> PoolSource:
-    """What fills a coreset's pools; `opened` frees the model.
+    """The source of a coreset's pools; closing `opened` frees the model.
 
-    Raises what recorded.open_recorded_source and fitting_labels do, CoresetError for logits of
-    top-k labels, and load_teacher's errors for a teacher given by name.
+    Raises the errors of from_manifest.open_recorded_source and fitting_labels, CoresetError for
+    logits of top-k labels, and load_teacher's errors for a teacher given by name.
     """
     source = opened.enter_context(open_recorded_source(coreset, options, options.backend, config))
     device = torch.device(resolve_device(options.device))

@@ -1,15 +1,15 @@
-"""All students of a method in lockstep: pools from the ring, checkpoints, and what is told.
+"""All students of a method in lockstep: pools from the ring, checkpoints, and the log.
 
     producer:   for every pool: render → views → labels → a slot of the ring
     consumer:   for every filled slot, for each student: its own order of the pool, batches,
                 AdamW steps on KL(labels || softmax(student / T)), batchmean, no T²
 
-Rendering is the expensive half; every student draws on the same rendering, and learns from one pool
-while the next is rendered (ring.py). On a GPU students take turns; on the CPU each computes in
-one thread, as many at a time as there are cores. So a student's bits depend neither on the number
-of cores, nor on the seeds that are trained beside it, nor on the overlap.
+Rendering is the expensive half; all students share it, and learn from one pool while the next is
+rendered (ring.py). On a GPU students take turns; on the CPU each computes in one thread, as many at
+a time as there are cores. A student's bits therefore depend neither on the number of cores, nor on
+the seeds trained beside it, nor on the overlap.
 
-A checkpoint says how far each student is, to the batch, and SIGINT and SIGTERM write one at once.
+A checkpoint stores each student's progress, to the batch; SIGINT and SIGTERM write one at once.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from .slots import Pool, PoolSlot, fill_slot, pools_from
 from .student import Student
 
 CHECKPOINT_S = 600.0
-"""Between two checkpoints at most, to the pool: ten epochs of a thousand classes at ipc 50 take a
-day."""
+"""Longest time between two checkpoints, to the pool: ten epochs of a thousand classes at ipc 50
+take a day."""
 SLOTS = {"cpu": 4, "cuda": 2}
-"""Pools that are rendered at most before the students have learned from them. On a CPU three
-students on two cores then have twelve calls to share, not three, of which the last would leave a
-core idle; on a GPU one is filled while the other is used."""
+"""Most pools rendered before the students have learned from them. On a CPU three students on two
+cores then share twelve calls instead of three, whose last would leave a core idle; on a GPU one
+slot is filled while the other is used."""
 
 
 class Lockstep:
-    """All students of one method, and how far they are."""
+    """All students of one method, and their progress."""
 
     def __init__(
         self,
@@ -74,8 +74,8 @@ class Lockstep:
     def run(self, name: str) -> None:
         """Train from where the students are to the last epoch, writing checkpoints.
 
-        Raises KeyboardInterrupt or Terminated after a signal, with the checkpoint written: within a
-        batch, but in a world of several ranks not while a pool is waited for.
+        Raises KeyboardInterrupt or Terminated after a signal, once the checkpoint is written:
+        within a batch, though with several ranks not while they wait for a pool.
         """
         pace = _Pace(self.source.samples)
         with (
@@ -85,14 +85,14 @@ class Lockstep:
             ring.consuming(),
         ):
             stopping = _Agreement(interrupts, self.world)
-            # Ranks take one pool or several, as they come: what they agree on, they ask per pool.
+            # Ranks may take different numbers of pools at a time, so they agree once per pool.
             while not stopping.agreed and (taken := ring.take()):
-                # Students in threads share several pools better; ranks meet at every one.
+                # Threads balance better over several pools; ranks synchronise at every one.
                 for together in [taken] if workers is not None else [[each] for each in taken]:
                     self._learn(together, workers, stopping)
                     if stopping():
                         break
-                    self._tell(together, name, pace, ring)
+                    self._log(together, name, pace, ring)
                     if self.world.any(self._is_due()):
                         self._save()
             if stopping():
@@ -111,14 +111,14 @@ class Lockstep:
             pools_from(config, source.labels_N, min(student.pool for student in self.students)),
             device=self.device,
             overlap=config.overlap,
-            # A rank that stopped waiting by itself would part from the others.
+            # A rank that stopped waiting by itself would diverge from the others.
             interrupted=interrupts if self.world.size == 1 else lambda: False,
             alone=self.world.size == 1,
         )
 
     @contextmanager
     def _workers(self) -> Iterator[ThreadPoolExecutor | None]:
-        """Threads in which students compute at a time; None: they take turns in the caller's."""
+        """Threads for the students; None: they take turns in the caller's."""
         if self.device.type != "cpu" or self.world.size > 1:
             yield None
             return
@@ -132,9 +132,9 @@ class Lockstep:
         workers: ThreadPoolExecutor | None,
         stopping: Callable[[], bool],
     ) -> None:
-        """Every student learns from these pools, in order; ends with the last of them.
+        """Train every student on these pools, in order; returns when all have learned them.
 
-        Calls start first in, first out, and a student's call waits for its call before.
+        Calls start first in, first out, and a student's call waits for its previous one.
         """
         calls: list[Future[None]] = []
         before: Sequence[Future[None] | None] = [None] * len(self.students)
@@ -160,14 +160,14 @@ class Lockstep:
         """The epoch that all students have reached."""
         return min(len(student.losses) for student in self.students)
 
-    def _tell(
+    def _log(
         self,
         learned: Sequence[tuple[Pool, PoolSlot]],
         name: str,
         pace: _Pace,
         ring: Ring[PoolSlot, Pool],
     ) -> None:
-        """Report how far they are, and the epochs that ended with these pools."""
+        """Report the progress, and the epochs that ended with these pools."""
         last, _ = learned[-1]
         if not last.ends_epoch:
             each = -(-self.source.samples // pool_size(self.config))
@@ -176,16 +176,16 @@ class Lockstep:
         ended = [pool.epoch for pool, _ in learned if pool.ends_epoch]
         if not ended:
             return
-        told = pace.of(len(ended), ring.waited_s())
+        rates = pace.of(len(ended), ring.waited_s())
         self.images_per_s = pace.images_per_s()
         for epoch in ended:
             losses = [student.losses[epoch] for student in self.students]
             loss = sum(losses) / len(losses)
             self._require_finite(loss, epoch)
-            for tag, value in {"loss": loss, **told}.items():
+            for tag, value in {"loss": loss, **rates}.items():
                 self.report.scalar(f"{name}/{tag}", epoch, value)
-            note = f"loss {loss:.3g}, {told['images_per_s']:.3g} images/s"
-            note += f", waited {told['waited_s']:.2g} s"
+            note = f"loss {loss:.3g}, {rates['images_per_s']:.3g} images/s"
+            note += f", waited {rates['waited_s']:.2g} s"
             self.report.progress(name, epoch + 1, self.config.epochs, "epochs", note)
 
     def _require_finite(self, loss: float, epoch: int) -> None:
@@ -207,14 +207,14 @@ class Lockstep:
         for student in self.students:
             own, reached[str(student.seed)] = student.state()
             tensors |= own
-            # A checkpoint of NaN would push out one that is good.
+            # A checkpoint with NaN would replace a good one.
             self._require_finite(float(own[f"{student.seed}.loss"]), len(student.losses))
         if self.world.leads:
             self.checkpoints.write(tensors, {"config": self.identity, "students": reached})
         self._saved = (self._epoch(), time.monotonic())
 
     def _restore(self) -> None:
-        """Rank 0 chooses the checkpoint, and all read it."""
+        """Restore the checkpoint that rank 0 chooses, on all ranks."""
         found = self.checkpoints.newest(self.report.say) if self.world.leads else None
         chosen = self.world.same(None if found is None else found.name)
         if chosen is None:
@@ -222,43 +222,43 @@ class Lockstep:
         path = self.checkpoints.folder / chosen
         tensors, metadata = read_tensors(path)
         if "config" not in metadata:
-            raise CheckpointError(f"{path} is no checkpoint of ours: remove it")
+            raise CheckpointError(f"{path} is not a patchbloom checkpoint: remove it")
         require_same(path, metadata["config"], self.identity)
         for student in self.students:
             student.restore(tensors, metadata["students"][str(student.seed)])
 
 
 class _Agreement:
-    """Whether to stop: once a signal has come to any rank, and all of them have said so."""
+    """Whether to stop: true on all ranks once any rank has received a signal."""
 
     def __init__(self, interrupts: Interrupts, world: World) -> None:
         self._interrupts, self._world, self.agreed = interrupts, world, False
 
     def __call__(self) -> bool:
-        """Asked by all ranks at the same places, until the answer is yes."""
+        """Called by all ranks at the same places, until it returns true."""
         self.agreed = self.agreed or self._world.any(self._interrupts())
         return self.agreed
 
 
 class _Pace:
-    """Seconds, images per second and waiting per epoch."""
+    """Seconds, images per second and waiting time per epoch."""
 
     def __init__(self, samples: int) -> None:
         self._samples, self._began, self._waited_s = samples, time.monotonic(), 0.0
         self._epochs, self._seconds = 0, 0.0
 
     def of(self, epochs: int, waited_s: float) -> dict[str, float]:
-        """The mean of the epochs that end now; `waited_s` since the training began."""
+        """Mean over the epochs that end now; `waited_s` counts from the start of training."""
         now = time.monotonic()
         seconds = max(now - self._began, 1e-9) / epochs
-        told = {
+        rates = {
             "seconds": seconds,
             "images_per_s": self._samples / seconds,
             "waited_s": (waited_s - self._waited_s) / epochs,
         }
         self._began, self._waited_s = now, waited_s
         self._epochs, self._seconds = self._epochs + epochs, self._seconds + seconds * epochs
-        return told
+        return rates
 
     def images_per_s(self) -> float:
         """The mean of all epochs so far."""

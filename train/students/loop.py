@@ -1,4 +1,4 @@
-"""Train students on rendered images: one per seed, all from the same pools, and examine them."""
+"""Train students on rendered images, one per seed, all from the same pools, and evaluate them."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def train_students(
 ) -> list[StudentResult]:
     """Train one student per seed; `folder` gets NAME-seedS.safetensors for each.
 
-    While it runs there are checkpoints beside them, from which a killed training goes on with the
-    same result (bitwise on the CPU). Without `val_set` nobody is examined. Raises CheckpointError
-    when a checkpoint was begun with another config, ValueError for a loss that is not finite, a
-    batch that does not fit into memory, or a validation set of other classes. The ranks of `world`
-    all call this, with the same `folder`, in which rank 0 writes.
+    Checkpoints lie beside them meanwhile: a killed training resumes with the same result (bitwise
+    on the CPU). Without `val_set` no accuracy is measured. Raises CheckpointError for a checkpoint
+    of another config, ValueError for a loss that is not finite, a batch that does not fit into
+    memory, or a validation set with other classes. All ranks of `world` call this with the same
+    `folder`; only rank 0 writes to it.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: expected one or more different seeds, got {list(seeds)}")
@@ -80,7 +80,7 @@ def train_students(
     networks = [student.network for student in training.students]
     scores: list[float] | list[None] = [None] * len(networks)
     if val_set is not None:
-        for network in networks:  # of a BatchNorm every rank has its own: rank 0's is kept
+        for network in networks:  # every rank has its own BatchNorm buffers: keep rank 0's
             world.send(network.buffers())
         scores = accuracies(
             networks,
@@ -109,13 +109,13 @@ def train_students(
 def _finished(
     paths: Sequence[Path], identity: dict[str, Any], world: World, rate: float | None
 ) -> list[StudentResult]:
-    """The results in students' files; CheckpointError for one trained with another config."""
+    """Results from the students' files; raises CheckpointError for one of another config."""
 
     def read() -> list[dict[str, Any]]:
-        told = [read_metadata(path) for path in paths]
-        for path, metadata in zip(paths, told, strict=True):
+        found = [read_metadata(path) for path in paths]
+        for path, metadata in zip(paths, found, strict=True):
             require_same(path, metadata.get("config", {}), identity)
-        return told
+        return found
 
     return [
         StudentResult(metadata["seed"], metadata["accuracy"], tuple(metadata["losses"]), path, rate)
@@ -126,7 +126,7 @@ def _finished(
 def _identity(
     source: ImageSource, labels: Labels, config: StudentConfig, seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """All that decides the students, but the pixels."""
+    """Everything that decides the students, except the pixels."""
     unimportant = ("device", *CHANGES_NO_RESULT)
     settings = {key: value for key, value in asdict(config).items() if key not in unimportant}
     return {

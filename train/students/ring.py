@@ -3,17 +3,16 @@
     producer   thread, its own CUDA stream    wait(drained) → fill → record(filled)
     consumer   caller, a stream that the GPU prefers    wait(filled) → use → record(drained)
 
-Slots are the caller's, who allocates them once (the idea is FFCV's). Streams meet in events: on a
-GPU no host waits for the other side's kernels, and the producer for its own only where it looks at
-an answer (the NaN gate, labels that are kept). On a CPU the same threads meet in a condition alone.
-The producer is ahead
-by as many slots as there are and no more. The order of items is that of the iterable, whatever the
-timing, and both sides compute with the caller's number of threads: so overlapped or not, the
-results have the same bits. Without overlap the consumer fills all slots itself, then drains them:
-the baseline.
+The caller allocates the slots once (as in FFCV). Streams synchronise through events: on a GPU no
+host waits for the other side's kernels, and the producer waits for its own only where it reads a
+result (the NaN gate, labels to store). On a CPU the two threads synchronise through a condition
+alone. The producer is at most as many items ahead as there are slots. Items keep the iterable's
+order, whatever the timing, and both sides compute with the caller's number of threads, so results
+have the same bits with or without overlap. Without overlap the consumer fills all slots itself,
+then drains them: the baseline.
 
-On a GPU the producer's kernels are large and many, the consumer's short: with the higher priority
-these run as soon as they come, and expansion takes what is left.
+On a GPU the producer's kernels are large and many, the consumer's short: with higher priority the
+consumer's run as soon as they are queued, and expansion takes the rest.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ import torch
 
 Slot = TypeVar("Slot")
 Item = TypeVar("Item")
-LOOK_UP_S = 0.05  # how often a waiting consumer asks whether it was interrupted
+LOOK_UP_S = 0.05  # how often a waiting consumer checks for an interrupt
 CONSUMER_PRIORITY = -1  # CUDA: lower is sooner
 
 
 @dataclass
 class _Place(Generic[Slot]):
-    """A slot and the events of its last use; events are None without streams of their own."""
+    """A slot and the events of its last use; events are None without separate streams."""
 
     slot: Slot
     filled: torch.cuda.Event | None = field(default=None)
@@ -46,10 +45,10 @@ class _Place(Generic[Slot]):
 class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
     """Calls ``fill(slot, item)`` for every item, at most ``len(slots)`` ahead of the consumer.
 
-    ``take`` hands out what is filled; what it handed out before is free again. An error of the
-    producer is raised there, with its own traceback, after everything filled before it was handed
-    out. Leaving the block ends the thread: it finishes the slot that it is filling, no other. With
-    `alone` false that slot may wait for other processes, and after an error nobody waits for it.
+    ``take`` hands out filled slots, and frees those it handed out before. It raises the producer's
+    error, with its own traceback, after handing out everything filled earlier. Leaving the block
+    ends the thread, which finishes the slot in progress and no other. With `alone` false that slot
+    may wait for other processes, so after an error nobody waits for it.
     """
 
     def __init__(
@@ -87,16 +86,16 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
         self._thread: Thread | None = None
         if overlap:
             threads = torch.get_num_threads()
-            # A daemon: nobody may be left to close the ring when the interpreter waits for threads.
+            # A daemon: at interpreter shutdown nobody may be left to close the ring.
             self._thread = Thread(
                 target=self._produce, args=(threads,), name="producer", daemon=True
             )
             self._thread.start()
 
     def take(self) -> list[tuple[Item, Slot]]:
-        """The filled slots in order, with what they hold: one or more, or none at the end.
+        """The filled slots in order, with their items: one or more, or none at the end.
 
-        Also none when ``interrupted`` says so. What was taken before goes back to the producer.
+        Also none when ``interrupted`` returns true. Slots taken before go back to the producer.
         """
         self._release()
         if self._thread is None:
@@ -117,7 +116,7 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
 
     @contextmanager
     def consuming(self) -> Iterator[None]:
-        """Where the consumer works: its stream on a GPU, whose work the caller's stream awaits."""
+        """Run the consumer on its own stream on a GPU; the caller's stream then waits for it."""
         if self._streams is None:
             yield
             return
@@ -129,11 +128,11 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
             callers.wait_stream(self._streams[1])
 
     def waited_s(self) -> float:
-        """Seconds for which the consumer had nothing to do; on a GPU its stream, not its host."""
+        """Seconds for which the consumer was idle; on a GPU its stream, not its host."""
         if self._streams is None:
             return self._waited_s
         self._streams[1].synchronize()
-        self._stalled_s += sum(asked.elapsed_time(given) for asked, given in self._waits) / 1e3
+        self._stalled_s += sum(began.elapsed_time(ended) for began, ended in self._waits) / 1e3
         self._waits.clear()
         return self._stalled_s
 
@@ -157,7 +156,7 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
             self._changed.notify_all()
 
     def _release(self) -> None:
-        """Give back what the consumer had."""
+        """Return the consumer's slots to the producer."""
         for place in self._taken:
             if place.drained is not None:
                 place.drained.record()
@@ -167,7 +166,7 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
         self._taken = []
 
     def _fill_here(self) -> list[tuple[Item, Slot]]:
-        """Without overlap: as many slots as there are."""
+        """Without overlap: fill all free slots."""
         began = time.perf_counter()
         taken: list[tuple[Item, Slot]] = []
         try:
@@ -186,17 +185,17 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
         return taken
 
     def _wait_until_filled(self, place: _Place[Slot]) -> None:
-        """Let the consumer's stream wait, and time that."""
+        """Let the consumer's stream wait, and time it."""
         if place.filled is None:
             return
-        asked, given = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        asked.record()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
         torch.cuda.current_stream().wait_event(place.filled)
-        given.record()
-        self._waits.append((asked, given))
+        ended.record()
+        self._waits.append((began, ended))
 
     def _produce(self, threads: int) -> None:
-        torch.set_num_threads(threads)  # a thread that starts has those that were set last, by any
+        torch.set_num_threads(threads)  # a new thread has the number that any thread set last
         try:
             with nullcontext() if self._streams is None else torch.cuda.stream(self._streams[0]):
                 while (place := self._next_free()) is not None:

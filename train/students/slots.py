@@ -1,8 +1,8 @@
-"""Pools on their way to the students: which come when, and the slots that hold their views.
+"""Pools on their way to the students: their order, and the slots that hold their views.
 
     source → images → views → labels          one pool, the same for every student
 
-Legend: N samples of an epoch, P samples of a pool, H W image size.
+Legend: N samples per epoch, P per pool, H W image size.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..methods.source import ImageSource
 
 @dataclass(frozen=True)
 class Pool:
-    """Which samples are learned from together."""
+    """Samples that students learn from together."""
 
     index: int
-    """Pools before it, from the first of epoch 0 on."""
+    """Number of the pool, counted from the first of epoch 0."""
     epoch: int
     ends_epoch: bool
     samples_P: Tensor
@@ -43,7 +43,7 @@ def pools_from(config: StudentConfig, labels_N: Tensor, first: int) -> Iterator[
 
 
 class PoolSlot:
-    """Room for the views and labels of a pool, allocated once: the labels' at their first use."""
+    """Buffers for a pool's views and labels, allocated once; those for labels at first use."""
 
     def __init__(self, config: StudentConfig, samples: int, device: torch.device) -> None:
         self._capacity = min(pool_size(config), samples)
@@ -86,7 +86,7 @@ class PoolSlot:
 def fill_slot(
     slot: PoolSlot, pool: Pool, source: ImageSource, labels: Labels, config: StudentConfig
 ) -> None:
-    """Render a pool, make its views, and have them labelled."""
+    """Render a pool, make its views, and label them."""
     images_PCHW = source.render(pool.samples_P, pool.epoch)
     views_PCHW = make_views(images_PCHW, pool.samples_P, pool.epoch, config)
     slot.store(views_PCHW, labels.targets(pool.samples_P, pool.epoch, views_PCHW))

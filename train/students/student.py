@@ -1,6 +1,6 @@
 """One student: a network, its optimiser, its own order, and one step.
 
-Legend: P samples of a pool, B of a batch, K classes, H W image size.
+Legend: P samples per pool, B per batch, K classes, H W image size.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ RANK_STRIDE = 2654435761  # 2^32 over the golden ratio: far from the seeds of ot
 
 
 class Student:
-    """A student's whole state. Seeds decide initialisation, order within a pool, and dropout.
+    """A student's whole state. Its seed decides initialisation, order within a pool, and dropout.
 
-    The ranks of a world each take a part of every batch, and sum their gradients: all have the same
-    weights, which differ between world sizes by the order of that sum. BatchNorm sees the whole
-    batch on GPUs (SyncBatchNorm, which the CPU does not have) and a rank's part on CPUs.
+    Each rank of a world takes a part of every batch, and all sum their gradients: they have the
+    same weights, which differ between world sizes by the order of that sum. BatchNorm sees the
+    whole batch on GPUs (SyncBatchNorm, which the CPU lacks) and a rank's part on CPUs.
     """
 
     def __init__(
@@ -52,7 +52,8 @@ class Student:
         if world.size > 1 and device.type == "cuda":
             self.network = SyncBatchNorm.convert_sync_batchnorm(self.network, world.tensors)
         if config.compile:
-            # A CUDA graph writes each backward pass to the same place: nothing may wait there.
+            # A CUDA graph writes every backward pass to the same place: gradients that accumulate
+            # there would be overwritten.
             graphs = device.type == "cuda" and config.accumulate == 1
             self.network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
         self._model = self.network
@@ -61,9 +62,9 @@ class Student:
         self.optimizer = adamw(self.network, config.learning_rate, config.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.pool = 0
-        """The pool that it is at: how many it has learned from."""
+        """The pool that it is at: the number of pools it has learned."""
         self.batch = 0
-        """Batches of that pool that it has learned from."""
+        """Batches of that pool that it has learned."""
         self.losses: list[float] = []
         """Mean KL divergence of each finished epoch."""
         self.draws = draws_in_training(self.network)
@@ -85,9 +86,9 @@ class Student:
     ) -> None:
         """Learn from a pool in batches of near-equal size, at most `config.batch`.
 
-        Goes on after the last batch that it has learned from, and leaves a pool alone that it has
-        behind it, or not reached because it was interrupted. `previous` is this student's call for
-        the pool before, which has to end first; `samples` are those of a whole epoch.
+        Continues after the last batch learned, and skips a pool that is done, or not reached
+        because of an interrupt. `previous` is this student's call for the previous pool, which has
+        to end first; `samples` counts those of a whole epoch.
         """
         if previous is not None:
             previous.result()
@@ -114,22 +115,22 @@ class Student:
             self._epoch_loss.zero_()
 
     def _step(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
-        """One step of the optimiser; the loss, summed over the batch.
+        """One step of the optimiser; returns the loss, summed over the batch.
 
-        ValueError, saying which size fits, when the batch does not fit into memory.
+        Raises ValueError, with the size that fits, when the batch does not fit into memory.
         """
         try:
             return self._learn(slot, rows_B)
         except torch.OutOfMemoryError:
-            pass  # and its frames, which hold the activations, are gone
+            pass  # its frames, which hold the activations, are gone after this block
         own_B = rows_B.tensor_split(self._world.size)[self._world.rank]
         raise ValueError(self._which_fits(slot, own_B))
 
     def _learn(self, slot: PoolSlot, rows_B: Tensor) -> Tensor:
-        """The step; the loss is this rank's part.
+        """The step; returns this rank's part of the loss.
 
-        DistributedDataParallel averages over ranks what is to be summed, hence the factor. A rank
-        for which a small batch has no picture takes one, and gives it no weight.
+        DistributedDataParallel averages gradients that should be summed, hence the factor. A rank
+        for which a small batch has no image takes one with weight 0.
         """
         own_B = rows_B.tensor_split(self._world.size)[self._world.rank]
         weight = self._world.size / len(rows_B) if len(own_B) else 0.0
@@ -147,7 +148,7 @@ class Student:
         return total
 
     def _gradients_exchanged(self, now: bool) -> AbstractContextManager[None]:
-        """Of a batch in parts, with the last."""
+        """Sync gradients only on the last micro-batch."""
         if now or not isinstance(self._model, DistributedDataParallel):
             return nullcontext()
         return self._model.no_sync()
@@ -156,7 +157,7 @@ class Student:
         """KL(labels || model) of some views, summed."""
         if self.config.compile:
             torch.compiler.cudagraph_mark_step_begin()
-        # Rows of NHWC: indexing NCHW would give up channels_last.
+        # Rows of NHWC: indexing NCHW would lose channels_last.
         inputs_BCHW = slot.views_PCHW.permute(0, 2, 3, 1)[rows_B].permute(0, 3, 1, 2)
         if self.config.precision == "fp32":
             inputs_BCHW = inputs_BCHW.float()
@@ -167,16 +168,16 @@ class Student:
         return softlabel(scores_BK, labels, classes, temperature=self.config.temperature).sum()
 
     def _which_fits(self, slot: PoolSlot, rows_B: Tensor) -> str:
-        """One line on a batch that does not fit, after trying halves of it.
+        """One line about a batch that does not fit, after trying halves of it.
 
-        In a world of several ranks nothing is tried: a BatchNorm would wait for the others.
+        With several ranks nothing is tried: a BatchNorm would wait for the others.
         """
         batch, size_px = len(rows_B), self.config.size_px
         fitting = math.ceil(batch / self.config.accumulate)
-        told = f"{fitting} images of {size_px} px do not fit into the memory of {self.device} while"
+        fail = f"{fitting} images of {size_px} px do not fit into the memory of {self.device} while"
         if self._world.size > 1:
             parts = 2 * self.config.accumulate
-            return f"{told} {self.config.network} learns: give --accumulate {parts}"
+            return f"{fail} {self.config.network} learns: give --accumulate {parts}"
         while (fitting := fitting // 2) > 0:
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
@@ -187,15 +188,15 @@ class Student:
                 continue
             parts = math.ceil(batch / fitting)
             return (
-                f"{told} {self.config.network} learns; {fitting} do: give --accumulate {parts}, "
+                f"{fail} {self.config.network} learns; {fitting} do: give --accumulate {parts}, "
                 f"which is the same gradient, or --batch {fitting}, which is another recipe"
             )
-        return f"{told} {self.config.network} learns, nor does one: use a smaller --student"
+        return f"{fail} {self.config.network} learns, nor does one: use a smaller --student"
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
-        """Everything that a checkpoint must hold: tensors under names of this student's, and JSON.
+        """Everything that a checkpoint must hold: tensors under names of this student, and JSON.
 
-        Not to be called while it learns; by all ranks.
+        All ranks call it, and never during training.
         """
         prefix = f"{self.seed}."
         tensors = training_state(self.network, self.optimizer, prefix)
@@ -208,12 +209,12 @@ class Student:
         return tensors, {**reached, "scaler": self.scaler.state_dict()}
 
     def restore(self, tensors: Tensors, reached: dict[str, Any]) -> None:
-        """Put back what `state` took."""
+        """Restore what `state` returned."""
         prefix = f"{self.seed}."
         restore_training(self.network, self.optimizer, tensors, prefix)
         self._order.set_state(tensors[f"{prefix}order"])
         dropout = tensors[f"{prefix}dropout"]
-        if len(dropout) == self._world.size:  # another world draws otherwise anyway
+        if len(dropout) == self._world.size:  # another world size draws other numbers anyway
             self._dropout = dropout[self._world.rank].clone()
         if self._world.leads:
             self._epoch_loss.copy_(tensors[f"{prefix}loss"])

@@ -1,4 +1,4 @@
-"""A teacher that was brought along: the name that it has in a run, and how good it is here."""
+"""A provided teacher: its name in a run, and its accuracy on this data."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .teacher import Teacher
 
 
 def name_of(teacher_source: str) -> str:
-    """torchvision:NAME as it is; a file by its content."""
+    """torchvision:NAME unchanged; the content hash of a file."""
     path = Path(teacher_source).expanduser()
     return f"sha256:{file_sha256(path)}" if path.is_file() else teacher_source
 
 
 def measure(teacher: Teacher, val: ImageSet, world: World, report: Report) -> float:
-    """Its accuracy on this validation split, in percent; the ranks of `world` share the images."""
+    """Validation accuracy of `teacher` in percent; the ranks of `world` share the images."""
     own = teacher.normalisation
     (accuracy,) = accuracies(
         [lambda inputs_BCHW: teacher.logits(inputs_BCHW, own)],

@@ -1,4 +1,4 @@
-"""Accuracy on a whole split: every network answers the same pass over the files."""
+"""Accuracy on a whole split: one pass over the files evaluates every network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..run.world import ALONE, World
 from .normalisation import IMAGENET, Normalisation
 
 FORWARD_BATCH = {"cpu": 32, "cuda": 256}
-"""Images per forward pass. CPU, convnet-d4-w24to96 at 64 px, one core: 0.80 ms an image at 32,
+"""Images per forward pass. One CPU core, convnet-d4-w24to96 at 64 px: 0.80 ms per image at 32,
 1.06 at 64, 1.25 at 128, where the activations leave the cache."""
 
 
@@ -36,7 +36,7 @@ def accuracies(
     A network is a module, which is left in eval mode, or any function from normalised images
     [B, 3, size_px, size_px] to logits [B, K]; its passes run under autocast at `precision`. Files
     that cannot be decoded are refused. The ranks of `world` share the images, batch by batch, and
-    all get the same answer.
+    all return the same result.
     """
     for network in networks:
         if isinstance(network, nn.Module):
@@ -56,11 +56,11 @@ def accuracies(
     for crops in stream:
         inputs_BCHW = normalisation.of_uint8(crops.pixels_BPHWC[:, 0])
         with autocast(device, precision):
-            answers = [network(inputs_BCHW).argmax(1).cpu() for network in networks]
-        right += torch.stack([_matches(answer_B, crops.labels_B) for answer_B in answers])
+            predictions = [network(inputs_BCHW).argmax(1).cpu() for network in networks]
+        right += torch.stack([_matches(classes_B, crops.labels_B) for classes_B in predictions])
     of_ranks = zip(*world.all_gather(right.tolist()), strict=True)
     return [100.0 * sum(counts) / len(images) for counts in of_ranks]
 
 
-def _matches(answer_B: Tensor, labels_B: Tensor) -> Tensor:
-    return (answer_B == labels_B).sum()
+def _matches(classes_B: Tensor, labels_B: Tensor) -> Tensor:
+    return (classes_B == labels_B).sum()

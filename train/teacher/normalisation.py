@@ -1,8 +1,8 @@
-"""What is taken from a pixel and by what it is divided before a network sees it.
+"""Normalisation of pixels before a network sees them.
 
     x = (v - mean) / std,      v the pixel in [0, 1], per channel (R, G, B)
 
-Teacher and student may differ: what is normalised for one is renormalised for the other, affinely.
+Teacher and student may differ: inputs for one are renormalised for the other, affinely.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Normalisation:
         return pixels_NHWC.permute(0, 3, 1, 2)
 
     def from_other(self, inputs_BCHW: Tensor, other: Normalisation) -> Tensor:
-        """What is normalised by `other`, normalised by this; the same tensor when they agree."""
+        """Renormalise inputs that `other` normalised; returns the same tensor when they agree."""
         if other == self:
             return inputs_BCHW
         device = inputs_BCHW.device
@@ -48,4 +48,4 @@ class Normalisation:
 
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Of everything that is trained here, and of RDED."""
+"""Normalisation of everything that is trained here, and of RDED."""

@@ -1,4 +1,4 @@
-"""AdamW as every network here is trained with: no weight decay on 1-D parameters."""
+"""AdamW for every network that is trained here: no weight decay on 1-D parameters."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def adamw(network: nn.Module, learning_rate: float, weight_decay: float) -> torc
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Of all parameter groups."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,6 +1,6 @@
-"""A teacher that looks at patches: at which size, and with the features behind its answer.
+"""A teacher that scores patches: at which size, and with the features behind its logits.
 
-The features are what the classifier, the last linear layer, is given: 512 numbers of a ResNet-18.
+The features are the inputs of the classifier, the last linear layer: 512 numbers in a ResNet-18.
 
 Legend: N images, K classes, D features, H W image size.
 """
@@ -21,25 +21,25 @@ from .teacher import Teacher
 def patch_teacher(
     teacher: Teacher, choice: Choice, scoring: Scoring, patch_px: int, candidates: int
 ) -> tuple[TeacherFn, Diversity | None]:
-    """What engine.patches.select_patches asks, and how it chooses by the answers.
+    """Teacher function and diversity for engine.select.patches.select_patches.
 
-    ValueError, one line, for a network that cannot take patches of `patch_px` as they are, or has
-    no features.
+    The diversity is None for lowest loss. Raises ValueError, one line, for a network that cannot
+    take patches of `patch_px` unchanged, or has no features.
     """
     native = scoring == "native"
     if native:
         require_size(teacher, patch_px)
     if choice == "lowest-loss":
         return partial(teacher.logits_from_uint8, native=native), None
-    asked = PatchTeacher(teacher, native=native)
-    return asked, Diversity(choice=choice, features=asked.width, candidates=candidates)
+    scorer = PatchTeacher(teacher, native=native)
+    return scorer, Diversity(choice=choice, features=scorer.width, candidates=candidates)
 
 
 class PatchTeacher:
-    """Answers engine.patches.select_patches: logits and features of uint8 images.
+    """Teacher function for engine.select.patches: logits and features of uint8 images.
 
-    `native`: images are taken as they are, and not resized to the teacher's size. ValueError, one
-    line, for a network without a linear layer.
+    `native`: images are not resized to the teacher's size. Raises ValueError, one line, for a
+    network without a linear layer.
     """
 
     def __init__(self, teacher: Teacher, *, native: bool) -> None:
@@ -65,7 +65,7 @@ class PatchTeacher:
 
 
 def require_size(teacher: Teacher, size_px: int) -> None:
-    """ValueError unless the network takes images of `size_px` as they are."""
+    """Raises ValueError unless the network takes images of `size_px` unchanged."""
     black_NHWC = torch.zeros(1, size_px, size_px, 3, dtype=torch.uint8)
     try:
         teacher.logits_from_uint8(black_NHWC, native=True)
@@ -80,7 +80,7 @@ def require_size(teacher: Teacher, size_px: int) -> None:
 
 
 def _last_linear(teacher: Teacher) -> nn.Linear:
-    """What turns features into logits."""
+    """The layer that turns features into logits."""
     layers = [layer for layer in teacher.network.modules() if isinstance(layer, nn.Linear)]
     if not layers:
         raise ValueError(

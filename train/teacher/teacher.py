@@ -1,10 +1,10 @@
-"""The teacher: a frozen classifier of the real images, trained here or brought along.
+"""The teacher: a frozen classifier of the real images, trained here or provided.
 
 Legend: B images, K classes, H W image size; inputs are normalised floats, logits fp32.
 
-On disk it is one safetensors file: its state dict, and as metadata the architecture (a name of
-networks.py), class ids in order, image size, normalisation and accuracy.
-teacher/training.py makes it.
+On disk it is one safetensors file: its state dict, and as metadata the architecture (a name in
+networks.py), class ids in order, image size, normalisation and accuracy. teacher/training.py
+writes it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Teacher:
         columns: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`columns`: where the K classes are among the network's own outputs; None: all of them."""
+        """`columns`: indices of the K classes among the network's outputs; None: all of them."""
         self.architecture, self.class_ids = architecture, tuple(class_ids)
         self.size_px, self.normalisation, self.accuracy = size_px, normalisation, accuracy
         self.device = torch.device(device)
@@ -61,27 +61,27 @@ class Teacher:
     ) -> Tensor:
         """fp32 [B, K] for images normalised with the caller's `normalisation`.
 
-        Images of another size than the teacher's are resized (bilinear, antialiased), or with
-        `native` taken as they are, if the network can.
+        Images of another size than the teacher's are resized (bilinear, antialiased), or passed
+        unchanged with `native`, if the network can take them.
         """
-        answers = []
+        outputs = []
         for part_BCHW in inputs_BCHW.split(FORWARD_BATCH[self.device.type]):
             images = self.normalisation.from_other(part_BCHW.to(self.device).float(), normalisation)
             if not native and images.shape[-2:] != (self.size_px, self.size_px):
                 size = (self.size_px, self.size_px)
                 images = interpolate(images, size, mode="bilinear", antialias=True)
-            answers.append(self.network(images).float())
-        logits_BK = torch.cat(answers)
+            outputs.append(self.network(images).float())
+        logits_BK = torch.cat(outputs)
         return logits_BK if self.columns is None else logits_BK[:, self.columns]
 
     def logits_from_uint8(self, images_NHWC: Tensor, *, native: bool = False) -> Tensor:
-        """fp32 [N, K] for uint8 images [N, H, W, 3]; `native` as of `logits`."""
+        """fp32 [N, K] for uint8 images [N, H, W, 3]; `native` as in `logits`."""
         parts = images_NHWC.split(FORWARD_BATCH[self.device.type])
         own = self.normalisation
         return torch.cat([self.logits(own.of_uint8(part), own, native=native) for part in parts])
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says about it."""
+        """Its description in a manifest."""
         return {
             "architecture": self.architecture,
             "sha256": self.sha256,
@@ -109,7 +109,7 @@ class Teacher:
 
 
 def weights_sha256(state: Tensors) -> str:
-    """SHA-256 over names, types, shapes and bytes of a state dict, in the order of the names."""
+    """SHA-256 over names, types, shapes and bytes of a state dict, sorted by name."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         value = value.detach().cpu().contiguous()
@@ -133,7 +133,8 @@ def load_teacher(
     classes in the order of their folder names; or torchvision:NAME, trained on ImageNet-1k: the
     data set's class ids must be WordNet ids among its 1000.
 
-    Raises CheckpointError for classes or weights that do not fit, FileNotFoundError for no file.
+    Raises CheckpointError for classes or weights that do not fit, FileNotFoundError for a missing
+    file.
     """
     on = resolve_device(device)  # pyright: ignore[reportArgumentType]
     path = teacher_file(spec)
@@ -150,7 +151,7 @@ def _own_teacher(path: Path, class_ids: Sequence[str], device: str) -> Teacher:
     tensors, metadata = read_tensors(path)
     if metadata.get("schema") != SCHEMA:
         raise CheckpointError(
-            f"{path} is no teacher of `train teacher`: expected schema {SCHEMA}, "
+            f"{path} is not a file of `train teacher`: expected schema {SCHEMA}, "
             f"got {metadata.get('schema')}"
         )
     _require_classes(path, metadata["class_ids"], class_ids)
@@ -218,7 +219,7 @@ def _load_state(path: Path, module: nn.Module, state: Tensors) -> None:
 
 
 def torchvision_columns(spec: str, class_ids: Sequence[str]) -> list[int]:
-    """Where the classes are among the outputs of torchvision:NAME; nothing is downloaded.
+    """Indices of the classes among the outputs of torchvision:NAME; downloads nothing.
 
     Raises ValueError for an unknown name, CheckpointError for classes that are not ImageNet-1k's.
     """

@@ -1,8 +1,8 @@
 """Train a teacher on the whole training split.
 
 AdamW, linear warm-up and cosine to 0 per step, random resized crops and flips. Order, crops and
-flips are pure functions of (seed, image, epoch): a training that was killed and
-resumed ends with the same weights as one that was not.
+flips are pure functions of (seed, image, epoch): a training that is killed and resumed ends with
+the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def train_teacher(
 ) -> Teacher:
     """Train a teacher; `folder` gets teacher.safetensors, and a checkpoint until it is done.
 
-    Goes on from the checkpoint of a killed training, with the same result (bitwise on the CPU, at
-    one number of threads); one that is done is loaded. CheckpointError: begun with another config.
+    A killed training resumes from its checkpoint with the same result (bitwise on the CPU, with the
+    same number of threads); a finished one is loaded. Raises CheckpointError when it began with
+    another config.
     """
     check_same_classes(train_set, val_set)
     identity = _identity(config, train_set)
@@ -83,12 +84,12 @@ def train_teacher(
 
 
 def training_losses(folder: Path) -> list[float]:
-    """The mean cross-entropy of every epoch of the teacher in `folder`, in nats."""
+    """Mean cross-entropy of every epoch of the teacher in `folder`, in nats."""
     return read_tensors(folder / TEACHER)[1]["losses"]
 
 
 def _identity(config: TeacherConfig, train_set: ImageSet) -> dict[str, Any]:
-    """All that decides the weights, but the pixels."""
+    """Everything that decides the weights, except the pixels."""
     settings = {key: value for key, value in asdict(config).items() if key != "device"}
     listing = "\n".join(train_set.paths).encode()
     return {**settings, "images": len(train_set), "files": hashlib.sha256(listing).hexdigest()}
@@ -127,12 +128,12 @@ class _TeacherTraining:
         write_tensors(self.checkpoint, state, reached)
 
     def train_epoch(self, epoch: int, report: Report) -> float:
-        """One pass over the images in a new order; the mean loss."""
+        """One pass over the images in a new order; returns the mean loss."""
         config, steps = self.config, self._steps()
         self.network.train()
         total = torch.zeros((), device=self.device)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(config.seed + epoch)  # of dropout, where there is any
+            torch.manual_seed(config.seed + epoch)  # for dropout
             for step, (inputs_BCHW, labels_B) in enumerate(self._batches(epoch)):
                 rate = _learning_rate(config, epoch + step / steps, 1 / steps)
                 set_learning_rate(self.optimizer, rate)
@@ -161,7 +162,7 @@ class _TeacherTraining:
         return max(1, len(self.images) // self.config.batch)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Whole batches of a seeded order; what is left over is left out this time."""
+        """Whole batches in a seeded order; the remainder is skipped in this epoch."""
         seed, batch = self.config.seed, self.config.batch
         index_N = np.arange(len(self.images))
         order_N = np.argsort(
@@ -191,7 +192,7 @@ class _TeacherTraining:
 
 
 def _learning_rate(config: TeacherConfig, epoch: float, least: float) -> float:
-    """Linear over `warmup_epochs` (never quite 0: `least` of an epoch), then cosine to 0."""
+    """Linear over `warmup_epochs` (from `least` epochs, so never 0), then cosine to 0."""
     warmup = min(config.warmup_epochs, config.epochs / 2)
     if epoch < warmup:
         return config.learning_rate * (epoch + least) / (warmup + least)
