@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli_cases import Command, one_thread, runner
+from cli_cases import Command
 from golden_cases import (
     RUNS,
     SMALL,
@@ -36,17 +36,6 @@ from patchbloom.engine.builds.catalogue import spec_of
 from patchbloom.export.bundle import Bundle, BundleError, find_or_build, open_bundle
 from patchbloom.export.engines import engine_key, verify_engine
 from patchbloom.export.models import find_model, load_parts
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture
-def train(capsys: pytest.CaptureFixture[str]) -> Command:
-    return runner(capsys)
 
 
 @pytest.fixture(scope="module")
