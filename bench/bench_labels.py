@@ -27,11 +27,13 @@ import torch
 import tyro
 from measure import environment, measure_rates, publish, ratios
 from patchbloom.engine.coreset.manifest import LABELS
+from patchbloom.engine.labels.dense import Dense
+from patchbloom.engine.labels.registry import CodecName, kept_by_option
 from patchbloom.export.config import BackendName
 from patchbloom.train.commands.pipeline import Distillation
 from patchbloom.train.commands.planning import make_plan
 from patchbloom.train.commands.train import run_stages
-from patchbloom.train.options import CodecChoice, LabelChoice, TrainCoreset
+from patchbloom.train.options import LabelChoice, TrainCoreset
 from patchbloom.train.plan import Plan
 from patchbloom.train.run.checkpoint import read_tensors
 from patchbloom.train.run.progress import Record
@@ -52,7 +54,7 @@ class Options:
     seeds: int = 1
     """Students that share the images and labels."""
     ipc: int = 1
-    codec: CodecChoice = "dense"
+    codec: CodecName = "dense"
     top_k: int = 4
     """Of --codec topk; the set has ten classes."""
     components: int | None = None
@@ -97,7 +99,7 @@ def mode_pass(
     mode: LabelChoice, plan: Plan, folder: Path, out: Path, report: Record
 ) -> Callable[[], int]:
     """The rest of the run in a fresh copy of `folder`; the images that its students saw."""
-    codec = "dense" if mode == "online" else plan.codec
+    codec = Dense() if mode == "online" else plan.codec
     chosen = replace(plan, labels=mode, codec=codec)
     samples = len(plan.class_names) * plan.samples_per_class
 
@@ -118,7 +120,7 @@ def check_equal(work: Path, plan: Plan) -> int:
     """Bytes of the stored labels; RuntimeError unless all modes made the same bits."""
     for seed in plan.student_seeds:
         name = f"students/{METHOD}-seed{seed}.safetensors"
-        alike = MODES if plan.codec == "dense" else MODES[1:]
+        alike = MODES if plan.codec == Dense() else MODES[1:]
         first, *others = (read_tensors(work / mode / name)[0] for mode in alike)
         for other in others:
             if not all(torch.equal(first[key], other[key]) for key in first):
@@ -156,9 +158,8 @@ def main(options: Options) -> None:
         "ratio_spread": {name: ratio.row() for name, ratio in over.items()},
         "targets": TARGETS,
         "label_bytes": label_bytes,
-        "codec": options.codec,
-        "top_k": options.top_k if options.codec == "topk" else None,
-        "components": plan.kept_per_label if options.codec == "pca" else None,
+        "codec": plan.codec.name,
+        **kept_by_option(plan.codec),
         "model": options.model,
         "backend": options.backend,
         "student": plan.student.network,

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from patchbloom.engine.labels.dense import Dense
 from patchbloom.engine.labels.file import LabelLayout
-from patchbloom.train.options import COMPONENTS
+from patchbloom.engine.labels.pca import COMPONENTS, Pca
 
 POOL_PER_CLASS, TILES, EPOCHS, EVALS = 300, 4, 300, 4
 BENCHMARK = "scale-"
@@ -182,8 +183,8 @@ def _row(dataset: Dataset, ipc: int, rates: dict[str, Origin]) -> Row:
         "writing_h": hours(samples, "write_patches_per_s"),
         "labels_h": hours(samples * EPOCHS, "labels_per_s"),
         "patch_bytes": size(samples, "bytes_per_patch"),
-        "dense_label_bytes": LabelLayout(codec="dense", **sizes).bytes,
-        "pca_label_bytes": LabelLayout(codec="pca", k=COMPONENTS, **sizes).bytes,
+        "dense_label_bytes": LabelLayout(codec=Dense(), **sizes).bytes,
+        "pca_label_bytes": LabelLayout(codec=Pca(), **sizes).bytes,
         "keys_values_bytes": size(dataset.classes, "bytes_per_prompt"),
     }
 

@@ -1,115 +1,74 @@
-"""Principal components of a teacher's answers, and the codes of eight bits that stand for them.
+"""Codec pca: int8 codes of k principal components; basis.py has the formulas.
 
-An answer is its logits l less their mean over the classes, which no softmax sees. Of fitted ones,
-
-    m          their mean                                                       [K]
-    v_j, c_j   the directions of largest variance, orthonormal, and (l - m) · v_j
-    s_j        HEADROOM · the largest |c_j| / 127
-
-A basis is m and the k rows s_j v_j; the code of an answer is round(c_j / s_j), kept within ±127,
-and it says l' = m + sum_j code_j s_j v_j. The error is what lies outside the k directions, and at
-most s_j / 2 in each of them. With k = K - 1 nothing lies outside. (Pearson 1901, Hotelling 1933.)
-
-Legend: M fitted answers, B coded ones, R of them at a time, K classes, k components.
+The codes give logits back, less their mean over the classes. The basis is fitted first, to other
+answers of the teacher, and lies in the file before the codes.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
 
-MOST_CODE = 127
-MISSING = -128
-"""What a recording holds in place of a code that is not there yet."""
-HEADROOM = 1.25
-"""An answer may lie so much farther from the mean than any fitted one before it is clipped."""
-ANSWERS_PER_COMPONENT = 32
-ROWS = 512
-"""Answers at a time in fp64: at 21,841 classes 90 MB."""
+from ..errors import CoresetError
+from .codec import Part, SoftTargets, as_fp16
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def fitted_answers(k: int) -> int:
-    """How many answers a basis of k components is fitted to, where there are as many."""
-    return k * ANSWERS_PER_COMPONENT
+COMPONENTS, MOST_COMPONENTS = 40, 256
 
 
-def spread_out(rows: Tensor, most: int) -> Tensor:
-    """So many of the rows, evenly spread over their order; all where they are fewer."""
-    count = min(most, len(rows))
-    return rows[torch.arange(count) * len(rows) // max(count, 1)]
+@dataclass(frozen=True)
+class Pca:
+    """A byte for each component of an answer."""
 
+    k: int = COMPONENTS
+    name: ClassVar[str] = "pca"
+    option: ClassVar[str | None] = "components"
+    smaller: ClassVar[str | None] = None
+    keeps_logits: ClassVar[bool] = True
 
-def fit_basis(logits_MK: Tensor, k: int) -> Tensor:
-    """The mean and k scaled principal components of some answers: fp32 [1 + k, K], on the CPU.
+    @classmethod
+    def chosen(cls, given: int | None, classes: int) -> Self:
+        k = min(COMPONENTS, classes - 1) if given is None else given
+        if classes == 1:
+            raise ValueError(
+                "--codec pca: an answer about 1 class has no components: give --codec dense"
+            )
+        if k >= classes:
+            raise ValueError(
+                f"--codec pca --components {k}: answers about {classes} classes have "
+                f"{classes - 1} components: give fewer, or leave --components out"
+            )
+        return cls(k)
 
-    Of finite logits. By the smaller of the two products of the answers with themselves, [M, M] or
-    [K, K], in fp64: components that hold less than 1e-12 of the variance are zeros, and so are
-    those that the answers do not have. The same on one machine at one number of threads; a
-    component's largest number is positive.
-    """
-    data_MK = _centred(logits_MK)
-    mean_K = data_MK.mean(0)
-    data_MK -= mean_K
-    rows_JK = _directions(data_MK, k)
-    peaks_J1 = rows_JK.gather(1, rows_JK.abs().argmax(1, keepdim=True))
-    rows_JK = rows_JK * peaks_J1.sign()
-    reach_J = (data_MK @ rows_JK.T).abs().amax(0)
-    basis = torch.zeros(1 + k, logits_MK.shape[1], dtype=torch.float64)
-    basis[0] = mean_K
-    basis[1 : 1 + len(rows_JK)] = rows_JK * (HEADROOM / MOST_CODE * reach_J)[:, None]
-    return basis.float()
+    def check(self, classes: int) -> None:
+        if not 1 <= self.k < classes:
+            raise CoresetError(
+                f"codec pca: expected 1 <= k < {classes} classes, got k={self.k}: "
+                + (f"{classes - 1} keep everything" if classes > 1 else "use dense")
+            )
 
+    def parts(self, classes: int) -> tuple[Part, ...]:
+        basis = Part("basis", "F32", (1 + self.k, classes), of_answers=False)
+        return basis, Part("codes", "I8", (self.k,), missing=-128)  # codes are -127..127
 
-def _directions(data_MK: Tensor, k: int) -> Tensor:
-    """Orthonormal, the largest variance first: [J, K], J at most k."""
-    answers, classes = data_MK.shape
-    product = data_MK @ data_MK.T if answers < classes else data_MK.T @ data_MK
-    variances, vectors = torch.linalg.eigh(product)
-    held = variances.flip(0)[:k] > 1e-12 * variances.clamp_min(0).sum()
-    vectors = vectors.flip(1)[:, :k][:, held]
-    rows_JK = vectors.T @ data_MK if answers < classes else vectors.T
-    return rows_JK / rows_JK.norm(dim=1, keepdim=True)
+    def fit(self, logits_MK: Tensor) -> tuple[Tensor, str]:
+        from .basis import fit_and_test
 
+        return fit_and_test(logits_MK, self.k)
 
-def share_kept(logits_BK: Tensor, basis: Tensor) -> float:
-    """Of the variance of some answers around the basis's mean, what their codes keep, 0 to 1.
+    def encode(
+        self, logits_BK: Tensor, temperature: float, basis: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        from .basis import encode_in_basis
 
-    What is clipped counts as lost; less than 0 where the codes say less than the mean alone.
-    """
-    data_BK = _centred(logits_BK)
-    decoded_BK = decode_in_basis(encode_in_basis(logits_BK, basis), basis).double()
-    spread = float((data_BK - basis[0]).square().sum())
-    return 1 - float((decoded_BK - data_BK).square().sum()) / spread if spread else 1.0
+        assert basis is not None
+        return (encode_in_basis(as_fp16(logits_BK), basis),)
 
+    def decode(self, parts_B: Sequence[Tensor], basis: Tensor | None) -> SoftTargets:
+        from .basis import decode_in_basis
 
-def encode_in_basis(logits_BK: Tensor, basis: Tensor) -> Tensor:
-    """The codes of finite logits: int8 [B, k] in -127..127, on the CPU.
-
-    In fp64, so that what a library does with a batch turns no code.
-    """
-    mean_K, rows_kK = basis[0].double(), basis[1:].double()
-    squared_k = rows_kK.square().sum(1)
-    squared_k.masked_fill_(squared_k == 0, 1.0)
-    codes_Bk = torch.empty(len(logits_BK), len(rows_kK), dtype=torch.int8)
-    for into, some_RK in zip(codes_Bk.split(ROWS), logits_BK.split(ROWS), strict=True):
-        along_Rk = (_centred(some_RK) - mean_K) @ rows_kK.T
-        into.copy_((along_Rk / squared_k).round().clamp(-MOST_CODE, MOST_CODE))
-    return codes_Bk
-
-
-def decode_in_basis(codes_Bk: Tensor, basis: Tensor) -> Tensor:
-    """The logits that codes say, less their mean over the classes: fp16 [B, K], on their device.
-
-    In fp64 too: a row has the same bits in a batch of any size. Beyond fp16 it is fp16's largest.
-    """
-    basis = basis.to(codes_Bk.device, torch.float64)
-    most = torch.finfo(torch.float16).max
-    logits_BK = codes_Bk.new_empty(len(codes_Bk), basis.shape[1], dtype=torch.float16)
-    for into, some_Rk in zip(logits_BK.split(ROWS), codes_Bk.split(ROWS), strict=True):
-        into.copy_(torch.addmm(basis[0], some_Rk.double(), basis[1:]).clamp_(-most, most))
-    return logits_BK
-
-
-def _centred(logits: Tensor) -> Tensor:
-    logits = logits.to("cpu", torch.float64)
-    return logits - logits.mean(1, keepdim=True)
+        assert basis is not None
+        return SoftTargets(decode_in_basis(parts_B[0], basis))
