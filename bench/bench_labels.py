@@ -27,8 +27,7 @@ import torch
 import tyro
 from measure import environment, measure_rates, publish, ratios
 from patchbloom.engine.coreset.manifest import LABELS
-from patchbloom.engine.labels.dense import Dense
-from patchbloom.engine.labels.registry import CodecName, kept_by_option
+from patchbloom.engine.labels.codecs import CodecName, Dense, kept_by_option
 from patchbloom.export.config import BackendName
 from patchbloom.train.commands.pipeline import Distillation
 from patchbloom.train.commands.planning import make_plan

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchbloom.engine.labels.dense import Dense
+from patchbloom.engine.labels.codecs import COMPONENTS, Dense, Pca
 from patchbloom.engine.labels.file import LabelLayout
-from patchbloom.engine.labels.pca import COMPONENTS, Pca
 
 POOL_PER_CLASS, TILES, EPOCHS, EVALS = 300, 4, 300, 4
 BENCHMARK = "scale-"

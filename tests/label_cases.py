@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from patchbloom.engine.labels.codec import Codec, Encoding
+from patchbloom.engine.labels.basis import fit_basis
+from patchbloom.engine.labels.codec import Codec, Encoding, as_fp16
+from patchbloom.engine.labels.codecs import described_codec
 from patchbloom.engine.labels.file import LabelLayout
-from patchbloom.engine.labels.registry import described_codec
 
 
 def codec_of(name: str, k: int) -> Codec:
@@ -44,7 +45,8 @@ class LabelBlock:
         assert self.layout is not None
         assert self.logits is not None
         codec = self.layout.codec
-        basis = None if codec.fit is None else codec.fit(self.logits.flatten(0, 1))[0]
+        answers_MK = self.logits.flatten(0, 1)
+        basis = None if codec.fit is None else fit_basis(as_fp16(answers_MK), self.k)
         return Encoding(codec, self.temperature, basis)
 
     @property

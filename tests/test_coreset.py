@@ -26,8 +26,8 @@ from patchbloom.engine.coreset.coreset import attach_labels, open_coreset, write
 from patchbloom.engine.coreset.manifest import spelled
 from patchbloom.engine.data.class_names import display_names, imagenet_names
 from patchbloom.engine.errors import CoresetError
+from patchbloom.engine.labels.codecs import decode_topk, encode_topk
 from patchbloom.engine.labels.stored import SoftLabels
-from patchbloom.engine.labels.topk import decode_topk, encode_topk
 from PIL import Image
 
 IDS = ("n01440764", "with space", "zebra")
@@ -216,7 +216,7 @@ def _full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("writer", ["write_png", "_write_labels", "write_durably"])
+@pytest.mark.parametrize("writer", ["write_png", "write_label_file", "write_durably"])
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
 ) -> None:
@@ -240,7 +240,7 @@ def test_a_full_disk_while_replacing_keeps_the_old_coreset(
         _write(tmp_path / "c", settings={**SETTINGS, "seed": 4}, overwrite=True)
     assert open_coreset(tmp_path / "c").content_sha256 == old.content_sha256
     monkeypatch.undo()
-    monkeypatch.setattr(coreset_module, "_write_labels", _full_disk)
+    monkeypatch.setattr(coreset_module, "write_label_file", _full_disk)
     with pytest.raises(OSError, match="no space left"):
         attach_labels(tmp_path / "c", LabelBlock(codec="dense", logits=_logits()))
     assert open_coreset(tmp_path / "c").content_sha256 == old.content_sha256

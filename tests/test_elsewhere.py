@@ -13,7 +13,7 @@ import torch
 from cli_cases import write_small_model
 from label_cases import LabelBlock
 from patchbloom.engine.coreset.coreset import Coreset, attach_labels, open_coreset
-from patchbloom.engine.labels.registry import CodecName
+from patchbloom.engine.labels.codecs import CodecName
 from patchbloom.train import cli
 from patchbloom.train.commands import verify as drift
 from patchbloom.train.config import StudentConfig

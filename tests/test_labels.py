@@ -17,17 +17,14 @@ from patchbloom.engine.coreset.coreset import Coreset, attach_labels, open_cores
 from patchbloom.engine.coreset.manifest import LABELS
 from patchbloom.engine.errors import CoresetError
 from patchbloom.engine.labels.codec import Encoding, SoftTargets
-from patchbloom.engine.labels.dense import Dense
+from patchbloom.engine.labels.codecs import CodecName, Dense, Pca, TopK, decode_topk
 from patchbloom.engine.labels.file import (
     LabelLayout,
     MappedParts,
     fill_with_missing,
     write_label_file,
 )
-from patchbloom.engine.labels.pca import Pca
-from patchbloom.engine.labels.registry import CodecName
 from patchbloom.engine.labels.stored import SoftLabels
-from patchbloom.engine.labels.topk import TopK, decode_topk
 from patchbloom.kernels.softlabel import softlabel
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.labels.recording import RecordedLabels, record_labels

@@ -15,9 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ..engine.config import TEMPLATE, DscoConfig, Start, parse_mixup_weight
 from ..engine.labels.codec import Codec
-from ..engine.labels.pca import MOST_COMPONENTS
-from ..engine.labels.registry import CODECS, DEFAULT_CODEC, CodecName
-from ..engine.labels.topk import TopK
+from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, MOST_COMPONENTS, CodecName, TopK
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import (
     MOST_STUDENTS,

@@ -23,7 +23,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ...export.durable import full_disk_explained, replace_file, replacing, write_durably
 from ..errors import CoresetError
-from ..labels.file import LabelLayout, write_label_file
+from ..labels.file import RecordedBlock, write_label_file
 from ..labels.stored import SoftLabels
 from .manifest import (
     LABELS,
@@ -51,28 +51,6 @@ from .manifest import (
     strays,
 )
 from .pixels import read_images, write_images
-
-
-class NewLabels(Protocol):
-    """Soft labels on their way into a coreset."""
-
-    @property
-    def layout(self) -> LabelLayout | None:
-        """Of their file; None for codec none, which has no file."""
-        ...
-
-    @property
-    def basis(self) -> np.ndarray | None:
-        """What their codec's answers share, if anything."""
-        ...
-
-    def epoch(self, epoch: int) -> Sequence[np.ndarray]:
-        """The rows of one epoch of each part, [N, *]; CoresetError when an answer is missing."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """The manifest's entry for them: codec, sizes, temperature and settings."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -185,7 +163,7 @@ def write_coreset(
     settings: dict[str, Any],
     model: dict[str, Any] | None = None,
     teacher: dict[str, Any] | None = None,
-    labels: NewLabels | None = None,
+    labels: RecordedBlock | None = None,
     doped_DHWC: Tensor | None = None,
     provenance: dict[str, Any],
     overwrite: bool = False,
@@ -244,7 +222,7 @@ def write_coreset(
 
 
 def attach_labels(
-    folder: str | Path, labels: NewLabels, *, provenance: dict[str, Any] | None = None
+    folder: str | Path, labels: RecordedBlock, *, provenance: dict[str, Any] | None = None
 ) -> Coreset:
     """Put soft labels into a coreset, replacing those it has; `provenance` is added to its own.
 
@@ -289,7 +267,7 @@ def _check_arguments(
     class_ids: Sequence[str],
     class_names: Sequence[str],
     settings: dict[str, Any],
-    labels: NewLabels | None,
+    labels: RecordedBlock | None,
 ) -> None:
     missing = [key for key in REQUIRED_SETTINGS if key not in settings]
     if missing:
@@ -329,7 +307,7 @@ def _checked_doped(doped_DHWC: Tensor | None, classes: int, settings: dict[str, 
     return doped
 
 
-def _check_label_classes(labels: NewLabels, classes: int) -> None:
+def _check_label_classes(labels: RecordedBlock, classes: int) -> None:
     layout = labels.layout
     if layout is not None and layout.classes != classes:
         raise CoresetError(

@@ -1,7 +1,6 @@
 """A label codec: one object that knows how a teacher's answers are kept in labels.safetensors.
 
-A codec is a frozen dataclass in a module of its own, listed in registry.py. Torch-free at import,
-because the options of `train` are made of it.
+Each is a frozen dataclass, listed in codecs.py. Torch-free at import, so that --help is quick.
 
 Legend: E epochs, N samples, K classes, k kept numbers, B rows, M answers that a basis is fitted to.
 """
@@ -69,8 +68,6 @@ class Codec(Protocol):
     """As --codec and manifests spell it."""
     option: ClassVar[str | None]
     """Name of the option that gives k, with underscores; None where there is no k."""
-    smaller: ClassVar[str | None]
-    """The codec to suggest to a user whose labels are large."""
     keeps_logits: ClassVar[bool]
     """Whether it decodes to logits, or else to probabilities at the stored temperature."""
 
@@ -103,9 +100,7 @@ class Codec(Protocol):
         """
         ...
 
-    def encode(
-        self, logits_BK: Tensor, temperature: float, basis: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def encode(self, logits_BK: Tensor, temperature: float, basis: Tensor | None) -> list[Tensor]:
         """Rows of the parts, on the CPU; CoresetError for a logit that is not finite in fp16."""
         ...
 
@@ -126,7 +121,7 @@ class Encoding:
     def __post_init__(self) -> None:
         require_basis(self.codec, self.basis)
 
-    def encode(self, logits_BK: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, logits_BK: Tensor) -> list[Tensor]:
         """Rows of the parts, on the CPU; CoresetError for a logit that is not finite in fp16."""
         return self.codec.encode(logits_BK, self.temperature, self.basis)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import CoresetError
 from .codec import MOST_CLASSES, Codec, Part, describe_codec, require_basis
@@ -159,9 +160,57 @@ class MappedParts:
                 length = int(block[-1] - block[0] + 1) * mmap.PAGESIZE
                 self._mapped.madvise(mmap.MADV_WILLNEED, int(block[0]) * mmap.PAGESIZE, length)
 
+    def some_missing(self, epoch: int, rows_B: np.ndarray | slice = slice(None)) -> bool:
+        """Whether a recording lacks one of an epoch's answers, even if only in part.
+
+        A killed process may have left a row half written.
+        """
+        return any(
+            # A maximum is NaN where one number is, and needs no [B, K] of its own.
+            bool((rows.amax(1).isnan() if math.isnan(missing) else rows == missing).any())
+            for rows, missing in (
+                (torch.from_numpy(array[epoch][rows_B]), part.missing)
+                for array, (_, part) in zip(self.answers, self._placed, strict=True)
+            )
+        )
+
     def flush(self) -> None:
         """Bring to the disk what was written."""
         self._mapped.flush()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedBlock:
+    """What a recording holds, on its way into a coreset as it is: memory-mapped, never copied."""
+
+    recording: MappedParts
+    temperature: float
+    """That of the student's loss, and of probabilities when they were encoded."""
+    settings: dict[str, Any]
+    """What else decides these labels, for the manifest."""
+
+    @property
+    def layout(self) -> LabelLayout:
+        """Of the recording and of the label file."""
+        return self.recording.layout
+
+    @property
+    def basis(self) -> np.ndarray | None:
+        """Of the recorded codes, if they have one."""
+        return self.recording.basis
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """One epoch as it is stored; CoresetError when an answer is missing."""
+        if self.recording.some_missing(epoch):
+            raise CoresetError(
+                f"{self.recording.path}: labels of epoch {epoch} are missing: train to the end"
+            )
+        return [array[epoch] for array in self.recording.answers]
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's entry for these labels."""
+        kept = self.layout.describe()
+        return {**kept, "temperature": float(self.temperature), "settings": self.settings}
 
 
 def _checked_header(path: Path, layout: LabelLayout) -> int:

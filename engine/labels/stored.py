@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..errors import CoresetError
 from .codec import Encoding, SoftTargets
+from .codecs import decode_topk, described_codec
 from .file import LabelLayout, MappedParts
-from .registry import described_codec
-from .topk import decode_topk
 
 
 class SoftLabels:
@@ -89,12 +88,8 @@ class SoftLabels:
     def answers(self, epochs_A: np.ndarray, samples_A: np.ndarray) -> dict[str, np.ndarray]:
         """Those to A views by part: [A, K], top-k ones [A, k]."""
         targets_A = self._decoded([array[epochs_A, samples_A] for array in self._file.answers])
-        known = (targets_A.labels, targets_A.classes)
-        return {
-            name: part.numpy()
-            for name, part in zip(self.parts, known, strict=False)
-            if part is not None
-        }
+        known = [part.numpy() for part in (targets_A.labels, targets_A.classes) if part is not None]
+        return dict(zip(self.parts, known, strict=True))
 
     def recognised(self, epoch: int) -> float:
         """Percent of an epoch's views that the teacher takes for the class they were made for.

@@ -20,11 +20,11 @@ def announce(plan: Plan, report: Report) -> None:
     kept_gib = label_gib(plan)
     stores = plan.labels != "online" and plan.student.targets == "soft"
     if kept_gib >= LARGE_LABELS_GIB and stores:
-        smaller = plan.codec.smaller if classes > 1 else None
+        smaller = plan.codec.k is None and classes > 1
         report.say(
             f"labels: {plan.codec.name}, {kept_gib:.1f} GiB for each method, and as much again on "
             f"the disk while they are put into the coreset; "
-            f"{f'--codec {smaller} keeps less, ' if smaller else ''}--labels online keeps none"
+            f"{'--codec pca keeps less, ' if smaller else ''}--labels online keeps none"
         )
     if plan.model is None:
         return

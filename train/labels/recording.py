@@ -9,21 +9,17 @@ Legend: E epochs, N samples, K classes, P samples of a pool, M answers that a ba
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...engine.errors import CoresetError
 from ...engine.labels.basis import fitted_answers, spread_out
 from ...engine.labels.codec import Codec, Encoding, SoftTargets, as_fp16
-from ...engine.labels.file import LabelLayout, MappedParts, fill_with_missing
+from ...engine.labels.file import LabelLayout, MappedParts, RecordedBlock, fill_with_missing
 from ...export.durable import full_disk_explained, replace_file
 from ..config import StudentConfig, pool_size
 from ..methods.shared import answer_pool
@@ -143,13 +139,15 @@ class RecordedLabels:
         """Whether every answer of a pool is there, from a recording that was stopped."""
         if self._recording is None:
             return self._world.same([])
-        rows = ([part[epoch, samples_P] for part in self._parts] for samples_P in pools_of_epoch)
-        return self._world.same([not _some_missing(rows_P, self.layout) for rows_P in rows])
+        missing = self._recording.some_missing
+        return self._world.same([not missing(epoch, pool_P.numpy()) for pool_P in pools_of_epoch])
 
     def is_complete(self) -> bool:
         """Whether every answer is there."""
-        epochs = zip(*self._parts, strict=True)
-        return self._world.same(not any(_some_missing(rows_N, self.layout) for rows_N in epochs))
+        recording, epochs = self._recording, range(self.layout.epochs)
+        return self._world.same(
+            recording is not None and not any(map(recording.some_missing, epochs))
+        )
 
     def flush(self) -> None:
         if self._recording is not None:
@@ -172,54 +170,6 @@ class RecordedLabels:
     def discard(self) -> None:
         """Remove the files, once their content is in the coreset."""
         discard_recorded(self.path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordedBlock:
-    """What a recording holds, on its way into a coreset as it is: memory-mapped, never copied."""
-
-    recording: MappedParts
-    temperature: float
-    """That of the student's loss, and of probabilities when they were encoded."""
-    settings: dict[str, Any]
-    """What else decides these labels, for the manifest."""
-
-    @property
-    def layout(self) -> LabelLayout:
-        """Of the recording and of the label file."""
-        return self.recording.layout
-
-    @property
-    def basis(self) -> np.ndarray | None:
-        """Of the recorded codes, if they have one."""
-        return self.recording.basis
-
-    def epoch(self, epoch: int) -> list[np.ndarray]:
-        """One epoch as it is stored; CoresetError when an answer is missing."""
-        rows_N = [part[epoch] for part in self.recording.answers]
-        if _some_missing([torch.from_numpy(rows) for rows in rows_N], self.layout):
-            raise CoresetError(
-                f"{self.recording.path}: labels of epoch {epoch} are missing: train to the end"
-            )
-        return rows_N
-
-    def describe(self) -> dict[str, Any]:
-        """The manifest's entry for these labels."""
-        kept = self.layout.describe()
-        return {**kept, "temperature": float(self.temperature), "settings": self.settings}
-
-
-def _some_missing(parts_B: Sequence[Tensor], layout: LabelLayout) -> bool:
-    """Whether a row still holds what the recording was filled with, even if only in part.
-
-    A killed process may have left a row half written.
-    """
-    answers = (part for part in layout.parts if part.of_answers)
-    return any(
-        # amax passes NaN on, with no [B, K] of its own.
-        bool((rows.amax(1).isnan() if math.isnan(part.missing) else rows == part.missing).any())
-        for part, rows in zip(answers, parts_B, strict=True)
-    )
 
 
 def discard_recorded(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...engine.labels.registry import kept_by_option
+from ...engine.labels.codecs import kept_by_option
 from ...export.models import seen_classes
 from ..options import BY_MODEL
 from ..plan import Plan
