@@ -22,6 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from label_cases import LabelBlock, codec_of
 from patchbloom.engine.builds.build import describe
 from patchbloom.engine.builds.catalogue import spec_of
 from patchbloom.engine.cli import main as engine_main
@@ -30,7 +31,6 @@ from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.expand.backends import CompiledBackend
 from patchbloom.engine.expand.expander import Expander
 from patchbloom.engine.labels.file import LabelLayout
-from patchbloom.engine.labels.soft_labels import LabelBlock
 from patchbloom.export.bundle import find_bundles, open_bundle
 from patchbloom.export.bundle_key import build_command, bundle_name
 from patchbloom.export.config import BackendName, EngineSpec
@@ -40,7 +40,8 @@ from patchbloom.train.cli import main as train_main
 from patchbloom.train.commands.planning import make_plan
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.labels.hard import HardLabels
-from patchbloom.train.labels.targets import OnlineLabels, RecordedLabels
+from patchbloom.train.labels.recording import RecordedLabels
+from patchbloom.train.labels.targets import OnlineLabels
 from patchbloom.train.labels.views import describe_views
 from patchbloom.train.loader import ExpandedLoader
 from patchbloom.train.methods.open import describe_model
@@ -459,14 +460,13 @@ def _labels() -> dict[str, Any]:
         "HardLabels": HardLabels(source, CONFIG).describe(),
         "LabelBlock, none": LabelBlock(codec="none", temperature=2).describe(),
     }
-    for codec, kept in (("dense", {}), ("topk", {"k": 1}), ("pca", {"k": 2})):
+    for codec, k in (("dense", 0), ("topk", 1), ("pca", 2)):
+        kept = codec_of(codec, k)
         path = Path(f"{codec}.partial")
-        recorded = RecordedLabels(
-            *(teacher(), source, CONFIG, path, Silence()), codec=codec, **kept
-        )
+        recorded = RecordedLabels(*(teacher(), source, CONFIG, path, Silence()), codec=kept)
         logits = torch.arange(36.0).reshape(2, 6, 3) % 7
-        block = LabelBlock(codec=codec, logits=logits, settings={"a": 1}, **kept)
-        layout = LabelLayout(codec=codec, epochs=2, samples=6, classes=3, **kept)
+        block = LabelBlock(codec=codec, logits=logits, settings={"a": 1}, k=k)
+        layout = LabelLayout(codec=kept, epochs=2, samples=6, classes=3)
         said |= {
             f"RecordedLabels, {codec}": recorded.describe(),
             f"RecordedBlock, {codec}": recorded.block().describe(),

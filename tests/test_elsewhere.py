@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import runner, write_small_model
+from label_cases import LabelBlock
 from patchbloom.engine.coreset.coreset import Coreset, attach_labels, open_coreset
-from patchbloom.engine.labels.soft_labels import Codec, LabelBlock
+from patchbloom.engine.labels.codecs import CodecName
 from patchbloom.train import cli
 from patchbloom.train.commands import verify as drift
 from patchbloom.train.config import StudentConfig
@@ -64,7 +65,7 @@ def elsewhere(given: Path, tmp_path: Path) -> Callable[[str], Path]:
     return copied
 
 
-def _relabelled(folder: Path, codec: Codec = "dense", **changed: Any) -> Coreset:
+def _relabelled(folder: Path, codec: CodecName = "dense", **changed: Any) -> Coreset:
     """The coreset with other settings of its labels in the manifest; None takes one away."""
     coreset = open_coreset(folder)
     stored = coreset.soft_labels()
@@ -198,7 +199,7 @@ def test_labels_have_not_drifted_where_they_were_made(
 
 @pytest.mark.parametrize("codec", ["topk", "pca"])
 def test_labels_of_other_codecs_have_not_drifted_either(
-    train: Train, given: Path, elsewhere, codec: Codec
+    train: Train, given: Path, elsewhere, codec: CodecName
 ) -> None:
     folder = elsewhere("upsample")
     _relabelled(folder, codec)
@@ -211,7 +212,7 @@ def test_labels_of_other_codecs_have_not_drifted_either(
 
 @pytest.mark.parametrize("codec", ["dense", "pca"])
 def test_a_drift_is_told_and_another_teacher_is_refused(
-    train: Train, given: Path, elsewhere, tmp_path: Path, codec: Codec
+    train: Train, given: Path, elsewhere, tmp_path: Path, codec: CodecName
 ) -> None:
     """Its answers are taken whole, not as far as the first teacher's components reach."""
     folder, path = elsewhere("upsample"), given / "run" / "teacher" / "teacher.safetensors"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from label_cases import LabelBlock
 from patchbloom.engine.cli import main
 from patchbloom.engine.coreset.coreset import Coreset, open_coreset, write_coreset
 from patchbloom.engine.data.names import imagenet_names
@@ -24,7 +25,6 @@ from patchbloom.engine.formats import exports
 from patchbloom.engine.formats import webdataset as shards
 from patchbloom.engine.formats.ddranking import SUBSETS
 from patchbloom.engine.formats.exports import export_coreset
-from patchbloom.engine.labels.soft_labels import LabelBlock
 from patchbloom.engine.options import ExportFormat
 from PIL import Image
 from torchvision import transforms

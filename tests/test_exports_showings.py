@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from label_cases import LabelBlock
 from patchbloom.engine.coreset.coreset import Coreset, attach_labels, write_coreset
 from patchbloom.engine.data.names import imagenet_names
 from patchbloom.engine.formats.ddranking import SUBSETS
 from patchbloom.engine.formats.exports import export_coreset
-from patchbloom.engine.labels.soft_labels import LabelBlock
 from patchbloom.train.methods.open import open_coreset_source
 from patchbloom.train.methods.stored import with_doped
 from PIL import Image

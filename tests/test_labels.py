@@ -12,31 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from label_cases import LabelBlock, codec_of
 from patchbloom.engine.coreset.coreset import Coreset, attach_labels, open_coreset, write_coreset
 from patchbloom.engine.coreset.manifest import LABELS
 from patchbloom.engine.errors import CoresetError
+from patchbloom.engine.labels.codec import Encoding, SoftTargets
+from patchbloom.engine.labels.codecs import CodecName, Dense, Pca, TopK, decode_topk
 from patchbloom.engine.labels.file import (
-    KeptCodec,
     LabelLayout,
     MappedParts,
     fill_with_missing,
     write_label_file,
 )
-from patchbloom.engine.labels.soft_labels import (
-    LabelBlock,
-    LabelCodec,
-    SoftLabels,
-    SoftTargets,
-    decode_topk,
-)
+from patchbloom.engine.labels.stored import SoftLabels
 from patchbloom.kernels.softlabel import softlabel
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.labels.targets import (
-    OnlineLabels,
-    RecordedLabels,
-    StoredLabels,
-    record_labels,
-)
+from patchbloom.train.labels.recording import RecordedLabels, record_labels
+from patchbloom.train.labels.targets import OnlineLabels, StoredLabels
 from patchbloom.train.labels.views import pools
 from patchbloom.train.methods.source import UpsampledPatches
 from patchbloom.train.students.loop import StudentResult
@@ -83,7 +75,7 @@ class Recorded:
     """Students that were trained while their labels were made, and where those are stored."""
 
     config: StudentConfig
-    codec: KeptCodec
+    codec: CodecName
     results: list[StudentResult]
     coreset: Coreset
 
@@ -102,7 +94,7 @@ def recorded(request, sets, source, teacher, tmp_path_factory) -> Recorded:
     codec, _, cutmix = request.param.partition("-")
     config = replace(CONFIG, cutmix=bool(cutmix))
     path = folder / "labels.partial"
-    labels = RecordedLabels(teacher, source, config, path, Silent(), codec=codec, k=KEPT)
+    labels = RecordedLabels(teacher, source, config, path, Silent(), codec=codec_of(codec, KEPT))
     results = train(source, labels, sets, folder / "students", config)
     kept = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     assert kept.pop("labels.partial.json") < 2000
@@ -146,7 +138,9 @@ def record(
 ) -> RecordedLabels:
     """Labels of the same views, made without students."""
     report, config = report or Silent(), recorded.config
-    labels = RecordedLabels(teacher, source, config, path, report, codec=recorded.codec, k=KEPT)
+    labels = RecordedLabels(
+        teacher, source, config, path, report, codec=codec_of(recorded.codec, KEPT)
+    )
     record_labels(source, labels, config, report)
     return labels
 
@@ -186,7 +180,8 @@ def test_online_labels_give_the_students_of_dense_ones_and_nearly_those_of_other
 def test_topk_answers_and_gradients_are_within_the_stated_bound(scale: float, k: int) -> None:
     generator, temperature = torch.Generator().manual_seed(0), 4.0
     logits_NK = (scale * torch.randn(64, 100, generator=generator)).half()
-    kept = LabelCodec("topk", k=k, temperature=temperature).encode(logits_NK).decoded()
+    encoding = Encoding(TopK(k), temperature)
+    kept = encoding.decode(encoding.encode(logits_NK))
     assert kept.classes is not None
     exact_NK = (logits_NK.double() / temperature).softmax(1)
     full_NK = decode_topk(kept.labels, kept.classes, 100).double()
@@ -253,7 +248,9 @@ def test_a_killed_training_resumes_with_the_labels_it_had(
     config, path = recorded.config, tmp_path / "labels.partial"
 
     def session(report: Silent) -> tuple[RecordedLabels, list[StudentResult]]:
-        labels = RecordedLabels(teacher, source, config, path, report, codec=recorded.codec, k=KEPT)
+        labels = RecordedLabels(
+            teacher, source, config, path, report, codec=codec_of(recorded.codec, KEPT)
+        )
         return labels, train(source, labels, sets, tmp_path, config, report=report)
 
     with pytest.raises(KeyboardInterrupt):
@@ -266,7 +263,7 @@ def test_a_killed_training_resumes_with_the_labels_it_had(
 
 
 @pytest.mark.parametrize("codec", ["topk", "pca"])
-def test_answers_survive_a_kill_9(source, teacher, tmp_path: Path, codec: KeptCodec) -> None:
+def test_answers_survive_a_kill_9(source, teacher, tmp_path: Path, codec: CodecName) -> None:
     """Of two pools one is answered and one half copied when the process ends."""
 
     class Ready:
@@ -277,7 +274,7 @@ def test_answers_survive_a_kill_9(source, teacher, tmp_path: Path, codec: KeptCo
 
     def recording() -> RecordedLabels:
         path = tmp_path / "labels.partial"
-        return RecordedLabels(Ready(), source, CONFIG, path, Silent(), codec=codec, k=KEPT)  # pyright: ignore[reportArgumentType]
+        return RecordedLabels(Ready(), source, CONFIG, path, Silent(), codec=codec_of(codec, KEPT))  # pyright: ignore[reportArgumentType]
 
     recording()
     child = os.fork()
@@ -299,15 +296,15 @@ def test_a_basis_is_fitted_once_and_survives_a_kill_9(source, teacher, tmp_path:
     path = tmp_path / "labels.partial"
     child = os.fork()
     if child == 0:
-        RecordedLabels(teacher, source, CONFIG, path, Silent(), codec="pca", k=KEPT)
+        RecordedLabels(teacher, source, CONFIG, path, Silent(), codec=Pca(KEPT))
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     begun = path.read_bytes()
-    RecordedLabels(teacher, counted(source), CONFIG, path, Silent(), codec="pca", k=KEPT)
+    RecordedLabels(teacher, counted(source), CONFIG, path, Silent(), codec=Pca(KEPT))
     assert not Counted.rendered
     assert path.read_bytes() == begun
     path.write_bytes(begun[:100] + np.float32(np.nan).tobytes() + begun[104:])
-    RecordedLabels(teacher, counted(source), CONFIG, path, Silent(), codec="pca", k=KEPT)
+    RecordedLabels(teacher, counted(source), CONFIG, path, Silent(), codec=Pca(KEPT))
     assert Counted.rendered == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # 96 answers, 40 an epoch, 16 a pool
     assert path.read_bytes() == begun
 
@@ -317,7 +314,7 @@ def test_what_a_basis_keeps_is_told(source, teacher, tmp_path: Path) -> None:
     for k in (KEPT, 9):
         report = Silent()
         path = tmp_path / f"{k}.partial"
-        RecordedLabels(teacher, source, CONFIG, path, report, codec="pca", k=k)
+        RecordedLabels(teacher, source, CONFIG, path, report, codec=Pca(k))
         (said,) = report.said
         assert said.startswith(f"labels: {k} components keep ")
         assert said.endswith("% of the variance of 12 answers that they were not fitted to") == (
@@ -330,10 +327,10 @@ def test_what_a_basis_keeps_is_told(source, teacher, tmp_path: Path) -> None:
 
 def test_a_codec_needs_its_basis() -> None:
     with pytest.raises(ValueError, match="codec pca: expected a basis"):
-        LabelCodec("pca", k=3, temperature=4.0)
-    with pytest.raises(ValueError, match="of pca and of nothing else"):
-        LabelCodec("dense", k=3, temperature=4.0, basis=torch.zeros(4, 10))
-    layout = LabelLayout(codec="pca", epochs=1, samples=2, classes=10, k=KEPT)
+        Encoding(Pca(3), 4.0)
+    with pytest.raises(ValueError, match="codec dense: expected no basis"):
+        Encoding(Dense(), 4.0, torch.zeros(4, 10))
+    layout = LabelLayout(codec=Pca(KEPT), epochs=1, samples=2, classes=10)
     with pytest.raises(ValueError, match="codec pca: expected a basis"):
         write_label_file(Path("unwritten"), layout, lambda _: [np.zeros((2, KEPT), np.int8)])
 
@@ -344,14 +341,16 @@ def test_a_recording_that_does_not_fit_is_begun_anew_and_told(
 ) -> None:
     path, report = tmp_path / "labels.partial", Silent()
     config = replace(CONFIG, epochs=1)
-    record_labels(source, RecordedLabels(teacher, source, config, path, report), config, report)
-    assert RecordedLabels(teacher, source, config, path, report).is_complete()
+    record_labels(
+        source, RecordedLabels(teacher, source, config, path, report, codec=Dense()), config, report
+    )
+    assert RecordedLabels(teacher, source, config, path, report, codec=Dense()).is_complete()
     assert not report.said
     if damage == "cut":
         os.truncate(path, path.stat().st_size - 2)
     config = replace(config, seed=8) if damage == "other views" else config
-    codec: KeptCodec = "topk" if damage == "other codec" else "dense"
-    labels = RecordedLabels(teacher, source, config, path, report, codec=codec, k=KEPT)
+    codec: CodecName = "topk" if damage == "other codec" else "dense"
+    labels = RecordedLabels(teacher, source, config, path, report, codec=codec_of(codec, KEPT))
     assert report.said == [f"labels: {path} was cut short or is of other labels: begun anew"]
     assert not any(labels.have([EVERY[n : n + 1]], 0)[0] for n in range(40))
 
@@ -379,28 +378,25 @@ def test_a_label_file_that_was_cut_short_is_told_when_it_is_opened(
 
 
 @pytest.mark.parametrize("codec", ["dense", "topk", "pca"])
-def test_a_label_file_is_what_safetensors_writes(codec: KeptCodec, tmp_path: Path) -> None:
+def test_a_label_file_is_what_safetensors_writes(codec: CodecName, tmp_path: Path) -> None:
     logits = 3 * torch.randn(3, 7, 9)
     block = LabelBlock(codec=codec, logits=logits, k=4, temperature=2.0)
     layout = block.layout
     assert layout is not None
     epochs = [block.epoch(epoch) for epoch in range(3)]
     of_answers = [part.name for part in layout.parts if part.of_answers]
-    stacked = map(torch.stack, zip(*(epoch.parts for epoch in epochs), strict=True))
-    whole = dict(zip(of_answers, stacked, strict=True))
-    basis = None if block.basis is None else block.basis.numpy()
-    whole |= {} if block.basis is None else {"basis": block.basis}
+    stacked = map(np.stack, zip(*epochs, strict=True))
+    whole = dict(zip(of_answers, map(torch.from_numpy, stacked), strict=True))
+    whole |= {} if block.basis is None else {"basis": torch.from_numpy(block.basis)}
     save_file(whole, tmp_path / "theirs")
-    write_label_file(
-        tmp_path / "ours", layout, lambda e: [part.numpy() for part in epochs[e].parts], basis
-    )
+    write_label_file(tmp_path / "ours", layout, epochs.__getitem__, block.basis)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert (tmp_path / "ours").stat().st_size == len(layout.header()) + layout.bytes
 
 
 def test_recorded_labels_are_stored_without_a_copy_in_memory(tmp_path: Path) -> None:
     """64 MiB through a process that may not allocate 16."""
-    layout = LabelLayout(codec="dense", epochs=32, samples=100_000, classes=10)
+    layout = LabelLayout(codec=Dense(), epochs=32, samples=100_000, classes=10)
     fill_with_missing(tmp_path / "recording", layout)
     recording = MappedParts(tmp_path / "recording", layout, recording=True)
     for epoch in range(layout.epochs):
@@ -436,7 +432,7 @@ def test_the_next_pool_is_read_ahead(recorded: Recorded, source, monkeypatch) ->
 
 @pytest.mark.parametrize("classes", [3, 700, 5000])  # rows in a page, in one or two, in several
 def test_reading_ahead_covers_the_rows_and_little_else(tmp_path: Path, classes: int) -> None:
-    layout = LabelLayout(codec="dense", epochs=2, samples=500, classes=classes)
+    layout = LabelLayout(codec=Dense(), epochs=2, samples=500, classes=classes)
     write_label_file(tmp_path / "l", layout, lambda _: [np.zeros((500, classes), np.float16)])
     labels = MappedParts(tmp_path / "l", layout)
     asked: list[range] = []
@@ -493,7 +489,9 @@ def test_topk_labels_hold_for_one_temperature(recorded: Recorded, source) -> Non
 
 
 def test_labels_that_are_not_complete_are_not_stored(source, teacher, tmp_path: Path) -> None:
-    labels = RecordedLabels(teacher, source, CONFIG, tmp_path / "labels.partial", Silent())
+    labels = RecordedLabels(
+        teacher, source, CONFIG, tmp_path / "labels.partial", Silent(), codec=Dense()
+    )
     labels.targets(EVERY, 0, torch.randn(40, 3, 32, 32))
     assert not labels.is_complete()
     folder = new_coreset(tmp_path)
@@ -503,7 +501,9 @@ def test_labels_that_are_not_complete_are_not_stored(source, teacher, tmp_path: 
 
 
 def test_an_answer_that_no_codec_holds_is_refused_at_once(source, teacher, tmp_path: Path) -> None:
-    labels = RecordedLabels(teacher, source, CONFIG, tmp_path / "labels.partial", Silent())
+    labels = RecordedLabels(
+        teacher, source, CONFIG, tmp_path / "labels.partial", Silent(), codec=Dense()
+    )
     with pytest.raises(CoresetError, match="teacher logits: expected finite values"):
         labels.targets(EVERY[:2], 0, torch.full((2, 3, 32, 32), torch.nan))
 
@@ -516,5 +516,7 @@ def test_a_full_disk_is_told_before_anything_is_trained(
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space left for"):
-        RecordedLabels(teacher, source, CONFIG, tmp_path / "labels.partial", Silent())
+        RecordedLabels(
+            teacher, source, CONFIG, tmp_path / "labels.partial", Silent(), codec=Dense()
+        )
     assert not list(tmp_path.iterdir())

@@ -22,7 +22,7 @@ def test_imports_go_left_only() -> None:
         ("kernels/noise.py", "from ..engine.peers import Peers", "imports go left only"),
         ("engine/cli.py", "def f():\n    from ..train import loader", "imports go left only"),
         ("engine/data/images.py", "from ...train import loader", "imports go left only"),
-        ("engine/data/images.py", "from ..labels.pca import fit_basis", "LAYERS has it higher"),
+        ("engine/data/images.py", "from ..labels.basis import fit_basis", "LAYERS has it higher"),
         ("train/methods/t2i.py", "from ..students.loop import Result", "LAYERS has it higher"),
         ("train/helpers.py", "from .config import Recipe", "no place in the LAYERS"),
         ("engine/cli.py", "from patchbloom.kernels import noise", "relatively"),

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from label_cases import codec_of
 from patchbloom.engine.coreset.coreset import Coreset, attach_labels, write_coreset
 from patchbloom.engine.errors import CoresetError
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.labels.targets import RecordedLabels, record_labels
+from patchbloom.train.labels.recording import RecordedLabels, record_labels
 from patchbloom.train.labels.views import make_views, pools
 from patchbloom.train.loader import ExpandedLoader
 from patchbloom.train.methods.source import UpsampledPatches
@@ -80,7 +81,7 @@ def _write(source: UpsampledPatches, teacher: Teacher, folder: Path, codec) -> C
     )
     path = folder.parent / f"{codec}.partial"
     with Record() as record:
-        labels = RecordedLabels(teacher, source, CONFIG, path, record, codec=codec)
+        labels = RecordedLabels(teacher, source, CONFIG, path, record, codec=codec_of(codec, 10))
         record_labels(source, labels, CONFIG, record)
     return attach_labels(folder, labels.block())
 

@@ -5,7 +5,7 @@ The Triton kernels are held against the same references in ``test_softlabel_trit
 
 import pytest
 import torch
-from patchbloom.engine.labels.soft_labels import decode_topk, encode_topk
+from patchbloom.engine.labels.codecs import decode_topk, encode_topk
 from patchbloom.kernels.softlabel import softlabel, softlabel_reference, target_reference
 from softlabel_cases import Given, given
 from torch.nn.functional import kl_div, log_softmax

@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional
 
 from ..engine.config import TEMPLATE, DscoConfig, Start, parse_mixup_weight
+from ..engine.labels.codec import Codec
+from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, MOST_COMPONENTS, CodecName, TopK
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import (
     MOST_STUDENTS,
@@ -37,8 +39,6 @@ STEPS = {"dace": 5, "t2i": 1, "dsco": 5}
 """Their default scheduler steps."""
 MOST_T2I_STEPS = 4
 LabelChoice = Literal["stored", "online", "record"]
-CodecChoice = Literal["dense", "topk", "pca"]
-COMPONENTS, MOST_COMPONENTS = 40, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +125,11 @@ class RunOptions:
     labels: LabelChoice = "record"
     """How students get the teacher's soft labels: `record` trains and stores them in one pass,
     `stored` stores them first, `online` stores none. The students are the same."""
-    codec: CodecChoice = "dense"
+    codec: CodecName = DEFAULT_CODEC
     """How labels are kept: `dense`, fp16 logits of all classes; `pca`, a byte for each of the first
     principal components of the teacher's answers; or `topk`, the largest probabilities. Students of
     this run learn from labels as they are kept."""
-    top_k: int = 10
+    top_k: int = TopK.k
     """Probabilities per label that --codec topk keeps; fewer than half of the classes."""
     components: int | None = None
     """Of --codec pca: fewer than there are classes, 256 at most. Left out: 40, or all there are."""
@@ -211,16 +211,16 @@ class RunOptions:
         self._check_steps()
         self._check_mixup()
         self._check_generated()
-        if self.labels == "online" and self.codec != "dense":
+        if self.labels == "online" and self.codec != DEFAULT_CODEC:
             raise ValueError(
                 f"--labels online stores none, so --codec {self.codec} has no use: leave one of "
                 "them out"
             )
-        if self.components is not None and self.codec != "pca":
+        if self.components is not None and CODECS[self.codec].option != "components":
             raise ValueError(f"--components has no use with --codec {self.codec}: leave it out")
         if (self.components or 0) > MOST_COMPONENTS:
             raise ValueError(f"--components {self.components}: expected {MOST_COMPONENTS} at most")
-        if self.targets == "hard" and (self.labels != "record" or self.codec != "dense"):
+        if self.targets == "hard" and (self.labels != "record" or self.codec != DEFAULT_CODEC):
             raise ValueError(
                 "--targets hard makes no soft labels: leave out --labels and --codec, or give "
                 "--targets soft"
@@ -229,10 +229,10 @@ class RunOptions:
         if self.resume and self.overwrite:
             raise ValueError("--resume keeps what --overwrite removes: give one of them")
 
-    def kept_per_label(self, classes: int) -> int:
-        """How many numbers of an answer --codec keeps."""
-        by_codec = {"topk": self.top_k, "pca": self.components or min(COMPONENTS, classes - 1)}
-        return by_codec.get(self.codec, classes)
+    def label_codec(self, classes: int) -> Codec:
+        """How labels are kept; ValueError where --codec cannot keep answers about `classes`."""
+        kind = CODECS[self.codec]
+        return kind.chosen(getattr(self, kind.option) if kind.option else None, classes)
 
     def _check_steps(self) -> None:
         steps = self.steps_of("dace")

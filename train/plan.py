@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from ..engine.config import DscoConfig, ExpandConfig
 from ..engine.data.images import ImageSet
 from ..engine.expand.prompts import class_prompts
+from ..engine.labels.codec import Codec
 from ..export.models import ModelSource
 from .config import Choice, Recipe, Scoring, StudentConfig, TeacherConfig, student_seeds
-from .options import CodecChoice, LabelChoice
+from .options import LabelChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,8 @@ class Plan:
     """torchvision:NAME or a file; None when the teacher is trained here."""
     student: StudentConfig
     labels: LabelChoice
-    codec: CodecChoice
-    kept_per_label: int
-    """Numbers that the codec keeps of an answer."""
+    codec: Codec
+    """How labels are kept."""
     model: ModelSource | None
     """None when no method runs one."""
     prompt: str

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from ...export.durable import full_disk_explained, replace_file, replacing, write_durably
 from ..errors import CoresetError
-from ..labels.file import LabelLayout, write_label_file
-from ..labels.soft_labels import LabelBlock, RecordedBlock, SoftLabels
+from ..labels.file import RecordedBlock, write_label_file
+from ..labels.stored import SoftLabels
 from .manifest import (
     LABELS,
     MANIFEST,
@@ -51,8 +51,6 @@ from .manifest import (
     strays,
 )
 from .pixels import read_images, write_images
-
-AnyLabels = LabelBlock | RecordedBlock
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def write_coreset(
     settings: dict[str, Any],
     model: dict[str, Any] | None = None,
     teacher: dict[str, Any] | None = None,
-    labels: AnyLabels | None = None,
+    labels: RecordedBlock | None = None,
     doped_DHWC: Tensor | None = None,
     provenance: dict[str, Any],
     overwrite: bool = False,
@@ -200,7 +198,7 @@ def write_coreset(
             files |= write_images(partial, patch_files(class_id, count), rows)
             files |= write_images(partial, doped_files(class_id, doped_each), real)
         if labels is not None and layout is not None:
-            _write_labels(partial / LABELS, labels, layout)
+            write_label_file(partial / LABELS, layout, labels.epoch, labels.basis)
             files[LABELS] = file_entry(partial / LABELS)
         content = {
             "schema": SCHEMA_DOPED if doped_each else SCHEMA,
@@ -224,7 +222,7 @@ def write_coreset(
 
 
 def attach_labels(
-    folder: str | Path, labels: AnyLabels, *, provenance: dict[str, Any] | None = None
+    folder: str | Path, labels: RecordedBlock, *, provenance: dict[str, Any] | None = None
 ) -> Coreset:
     """Store soft labels in a coreset, replacing its old ones; `provenance` is added to its own.
 
@@ -239,7 +237,7 @@ def attach_labels(
         staged = folder / f"{LABELS}.partial"
         if layout is not None:
             try:
-                _write_labels(staged, labels, layout)
+                write_label_file(staged, layout, labels.epoch, labels.basis)
             except BaseException:
                 staged.unlink(missing_ok=True)
                 raise
@@ -269,7 +267,7 @@ def _check_arguments(
     class_ids: Sequence[str],
     class_names: Sequence[str],
     settings: dict[str, Any],
-    labels: AnyLabels | None,
+    labels: RecordedBlock | None,
 ) -> None:
     missing = [key for key in REQUIRED_SETTINGS if key not in settings]
     if missing:
@@ -309,7 +307,7 @@ def _checked_doped(doped_DHWC: Tensor | None, classes: int, settings: dict[str, 
     return doped
 
 
-def _check_label_classes(labels: AnyLabels, classes: int) -> None:
+def _check_label_classes(labels: RecordedBlock, classes: int) -> None:
     layout = labels.layout
     if layout is not None and layout.classes != classes:
         raise CoresetError(
@@ -349,14 +347,6 @@ def _any_manifest(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if ours else None
-
-
-def _write_labels(path: Path, labels: AnyLabels, layout: LabelLayout) -> None:
-    def parts(epoch: int) -> list[np.ndarray]:
-        return [part.numpy() for part in labels.epoch(epoch).parts]
-
-    basis = labels.basis
-    write_label_file(path, layout, parts, None if basis is None else basis.numpy())
 
 
 def _as_json(value: dict[str, Any], what: str = "provenance") -> dict[str, Any]:

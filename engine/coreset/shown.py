@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CoresetError
-from ..labels.soft_labels import SoftLabels
+from ..labels.stored import SoftLabels
 from .coreset import Coreset
 from .manifest import doped_files, patch_files
 

@@ -30,7 +30,7 @@ from ..coreset.coreset import Coreset
 from ..coreset.manifest import file_entry, spelled
 from ..coreset.shown import VIEW_COLUMNS, stored_images, told_of_labels
 from ..errors import CoresetError
-from ..labels.soft_labels import SoftLabels
+from ..labels.stored import SoftLabels
 from ..options import ExportFormat
 from .ddranking import write_dd_ranking
 from .parquet import write_parquet
@@ -79,7 +79,7 @@ def export_coreset(
         "coreset": coreset.content_sha256,
         "files": len(files) + 1,
         "bytes": sum(entry["bytes"] for entry in files.values()),
-        "soft_labels": None if stored is None else stored.codec,
+        "soft_labels": None if stored is None else stored.codec.name,
         **summary,
     }
 

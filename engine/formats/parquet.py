@@ -28,7 +28,7 @@ import numpy as np
 from ...export.models import Unavailable
 from ..coreset.coreset import Coreset
 from ..coreset.shown import StoredImage, stored_images
-from ..labels.soft_labels import SoftLabels
+from ..labels.stored import SoftLabels
 
 GROUP_ROWS = 100
 GROUP_BYTES = 2**26

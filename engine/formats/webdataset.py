@@ -28,7 +28,7 @@ import numpy as np
 
 from ..coreset.coreset import Coreset
 from ..coreset.shown import StoredImage, stored_images
-from ..labels.soft_labels import SoftLabels
+from ..labels.stored import SoftLabels
 
 SHARD_BYTES = 2**30
 _BLOCK = tarfile.BLOCKSIZE

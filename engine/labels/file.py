@@ -1,16 +1,11 @@
 """Soft labels on the disk: one file of fixed parts, written epoch by epoch and memory-mapped.
 
-    dense   logits         fp16  [E, N, K]
-    topk    probabilities  fp16  [E, N, k]
-            classes        int16 [E, N, k]
-    pca     basis          fp32  [1 + k, K]      once, see labels/pca.py
-            codes          int8  [E, N, k]
+The codec says which parts. `labels.safetensors` is safetensors' header and then the parts; a
+recording, which a teacher fills answer by answer, is the parts alone. At 1000 classes and ipc 50
+dense labels are 112 GiB: nothing here holds more of a file in memory than the rows of one epoch
+that it is given or asked for.
 
-`labels.safetensors` is safetensors' header and then the parts; a recording, which a teacher fills
-answer by answer, is the parts alone. At 1000 classes and ipc 50 dense labels are 112 GiB: nothing
-here holds more of a file in memory than the rows of one epoch that it is given or asked for.
-
-Legend: E epochs, N samples, K classes, k kept probabilities or components, B rows.
+Legend: E epochs, N samples, B rows.
 """
 
 from __future__ import annotations
@@ -21,92 +16,53 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import CoresetError
-from .pca import MISSING
+from .codec import MOST_CLASSES, Codec, Part, describe_codec, require_basis
 
-KeptCodec = Literal["dense", "topk", "pca"]
-_MOST_CLASSES = 32256  # int16 class indices; this number is what a missing one looks like
 _DTYPES = {"F32": np.float32, "F16": np.float16, "I16": np.int16, "I8": np.int8}
-_MISSING = {"F32": np.nan, "F16": np.nan, "I16": _MOST_CLASSES, "I8": MISSING}
 _FILL_BYTES = 2**21
 _BLOCK_PAGES = 32  # 128 KiB, what the kernel reads ahead at one call at the least
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor of a label file."""
-
-    name: str
-    kind: str
-    """As safetensors names it: F32, F16, I16 or I8."""
-    shape: tuple[int, ...]
-    of_answers: bool = True
-    """Whether it has a row for every answer, [E, N, *]; else they share it."""
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one answer, or of one row of what is shared."""
-        return np.dtype(_DTYPES[self.kind]).itemsize * self.shape[-1]
-
-    @property
-    def bytes(self) -> int:
-        """Its size."""
-        return math.prod(self.shape[:-1]) * self.row_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelLayout:
     """What a label file holds; CoresetError for labels that no such file can hold."""
 
-    codec: KeptCodec
+    codec: Codec
     epochs: int
     samples: int
     classes: int
-    k: int = 10
-    """Kept per answer: probabilities by topk, refused when 2k >= K, where dense is as small;
-    components by pca, of which there are K - 1."""
 
     def __post_init__(self) -> None:
-        if self.codec == "topk" and not (self.k >= 1 and 2 * self.k < self.classes):
-            raise CoresetError(
-                f"codec topk: expected 1 <= k and 2k < {self.classes} classes, got k={self.k}: "
-                "use a smaller k, or dense, which is as small here"
-            )
-        if self.codec == "pca" and not 1 <= self.k < self.classes:
-            raise CoresetError(
-                f"codec pca: expected 1 <= k < {self.classes} classes, got k={self.k}: "
-                + (f"{self.classes - 1} keep everything" if self.classes > 1 else "use dense")
-            )
-        if self.classes > _MOST_CLASSES:
-            raise CoresetError(f"expected at most {_MOST_CLASSES} classes, got {self.classes}")
+        self.codec.check(self.classes)
+        if self.classes > MOST_CLASSES:
+            raise CoresetError(f"expected at most {MOST_CLASSES} classes, got {self.classes}")
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """In the order of the file, which is that of safetensors' own writer."""
-        if self.codec == "dense":
-            return (Part("logits", "F16", (self.epochs, self.samples, self.classes)),)
-        shape = (self.epochs, self.samples, self.k)
-        if self.codec == "pca":
-            basis = Part("basis", "F32", (1 + self.k, self.classes), of_answers=False)
-            return basis, Part("codes", "I8", shape)
-        return Part("probabilities", "F16", shape), Part("classes", "I16", shape)
+        rows = (self.epochs, self.samples)
+        return tuple(
+            replace(part, shape=(*rows, *part.shape)) if part.of_answers else part
+            for part in self.codec.parts(self.classes)
+        )
 
     @property
     def bytes(self) -> int:
-        """Of all parts: E·N·K·2 dense, E·N·k·4 top-k, E·N·k + (1 + k)·K·4 pca."""
+        """Size of all parts."""
         return sum(part.bytes for part in self.parts)
 
     def describe(self) -> dict[str, Any]:
         """The manifest's words for it."""
         sizes = {"epochs": self.epochs, "samples": self.samples, "classes": self.classes}
-        kept = {} if self.codec == "dense" else {"k": self.k}
-        return {"codec": self.codec, **sizes, **kept}
+        return describe_codec(self.codec) | sizes
 
     def header(self) -> bytes:
         """What stands before the parts in a safetensors file."""
@@ -128,11 +84,10 @@ def write_label_file(
 ) -> None:
     """Write `labels.safetensors`, the answers of one epoch after the other, each part [N, *].
 
-    `shared` is the basis of pca, and nothing with another codec. Byte for byte what safetensors'
-    `save_file` makes of the whole tensors; on the disk when this returns. OSError on a full disk.
+    `shared` is the basis of a codec that has one. Byte for byte what safetensors' `save_file` makes
+    of the whole tensors; on the disk when this returns. OSError on a full disk.
     """
-    if (layout.codec == "pca") != (shared is not None):
-        raise ValueError(f"codec {layout.codec}: expected a basis of pca and of nothing else")
+    require_basis(layout.codec, shared)
     with path.open("wb") as stream:
         stream.write(layout.header())
         if shared is not None:
@@ -149,14 +104,11 @@ def write_label_file(
 
 
 def fill_with_missing(path: Path, layout: LabelLayout) -> None:
-    """Make `path` a recording without one answer, durably.
-
-    Every fp16 and fp32 number is NaN, every class 32256, every code -128: no answer holds any.
-    """
+    """Make `path` a recording without one answer, durably: every number is its part's `missing`."""
     with path.open("wb") as stream:
         for part in layout.parts:
             kind = np.dtype(_DTYPES[part.kind])
-            block = np.full(_FILL_BYTES // kind.itemsize, _MISSING[part.kind], kind).tobytes()
+            block = np.full(_FILL_BYTES // kind.itemsize, part.missing, kind).tobytes()
             for first in range(0, part.bytes, len(block)):
                 stream.write(block[: part.bytes - first])
         stream.flush()
@@ -166,10 +118,10 @@ def fill_with_missing(path: Path, layout: LabelLayout) -> None:
 class MappedParts:
     """The parts of a label file or a recording, memory-mapped.
 
-    `answers` has those of answers, [E, N, *], in the file's order; `basis` is that of pca, else
-    None. CoresetError, when it is opened, for a file that is not of this layout or was cut short.
-    Of a recording (`recording=True`) they can be written to; what is written survives the process,
-    and the machine after `flush`.
+    `answers` has those of answers, [E, N, *], in the file's order; `basis` is that of a codec that
+    has one, else None. CoresetError, when it is opened, for a file that is not of this layout or
+    was cut short. Of a recording (`recording=True`) they can be written to; what is written
+    survives the process, and the machine after `flush`.
     """
 
     def __init__(self, path: Path, layout: LabelLayout, *, recording: bool = False) -> None:
@@ -208,9 +160,57 @@ class MappedParts:
                 length = int(block[-1] - block[0] + 1) * mmap.PAGESIZE
                 self._mapped.madvise(mmap.MADV_WILLNEED, int(block[0]) * mmap.PAGESIZE, length)
 
+    def some_missing(self, epoch: int, rows_B: np.ndarray | slice = slice(None)) -> bool:
+        """Whether a recording lacks one of an epoch's answers, even if only in part.
+
+        A killed process may have left a row half written.
+        """
+        return any(
+            # A maximum is NaN where one number is, and needs no [B, K] of its own.
+            bool((rows.amax(1).isnan() if math.isnan(missing) else rows == missing).any())
+            for rows, missing in (
+                (torch.from_numpy(array[epoch][rows_B]), part.missing)
+                for array, (_, part) in zip(self.answers, self._placed, strict=True)
+            )
+        )
+
     def flush(self) -> None:
         """Bring to the disk what was written."""
         self._mapped.flush()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedBlock:
+    """What a recording holds, on its way into a coreset as it is: memory-mapped, never copied."""
+
+    recording: MappedParts
+    temperature: float
+    """That of the student's loss, and of probabilities when they were encoded."""
+    settings: dict[str, Any]
+    """What else decides these labels, for the manifest."""
+
+    @property
+    def layout(self) -> LabelLayout:
+        """Of the recording and of the label file."""
+        return self.recording.layout
+
+    @property
+    def basis(self) -> np.ndarray | None:
+        """Of the recorded codes, if they have one."""
+        return self.recording.basis
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """One epoch as it is stored; CoresetError when an answer is missing."""
+        if self.recording.some_missing(epoch):
+            raise CoresetError(
+                f"{self.recording.path}: labels of epoch {epoch} are missing: train to the end"
+            )
+        return [array[epoch] for array in self.recording.answers]
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's entry for these labels."""
+        kept = self.layout.describe()
+        return {**kept, "temperature": float(self.temperature), "settings": self.settings}
 
 
 def _checked_header(path: Path, layout: LabelLayout) -> int:
@@ -219,7 +219,7 @@ def _checked_header(path: Path, layout: LabelLayout) -> int:
     with path.open("rb") as stream:
         if stream.read(len(expected)) != expected:
             raise CoresetError(
-                f"{path}: expected {layout.codec} labels of {layout.epochs} epochs, "
+                f"{path}: expected {layout.codec.name} labels of {layout.epochs} epochs, "
                 f"{layout.samples} samples and {layout.classes} classes, found another header: "
                 f"{_AGAIN}"
             )

@@ -20,9 +20,9 @@ def announce(plan: Plan, report: Report) -> None:
     kept_gib = label_gib(plan)
     stores = plan.labels != "online" and plan.student.targets == "soft"
     if kept_gib >= LARGE_LABELS_GIB and stores:
-        smaller = plan.codec == "dense" and classes > 1
+        smaller = plan.codec.k is None and classes > 1
         report.say(
-            f"labels: {plan.codec}, {kept_gib:.1f} GiB for each method, and as much again on "
+            f"labels: {plan.codec.name}, {kept_gib:.1f} GiB for each method, and as much again on "
             f"the disk while they are put into the coreset; "
             f"{'--codec pca keeps less, ' if smaller else ''}--labels online keeps none"
         )
@@ -62,6 +62,5 @@ def label_gib(plan: Plan) -> float:
         epochs=plan.student.epochs,
         samples=classes * (plan.samples_per_class + plan.doped_samples_per_class),
         classes=classes,
-        k=plan.kept_per_label,
     )
     return layout.bytes / 2**30

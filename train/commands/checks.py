@@ -14,7 +14,7 @@ from ...export.machine import cxx_compiler
 from ...export.models import ModelSource, Unavailable
 from ..config import naming_option
 from ..networks import build_network
-from ..options import GENERATED, RunOptions
+from ..options import GENERATED
 
 
 def check_compiler() -> None:
@@ -67,23 +67,6 @@ def check_factor(factor: int, image_size: int) -> None:
         raise ValueError(
             f"--factor {factor}: expected a divisor of the image size, {image_size} px: "
             "patches are image size / factor wide"
-        )
-
-
-def check_labels(options: RunOptions, classes: int) -> None:
-    """ValueError for labels that a codec makes no smaller, or more components than there are."""
-    kept = options.kept_per_label(classes)
-    if options.codec == "pca" and not 1 <= kept < classes:
-        raise ValueError(
-            f"--codec pca --components {kept}: answers about {classes} classes have "
-            f"{classes - 1} components: give fewer, or leave --components out"
-            if classes > 1
-            else "--codec pca: an answer about 1 class has no components: give --codec dense"
-        )
-    if options.codec == "topk" and classes <= 2 * options.top_k:
-        raise ValueError(
-            f"--codec topk --top-k {options.top_k} keeps {min(options.top_k, classes)} of "
-            f"{classes} probabilities, no less than dense: give a smaller --top-k, or --codec dense"
         )
 
 

@@ -24,7 +24,6 @@ from .checks import (
     check_compiler,
     check_factor,
     check_images_per_class,
-    check_labels,
     check_network,
     check_rendered,
 )
@@ -39,7 +38,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     """
     given = _open(options, report)
     classes, each = len(given.train.class_ids), (options.ipc + options.dope) * given.factor**2
-    check_labels(options, classes)
+    codec = options.label_codec(classes)
     check_images_per_class(
         given.train,
         options.methods,
@@ -78,8 +77,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         teacher_source=teacher_source,
         student=_student_config(options, given, by_recipe, group),
         labels=options.labels,
-        codec=options.codec,
-        kept_per_label=options.kept_per_label(classes),
+        codec=codec,
         model=given.model,
         prompt=options.prompt,
         own_prompts=given.own_prompts,

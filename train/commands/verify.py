@@ -31,7 +31,7 @@ from torch import Tensor
 from ...engine.console import print_table
 from ...engine.coreset.coreset import Coreset, open_coreset
 from ...engine.expand.backends import resolve_device
-from ...engine.labels.soft_labels import SoftLabels
+from ...engine.labels.stored import SoftLabels
 from ...export.config import BackendName
 from ..config import StudentConfig
 from ..coreset_options import TrainVerify
@@ -77,7 +77,7 @@ def verify_labels(options: TrainVerify) -> dict[str, Any]:
         "method": coreset.settings["method"],
         "teacher": teacher.sha256,
         "same_teacher": teacher.sha256 == stored.settings.get("teacher"),
-        "codec": stored.codec,
+        "codec": stored.codec.name,
         "temperature": stored.temperature,
         "drift": rounded(drifts),
     }
@@ -213,9 +213,10 @@ def _views(
 
 def _coded(logits_SK: Tensor, stored: SoftLabels, teacher: Teacher) -> Tensor:
     """The teacher's logits as the codec would return them: fp32 probabilities on the CPU."""
-    if stored.codec == "pca" and teacher.sha256 != stored.settings.get("teacher"):
+    encoding = stored.encoding
+    if encoding.basis is not None and teacher.sha256 != stored.settings.get("teacher"):
         return (logits_SK.cpu().float() / stored.temperature).softmax(1)
-    return stored.as_probabilities(stored.encoding.encode(logits_SK).decoded())
+    return stored.as_probabilities(encoding.decode(encoding.encode(logits_SK)))
 
 
 def kl(p_SK: Tensor, q_SK: Tensor) -> Tensor:

@@ -15,23 +15,15 @@ from typing import Any
 
 from ...engine.coreset.coreset import Coreset, attach_labels
 from ...engine.errors import CoresetError
+from ...engine.labels.codec import Codec, codec_options
 from ..methods.source import ImageSource
 from ..plan import Plan
 from ..run.folder import RunFolder
 from ..run.progress import Report
 from ..teacher.teacher import Teacher
 from .hard import HardLabels
-from .targets import (
-    Labels,
-    OnlineLabels,
-    RecordedLabels,
-    StoredLabels,
-    discard_recorded,
-    record_labels,
-)
-
-KEPT_OPTIONS = {"topk": "--top-k", "pca": "--components"}
-"""By codec, the option that says how many numbers of an answer it keeps."""
+from .recording import RecordedLabels, discard_recorded, record_labels
+from .targets import Labels, OnlineLabels, StoredLabels
 
 
 def label_settings(plan: Plan) -> dict[str, Any]:
@@ -43,9 +35,7 @@ def label_settings(plan: Plan) -> dict[str, Any]:
         return {}
     if plan.labels == "online":
         return {"--labels": "online"}
-    kept = {"--labels": "record or stored", "--codec": plan.codec}
-    own = KEPT_OPTIONS.get(plan.codec)
-    return kept | ({own: plan.kept_per_label} if own else {})
+    return {"--labels": "record or stored", **codec_options(plan.codec)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +92,6 @@ class RunLabels:
         return RecordedLabels(
             *(self.teacher(), self.source, self.plan.student, self._recording(), self.report),
             codec=self.plan.codec,
-            k=self._kept_per_label,
             world=self.run.world,
         )
 
@@ -110,9 +99,8 @@ class RunLabels:
         stored = coreset.soft_labels()
         if stored is None:
             return None
-        asked = _codec_options(self.plan.codec, self._kept_per_label)
-        kept = _codec_options(stored.codec, stored.k)
-        if kept != asked:
+        if stored.codec != self.plan.codec:
+            asked, kept = _spelled(self.plan.codec), _spelled(stored.codec)
             raise CoresetError(
                 f"{coreset.folder} holds labels of {kept}, asked for {asked}: "
                 f"give {kept}, or another --out"
@@ -121,14 +109,9 @@ class RunLabels:
             discard_recorded(self._recording())  # of a run that was killed in between
         return StoredLabels(stored, self.source, self.plan.student)
 
-    @property
-    def _kept_per_label(self) -> int:
-        return self.plan.kept_per_label
-
     def _recording(self) -> Path:
         return self.run.folder / "students" / f"{self.method}.labels.partial"
 
 
-def _codec_options(codec: str, k: int | None) -> str:
-    own = KEPT_OPTIONS.get(codec)
-    return f"--codec {codec}" + (f" {own} {k}" if own else "")
+def _spelled(codec: Codec) -> str:
+    return " ".join(f"{option} {value}" for option, value in codec_options(codec).items())

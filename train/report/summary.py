@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...engine.labels.codecs import kept_by_option
 from ...export.models import seen_classes
 from ..options import BY_MODEL
 from ..plan import Plan
@@ -111,7 +112,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
     from_image = expand.start == "image"
     mixup = expand.mixup and from_image
     soft = student.targets == "soft"
-    stored = soft and plan.labels != "online"
+    codec = plan.codec if soft and plan.labels != "online" else None
     return {
         "recipe": plan.recipe.name,
         "about": plan.recipe.about,
@@ -134,9 +135,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "backend": expand.backend,
         "targets": student.targets,
         "labels": plan.labels if soft else None,
-        "codec": plan.codec if stored else None,
-        "top_k": plan.kept_per_label if stored and plan.codec == "topk" else None,
-        "components": plan.kept_per_label if stored and plan.codec == "pca" else None,
+        "codec": codec and codec.name,
+        **kept_by_option(codec),
         "student": student.network,
         "epochs": student.epochs,
         "batch": student.batch,

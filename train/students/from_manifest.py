@@ -19,7 +19,7 @@ from ...engine.config import ExpandConfig
 from ...engine.coreset.coreset import Coreset
 from ...engine.errors import CoresetError
 from ...engine.expand.backends import require_backend, resolve_device
-from ...engine.labels.soft_labels import SoftLabels
+from ...engine.labels.stored import SoftLabels
 from ...export.config import BackendName, DeviceName
 from ...export.models import ModelError, ModelSource, Unavailable, find_model, weights_sha256
 from ..batching import engine_batch_for, together_in_engine

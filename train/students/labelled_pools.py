@@ -70,7 +70,7 @@ class PoolSource:
     def _labels(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> Tensor:
         """fp32 [P, K]."""
         stored = self.labels.stored if isinstance(self.labels, StoredLabels) else None
-        if stored is not None and not stored.keeps_logits:
+        if stored is not None and not stored.codec.keeps_logits:
             return stored.probabilities(epoch, samples_P)
         logits_PK = self.labels.targets(samples_P, epoch, views_PCHW).labels.float()
         if self.options.labels == "logits":
@@ -94,7 +94,7 @@ def open_pools(
     device = torch.device(resolve_device(options.device))
     if teacher is None:
         labels = fitting_labels(coreset, source, config, options)
-        if options.labels == "logits" and not labels.stored.keeps_logits:
+        if options.labels == "logits" and not labels.stored.codec.keeps_logits:
             raise CoresetError(
                 f"{coreset.folder}: top-k labels keep no logits: give labels='probabilities'"
             )

@@ -1,0 +1,191 @@
+"""The label codecs, and the parts that they put into labels.safetensors. Torch-free at import.
+
+    dense   logits         fp16  [E, N, K]
+    topk    probabilities  fp16  [E, N, k]
+            classes        int16 [E, N, k]
+    pca     basis          fp32  [1 + k, K]
+            codes          int8  [E, N, k]
+
+A manifest may also say `none`: nothing is stored, and the teacher answers online.
+
+Legend: E epochs, N samples, K classes, k kept probabilities or components, B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from ..errors import CoresetError
+from .codec import MOST_CLASSES, Codec, Part, SoftTargets, as_fp16, checked_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COMPONENTS, MOST_COMPONENTS = 40, 256
+
+
+@dataclass(frozen=True)
+class Dense:
+    """All logits in fp16. The temperature is applied when they are read."""
+
+    k: None = None
+    name: ClassVar[str] = "dense"
+    option: ClassVar[str | None] = None
+    keeps_logits: ClassVar[bool] = True
+    fit = None
+
+    @classmethod
+    def chosen(cls, given: int | None, classes: int) -> Self:
+        return cls()
+
+    def check(self, classes: int) -> None:
+        pass
+
+    def parts(self, classes: int) -> tuple[Part, ...]:
+        return (Part("logits", "F16", (classes,)),)
+
+    def encode(self, logits_BK: Tensor, temperature: float, basis: Tensor | None) -> list[Tensor]:
+        return [as_fp16(logits_BK)]
+
+    def decode(self, parts_B: Sequence[Tensor], basis: Tensor | None) -> SoftTargets:
+        return SoftTargets(parts_B[0])
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k largest probabilities at the manifest's temperature, and their classes, largest first.
+
+    What is left of the mass is spread evenly over the other K - k classes.
+    """
+
+    k: int = 10
+    name: ClassVar[str] = "topk"
+    option: ClassVar[str | None] = "top_k"
+    keeps_logits: ClassVar[bool] = False
+    fit = None
+
+    @classmethod
+    def chosen(cls, given: int | None, classes: int) -> Self:
+        k = cls.k if given is None else given
+        if classes <= 2 * k:
+            raise ValueError(
+                f"--codec topk --top-k {k} keeps {min(k, classes)} of {classes} probabilities, "
+                "no less than dense: give a smaller --top-k, or --codec dense"
+            )
+        return cls(k)
+
+    def check(self, classes: int) -> None:
+        if not (self.k >= 1 and 2 * self.k < classes):
+            raise CoresetError(
+                f"codec topk: expected 1 <= k and 2k < {classes} classes, got k={self.k}: "
+                "use a smaller k, or dense, which is as small here"
+            )
+
+    def parts(self, classes: int) -> tuple[Part, ...]:
+        probabilities = Part("probabilities", "F16", (self.k,))
+        return probabilities, Part("classes", "I16", (self.k,), missing=MOST_CLASSES)
+
+    def encode(self, logits_BK: Tensor, temperature: float, basis: Tensor | None) -> list[Tensor]:
+        return [*encode_topk(logits_BK.half(), k=self.k, temperature=temperature)]
+
+    def decode(self, parts_B: Sequence[Tensor], basis: Tensor | None) -> SoftTargets:
+        return SoftTargets(*parts_B)
+
+
+@dataclass(frozen=True)
+class Pca:
+    """A code of 8 bits for each of k principal components; basis.py has the formulas.
+
+    Decoded logits have mean 0 over the classes.
+    """
+
+    k: int = COMPONENTS
+    name: ClassVar[str] = "pca"
+    option: ClassVar[str | None] = "components"
+    keeps_logits: ClassVar[bool] = True
+
+    @classmethod
+    def chosen(cls, given: int | None, classes: int) -> Self:
+        k = min(COMPONENTS, classes - 1) if given is None else given
+        if classes == 1:
+            raise ValueError(
+                "--codec pca: an answer about 1 class has no components: give --codec dense"
+            )
+        if k >= classes:
+            raise ValueError(
+                f"--codec pca --components {k}: answers about {classes} classes have "
+                f"{classes - 1} components: give fewer, or leave --components out"
+            )
+        return cls(k)
+
+    def check(self, classes: int) -> None:
+        if not 1 <= self.k < classes:
+            raise CoresetError(
+                f"codec pca: expected 1 <= k < {classes} classes, got k={self.k}: "
+                + (f"{classes - 1} keep everything" if classes > 1 else "use dense")
+            )
+
+    def parts(self, classes: int) -> tuple[Part, ...]:
+        basis = Part("basis", "F32", (1 + self.k, classes), of_answers=False)
+        return basis, Part("codes", "I8", (self.k,), missing=-128)  # codes are -127..127
+
+    def fit(self, logits_MK: Tensor) -> tuple[Tensor, str]:
+        from .basis import fit_and_test
+
+        return fit_and_test(logits_MK, self.k)
+
+    def encode(self, logits_BK: Tensor, temperature: float, basis: Tensor | None) -> list[Tensor]:
+        from .basis import encode_in_basis
+
+        assert basis is not None
+        return [encode_in_basis(as_fp16(logits_BK), basis)]
+
+    def decode(self, parts_B: Sequence[Tensor], basis: Tensor | None) -> SoftTargets:
+        from .basis import decode_in_basis
+
+        assert basis is not None
+        return SoftTargets(decode_in_basis(parts_B[0], basis))
+
+
+CodecName = Literal["dense", "topk", "pca"]
+DEFAULT_CODEC: CodecName = "dense"
+CODECS = {kind.name: kind for kind in (Dense, TopK, Pca)}
+
+
+def kept_by_option(codec: Codec | None) -> dict[str, int | None]:
+    """k of a codec by the option that gives it; None for every other codec's option."""
+    return {
+        kind.option: codec.k if codec and codec.option == kind.option else None
+        for kind in CODECS.values()
+        if kind.option
+    }
+
+
+def described_codec(described: Mapping[str, Any]) -> Codec:
+    """The codec of labels that a manifest describes; CoresetError for an unknown one."""
+    name = described["codec"]
+    if name not in CODECS:
+        known = ", ".join(CODECS)
+        raise CoresetError(f"label codec: expected {known} or none, got {name!r}")
+    return CODECS[name](described["k"]) if "k" in described else CODECS[name]()
+
+
+def encode_topk(logits_NK: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The k largest of softmax(logits / T): (fp16 probabilities, int16 classes), both [N, k].
+
+    Equal probabilities keep the lower class first, so that the bytes do not depend on the machine.
+    """
+    logits_NK = checked_finite(logits_NK.cpu().float())
+    ordered = (logits_NK / temperature).softmax(1).sort(dim=1, descending=True, stable=True)
+    probabilities, classes = ordered.values[:, :k].half(), ordered.indices[:, :k].short()
+    return probabilities.contiguous(), classes.contiguous()
+
+
+def decode_topk(probabilities_Bk: Tensor, classes_Bk: Tensor, classes: int) -> Tensor:
+    """The full distribution [B, K] in fp32: rows sum to 1, the rest is spread evenly."""
+    kept = probabilities_Bk.float()
+    rest = (1.0 - kept.sum(1, keepdim=True)).clamp_min(0.0) / (classes - kept.shape[1])
+    full_BK = rest.expand(-1, classes).scatter(1, classes_Bk.long(), kept)
+    return full_BK / full_BK.sum(1, keepdim=True)
