@@ -29,6 +29,7 @@ from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.expand.backends import CompiledBackend
 from patchbloom.engine.expand.expander import Expander
+from patchbloom.engine.expand.naming import describe_mixup
 from patchbloom.engine.labels.file import LabelLayout
 from patchbloom.engine.labels.soft_labels import LabelBlock
 from patchbloom.export.bundle import find_bundles, open_bundle
@@ -499,7 +500,7 @@ def _mixup() -> dict[str, Any]:
     said = {each: ExpandConfig(size_px=8, mixup_weight=each) for each in weights}
     said["none"] = ExpandConfig(size_px=8, mixup=False, mixup_weight="0.5")
     said["noise"] = ExpandConfig(size_px=8, start="noise")
-    return {name: config.describe_mixup() for name, config in said.items()}
+    return {name: describe_mixup(config) for name, config in said.items()}
 
 
 def _model() -> dict[str, Any]:

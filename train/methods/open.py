@@ -11,15 +11,9 @@ import torch
 
 from ...engine.config import ExpandConfig
 from ...engine.coreset.coreset import Coreset
+from ...engine.expand import naming
 from ...engine.expand.expander import Expander
-from ...engine.expand.prompts import class_prompts
-from ...engine.expand.schedule import make_schedule
-from ...export.models import (
-    ModelSource,
-    resolve_vae_precision,
-    weights_bytes,
-    weights_sha256,
-)
+from ...export.models import ModelSource
 from ..plan import Plan
 from ..run.world import ALONE, World
 from .refresh import Refreshed
@@ -84,16 +78,13 @@ def open_coreset_source(
     if method == "dace":
         if model is None or expand is None:
             raise ValueError("method dace: expected a model and its settings, got none")
-        named = coreset.manifest["model"]
-        ids, own = coreset.class_ids, named.get("prompts")
-        prompts_K = class_prompts(coreset.class_names, named["prompt"], class_ids=ids, own=own)
         expander = world.in_turn(
             lambda: Expander(
                 model,
                 expand,
                 patches_NHWC=patches_NHWC,
                 labels_N=labels_N,
-                prompts_K=prompts_K,
+                prompts_K=naming.prompts_of(coreset),
             )
         )
         try:
@@ -135,33 +126,9 @@ def describe_model(plan: Plan, expand: ExpandConfig) -> dict[str, Any] | None:
 
     `expand` is how it is used: the plan's `expand` or `generate`, or dsco's own.
     """
-    model = plan.model
-    if model is None:
+    if plan.model is None:
         return None
-    schedule = make_schedule(
-        model.scheduler_config(), steps=expand.steps, rho=expand.rho, start=expand.start
-    )
-    from_patch = expand.start == "image"
-    return {
-        "name": model.name,
-        "revision": model.revision,
-        "weights_sha256": weights_sha256(model),
-        "weights_bytes": weights_bytes(model),
-        "vae": model.vae_name or "model's own",
-        "scheduler": model.scheduler_config().get("_class_name"),
-        "prompt": plan.prompt,
-        **({"prompts": plan.own_prompts} if plan.own_prompts else {}),
-        "start": expand.start,
-        "steps": expand.steps,
-        "rho": expand.rho if from_patch else None,
-        "evals": schedule.evals,
-        "sigmas": list(schedule.sigmas),
-        **expand.describe_mixup(),
-        "posterior": expand.posterior,
-        "conditioning_px": expand.conditioning_px or expand.size_px,
-        "precision": expand.precision,
-        "vae_precision": resolve_vae_precision(model, expand.precision, expand.vae_precision),
-    }
+    return naming.describe_model(plan.model, expand, plan.prompt, plan.own_prompts)
 
 
 def own_part(source: ImageSource) -> ImageSource:

@@ -29,15 +29,10 @@ from ...engine.data.images import (
     stream_crops,
 )
 from ...engine.expand.expander import Expander
+from ...engine.expand.naming import describe_source
 from ...kernels.mosaic import mosaic
 from ...kernels.noise import Draw, uniform, uniform_numpy
 from ...kernels.pixels import upsample_patches
-
-WHAT_NAMES_AN_EXPANSION = (
-    "model", "revision", "weights_sha256", "vae", "scheduler", "start", "steps", "rho", "evals",
-    "timesteps", "sigmas", "mixup", "mixup_weight", "posterior", "upsampling", "size_px",
-    "conditioning_px", "seed", "precision", "vae_precision",
-)  # fmt: skip
 
 
 class ImageSource(Protocol):
@@ -97,10 +92,8 @@ class Expansions:
         return [torch.from_numpy(at) for at in self.expander.calls(samples_P)]
 
     def describe(self) -> dict[str, Any]:
-        """Of the Expander's description what names the images, not what made them or how fast."""
-        described = self.expander.describe()
-        named = {key: described[key] for key in described if key in WHAT_NAMES_AN_EXPANSION}
-        return {"method": "dace", **named}
+        expander = self.expander
+        return {"method": "dace", **describe_source(expander.model, expander.config)}
 
 
 @dataclass(frozen=True, kw_only=True)

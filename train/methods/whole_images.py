@@ -16,19 +16,16 @@ from torch.nn.functional import interpolate
 
 from ...engine.config import ExpandConfig
 from ...engine.coreset.coreset import Coreset, write_coreset
+from ...engine.expand import naming
 from ..plan import Plan
-from .open import describe_model
 from .source import as_uint8
-
-OF_NO_STORED_IMAGE = ("rho", "mixup", "posterior", "weights_bytes")
-"""In a model's description: what plays no part, and what a student of stored images needs not."""
 
 
 def describe_generator(plan: Plan, expand: ExpandConfig) -> dict[str, Any]:
     """What of the model, used as `expand` says, names the images; plain JSON without paths."""
-    described = describe_model(plan, expand) or {}
-    kept = {key: described[key] for key in described if key not in OF_NO_STORED_IMAGE}
-    return {**kept, "generate_size": expand.size_px}
+    if plan.model is None:
+        return {"generate_size": expand.size_px}
+    return naming.describe_generator(plan.model, expand, plan.prompt, plan.own_prompts)
 
 
 def as_stored(images_BCHW: Tensor, size_px: int) -> Tensor:
