@@ -44,13 +44,11 @@ from patchbloom.train.labels.hard import HardLabels
 from patchbloom.train.labels.targets import OnlineLabels, RecordedLabels
 from patchbloom.train.labels.views import describe_views
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.methods.open import describe_model
 from patchbloom.train.methods.refresh import Refreshed
+from patchbloom.train.methods.rounds import Generated
 from patchbloom.train.methods.shared import SharedImages
 from patchbloom.train.methods.source import Expansions, Mosaics, RealImages, UpsampledPatches
 from patchbloom.train.methods.stored import Doped, StoredImages
-from patchbloom.train.methods.t2i import Generated
-from patchbloom.train.methods.whole_images import describe_generator
 from patchbloom.train.networks import build_network
 from patchbloom.train.options import TrainStudent
 from patchbloom.train.prior.training import PriorTraining
@@ -516,9 +514,9 @@ def _model() -> dict[str, Any]:
     )
     plan = make_plan(asked, Silence())
     return {
-        "dace": describe_model(plan, plan.expand),
-        "t2i": describe_generator(plan, plan.generate),
-        "dsco": describe_generator(plan, plan.optimise),
+        "dace": plan.describe_model("dace"),
+        "t2i": plan.describe_generator("t2i"),
+        "dsco": plan.describe_generator("dsco"),
     }
 
 

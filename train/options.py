@@ -18,6 +18,8 @@ from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import (
     MOST_STUDENTS,
     Choice,
+    CodecChoice,
+    LabelChoice,
     PriorConfig,
     RecipeName,
     Scoring,
@@ -26,18 +28,9 @@ from .config import (
     check_seed,
 )
 from .coreset_options import StudentElsewhere, TrainVerify
+from .methods.registry import METHODS
 
 LEAST_REFRESH = 0.001
-METHODS = ("dace", "rded", "random", "upsample", "t2i", "dsco")
-GENERATED = ("t2i", "dsco")
-"""Methods whose coreset holds images that a model made, and no patches of the data."""
-BY_MODEL = ("dace", "t2i", "dsco")
-"""Methods that run a diffusion model."""
-STEPS = {"dace": 5, "t2i": 1, "dsco": 5}
-"""Their scheduler steps, when nobody says how many."""
-MOST_T2I_STEPS = 4
-LabelChoice = Literal["stored", "online", "record"]
-CodecChoice = Literal["dense", "topk", "pca"]
 COMPONENTS, MOST_COMPONENTS = 40, 256
 
 
@@ -199,18 +192,12 @@ class RunOptions:
             raise ValueError(f"--seeds {self.seeds}: expected {MOST_STUDENTS} at most")
         if self.dope < 0:
             raise ValueError(f"--dope {self.dope}: expected 0 or more")
-        if "dsco" in self.methods and self.steps_of("dsco") < 2:
-            raise ValueError(
-                f"--steps {self.steps}: expected 2 or more for dsco, which optimises the noise of "
-                "every step but the last"
-            )
         if not 0 < self.rho <= 1:
             raise ValueError(f"--rho {self.rho:g}: expected more than 0, and 1 at most")
         if not LEAST_REFRESH <= self.refresh <= 1:
             raise ValueError(f"--refresh {self.refresh:g}: expected {LEAST_REFRESH:g} to 1")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"--learning-rate {self.learning_rate:g}: expected more than 0")
-        self._check_steps()
         self._check_mixup()
         self._check_generated()
         if self.labels == "online" and self.codec != "dense":
@@ -227,6 +214,8 @@ class RunOptions:
                 "--targets hard makes no soft labels: leave out --labels and --codec, or give "
                 "--targets soft"
             )
+        for method in self.methods:
+            METHODS[method].check(self)
         check_seed(self.seed)
         if self.resume and self.overwrite:
             raise ValueError("--resume keeps what --overwrite removes: give one of them")
@@ -235,19 +224,6 @@ class RunOptions:
         """How many numbers of an answer --codec keeps."""
         by_codec = {"topk": self.top_k, "pca": self.components or min(COMPONENTS, classes - 1)}
         return by_codec.get(self.codec, classes)
-
-    def _check_steps(self) -> None:
-        steps = self.steps_of("dace")
-        if "dace" in self.methods and self.start == "image" and int(steps * self.rho) < 1:
-            raise ValueError(
-                f"--rho {self.rho:g} of --steps {steps} rounds to 0 evaluations: "
-                f"give --rho {1 / steps:g} or more, or more --steps"
-            )
-        if "t2i" in self.methods and self.steps_of("t2i") > MOST_T2I_STEPS:
-            raise ValueError(
-                f"--steps {self.steps}: expected {MOST_T2I_STEPS} at most for t2i: leave it out "
-                "for 1, or give the methods runs of their own"
-            )
 
     def _check_mixup(self) -> None:
         law = parse_mixup_weight(self.mixup_weight)
@@ -270,20 +246,6 @@ class RunOptions:
                 f"--budget-seconds {self.budget_seconds:g}: expected a number of seconds, more "
                 "than 0"
             )
-        if "t2i" in self.methods and self.budget_seconds is None and self.ipc % (1 + self.variants):
-            raise ValueError(
-                f"--ipc {self.ipc}: expected a multiple of {1 + self.variants}, each generated "
-                f"image and its {self.variants} --variants: give another --ipc or --variants"
-            )
-
-    def steps_of(self, method: str) -> int:
-        """Scheduler steps of a method that runs a model."""
-        return self.steps or STEPS[method]
-
-    @property
-    def generated(self) -> int | None:
-        """Images per class that t2i generates; None where a budget decides it."""
-        return None if self.budget_seconds is not None else self.ipc // (1 + self.variants)
 
     @property
     def methods(self) -> tuple[str, ...]:

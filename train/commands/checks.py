@@ -12,8 +12,9 @@ import torch
 from ...engine.data.images import ImageSet
 from ...export.machine import cxx_compiler
 from ...export.models import ModelSource, Unavailable
+from ..methods.registry import METHODS
 from ..networks import build_network
-from ..options import GENERATED, RunOptions
+from ..options import RunOptions
 
 
 def check_compiler() -> None:
@@ -55,8 +56,9 @@ def check_rendered(
     model: ModelSource, methods: tuple[str, ...], image_size: int, generate_size: int
 ) -> None:
     """ValueError for a size that the model cannot make."""
-    made = {"dace": ("--image-size", image_size), "t2i": ("--generate-size", generate_size)}
-    for option, size_px in (made[method] for method in methods if method in made):
+    sizes_px = {"--image-size": image_size, "--generate-size": generate_size}
+    for option in filter(None, (METHODS[method].sized_by for method in methods)):
+        size_px = sizes_px[option]
         if size_px % model.vae_factor():
             raise ValueError(
                 f"{option} {size_px}: expected a multiple of {model.vae_factor()}, by which "
@@ -91,11 +93,12 @@ def check_labels(options: RunOptions, classes: int) -> None:
 
 
 def check_images_per_class(
-    train: ImageSet, methods: tuple[str, ...], *, patches: int, doped: int
+    train: ImageSet, methods: tuple[str, ...], *, ipc: int, factor: int, doped: int
 ) -> None:
-    """ValueError when a class has fewer images than `patches`, where a method takes one of each, or
-    fewer than the `doped` that --dope adds."""
-    needed = patches if set(methods) - set(GENERATED) else 0
+    """ValueError when a class has fewer images than a method takes, or than the `doped` that --dope
+    adds."""
+    takes = {METHODS[method].takes for method in methods}
+    needed = ipc * factor**2 if "patches" in takes else 0
     counts = np.bincount(train.labels, minlength=len(train.class_ids))
     fewest = int(counts.argmin())
     if counts[fewest] < needed:

@@ -1,12 +1,7 @@
 """Where the images of an epoch come from: one image per (sample, epoch) and method.
 
-dace      the diffusion model's expansion of the sample's patch (engine/expand/expander.py)
-rded      the mosaic of the r² patches around the sample, in a fresh order of patches
-upsample  the sample's patch, enlarged (bicubic): what dace adds noise to, and no diffusion
-random    the same for patches that no teacher chose
-t2i       the class's images as they were generated once, and variants of them (methods/stored.py)
-dsco      the class's images as they were made once, noise optimised (methods/stored.py)
-real      a fresh image of the training split: the ceiling, no distillation
+RealImages are fresh images of the training split: the ceiling, no distillation. The other sources
+are of methods, whose modules say what they show.
 
 Every method renders ipc·r² samples of each class per epoch, so that all give a student the same
 number of steps. Legend: N samples in all, P samples asked for, r factor, p patch side.
@@ -14,7 +9,8 @@ number of steps. Legend: N samples in all, P samples asked for, r factor, p patc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...engine.config import ExpandConfig
 from ...engine.data.images import (
     STANDARD_RESIZE_RATIO,
     ImageSet,
@@ -30,9 +27,11 @@ from ...engine.data.images import (
 )
 from ...engine.expand.expander import Expander
 from ...engine.expand.naming import describe_source
+from ...export.models import ModelSource
 from ...kernels.mosaic import mosaic
 from ...kernels.noise import Draw, uniform, uniform_numpy
 from ...kernels.pixels import upsample_patches
+from ..run.world import World
 
 
 class ImageSource(Protocol):
@@ -94,6 +93,33 @@ class Expansions:
     def describe(self) -> dict[str, Any]:
         expander = self.expander
         return {"method": "dace", **describe_source(expander.model, expander.config)}
+
+
+@contextmanager
+def open_expander(
+    model: ModelSource | None,
+    config: ExpandConfig,
+    world: World,
+    *,
+    patches_NHWC: Tensor | None = None,
+    labels_N: Tensor,
+    prompts_K: Sequence[str],
+) -> Iterator[Expander]:
+    """An Expander on every rank, rank 0's first: it builds the engine that the others find.
+
+    Frees the model at the end. ValueError without a model, or as the Expander has it.
+    """
+    if model is None:
+        raise ValueError("expected a model, got none")
+    expander = world.in_turn(
+        lambda: Expander(
+            model, config, patches_NHWC=patches_NHWC, labels_N=labels_N, prompts_K=prompts_K
+        )
+    )
+    try:
+        yield expander
+    finally:
+        expander.close()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,10 +33,12 @@ from ..batching import engine_batch_for, together_in_engine
 from ..config import StudentConfig, pool_size
 from ..coreset_options import RenderOptions
 from ..labels.targets import StoredLabels
+from ..methods.method import Machine
 from ..methods.open import open_coreset_source
-from ..methods.refresh import Refreshed
+from ..methods.registry import method_of
 from ..methods.source import ImageSource
-from ..methods.stored import doped_samples, with_doped
+from ..methods.stored import doped_samples
+from ..run.world import ALONE
 from ..teacher.teacher import Teacher, load_teacher
 
 
@@ -149,9 +151,9 @@ def open_recorded_source(
     ModelError: no model of that name, or other weights. Unavailable: what this machine lacks.
     """
     device = resolve_device(options.device)
-    if coreset.settings["method"] != "dace":
-        with open_coreset_source(coreset, None, None, device) as source:
-            yield with_doped(source, coreset, device)
+    if method_of(coreset).model != "rendered":
+        with open_coreset_source(coreset, Machine(device=device, world=ALONE)) as source:
+            yield source
         return
     expand = _expand_config(coreset, options, backend, config, device)
     try:
@@ -162,10 +164,9 @@ def open_recorded_source(
             "--precision makes slightly other images, `train verify` tells how much it matters"
         ) from None
     model = _recorded_model(coreset, options.model)
-    share = _recorded_refresh(coreset)
-    with open_coreset_source(coreset, model, expand, device) as source:
-        own = source if share == 1 else Refreshed(source, share, coreset.settings["seed"])
-        yield with_doped(own, coreset, device)
+    machine = Machine(device=device, world=ALONE, model=model, expand=expand)
+    with open_coreset_source(coreset, machine, _recorded_refresh(coreset)) as source:
+        yield source
 
 
 def _recorded_refresh(coreset: Coreset) -> float:
