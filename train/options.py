@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..engine.config import TEMPLATE, DscoConfig, Start, parse_mixup_weight
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
@@ -32,6 +32,7 @@ from .methods.registry import METHODS
 
 LEAST_REFRESH = 0.001
 COMPONENTS, MOST_COMPONENTS = 40, 256
+METHOD_HELP = f"One or several of {', '.join(METHODS)}; they share teacher, patches and recipe."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,7 @@ class RunOptions:
     there is a CUDA device, sdxl-tiny elsewhere and for --data shapes."""
     backend: BackendName = "auto"
     """What runs the model; `auto` takes the fastest that works here and says which."""
-    method: tuple[str, ...] = ("dace",)
-    """One or several of dace, rded, random, upsample, t2i, dsco; they share teacher, patches and
-    recipe."""
+    method: Annotated[tuple[str, ...], arg(help=METHOD_HELP)] = ("dace",)
     ipc: int = 1
     """Images per class; the coreset holds ipc · factor² patches of each, of t2i ipc / (1 +
     variants) generated images, and of dsco ipc images."""

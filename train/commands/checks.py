@@ -97,18 +97,12 @@ def check_images_per_class(
 ) -> None:
     """ValueError when a class has fewer images than a method takes, or than the `doped` that --dope
     adds."""
-    takes = {METHODS[method].takes for method in methods}
-    needed = ipc * factor**2 if "patches" in takes else 0
     counts = np.bincount(train.labels, minlength=len(train.class_ids))
     fewest = int(counts.argmin())
-    if counts[fewest] < needed:
-        raise ValueError(
-            f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
-            f"ipc · factor² = {needed} patches are wanted, one of each image: "
-            "give a smaller --ipc or --factor, or more images"
-        )
+    found = f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
+    for takes in filter(None, (METHODS[method].takes for method in methods)):
+        needed, wanted = takes(ipc, factor)
+        if counts[fewest] < needed:
+            raise ValueError(f"{found}{wanted}, or more images")
     if counts[fewest] < doped:
-        raise ValueError(
-            f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
-            f"--dope {doped} asks for more: give a smaller one"
-        )
+        raise ValueError(f"{found}--dope {doped} asks for more: give a smaller one")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .method import Machine, Made, Making, Method
+from .upsample import takes_patches
 
 if TYPE_CHECKING:
     from ...engine.coreset.coreset import Coreset
@@ -60,7 +61,7 @@ def _open(coreset: Coreset, machine: Machine) -> Iterator[Expansions]:
 
 DACE = Method(
     name="dace",
-    takes="patches",
+    takes=takes_patches,
     model="rendered",
     steps=5,
     sized_by="--image-size",

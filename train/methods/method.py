@@ -75,9 +75,8 @@ class Method:
     """One way to make a coreset and to show it to students."""
 
     name: str
-    takes: Literal["patches"] | None = None
-    """What of the data its coreset holds: ipc · factor² patches of a class, each of another image;
-    None: nothing."""
+    takes: Callable[[int, int], tuple[int, str]] | None = None
+    """Images of a class that it takes of the data, by ipc and factor, and what for. Default: none."""
     model: Literal["made", "rendered"] | None = None
     """When it runs a diffusion model: once, as its coreset is made, or as images are rendered."""
     steps: int = 0

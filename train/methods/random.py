@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .method import Made, Making, Method
-from .upsample import open_enlarged
+from .upsample import open_enlarged, takes_patches
 
 
 def _make(making: Making, _: Path) -> Made:
@@ -14,4 +14,4 @@ def _make(making: Making, _: Path) -> Made:
     return chosen(making, "random")
 
 
-RANDOM = Method(name="random", takes="patches", make=_make, open=open_enlarged)
+RANDOM = Method(name="random", takes=takes_patches, make=_make, open=open_enlarged)

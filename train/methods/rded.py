@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from .method import Machine, Method
-from .upsample import make_chosen
+from .upsample import make_chosen, takes_patches
 
 if TYPE_CHECKING:
     from ...engine.coreset.coreset import Coreset
@@ -27,4 +27,4 @@ def _open(coreset: Coreset, machine: Machine) -> AbstractContextManager[Mosaics]
     )
 
 
-RDED = Method(name="rded", takes="patches", make=make_chosen, open=_open)
+RDED = Method(name="rded", takes=takes_patches, make=make_chosen, open=_open)

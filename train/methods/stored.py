@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from ...engine.coreset.coreset import Coreset
 from ...engine.coreset.shown import shown
+from ...engine.data.images import STANDARD_RESIZE_RATIO, ImageSet, center_boxes, stream_crops
 from ..plan import Plan
 from .method import Machine
 from .source import ImageSource, as_uint8, one_by_one, to_unit
@@ -147,6 +148,19 @@ def with_doped(source: ImageSource, coreset: Coreset, device: str) -> ImageSourc
 def doped_samples(coreset: Coreset) -> int:
     """Samples of a class and epoch that are real images."""
     return coreset.settings["doping"]["samples_per_class"] if coreset.doped_per_class else 0
+
+
+def read_whole(images: ImageSet, positions: np.ndarray, size_px: int, device: str) -> Tensor:
+    """These images as validation sees them: uint8 [len(positions), S, S, 3] on the CPU."""
+    stream = stream_crops(
+        images,
+        positions,
+        center_boxes(STANDARD_RESIZE_RATIO, size_px),
+        crops=1,
+        size_px=size_px,
+        device=device,
+    )
+    return torch.cat([crops.pixels_BPHWC[:, 0].cpu() for crops in stream])
 
 
 def as_stored(images_BCHW: Tensor, size_px: int) -> Tensor:

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from .source import UpsampledPatches
 
 
+def takes_patches(ipc: int, factor: int) -> tuple[int, str]:
+    """One image for each patch."""
+    needed = ipc * factor**2
+    return needed, (
+        f"ipc · factor² = {needed} patches are wanted, one of each image: give a smaller --ipc or "
+        "--factor"
+    )
+
+
 def make_chosen(making: Making, _: Path) -> Made:
     """The patches that --select chooses."""
     from .patches import chosen
@@ -35,4 +44,4 @@ def open_enlarged(coreset: Coreset, machine: Machine) -> AbstractContextManager[
     )
 
 
-UPSAMPLE = Method(name="upsample", takes="patches", make=make_chosen, open=open_enlarged)
+UPSAMPLE = Method(name="upsample", takes=takes_patches, make=make_chosen, open=open_enlarged)
