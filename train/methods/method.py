@@ -76,7 +76,7 @@ class Method:
 
     name: str
     takes: Callable[[int, int], tuple[int, str]] | None = None
-    """Images of a class that it takes of the data, by ipc and factor, and what for. Default: none."""
+    """Images of a class that it takes of the data, by ipc and factor, and what for."""
     model: Literal["made", "rendered"] | None = None
     """When it runs a diffusion model: once, as its coreset is made, or as images are rendered."""
     steps: int = 0

@@ -24,6 +24,7 @@ from ...engine.data.images import (
     ImageSet,
     center_boxes,
     stream_crops,
+    to_unit,
 )
 from ...engine.expand.expander import Expander
 from ...engine.expand.naming import describe_source
@@ -240,17 +241,6 @@ class RealImages:
 def one_by_one(samples_P: Tensor) -> Sequence[Tensor]:
     """`ImageSource.calls` where no engine renders: an image has no neighbours."""
     return torch.arange(len(samples_P)).split(1)
-
-
-def to_unit(images_NHWC: Tensor) -> Tensor:
-    """uint8 [N, H, W, 3] → contiguous fp32 [N, 3, H, W] in [-1, 1]."""
-    return images_NHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-
-
-def as_uint8(images_NCHW: Tensor) -> np.ndarray:
-    """Images in [-1, 1] → uint8 NHWC."""
-    pixels = (images_NCHW.float().clamp(-1, 1) + 1) * 127.5
-    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def render_all(source: ImageSource, epoch: int, samples: Sequence[int] | Tensor) -> Tensor:

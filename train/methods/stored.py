@@ -20,10 +20,17 @@ from torch.nn.functional import interpolate
 
 from ...engine.coreset.coreset import Coreset
 from ...engine.coreset.shown import shown
-from ...engine.data.images import STANDARD_RESIZE_RATIO, ImageSet, center_boxes, stream_crops
+from ...engine.data.images import (
+    STANDARD_RESIZE_RATIO,
+    ImageSet,
+    center_boxes,
+    stream_crops,
+    to_pixels,
+    to_unit,
+)
 from ..plan import Plan
 from .method import Machine
-from .source import ImageSource, as_uint8, one_by_one, to_unit
+from .source import ImageSource, one_by_one
 from .variants import augment, draw_variants
 
 AUGMENTED_TOGETHER = 64  # images: variants take 30 bytes of scratch per byte of them
@@ -169,7 +176,7 @@ def as_stored(images_BCHW: Tensor, size_px: int) -> Tensor:
         images_BCHW = interpolate(
             images_BCHW, (size_px, size_px), mode="bicubic", antialias=True, align_corners=False
         )
-    return torch.from_numpy(np.ascontiguousarray(as_uint8(images_BCHW)))
+    return to_pixels(images_BCHW).cpu().contiguous()
 
 
 def whole_settings(plan: Plan, method: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from ..methods.source import as_uint8
+from ...engine.data.images import to_pixels
 from ..teacher.teacher import Teacher
 from .losses import Conditioning, predict, sampled_steps
 
@@ -61,5 +61,5 @@ def samples_of_class(
 
 def recognised_percent(teacher: Teacher, images_BCHW: Tensor, label: int) -> float:
     """Share of images in [-1, 1] that the teacher takes for class `label`, in percent, to 0.1."""
-    answers = teacher.logits_from_uint8(torch.from_numpy(as_uint8(images_BCHW))).argmax(1)
+    answers = teacher.logits_from_uint8(to_pixels(images_BCHW)).argmax(1)
     return round(100 * (answers == label).float().mean().item(), 1)

@@ -26,6 +26,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
+from ...engine.data.images import to_pixels, to_unit
 from ...kernels.noise import Draw, uniform
 from ...kernels.student_input import student_input
 from ..config import PriorConfig
@@ -47,11 +48,6 @@ from .samples import recognised_percent, samples_of_class
 
 PROMPT = "A photo of a {name}"
 HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
-
-
-def to_unit(pixels_BHWC: Tensor) -> Tensor:
-    """uint8 NHWC → float NCHW in [-1, 1]."""
-    return (pixels_BHWC.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def latent_means(vae: AutoencoderKL, images_BCHW: Tensor) -> Tensor:
@@ -248,8 +244,7 @@ class PriorTraining:
             _, real, sampled = self._samples(label, count)
             tiles = self.decode(torch.cat([real[:2], sampled]))
             rows.append(torch.cat(list(tiles), dim=2))
-        sheet = torch.cat(rows, dim=1).permute(1, 2, 0).cpu()
-        return Image.fromarray(((sheet + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+        return Image.fromarray(to_pixels(torch.cat(rows, dim=1)[None])[0].cpu().numpy())
 
     def _samples(self, label: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """`count` images [C, 3, H, W] of a class, their latents, and [2C, 4, h, w] samples."""
