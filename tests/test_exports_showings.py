@@ -14,8 +14,8 @@ from patchbloom.engine.data.class_names import imagenet_names
 from patchbloom.engine.formats.ddranking import SUBSETS
 from patchbloom.engine.formats.exports import export_coreset
 from patchbloom.engine.labels.soft_labels import LabelBlock
-from patchbloom.train.methods.method import Machine
 from patchbloom.train.methods.open import open_coreset_source
+from patchbloom.train.methods.source import Machine
 from patchbloom.train.run.world import ALONE
 from PIL import Image
 from torchvision.datasets import ImageFolder

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .method import Machine, Made, Making, Method
+from ..run.folder import settings_by_option
+from .method import Method, later
 from .upsample import takes_patches
 
 if TYPE_CHECKING:
-    from ...engine.coreset.coreset import Coreset
     from ..plan import Plan
-    from .source import Expansions
 
 
 def _check(options: Any) -> None:
@@ -26,37 +22,11 @@ def _check(options: Any) -> None:
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
-    from ..run.folder import settings_by_option
-
     return settings_by_option("model", plan.describe_model("dace"))
 
 
 def _rendering(plan: Plan) -> dict[str, Any]:
     return {"--refresh": plan.refresh, **_settings(plan)}
-
-
-def _make(making: Making, _: Path) -> Made:
-    from .patches import chosen
-
-    return chosen(making, making.plan.select, model=making.plan.describe_model("dace"))
-
-
-@contextmanager
-def _open(coreset: Coreset, machine: Machine) -> Iterator[Expansions]:
-    from ...engine.expand.naming import prompts_of
-    from .source import Expansions, open_expander
-
-    if machine.expand is None:
-        raise ValueError("method dace: expected how to use its model, got nothing")
-    with open_expander(
-        machine.model,
-        machine.expand,
-        machine.world,
-        patches_NHWC=coreset.patches(),
-        labels_N=coreset.labels_N,
-        prompts_K=prompts_of(coreset),
-    ) as expander:
-        yield Expansions(expander=expander, labels_N=coreset.labels_N, class_ids=coreset.class_ids)
 
 
 DACE = Method(
@@ -68,6 +38,6 @@ DACE = Method(
     check=_check,
     settings=_settings,
     rendering=_rendering,
-    make=_make,
-    open=_open,
+    make=later("patches.make_expanded"),
+    open=later("source.open_expansions"),
 )

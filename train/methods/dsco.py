@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..batching import class_batch
-from .method import Machine, Made, Making, Method
+from .method import Method, later
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from ...engine.coreset.coreset import Coreset
     from ..plan import Plan
-    from .stored import StoredImages
 
 
 def _check(options: Any) -> None:
@@ -33,24 +28,6 @@ def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:
     }
 
 
-def _settings(plan: Plan) -> dict[str, Any]:
-    from .optimised import dsco_settings
-
-    return dsco_settings(plan)
-
-
-def _make(making: Making, parts: Path) -> Made:
-    from .optimised import optimise_images
-
-    return optimise_images(making.plan, parts, making.world, making.report)
-
-
-def _open(coreset: Coreset, machine: Machine) -> AbstractContextManager[StoredImages]:
-    from .stored import open_stored
-
-    return open_stored(coreset, machine)
-
-
 def _options(plan: Plan) -> dict[str, Any]:
     return asdict(plan.dsco)
 
@@ -61,8 +38,8 @@ DSCO = Method(
     steps=5,
     check=_check,
     use=_use,
-    settings=_settings,
-    make=_make,
-    open=_open,
+    settings=later("optimised.dsco_settings"),
+    make=later("optimised.optimise_images"),
+    open=later("stored.open_stored"),
     options=_options,
 )

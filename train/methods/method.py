@@ -9,21 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...engine.config import ExpandConfig
     from ...engine.coreset.coreset import Coreset
     from ...engine.select.patches import PatchSelection
-    from ...export.models import ModelSource
     from ..plan import Plan
     from ..run.progress import Report
     from ..run.world import World
     from ..teacher.teacher import Teacher
-    from .source import DealtSource
+    from .source import DealtSource, Machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +54,14 @@ class Made:
     """For the stage's result."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What renders a coreset's images here."""
+def later(name: str) -> Callable[..., Any]:
+    """The function `module.function` of this folder, imported when it is called."""
 
-    device: str
-    world: World
-    model: ModelSource | None = None
-    expand: ExpandConfig | None = None
-    """How `model` is used."""
+    def call(*given: Any) -> Any:
+        module, function = name.split(".")
+        return getattr(import_module(f".{module}", __package__), function)(*given)
+
+    return call
 
 
 def _nothing(_: Plan) -> dict[str, Any]:

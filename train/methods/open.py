@@ -11,11 +11,10 @@ import torch
 from ...engine.coreset.coreset import Coreset
 from ..plan import Plan
 from ..run.world import ALONE, World
-from .method import Machine
 from .refresh import Refreshed
 from .registry import method_of
 from .shared import SharedImages
-from .source import ImageSource, RealImages
+from .source import ImageSource, Machine, RealImages
 from .stored import Doped, with_doped
 
 MEASURED_IMAGES = 256

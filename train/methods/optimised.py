@@ -31,24 +31,25 @@ from ..run.checkpoint import read_tensors, write_tensors
 from ..run.folder import settings_by_option
 from ..run.progress import Report
 from ..run.world import World
-from .method import Made
+from .method import Made, Making
 from .source import open_expander
 from .stored import as_stored, whole_settings
 
 DECODED_TOGETHER = 64  # real images
 
 
-def optimise_images(plan: Plan, folder: Path, world: World, report: Report) -> Made:
-    """Make ipc images of each class; all ranks of `world` call it, and get all of them.
+def optimise_images(making: Making, folder: Path) -> Made:
+    """Make ipc images of each class; all ranks call it, and get all of them.
 
     `folder` keeps what is done. ValueError: networks that overflow, a batch that does not fit.
     """
+    plan, world = making.plan, making.world
     config = dsco_settings(plan)
     with _optimiser(plan, world) as optimiser:
         groups = optimiser.groups()
         dealt = [groups[rank :: world.size] for rank in range(world.size)]
         own = [
-            _made_or_kept(plan, optimiser, group, folder, config, report)
+            _made_or_kept(plan, optimiser, group, folder, config, making.report)
             for group in dealt[world.rank]
         ]
     world.barrier()  # the groups may take hours, and tensors do not wait for so long

@@ -6,6 +6,7 @@ A kind of choice is `random`, without a teacher, or one of --select; methods of 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from ...engine.select.patches import PatchSelection, select_patches
@@ -15,11 +16,23 @@ from ..teacher.patch_teacher import patch_teacher
 from .method import Made, Making
 
 
-def chosen(making: Making, kind: str, model: dict[str, Any] | None = None) -> Made:
-    """The coreset of a method of this kind; its patches are chosen once for all of them.
+def make_random(making: Making, _: Path) -> Made:
+    """Patches that no teacher chose."""
+    return _made(making, "random")
 
-    Raises as patch_teacher and select_patches do.
-    """
+
+def make_scored(making: Making, _: Path) -> Made:
+    """Patches that --select chooses. Raises as patch_teacher and select_patches do."""
+    return _made(making, making.plan.select)
+
+
+def make_expanded(making: Making, _: Path) -> Made:
+    """The same, to be expanded by the model."""
+    return _made(making, making.plan.select, model=making.plan.describe_model("dace"))
+
+
+def _made(making: Making, kind: str, model: dict[str, Any] | None = None) -> Made:
+    """A coreset of this kind of choice, which is made once."""
     if kind not in making.selections:
         making.selections[kind] = _select(making, kind)
     plan, selection = making.plan, making.selections[kind]

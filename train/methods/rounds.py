@@ -34,7 +34,7 @@ from ..run.checkpoint import read_tensors, write_tensors
 from ..run.folder import settings_by_option
 from ..run.progress import Report
 from ..run.world import World
-from .method import Made
+from .method import Made, Making
 from .shared import SharedImages
 from .source import Expansions, ImageSource, open_expander
 from .stored import as_stored, whole_settings
@@ -56,21 +56,6 @@ class Generated:
         rate = len(self.images_NHWC) / max(self.seconds, 1e-9)
         seconds = round(self.seconds, 3)
         return {"generated": self.per_class, "seconds": seconds, "images_per_s": round(rate, 3)}
-
-    def made(self, plan: Plan) -> Made:
-        """The coreset. The number of images names the content, and not what decided it: a budget is
-        provenance."""
-        return Made(
-            images_NHWC=self.images_NHWC,
-            settings={
-                **whole_settings(plan, "t2i"),
-                "ipc": self.per_class * (1 + plan.variants),
-                "generated": self.per_class,
-                "variants": plan.variants,
-            },
-            provenance={"generation": {"budget_s": plan.budget_seconds, **self.describe()}},
-            told=self.describe(),
-        )
 
 
 class KeptRounds:
@@ -118,6 +103,22 @@ def generate(plan: Plan, folder: Path, world: World, report: Report) -> Generate
             world=world,
             report=report,
         )
+
+
+def make_generated(making: Making, folder: Path) -> Made:
+    """The coreset of `generate`. What names it is the number of images, not what decided that."""
+    plan, made = making.plan, generate(making.plan, folder, making.world, making.report)
+    return Made(
+        images_NHWC=made.images_NHWC,
+        settings={
+            **whole_settings(plan, "t2i"),
+            "ipc": made.per_class * (1 + plan.variants),
+            "generated": made.per_class,
+            "variants": plan.variants,
+        },
+        provenance={"generation": {"budget_s": plan.budget_seconds, **made.describe()}},
+        told=made.describe(),
+    )
 
 
 def generate_rounds(
@@ -198,9 +199,14 @@ def _generator(plan: Plan, world: World) -> Iterator[ImageSource]:
 def _round_settings(plan: Plan) -> dict[str, Any]:
     """All that decides the images of a round."""
     shared = {"--seed": plan.seed, "--image-size": plan.image_size}
-    return {**shared, "classes": list(plan.class_names), **generator_settings(plan)}
+    return {**shared, "classes": list(plan.class_names), **_generator_settings(plan)}
 
 
-def generator_settings(plan: Plan) -> dict[str, Any]:
-    """What of the model names the images, for a stage's config."""
+def generation_settings(plan: Plan) -> dict[str, Any]:
+    """All that decides how many images are generated, and which: for the stage's config."""
+    kept = {"--budget-seconds": plan.budget_seconds, "--variants": plan.variants}
+    return {**kept, **_generator_settings(plan)}
+
+
+def _generator_settings(plan: Plan) -> dict[str, Any]:
     return settings_by_option("t2i", plan.describe_generator("t2i"))

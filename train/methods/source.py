@@ -10,7 +10,7 @@ number of steps. Legend: N samples in all, P samples asked for, r factor, p patc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...engine.config import ExpandConfig
+from ...engine.coreset.coreset import Coreset
 from ...engine.data.images import (
     STANDARD_RESIZE_RATIO,
     ImageSet,
@@ -27,7 +28,7 @@ from ...engine.data.images import (
     to_unit,
 )
 from ...engine.expand.expander import Expander
-from ...engine.expand.naming import describe_source
+from ...engine.expand.naming import describe_source, prompts_of
 from ...export.models import ModelSource
 from ...kernels.mosaic import mosaic
 from ...kernels.noise import Draw, uniform, uniform_numpy
@@ -71,6 +72,17 @@ class DealtSource(ImageSource, Protocol):
         Whole calls, rendered alone in this order, are the same calls.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What renders a coreset's images here."""
+
+    device: str
+    world: World
+    model: ModelSource | None = None
+    expand: ExpandConfig | None = None
+    """How `model` is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +135,22 @@ def open_expander(
         expander.close()
 
 
+@contextmanager
+def open_expansions(coreset: Coreset, machine: Machine) -> Iterator[Expansions]:
+    """The coreset's patches, expanded by the machine's model. Frees it at the end."""
+    if machine.expand is None:
+        raise ValueError("method dace: expected how to use its model, got nothing")
+    with open_expander(
+        machine.model,
+        machine.expand,
+        machine.world,
+        patches_NHWC=coreset.patches(),
+        labels_N=coreset.labels_N,
+        prompts_K=prompts_of(coreset),
+    ) as expander:
+        yield Expansions(expander=expander, labels_N=coreset.labels_N, class_ids=coreset.class_ids)
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpsampledPatches:
     """Methods upsample and random, which differ in how the patches were chosen."""
@@ -147,6 +175,19 @@ class UpsampledPatches:
 
     def describe(self) -> dict[str, Any]:
         return {"method": self.method, "size_px": self.size_px, "upsampling": "bicubic"}
+
+
+def open_enlarged(coreset: Coreset, machine: Machine) -> AbstractContextManager[UpsampledPatches]:
+    """The coreset's patches, enlarged."""
+    return nullcontext(
+        UpsampledPatches(
+            method=coreset.settings["method"],
+            patches_NHWC=coreset.patches().to(machine.device),
+            labels_N=coreset.labels_N,
+            class_ids=coreset.class_ids,
+            size_px=coreset.settings["image_size_px"],
+        )
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +220,19 @@ class Mosaics:
     def describe(self) -> dict[str, Any]:
         size_px = self.factor * self.patches_NHWC.shape[1]
         return {"method": "rded", "factor": self.factor, "seed": self.seed, "size_px": size_px}
+
+
+def open_mosaics(coreset: Coreset, machine: Machine) -> AbstractContextManager[Mosaics]:
+    """Mosaics of the coreset's patches."""
+    return nullcontext(
+        Mosaics(
+            patches_NHWC=coreset.patches().to(machine.device),
+            labels_N=coreset.labels_N,
+            class_ids=coreset.class_ids,
+            factor=coreset.settings["factor"],
+            seed=coreset.settings["seed"],
+        )
+    )
 
 
 @dataclass(kw_only=True)

@@ -29,8 +29,7 @@ from ...engine.data.images import (
     to_unit,
 )
 from ..plan import Plan
-from .method import Machine
-from .source import ImageSource, one_by_one
+from .source import ImageSource, Machine, one_by_one
 from .variants import augment, draw_variants
 
 AUGMENTED_TOGETHER = 64  # images: variants take 30 bytes of scratch per byte of them
@@ -192,16 +191,16 @@ def whole_settings(plan: Plan, method: str) -> dict[str, Any]:
     }
 
 
-def open_stored(
-    coreset: Coreset, machine: Machine, **varied: int
-) -> AbstractContextManager[StoredImages]:
-    """The images of such a coreset; `varied` is how many variants there are, and their seed."""
+def open_stored(coreset: Coreset, machine: Machine) -> AbstractContextManager[StoredImages]:
+    """The images of a coreset that keeps them whole, and variants where there are any."""
+    settings = coreset.settings
     return nullcontext(
         StoredImages(
-            method=coreset.settings["method"],
+            method=settings["method"],
             images_NHWC=coreset.patches().to(machine.device),
             class_ids=coreset.class_ids,
-            samples_per_class=coreset.settings["samples_per_class"],
-            **varied,
+            samples_per_class=settings["samples_per_class"],
+            variants=settings.get("variants", 0),
+            seed=settings["seed"],
         )
     )

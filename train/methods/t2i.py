@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...engine.expand.batches import fitting_batch
-from .method import Machine, Made, Making, Method
+from .method import Method, later
 
 if TYPE_CHECKING:
-    from ...engine.coreset.coreset import Coreset
     from ..plan import Plan
-    from .stored import StoredImages
 
 MOST_STEPS = 4
 
@@ -38,26 +34,6 @@ def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:
         "batch": options.engine_batch or fitting_batch(classes),
         "images_per_prompt": 1,
     }
-
-
-def _settings(plan: Plan) -> dict[str, Any]:
-    from .rounds import generator_settings
-
-    kept = {"--budget-seconds": plan.budget_seconds, "--variants": plan.variants}
-    return {**kept, **generator_settings(plan)}
-
-
-def _make(making: Making, parts: Path) -> Made:
-    from .rounds import generate
-
-    return generate(making.plan, parts, making.world, making.report).made(making.plan)
-
-
-def _open(coreset: Coreset, machine: Machine) -> AbstractContextManager[StoredImages]:
-    from .stored import open_stored
-
-    varied = {key: coreset.settings[key] for key in ("variants", "seed")}
-    return open_stored(coreset, machine, **varied)
 
 
 def _options(plan: Plan) -> dict[str, Any]:
@@ -97,9 +73,9 @@ T2I = Method(
     sized_by="--generate-size",
     check=_check,
     use=_use,
-    settings=_settings,
-    make=_make,
-    open=_open,
+    settings=later("rounds.generation_settings"),
+    make=later("rounds.make_generated"),
+    open=later("stored.open_stored"),
     options=_options,
     announced=_announced,
     noted=_noted,

@@ -33,10 +33,9 @@ from ..batching import engine_batch_for, together_in_engine
 from ..config import StudentConfig, pool_size
 from ..coreset_options import RenderOptions
 from ..labels.targets import StoredLabels
-from ..methods.method import Machine
 from ..methods.open import open_coreset_source
 from ..methods.registry import method_of
-from ..methods.source import ImageSource
+from ..methods.source import ImageSource, Machine
 from ..methods.stored import doped_samples
 from ..run.world import ALONE
 from ..teacher.teacher import Teacher, load_teacher
