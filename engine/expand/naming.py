@@ -28,14 +28,11 @@ PRECISIONS = ("precision", "vae_precision")
 AGAIN = "make the coreset and its labels again with this version of patchbloom"
 _BESIDE_THE_SETTINGS = ("timesteps", "upsampling", "size_px", "seed")
 _NO_PART_IN_STORED_IMAGES = ("rho", "mixup", "mixup_weight", "posterior", "weights_bytes")
-_REQUIRED = (
-    *("name", "weights_sha256", "prompt", "start", "steps", "rho", "mixup", "posterior"),
-    *("conditioning_px", "precision", "vae_precision"),
-)
 _CONFIGURED = (
-    *("start", "steps", "rho", "mixup", "mixup_weight", "posterior", "conditioning_px"),
+    *("start", "steps", "rho", "mixup", "posterior", "conditioning_px"),
     *PRECISIONS,
 )
+"""Fields of ExpandConfig that every manifest has."""
 
 
 def _named(model: ModelSource, config: ExpandConfig, **prompts: Any) -> dict[str, Any]:
@@ -105,7 +102,8 @@ def describe_generator(
 def named_model(coreset: Coreset) -> dict[str, Any]:
     """The manifest's model; CoresetError for one that does not name the images."""
     named = coreset.manifest["model"] or {}
-    missing = [field for field in _REQUIRED if field not in named]
+    required = ("name", "weights_sha256", "prompt", *_CONFIGURED)
+    missing = [field for field in required if field not in named]
     if missing:
         raise CoresetError(
             f"{coreset.folder}: expected {missing[0]} in the model of its manifest, got none: "
@@ -129,7 +127,8 @@ def expand_config(
     `size_px` and `seed` are those of the coreset's settings. What is not named has no part in the
     images, or its default.
     """
-    told = {field: named[field] for field in _CONFIGURED if named.get(field) is not None}
+    fields = (*_CONFIGURED, "mixup_weight")
+    told = {field: named[field] for field in fields if named.get(field) is not None}
     sizes = {"size_px": named.get("generate_size", size_px), "seed": seed}
     return ExpandConfig(**{**sizes, **told, **here})
 
