@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ...engine.errors import CoresetError
 from .dace import DACE
 from .dsco import DSCO
+from .herding import HERDING
 from .method import Method
 from .random import RANDOM
 from .rded import RDED
@@ -16,7 +17,7 @@ from .upsample import UPSAMPLE
 if TYPE_CHECKING:
     from ...engine.coreset.coreset import Coreset
 
-METHODS = {method.name: method for method in (DACE, RDED, RANDOM, UPSAMPLE, T2I, DSCO)}
+METHODS = {method.name: method for method in (DACE, RDED, RANDOM, UPSAMPLE, T2I, DSCO, HERDING)}
 
 
 def method_of(coreset: Coreset) -> Method:
