@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 
@@ -104,19 +104,6 @@ class ExpandConfig:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must lie in [0, 2^64), got {self.seed}")
         parse_mixup_weight(self.mixup_weight)
-
-    def describe_mixup(self) -> dict[str, Any]:
-        """`mixup` and `mixup_weight` in one spelling, as part of the images' name.
-
-        A uniform weight is omitted, so that coresets from before there was a choice keep their
-        names.
-        """
-        mixup = self.mixup and self.start == "image"
-        law, value = parse_mixup_weight(self.mixup_weight)
-        if not mixup or (law, value) == ("beta", 1):
-            return {"mixup": mixup}
-        number = str(value).removesuffix(".0")
-        return {"mixup": True, "mixup_weight": f"beta:{number}" if law == "beta" else number}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.expand.backends import CompiledBackend
 from patchbloom.engine.expand.expander import Expander
+from patchbloom.engine.expand.naming import describe_mixup
 from patchbloom.engine.labels.file import LabelLayout
 from patchbloom.export.bundle import find_bundles, open_bundle
 from patchbloom.export.bundle_key import build_command, bundle_name
@@ -44,13 +45,11 @@ from patchbloom.train.labels.recording import RecordedLabels
 from patchbloom.train.labels.targets import OnlineLabels
 from patchbloom.train.labels.views import describe_views
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.methods.open import describe_model
 from patchbloom.train.methods.refresh import Refreshed
+from patchbloom.train.methods.rounds import Generated
 from patchbloom.train.methods.shared import SharedImages
 from patchbloom.train.methods.source import Expansions, Mosaics, RealImages, UpsampledPatches
 from patchbloom.train.methods.stored import Doped, StoredImages
-from patchbloom.train.methods.t2i import Generated
-from patchbloom.train.methods.whole_images import describe_generator
 from patchbloom.train.networks import build_network
 from patchbloom.train.options import TrainStudent
 from patchbloom.train.prior.training import PriorTraining
@@ -499,7 +498,7 @@ def _mixup() -> dict[str, Any]:
     said = {each: ExpandConfig(size_px=8, mixup_weight=each) for each in weights}
     said["none"] = ExpandConfig(size_px=8, mixup=False, mixup_weight="0.5")
     said["noise"] = ExpandConfig(size_px=8, start="noise")
-    return {name: config.describe_mixup() for name, config in said.items()}
+    return {name: describe_mixup(config) for name, config in said.items()}
 
 
 def _model() -> dict[str, Any]:
@@ -515,9 +514,9 @@ def _model() -> dict[str, Any]:
     )
     plan = make_plan(asked, Silence())
     return {
-        "dace": describe_model(plan, plan.expand),
-        "t2i": describe_generator(plan, plan.generate),
-        "dsco": describe_generator(plan, plan.optimise),
+        "dace": plan.describe_model("dace"),
+        "t2i": plan.describe_generator("t2i"),
+        "dsco": plan.describe_generator("dsco"),
     }
 
 

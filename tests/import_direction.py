@@ -22,8 +22,8 @@ LAYERS = {
         *("coreset", "expand", "dsco", "builds", "formats", "cli"),
     ),
     "train": (
-        *("config", "coreset_options", "options", "run", "data", "networks", "teacher"),
-        *("batching", "plan", "methods", "labels", "students", "report", "prior"),
+        *("config", "coreset_options", "run", "data", "networks", "teacher", "batching"),
+        *("plan", "methods", "options", "labels", "students", "report", "prior"),
         *("commands", "loader", "cli"),
     ),
 }

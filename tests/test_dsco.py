@@ -34,9 +34,9 @@ from patchbloom.engine.expand.expander import Expander
 from patchbloom.export.models import find_model
 from patchbloom.kernels.noise import normal
 from patchbloom.train import cli
-from patchbloom.train.commands.doping import read_whole
 from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.loader import ExpandedLoader
+from patchbloom.train.methods.stored import read_whole
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -15,7 +15,8 @@ from patchbloom.engine.data.names import imagenet_names
 from patchbloom.engine.formats.ddranking import SUBSETS
 from patchbloom.engine.formats.exports import export_coreset
 from patchbloom.train.methods.open import open_coreset_source
-from patchbloom.train.methods.stored import with_doped
+from patchbloom.train.methods.source import Machine
+from patchbloom.train.run.world import ALONE
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -104,8 +105,7 @@ def test_an_image_has_the_labels_of_what_students_saw_of_it(
         [coreset.patches().unflatten(0, (3, 2)), coreset.doped().unflatten(0, (3, 1))], 1
     ).numpy()
     seen: dict[tuple[int, int], dict[tuple[int, int], bool]] = {}
-    with open_coreset_source(coreset, None, None, "cpu") as own:
-        source = with_doped(own, coreset, "cpu")
+    with open_coreset_source(coreset, Machine(device="cpu", world=ALONE)) as source:
         for epoch in range(EPOCHS):
             shown = source.render(torch.arange(source.samples), epoch).add(1).mul(127.5).round()
             for sample, image_CHW in enumerate(shown):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from patchbloom.engine.config import ExpandConfig, parse_mixup_weight
 from patchbloom.engine.expand.mixup import KNOTS, beta_quantiles, mixup_quantiles
+from patchbloom.engine.expand.naming import describe_mixup
 from patchbloom.kernels.latents import start_state
 
 DRAWS = 200_000
@@ -91,7 +92,7 @@ def test_anything_else_is_refused_in_one_line(weight: str) -> None:
 
 def test_one_weight_has_one_name() -> None:
     def named(weight: str, **settings: object) -> dict[str, object]:
-        return ExpandConfig(size_px=32, mixup_weight=weight, **settings).describe_mixup()  # type: ignore[arg-type]
+        return describe_mixup(ExpandConfig(size_px=32, mixup_weight=weight, **settings))  # type: ignore[arg-type]
 
     assert parse_mixup_weight("uniform") == parse_mixup_weight("beta:1.0") == ("beta", 1)
     assert named("uniform") == named("beta:1") == {"mixup": True}, "as older coresets have it"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.engine.config import ExpandConfig, Start
-from patchbloom.engine.data.images import CorruptImageError, open_image_set
+from patchbloom.engine.data.images import CorruptImageError, open_image_set, to_unit
 from patchbloom.engine.expand.batches import fitting_batch, images_per_prompt, plan_batches
 from patchbloom.engine.labels.codec import SoftTargets
 from patchbloom.train.batching import LARGE_ENGINE_BATCH, grouping
@@ -20,7 +20,7 @@ from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.labels.hard import HardLabels
 from patchbloom.train.labels.targets import OnlineLabels
 from patchbloom.train.labels.views import describe_views, learning_rate, make_views, pools
-from patchbloom.train.methods.source import RealImages, UpsampledPatches, render_all, to_unit
+from patchbloom.train.methods.source import RealImages, UpsampledPatches, render_all
 from patchbloom.train.networks import build_network
 from patchbloom.train.report import pictures
 from patchbloom.train.run.checkpoint import CheckpointError

@@ -23,10 +23,9 @@ from patchbloom.train import cli
 from patchbloom.train.commands import coresets as run_coresets
 from patchbloom.train.coreset_options import RenderOptions
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.methods import t2i as generated
-from patchbloom.train.methods import whole_images
+from patchbloom.train.methods import rounds as generated
+from patchbloom.train.methods.rounds import KeptRounds, generate_rounds
 from patchbloom.train.methods.stored import StoredImages
-from patchbloom.train.methods.t2i import KeptRounds, generate_rounds
 from patchbloom.train.methods.variants import Variants, augment, draw_variants
 from patchbloom.train.run.world import ALONE
 from patchbloom.train.students.from_manifest import open_recorded_source
@@ -402,10 +401,10 @@ def test_a_stopped_generation_resumes_and_a_finished_one_is_not_paid_again(
         raise OSError("as if killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(whole_images, "write_coreset", stopped)
+        patch.setattr(run_coresets, "write_coreset", stopped)
         assert "as if killed" in train(*SHORT, *PDA, "--out", out)["error"]
     train("coreset", *SHORT, *PDA, "--out", out)
-    monkeypatch.setattr(run_coresets, "generate", stopped)
+    monkeypatch.setattr(generated, "generate", stopped)
     result = train(*SHORT, *PDA, "--out", out, "--resume")
     then = json.loads((whole / "summary.json").read_text())
     assert result["content_sha256"] == then["content_sha256"]

@@ -21,6 +21,7 @@ StudentPrecision = Literal["fp32", "bf16", "fp16"]
 PriorPrecision = Literal["fp32", "bf16"]
 ViewPrecision = Literal["fp32", "fp16"]
 Targets = Literal["soft", "hard"]
+LabelChoice = Literal["stored", "online", "record"]
 TIMESTEPS = 1000  # in a prior's noise schedule, as in SDXL's
 SMALL_IMAGES_PX = 64  # RDED keeps images of CIFAR (32) and Tiny-ImageNet (64) whole
 CHANGES_NO_RESULT = ("overlap", "accumulate", "checkpoint_every", "checkpoints_kept")

@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..engine.config import TEMPLATE, DscoConfig, Start, parse_mixup_weight
 from ..engine.labels.codec import Codec
@@ -20,6 +20,7 @@ from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import (
     MOST_STUDENTS,
     Choice,
+    LabelChoice,
     PriorConfig,
     RecipeName,
     Scoring,
@@ -28,17 +29,10 @@ from .config import (
     check_seed,
 )
 from .coreset_options import StudentElsewhere, TrainVerify
+from .methods.registry import METHODS
 
 LEAST_REFRESH = 0.001
-METHODS = ("dace", "rded", "random", "upsample", "t2i", "dsco")
-GENERATED = ("t2i", "dsco")
-"""Methods whose coreset holds generated images, and no patches of the data."""
-BY_MODEL = ("dace", "t2i", "dsco")
-"""Methods that run a diffusion model."""
-STEPS = {"dace": 5, "t2i": 1, "dsco": 5}
-"""Their default scheduler steps."""
-MOST_T2I_STEPS = 4
-LabelChoice = Literal["stored", "online", "record"]
+METHOD_HELP = f"One or several of {', '.join(METHODS)}; they share teacher, patches and recipe."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +48,7 @@ class RunOptions:
     is a CUDA device, sdxl-tiny elsewhere and for --data shapes."""
     backend: BackendName = "auto"
     """Backend that runs the model; `auto` takes the fastest that works here and says which."""
-    method: tuple[str, ...] = ("dace",)
-    """One or several of dace, rded, random, upsample, t2i, dsco; they share teacher, patches and
-    recipe."""
+    method: Annotated[tuple[str, ...], arg(help=METHOD_HELP)] = ("dace",)
     ipc: int = 1
     """Images per class; the coreset holds ipc · factor² patches per class, for t2i ipc / (1 +
     variants) generated images, and for dsco ipc images."""
@@ -197,18 +189,12 @@ class RunOptions:
             raise ValueError(f"--seeds {self.seeds}: expected {MOST_STUDENTS} at most")
         if self.dope < 0:
             raise ValueError(f"--dope {self.dope}: expected 0 or more")
-        if "dsco" in self.methods and self.steps_of("dsco") < 2:
-            raise ValueError(
-                f"--steps {self.steps}: expected 2 or more for dsco, which optimises the noise of "
-                "every step but the last"
-            )
         if not 0 < self.rho <= 1:
             raise ValueError(f"--rho {self.rho:g}: expected more than 0, and 1 at most")
         if not LEAST_REFRESH <= self.refresh <= 1:
             raise ValueError(f"--refresh {self.refresh:g}: expected {LEAST_REFRESH:g} to 1")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"--learning-rate {self.learning_rate:g}: expected more than 0")
-        self._check_steps()
         self._check_mixup()
         self._check_generated()
         if self.labels == "online" and self.codec != DEFAULT_CODEC:
@@ -225,6 +211,8 @@ class RunOptions:
                 "--targets hard makes no soft labels: leave out --labels and --codec, or give "
                 "--targets soft"
             )
+        for method in self.methods:
+            METHODS[method].check(self)
         check_seed(self.seed)
         if self.resume and self.overwrite:
             raise ValueError("--resume keeps what --overwrite removes: give one of them")
@@ -233,19 +221,6 @@ class RunOptions:
         """How labels are kept; ValueError where --codec cannot keep answers about `classes`."""
         kind = CODECS[self.codec]
         return kind.chosen(getattr(self, kind.option) if kind.option else None, classes)
-
-    def _check_steps(self) -> None:
-        steps = self.steps_of("dace")
-        if "dace" in self.methods and self.start == "image" and int(steps * self.rho) < 1:
-            raise ValueError(
-                f"--rho {self.rho:g} of --steps {steps} rounds to 0 evaluations: "
-                f"give --rho {1 / steps:g} or more, or more --steps"
-            )
-        if "t2i" in self.methods and self.steps_of("t2i") > MOST_T2I_STEPS:
-            raise ValueError(
-                f"--steps {self.steps}: expected {MOST_T2I_STEPS} at most for t2i: leave it out "
-                "for 1, or give the methods runs of their own"
-            )
 
     def _check_mixup(self) -> None:
         law = parse_mixup_weight(self.mixup_weight)
@@ -268,20 +243,6 @@ class RunOptions:
                 f"--budget-seconds {self.budget_seconds:g}: expected a number of seconds, more "
                 "than 0"
             )
-        if "t2i" in self.methods and self.budget_seconds is None and self.ipc % (1 + self.variants):
-            raise ValueError(
-                f"--ipc {self.ipc}: expected a multiple of {1 + self.variants}, each generated "
-                f"image and its {self.variants} --variants: give another --ipc or --variants"
-            )
-
-    def steps_of(self, method: str) -> int:
-        """Scheduler steps of a method that runs a model."""
-        return self.steps or STEPS[method]
-
-    @property
-    def generated(self) -> int | None:
-        """Images per class that t2i generates; None where a budget decides it."""
-        return None if self.budget_seconds is not None else self.ipc // (1 + self.variants)
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..engine.config import DscoConfig, ExpandConfig
 from ..engine.data.images import ImageSet
+from ..engine.expand import naming
 from ..engine.expand.prompts import class_prompts
 from ..engine.labels.codec import Codec
 from ..export.models import ModelSource
-from .config import Choice, Recipe, Scoring, StudentConfig, TeacherConfig, student_seeds
-from .options import LabelChoice
+from .config import (
+    Choice,
+    LabelChoice,
+    Recipe,
+    Scoring,
+    StudentConfig,
+    TeacherConfig,
+    student_seeds,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,24 +62,38 @@ class Plan:
     own_prompts: dict[str, str]
     """Prompts of the classes in --prompts, by class id."""
     expand: ExpandConfig
-    """How dace makes images of patches."""
+    """How images are made of patches, where a method does so."""
     refresh: float
     """Share of the patches that dace expands anew in an epoch."""
-    generate: ExpandConfig
-    """How t2i makes images of nothing, one of each class at a time."""
-    generated: int | None
-    """Images per class that t2i makes; None where budget_seconds decides."""
     variants: int
     budget_seconds: float | None
     dsco: DscoConfig
-    optimise: ExpandConfig
-    """How dsco makes images, of whole classes at a time."""
+    use: Mapping[str, ExpandConfig]
+    """How each method that runs the model uses it."""
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """The model's prompt for each class."""
         ids = self.train.class_ids
         return class_prompts(self.class_names, self.prompt, class_ids=ids, own=self.own_prompts)
+
+    @property
+    def generated(self) -> int | None:
+        """Images per class that t2i makes; None where budget_seconds decides."""
+        return None if self.budget_seconds is not None else self.ipc // (1 + self.variants)
+
+    def describe_model(self, method: str) -> dict[str, Any]:
+        """What of the model names the images that `method` renders, for a manifest."""
+        return naming.describe_model(*self._used(method))
+
+    def describe_generator(self, method: str) -> dict[str, Any]:
+        """The same of images that `method` made once."""
+        return naming.describe_generator(*self._used(method))
+
+    def _used(self, method: str) -> tuple[ModelSource, ExpandConfig, str, dict[str, str]]:
+        if self.model is None:
+            raise ValueError(f"method {method}: expected a model, got none")
+        return self.model, self.use[method], self.prompt, self.own_prompts
 
     @property
     def samples_per_class(self) -> int:

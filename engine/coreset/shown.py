@@ -28,14 +28,11 @@ from .manifest import doped_files, patch_files
 
 VIEW_COLUMNS = ("sample", "epoch", "variant")
 _LABELLED = {
-    "dace": "its expansion, in which mixup, where there is any, mixes another patch of its class",
     "rded": "the sample's mosaic, of it and the r² - 1 patches beside it",
     "upsample": "it, enlarged",
     "random": "it, enlarged",
-    "t2i": "it, where the variant is 0, else of an augmented variant of it",
-    "dsco": "it",
 }
-"""The image that the teacher saw for a patch, by method."""
+"""What the teacher was shown for a patch that no model expands, by method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +94,26 @@ def stored_images(coreset: Coreset, labels: SoftLabels | None) -> Iterator[Store
 
 
 def told_of_labels(coreset: Coreset) -> str:
-    """Explain to people what a row of an image's labels belongs to."""
-    method = coreset.settings["method"]
+    """For people: what a row of an image's labels answers."""
     doped = " Of a doped image it is of the image itself." if coreset.doped_per_class else ""
     return (
         "Row a of an image's labels is the teacher's answer to the view (sample, epoch, variant) = "
         "views[a]: a crop, perhaps mirrored, with a part of another image pasted in where "
         "labels.settings.views.cutmix is true, and not the stored image as it is. "
-        f"The view is of {_LABELLED.get(method, 'an image that is made of it')}.{doped}"
+        f"The view is of {_labelled(coreset)}.{doped}"
     )
+
+
+def _labelled(coreset: Coreset) -> str:
+    """What the teacher was shown for a stored image."""
+    settings = coreset.settings
+    if coreset.manifest["model"] is not None:
+        return "its expansion, in which mixup, where there is any, mixes another patch of its class"
+    if "variants" in settings:
+        return "it, where the variant is 0, else of an augmented variant of it"
+    if "samples_per_class" in settings:
+        return "it"
+    return _LABELLED.get(settings["method"], "an image that is made of it")
 
 
 def _samples_of_a_class(coreset: Coreset) -> tuple[int, int]:

@@ -319,3 +319,14 @@ def _some(names: list[str], limit: int = 5) -> str:
     """The names, or the first few and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def to_unit(images_NHWC: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, H, W, 3] → contiguous fp32 [N, 3, H, W] in [-1, 1]."""
+    return images_NHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+
+
+def to_pixels(images_NCHW: torch.Tensor) -> torch.Tensor:
+    """Images, clamped to [-1, 1] → uint8 [N, H, W, 3] on the same device."""
+    pixels_NCHW = (images_NCHW.float().clamp(-1, 1) + 1) * 127.5
+    return pixels_NCHW.round().byte().permute(0, 2, 3, 1)

@@ -23,14 +23,7 @@ from torch import Tensor
 
 from ...export.bundle import default_bundles_folder
 from ...export.config import EngineSpec
-from ...export.models import (
-    DTYPES,
-    ModelParts,
-    ModelSource,
-    load_parts,
-    resolve_vae_precision,
-    weights_sha256,
-)
+from ...export.models import DTYPES, ModelParts, ModelSource, load_parts
 from ...kernels.latents import start_state
 from ...kernels.noise import Draw, normal
 from ...kernels.pixels import upsample_patches
@@ -39,11 +32,11 @@ from ..config import ExpandConfig
 from .backends import Backend, open_backend, resolve_device
 from .batches import BatchPlan, images_per_prompt, plan_batches
 from .mixup import mixup_quantiles
+from .naming import UPSAMPLING, describe_source
 from .prompt_bank import open_prompt_bank
 from .prompts import encode_prompts
 from .schedule import make_schedule
 
-UPSAMPLING = "bicubic"
 VARIED = {"steps", "rho", "mixup", "mixup_weight", "start", "seed"}
 
 
@@ -305,29 +298,8 @@ class Expander:
 
     def describe(self) -> dict[str, Any]:
         """What names the images, and what made them, for a manifest."""
-        config = self.config
         return {
-            "model": self.model.name,
-            "revision": self.model.revision,
-            "weights_sha256": weights_sha256(self.model),
-            "vae": self.model.vae_name or "model's own",
-            "scheduler": self.model.scheduler_config().get("_class_name"),
-            "start": config.start,
-            "steps": config.steps,
-            "rho": config.rho if config.start == "image" else None,
-            "evals": self.schedule.evals,
-            "timesteps": list(self.schedule.timesteps),
-            "sigmas": list(self.schedule.sigmas),
-            **config.describe_mixup(),
-            "posterior": config.posterior,
-            "upsampling": UPSAMPLING,
-            "size_px": config.size_px,
-            "conditioning_px": config.conditioning_px or config.size_px,
-            "seed": config.seed,
-            "precision": config.precision,
-            "vae_precision": resolve_vae_precision(
-                self.model, config.precision, config.vae_precision
-            ),
+            **describe_source(self.model, self.config),
             "batch": self.spec.batch,
             "images_per_prompt": self.spec.images_per_prompt,
             "device": self.spec.device,

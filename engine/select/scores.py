@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import softplus
 
 from ...kernels.pixels import upsample_patches
-from ..data.images import InputError
+from ..data.images import InputError, to_pixels
 
 IMAGENET_MEAN_RGB = (124, 116, 104)
 """(0.485, 0.456, 0.406) · 255, rounded."""
@@ -113,6 +113,5 @@ class PatchScorer:
         return Scores(losses.reshape(images, crops), features)
 
     def _enlarged(self, patches_NHWC: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, H, W, 3] of the image size, bicubic, as in method upsample."""
-        images_NCHW = upsample_patches(patches_NHWC, self.image_size_px, mode="bicubic")
-        return images_NCHW.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        """uint8 [N, H, W, 3] of the image size, bicubic, as method upsample shows them."""
+        return to_pixels(upsample_patches(patches_NHWC, self.image_size_px, mode="bicubic"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...engine.expand.prompts import unseen_classes
 from ...engine.labels.file import LabelLayout
+from ..methods.registry import METHODS
 from ..plan import Plan
 from ..run.progress import Report
 
@@ -33,25 +34,15 @@ def announce(plan: Plan, report: Report) -> None:
             f"prompts: {len(plan.own_prompts)} of {classes} classes have their own, the others "
             f"{plan.prompt!r}"
         )
-    if "t2i" in plan.methods:
-        report.say(_said_of_t2i(plan))
+    for told in (METHODS[method].announced for method in plan.methods):
+        if told is not None:
+            report.say(told(plan))
     unseen = unseen_classes(plan.model, plan.class_names)
     if unseen:
         report.say(
             f"warning: {plan.model.name} has never seen {len(unseen)} of the classes, "
             f"first {unseen[0]!r}: its images of them may not help; `train prior` makes a model"
         )
-
-
-def _said_of_t2i(plan: Plan) -> str:
-    generate = plan.generate
-    fitting = f"as many as fit into {plan.budget_seconds or 0:g} s"
-    count = fitting if plan.generated is None else str(plan.generated)
-    shown = f", each and {plan.variants} variants" if plan.variants else ""
-    return (
-        f"t2i: images per class: {count}, made at {generate.size_px} px in {generate.steps} "
-        f"step(s), kept at {plan.image_size} px{shown}"
-    )
 
 
 def label_gib(plan: Plan) -> float:

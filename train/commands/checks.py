@@ -13,8 +13,8 @@ from ...engine.data.images import ImageSet
 from ...export.machine import cxx_compiler
 from ...export.models import ModelSource, Unavailable
 from ..config import naming_option
+from ..methods.registry import METHODS
 from ..networks import build_network
-from ..options import GENERATED
 
 
 def check_compiler() -> None:
@@ -52,8 +52,9 @@ def check_rendered(
     model: ModelSource, methods: tuple[str, ...], image_size: int, generate_size: int
 ) -> None:
     """ValueError for a size that the model cannot make."""
-    made = {"dace": ("--image-size", image_size), "t2i": ("--generate-size", generate_size)}
-    for option, size_px in (made[method] for method in methods if method in made):
+    sizes_px = {"--image-size": image_size, "--generate-size": generate_size}
+    for option in filter(None, (METHODS[method].sized_by for method in methods)):
+        size_px = sizes_px[option]
         if size_px % model.vae_factor():
             raise ValueError(
                 f"{option} {size_px}: expected a multiple of {model.vae_factor()}, by which "
@@ -71,21 +72,16 @@ def check_factor(factor: int, image_size: int) -> None:
 
 
 def check_images_per_class(
-    train: ImageSet, methods: tuple[str, ...], *, patches: int, doped: int
+    train: ImageSet, methods: tuple[str, ...], *, ipc: int, factor: int, doped: int
 ) -> None:
-    """ValueError when a class has fewer images than `patches`, where a method takes one of each, or
-    fewer than the `doped` that --dope adds."""
-    needed = patches if set(methods) - set(GENERATED) else 0
+    """ValueError when a class has fewer images than a method takes, or than the `doped` that --dope
+    adds."""
     counts = np.bincount(train.labels, minlength=len(train.class_ids))
     fewest = int(counts.argmin())
-    if counts[fewest] < needed:
-        raise ValueError(
-            f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
-            f"ipc · factor² = {needed} patches are wanted, one of each image: "
-            "give a smaller --ipc or --factor, or more images"
-        )
+    found = f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
+    for takes in filter(None, (METHODS[method].takes for method in methods)):
+        needed, wanted = takes(ipc, factor)
+        if counts[fewest] < needed:
+            raise ValueError(f"{found}{wanted}, or more images")
     if counts[fewest] < doped:
-        raise ValueError(
-            f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
-            f"--dope {doped} asks for more: give a smaller one"
-        )
+        raise ValueError(f"{found}--dope {doped} asks for more: give a smaller one")

@@ -1,6 +1,6 @@
 """A run's coresets, one per method: where they lie, and how they are made together.
 
-RUN/coreset/           of the primary method: dace, if it is among them, else the first
+RUN/coreset/           of the primary method: one that renders by a model, else the first
 RUN/coreset-METHOD/    of another
 RUN/coreset…-doped/    with --dope beside each of these: the one that the students are of
 """
@@ -12,13 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...engine.coreset.coreset import Coreset, open_coreset
-from ...engine.select.patches import PatchSelection
+import torch
+
+from ...engine.coreset.coreset import Coreset, open_coreset, write_coreset
 from ...export.durable import json_sha256
-from ..methods.dsco import PARTS, Optimised, optimise_images, write_optimised
-from ..methods.patches import select, write_selected
-from ..methods.t2i import ROUNDS, Generated, generate, write_generated
-from ..options import GENERATED
+from ..methods.method import Made, Making
+from ..methods.registry import METHODS
 from ..plan import Plan
 from ..report.pictures import coreset_sheet, write_picture
 from ..report.summary import provenance
@@ -42,7 +41,7 @@ class RunCoresets:
     def undoped_folder(self, method: str) -> Path:
         """Where the coreset lies that the method itself made."""
         methods = self._plan.methods
-        primary = "dace" if "dace" in methods else methods[0]
+        primary = next((m for m in methods if METHODS[m].model == "rendered"), methods[0])
         return self._run.folder / ("coreset" if method == primary else f"coreset-{method}")
 
     def open(self, method: str) -> Coreset:
@@ -78,57 +77,51 @@ class RunCoresets:
         it, and `line` the command. All ranks of the run's world call it. ValueError: a budget that
         is too small, networks that overflow, or a teacher that cannot take patches.
         """
-        plan, world = self._plan, self._run.world
-        methods = plan.methods
-        kinds = {
-            method: "random" if method == "random" else plan.select
-            for method in methods
-            if method not in GENERATED
-        }
-        generated = generate(plan, self._run.folder, world, report) if "t2i" in methods else None
-        selections = {
-            kind: select(plan, kind, None if kind == "random" else teacher(), world, report)
-            for kind in dict.fromkeys(kinds.values())
-        }
-        optimised = None
-        if "dsco" in methods:
-            optimised = optimise_images(plan, self._run.folder, world, report)
-        if not world.leads:
+        making = Making(plan=self._plan, world=self._run.world, report=report, teacher=teacher)
+        made = {name: METHODS[name].make(making, self._parts(name)) for name in self._plan.methods}
+        if not self._run.world.leads:
             return StageResult({})
-        chosen = {method: (kind, selections[kind]) for method, kind in kinds.items()}
-        return self._write(chosen, generated, optimised, described, line)
-
-    def _write(
-        self,
-        chosen: dict[str, tuple[str, PatchSelection]],
-        generated: Generated | None,
-        optimised: Optimised | None,
-        teacher: dict[str, Any],
-        line: str,
-    ) -> StageResult:
-        plan = self._plan
         result: dict[str, Any] = {}
         outputs: list[Path] = []
-        for method in plan.methods:
-            told: dict[str, Any] = {}
-            folder = self.undoped_folder(method)
-            made = {"teacher": teacher, "provenance": provenance(line, plan.device)}
-            if method == "t2i" and generated is not None:
-                coreset = write_generated(plan, generated, folder, **made)
-                told = generated.describe()
-            elif method == "dsco" and optimised is not None:
-                coreset = write_optimised(plan, optimised, folder, **made)
-            else:
-                coreset = write_selected(plan, method, *chosen[method], folder, **made)
+        for name, each in made.items():
+            coreset = self._write(name, each, described, provenance(line, self._plan.device))
             patches = {k: v for k, v in coreset.manifest["files"].items() if k.endswith(".png")}
-            outputs += [coreset.folder / name for name in patches]
-            result[method] = {
+            outputs += [coreset.folder / file for file in patches]
+            result[name] = {
                 "patches_sha256": json_sha256(patches),
-                "evals": coreset.manifest["model"]["evals"] if method == "dace" else 0,
-                **told,
+                "evals": 0 if each.model is None else each.model["evals"],
+                **each.told,
             }
         shown = open_coreset(self._run.folder / "coreset", verify=False)
         write_picture(self._run.folder, "coreset", coreset_sheet(shown))
-        for parts in (ROUNDS, PARTS):
-            shutil.rmtree(self._run.folder / parts, ignore_errors=True)
+        for name in made:
+            shutil.rmtree(self._parts(name), ignore_errors=True)
         return StageResult(result, outputs)
+
+    def _parts(self, method: str) -> Path:
+        """Where a method keeps what it made, until all is written."""
+        return self._run.folder / f"{method}.partial"
+
+    def _write(
+        self, method: str, made: Made, teacher: dict[str, Any], made_with: dict[str, Any]
+    ) -> Coreset:
+        """In place of what a killed run left."""
+        plan, classes = self._plan, len(self._plan.class_names)
+        return write_coreset(
+            self.undoped_folder(method),
+            patches_NHWC=made.images_NHWC,
+            labels_N=torch.arange(classes).repeat_interleave(len(made.images_NHWC) // classes),
+            class_ids=plan.train.class_ids,
+            class_names=plan.class_names,
+            settings={
+                "method": method,
+                "seed": plan.seed,
+                "image_size_px": plan.image_size,
+                "data_sha256": plan.data_sha256,
+                **made.settings,
+            },
+            model=made.model,
+            teacher=teacher,
+            provenance={**made_with, **made.provenance},
+            overwrite=True,
+        )

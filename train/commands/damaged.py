@@ -30,7 +30,7 @@ def leave_out_damaged(plan: Plan, run: RunFolder, report: Report) -> tuple[Plan,
 
     found = run.stage("data", {"--data": plan.data_sha256}, find)
     train, val = (_without(images, found[images.split]) for images in (plan.train, plan.val))
-    check_images_per_class(train, plan.methods, patches=plan.samples_per_class, doped=plan.dope)
+    check_images_per_class(train, plan.methods, ipc=plan.ipc, factor=plan.factor, doped=plan.dope)
     if any(found.values()):
         _refuse_stages_of_all(plan, run)
     left = replace(plan, train=train, val=val, data_sha256=images_sha256(train, val))

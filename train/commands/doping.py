@@ -27,6 +27,7 @@ from ...engine.peers import share_of
 from ..config import StudentConfig, doping_seed
 from ..labels.targets import OnlineLabels
 from ..methods.open import open_source
+from ..methods.stored import read_whole
 from ..networks import build_network
 from ..plan import Plan
 from ..run.checkpoint import read_tensors
@@ -167,19 +168,6 @@ def lowest_margins(margins_M: np.ndarray, labels_M: np.ndarray, per_class: int) 
     order_M = np.lexsort((margins_M, labels_M))
     firsts_K = np.searchsorted(labels_M[order_M], np.unique(labels_M))
     return np.concatenate([order_M[first : first + per_class] for first in firsts_K])
-
-
-def read_whole(images: ImageSet, positions: np.ndarray, size_px: int, device: str) -> Tensor:
-    """These images as validation sees them: uint8 [len(positions), S, S, 3] on the CPU."""
-    stream = stream_crops(
-        images,
-        positions,
-        center_boxes(STANDARD_RESIZE_RATIO, size_px),
-        crops=1,
-        size_px=size_px,
-        device=device,
-    )
-    return torch.cat([crops.pixels_BPHWC[:, 0].cpu() for crops in stream])
 
 
 def write_doped(

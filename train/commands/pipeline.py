@@ -18,11 +18,10 @@ from ...engine.coreset.manifest import DOPED
 from ...export.durable import json_sha256
 from ..config import CHANGES_NO_RESULT
 from ..labels.keep import RunLabels, label_settings
-from ..methods.dsco import dsco_settings
-from ..methods.open import describe_model, open_source, own_part
+from ..methods.open import open_source, own_part
 from ..methods.patches import selection_settings
+from ..methods.registry import METHODS
 from ..methods.source import Expansions, ImageSource
-from ..methods.t2i import generation_settings
 from ..plan import Plan
 from ..report.pictures import expansion_sheet, one_sample_per_class, rendered_sheet, write_picture
 from ..report.summary import REAL, provenance
@@ -86,10 +85,9 @@ class Distillation:
             "--class-names": list(plan.class_names),
             "teacher": self.teacher_stage()["sha256"],
             **selection_settings(plan),
-            **(self._model_settings() if "dace" in plan.methods else {}),
-            **(generation_settings(plan) if "t2i" in plan.methods else {}),
-            **(dsco_settings(plan) if "dsco" in plan.methods else {}),
         }
+        for method in METHODS.values():
+            config |= method.settings(plan) if method.name in plan.methods else {}
         return self.run.stage("coreset", config, self._make_coresets, together=True)
 
     def _make_coresets(self) -> StageResult:
@@ -97,10 +95,6 @@ class Distillation:
         return self._coresets.make(
             self.report, teacher=lambda: self.teacher, described=described, line=self.line
         )
-
-    def _model_settings(self) -> dict[str, Any]:
-        model = describe_model(self.plan, self.plan.expand)
-        return {} if model is None else settings_by_option("model", model)
 
     def doping_stage(self, method: str) -> dict[str, Any]:
         """Train a network on a method's coreset, and write the coreset with the real images that it
@@ -191,11 +185,10 @@ class Distillation:
             "teacher": self.teacher_stage()["sha256"],
             **settings_by_option("student", student),
         }
-        if method == "dace":
-            settings["--refresh"] = plan.refresh
-        if method != REAL:
-            settings["patches"] = self.coreset_stage()[method]["patches_sha256"]
-        return settings | (self._model_settings() if method == "dace" else {})
+        if method == REAL:
+            return settings
+        settings["patches"] = self.coreset_stage()[method]["patches_sha256"]
+        return settings | METHODS[method].rendering(plan)
 
     def _make_students(self, method: str) -> StageResult:
         plan, folder = self.plan, self.run.folder / "students"

@@ -9,13 +9,14 @@ from ...engine.config import ExpandConfig
 from ...engine.data.images import ImageSet, check_same_classes, open_image_set
 from ...engine.data.names import display_names, read_prompts
 from ...engine.expand.backends import require_backend, resolve_device
-from ...engine.expand.batches import fitting_batch
 from ...export.config import DeviceName, Precision
 from ...export.models import ModelSource, find_model
-from ..batching import class_batch, engine_batch_for, grouping, together_in_engine
+from ..batching import engine_batch_for, grouping, together_in_engine
 from ..config import RECIPES, TORCHVISION, Recipe, StudentConfig, TeacherConfig, usual_precision
 from ..data.folder import data_folder, images_sha256
-from ..options import BY_MODEL, RunOptions
+from ..methods.dace import DACE
+from ..methods.registry import METHODS
+from ..options import RunOptions
 from ..plan import Plan
 from ..run.progress import Report
 from ..teacher.teacher import torchvision_columns
@@ -42,7 +43,8 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     check_images_per_class(
         given.train,
         options.methods,
-        patches=options.ipc * given.factor**2,
+        ipc=options.ipc,
+        factor=given.factor,
         doped=options.dope,
     )
     by_recipe = given.recipe.student_for(
@@ -83,12 +85,10 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         own_prompts=given.own_prompts,
         expand=expand,
         refresh=options.refresh,
-        generate=_generate_config(options, given, expand),
-        generated=options.generated,
         variants=options.variants,
         budget_seconds=options.budget_seconds,
         dsco=options.dsco,
-        optimise=_optimise_config(options, given, expand),
+        use=_uses(options, given, expand),
     )
     announce(plan, report)
     return plan
@@ -110,13 +110,12 @@ class _Given:
     image_size: int
     """In px, as the others."""
     factor: int
-    generate_size: int
 
 
 def _open(options: RunOptions, report: Report) -> _Given:
     device = resolve_device(options.device)
     precision = options.precision or ("fp16" if device == "cuda" else "fp32")
-    if set(options.methods) & set(BY_MODEL):
+    if _runs_a_model(options):
         require_backend(options.backend, precision, device)
     data = data_folder(options.data, options.shapes_per_class, report)
     train, val = open_image_set(data, "train"), open_image_set(data, "val")
@@ -127,8 +126,8 @@ def _open(options: RunOptions, report: Report) -> _Given:
     recipe = _choose_recipe(options, device, model, report)
     image_size = options.image_size or _native_px(model, recipe) or recipe.image_size
     factor = options.factor or recipe.factor_for(image_size)
-    generate_size = options.generate_size or (image_size if model is None else model.trained_px())
     if model is not None:
+        generate_size = options.generate_size or model.trained_px()
         check_rendered(model, options.methods, image_size, generate_size)
     check_factor(factor, image_size)
     return _Given(
@@ -142,12 +141,15 @@ def _open(options: RunOptions, report: Report) -> _Given:
         recipe=recipe,
         image_size=image_size,
         factor=factor,
-        generate_size=generate_size,
     )
 
 
+def _runs_a_model(options: RunOptions) -> bool:
+    return any(METHODS[method].model for method in options.methods)
+
+
 def _choose_model(options: RunOptions, device: str, report: Report) -> ModelSource | None:
-    if not set(options.methods) & set(BY_MODEL):
+    if not _runs_a_model(options):
         return None
     name = options.model
     if name is None:
@@ -243,7 +245,7 @@ def _expand_config(
     batch = options.engine_batch or engine_batch_for(samples, student, options.refresh)
     return ExpandConfig(
         size_px=given.image_size,
-        steps=options.steps_of("dace"),
+        steps=options.steps or DACE.steps,
         rho=options.rho,
         mixup=options.mixup,
         mixup_weight=options.mixup_weight,
@@ -259,25 +261,17 @@ def _expand_config(
     )
 
 
-def _generate_config(options: RunOptions, given: _Given, expand: ExpandConfig) -> ExpandConfig:
-    return replace(
-        expand,
-        size_px=given.generate_size,
-        steps=options.steps_of("t2i"),
-        start="noise",
-        mixup=False,
-        batch=options.engine_batch or fitting_batch(len(given.train.class_ids)),
-        images_per_prompt=1,
-    )
-
-
-def _optimise_config(options: RunOptions, given: _Given, expand: ExpandConfig) -> ExpandConfig:
-    """dsco starts from noise, at the size that the model was trained at."""
-    return replace(
-        expand,
-        size_px=expand.size_px if given.model is None else given.model.trained_px(),
-        start="noise",
-        mixup=False,
-        batch=options.engine_batch or class_batch(len(given.train.class_ids), options.ipc),
-        images_per_prompt=None,
-    )
+def _uses(options: RunOptions, given: _Given, expand: ExpandConfig) -> dict[str, ExpandConfig]:
+    """How each method uses the model: on patches, or once, on noise alone."""
+    if given.model is None:
+        return {}
+    size_px, classes = given.model.trained_px(), len(given.train.class_ids)
+    uses: dict[str, ExpandConfig] = {}
+    for method in (METHODS[name] for name in options.methods):
+        if method.model == "rendered":
+            uses[method.name] = expand
+        elif method.model == "made":
+            from_noise = replace(expand, start="noise", mixup=False)
+            own = method.use(options, size_px, classes)
+            uses[method.name] = replace(from_noise, steps=options.steps or method.steps, **own)
+    return uses

@@ -66,7 +66,7 @@ def verify_labels(options: TrainVerify) -> dict[str, Any]:
         config = view_config(coreset, device=resolve_device(options.device))
         stored = require_soft_labels(coreset)
         teacher = _load_teacher(coreset, stored, options, config)
-        by_model = coreset.settings["method"] == "dace"
+        by_model = coreset.manifest["model"] is not None
         backends = options.backend if by_model else options.backend[:1]
         drifts = [
             _drift(coreset, backend, options, config, teacher, report) for backend in backends

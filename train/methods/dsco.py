@@ -1,193 +1,45 @@
-"""Method dsco: images by noise optimisation, made once and kept in the coreset.
-
-The algorithm is in engine/dsco/images.py.
-
-The model makes them at its own size; they are then resized (bicubic, antialiased) and kept as 8-bit
-pixels. Real images are seen once, as validation sees them, class by class: the memory is that of
-one class's pivots, however many images there are. Groups of classes are dealt to the ranks of a
-world, and what is done of them is kept in the run folder, so that a stopped run goes on:
-
-    RUN/dsco.partial/GROUP.safetensors      images and losses of a group of classes
-
-Legend: K classes, N = K · ipc images, M images of a group, S image size in pixels.
-"""
+"""Method dsco: images made once, whose noise is optimised (optimised.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from ..batching import class_batch
+from .method import Method, later
 
-from ...engine.coreset.coreset import Coreset
-from ...engine.data.images import STANDARD_RESIZE_RATIO, center_boxes, stream_crops
-from ...engine.dsco.images import NoiseOptimiser, RealImages
-from ...engine.expand.expander import Expander
-from ...export.models import ModelSource
-from ..plan import Plan
-from ..run.checkpoint import read_tensors, write_tensors
-from ..run.folder import settings_by_option
-from ..run.progress import Report
-from ..run.world import World
-from .whole_images import as_stored, describe_generator, write_whole_images
-
-PARTS = "dsco.partial"
-DECODED_TOGETHER = 64  # real images
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 
-@dataclass(frozen=True)
-class Optimised:
-    """What was made of all classes."""
-
-    images_NSSC: Tensor
-    """uint8, class after class, on the CPU."""
-    losses_KS2: Tensor
-    """fp32: of every class and optimised step, the loss before and after."""
-
-
-def optimise_images(plan: Plan, folder: Path, world: World, report: Report) -> Optimised:
-    """Make ipc images of each class; all ranks of `world` call it, and get all of them.
-
-    `folder` keeps what is done. ValueError: networks that overflow, a batch that does not fit.
-    """
-    config = dsco_settings(plan)
-    with _optimiser(plan, world) as optimiser:
-        groups = optimiser.groups()
-        dealt = [groups[rank :: world.size] for rank in range(world.size)]
-        own = [
-            _made_or_kept(plan, optimiser, group, folder / PARTS, config, report)
-            for group in dealt[world.rank]
-        ]
-    world.barrier()  # the groups may take hours, and tensors do not wait for so long
-    images_NSSC = world.all_gather_rows(_together([part["images"] for part in own]))
-    losses_KS2 = world.all_gather_rows(_together([part["losses"] for part in own]))
-    classes_K = torch.tensor([index for of_rank in dealt for group in of_rank for index in group])
-    order_K = classes_K.argsort()
-    of_class = images_NSSC.view(len(order_K), plan.ipc, *images_NSSC.shape[1:])
-    return Optimised(of_class[order_K].flatten(0, 1), losses_KS2[order_K])
-
-
-def _together(parts: list[Tensor]) -> Tensor:
-    """One tensor; of a rank that had no group, an empty one."""
-    return torch.cat(parts) if parts else torch.empty(0)
-
-
-@contextmanager
-def _optimiser(plan: Plan, world: World) -> Iterator[NoiseOptimiser]:
-    """Frees the model at the end."""
-    model, classes, ipc = _model(plan), len(plan.class_names), plan.ipc
-    expander = world.in_turn(
-        lambda: Expander(
-            model,
-            plan.optimise,
-            patches_NHWC=None,
-            labels_N=torch.arange(classes).repeat_interleave(ipc),
-            prompts_K=plan.prompts,
+def _check(options: Any) -> None:
+    if (options.steps or DSCO.steps) < 2:
+        raise ValueError(
+            f"--steps {options.steps}: expected 2 or more for dsco, which optimises the noise of "
+            "every step but the last"
         )
-    )
-    try:
-        yield NoiseOptimiser(expander, plan.dsco, classes=classes, ipc=ipc)
-    finally:
-        expander.close()
 
 
-def _model(plan: Plan) -> ModelSource:
-    if plan.model is None:
-        raise ValueError("method dsco: expected a model, got none")
-    return plan.model
-
-
-def _made_or_kept(
-    plan: Plan,
-    optimiser: NoiseOptimiser,
-    group: range,
-    folder: Path,
-    config: dict[str, Any],
-    report: Report,
-) -> dict[str, Tensor]:
-    """A group's images, uint8 [M, S, S, 3], and losses; of an earlier session, if it made them."""
-    path, config = folder / f"{group.start:06d}.safetensors", {**config, "classes": list(group)}
-    if path.is_file():
-        tensors, metadata = read_tensors(path)
-        if metadata.get("config") == config:
-            return tensors
-    classes = optimiser.classes
-    made = optimiser.make(
-        group,
-        None if plan.dsco.data_free else _real_images(plan),
-        lambda done: report.progress("dsco", round(group.start + done, 1), classes, "classes"),
-    )
-    tensors = {
-        "images": as_stored(made.images_MCHW, plan.image_size),
-        "losses": torch.tensor(made.losses),
-    }
-    write_tensors(path, tensors, {"config": config})
-    report.progress("dsco", group.stop, classes, "classes", _falls(tensors["losses"]))
-    return tensors
-
-
-def _falls(losses_KS2: Tensor) -> str:
-    before, after = losses_KS2.flatten(0, 1).mean(0).tolist()
-    return f"loss {before:.3g} to {after:.3g}"
-
-
-def _real_images(plan: Plan) -> RealImages:
-    """All training images of a class at the model's size, in order."""
-    size_px = plan.optimise.size_px
-
-    def of_class(index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        stream = stream_crops(
-            plan.train,
-            np.flatnonzero(plan.train.labels == index),
-            center_boxes(STANDARD_RESIZE_RATIO, size_px),
-            crops=1,
-            size_px=size_px,
-            batch=DECODED_TOGETHER,
-            device=plan.device,
-        )
-        for crops in stream:
-            yield crops.pixels_BPHWC[:, 0], crops.index_B
-
-    return of_class
-
-
-def dsco_settings(plan: Plan) -> dict[str, Any]:
-    """All that decides the images, for a stage's config: plain JSON, by option."""
-    options = {
-        f"--dsco.{name.replace('_', '-')}": value for name, value in asdict(plan.dsco).items()
-    }
-    shared = {"--ipc": plan.ipc, "--seed": plan.seed, "--data": plan.data_sha256}
+def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:
     return {
-        **options,
-        **shared,
-        **settings_by_option("dsco", describe_generator(plan, plan.optimise)),
+        "size_px": trained_px,
+        "batch": options.engine_batch or class_batch(classes, options.ipc),
+        "images_per_prompt": None,
     }
 
 
-def write_optimised(
-    plan: Plan,
-    optimised: Optimised,
-    folder: Path,
-    *,
-    teacher: dict[str, Any],
-    provenance: dict[str, Any],
-) -> Coreset:
-    """Write the coreset of dsco, in place of what a killed run left: its patches are images."""
-    return write_whole_images(
-        plan,
-        folder,
-        optimised.images_NSSC,
-        expand=plan.optimise,
-        settings={
-            "method": "dsco",
-            "ipc": plan.ipc,
-            "dsco": asdict(plan.dsco),
-        },
-        teacher=teacher,
-        provenance={**provenance, "losses": optimised.losses_KS2.double().mean(0).tolist()},
-    )
+def _options(plan: Plan) -> dict[str, Any]:
+    return asdict(plan.dsco)
+
+
+DSCO = Method(
+    name="dsco",
+    model="made",
+    steps=5,
+    check=_check,
+    use=_use,
+    settings=later("optimised.dsco_settings"),
+    make=later("optimised.optimise_images"),
+    open=later("stored.open_stored"),
+    options=_options,
+)

@@ -9,24 +9,58 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ...engine.coreset.coreset import Coreset, write_coreset
 from ...engine.select.patches import PatchSelection, select_patches
 from ..plan import Plan
-from ..run.progress import Report
-from ..run.world import World
 from ..teacher.normalisation import IMAGENET
 from ..teacher.patch_teacher import patch_teacher
-from ..teacher.teacher import Teacher
-from .open import describe_model
+from .method import Made, Making
 
 
-def select(
-    plan: Plan, kind: str, teacher: Teacher | None, world: World, report: Report
-) -> PatchSelection:
-    """Choose the patches of every class; all ranks of `world` call it and share the scoring.
+def make_random(making: Making, _: Path) -> Made:
+    """Patches that no teacher chose."""
+    return _made(making, "random")
 
-    `teacher` is None for the kind `random` alone. Raises as patch_teacher and select_patches do.
-    """
+
+def make_scored(making: Making, _: Path) -> Made:
+    """Patches that --select chooses. Raises as patch_teacher and select_patches do."""
+    return _made(making, making.plan.select)
+
+
+def make_expanded(making: Making, _: Path) -> Made:
+    """The same, to be expanded by the model."""
+    return _made(making, making.plan.select, model=making.plan.describe_model("dace"))
+
+
+def _made(making: Making, kind: str, model: dict[str, Any] | None = None) -> Made:
+    """A coreset of this kind of choice, which is made once."""
+    if kind not in making.selections:
+        making.selections[kind] = _select(making, kind)
+    plan, selection = making.plan, making.selections[kind]
+    scored, diverse = kind != "random", kind not in ("random", "lowest-loss")
+    return Made(
+        images_NHWC=selection.patches_NHWC,
+        settings={
+            "factor": plan.factor,
+            "patch_px": plan.patch_px,
+            "ipc": plan.ipc,
+            "selection": kind,
+            "crops": plan.recipe.crops if scored else 1,
+            "pool_per_class": plan.recipe.pool_per_class if scored else None,
+            "scoring": plan.scoring if scored else None,
+            **({"candidates": plan.candidates} if diverse else {}),
+        },
+        model=model,
+        provenance={
+            "patches": _origins(selection, plan.train.paths),
+            "skipped_images": list(selection.skipped),
+        },
+    )
+
+
+def _select(making: Making, kind: str) -> PatchSelection:
+    """Choose the patches of every class; the ranks share the scoring."""
+    plan, world, report = making.plan, making.world, making.report
+    teacher = None if kind == "random" else making.teacher()
     asked, diversity = None, None
     if teacher is not None:
         asked, diversity = patch_teacher(
@@ -65,49 +99,6 @@ def selection_settings(plan: Plan) -> dict[str, Any]:
         "--select": plan.select,
         "--candidates": plan.candidates,
     }
-
-
-def write_selected(
-    plan: Plan,
-    method: str,
-    kind: str,
-    selection: PatchSelection,
-    folder: Path,
-    *,
-    teacher: dict[str, Any],
-    provenance: dict[str, Any],
-) -> Coreset:
-    """Write the coreset of a method of this kind, in place of what a killed run left."""
-    scored, diverse = kind != "random", kind not in ("random", "lowest-loss")
-    return write_coreset(
-        folder,
-        patches_NHWC=selection.patches_NHWC,
-        labels_N=selection.labels_N,
-        class_ids=plan.train.class_ids,
-        class_names=plan.class_names,
-        settings={
-            "method": method,
-            "seed": plan.seed,
-            "image_size_px": plan.image_size,
-            "factor": plan.factor,
-            "patch_px": plan.patch_px,
-            "ipc": plan.ipc,
-            "data_sha256": plan.data_sha256,
-            "selection": kind,
-            "crops": plan.recipe.crops if scored else 1,
-            "pool_per_class": plan.recipe.pool_per_class if scored else None,
-            "scoring": plan.scoring if scored else None,
-            **({"candidates": plan.candidates} if diverse else {}),
-        },
-        model=describe_model(plan, plan.expand) if method == "dace" else None,
-        teacher=teacher,
-        provenance={
-            **provenance,
-            "patches": _origins(selection, plan.train.paths),
-            "skipped_images": list(selection.skipped),
-        },
-        overwrite=True,
-    )
 
 
 def _origins(selection: PatchSelection, paths: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...engine.data.images import to_pixels, to_unit
 from ...kernels.noise import Draw, uniform
-from .source import ImageSource, to_unit
+from .source import ImageSource
 
 FINEST = 1000  # shares are rounded to a multiple of a fraction with at most this denominator
 
@@ -62,12 +63,12 @@ class Refreshed:
 
     def _make(self, samples_M: Tensor, epoch: int) -> None:
         images_MCHW = self.source.render(samples_M, epoch)
-        pixels_MHWC = images_MCHW.add(1).mul(127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
+        pixels_MHWC = to_pixels(images_MCHW)
         if not len(self._kept_NHWC):
             shape = (self.samples, *pixels_MHWC.shape[1:])
             self._kept_NHWC = torch.zeros(shape, dtype=torch.uint8)
             self._device = images_MCHW.device
-        self._kept_NHWC[samples_M] = pixels_MHWC.to("cpu", torch.uint8)
+        self._kept_NHWC[samples_M] = pixels_MHWC.cpu()
         self._made_at_N[samples_M] = epoch
 
     def describe(self) -> dict[str, Any]:

@@ -1,12 +1,7 @@
 """Where the images of an epoch come from: one image per (sample, epoch) and method.
 
-dace      the diffusion model's expansion of the sample's patch (engine/expand/expander.py)
-rded      the mosaic of the r² patches around the sample, in a fresh order of patches
-upsample  the sample's patch, enlarged (bicubic): what dace adds noise to, and no diffusion
-random    the same for patches that no teacher chose
-t2i       the class's images as they were generated once, and variants of them (methods/stored.py)
-dsco      the class's images as they were made once, noise optimised (methods/stored.py)
-real      a fresh image of the training split: the ceiling, no distillation
+RealImages are fresh images of the training split: the ceiling, no distillation. The other sources
+are of methods, whose modules say what they show.
 
 Every method renders ipc·r² samples of each class per epoch, so that all give a student the same
 number of steps. Legend: N samples in all, P samples asked for, r factor, p patch side.
@@ -14,7 +9,8 @@ number of steps. Legend: N samples in all, P samples asked for, r factor, p patc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,22 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...engine.config import ExpandConfig
+from ...engine.coreset.coreset import Coreset
 from ...engine.data.images import (
     STANDARD_RESIZE_RATIO,
     ImageSet,
     center_boxes,
     stream_crops,
+    to_unit,
 )
 from ...engine.expand.expander import Expander
+from ...engine.expand.naming import describe_source, prompts_of
+from ...export.models import ModelSource
 from ...kernels.mosaic import mosaic
 from ...kernels.noise import Draw, uniform, uniform_numpy
 from ...kernels.pixels import upsample_patches
-
-WHAT_NAMES_AN_EXPANSION = (
-    "model", "revision", "weights_sha256", "vae", "scheduler", "start", "steps", "rho", "evals",
-    "timesteps", "sigmas", "mixup", "mixup_weight", "posterior", "upsampling", "size_px",
-    "conditioning_px", "seed", "precision", "vae_precision",
-)  # fmt: skip
+from ..run.world import World
 
 
 class ImageSource(Protocol):
@@ -79,6 +75,17 @@ class DealtSource(ImageSource, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What renders a coreset's images here."""
+
+    device: str
+    world: World
+    model: ModelSource | None = None
+    expand: ExpandConfig | None = None
+    """How `model` is used."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Expansions:
     """Method dace."""
 
@@ -97,10 +104,51 @@ class Expansions:
         return [torch.from_numpy(at) for at in self.expander.calls(samples_P)]
 
     def describe(self) -> dict[str, Any]:
-        """Of the Expander's description what names the images, not what made them or how fast."""
-        described = self.expander.describe()
-        named = {key: described[key] for key in described if key in WHAT_NAMES_AN_EXPANSION}
-        return {"method": "dace", **named}
+        expander = self.expander
+        return {"method": "dace", **describe_source(expander.model, expander.config)}
+
+
+@contextmanager
+def open_expander(
+    model: ModelSource | None,
+    config: ExpandConfig,
+    world: World,
+    *,
+    patches_NHWC: Tensor | None = None,
+    labels_N: Tensor,
+    prompts_K: Sequence[str],
+) -> Iterator[Expander]:
+    """An Expander on every rank, rank 0's first: it builds the engine that the others find.
+
+    Frees the model at the end. ValueError without a model, or as the Expander has it.
+    """
+    if model is None:
+        raise ValueError("expected a model, got none")
+    expander = world.in_turn(
+        lambda: Expander(
+            model, config, patches_NHWC=patches_NHWC, labels_N=labels_N, prompts_K=prompts_K
+        )
+    )
+    try:
+        yield expander
+    finally:
+        expander.close()
+
+
+@contextmanager
+def open_expansions(coreset: Coreset, machine: Machine) -> Iterator[Expansions]:
+    """The coreset's patches, expanded by the machine's model. Frees it at the end."""
+    if machine.expand is None:
+        raise ValueError("method dace: expected how to use its model, got nothing")
+    with open_expander(
+        machine.model,
+        machine.expand,
+        machine.world,
+        patches_NHWC=coreset.patches(),
+        labels_N=coreset.labels_N,
+        prompts_K=prompts_of(coreset),
+    ) as expander:
+        yield Expansions(expander=expander, labels_N=coreset.labels_N, class_ids=coreset.class_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +175,19 @@ class UpsampledPatches:
 
     def describe(self) -> dict[str, Any]:
         return {"method": self.method, "size_px": self.size_px, "upsampling": "bicubic"}
+
+
+def open_enlarged(coreset: Coreset, machine: Machine) -> AbstractContextManager[UpsampledPatches]:
+    """The coreset's patches, enlarged."""
+    return nullcontext(
+        UpsampledPatches(
+            method=coreset.settings["method"],
+            patches_NHWC=coreset.patches().to(machine.device),
+            labels_N=coreset.labels_N,
+            class_ids=coreset.class_ids,
+            size_px=coreset.settings["image_size_px"],
+        )
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +220,19 @@ class Mosaics:
     def describe(self) -> dict[str, Any]:
         size_px = self.factor * self.patches_NHWC.shape[1]
         return {"method": "rded", "factor": self.factor, "seed": self.seed, "size_px": size_px}
+
+
+def open_mosaics(coreset: Coreset, machine: Machine) -> AbstractContextManager[Mosaics]:
+    """Mosaics of the coreset's patches."""
+    return nullcontext(
+        Mosaics(
+            patches_NHWC=coreset.patches().to(machine.device),
+            labels_N=coreset.labels_N,
+            class_ids=coreset.class_ids,
+            factor=coreset.settings["factor"],
+            seed=coreset.settings["seed"],
+        )
+    )
 
 
 @dataclass(kw_only=True)
@@ -221,17 +295,6 @@ class RealImages:
 def one_by_one(samples_P: Tensor) -> Sequence[Tensor]:
     """`ImageSource.calls` where no engine renders: an image has no neighbours."""
     return torch.arange(len(samples_P)).split(1)
-
-
-def to_unit(images_NHWC: Tensor) -> Tensor:
-    """uint8 [N, H, W, 3] → contiguous fp32 [N, 3, H, W] in [-1, 1]."""
-    return images_NHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-
-
-def as_uint8(images_NCHW: Tensor) -> np.ndarray:
-    """Images in [-1, 1] → uint8 NHWC."""
-    pixels = (images_NCHW.float().clamp(-1, 1) + 1) * 127.5
-    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def render_all(source: ImageSource, epoch: int, samples: Sequence[int] | Tensor) -> Tensor:

@@ -9,15 +9,27 @@ patches in its place. Legend: K classes, P samples asked for, S image size in pi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ...engine.coreset.coreset import Coreset
 from ...engine.coreset.shown import shown
-from .source import ImageSource, one_by_one, to_unit
+from ...engine.data.images import (
+    STANDARD_RESIZE_RATIO,
+    ImageSet,
+    center_boxes,
+    stream_crops,
+    to_pixels,
+    to_unit,
+)
+from ..plan import Plan
+from .source import ImageSource, Machine, one_by_one
 from .variants import augment, draw_variants
 
 AUGMENTED_TOGETHER = 64  # images: variants take 30 bytes of scratch per byte of them
@@ -126,9 +138,9 @@ class Doped:
         return {**self.source.describe(), "doped_images_per_class": images}
 
 
-def with_doped(source: ImageSource, coreset: Coreset | None, device: str) -> ImageSource:
+def with_doped(source: ImageSource, coreset: Coreset, device: str) -> ImageSource:
     """The source and the real images of its coreset; as it is where there are none."""
-    if coreset is None or not coreset.doped_per_class:
+    if not coreset.doped_per_class:
         return source
     real = StoredImages(
         method="doped",
@@ -142,3 +154,53 @@ def with_doped(source: ImageSource, coreset: Coreset | None, device: str) -> Ima
 def doped_samples(coreset: Coreset) -> int:
     """Samples of a class and epoch that are real images."""
     return coreset.settings["doping"]["samples_per_class"] if coreset.doped_per_class else 0
+
+
+def read_whole(images: ImageSet, positions: np.ndarray, size_px: int, device: str) -> Tensor:
+    """These images as validation sees them: uint8 [len(positions), S, S, 3] on the CPU."""
+    stream = stream_crops(
+        images,
+        positions,
+        center_boxes(STANDARD_RESIZE_RATIO, size_px),
+        crops=1,
+        size_px=size_px,
+        device=device,
+    )
+    return torch.cat([crops.pixels_BPHWC[:, 0].cpu() for crops in stream])
+
+
+def as_stored(images_BCHW: Tensor, size_px: int) -> Tensor:
+    """Made images, fp32 in [-1, 1], of any size → uint8 [B, S, S, 3] on the CPU; bicubic."""
+    if images_BCHW.shape[-1] != size_px:
+        images_BCHW = interpolate(
+            images_BCHW, (size_px, size_px), mode="bicubic", antialias=True, align_corners=False
+        )
+    return to_pixels(images_BCHW).cpu().contiguous()
+
+
+def whole_settings(plan: Plan, method: str) -> dict[str, Any]:
+    """What the manifest says of a coreset of images that a model made once.
+
+    Its patches are images. No student needs the model, which counts no bytes: the settings name it.
+    """
+    return {
+        "factor": 1,
+        "patch_px": plan.image_size,
+        "samples_per_class": plan.samples_per_class,
+        "generator": plan.describe_generator(method),
+    }
+
+
+def open_stored(coreset: Coreset, machine: Machine) -> AbstractContextManager[StoredImages]:
+    """The images of a coreset that keeps them whole, and variants where there are any."""
+    settings = coreset.settings
+    return nullcontext(
+        StoredImages(
+            method=settings["method"],
+            images_NHWC=coreset.patches().to(machine.device),
+            class_ids=coreset.class_ids,
+            samples_per_class=settings["samples_per_class"],
+            variants=settings.get("variants", 0),
+            seed=settings["seed"],
+        )
+    )

@@ -26,10 +26,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
+from ...engine.data.images import to_pixels, to_unit
 from ...kernels.noise import Draw, uniform
 from ...kernels.student_input import student_input
 from ..config import PriorConfig
-from ..methods.source import as_uint8
 from ..teacher.teacher import Teacher
 from .loop import LossOf, M, Phase
 from .losses import (
@@ -48,11 +48,6 @@ from .model import ModelParts, move_model, new_parts, prompt_embeddings, save_pa
 
 PROMPT = "A photo of a {name}"
 HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
-
-
-def to_unit(pixels_BHWC: Tensor) -> Tensor:
-    """uint8 NHWC → float NCHW in [-1, 1]."""
-    return (pixels_BHWC.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def latent_means(vae: AutoencoderKL, images_BCHW: Tensor) -> Tensor:
@@ -249,8 +244,7 @@ class PriorTraining:
             _, real, sampled = self._samples(label, count)
             tiles = self.decode(torch.cat([real[:2], sampled]))
             rows.append(torch.cat(list(tiles), dim=2))
-        sheet = torch.cat(rows, dim=1).permute(1, 2, 0).cpu()
-        return Image.fromarray(((sheet + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+        return Image.fromarray(to_pixels(torch.cat(rows, dim=1)[None])[0].cpu().numpy())
 
     def _samples(self, label: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """`count` images [C, 3, H, W] of a class, their latents, and [2C, 4, h, w] samples."""
@@ -278,7 +272,7 @@ class PriorTraining:
             made = self.decode(torch.cat([real, sampled])).split(count)
             names = ("real", "reconstructed", "from_images", "from_noise")
             for name, part in zip(names, (images, *made), strict=True):
-                answers = teacher.logits_from_uint8(torch.from_numpy(as_uint8(part))).argmax(1)
+                answers = teacher.logits_from_uint8(to_pixels(part)).argmax(1)
                 share = (answers == label).float().mean().item()
                 shares.setdefault(name, []).append(round(100 * share, 1))
         return {

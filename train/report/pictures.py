@@ -10,16 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ...engine.coreset.coreset import Coreset
 from ...engine.coreset.sheet import contact_sheet
+from ...engine.data.images import to_pixels
 from ...engine.expand.expander import Expander
 from ...export.durable import replace_file
 from ...kernels.pixels import upsample_patches
-from ..methods.source import ImageSource, as_uint8, render_all
+from ..methods.source import ImageSource, render_all
 from .page import PICTURES
 
 RHOS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -57,7 +59,7 @@ def expansion_sheet(
     patches = upsample_patches(
         patches_NHWC[list(samples)], size_px, mode="bicubic", dtype=torch.float32
     )
-    rows = [("patch", as_uint8(patches))]
+    rows = [("patch", _pixels(patches))]
     variants: list[tuple[str, dict[str, Any]]] = []
     if expander.config.start == "image":
         variants += [
@@ -68,15 +70,19 @@ def expansion_sheet(
         variants.append((f"rho {expander.config.rho:g}, {mixup}", {"mixup": True}))
     variants.append(("text only", {"start": "noise"}))
     for name, changes in variants:
-        rows.append((name, as_uint8(expander.varied(**changes).expand(samples, epoch=0))))
+        rows.append((name, _pixels(expander.varied(**changes).expand(samples, epoch=0))))
     return contact_sheet(rows)
+
+
+def _pixels(images_NCHW: Tensor) -> np.ndarray:
+    return to_pixels(images_NCHW).cpu().numpy()
 
 
 def rendered_sheet(source: ImageSource, samples: Sequence[int]) -> Image.Image:
     """What students see before it is cropped: the same samples, a column each, in three epochs."""
     return contact_sheet(
         [
-            (f"epoch {epoch}", as_uint8(render_all(source, epoch, samples)))
+            (f"epoch {epoch}", _pixels(render_all(source, epoch, samples)))
             for epoch in range(SHOWN_EPOCHS)
         ]
     )

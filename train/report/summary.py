@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from ...engine.labels.codecs import kept_by_option
 from ...export.models import seen_classes
-from ..options import BY_MODEL
+from ..methods.registry import METHODS
 from ..plan import Plan
 from ..run.launch import read_launch
 
@@ -118,7 +117,6 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "about": plan.recipe.about,
         "ipc": plan.ipc,
         "dope": plan.dope,
-        "dsco": asdict(plan.dsco) if "dsco" in plan.methods else None,
         "factor": plan.factor,
         "patch_px": plan.patch_px,
         "image_size": plan.image_size,
@@ -126,7 +124,11 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "steps": expand.steps,
         "prompt": plan.prompt,
         "prompts": plan.own_prompts or None,
-        "t2i": _generation(plan),
+        **{
+            method.name: method.options(plan) if method.name in plan.methods else None
+            for method in METHODS.values()
+            if method.options is not None
+        },
         "rho": expand.rho if from_image else None,
         "mixup": mixup,
         "mixup_weight": expand.mixup_weight if mixup else None,
@@ -173,30 +175,15 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _generation(plan: Plan) -> dict[str, Any] | None:
-    """How t2i makes and varies its images; None where it is not asked for."""
-    if "t2i" not in plan.methods:
-        return None
-    return {
-        "steps": plan.generate.steps,
-        "generate_size": plan.generate.size_px,
-        "variants": plan.variants,
-        "budget_seconds": plan.budget_seconds,
-    }
-
-
 def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     notes = [
         "One recipe and one number of student steps for all methods; accuracies are of the last "
         "epoch, never of the best."
     ]
-    if "t2i" in coresets:
-        made, variants = coresets["t2i"], plan.variants
-        notes.append(
-            f"t2i: {made['generated']} generated images per class, each with {variants} variants: "
-            f"IPC {made['generated'] * (1 + variants)}. {plan.generate.steps} evaluation(s) made "
-            f"each of them, once, at {made['images_per_s']:.1f} images/s; its epochs take none."
-        )
+    for method, made in coresets.items():
+        told = METHODS[method].noted
+        if told is not None:
+            notes.append(told(plan, made))
     if plan.dope:
         notes.append(
             f"Every coreset was doped with {plan.dope} real images per class, and the ceiling "
@@ -205,7 +192,7 @@ def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     seen = seen_classes(plan.model.folder) if plan.model is not None else None
     if plan.model is not None and seen is not None:
         known = sum(name in seen for name in plan.class_names)
-        by_model = " and ".join(m for m in plan.methods if m in BY_MODEL)
+        by_model = " and ".join(m for m in plan.methods if METHODS[m].model)
         if known:
             notes.append(
                 f"{plan.model.name} was trained on images of {known} of these "

@@ -78,7 +78,7 @@ OPTION_OF = {
 }
 """Settings that an option decides; the others follow from --recipe and from these."""
 LEFT_OUT = {"--mixup-weight": "uniform"}
-"""What a setting is where a config leaves it out (ExpandConfig.describe_mixup)."""
+"""What a setting is where a config leaves it out (naming.describe_mixup)."""
 _OURS = re.compile(
     r"(run|config|environment|summary)\.json|log\.jsonl|report\.html|stages|teacher|students|"
     r"pictures|tensorboard|"

@@ -19,6 +19,13 @@ from ...engine.config import ExpandConfig
 from ...engine.coreset.coreset import Coreset
 from ...engine.errors import CoresetError
 from ...engine.expand.backends import require_backend, resolve_device
+from ...engine.expand.naming import (
+    AGAIN,
+    PRECISIONS,
+    WHERE_THE_MODEL_LIES,
+    expand_config,
+    named_model,
+)
 from ...engine.labels.stored import SoftLabels
 from ...export.config import BackendName, DeviceName
 from ...export.models import ModelError, ModelSource, Unavailable, find_model, weights_sha256
@@ -27,15 +34,11 @@ from ..config import StudentConfig, pool_size
 from ..coreset_options import RenderOptions
 from ..labels.targets import StoredLabels
 from ..methods.open import open_coreset_source
-from ..methods.refresh import Refreshed
-from ..methods.source import ImageSource
-from ..methods.stored import doped_samples, with_doped
+from ..methods.registry import method_of
+from ..methods.source import ImageSource, Machine
+from ..methods.stored import doped_samples
+from ..run.world import ALONE
 from ..teacher.teacher import Teacher, load_teacher
-
-WHERE_THE_MODEL_LIES = ("model", "revision", "vae")
-"""Names in a source's description; the model's identity is its weights_sha256."""
-PRECISIONS = ("precision", "vae_precision")
-_AGAIN = "make the coreset and its labels again with this version of patchbloom"
 
 
 def require_soft_labels(coreset: Coreset) -> SoftLabels:
@@ -74,7 +77,7 @@ def student_config(coreset: Coreset, *, device: DeviceName, **changes: Any) -> S
     if recipe is None:
         raise CoresetError(
             f"{coreset.folder}: expected the students' recipe (network, batch, learning rate, …) "
-            f"in labels.settings.student of its manifest, got none: {_AGAIN}"
+            f"in labels.settings.student of its manifest, got none: {AGAIN}"
         )
     changes = {name: value for name, value in changes.items() if value is not None}
     epochs, batch = changes.get("epochs", labels.epochs), changes.get("batch", recipe["batch"])
@@ -94,7 +97,7 @@ def _views(coreset: Coreset, labels: SoftLabels) -> dict[str, Any]:
     if views is None or "source" not in labels.settings:
         raise CoresetError(
             f"{coreset.folder}: expected what its labels are of in labels.settings.source and "
-            f".views of its manifest, got {sorted(labels.settings) or 'nothing'}: {_AGAIN}"
+            f".views of its manifest, got {sorted(labels.settings) or 'nothing'}: {AGAIN}"
         )
     return {k: tuple(v) if isinstance(v, list) else v for k, v in views.items()}
 
@@ -106,7 +109,7 @@ def _config(coreset: Coreset, labels: SoftLabels, settings: dict[str, Any]) -> S
     except TypeError as error:
         raise CoresetError(
             f"{coreset.folder}: its manifest holds settings of another version of patchbloom "
-            f"({error}): {_AGAIN}"
+            f"({error}): {AGAIN}"
         ) from None
 
 
@@ -147,9 +150,9 @@ def open_recorded_source(
     ModelError: no model of that name, or other weights. Unavailable: what this machine lacks.
     """
     device = resolve_device(options.device)
-    if coreset.settings["method"] != "dace":
-        with open_coreset_source(coreset, None, None, device) as source:
-            yield with_doped(source, coreset, device)
+    if method_of(coreset).model != "rendered":
+        with open_coreset_source(coreset, Machine(device=device, world=ALONE)) as source:
+            yield source
         return
     expand = _expand_config(coreset, options, backend, config, device)
     try:
@@ -160,10 +163,9 @@ def open_recorded_source(
             "--precision makes slightly other images, `train verify` tells how much it matters"
         ) from None
     model = _recorded_model(coreset, options.model)
-    share = _recorded_refresh(coreset)
-    with open_coreset_source(coreset, model, expand, device) as source:
-        own = source if share == 1 else Refreshed(source, share, coreset.settings["seed"])
-        yield with_doped(own, coreset, device)
+    machine = Machine(device=device, world=ALONE, model=model, expand=expand)
+    with open_coreset_source(coreset, machine, _recorded_refresh(coreset)) as source:
+        yield source
 
 
 def _recorded_refresh(coreset: Coreset) -> float:
@@ -172,7 +174,7 @@ def _recorded_refresh(coreset: Coreset) -> float:
 
 
 def _recorded_model(coreset: Coreset, given: str | None) -> ModelSource:
-    named = _model(coreset)
+    named = named_model(coreset)
     try:
         model = find_model(given or named["name"])
     except ModelError as error:
@@ -199,21 +201,16 @@ def _expand_config(
     config: StudentConfig,
     device: DeviceName,
 ) -> ExpandConfig:
-    named = _model(coreset)
+    named = named_model(coreset)
     samples = len(coreset.labels_N) + len(coreset.class_ids) * doped_samples(coreset)
     refresh = _recorded_refresh(coreset)
     batch = options.engine_batch or engine_batch_for(samples, config, refresh)
     group = None if samples <= pool_size(config) else config.group
     recorded_vae = named["vae_precision"] if options.precision is None else "auto"
-    from_patch = named["start"] == "image"
-    return ExpandConfig(
+    return expand_config(
+        named,
         size_px=coreset.settings["image_size_px"],
-        steps=named["steps"],
-        **({"rho": named["rho"], **_mixup(named)} if from_patch else {}),
-        start=named["start"],
         seed=coreset.settings["seed"],
-        posterior=named["posterior"],
-        conditioning_px=named["conditioning_px"],
         precision=options.precision or named["precision"],
         vae_precision=options.vae_precision or recorded_vae,
         batch=batch,
@@ -222,26 +219,3 @@ def _expand_config(
         device=device,
         bundles=options.bundles and options.bundles.expanduser(),
     )
-
-
-def _mixup(named: dict[str, Any]) -> dict[str, Any]:
-    """As ExpandConfig.describe_mixup told it: a weight that is not there is uniform."""
-    return {key: named[key] for key in ("mixup", "mixup_weight") if key in named}
-
-
-_NAMES_THE_IMAGES = (
-    *("name", "weights_sha256", "prompt", "start", "steps", "rho", "mixup", "posterior"),
-    *("conditioning_px", "precision", "vae_precision"),
-)
-
-
-def _model(coreset: Coreset) -> dict[str, Any]:
-    """The manifest's model; CoresetError for one that does not name the images."""
-    named = coreset.manifest["model"] or {}
-    missing = [key for key in _NAMES_THE_IMAGES if key not in named]
-    if missing:
-        raise CoresetError(
-            f"{coreset.folder}: expected {missing[0]} in the model of its manifest, got none: "
-            f"{_AGAIN}"
-        )
-    return named
