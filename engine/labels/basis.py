@@ -23,7 +23,7 @@ HEADROOM = 1.25
 """An answer may lie so much farther from the mean than any fitted one before it is clipped."""
 ANSWERS_PER_COMPONENT = 32
 TESTED = 8
-"""Every so manieth answer is not fitted to, and tells what the basis keeps."""
+"""One answer in so many is kept out of the fit, to tell what the basis keeps of it."""
 ROWS = 512
 """Answers at a time in fp64: at 21,841 classes 90 MB."""
 
