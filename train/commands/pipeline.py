@@ -25,8 +25,9 @@ from ..methods.source import Expansions, ImageSource
 from ..plan import Plan
 from ..report.pictures import expansion_sheet, one_sample_per_class, rendered_sheet, write_picture
 from ..report.summary import REAL, provenance
-from ..run.folder import RunFolder, StageResult, settings_by_option
+from ..run.folder import RunFolder, StageResult
 from ..run.progress import Report
+from ..run.settings import settings_by_option
 from ..students.loop import train_students
 from ..teacher.brought import measure, name_of
 from ..teacher.teacher import Teacher, load_teacher
