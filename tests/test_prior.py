@@ -226,9 +226,9 @@ def test_every_loss_stays_on_the_device_of_its_bank(tmp_path: Path) -> None:
         task = Denoising(bank, Conditioning(*prompts), sigmas, batch=4, half=True)
         losses = [
             prior_phases.vae_loss(parts.vae, images, draw),
-            denoiser_loss(parts.unet, task, draw),
-            guidance_loss(parts.unet, parts.unet, task, 3.0, draw),
-            few_step_loss(parts.unet, parts.unet, task, visited, 2, draw),
+            denoiser_loss(parts.unet, draw, task),
+            guidance_loss(parts.unet, draw, task, parts.unet, 3.0),
+            few_step_loss(parts.unet, draw, task, parts.unet, visited, 2),
         ]
     assert [str(loss.device) for loss in losses] == ["cuda:0"] * 4
 

@@ -39,11 +39,11 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def build_network(name: str, classes: int, size_px: int) -> nn.Module:
     """A net with random weights from torch's default generator, in channels_last layout.
 
-    Raises ValueError, one line, for an unknown name or a size that the net cannot take.
+    Raises ValueError for an unknown name or a size that the net cannot take.
     """
     require_network(name)
     if name.startswith(TORCHVISION):
-        network = _torchvision(name.removeprefix(TORCHVISION), classes, size_px)
+        network = _torchvision(name, classes, size_px)
     elif match := CONVNET.fullmatch(name):
         network = _convnet(match, classes, size_px)
     else:
@@ -52,7 +52,7 @@ def build_network(name: str, classes: int, size_px: int) -> nn.Module:
 
 
 def autocast(device: torch.device, precision: StudentPrecision) -> torch.autocast:
-    """The context for a network's passes; it changes nothing at fp32."""
+    """Autocast at `precision`; no effect at fp32."""
     dtype = _AUTOCAST.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
@@ -164,14 +164,21 @@ _BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-def _torchvision(name: str, classes: int, size_px: int) -> nn.Module:
+def torchvision_name(spec: str, role: str) -> str:
+    """NAME of torchvision:NAME; ValueError when torchvision has no such classifier."""
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
+    name = spec.removeprefix(TORCHVISION)
     if name not in known:
-        raise ValueError(
-            f"network {TORCHVISION}{name} is unknown: expected one of {', '.join(sorted(known))}"
-        )
+        raise ValueError(f"{role} {spec} is unknown: expected one of {', '.join(sorted(known))}")
+    return name
+
+
+def _torchvision(spec: str, classes: int, size_px: int) -> nn.Module:
+    import torchvision
+
+    name = torchvision_name(spec, "network")
     options: dict[str, Any] = {}
     if name.startswith("vit_"):
         options = {"image_size": size_px}
@@ -180,4 +187,4 @@ def _torchvision(name: str, classes: int, size_px: int) -> nn.Module:
     try:
         return torchvision.models.get_model(name, num_classes=classes, **options)
     except (AssertionError, ValueError) as error:  # vit_*: the size is not a multiple of its patch
-        raise ValueError(f"network {TORCHVISION}{name} at {size_px} px: {error}") from None
+        raise ValueError(f"network {spec} at {size_px} px: {error}") from None

@@ -20,7 +20,7 @@ from ..networks import set_learning_rate
 from ..run.checkpoint import read_tensors, restore_training, training_state, write_tensors
 
 CHECKPOINT_EVERY_S = 120.0
-REPORT_EVERY = 100  # steps
+REPORT_EVERY, WARMUP = 100, 200  # steps
 AVERAGE = "average."
 M = TypeVar("M", bound=nn.Module)
 LossOf = Callable[[M, torch.Generator], Tensor]
@@ -125,9 +125,9 @@ def step_generator(seed: int, phase: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(words, "big") % (2**63 - 25))
 
 
-def _learning_rate_scale(step: int, steps: int, warmup: int = 200) -> float:
+def _learning_rate_scale(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to 2 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    if step < WARMUP:
+        return (step + 1) / WARMUP
+    progress = (step - WARMUP) / max(1, steps - WARMUP)
     return 0.02 + 0.49 * (1 + math.cos(math.pi * progress))

@@ -155,7 +155,7 @@ def predict(
     return eps.float()
 
 
-def denoiser_loss(unet: nn.Module, task: Denoising, generator: torch.Generator) -> Tensor:
+def denoiser_loss(unet: nn.Module, generator: torch.Generator, task: Denoising) -> Tensor:
     """Phase 2 on one drawn batch."""
     noisy, noise = task.draw(task.random_timesteps(generator), generator)
     dropped = (torch.rand(task.batch, generator=generator) < 0.1).to(noise.device)
@@ -165,10 +165,10 @@ def denoiser_loss(unet: nn.Module, task: Denoising, generator: torch.Generator) 
 
 def guidance_loss(
     unet: nn.Module,
-    teacher: nn.Module,
-    task: Denoising,
-    guidance: float,
     generator: torch.Generator,
+    task: Denoising,
+    teacher: nn.Module,
+    guidance: float,
 ) -> Tensor:
     """Phase 3 on one drawn batch: the teacher's guided prediction is the target."""
     noisy, _ = task.draw(task.random_timesteps(generator), generator)
@@ -199,11 +199,11 @@ def sampled_steps(scheduler, steps: int, device: torch.device | str = "cpu") -> 
 
 def few_step_loss(
     unet: nn.Module,
-    teacher: nn.Module,
+    generator: torch.Generator,
     task: Denoising,
+    teacher: nn.Module,
     visited: SampledSteps,
     substeps: int,
-    generator: torch.Generator,
 ) -> Tensor:
     """Phase 4 on one drawn batch: one eval must land where `substeps` of the teacher's land.
 

@@ -17,6 +17,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -110,7 +111,7 @@ class PriorTraining:
             return vae_loss(vae, images, generator)
 
         vae = self._run("vae", self.parts.vae, self.config.vae_steps, 1e-3, loss_of)
-        fix_posterior_width(vae)  # weight decay has moved it
+        fix_posterior_width(vae)  # undo the weight decay
         self.parts.vae = vae
         rows = torch.arange(0, len(self.pixels_NHWC), max(1, len(self.pixels_NHWC) // 1024))
         latents = torch.cat([self._encode(self._images(part)) for part in rows.split(128)])
@@ -146,15 +147,9 @@ class PriorTraining:
                 u = uniform(seed, Draw.PRIOR, rows, crop, 4)
                 side = size * (0.3 + 0.7 * u[:, 0]).sqrt()
                 corner = u[:, 1:3] * (size - side)[:, None]
-                boxes = torch.cat([corner, side[:, None], side[:, None]], dim=1)
-                view = student_input(
-                    images,
-                    boxes.to(self.device),
-                    (u[:, 3] < 0.5).to(self.device),
-                    size,
-                    HALF_UNIT,
-                    HALF_UNIT,
-                )
+                boxes = torch.cat([corner, side[:, None], side[:, None]], dim=1).to(self.device)
+                flips = (u[:, 3] < 0.5).to(self.device)
+                view = student_input(images, boxes, flips, size, HALF_UNIT, HALF_UNIT)
                 latents.append(self._encode(view.contiguous()))
                 enlarged = size / side[:, None]
                 target = torch.full((len(rows), 2), float(size))
@@ -169,35 +164,20 @@ class PriorTraining:
         config, parts = self.config, self.parts
         half = config.precision == "bf16"
         task = Denoising(bank, self.conditioning, self.sigmas, config.unet_batch, half)
-        visited = sampled_steps(parts.scheduler, config.steps, self.device)
 
         def distil(
-            name: str, teacher: UNet2DConditionModel, steps: int, loss_of: LossOf[nn.Module]
+            name: str, teacher: UNet2DConditionModel, steps: int, loss: Callable[..., Tensor]
         ) -> UNet2DConditionModel:
             student = copy.deepcopy(teacher).requires_grad_(True)
-            return self._run(name, student, steps, 4e-4, loss_of)
+            return self._run(name, student, steps, 4e-4, partial(loss, task=task, teacher=teacher))
 
-        unet = self._run(
-            "denoiser",
-            parts.unet,
-            config.unet_steps,
-            8e-4,
-            lambda module, draw: denoiser_loss(module, task, draw),
-        )
-        guided = distil(
-            "guidance",
-            unet,
-            config.guidance_steps,
-            lambda module, draw: guidance_loss(module, unet, task, config.guidance, draw),
-        )
-        parts.unet = distil(
-            "few_step",
-            guided,
-            config.few_step_steps,
-            lambda module, draw: few_step_loss(
-                module, guided, task, visited, config.substeps, draw
-            ),
-        )
+        loss = partial(denoiser_loss, task=task)
+        unet = self._run("denoiser", parts.unet, config.unet_steps, 8e-4, loss)
+        loss = partial(guidance_loss, guidance=config.guidance)
+        guided = distil("guidance", unet, config.guidance_steps, loss)
+        visited = sampled_steps(parts.scheduler, config.steps, self.device)
+        loss = partial(few_step_loss, visited=visited, substeps=config.substeps)
+        parts.unet = distil("few_step", guided, config.few_step_steps, loss)
 
     @torch.no_grad()
     def sample_sheet(self, count: int = 6) -> Image.Image:
@@ -226,12 +206,13 @@ class PriorTraining:
         return images, real, sampled
 
     @torch.no_grad()
-    def recognised(self, teacher: Teacher, count: int = 50) -> dict[str, Any]:
+    def recognised(self, teacher: Teacher) -> dict[str, Any]:
         """Shares that the teacher recognises, in percent, by class and their mean.
 
-        `count` per class of each: real training images, their reconstructions, samples from them
+        At most 50 per class of each: real training images, their reconstructions, samples from them
         with all steps but the first, samples from noise.
         """
+        count = max(1, min(50, 500 // len(self.class_names)))
         shares: dict[str, list[float]] = {}
         for label in range(len(self.class_names)):
             images, real, sampled = self._samples(label, count)
@@ -291,8 +272,7 @@ class PriorTraining:
         self.sample_sheet().save(building / "samples.png")
         card = self.card(data, command)
         if teacher is not None:
-            count = max(1, min(50, 500 // len(self.class_names)))
-            card["recognised"] = self.recognised(teacher, count)
+            card["recognised"] = self.recognised(teacher)
             means = ((k, v["mean"]) for k, v in card["recognised"]["percent"].items())
             shares = ", ".join(f"{name.replace('_', ' ')} {mean:g} %" for name, mean in means)
             self.report(f"the teacher recognises: {shares}")

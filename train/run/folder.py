@@ -173,9 +173,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """
         files = sorted((self.folder / STAGES).glob("*.json"), key=lambda path: path.stat().st_mtime)
         records = {path.stem: json.loads(path.read_bytes()) for path in files}
-        return {
-            name: record["seconds"] for name, record in records.items() if record["state"] == "done"
-        }
+        return {name: each["seconds"] for name, each in records.items() if each["state"] == "done"}
 
     def _file(self, name: str) -> Path:
         return self.folder / STAGES / f"{name}.json"
@@ -199,12 +197,9 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def _check_outputs(self, name: str, outputs: dict[str, str]) -> None:
         for relative, sha256 in outputs.items():
             path = self.folder / relative
-            if not path.is_file():
-                found = "it is missing"
-            elif file_sha256(path) != sha256:
-                found = "it was changed"
-            else:
+            if path.is_file() and file_sha256(path) == sha256:
                 continue
+            found = "it was changed" if path.is_file() else "it is missing"
             raise RunError(
                 f"{path} is not as the {name} stage left it ({found}): restore it, "
                 "or start again with --overwrite"

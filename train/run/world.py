@@ -135,16 +135,10 @@ class World:
         """
         if self.size == 1:
             return rows
-        described = [
-            _Rows(shape, dtype, device)
-            for shape, dtype, device in self.all_gather(
-                (tuple(rows.shape), rows.dtype, rows.device.type)
-            )
-        ]
+        of_ranks = self.all_gather(_Rows(tuple(rows.shape), rows.dtype, rows.device.type))
+        on_gpu = any(each.device == "cuda" for each in of_ranks)
         with _loss_explained():
-            on_gpu = any(each.device == "cuda" for each in described)
-            group = self.tensors if on_gpu and self.tensors is not None else self.values
-            return _gather_bytes(rows, described, group)
+            return _gather_bytes(rows, of_ranks, (on_gpu and self.tensors) or self.values)
 
     def send(self, tensors: Iterable[Tensor]) -> None:
         """Copy rank 0's content into the tensors of all ranks; they lie on the world's device."""
