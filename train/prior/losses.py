@@ -96,7 +96,7 @@ class Noisy(NamedTuple):
 
 @dataclass(frozen=True)
 class Denoising:
-    """What the three phases of the denoiser share."""
+    """Data and settings that the three denoiser phases share."""
 
     bank: LatentBank
     conditioning: Conditioning
@@ -110,7 +110,7 @@ class Denoising:
         return drawn.to(self.sigmas_T.device)
 
     def draw(self, timesteps_B: Tensor, generator: torch.Generator) -> tuple[Noisy, Tensor]:
-        """Random rows of the bank with noise added, and that noise."""
+        """Random rows of the bank plus noise, and the noise."""
         device = self.sigmas_T.device
         rows_B = torch.randint(len(self.bank.labels_N), (self.batch,), generator=generator)
         latents, labels_B, time_ids_B6 = (column[rows_B.to(device)] for column in self.bank)

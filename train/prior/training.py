@@ -49,7 +49,7 @@ from .losses import (
 from .model import move_model, new_parts, prompt_embeddings, save_parts
 
 PROMPT = "A photo of a {name}"
-HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
+HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] unchanged
 
 
 class PriorTraining:

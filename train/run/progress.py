@@ -59,7 +59,7 @@ class Report(AbstractContextManager["Report"]):
             del self._began[what]
 
     def _pace(self, what: str, done: float, total: float, unit: str, now: float) -> str:
-        """Rate in this session, and the time left at that rate."""
+        """Rate in this session and the time left."""
         began, before = self._began[what]
         seconds, made = now - began, done - before
         if seconds <= 0 or made <= 0:
@@ -99,7 +99,7 @@ class Report(AbstractContextManager["Report"]):
         self._write({"tag": tag, "step": step, "value": value})
 
     def open_log(self) -> None:
-        """Write to the log from now on, earlier lines first. Call it once the folder is ours."""
+        """Start to write the log, earlier lines first. Call it once the folder is locked."""
         self._log_is_open = True
         self._write_lines()
 
