@@ -19,6 +19,7 @@ from patchbloom.engine.labels.codec import SoftTargets
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.methods.source import ImageSource
 from patchbloom.train.run.checkpoint import read_tensors
+from patchbloom.train.run.progress import Report
 from patchbloom.train.students.loop import train_students
 from patchbloom.train.students.slots import PoolSlot, fill_slot, pools_from
 from torch import Tensor
@@ -82,7 +83,7 @@ class Given:
         return {"codec": "dense"}
 
 
-class Clock:
+class Clock(Report):
     """A Report that keeps what the loop says of its epochs.
 
     Epochs that were taken together are told as their mean, and pools that were rendered together
@@ -90,6 +91,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._told: dict[str, list[float]] = {"seconds": [], "waited_s": []}
 
     def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None: ...

@@ -54,7 +54,7 @@ from patchbloom.train.networks import build_network
 from patchbloom.train.options import TrainStudent
 from patchbloom.train.prior.training import PriorTraining
 from patchbloom.train.run.folder import RunFolder
-from patchbloom.train.run.progress import Silence
+from patchbloom.train.run.progress import Report
 from patchbloom.train.run.world import ALONE
 from patchbloom.train.teacher.teacher import Teacher
 
@@ -417,7 +417,7 @@ def _sources() -> dict[str, Any]:
     upsampled = UpsampledPatches(method="upsample", class_ids=IDS, size_px=32, **_patches())
     images = {"images_NHWC": _patches()["patches_NHWC"], "class_ids": IDS, "samples_per_class": 4}
     stored = StoredImages(method="dsco", **images)
-    plan = make_plan(TrainStudent(data="data", out=Path("run"), method=("random",)), Silence())
+    plan = make_plan(TrainStudent(data="data", out=Path("run"), method=("random",)), Report())
     sources = {
         "RealImages": RealImages(images=plan.train, labels_N=torch.arange(3), size_px=32, seed=5),
         "UpsampledPatches": upsampled,
@@ -462,7 +462,7 @@ def _labels() -> dict[str, Any]:
     for codec, k in (("dense", 0), ("topk", 1), ("pca", 2)):
         kept = codec_of(codec, k)
         path = Path(f"{codec}.partial")
-        recorded = RecordedLabels(*(teacher(), source, CONFIG, path, Silence()), codec=kept)
+        recorded = RecordedLabels(*(teacher(), source, CONFIG, path, Report()), codec=kept)
         logits = torch.arange(36.0).reshape(2, 6, 3) % 7
         block = LabelBlock(codec=codec, logits=logits, settings={"a": 1}, k=k)
         layout = LabelLayout(codec=kept, epochs=2, samples=6, classes=3)
@@ -512,7 +512,7 @@ def _model() -> dict[str, Any]:
         prompts=Path("prompts.json"),
         mixup_weight="0.5",
     )
-    plan = make_plan(asked, Silence())
+    plan = make_plan(asked, Report())
     return {
         "dace": plan.describe_model("dace"),
         "t2i": plan.describe_generator("t2i"),

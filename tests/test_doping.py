@@ -14,7 +14,7 @@ from patchbloom.engine.data.images import ImageSet, open_image_set, to_unit
 from patchbloom.engine.errors import CoresetError
 from patchbloom.train.commands.doping import all_margins, lowest_margins, margins_of, write_doped
 from patchbloom.train.methods.stored import StoredImages, with_doped
-from patchbloom.train.run.progress import Silence
+from patchbloom.train.run.progress import Report
 from patchbloom.train.teacher.normalisation import IMAGENET
 from patchbloom.train.teacher.teacher import Teacher
 from PIL import Image
@@ -64,12 +64,12 @@ def test_the_lowest_of_every_class_are_taken_the_first_of_equal_ones() -> None:
 def test_known_margins(images: ImageSet) -> None:
     """A student that is as sure as an image is green or red, whichever the teacher sees."""
     teacher = Teacher(Colour(1.0), architecture="colour", class_ids=images.class_ids, size_px=SIZE)
-    margins = all_margins(Colour(5.0), teacher, images, size_px=SIZE, report=Silence())
+    margins = all_margins(Colour(5.0), teacher, images, size_px=SIZE, report=Report())
     greens = np.array([*GREENS["leaf"], *GREENS["wine"]])
     expected = np.tanh(5.0 * np.abs(greens - 100) / 255 / 2)
     np.testing.assert_allclose(margins, expected, atol=1e-5)
     assert lowest_margins(margins, images.labels, 1).tolist() == [3, 7]
-    contrary = all_margins(Colour(-5.0), teacher, images, size_px=SIZE, report=Silence())
+    contrary = all_margins(Colour(-5.0), teacher, images, size_px=SIZE, report=Report())
     np.testing.assert_allclose(contrary, -expected, atol=1e-5)
 
 

@@ -19,7 +19,6 @@ from patchbloom.train.methods.method import Making
 from patchbloom.train.methods.stored import read_whole
 from patchbloom.train.run.world import ALONE
 from patchbloom.train.teacher.evaluation import FORWARD_BATCH
-from patchbloom.train.teacher.patch_teacher import PatchTeacher
 from patchbloom.train.teacher.teacher import Teacher, load_teacher
 from student_cases import Sets, Silent, new_sets, untrained_teacher
 
@@ -106,7 +105,7 @@ def test_a_run_keeps_the_chosen_images_whole(train: Command, shapes: Path, tmp_p
     )
     pixels = read_whole(images, np.arange(len(images)), 32, "cpu")
     with torch.inference_mode():
-        _, features = PatchTeacher(teacher, native=False)(pixels)
+        _, features = teacher.logits_and_features(pixels)
     chosen = [
         first + pick
         for first in range(0, 60, 6)

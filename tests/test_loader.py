@@ -28,7 +28,7 @@ from patchbloom.train.labels.views import make_views, pools
 from patchbloom.train.loader import ExpandedLoader
 from patchbloom.train.methods.source import UpsampledPatches
 from patchbloom.train.networks import build_network
-from patchbloom.train.run.progress import Record
+from patchbloom.train.run.progress import Report
 from patchbloom.train.teacher.teacher import Teacher
 from torch.nn.functional import cross_entropy
 
@@ -80,7 +80,7 @@ def _write(source: UpsampledPatches, teacher: Teacher, folder: Path, codec) -> C
         provenance={},
     )
     path = folder.parent / f"{codec}.partial"
-    with Record() as record:
+    with Report() as record:
         labels = RecordedLabels(teacher, source, CONFIG, path, record, codec=codec_of(codec, 10))
         record_labels(source, labels, CONFIG, record)
     return attach_labels(folder, labels.block())

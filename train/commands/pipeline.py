@@ -29,9 +29,8 @@ from ..run.folder import RunFolder, StageResult
 from ..run.progress import Report
 from ..run.settings import settings_by_option
 from ..students.loop import train_students
-from ..teacher.brought import measure, name_of
-from ..teacher.teacher import Teacher, load_teacher
-from ..teacher.training import TEACHER, train_teacher, training_losses
+from ..teacher.teacher import Teacher, load_teacher, teacher_id
+from ..teacher.training import TEACHER, measure, train_teacher, training_losses
 from .coresets import RunCoresets
 from .doping import dope
 
@@ -51,7 +50,7 @@ class Distillation:
             **settings_by_option("teacher", asdict(plan.teacher)),
         }
         if plan.teacher_source is not None:
-            config["--teacher"] = name_of(plan.teacher_source)
+            config["--teacher"] = teacher_id(plan.teacher_source)
         together = plan.teacher_source is not None
         return self.run.stage("teacher", config, self._make_teacher, together=together)
 

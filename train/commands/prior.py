@@ -22,7 +22,7 @@ from ..data.folder import data_folder, images_sha256
 from ..options import TrainPrior
 from ..prior.training import PriorTraining
 from ..run.folder import RunError
-from ..run.progress import Record, Report
+from ..run.progress import Report
 from ..teacher.teacher import load_teacher
 
 MOST_GIB = 4.0
@@ -33,7 +33,7 @@ WORK, SETTINGS, CARD = ".work", "settings.json", "model_card.json"
 
 def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
     """Train the model and return what it became; `line` is the command for its card."""
-    with Record() as report:
+    with Report() as report:
         images = open_image_set(
             data_folder(command.data, command.shapes_per_class, report), "train"
         )

@@ -24,7 +24,7 @@ from ..data.folder import data_folder, images_sha256
 from ..labels.hard import HardLabels
 from ..report.summary import mean_and_std, provenance, rounded
 from ..run.folder import RunFolder, StageResult, check_out
-from ..run.progress import Record, Report
+from ..run.progress import Report
 from ..run.settings import settings_by_option
 from ..students.from_manifest import fitting_labels, open_recorded_source, student_config
 from ..students.loop import train_students
@@ -41,7 +41,7 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
     Raises ValueError or OSError, one clear line, for a manifest that lacks information, labels of
     other views, a model with other weights, or a machine that lacks what was requested.
     """
-    with Record(options.out) as report:
+    with Report(options.out) as report:
         _require_apart(options.coreset, options.out)
         check_out(options.out, resume=True, overwrite=options.overwrite)
         if not options.overwrite:

@@ -15,7 +15,7 @@ from ..report.page import PICTURES, SUMMARY, accuracy_rows, write_report
 from ..report.pictures import curves
 from ..report.summary import REAL, make_summary, provenance, rounded
 from ..run.folder import RunFolder, StageResult, check_out
-from ..run.progress import Record, Silence
+from ..run.progress import Report
 from ..run.world import open_world
 from .damaged import leave_out_damaged
 from .pipeline import Distillation
@@ -34,7 +34,7 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
     goes_on = options.resume or not (isinstance(options, Train) or options.overwrite)
     with (
         open_world(options.device) as world,
-        Record(options.out) if world.leads else Silence() as report,
+        Report(options.out if world.leads else None) as report,
     ):
         world.once(lambda: check_out(options.out, resume=goes_on, overwrite=options.overwrite))
         plan = world.in_turn(lambda: make_plan(options, report))
@@ -42,7 +42,7 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
             full_disk_explained(options.out, NEEDED_BYTES),
             RunFolder(options.out, report, world, overwrite=options.overwrite) as run,
         ):
-            if isinstance(report, Record):
+            if world.leads:
                 _write_settings(run.folder, options, plan, line)
                 report.open_log()
             skipped: dict[str, int] = {}

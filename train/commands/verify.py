@@ -39,7 +39,7 @@ from ..labels.views import cutmix_of, make_views, pools
 from ..methods.open import own_part
 from ..methods.source import Expansions, ImageSource
 from ..report.summary import rounded
-from ..run.progress import Record, Report
+from ..run.progress import Report
 from ..students.from_manifest import (
     fitting_labels,
     load_recorded_teacher,
@@ -61,7 +61,7 @@ def verify_labels(options: TrainVerify) -> dict[str, Any]:
     description of their views, another teacher, a model with other weights, or a machine that lacks
     what was requested.
     """
-    with Record() as report:
+    with Report() as report:
         coreset = open_coreset(options.coreset.expanduser())
         config = view_config(coreset, device=resolve_device(options.device))
         stored = require_soft_labels(coreset)

@@ -39,11 +39,10 @@ def herded(making: Making) -> np.ndarray:
     from ...engine.data.images import STANDARD_RESIZE_RATIO, center_boxes, stream_crops
     from ...engine.peers import share_of
     from ..teacher.evaluation import FORWARD_BATCH
-    from ..teacher.patch_teacher import PatchTeacher
 
     plan, world = making.plan, making.world
-    teacher = PatchTeacher(making.teacher(), native=False)
-    batch = FORWARD_BATCH[teacher.teacher.device.type]
+    teacher = making.teacher()
+    batch = FORWARD_BATCH[teacher.device.type]
     own = share_of(np.arange(len(plan.train)), batch, world)
     stream = stream_crops(
         plan.train,
@@ -55,11 +54,11 @@ def herded(making: Making) -> np.ndarray:
         device=plan.device,
         threads=world.threads,
     )
-    features_MD = torch.empty(len(own), teacher.width)
+    features_MD = torch.empty(len(own), teacher.classifier.in_features)
     done = 0
     for crops in stream:
         with torch.inference_mode():
-            _, features_BD = teacher(crops.pixels_BPHWC[:, 0])
+            _, features_BD = teacher.logits_and_features(crops.pixels_BPHWC[:, 0])
         features_MD[done : done + len(features_BD)] = features_BD.cpu()
         done += len(features_BD)
         making.report.progress("herding", done, len(own), "images")

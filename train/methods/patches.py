@@ -12,7 +12,7 @@ from typing import Any
 from ...engine.select.patches import PatchSelection, select_patches
 from ..plan import Plan
 from ..teacher.normalisation import IMAGENET
-from ..teacher.patch_teacher import patch_teacher
+from ..teacher.teacher import patch_teacher
 from .method import Made, Making
 
 

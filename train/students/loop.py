@@ -15,7 +15,7 @@ from ..labels.views import describe_views
 from ..methods.source import ImageSource
 from ..run.checkpoint import (
     Checkpoints,
-    read_metadata,
+    read_tensors,
     require_same,
     write_tensors,
 )
@@ -112,7 +112,7 @@ def _finished(
     """Results from the students' files; raises CheckpointError for one of another config."""
 
     def read() -> list[dict[str, Any]]:
-        found = [read_metadata(path) for path in paths]
+        found = [read_tensors(path)[1] for path in paths]
         for path, metadata in zip(paths, found, strict=True):
             require_same(path, metadata.get("config", {}), identity)
         return found

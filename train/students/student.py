@@ -19,10 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ...engine.labels.codec import SoftTargets
 from ...kernels.softlabel import softlabel
 from ..config import StudentConfig
-from ..networks import autocast, build_network, draws_in_training
+from ..networks import adamw, autocast, build_network, draws_in_training, set_learning_rate
 from ..run.checkpoint import Tensors, restore_training, training_state
 from ..run.world import ALONE, World
-from ..teacher.optimisation import adamw, set_learning_rate
 from .slots import Pool, PoolSlot
 
 RANK_STRIDE = 2654435761  # 2^32 over the golden ratio: far from the seeds of other students
