@@ -1,7 +1,7 @@
-"""What a run needs: what cannot work is told before anything is trained.
+"""Checks before anything trains: sizes, networks, images per class, the compiler.
 
-A check raises ValueError, or Unavailable for what the machine lacks: one line that names the
-option, what was found and a way out.
+Each raises ValueError, or Unavailable for what the machine lacks: one line that names the option,
+what was found and a way out.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from ...export.models import ModelSource, Unavailable
 from ..config import naming_option
 from ..methods.registry import METHODS
 from ..networks import build_network
+from ..options import RunOptions
 
 
 def check_compiler() -> None:
-    """Unavailable when torch.compile has nothing to compile with."""
+    """Raises Unavailable when torch.compile finds no C++ compiler."""
     if cxx_compiler() is None:
         raise Unavailable(
             "--student-compile needs a C++ compiler, and there is none here: install g++, or leave "
@@ -29,10 +30,9 @@ def check_compiler() -> None:
 def check_network(
     option: str, name: str, classes: int, size_px: int, *, shown_px: int | None = None
 ) -> None:
-    """Build it and run it without memory: what cannot work is told before anything is trained.
+    """Build the network for images of `size_px`, and run it on the meta device.
 
-    It is built for images of `size_px`, and shown some of `shown_px`, the same when left out.
-    ValueError, naming `option`.
+    `shown_px`: side of the images it sees; default: `size_px`. Raises ValueError, naming `option`.
     """
     shown_px = shown_px or size_px
     with naming_option(option, name), torch.device("meta"):
@@ -48,22 +48,19 @@ def check_network(
         ) from None
 
 
-def check_rendered(
-    model: ModelSource, methods: tuple[str, ...], image_size: int, generate_size: int
+def check_sizes(
+    options: RunOptions, model: ModelSource | None, image_size: int, factor: int
 ) -> None:
-    """ValueError for a size that the model cannot make."""
-    sizes_px = {"--image-size": image_size, "--generate-size": generate_size}
-    for option in filter(None, (METHODS[method].sized_by for method in methods)):
-        size_px = sizes_px[option]
-        if size_px % model.vae_factor():
-            raise ValueError(
-                f"{option} {size_px}: expected a multiple of {model.vae_factor()}, by which "
-                f"the VAE of {model.name} makes images smaller"
-            )
-
-
-def check_factor(factor: int, image_size: int) -> None:
-    """ValueError for patches that would not be a whole number of pixels wide."""
+    """Raises ValueError for a size that the model cannot make, or a fractional patch size."""
+    if model is not None:
+        generate_size = options.generate_size or model.trained_px()
+        sizes_px = {"--image-size": image_size, "--generate-size": generate_size}
+        for option in filter(None, (METHODS[method].sized_by for method in options.methods)):
+            if sizes_px[option] % model.vae_factor():
+                raise ValueError(
+                    f"{option} {sizes_px[option]}: expected a multiple of {model.vae_factor()}, "
+                    f"by which the VAE of {model.name} makes images smaller"
+                )
     if image_size % factor:
         raise ValueError(
             f"--factor {factor}: expected a divisor of the image size, {image_size} px: "
@@ -74,8 +71,7 @@ def check_factor(factor: int, image_size: int) -> None:
 def check_images_per_class(
     train: ImageSet, methods: tuple[str, ...], *, ipc: int, factor: int, doped: int
 ) -> None:
-    """ValueError when a class has fewer images than a method takes, or than the `doped` that --dope
-    adds."""
+    """Raises ValueError when a class has fewer images than a method takes, or than `doped`."""
     counts = np.bincount(train.labels, minlength=len(train.class_ids))
     fewest = int(counts.argmin())
     found = f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "

@@ -1,4 +1,4 @@
-"""The run: teacher → coresets → labels → students → report, each a stage that resumes."""
+"""`train` and its stages: teacher → coresets → labels → students → report; each stage resumes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ...engine.console import print_table
 from ...export.durable import full_disk_explained, replace_file, replace_json
@@ -22,21 +24,22 @@ from .pipeline import Distillation
 from .planning import make_plan
 
 CONFIG, ENVIRONMENT = "config.json", "environment.json"
-NEEDED_BYTES = 64 * 2**20  # of a run's small files; labels and weights say their own need
+NEEDED_BYTES = 64 * 2**20  # for a run's small files; writing labels or weights checks its own need
+LEARNED = {"soft": "KL to the teacher", "hard": "cross-entropy, less that of CutMix's mixture"}
 
 
 def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
-    """Do what one command asks for; `line` is that command, for the provenance.
+    """Run the stages of one command; `line` is that command, for the provenance.
 
-    A sub-command goes on in its run folder; `train` does so when told to --resume. Returns the
+    A sub-command resumes the run in its folder; `train` does so only with --resume. Returns the
     command's result, plain JSON. Raises ValueError or OSError, one clear line, for bad input.
     """
-    goes_on = options.resume or not (isinstance(options, Train) or options.overwrite)
+    resumes = options.resume or not (isinstance(options, Train) or options.overwrite)
     with (
         open_world(options.device) as world,
         Record(options.out) if world.leads else Silence() as report,
     ):
-        world.once(lambda: check_out(options.out, resume=goes_on, overwrite=options.overwrite))
+        world.once(lambda: check_out(options.out, resume=resumes, overwrite=options.overwrite))
         plan = world.in_turn(lambda: make_plan(options, report))
         with (
             full_disk_explained(options.out, NEEDED_BYTES),
@@ -52,7 +55,7 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
 
 
 def _write_settings(folder: Path, options: RunOptions, plan: Plan, line: str) -> None:
-    """What was asked for and filled in, at first, and where each session ran: for people.
+    """Write, for people, the first session's options and configs, and where each session ran.
 
     A resumed run has the same settings, or its stages refuse it.
     """
@@ -87,7 +90,7 @@ def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dic
 
 
 def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]) -> dict[str, Any]:
-    """The last stage: summary.json, curves, report.html; returns what people look for first."""
+    """The last stage: summary.json, curves, report.html; returns the most important numbers."""
     folder = job.run.folder
 
     def work() -> StageResult:
@@ -100,15 +103,10 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
             seconds=job.run.seconds(),
             skipped=skipped,
         )
-        losses = {name: list(enumerate(_mean_losses(result))) for name, result in students.items()}
-        learned = {
-            "soft": "KL to the teacher",
-            "hard": "cross-entropy, less that of CutMix's mixture",
-        }
-        panels = {f"students: {learned[job.plan.student.targets]}": losses}
+        losses = {name: np.mean(result["losses"], 0) for name, result in students.items()}
+        panels = {f"students: {LEARNED[job.plan.student.targets]}": losses}
         if summary["teacher"].get("losses"):
-            teacher = list(enumerate(summary["teacher"]["losses"]))
-            panels["teacher: cross-entropy"] = {"teacher": teacher}
+            panels["teacher: cross-entropy"] = {"teacher": summary["teacher"]["losses"]}
         (folder / PICTURES).mkdir(exist_ok=True)
         replace_file(folder / PICTURES / "curves.png", curves(panels))
         replace_json(folder / SUMMARY, summary)
@@ -123,8 +121,3 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
         "report": str(folder / "report.html"),
         **{key: summary[key] for key in (*first, "content_sha256", "skipped_images")},
     }
-
-
-def _mean_losses(result: dict[str, Any]) -> list[float]:
-    """Of every epoch, over the students."""
-    return [sum(losses) / len(losses) for losses in zip(*result["losses"], strict=True)]
