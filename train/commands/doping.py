@@ -1,12 +1,13 @@
 """Doping: add to a coreset the real images that a network trained on it is least sure of.
 
-    margin = p(the teacher's class) - the largest other p,     p: the network's; it and the teacher
-                                                               see the image as in validation
-    the N images of lowest margin per class are stored whole beside the patches; ties by position
+    margin = p(the teacher's class) - the largest other p
+
+p are the network's probabilities; it and the teacher see the image as in validation. The images of
+lowest margin in each class are stored whole beside the patches; ties are broken by position.
 
 A student that already knows an image learns little from it; where the margin is low or negative,
 the coreset lacks information. After DsCo (arXiv 2603.27987), where 500 real images join 100
-generated ones per class. It applies to the coreset of every method.
+generated ones per class. Doping works for the coreset of every method.
 
 Legend: M training images, B per batch, K classes, S image size in pixels.
 """
@@ -14,6 +15,7 @@ Legend: M training images, B per batch, K classes, S image size in pixels.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +122,7 @@ def all_margins(
     report: Report,
     world: World = ALONE,
 ) -> np.ndarray:
-    """The margin of every image, fp32 [M]; `network` is in eval mode, on the teacher's device.
+    """The margin of every image, fp32 [M]; `network` must be in eval mode on the teacher's device.
 
     The ranks of `world` share the images.
     """
@@ -144,16 +146,15 @@ def all_margins(
         scored += zip(crops.index_B.tolist(), margins_B.tolist(), strict=True)
         report.progress("doping", len(scored), len(own), "images")
     margins_M = np.empty(len(images), np.float32)
-    for of_rank in world.all_gather(scored):
-        for index, margin in of_rank:
-            margins_M[index] = margin
+    for index, margin in chain.from_iterable(world.all_gather(scored)):
+        margins_M[index] = margin
     return margins_M
 
 
 def lowest_margins(margins_M: np.ndarray, labels_M: np.ndarray, per_class: int) -> np.ndarray:
     """Positions of the `per_class` lowest margins of each class, class after class, lowest first.
 
-    Among equal margins the first counts as lower. Every class has at least `per_class` images.
+    Among equal margins the first counts as lower. Every class must have `per_class` images.
     """
     order_M = np.lexsort((margins_M, labels_M))
     firsts_K = np.searchsorted(labels_M[order_M], np.unique(labels_M))
@@ -174,7 +175,7 @@ def write_doped(
 ) -> Coreset:
     """Write `coreset` again, with the real images of lowest margin and without labels.
 
-    An epoch shows each of them `views` times. `made_with` describes how the network was trained.
+    An epoch shows each real image `views` times. `made_with` describes the network's training.
     """
     chosen = lowest_margins(margins_M, images.labels, per_class)
     doping = {"images_per_class": per_class, "samples_per_class": per_class * views, **made_with}

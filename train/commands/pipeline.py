@@ -207,11 +207,9 @@ class Distillation:
 
     def labels_stage(self, method: str) -> dict[str, Any]:
         """Store the teacher's labels for every view of every epoch, without training a student."""
+        settings = self._student_settings(method)
         return self.run.stage(
-            f"labels-{method}",
-            self._student_settings(method),
-            lambda: self._make_labels(method),
-            together=True,
+            f"labels-{method}", settings, lambda: self._make_labels(method), together=True
         )
 
     def _make_labels(self, method: str) -> StageResult:
@@ -233,11 +231,9 @@ class Distillation:
 
     def student_stage(self, method: str) -> dict[str, Any]:
         """Train the students of a method, or of `real`; returns accuracies, losses and so on."""
+        settings = self._student_settings(method) | {"--seeds": list(self.plan.student_seeds)}
         return self.run.stage(
-            f"student-{method}",
-            {**self._student_settings(method), "--seeds": list(self.plan.student_seeds)},
-            lambda: self._make_students(method),
-            together=True,
+            f"student-{method}", settings, lambda: self._make_students(method), together=True
         )
 
     def _student_settings(self, method: str) -> dict[str, Any]:
@@ -245,11 +241,10 @@ class Distillation:
         settings = self._undoped_settings(method)
         if self.plan.dope:
             settings["--dope"] = self.plan.dope
-            if method != REAL:
-                settings |= self.doping_stage(method)
         if method == REAL:
             return settings
-        return settings | label_settings(self.plan)
+        doping = self.doping_stage(method) if self.plan.dope else {}
+        return settings | doping | label_settings(self.plan)
 
     def _undoped_settings(self, method: str) -> dict[str, Any]:
         """Everything that decides what students of a method's undoped coreset learn, except how

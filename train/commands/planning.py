@@ -19,7 +19,6 @@ from ..config import (
     TORCHVISION,
     Recipe,
     RecipeName,
-    Scoring,
     StudentConfig,
     TeacherConfig,
     usual_precision,
@@ -30,8 +29,7 @@ from ..methods.registry import METHODS
 from ..options import RunOptions
 from ..plan import Plan
 from ..run.progress import Report
-from ..teacher.teacher import torchvision_columns
-from .checks import check_compiler, check_images_per_class, check_network, check_sizes
+from .checks import check_plan
 
 SMALL_PX = 128
 """Models up to this size make images of this size only, and the recipe `small` fits them."""
@@ -44,7 +42,6 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
     Raises ValueError or OSError, one clear line each, for what does not fit together.
     """
     chosen = _Choices(options, report)
-    chosen.check()
     expand = chosen.expand()
     plan = Plan(
         methods=options.methods,
@@ -60,14 +57,14 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         ipc=options.ipc,
         factor=chosen.factor,
         dope=options.dope,
-        scoring=chosen.scoring,
+        scoring=options.scoring or chosen.recipe.scoring,
         select=options.select,
         candidates=options.candidates,
         teacher=chosen.teacher(),
         teacher_source=chosen.teacher_source,
         student=chosen.student(),
         labels=options.labels,
-        codec=chosen.codec,
+        codec=options.label_codec(chosen.classes),
         model=chosen.model,
         prompt=options.prompt,
         own_prompts=chosen.own_prompts,
@@ -78,6 +75,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         dsco=options.dsco,
         use=chosen.uses(expand),
     )
+    check_plan(plan)
     _announce(plan, report)
     return plan
 
@@ -104,9 +102,6 @@ class _Choices:
         self.recipe = _choose_recipe(options, self.device, self.model, report)
         self.image_size = options.image_size or self._native_px() or self.recipe.image_size
         self.factor = options.factor or self.recipe.factor_for(self.image_size)
-        check_sizes(options, self.model, self.image_size, self.factor)
-        self.codec = options.label_codec(self.classes)
-        self.scoring: Scoring = options.scoring or self.recipe.scoring
         self.teacher_source, self.teacher_network = _choose_teacher(options.teacher, self.recipe)
         self.by_recipe = self.recipe.student_for(
             ipc=options.ipc, factor=self.factor, classes=self.classes, network=options.student
@@ -121,22 +116,6 @@ class _Choices:
             return None
         native = self.model.trained_px()
         return native if native <= SMALL_PX else None
-
-    def check(self) -> None:
-        """Raises ValueError for images or networks that do not fit, Unavailable for no compiler."""
-        options, size_px, classes = self.options, self.image_size, self.classes
-        check_images_per_class(
-            self.train, options.methods, ipc=options.ipc, factor=self.factor, doped=options.dope
-        )
-        if options.student_compile:
-            check_compiler()
-        if self.teacher_source is not None and self.teacher_source.startswith(TORCHVISION):
-            torchvision_columns(self.teacher_source, self.train.class_ids)
-        check_network("--teacher", self.teacher_network, classes, size_px)
-        check_network("--student", self.by_recipe.network, classes, size_px)
-        if self.scoring == "native" and self.teacher_source is None:
-            shown_px = size_px // self.factor
-            check_network("--teacher", self.teacher_network, classes, size_px, shown_px=shown_px)
 
     def teacher(self) -> TeacherConfig:
         """How a teacher is trained here."""

@@ -24,7 +24,7 @@ from ...engine.expand.backends import resolve_device
 from ...export.config import DeviceName
 from ...export.durable import full_disk_explained
 from ..batching import grouping
-from ..config import CHANGES_NO_RESULT, StudentConfig, Targets, student_seeds, usual_precision
+from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds, usual_precision
 from ..coreset_options import StudentElsewhere
 from ..data.folder import data_folder, images_sha256
 from ..labels.hard import HardLabels
@@ -38,6 +38,8 @@ from .checks import check_compiler, check_network
 from .planning import SMALL_PX, recipe_or_default
 
 STAGE = "student"
+SAME = ("epochs", "batch", "learning_rate", "final_lr_fraction", "weight_decay", "accumulate")
+"""Options that are fields of StudentConfig under the same name."""
 NEEDED_BYTES = 64 * 2**20  # for the run's small files; writing weights checks its own need
 
 
@@ -107,39 +109,47 @@ def _validation(options: StudentElsewhere, report: Report) -> ImageSet | None:
 
 
 def _student_config(coreset: Coreset, options: StudentElsewhere, report: Report) -> StudentConfig:
+    """The recipe of the students.
+
+    Raises ValueError for an option that contradicts the manifest; CoresetError for a manifest with
+    labels but without a recipe.
+    """
     if options.student_compile:
         check_compiler()
     device = resolve_device(options.device)
     given = {
+        **{name: getattr(options, name) for name in SAME},
         "network": options.student,
-        "epochs": options.epochs,
-        "batch": options.batch,
-        "learning_rate": options.learning_rate,
-        "final_lr_fraction": options.final_lr_fraction,
-        "weight_decay": options.weight_decay,
         "precision": options.student_precision,
         "compile": options.student_compile,
-        "accumulate": options.accumulate,
         "overlap": options.overlap == "on",
     }
     changes = {name: value for name, value in given.items() if value is not None}
-    if _targets(coreset, options, report) == "hard":
-        config = _hard_config(coreset, options, report, device, changes)
-    else:
+    hard, has_labels = options.targets == "hard", coreset.soft_labels() is not None
+    if options.targets is None and not has_labels:
+        report.say("targets: hard, the classes alone, as the coreset holds no soft labels")
+        hard = True
+    if not hard:
         config = student_config(coreset, device=device, **changes)
         reason = "the stored labels belong to the manifest's recipe and views"
         _refuse(options, ("recipe", "factor", "cutmix"), reason, ", or give --targets hard")
+    elif has_labels:
+        reason = (
+            f"the manifest of {coreset.folder} holds the recipe of its students, and single "
+            "options change it"
+        )
+        _refuse(options, ("recipe", "factor"), reason)
+        config = student_config(coreset, device=device)
+    else:
+        config = _without_labels(coreset, options, report, device)
+    if hard:
+        if options.cutmix is not None:
+            changes["cutmix"] = options.cutmix == "on"
+        if "precision" in changes:
+            config = config.at(changes.pop("precision"))
+        config = replace(config, targets="hard", temperature=1.0, **changes)
     check_network("--student", config.network, len(coreset.class_ids), config.size_px)
     return config
-
-
-def _targets(coreset: Coreset, options: StudentElsewhere, report: Report) -> Targets:
-    if options.targets is not None:
-        return options.targets
-    if coreset.soft_labels() is not None:
-        return "soft"
-    report.say("targets: hard, the classes alone, as the coreset holds no soft labels")
-    return "hard"
 
 
 def _refuse(
@@ -149,34 +159,6 @@ def _refuse(
         value = getattr(options, name)
         if value is not None:
             raise ValueError(f"--{name} {value}: {reason}: leave it out{way_out}")
-
-
-def _hard_config(
-    coreset: Coreset,
-    options: StudentElsewhere,
-    report: Report,
-    device: DeviceName,
-    changes: dict[str, Any],
-) -> StudentConfig:
-    """The recipe for hard targets with `changes`.
-
-    Raises ValueError for an option that contradicts the manifest; CoresetError for a manifest with
-    labels but without a recipe.
-    """
-    if coreset.soft_labels() is None:
-        config = _without_labels(coreset, options, report, device)
-    else:
-        reason = (
-            f"the manifest of {coreset.folder} holds the recipe of its students, and single "
-            "options change it"
-        )
-        _refuse(options, ("recipe", "factor"), reason)
-        config = student_config(coreset, device=device)
-    if "precision" in changes:
-        config = config.at(changes.pop("precision"))
-    if options.cutmix is not None:
-        changes["cutmix"] = options.cutmix == "on"
-    return replace(config, targets="hard", temperature=1.0, **changes)
 
 
 def _without_labels(

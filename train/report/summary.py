@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,20 +82,16 @@ def make_summary(
         "skipped_images": dict(skipped),
         "students": rounded(students),
         "teacher": rounded(teacher),
-        "data": _data(plan),
+        "data": {
+            "name": plan.data_name,
+            "sha256": plan.data_sha256,
+            "classes": len(plan.class_names),
+            "training_images": len(plan.train),
+            "validation_images": len(plan.val),
+        },
         "settings": _settings(plan),
         "notes": _notes(plan, coresets),
         "provenance": provenance(command, plan.device),
-    }
-
-
-def _data(plan: Plan) -> dict[str, Any]:
-    return {
-        "name": plan.data_name,
-        "sha256": plan.data_sha256,
-        "classes": len(plan.class_names),
-        "training_images": len(plan.train),
-        "validation_images": len(plan.val),
     }
 
 
@@ -159,11 +155,9 @@ def provenance(command: str, device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
