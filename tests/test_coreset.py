@@ -527,7 +527,7 @@ def test_engine_coreset_info_verify_show(
         ("coreset show FOLDER/c --out FOLDER/nope/sheet.png", "No such file"),
         ("coreset show FOLDER/c --patches-per-class 0", "expected at least 1, got 0"),
         ("coreset show FOLDER/c --patches-per-class few", "few"),
-        ("coreset info", "Missing"),
+        ("coreset info", "engine coreset info needs PATH: "),
         ("coreset paint FOLDER/c", "paint"),
         ("", "coreset"),
     ],

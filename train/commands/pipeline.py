@@ -40,8 +40,9 @@ from ..report.pictures import (
     write_picture,
 )
 from ..report.summary import REAL, provenance
-from ..run.folder import RunFolder, StageResult, settings_by_option
+from ..run.folder import RunFolder, StageResult
 from ..run.progress import Report
+from ..run.settings import settings_by_option
 from ..students.loop import train_students
 from ..teacher.brought import measure, name_of
 from ..teacher.teacher import Teacher, load_teacher

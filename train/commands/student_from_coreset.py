@@ -30,8 +30,9 @@ from ..data.folder import data_folder, images_sha256
 from ..labels.hard import HardLabels
 from ..methods.stored import doped_samples
 from ..report.summary import mean_and_std, provenance, rounded
-from ..run.folder import RunFolder, StageResult, check_out, settings_by_option
+from ..run.folder import RunFolder, StageResult, check_out
 from ..run.progress import Record, Report
+from ..run.settings import settings_by_option
 from ..students.from_manifest import fitting_labels, open_recorded_source, student_config
 from ..students.loop import train_students
 from .checks import check_compiler, check_network

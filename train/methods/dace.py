@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..run.folder import settings_by_option
+from ..run.settings import settings_by_option
 from .method import Method, later
 from .upsample import takes_patches
 

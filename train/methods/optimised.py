@@ -28,8 +28,8 @@ from ...engine.data.images import STANDARD_RESIZE_RATIO, center_boxes, stream_cr
 from ...engine.dsco.images import NoiseOptimiser, RealImages
 from ..plan import Plan
 from ..run.checkpoint import read_tensors, write_tensors
-from ..run.folder import settings_by_option
 from ..run.progress import Report
+from ..run.settings import settings_by_option
 from ..run.world import World
 from .method import Made, Making
 from .source import open_expander

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from ..plan import Plan
 from ..run.checkpoint import read_tensors, write_tensors
-from ..run.folder import settings_by_option
 from ..run.progress import Report
+from ..run.settings import settings_by_option
 from ..run.world import World
 from .method import Made, Making
 from .shared import SharedImages
