@@ -20,7 +20,7 @@ from patchbloom.engine.expand.expander import Expander
 from patchbloom.engine.expand.prompts import class_prompts, encode_prompts
 from patchbloom.export.models import find_model
 from patchbloom.train import cli
-from patchbloom.train.commands import coresets as run_coresets
+from patchbloom.train.commands import pipeline
 from patchbloom.train.coreset_options import RenderOptions
 from patchbloom.train.loader import ExpandedLoader
 from patchbloom.train.methods import rounds as generated
@@ -401,7 +401,7 @@ def test_a_stopped_generation_resumes_and_a_finished_one_is_not_paid_again(
         raise OSError("as if killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_coresets, "write_coreset", stopped)
+        patch.setattr(pipeline, "write_coreset", stopped)
         assert "as if killed" in train(*SHORT, *PDA, "--out", out)["error"]
     train("coreset", *SHORT, *PDA, "--out", out)
     monkeypatch.setattr(generated, "generate", stopped)

@@ -1,7 +1,7 @@
 """`train`: images → teacher → coreset → labels → students → report.
 
 The last line of stdout is one JSON object. Under torchrun all processes run the same command, and
-rank 0 speaks. Importing this module imports neither torch nor TensorRT: each command imports what
+rank 0 prints. Importing this module imports neither torch nor TensorRT: each command imports what
 it needs.
 """
 
@@ -26,8 +26,8 @@ from .run.launch import read_launch
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 unusable input, 130 interrupted)."""
-    # Read when OpenMP is loaded. Beside other work on the same cores, threads that spin while they
-    # wait cost a training step of two threads 1300 ms; threads that sleep, 160 ms.
+    # OpenMP reads it when it is loaded. With other work on the same cores, a training step of two
+    # threads takes 1300 ms when waiting threads spin, and 160 ms when they sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = list(sys.argv[1:] if arguments is None else arguments)
     launch = read_launch()
@@ -59,9 +59,9 @@ def _parse(given: list[str]) -> Command:
 
 
 def _check_named(command: Command) -> None:
-    """Whether the command names what is there, before it takes seconds to import torch.
+    """Check that named files and networks exist, before importing torch takes seconds.
 
-    What is checked later raises the same errors, by the same functions.
+    Later checks raise the same errors, by the same functions.
     """
     named = vars(command)
     if named.get("data") not in (None, "shapes"):

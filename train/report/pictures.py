@@ -1,4 +1,4 @@
-"""Pictures of a run: what the patches are, what becomes of them, how the networks learnt.
+"""Pictures of a run: the patches, their expansions, and the training curves.
 
 Legend: N pictures of one row, H = W their size in pixels, C = 3.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
@@ -27,18 +28,14 @@ from .page import PICTURES
 RHOS = (0.2, 0.4, 0.6, 0.8, 1.0)
 MOST_CLASSES = 10  # rows of the coreset's sheet, columns of the others
 SHOWN_EPOCHS = 3
-MOST_PATCHES = 10  # of a class in the coreset's sheet
+MOST_PATCHES = 10  # per class in the coreset's sheet
 
 
 def coreset_sheet(coreset: Coreset) -> Image.Image:
-    """A row of patches per class, of the first classes."""
+    """A row of patches for each of the first classes."""
     patches, labels = coreset.patches().numpy(), coreset.labels_N.numpy()
-    return contact_sheet(
-        [
-            (name, patches[labels == index][:MOST_PATCHES])
-            for index, name in enumerate(coreset.class_names[:MOST_CLASSES])
-        ]
-    )
+    names = enumerate(coreset.class_names[:MOST_CLASSES])
+    return contact_sheet([(name, patches[labels == k][:MOST_PATCHES]) for k, name in names])
 
 
 def one_sample_per_class(labels_N: Tensor) -> list[int]:
@@ -52,24 +49,23 @@ def expansion_sheet(
 ) -> Image.Image:
     """The same patches, a column each: upsampled, at every rho, with mixup, from noise alone.
 
-    Rows at a rho whose evaluations round to 0 are left out; of an Expander that starts from noise,
-    all that would start from the patches.
+    Omits a rho whose evaluations round to 0, and all rows that start from the patches when the
+    Expander starts from noise.
     """
-    size_px, steps = expander.config.size_px, expander.config.steps
+    config = expander.config
+    variants: dict[str, dict[str, Any]] = {}
+    if config.start == "image":
+        for rho in RHOS:
+            if int(config.steps * rho) >= 1:
+                variants[f"rho {rho:g}"] = {"rho": rho, "mixup": False}
+        mixup = "mixup" if config.mixup_weight == "uniform" else f"mixup {config.mixup_weight}"
+        variants[f"rho {config.rho:g}, {mixup}"] = {"mixup": True}
+    variants["text only"] = {"start": "noise"}
     patches = upsample_patches(
-        patches_NHWC[list(samples)], size_px, mode="bicubic", dtype=torch.float32
+        patches_NHWC[list(samples)], config.size_px, mode="bicubic", dtype=torch.float32
     )
     rows = [("patch", _pixels(patches))]
-    variants: list[tuple[str, dict[str, Any]]] = []
-    if expander.config.start == "image":
-        variants += [
-            (f"rho {rho:g}", {"rho": rho, "mixup": False}) for rho in RHOS if int(steps * rho) >= 1
-        ]
-        weight = expander.config.mixup_weight
-        mixup = "mixup" if weight == "uniform" else f"mixup {weight}"
-        variants.append((f"rho {expander.config.rho:g}, {mixup}", {"mixup": True}))
-    variants.append(("text only", {"start": "noise"}))
-    for name, changes in variants:
+    for name, changes in variants.items():
         rows.append((name, _pixels(expander.varied(**changes).expand(samples, epoch=0))))
     return contact_sheet(rows)
 
@@ -79,25 +75,21 @@ def _pixels(images_NCHW: Tensor) -> np.ndarray:
 
 
 def rendered_sheet(source: ImageSource, samples: Sequence[int]) -> Image.Image:
-    """What students see before it is cropped: the same samples, a column each, in three epochs."""
-    return contact_sheet(
-        [
-            (f"epoch {epoch}", _pixels(render_all(source, epoch, samples)))
-            for epoch in range(SHOWN_EPOCHS)
-        ]
-    )
+    """Rendered images before they are cropped: the same samples, a column each, in three epochs."""
+    epochs = range(SHOWN_EPOCHS)
+    return contact_sheet([(f"epoch {e}", _pixels(render_all(source, e, samples))) for e in epochs])
 
 
-def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> bytes:
-    """A PNG with a panel per entry: {title: {curve: [(epoch, value), …]}}."""
+def curves(panels: Mapping[str, Mapping[str, ArrayLike]]) -> bytes:
+    """A PNG with a panel per entry: {title: {curve: values by epoch}}."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
     for axes, (title, lines) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        for name, points in lines.items():
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4)
+        for name, values in lines.items():
+            axes.plot(values, label=name, linewidth=1.4)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch", fontsize=9)
         axes.grid(alpha=0.25)
