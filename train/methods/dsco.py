@@ -1,11 +1,12 @@
-"""Method dsco: images made once, whose noise is optimised (optimised.py)."""
+"""Method dsco: images made once, from optimised noise (optimised.py)."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..batching import class_batch
+from ...engine.expand.batches import fitting_batch
+from ..batching import LARGE_ENGINE_BATCH
 from .method import Method, later
 
 if TYPE_CHECKING:
@@ -21,9 +22,13 @@ def _check(options: Any) -> None:
 
 
 def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:
+    if options.ipc > LARGE_ENGINE_BATCH:
+        batch = fitting_batch(options.ipc)
+    else:  # whole classes
+        batch = options.ipc * fitting_batch(classes, LARGE_ENGINE_BATCH // options.ipc)
     return {
         "size_px": trained_px,
-        "batch": options.engine_batch or class_batch(classes, options.ipc),
+        "batch": options.engine_batch or batch,
         "images_per_prompt": None,
     }
 

@@ -1,4 +1,4 @@
-"""Method t2i: images generated once of noise and a prompt (rounds.py), and variants of them."""
+"""Method t2i: images generated once from noise and a prompt (rounds.py), and their variants."""
 
 from __future__ import annotations
 
