@@ -424,7 +424,7 @@ def _sources() -> dict[str, Any]:
         "Mosaics": Mosaics(class_ids=IDS, factor=1, seed=7, **_patches()),
         "StoredImages": stored,
         "StoredImages, varied": StoredImages(method="t2i", variants=2, seed=3, **images),
-        "Doped": Doped(source=upsampled, real=stored),
+        "Doped": Doped(upsampled, stored),
         "Refreshed": Refreshed(upsampled, 0.3, seed=0),
         "SharedImages": SharedImages(upsampled, ALONE),
     }

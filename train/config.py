@@ -103,12 +103,6 @@ def check_at_least(config: object, least: float, *names: str, option: bool = Fal
             raise ValueError(f"{shown} {value}: expected {least} or more")
 
 
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} {getattr(config, name)}: expected more than 0")
-
-
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
     """Sizes and lengths of `train prior`; the defaults made the shipped sdxl-tiny."""
@@ -260,7 +254,9 @@ class StudentConfig:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "size_px", "epochs", "batch", "pool", "group", "accumulate")
         check_at_least(self, 1, "checkpoint_every", "checkpoints_kept")
-        _check_positive(self, "learning_rate", "temperature")
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected more than 0")
         if not 0 <= self.final_lr_fraction < 1:
             raise ValueError(f"final_lr_fraction {self.final_lr_fraction}: expected [0, 1)")
         if self.targets == "hard" and self.temperature != 1:

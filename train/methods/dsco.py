@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...engine.expand.batches import fitting_batch
 from ..batching import LARGE_ENGINE_BATCH
+from ..run.settings import settings_by_option
 from .method import Method, later
 
 if TYPE_CHECKING:
@@ -33,8 +34,13 @@ def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:
     }
 
 
-def _options(plan: Plan) -> dict[str, Any]:
-    return asdict(plan.dsco)
+def dsco_settings(plan: Plan) -> dict[str, Any]:
+    """What decides the images, by option, for a stage's config: plain JSON."""
+    options = {
+        f"--dsco.{name.replace('_', '-')}": value for name, value in asdict(plan.dsco).items()
+    }
+    shared = {"--ipc": plan.ipc, "--seed": plan.seed, "--data": plan.data_sha256}
+    return {**options, **shared, **settings_by_option("dsco", plan.describe_generator("dsco"))}
 
 
 DSCO = Method(
@@ -43,8 +49,8 @@ DSCO = Method(
     steps=5,
     check=_check,
     use=_use,
-    settings=later("optimised.dsco_settings"),
+    settings=dsco_settings,
     make=later("optimised.optimise_images"),
     open=later("stored.open_stored"),
-    options=_options,
+    options=lambda plan: asdict(plan.dsco),
 )

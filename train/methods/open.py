@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -131,24 +130,13 @@ class Refreshed:
         return {**self.source.describe(), "refresh": float(self.share)}
 
 
-@dataclass(frozen=True, kw_only=True)
 class Doped:
     """Any method's images, followed by real ones in every class."""
 
-    source: ImageSource
-    real: StoredImages
-
-    @property
-    def samples(self) -> int:
-        return self.source.samples + self.real.samples
-
-    @property
-    def labels_N(self) -> Tensor:
-        return torch.cat([self.source.labels_N, self.real.labels_N]).sort(stable=True).values
-
-    @property
-    def class_ids(self) -> tuple[str, ...]:
-        return self.source.class_ids
+    def __init__(self, source: ImageSource, real: StoredImages) -> None:
+        self.source, self.real, self.class_ids = source, real, source.class_ids
+        self.samples = source.samples + real.samples
+        self.labels_N = torch.cat([source.labels_N, real.labels_N]).sort(stable=True).values
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
         """fp32 [P, 3, H, W] in [-1, 1], on the source's device.
@@ -187,4 +175,4 @@ def with_doped(source: ImageSource, coreset: Coreset, device: str) -> ImageSourc
         class_ids=coreset.class_ids,
         samples_per_class=doped_samples(coreset),
     )
-    return Doped(source=source, real=real)
+    return Doped(source, real)

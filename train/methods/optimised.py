@@ -15,16 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...engine.dsco.images import NoiseOptimiser
-from ..plan import Plan
 from ..run.checkpoint import read_tensors, write_tensors
-from ..run.settings import settings_by_option
+from .dsco import dsco_settings
 from .method import Made, Making
 from .source import open_expander, stream_whole
 from .stored import as_stored, whole_settings
@@ -98,12 +96,3 @@ def _made_or_kept(
     fall = f"loss {before:.3g} to {after:.3g}"
     report.progress("dsco", group.stop, classes, "classes", fall)
     return tensors
-
-
-def dsco_settings(plan: Plan) -> dict[str, Any]:
-    """What decides the images, by option, for a stage's config: plain JSON."""
-    options = {
-        f"--dsco.{name.replace('_', '-')}": value for name, value in asdict(plan.dsco).items()
-    }
-    shared = {"--ipc": plan.ipc, "--seed": plan.seed, "--data": plan.data_sha256}
-    return {**options, **shared, **settings_by_option("dsco", plan.describe_generator("dsco"))}

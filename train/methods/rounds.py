@@ -28,11 +28,11 @@ from torch import Tensor
 
 from ..plan import Plan
 from ..run.checkpoint import read_tensors, write_tensors
-from ..run.settings import settings_by_option
 from .method import Made, Making
 from .shared import SharedImages
 from .source import Expansions, ImageSource, open_expander
 from .stored import as_stored, whole_settings
+from .t2i import round_settings
 
 
 def make_generated(making: Making, folder: Path) -> Made:
@@ -49,7 +49,7 @@ def make_generated(making: Making, folder: Path) -> Made:
         own = Expansions(expander=expander, labels_N=classes_K, class_ids=plan.train.class_ids)
         source = own if world.size == 1 else SharedImages(own, world)
         images_NHWC, seconds = generate_rounds(
-            making, source, folder, _round_settings(plan), together=use.batch * world.size
+            making, source, folder, round_settings(plan), together=use.batch * world.size
         )
     described = describe_rounds(images_NHWC, seconds)
     return Made(
@@ -143,19 +143,3 @@ def _another(seconds: list[float], plan: Plan) -> bool:
             "give more seconds, fewer --steps or a smaller --generate-size"
         )
     return not seconds or sum(seconds) + seconds[-1] <= budget_s
-
-
-def _round_settings(plan: Plan) -> dict[str, Any]:
-    """What decides the images of a round."""
-    shared = {"--seed": plan.seed, "--image-size": plan.image_size}
-    return {**shared, "classes": list(plan.class_names), **_generator_settings(plan)}
-
-
-def generation_settings(plan: Plan) -> dict[str, Any]:
-    """What decides which images are generated, and how many, for the stage's config."""
-    kept = {"--budget-seconds": plan.budget_seconds, "--variants": plan.variants}
-    return {**kept, **_generator_settings(plan)}
-
-
-def _generator_settings(plan: Plan) -> dict[str, Any]:
-    return settings_by_option("t2i", plan.describe_generator("t2i"))
