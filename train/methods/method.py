@@ -79,7 +79,7 @@ def takes_patches(ipc: int, factor: int) -> tuple[int, str]:
 class Method:
     """One way to make a coreset and to show it to students. `name`, `make` and `open` are required.
 
-    Functions of RunOptions get it as Any, because options.py imports the methods.
+    RunOptions are typed as Any here, because options.py imports the methods.
     """
 
     name: str

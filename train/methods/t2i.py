@@ -66,7 +66,7 @@ def _options(plan: Plan) -> dict[str, Any]:
 def _announced(plan: Plan) -> str:
     use = plan.use["t2i"]
     count = plan.generated or f"as many as fit into {plan.budget_seconds:g} s"
-    shown = f", each and {plan.variants} variants" if plan.variants else ""
+    shown = f", each with {plan.variants} variants" if plan.variants else ""
     return (
         f"t2i: images per class: {count}, made at {use.size_px} px in {use.steps} "
         f"step(s), kept at {plan.image_size} px{shown}"
