@@ -45,11 +45,11 @@ from patchbloom.train.labels.recording import RecordedLabels
 from patchbloom.train.labels.targets import OnlineLabels
 from patchbloom.train.labels.views import describe_views
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.methods.refresh import Refreshed
-from patchbloom.train.methods.rounds import Generated
+from patchbloom.train.methods.open import Doped, Refreshed
+from patchbloom.train.methods.rounds import describe_rounds
 from patchbloom.train.methods.shared import SharedImages
 from patchbloom.train.methods.source import Expansions, Mosaics, RealImages, UpsampledPatches
-from patchbloom.train.methods.stored import Doped, StoredImages
+from patchbloom.train.methods.stored import StoredImages
 from patchbloom.train.networks import build_network
 from patchbloom.train.options import TrainStudent
 from patchbloom.train.prior.training import PriorTraining
@@ -424,13 +424,13 @@ def _sources() -> dict[str, Any]:
         "Mosaics": Mosaics(class_ids=IDS, factor=1, seed=7, **_patches()),
         "StoredImages": stored,
         "StoredImages, varied": StoredImages(method="t2i", variants=2, seed=3, **images),
-        "Doped": Doped(source=upsampled, real=stored),
+        "Doped": Doped(upsampled, stored),
         "Refreshed": Refreshed(upsampled, 0.3, seed=0),
         "SharedImages": SharedImages(upsampled, ALONE),
     }
     said = {name: source.describe() for name, source in sources.items()}
-    made = Generated(_patches()["patches_NHWC"], per_class=2, seconds=1.5)
-    return {**said, **_expansions(), "Generated": made.describe()}
+    generated = describe_rounds(_patches()["patches_NHWC"], [1.0, 0.5])
+    return {**said, **_expansions(), "Generated": generated}
 
 
 def _expansions() -> dict[str, Any]:
