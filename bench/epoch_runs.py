@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from measure import timed
-from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.engine.labels.codec import SoftTargets
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.methods.source import ImageSource
@@ -77,8 +76,6 @@ class Given:
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         return SoftTargets(self._logits_NK[samples_P].to(views_PCHW.device))
 
-    def flush(self) -> None: ...
-
     def describe(self) -> dict[str, Any]:
         return {"codec": "dense"}
 
@@ -110,7 +107,7 @@ class Clock(Report):
 
 def render_epochs(source: ImageSource, labels: Given, config: StudentConfig) -> EpochTime:
     """Render the views and labels of all epochs into one slot; nobody learns."""
-    slot = PoolSlot(config, source.samples, torch.device(resolve_device(config.device)))
+    slot = PoolSlot()
 
     def fill() -> None:
         for pool in pools_from(config, source.labels_N, 0):

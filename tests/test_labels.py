@@ -27,7 +27,7 @@ from patchbloom.engine.labels.file import (
 from patchbloom.engine.labels.stored import SoftLabels
 from patchbloom.kernels.softlabel import softlabel
 from patchbloom.train.config import StudentConfig
-from patchbloom.train.labels.recording import RecordedLabels, record_labels
+from patchbloom.train.labels.recording import RecordedLabels, discard_recorded, record_labels
 from patchbloom.train.labels.targets import OnlineLabels, StoredLabels
 from patchbloom.train.labels.views import pools
 from patchbloom.train.methods.source import UpsampledPatches
@@ -213,7 +213,7 @@ def test_labels_can_be_made_without_students(
 ) -> None:
     labels = record(recorded, source, teacher, tmp_path / "labels.partial")
     assert equal(stored_of(labels, tmp_path / "of"), recorded.stored)
-    labels.discard()
+    discard_recorded(labels.path)
     assert [path.name for path in tmp_path.iterdir()] == ["of"]
 
 

@@ -215,7 +215,8 @@ class Distillation:
     def _make_labels(self, method: str) -> StageResult:
         coreset = self._open(method)
         with open_source(self.plan, coreset, self.run.world) as source:
-            self._labels(method, source, coreset).store()
+            labels = self._labels(method, source, coreset)
+            labels.keep(labels.choose())
         return StageResult({"content_sha256": self._open(method).content_sha256})
 
     def _labels(self, method: str, source: ImageSource, coreset: Coreset | None) -> RunLabels:
