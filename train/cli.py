@@ -20,7 +20,7 @@ from ..engine.coreset.manifest import require_manifest
 from ..engine.data.names import require_text_file
 from .config import naming_option, require_network, teacher_file
 from .coreset_options import StudentElsewhere, TrainVerify
-from .options import STAGES, Command, Train, TrainPrior, TrainReport
+from .options import STAGES, Command, RunOptions, Train, TrainPrior, TrainReport
 from .run.launch import read_launch
 
 
@@ -88,26 +88,25 @@ def _check_named(command: Command) -> None:
 def _execute(command: Command, given: list[str]) -> dict[str, Any]:
     line = " ".join(["train", *given])
     _check_named(command)
+    if not isinstance(command, RunOptions):
+        from_coreset = " --coreset" if isinstance(command, StudentElsewhere) else ""
+        read_launch().require_alone(f"train {given[0]}{from_coreset}")
     match command:
         case TrainPrior():
             from .commands.prior import run_prior
 
-            read_launch().require_alone("train prior")
             return run_prior(command, line)
         case TrainReport():
             from .report.page import write_report
 
-            read_launch().require_alone("train report")
             return write_report(command.run)
         case StudentElsewhere():
             from .commands.student_from_coreset import train_elsewhere
 
-            read_launch().require_alone("train student --coreset")
             return train_elsewhere(command, line)
         case TrainVerify():
             from .commands.verify import verify_labels
 
-            read_launch().require_alone("train verify")
             return verify_labels(command)
         case _:
             from .commands.train import run_stages

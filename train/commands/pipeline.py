@@ -27,18 +27,12 @@ from ...export.durable import json_sha256
 from ..config import CHANGES_NO_RESULT
 from ..labels.keep import RunLabels, label_settings
 from ..methods.method import Made, Making
-from ..methods.open import open_source, own_part
+from ..methods.open import open_source
 from ..methods.patches import selection_settings
 from ..methods.registry import METHODS
-from ..methods.source import Expansions, ImageSource
+from ..methods.source import ImageSource
 from ..plan import Plan
-from ..report.pictures import (
-    coreset_sheet,
-    expansion_sheet,
-    one_sample_per_class,
-    rendered_sheet,
-    write_picture,
-)
+from ..report.pictures import draw_coreset, draw_images
 from ..report.summary import REAL, provenance
 from ..run.folder import RunFolder, StageResult
 from ..run.progress import Report
@@ -80,10 +74,7 @@ class Distillation:
     def teacher_stage(self) -> dict[str, Any]:
         """Train or load the teacher; returns its description."""
         plan = self.plan
-        config = {
-            "--data": plan.data_sha256,
-            **settings_by_option("teacher", asdict(plan.teacher)),
-        }
+        config = {"--data": plan.data_sha256, **settings_by_option("teacher", asdict(plan.teacher))}
         provided = plan.teacher_source
         if provided is not None:
             config["--teacher"] = teacher_id(provided)
@@ -147,8 +138,7 @@ class Distillation:
                 "evals": 0 if each.model is None else each.model["evals"],
                 **each.told,
             }
-        shown = open_coreset(run.folder / "coreset", verify=False)
-        write_picture(run.folder, "coreset", coreset_sheet(shown))
+        draw_coreset(run.folder, open_coreset(run.folder / "coreset", verify=False))
         for part in parts.values():
             shutil.rmtree(part, ignore_errors=True)
         return StageResult(result, outputs)
@@ -267,7 +257,7 @@ class Distillation:
         coreset = None if method == REAL else self._open(method)
         with open_source(plan, coreset, self.run.world) as source:
             if self.run.world.leads:
-                self._draw(method, own_part(source), coreset)
+                draw_images(self.run.folder, method, source, coreset)
             run_labels = self._labels(method, source, coreset)
             labels = run_labels.choose()
             results = train_students(
@@ -290,10 +280,3 @@ class Distillation:
             "render": source.describe(),
         }
         return StageResult(described, [result.path for result in results])
-
-    def _draw(self, method: str, source: ImageSource, coreset: Coreset | None) -> None:
-        samples = one_sample_per_class(source.labels_N)
-        write_picture(self.run.folder, f"rendered-{method}", rendered_sheet(source, samples))
-        if coreset is not None and isinstance(source, Expansions):
-            sheet = expansion_sheet(source.expander, coreset.patches(), samples)
-            write_picture(self.run.folder, "expansions", sheet)

@@ -56,7 +56,12 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
         config = _student_config(coreset, options, report)
         seed = coreset.settings["seed"] if options.seed is None else options.seed
         seeds = student_seeds(seed, options.seeds)
-        val = _validation(options, report)
+        if options.data is None:
+            report.say("accuracy: not measured, there is no --data")
+            val = None
+        else:
+            data = data_folder(options.data, options.shapes_per_class, report)
+            val = open_image_set(data, "val")
         student = {k: v for k, v in asdict(config).items() if k not in CHANGES_NO_RESULT}
         settings = {
             "--coreset": coreset.content_sha256,
@@ -100,13 +105,6 @@ def _check_folders(options: StudentElsewhere) -> None:
             f"--out {out} holds a run with the stage {others[0]}, and this command keeps students "
             "of its own: choose another --out"
         )
-
-
-def _validation(options: StudentElsewhere, report: Report) -> ImageSet | None:
-    if options.data is None:
-        report.say("accuracy: not measured, there is no --data")
-        return None
-    return open_image_set(data_folder(options.data, options.shapes_per_class, report), "val")
 
 
 def _student_config(coreset: Coreset, options: StudentElsewhere, report: Report) -> StudentConfig:

@@ -11,12 +11,12 @@ import numpy as np
 
 from ...engine.console import print_table
 from ...engine.data.images import ImageSet, check_no_class_emptied, stream_center
-from ...export.durable import full_disk_explained, replace_file, replace_json
+from ...export.durable import full_disk_explained, replace_json
 from ..data.folder import images_sha256
 from ..options import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from ..plan import Plan
-from ..report.page import PICTURES, SUMMARY, accuracy_rows, write_report
-from ..report.pictures import curves
+from ..report.page import SUMMARY, accuracy_rows, write_report
+from ..report.pictures import draw_curves
 from ..report.summary import REAL, make_summary, provenance, rounded
 from ..run.folder import RunError, RunFolder, StageResult, check_out
 from ..run.progress import Report
@@ -155,8 +155,7 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
         panels = {f"students: {LEARNED[job.plan.student.targets]}": losses}
         if summary["teacher"].get("losses"):
             panels["teacher: cross-entropy"] = {"teacher": summary["teacher"]["losses"]}
-        (folder / PICTURES).mkdir(exist_ok=True)
-        replace_file(folder / PICTURES / "curves.png", curves(panels))
+        draw_curves(folder, panels)
         replace_json(folder / SUMMARY, summary)
         write_report(folder)
         return StageResult(summary)

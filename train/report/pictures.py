@@ -6,7 +6,8 @@ Legend: N pictures of one row, H = W their size in pixels, C = 3.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from ...engine.data.images import to_pixels
 from ...engine.expand.expander import Expander
 from ...export.durable import replace_file
 from ...kernels.pixels import upsample_patches
-from ..methods.source import ImageSource, render_all
+from ..methods.open import own_part
+from ..methods.source import Expansions, ImageSource, render_all
 from .page import PICTURES
 
 RHOS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -31,17 +33,26 @@ SHOWN_EPOCHS = 3
 MOST_PATCHES = 10  # per class in the coreset's sheet
 
 
-def coreset_sheet(coreset: Coreset) -> Image.Image:
-    """A row of patches for each of the first classes."""
+def draw_coreset(run: Path, coreset: Coreset) -> None:
+    """Write coreset.png: a row of patches for each of the first classes."""
     patches, labels = coreset.patches().numpy(), coreset.labels_N.numpy()
     names = enumerate(coreset.class_names[:MOST_CLASSES])
-    return contact_sheet([(name, patches[labels == k][:MOST_PATCHES]) for k, name in names])
+    rows = [(name, patches[labels == k][:MOST_PATCHES]) for k, name in names]
+    _write(run, "coreset", contact_sheet(rows).save)
 
 
-def one_sample_per_class(labels_N: Tensor) -> list[int]:
-    """The first sample of each of the first classes."""
-    labels = labels_N.tolist()
-    return [labels.index(label) for label in sorted(set(labels))[:MOST_CLASSES]]
+def draw_images(run: Path, method: str, source: ImageSource, coreset: Coreset | None) -> None:
+    """Write rendered-METHOD.png: one sample of each of the first classes, a column each, in three
+    epochs, before it is cropped; and expansions.png where a model expands patches."""
+    own = own_part(source)
+    labels = own.labels_N.tolist()
+    samples = [labels.index(label) for label in sorted(set(labels))[:MOST_CLASSES]]
+    epochs = range(SHOWN_EPOCHS)
+    rows = [(f"epoch {epoch}", _pixels(render_all(own, epoch, samples))) for epoch in epochs]
+    _write(run, f"rendered-{method}", contact_sheet(rows).save)
+    if coreset is not None and isinstance(own, Expansions):
+        sheet = expansion_sheet(own.expander, coreset.patches(), samples)
+        _write(run, "expansions", sheet.save)
 
 
 def expansion_sheet(
@@ -74,14 +85,8 @@ def _pixels(images_NCHW: Tensor) -> np.ndarray:
     return to_pixels(images_NCHW).cpu().numpy()
 
 
-def rendered_sheet(source: ImageSource, samples: Sequence[int]) -> Image.Image:
-    """Rendered images before they are cropped: the same samples, a column each, in three epochs."""
-    epochs = range(SHOWN_EPOCHS)
-    return contact_sheet([(f"epoch {e}", _pixels(render_all(source, e, samples))) for e in epochs])
-
-
-def curves(panels: Mapping[str, Mapping[str, ArrayLike]]) -> bytes:
-    """A PNG with a panel per entry: {title: {curve: values by epoch}}."""
+def draw_curves(run: Path, panels: Mapping[str, Mapping[str, ArrayLike]]) -> None:
+    """Write curves.png with a panel per entry: {title: {curve: values by epoch}}."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
@@ -96,14 +101,12 @@ def curves(panels: Mapping[str, Mapping[str, ArrayLike]]) -> bytes:
         axes.tick_params(labelsize=8)
         if len(lines) > 1:
             axes.legend(fontsize=8)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
-    return png.getvalue()
+    _write(run, "curves", partial(figure.savefig, dpi=110, metadata={"Software": None}))
 
 
-def write_picture(run: Path, name: str, picture: Image.Image) -> None:
+def _write(run: Path, name: str, save: Callable[..., None]) -> None:
     """Write RUN/pictures/NAME.png, whole or not at all."""
     png = io.BytesIO()
-    picture.save(png, "PNG")
+    save(png, format="png")
     (run / PICTURES).mkdir(parents=True, exist_ok=True)
     replace_file(run / PICTURES / f"{name}.png", png.getvalue())
