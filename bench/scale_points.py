@@ -215,8 +215,8 @@ def scoring(
                 lambda: select_patches(
                     chosen,
                     asked.logits_from_uint8,
-                    ipc=1,
-                    factor=FACTOR,
+                    per_class=PATCHES_PER_CLASS,
+                    patch_px=size_px // FACTOR,
                     image_size_px=size_px,
                     crops=crops,
                     pool_per_class=len(chosen),
