@@ -141,7 +141,6 @@ def _write_coreset(folder: Path, classes: int, size_px: int) -> Coreset:
     return write_coreset(
         folder / "coreset",
         patches_NHWC=np.random.default_rng(0).integers(0, 256, shape, np.uint8),
-        labels_N=np.repeat(np.arange(classes), PATCHES_PER_CLASS),
         class_ids=[f"c{index:06}" for index in range(classes)],
         class_names=names,
         settings={

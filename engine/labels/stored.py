@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CoresetError
-from .codec import Encoding, SoftTargets
-from .codecs import decode_topk, described_codec
+from .codecs import Encoding, SoftTargets, decode_topk, described_codec
 from .file import LabelLayout, MappedParts
 
 
@@ -41,15 +40,6 @@ class SoftLabels:
         basis = None if basis is None else torch.from_numpy(basis.copy())
         self.encoding = Encoding(self.codec, self.temperature, basis)
         """How these labels were made of a teacher's logits."""
-
-    def logits(self, epoch: int, samples_B: Sequence[int] | Tensor) -> Tensor:
-        """fp32 logits [B, K]; CoresetError for a codec that keeps none."""
-        if not self.codec.keeps_logits:
-            raise CoresetError(
-                f"codec {self.codec.name} keeps probabilities, not logits: call probabilities(), "
-                "or label the coreset again with codec pca or dense"
-            )
-        return self.targets(epoch, samples_B).labels.float()
 
     def probabilities(self, epoch: int, samples_B: Sequence[int] | Tensor) -> Tensor:
         """fp32 probabilities [B, K] at the stored temperature."""

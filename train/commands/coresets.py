@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...engine.coreset.coreset import Coreset, open_coreset, write_coreset
 from ...export.durable import json_sha256
 from ..methods.method import Made, Making
@@ -106,11 +104,10 @@ class RunCoresets:
         self, method: str, made: Made, teacher: dict[str, Any], made_with: dict[str, Any]
     ) -> Coreset:
         """In place of what a killed run left."""
-        plan, classes = self._plan, len(self._plan.class_names)
+        plan = self._plan
         return write_coreset(
             self.undoped_folder(method),
             patches_NHWC=made.images_NHWC,
-            labels_N=torch.arange(classes).repeat_interleave(len(made.images_NHWC) // classes),
             class_ids=plan.train.class_ids,
             class_names=plan.class_names,
             settings={

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ...engine.labels.codec import SoftTargets
+from ...engine.labels.codecs import SoftTargets
 from ...kernels.softlabel import softlabel
 from ..config import StudentConfig
 from ..networks import autocast, build_network, draws_in_training
