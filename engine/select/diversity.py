@@ -113,7 +113,7 @@ def cut_again(
     def boxes(index_B: np.ndarray, _: np.ndarray, __: np.ndarray, ___: int) -> np.ndarray:
         return np.stack([chosen[index].box_4 for index in index_B.tolist()])[:, None]
 
-    classes = 1 + max(each.label for each in chosen.values())
+    classes = len(chosen) // per_class
     best = BestPatches(classes, per_class, (patch_px, patch_px, 3))
     for crops in stream(share_of(np.array(sorted(chosen)), batch, peers), boxes):
         for b, index in enumerate(crops.index_B.tolist()):
