@@ -285,10 +285,12 @@ def test_an_export_is_whole_or_not_at_all(
     mark = out / "export.json"
     mark.write_text(mark.read_text().replace("patchbloom.export/2", "patchbloom.export/1"))
     export(coreset, "webdataset", out, overwrite=True)
-    (out / "mine.txt").write_text("keep me")
-    with pytest.raises(ValueError, match=r"mine\.txt is not part of an export"):
-        export(coreset, "imagefolder", out, overwrite=True)
-    assert (out / "mine.txt").read_text() == "keep me"
+    for name in ("mine.txt", "labels.safetensors"):
+        (out / name).write_text("keep me")
+        with pytest.raises(ValueError, match=rf"{name} is not part of an export"):
+            export(coreset, "imagefolder", out, overwrite=True)
+        assert (out / name).read_text() == "keep me"
+        (out / name).unlink()
 
 
 def test_labels_can_be_left_out(coreset: Coreset, tmp_path: Path) -> None:

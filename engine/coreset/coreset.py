@@ -37,6 +37,7 @@ from ..labels.stored import SoftLabels
 from .manifest import (
     DOPED,
     LABELS,
+    LEFTOVERS,
     MANIFEST,
     NOISE_SCHEME,
     PATCHES,
@@ -199,7 +200,7 @@ def write_coreset(
     doped_each = len(doped) // len(class_ids)
     _check_images("patches", patches, settings["patch_px"], each, len(class_ids))
     _check_images("doped images", doped, size_px, doped_each, len(class_ids))
-    require_replaceable(folder, overwrite, "a coreset", MANIFEST, "patchbloom.coreset/")
+    require_replaceable(folder, overwrite, "a coreset", MANIFEST, "patchbloom.coreset/", LEFTOVERS)
     needed = patches.nbytes + doped.nbytes
     with full_disk_explained(folder, needed), replacing(folder, overwrite) as partial:
         files: dict[str, Any] = {}

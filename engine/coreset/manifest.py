@@ -149,10 +149,18 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
         raise CoresetError(f"{path} is not part of this coreset: move it elsewhere")
 
 
-def require_replaceable(folder: Path, overwrite: bool, what: str, mark: str, schemas: str) -> None:
+def require_replaceable(
+    folder: Path,
+    overwrite: bool,
+    what: str,
+    mark: str,
+    schemas: str,
+    leftovers: frozenset[str] = frozenset(),
+) -> None:
     """Refuse to write over anything but `what`, and over that without `overwrite`.
 
-    `mark` is the JSON file that lists its files, even damaged ones, under a schema of any version.
+    `mark` is the JSON file that lists its files, even damaged ones, under a schema of any version;
+    `leftovers` may lie beside them.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CoresetError(f"{folder} exists and is not a folder: choose another --out")
@@ -171,7 +179,7 @@ def require_replaceable(folder: Path, overwrite: bool, what: str, mark: str, sch
         raise CoresetError(
             f"{folder} is not {what}, and --overwrite replaces nothing else: choose another --out"
         )
-    for path in _strays(folder, {*files, mark, *LEFTOVERS}):
+    for path in _strays(folder, {*files, mark, *leftovers}):
         raise CoresetError(
             f"{path} is not part of {what}, and --overwrite replaces nothing else: "
             "move it elsewhere, or choose another --out"

@@ -19,7 +19,6 @@ times as large. The same coreset gives the same bytes, and an export is complete
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,8 +73,7 @@ def export_coreset(
     needed = _needed_bytes(coreset, to, stored)
     with full_disk_explained(out, needed), replacing(out, overwrite) as partial:
         summary = {**_counts(coreset), **writers[to](partial)}
-        _write_mark(coreset, to, stored, partial, summary)
-    files = json.loads((out / MARK).read_bytes())["files"]
+        files = _write_mark(coreset, to, stored, partial, summary)
     return {
         "format": to,
         "export": str(out),
@@ -106,7 +104,8 @@ def _write_mark(
     stored: SoftLabels | None,
     folder: Path,
     summary: dict[str, Any],
-) -> None:
+) -> dict[str, dict[str, Any]]:
+    """Write `export.json`; returns the size and hash of each other file."""
     manifest = coreset.manifest
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     described = {
@@ -121,6 +120,7 @@ def _write_mark(
         "files": {path.relative_to(folder).as_posix(): file_entry(path) for path in paths},
     }
     write_durably(folder / MARK, spelled(described))
+    return described["files"]
 
 
 def _needed_bytes(coreset: Coreset, to: ExportFormat, labels: SoftLabels | None) -> int:
