@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from measure import timed
-from patchbloom.engine.labels.codec import SoftTargets
+from patchbloom.engine.labels.codecs import SoftTargets
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.methods.source import ImageSource
 from patchbloom.train.run.checkpoint import read_tensors

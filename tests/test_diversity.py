@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patchbloom.engine.data.boxes import RandomResizedCrops
 from patchbloom.engine.data.images import ImageSet, open_image_set, stream_crops
 from patchbloom.engine.select.diversity import DiverseChoice, Diversity, diverse_choice
-from patchbloom.engine.select.patches import PatchSelection, RandomResizedCrops, select_patches
+from patchbloom.engine.select.patches import PatchSelection, select_patches
 from patchbloom.kernels.noise import Draw
 from patchbloom.train.networks import build_network
 from patchbloom.train.teacher.teacher import Teacher, patch_teacher
@@ -21,7 +22,7 @@ from torch import nn
 CHOICES: tuple[DiverseChoice, ...] = ("facility-location", "k-center")
 COPIES, KINDS = 8, 7  # images of a class: near-duplicates, and such that differ
 OPTIONS: dict[str, Any] = {
-    **{"ipc": 1, "factor": 2, "image_size_px": 16, "crops": 2, "seed": 5, "batch": 4},
+    **{"per_class": 4, "patch_px": 8, "image_size_px": 16, "crops": 2, "seed": 5, "batch": 4},
     "scoring": "native",
 }
 

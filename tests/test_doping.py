@@ -80,7 +80,6 @@ def coreset(images: ImageSet, tmp_path: Path) -> Coreset:
     return write_coreset(
         tmp_path / "own",
         patches_NHWC=patches.astype(np.uint8),
-        labels_N=[0, 0, 1, 1],
         class_ids=images.class_ids,
         class_names=images.class_ids,
         settings={
@@ -146,11 +145,12 @@ def test_damage_to_a_doped_image_is_found(
 
 
 def test_doped_images_of_another_size_are_refused(coreset: Coreset, tmp_path: Path) -> None:
-    with pytest.raises(CoresetError, match=r"expected uint8 \[D, 8, 8, 3\], D a multiple of 2"):
+    with pytest.raises(
+        CoresetError, match=r"expected uint8 \[2, 8, 8, 3\], 1 of each of 2 classes"
+    ):
         write_coreset(
             tmp_path / "doped",
             patches_NHWC=coreset.patches(),
-            labels_N=coreset.labels_N,
             class_ids=coreset.class_ids,
             class_names=coreset.class_names,
             settings=coreset.settings,

@@ -70,7 +70,6 @@ def _write(source: UpsampledPatches, teacher: Teacher, folder: Path, codec) -> C
     write_coreset(
         folder,
         patches_NHWC=source.patches_NHWC,
-        labels_N=source.labels_N,
         class_ids=IDS,
         class_names=IDS,
         settings={
@@ -283,7 +282,7 @@ def test_labels_of_a_teacher_and_of_other_kinds(coreset, teacher) -> None:
         ((_, logits),) = _epoch(loader)
     torch.testing.assert_close((logits / 4).softmax(1), probabilities)
     assert sorted(logits.sum(1).tolist()) == pytest.approx(
-        sorted(stored.logits(0, torch.arange(SAMPLES)).sum(1).tolist())
+        sorted(stored.targets(0, torch.arange(SAMPLES)).labels.float().sum(1).tolist())
     )
     with ExpandedLoader(coreset, **options, temperature=1.5) as loader:
         ((_, sharper),) = _epoch(loader)
@@ -333,7 +332,6 @@ def test_a_coreset_without_labels_needs_a_teacher_and_views(
     bare = write_coreset(
         tmp_path / "coreset",
         patches_NHWC=source.patches_NHWC,
-        labels_N=source.labels_N,
         class_ids=IDS,
         class_names=IDS,
         settings=coreset.settings,

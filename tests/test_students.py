@@ -13,7 +13,7 @@ import torch
 from patchbloom.engine.config import ExpandConfig, Start
 from patchbloom.engine.data.images import CorruptImageError, open_image_set, to_unit
 from patchbloom.engine.expand.batches import fitting_batch, images_per_prompt, plan_batches
-from patchbloom.engine.labels.codec import SoftTargets
+from patchbloom.engine.labels.codecs import SoftTargets
 from patchbloom.train.batching import LARGE_ENGINE_BATCH, grouping
 from patchbloom.train.config import RECIPES, pool_size
 from patchbloom.train.data.shapes import write_shapes

@@ -14,8 +14,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..engine.config import TEMPLATE, DscoConfig, Start, parse_mixup_weight
-from ..engine.labels.codec import Codec
-from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, MOST_COMPONENTS, CodecName, TopK
+from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, MOST_COMPONENTS, Codec, CodecName, TopK
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import (
     MOST_STUDENTS,

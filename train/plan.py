@@ -10,7 +10,7 @@ from ..engine.config import DscoConfig, ExpandConfig
 from ..engine.data.images import ImageSet
 from ..engine.expand import naming
 from ..engine.expand.prompts import class_prompts
-from ..engine.labels.codec import Codec
+from ..engine.labels.codecs import Codec
 from ..export.models import ModelSource
 from .config import (
     Choice,

@@ -187,7 +187,6 @@ def write_doped(
     return write_coreset(
         folder,
         patches_NHWC=coreset.patches(),
-        labels_N=coreset.labels_N,
         class_ids=coreset.class_ids,
         class_names=coreset.class_names,
         settings={**coreset.settings, "doping": doping},

@@ -20,8 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...engine.coreset.coreset import Coreset, open_coreset, write_coreset
 from ...export.durable import json_sha256
 from ..config import CHANGES_NO_RESULT
@@ -144,11 +142,10 @@ class Distillation:
         return StageResult(result, outputs)
 
     def _write_coreset(self, method: str, made: Made) -> Coreset:
-        plan, classes = self.plan, len(self.plan.class_names)
+        plan = self.plan
         return write_coreset(
             self._undoped_folder(method),
             patches_NHWC=made.images_NHWC,
-            labels_N=torch.arange(classes).repeat_interleave(len(made.images_NHWC) // classes),
             class_ids=plan.train.class_ids,
             class_names=plan.class_names,
             settings={

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...engine.labels.codec import SoftTargets
+from ...engine.labels.codecs import SoftTargets
 from ..config import StudentConfig
 from ..methods.source import ImageSource
 from .views import cutmix_of

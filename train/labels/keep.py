@@ -15,7 +15,7 @@ from typing import Any
 
 from ...engine.coreset.coreset import Coreset, attach_labels
 from ...engine.errors import CoresetError
-from ...engine.labels.codec import Codec, codec_options
+from ...engine.labels.codecs import Codec, codec_options
 from ..methods.source import ImageSource
 from ..plan import Plan
 from ..run.folder import RunFolder

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...engine.labels.basis import fitted_answers, spread_out
-from ...engine.labels.codec import Codec, Encoding, SoftTargets, as_fp16
+from ...engine.labels.codecs import Codec, Encoding, SoftTargets, as_fp16
 from ...engine.labels.file import LabelLayout, MappedParts, RecordedBlock, fill_with_missing
 from ...export.durable import full_disk_explained, replace_file, replacing_file
 from ..config import StudentConfig, pool_size

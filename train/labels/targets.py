@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ...engine.errors import CoresetError
-from ...engine.labels.codec import Codec, SoftTargets, as_fp16, describe_codec
+from ...engine.labels.codecs import Codec, SoftTargets, as_fp16, describe_codec
 from ...engine.labels.stored import SoftLabels
 from ...export.durable import differences
 from ..config import StudentConfig

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...engine.select.patches import RandomResizedCrops
+from ...engine.data.boxes import RandomResizedCrops
 from ...kernels.noise import Draw, uniform
 from ...kernels.student_input import student_input
 from ..config import StudentConfig, pool_size

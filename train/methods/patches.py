@@ -53,7 +53,7 @@ def _made(making: Making, kind: str, model: dict[str, Any] | None = None) -> Mad
         model=model,
         provenance={
             "patches": _origins(selection, plan.train.paths),
-            "skipped_images": list(selection.skipped),
+            "skipped_images": [],
         },
     )
 
@@ -70,13 +70,12 @@ def _select(making: Making, kind: str) -> PatchSelection:
     return select_patches(
         plan.train,
         asked,
-        ipc=plan.ipc,
-        factor=plan.factor,
+        per_class=plan.samples_per_class,
+        patch_px=plan.patch_px,
         image_size_px=plan.image_size,
         crops=plan.recipe.crops,
         pool_per_class=plan.recipe.pool_per_class,
         seed=plan.seed,
-        method="random" if kind == "random" else "lowest-loss",
         diversity=diversity,
         scoring=plan.scoring,
         device=plan.device,

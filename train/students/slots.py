@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...engine.labels.codec import SoftTargets
+from ...engine.labels.codecs import SoftTargets
 from ..config import StudentConfig, pool_size
 from ..labels.targets import Labels
 from ..labels.views import make_views, pools

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ...engine.data.boxes import RandomResizedCrops
 from ...engine.data.images import ImageSet, check_same_classes, stream_crops
 from ...engine.expand.backends import resolve_device
-from ...engine.select.patches import RandomResizedCrops
 from ...kernels.noise import Draw, uniform_numpy
 from ..config import TeacherConfig, teacher_start
 from ..networks import adamw, build_network, set_learning_rate
