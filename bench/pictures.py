@@ -105,7 +105,7 @@ def pipeline_pictures(
     Of `config` its size, steps, rho and seed count; `shift` as of `prompts_of`.
     """
     patches = coreset.patches_NHWC[samples]
-    images = upsample_patches(patches, config.size_px, mode="bicubic", dtype=torch.float32)
+    images = upsample_patches(patches, config.size_px, dtype=torch.float32)
     with (
         noise_of_ours(pipeline, samples, seed=config.seed, epoch=EPOCH),
         mock.patch("diffusers.models.autoencoders.vae.randn_tensor", _no_noise),

@@ -32,7 +32,7 @@ from ..config import ExpandConfig
 from .backends import Backend, open_backend, resolve_device
 from .batches import BatchPlan, images_per_prompt, plan_batches
 from .mixup import mixup_quantiles
-from .naming import UPSAMPLING, describe_source
+from .naming import describe_source
 from .prompt_bank import open_prompt_bank
 from .prompts import encode_prompts
 from .schedule import make_schedule
@@ -157,12 +157,7 @@ class Expander:
         moments = torch.empty(len(patches_NHWC), kept, *self._latent_CHW[1:], device=self._device)
         for first in range(0, len(patches_NHWC), self.spec.batch):
             rows = torch.arange(first, first + self.spec.batch).clamp_(max=len(patches_NHWC) - 1)
-            images_BCHW = upsample_patches(
-                patches_NHWC[rows].to(self._device),
-                self.config.size_px,
-                mode=UPSAMPLING,
-                dtype=torch.float32,
-            )
+            images_BCHW = upsample_patches(patches_NHWC[rows].to(self._device), self.config.size_px)
             encoded = self.backend.encode_moments(images_BCHW)[:, :kept]
             count = min(self.spec.batch, len(patches_NHWC) - first)
             moments[first : first + count] = encoded[:count]

@@ -168,7 +168,7 @@ class UpsampledPatches:
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
         patches_PHWC = self.patches_NHWC[samples_P.to(self.patches_NHWC.device)]
-        return upsample_patches(patches_PHWC, self.size_px, mode="bicubic")
+        return upsample_patches(patches_PHWC, self.size_px)
 
     def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
         return one_by_one(samples_P)

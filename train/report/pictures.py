@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -56,9 +55,7 @@ def expansion_sheet(
     all that would start from the patches.
     """
     size_px, steps = expander.config.size_px, expander.config.steps
-    patches = upsample_patches(
-        patches_NHWC[list(samples)], size_px, mode="bicubic", dtype=torch.float32
-    )
+    patches = upsample_patches(patches_NHWC[list(samples)], size_px)
     rows = [("patch", _pixels(patches))]
     variants: list[tuple[str, dict[str, Any]]] = []
     if expander.config.start == "image":
