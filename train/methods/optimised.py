@@ -1,6 +1,6 @@
 """The images of method dsco: noise optimisation, class after class.
 
-The algorithm is in engine/dsco/images.py.
+The algorithm is in engine/dsco/optimiser.py.
 
 The model makes them at its own size; they are then resized (bicubic, antialiased) and kept as 8-bit
 pixels. Real images are seen once, as validation sees them, class by class: the memory is that of
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...engine.data.images import STANDARD_RESIZE_RATIO, center_boxes, stream_crops
-from ...engine.dsco.images import NoiseOptimiser, RealImages
+from ...engine.dsco.optimiser import NoiseOptimiser, RealImages
 from ..plan import Plan
 from ..run.checkpoint import read_tensors, write_tensors
 from ..run.folder import settings_by_option
