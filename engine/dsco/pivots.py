@@ -103,7 +103,7 @@ def _means_of_parts(values_FR: Tensor, mass_FR: Tensor, bins: int) -> Tensor:
 
 
 class Pivots:
-    """Bin means of a stream of feature rows, in memory for 2·R rows whatever its length.
+    """Bin means of a stream of feature rows, in the memory of 2·R rows for any length.
 
     When the buffer's R rows are full, they join R earlier values per feature, of equal weight, and
     are reduced to R bin means. Up to 2·R rows in all, the result is exact. Beyond, with M rows, the

@@ -38,6 +38,7 @@ from .prompts import encode_prompts
 from .schedule import make_schedule
 
 VARIED = {"steps", "rho", "mixup", "mixup_weight", "start", "seed"}
+"""Settings that need no other networks or engine."""
 
 
 class Expander:
@@ -200,10 +201,10 @@ class Expander:
         labels_N: np.ndarray,
         out: Tensor,
     ) -> Tensor:
-        """Fill `out` with the results of `call` for batches of `rows`; return it.
+        """Fill `out` with what `call` makes of `rows`, one full batch at a time, and return it.
 
-        `labels_N` has the class of every row that may be asked for. Raises ValueError, saying what
-        to do, when the networks run out of memory.
+        `labels_N` holds the class of every row number. Raises ValueError, saying what to do, when
+        the networks run out of memory.
         """
         for plan in plan_batches(rows, labels_N, self.spec):
             slots = np.flatnonzero(plan.targets_B >= 0)
@@ -283,7 +284,7 @@ class Expander:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What names the images, and what made them, for a manifest."""
+        """The fields that name the images, with batch, device and backend: plain JSON."""
         return {
             **describe_source(self.model, self.config),
             "batch": self.spec.batch,
@@ -294,7 +295,7 @@ class Expander:
         }
 
     def varied(self, **changes: Any) -> Expander:
-        """An Expander of the same patches and networks with other settings, of those in `VARIED`.
+        """An Expander that shares patches and networks, with other values of fields in `VARIED`.
 
         Costs nothing; closing either closes both. Raises ValueError for any other field.
         """
