@@ -14,6 +14,7 @@ from patchbloom.engine.config import ExpandConfig, Start
 from patchbloom.engine.data.images import CorruptImageError, open_image_set, to_unit
 from patchbloom.engine.expand.batches import fitting_batch, images_per_prompt, plan_batches
 from patchbloom.engine.labels.codecs import SoftTargets
+from patchbloom.export.config import EngineSpec
 from patchbloom.train.batching import LARGE_ENGINE_BATCH, grouping
 from patchbloom.train.config import RECIPES, pool_size
 from patchbloom.train.data.shapes import write_shapes
@@ -119,7 +120,8 @@ def test_a_pool_is_rendered_without_waste(classes: int, each: int) -> None:
     assert group == (None if classes * each == 40 else 8)
     pool = pools(replace(student, group=group or 1), torch.from_numpy(labels_N), 0)[0].numpy()
     together = group or images_per_prompt(batch, np.bincount(labels_N))
-    batches = plan_batches(pool, labels_N, prompts=batch // together, images_per_prompt=together)
+    spec = EngineSpec(size_px=32, batch=batch, images_per_prompt=together)
+    batches = plan_batches(pool, labels_N, spec)
     assert sum(1 for _ in batches) == math.ceil(len(pool) / batch)
 
 

@@ -101,4 +101,4 @@ class PatchScorer:
 
     def _enlarged(self, patches_NHWC: torch.Tensor) -> torch.Tensor:
         """uint8 [N, H, W, 3] of the image size, bicubic, as method upsample shows them."""
-        return to_pixels(upsample_patches(patches_NHWC, self.image_size_px, mode="bicubic"))
+        return to_pixels(upsample_patches(patches_NHWC, self.image_size_px))

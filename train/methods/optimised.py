@@ -1,6 +1,6 @@
 """Coreset of method dsco: images whose noise is optimised, class after class.
 
-engine/dsco/images.py has the algorithm. The model makes images at its own size; they are resized
+engine/dsco/optimiser.py has the algorithm. The model makes images at its own size; they are resized
 (bicubic, antialiased) and kept as 8-bit pixels. Real images are read once, as validation sees them,
 class by class, so memory holds one class's pivots, however many images there are. Ranks share
 groups of classes. A stopped run keeps its finished groups:
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...engine.dsco.images import NoiseOptimiser
+from ...engine.dsco.optimiser import NoiseOptimiser
 from ..run.checkpoint import read_tensors, write_tensors
 from .dsco import dsco_settings
 from .method import Made, Making

@@ -154,7 +154,7 @@ class UpsampledPatches:
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
         patches_PHWC = self.patches_NHWC[samples_P.to(self.patches_NHWC.device)]
-        return upsample_patches(patches_PHWC, self.size_px, mode="bicubic")
+        return upsample_patches(patches_PHWC, self.size_px)
 
     def describe(self) -> dict[str, Any]:
         return {"method": self.method, "size_px": self.size_px, "upsampling": "bicubic"}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
@@ -72,9 +71,7 @@ def expansion_sheet(
         mixup = "mixup" if config.mixup_weight == "uniform" else f"mixup {config.mixup_weight}"
         variants[f"rho {config.rho:g}, {mixup}"] = {"mixup": True}
     variants["text only"] = {"start": "noise"}
-    patches = upsample_patches(
-        patches_NHWC[list(samples)], config.size_px, mode="bicubic", dtype=torch.float32
-    )
+    patches = upsample_patches(patches_NHWC[list(samples)], config.size_px)
     rows = [("patch", _pixels(patches))]
     for name, changes in variants.items():
         rows.append((name, _pixels(expander.varied(**changes).expand(samples, epoch=0))))
