@@ -65,7 +65,7 @@ class Bundle:
 
     @property
     def size_bytes(self) -> int:
-        """Of all files but the manifest."""
+        """Size of all files but the manifest."""
         return sum(entry["bytes"] for entry in self.manifest["files"].values())
 
 
@@ -297,7 +297,7 @@ def remove_bundle(folder: Path) -> int:
 def remove_leftovers(bundles: Path) -> int:
     """Remove what killed processes left hidden here; returns the bytes freed.
 
-    What a living process holds, and what may not be deleted here (another user's), stays.
+    Keeps what a running process holds and what may not be deleted here (another user's).
     """
     names = set()
     for path in bundles.iterdir() if bundles.is_dir() else ():
@@ -324,7 +324,7 @@ def _remove_leftovers_of(folder: Path) -> int:
 
 
 def bytes_of(folder: Path) -> int:
-    """Of all files in it."""
+    """Size of all files in it."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

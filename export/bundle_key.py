@@ -15,14 +15,14 @@ from typing import Any
 from .durable import json_sha256
 
 BUNDLE_NAME = re.compile(r"[^.].*-\d+px-\d+x\d+-[0-9a-f]{12}")
-"""What bundle_name makes; a folder of another name is not ours to list or to remove."""
+"""Names that bundle_name makes; folders with other names are not ours to list or remove."""
 GRAPHS_ONLY = "onnx"
 
 
 def bundle_name(key: Mapping[str, Any]) -> str:
     """A readable folder name that ends in a hash of the whole key."""
     readable = [key[field] for field in ("model", "backend", "device", "precision")]
-    # Of a local folder: short, and nothing that hides it or that a path cannot hold.
+    # The name of a local folder, shortened, without characters that hide it or that a path refuses.
     readable[0] = re.sub(r"[^\w.-]+", "-", readable[0])[:64].strip(".-") or "model"
     if key["weights"] == "random":
         readable[0] += "-random"

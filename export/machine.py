@@ -53,7 +53,7 @@ def cxx_compiler() -> str | None:
 def cpu_instructions() -> list[str]:
     """This CPU's instruction sets, by the kernel's names; empty if it lists none.
 
-    Other listed features are left out: they change with kernel and hypervisor.
+    Omits other listed features, which change with kernel and hypervisor.
     """
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, features = line.partition(":")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from patchbloom.engine.config import ExpandConfig, Start
 from patchbloom.engine.data.images import CorruptImageError, open_image_set, to_unit
-from patchbloom.engine.expand.batches import fitting_batch, images_per_prompt, plan_batches
+from patchbloom.engine.expand.batches import images_per_prompt, plan_batches
 from patchbloom.engine.labels.codecs import SoftTargets
 from patchbloom.export.config import EngineSpec
-from patchbloom.train.batching import LARGE_ENGINE_BATCH, grouping
+from patchbloom.train.batching import LARGE_ENGINE_BATCH, fitting_batch, grouping
 from patchbloom.train.config import RECIPES, pool_size
 from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.labels.hard import HardLabels

@@ -18,7 +18,7 @@ import torch
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand import expander as turbo_module
 from patchbloom.engine.expand import prompts as prompts_module
-from patchbloom.engine.expand.batches import fitting_batch, images_per_prompt, plan_batches
+from patchbloom.engine.expand.batches import images_per_prompt, plan_batches
 from patchbloom.engine.expand.expander import Expander
 from patchbloom.engine.expand.schedule import make_schedule
 from patchbloom.export.config import EngineSpec
@@ -30,6 +30,7 @@ from patchbloom.export.models import (
 )
 from patchbloom.export.modules import PromptProjector
 from patchbloom.kernels.noise import Draw, normal, uniform
+from patchbloom.train.batching import fitting_batch
 from patchbloom.train.prior.model import new_parts, save_parts
 from torch import Tensor
 

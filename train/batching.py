@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 
-from ..engine.expand.batches import fitting_batch
 from .config import StudentConfig, pool_size
 
 LARGE_ENGINE_BATCH = 32  # for an epoch of many pools; the last batch of each may be padded
 MOST_TOGETHER = 8  # samples of a class per group: more would skew a student's batches
+
+
+def fitting_batch(samples: int, most: int = 32) -> int:
+    """The largest engine batch up to `most` that divides a pass over all samples.
+
+    If that is less than half of `most`, and not all samples, it is `most` itself. For 10 classes of
+    4 patches it is 20: batches of 32 would render 64 images for 40 samples.
+    """
+    divisor = max(batch for batch in range(1, most + 1) if samples % batch == 0)
+    return divisor if divisor == samples or 2 * divisor >= most else most
 
 
 def engine_batch_for(samples: int, student: StudentConfig, refresh: float = 1.0) -> int:

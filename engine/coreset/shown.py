@@ -32,7 +32,7 @@ _LABELLED = {
     "upsample": "it, enlarged",
     "random": "it, enlarged",
 }
-"""What the teacher was shown for a patch that no model expands, by method."""
+"""The image that the teacher saw for a patch that no model expands, by method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def describe_views(coreset: Coreset) -> dict[str, Any]:
 
 
 def _labelled(coreset: Coreset) -> str:
-    """What the teacher was shown for a stored image."""
+    """The image that the teacher saw for a stored image."""
     settings = coreset.settings
     if coreset.manifest["model"] is not None:
         return "its expansion, in which mixup, where there is any, mixes another patch of its class"

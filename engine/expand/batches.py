@@ -35,16 +35,6 @@ def images_per_prompt(batch: int, class_counts: np.ndarray) -> int:
     return math.gcd(batch, *(int(count) for count in class_counts if count))
 
 
-def fitting_batch(samples: int, most: int = 32) -> int:
-    """The largest engine batch up to `most` that divides a pass over all samples.
-
-    If that is less than half of `most`, and not all samples, it is `most` itself. For 10 classes of
-    4 patches it is 20: batches of 32 would render 64 images for 40 samples.
-    """
-    divisor = max(batch for batch in range(1, most + 1) if samples % batch == 0)
-    return divisor if divisor == samples or 2 * divisor >= most else most
-
-
 def plan_batches(
     samples: np.ndarray, labels_N: np.ndarray, spec: EngineSpec
 ) -> Iterator[BatchPlan]:

@@ -81,7 +81,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
 
 
 class _Choices:
-    """What the options name, opened, and the settings that follow from it."""
+    """Data and model that the options name, opened, and the settings that follow from them."""
 
     def __init__(self, options: RunOptions, report: Report) -> None:
         self.options = options

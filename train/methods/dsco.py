@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ...engine.expand.batches import fitting_batch
-from ..batching import LARGE_ENGINE_BATCH
+from ..batching import LARGE_ENGINE_BATCH, fitting_batch
 from ..run.settings import settings_by_option
 from .method import Method, later
 
@@ -35,7 +34,7 @@ def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:
 
 
 def dsco_settings(plan: Plan) -> dict[str, Any]:
-    """What decides the images, by option, for a stage's config: plain JSON."""
+    """Settings that decide the images, by option, for a stage's config: plain JSON."""
     options = {
         f"--dsco.{name.replace('_', '-')}": value for name, value in asdict(plan.dsco).items()
     }

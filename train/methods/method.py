@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """What a run gives to every method that makes a coreset."""
+    """A run's plan, world and teacher, as every method gets them to make its coreset."""
 
     plan: Plan
     world: World
@@ -102,9 +102,9 @@ class Method:
     """With model="made": (RunOptions, the model's own size in px, number of classes) → fields of
     ExpandConfig."""
     settings: Callable[[Plan], dict[str, Any]] = lambda _: {}
-    """What decides its coreset, beyond what all methods share: plain JSON for a stage's config."""
+    """Settings that decide its coreset, beyond the shared ones: for a stage's config."""
     rendering: Callable[[Plan], dict[str, Any]] = lambda _: {}
-    """What decides its students' images, beyond the coreset: plain JSON for a stage's config."""
+    """Settings that decide its students' images, beyond the coreset: for a stage's config."""
     options: Callable[[Plan], dict[str, Any]] | None = None
     """Its own options, for the summary."""
     announced: Callable[[Plan], str] | None = None

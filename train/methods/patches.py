@@ -87,7 +87,7 @@ def _select(making: Making, kind: str) -> PatchSelection:
 
 
 def selection_settings(plan: Plan) -> dict[str, Any]:
-    """What decides which patches are chosen, by option, for the stage's config: plain JSON."""
+    """Settings that decide which patches are chosen, by option, for the stage's config."""
     return {
         "--seed": plan.seed,
         "--ipc": plan.ipc,

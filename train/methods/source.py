@@ -66,7 +66,7 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What renders a coreset's images here."""
+    """Device, model and world that render a coreset's images here."""
 
     device: str
     world: World

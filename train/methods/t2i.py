@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...engine.expand.batches import fitting_batch
+from ..batching import fitting_batch
 from ..run.settings import settings_by_option
 from .method import Method, later
 
@@ -38,13 +38,13 @@ def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:
 
 
 def round_settings(plan: Plan) -> dict[str, Any]:
-    """What decides the images of a round."""
+    """Settings that decide the images of a round."""
     shared = {"--seed": plan.seed, "--image-size": plan.image_size}
     return {**shared, "classes": list(plan.class_names), **_generator_settings(plan)}
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
-    """What decides which images are generated, and how many, for the stage's config."""
+    """Settings that decide which images are generated, and how many, for the stage's config."""
     kept = {"--budget-seconds": plan.budget_seconds, "--variants": plan.variants}
     return {**kept, **_generator_settings(plan)}
 
