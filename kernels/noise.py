@@ -119,7 +119,7 @@ def _unit_lanes_reference(
 ) -> torch.Tensor:
     groups = torch.arange(triton.cdiv(count, 4), device=samples_B.device)
     words = philox_reference(seed, groups, draw, samples_B[:, None], epoch)
-    return unit_reference(torch.stack(words, dim=-1))
+    return unit_reference(torch.stack(torch.broadcast_tensors(*words), dim=-1))
 
 
 def uniform_reference(

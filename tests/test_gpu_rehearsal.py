@@ -151,9 +151,9 @@ def test_the_quick_form_ends_in_time_whatever_hangs(
     for name, seconds in {"TRACEBACK_S": 1.5, "DEATH_S": 1.5, "REPORT_S": 1.0}.items():
         monkeypatch.setattr(gpu, name, seconds)
     stages = [
-        sleeper(gpu, "hangs", OUTLIVES, limit_s=2),
-        sleeper(gpu, "hangs-too", OUTLIVES),
-        sleeper(gpu, "late", "print('done')"),
+        sleeper("hangs", OUTLIVES, limit_s=2),
+        sleeper("hangs-too", OUTLIVES),
+        sleeper("late", "print('done')"),
     ]
     monkeypatch.setattr(gpu, "make_stages", lambda *_: stages)
     monkeypatch.setattr(gpu, "require_device", lambda _: None)
@@ -177,7 +177,7 @@ def test_a_process_that_does_not_die_is_left_behind(
     monkeypatch.setattr(gpu, "TRACEBACK_S", 0.2)
     monkeypatch.setattr(gpu, "DEATH_S", 0.2)
     monkeypatch.setattr(gpu.os, "killpg", lambda *_: None)
-    stages = [sleeper(gpu, "hangs", OUTLIVES, limit_s=5), sleeper(gpu, "next", "print('done')")]
+    stages = [sleeper("hangs", OUTLIVES, limit_s=5), sleeper("next", "print('done')")]
     began = time.monotonic()
     hung, following = gpu.run_stages(stages, tmp_path)
     assert time.monotonic() - began < 60
