@@ -168,7 +168,7 @@ def main(options: Options, common: Sequence[str]) -> int:
         board.size(cell)
     rows = read_rows(board, cells)
     if "patches" in options.parts and (left_out := board.left_out()):
-        print(f"left out of --factors: {', '.join(map(str, left_out))}", file=sys.stderr)
+        print(f"skipped --factors: {', '.join(map(str, left_out))}", file=sys.stderr)
     if options.dry_run:
         list_cells(board, cells, rows)
         return 0

@@ -175,7 +175,7 @@ def _ratio(row: Row, name: str) -> str:
 
 
 def _precision(row: Row, name: str) -> str:
-    """Of the denoiser, and of the decoder where it is another."""
+    """Precision of the denoiser, and of the decoder if it differs."""
     if "precision" not in row:  # Rows of before: ours told it, peers had the device's usual one.
         told = row["engines"].get(name, {}).get("precision")
         return told or split_name(name)[1] or _usual(row)
