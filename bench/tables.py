@@ -176,7 +176,7 @@ def _ratio(row: Row, name: str) -> str:
 
 def _precision(row: Row, name: str) -> str:
     """Precision of the denoiser, and of the decoder if it differs."""
-    if "precision" not in row:  # Rows of before: ours told it, peers had the device's usual one.
+    if "precision" not in row:  # old rows: ours recorded it, peers used the usual one
         told = row["engines"].get(name, {}).get("precision")
         return told or split_name(name)[1] or _usual(row)
     precision, of_vae = row["precision"][name], row["vae_precision"][name]
