@@ -1,26 +1,27 @@
-"""Seconds of an epoch, as in DACE's Table 3: expansion, student, in turns and overlapped.
+"""Seconds per epoch, as in DACE's Table 3: expansion, student, serial and overlapped.
 
     python bench/bench_epoch.py --json                                          (CPU, sdxl-tiny)
     python bench/bench_epoch.py --model sdxl-turbo --weights random --size 224 --json        (a GPU)
 
-Ten classes at ipc 1: factor r means 10 r² patches of size / r pixels, one image of each per epoch;
-one student, batch 10, stored labels of fp16 logits. Four runs take turns, each in one process with
-the same engine:
+Ten classes at IPC 1: factor r means 10 r² patches of size / r pixels, one image of each per epoch;
+one student, batch 10, stored labels of fp16 logits. Four runs take turns in one process, with the
+same engine:
 
-    generate     an epoch's views and labels are rendered, and nobody learns
-    train        a student learns from images that are there already
+    generate     renders an epoch's views and labels; no student trains
+    train        a student trains on images that already exist
     serial       both, `--overlap off`
     overlapped   both, `--overlap on`, and how long the student waited
 
-A run is `epochs` epochs, and its time one number: from its start to its last step, divided by its
-epochs (epoch_runs.py). Before the clock every run is made once, for one epoch, which is not
-counted; n is the rounds. Outside the clock: opening the engine, encoding the patches, making the
+A run lasts `epochs` epochs and gives one number: the time from its start to its last step, divided
+by its epochs (epoch_runs.py). Each run first warms up for one epoch, which is not counted; n is the
+number of rounds. Outside the clock: opening the engine, encoding the patches, building the
 student's network, writing its weights.
 
-The gate, before any time: over many small pools, every slot used twice, with deterministic kernels,
-a serial and an overlapped student end with the same weights: bit for bit on the CPU; on a GPU,
-where some kernels have no deterministic form, NEAR of the distance to a student that learned from
-another epoch's images, which is the negative control and what a slot read too late would look like.
+The gate runs before anything is timed: over many small pools, with every slot used twice and
+deterministic kernels, a serial and an overlapped student must end with the same weights. The CPU
+must match bit for bit. On a GPU, where some kernels have no deterministic form, they may differ by
+NEAR times the distance to a student that learned from another epoch's images; that student is the
+negative control, and shows how a slot that is read too late would look.
 
 With `--json` the row so far is printed after every factor, as `partial`; the last line is the row.
 """
@@ -50,38 +51,38 @@ Run = Literal["generate", "train", "serial", "overlapped"]
 
 CLASSES = 10
 PAPER_S = {2: 2.53, 3: 2.76, 4: 6.39, 5: 8.23, 7: 16.58, 8: 22.49}
-"""DACE, Table 3: seconds per epoch of SDXL-Turbo on four A6000, at PAPER_SETTING; not measured
-here, and beside no other setting."""
+"""DACE, Table 3: seconds per epoch of SDXL-Turbo on four A6000, at PAPER_SETTING only; not measured
+here."""
 PAPER_SETTING = {"model": "sdxl-turbo", "size_px": 224, "evals": 4}
 NEAR = {"cpu": 0.0, "cuda": 0.1}
-"""How far overlap may move a student, of the distance to one that learned from other images."""
+"""How far overlap may move a student, relative to a student that learned from other images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Seconds of an epoch."""
+    """Seconds per epoch."""
 
     model: str = "sdxl-tiny"
     """Name or folder of a model."""
     weights: Weights = "pretrained"
-    """`random`: the architecture alone; speed does not depend on weights."""
+    """`random`: the architecture only; speed does not depend on weights."""
     backend: BackendName = "auto"
     device: DeviceName = "auto"
-    """`auto` is cuda where there is one."""
+    """`auto`: cuda if available."""
     size: int = 64
     """Image size in px; the paper's is 224."""
     factors: tuple[int, ...] = (2, 5, 8)
     """r: 10 r² patches of size / r pixels. The paper has 2, 3, 4, 5, 7 and 8."""
     runs: tuple[Run, ...] = ("generate", "train", "serial", "overlapped")
-    """What to time."""
+    """Runs to time."""
     student: str | None = None
-    """Left out: resnet18 on a GPU, convnet-d4-w24to96 on the CPU."""
+    """Default: resnet18 on a GPU, convnet-d4-w24to96 on the CPU."""
     epochs: int = 2
-    """Epochs of a run: the more, the less what overlap cannot hide at both its ends counts."""
+    """Epochs per run; more epochs dilute the start and end, which overlap cannot hide."""
     rounds: int = 5
-    """Turns of the runs: n, as a run gives one number."""
+    """Timed rounds (n): each run gives one number per round."""
     batch: int = 32
-    """Images per call of the engine."""
+    """Images per engine call."""
     json: bool = False
     """Print the row as the last line."""
     record: bool = True
@@ -89,7 +90,7 @@ class Options:
 
 
 def open_source(options: Options, factor: int, device: str) -> Expansions:
-    """Ten classes of r² random patches each, and the model's expansions of them."""
+    """Ten classes of r² random patches each, expanded by the model."""
     coreset = make_coreset(
         classes=CLASSES, patches_per_class=factor**2, side_px=options.size // factor, seed=factor
     )
@@ -115,10 +116,10 @@ def open_source(options: Options, factor: int, device: str) -> Expansions:
 def check_overlap(
     source: ImageSource, config: StudentConfig, device: str, batch: int
 ) -> dict[str, float]:
-    """Relative L2 distance of a serial student's weights to an overlapped one's and the control's.
+    """Relative L2 distance of the overlapped student's and the control's weights to a serial one's.
 
-    Of a part of the samples: `batch` in a pool, and pools for every slot twice.
-    RuntimeError when overlap changes the student, or other images do not.
+    Uses part of the samples: `batch` per pool, and enough pools to use every slot twice.
+    Raises RuntimeError when overlap changes the student, or when other images do not.
     """
     pools = 2 * SLOTS[device]
     part = Part(source, min(source.samples, pools * batch))
@@ -158,7 +159,7 @@ def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def make_runs(
     wanted: tuple[Run, ...], source: ImageSource
 ) -> dict[Run, Callable[[StudentConfig], EpochTime]]:
-    """What is timed: each call is one run."""
+    """The runs to time, by name."""
     labels = Given(source.samples, CLASSES)
     kept = Kept(source) if "train" in wanted else source
 
@@ -177,7 +178,7 @@ def make_runs(
 def time_runs(
     runs: dict[Run, Callable[[StudentConfig], EpochTime]], config: StudentConfig, rounds: int
 ) -> dict[Run, list[EpochTime]]:
-    """One time of every run per round, after a run of one epoch each that is not counted."""
+    """One time per run and round, after an uncounted warm-up epoch of each run."""
     for run in runs.values():
         run(replace(config, epochs=1))
     taken: dict[Run, list[EpochTime]] = {name: [] for name in runs}
@@ -188,7 +189,7 @@ def time_runs(
 
 
 def measure(options: Options, factor: int, config: StudentConfig, device: str) -> dict[str, Any]:
-    """The row of one factor. RuntimeError when the gate does not hold."""
+    """The row of one factor. Raises RuntimeError when the gate fails."""
     source = open_source(options, factor, device)
     described = source.expander.describe()
     gate = check_overlap(source, config, device, described["batch"])
@@ -222,7 +223,7 @@ def _quantiles(values: list[float]) -> dict[str, float | int]:
 
 
 def print_factor(factor: int, row: dict[str, Any]) -> None:
-    """One line: what an epoch takes in every run."""
+    """Print one line: the time of an epoch in every run."""
     parts = [f"{name} {seconds['p50']:.2f} s" for name, seconds in row["seconds"].items()]
     if "waited_s" in row:
         parts.append(f"waited {row['waited_s']['p50']:.2f} s")

@@ -3,17 +3,17 @@
     python bench/bench_expand.py --backends diffusers diffusers-bf16 ort eager-bf16 --json
     python bench/bench_expand.py --model sdxl-turbo --backends diffusers diffusers-upcast eager
 
-First the gate of bench/pictures.py: everybody must make the pictures that diffusers makes, and
-wrong prompts and timesteps must fail. Then the clock: diffusers' pipeline called as a user calls
-it, patches and prompts in, pictures out; ours expands samples of an open coreset. What we do once
-per coreset is outside the clock and listed in `outside_clock`. Mixup is off, diffusers has none.
+The gate (bench/pictures.py) runs first: every peer must make the pictures that diffusers makes, and
+wrong prompts and timesteps must fail. Then the clock: diffusers' pipeline is called as a user calls
+it, patches and prompts in, pictures out; ours expands samples of an open coreset. Work done once
+per coreset is outside the clock and listed in `outside_clock`. Mixup is off: diffusers has none.
 
-`diffusers` is in the device's usual precision, fp32 on the CPU. A backend in another one is faster
-by that alone: ask for `diffusers-bf16` beside `eager-bf16`. Every row has ours over every peer that
-was timed (`speedup_over`), and the precision of each; `speedup` is over `diffusers`.
+`diffusers` runs in the device's usual precision, fp32 on the CPU. A lower precision is faster by
+itself, so compare `eager-bf16` with `diffusers-bf16`. Every row has our speed over every timed peer
+(`speedup_over`) and the precision of each; `speedup` is over `diffusers`.
 
-Beside the rates: TFLOP/s and percent of roofline, by the arithmetic that an image needs
-(bench/roofline.py), and the peak of memory that each adds (bench/peak_memory.py).
+Rows also report TFLOP/s and percent of roofline, from the arithmetic that an image needs
+(bench/roofline.py), and the peak memory that each peer adds (bench/peak_memory.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OUTSIDE_CLOCK = (
 def arithmetic(
     options: Options, model: ModelSource, device: str, rates: dict[str, Rate]
 ) -> dict[str, Any]:
-    """What an image needs, what the device reaches, and how far each peer is from it."""
+    """Arithmetic of an image, the device's roofline, and the share of it that each peer reaches."""
     config = ExpandConfig(size_px=options.size)
     evals = make_schedule(model.scheduler_config(), steps=config.steps, rho=config.rho).evals
     work = count_image_work(model, size_px=options.size, batch=options.batch, evals=evals)
@@ -64,7 +64,7 @@ def arithmetic(
 
 
 def compared(rates: dict[str, Rate]) -> dict[str, Any]:
-    """Everybody over `diffusers`, and ours over every peer: medians of rounds, and their spread."""
+    """Speed of all over `diffusers`, and of ours over every peer: medians and spreads of rounds."""
     usual = {
         name: ratios(rate, rates["diffusers"])
         for name, rate in rates.items()
@@ -86,7 +86,7 @@ def compared(rates: dict[str, Rate]) -> dict[str, Any]:
 
 
 def print_peers(rates: dict[str, Rate], found: dict[str, Any]) -> None:
-    """One line per peer, and for ours one on how much faster it is than each of the others."""
+    """Print one line per peer; ours get a second line with the speed-up over each peer."""
     for name, rate in rates.items():
         row, memory = rate.row(), found["peak_memory"][name]
         held = ", ".join(
@@ -108,7 +108,7 @@ def print_peers(rates: dict[str, Rate], found: dict[str, Any]) -> None:
 
 
 def settings(options: Options) -> dict[str, Any]:
-    """What the figures are of."""
+    """Settings of the measurement."""
     return {
         "model": options.model,
         "weights": options.weights,
@@ -122,7 +122,7 @@ def settings(options: Options) -> dict[str, Any]:
 
 
 def gated(peers: Peers) -> dict[str, Any]:
-    """What the gate found, and what it wanted."""
+    """Errors that the gate measured, and its tolerances."""
     return {
         "errors": peers.errors,
         "tolerance": {
@@ -135,7 +135,7 @@ def gated(peers: Peers) -> dict[str, Any]:
 
 
 def main(options: Options) -> None:
-    """Gate, measure, report. ValueError: settings that make no comparison."""
+    """Gate, measure, report. Raises ValueError for settings that cannot be compared."""
     if options.weights == "random" and any(split_name(name)[1] for name in options.backends):
         raise ValueError("--weights random: expected backends without a precision in their names")
     torch.set_num_threads(options.threads)

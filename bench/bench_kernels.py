@@ -1,14 +1,14 @@
-"""How fast the kernels are: each against its reference in eager torch and compiled, at real shapes.
+"""Kernel speed at real shapes: each against its reference in eager and in compiled torch.
 
     python bench/bench_kernels.py --json                     (on a GPU, under 2 minutes)
     python bench/bench_kernels.py --device cpu --no-record   (a rehearsal: references only)
 
-First the gate: kernel and reference agree, or no time is taken. Then the clock, CUDA events with a
-cleared cache (measure.py): p20, p50, p80 in microseconds, and for each operation the bytes that it
-must move, by the formula in its file, as a share of what a copy reaches on the same device.
-Operations on latents wait for their launch more than for memory: theirs is given too. A row names
-the targets that it missed: a share of copy bandwidth for pictures of 512 px, and 4 times eager
-where eager makes 4 passes.
+The gate runs first: unless kernel and reference agree, nothing is timed. Then the clock: CUDA
+events with a cleared cache (measure.py) give p20, p50 and p80 in microseconds. The bytes that an
+operation must move, by the formula in its file, are reported as a share of the copy bandwidth of
+the same device. Operations on latents are bound by launch more than by memory, so their launch time
+is reported too. A row names the targets that it missed: a share of copy bandwidth for pictures of
+512 px, and 4 times eager where eager makes 4 passes.
 
 With `--json` the row so far is printed after every case, as `partial`; the last line is the row.
 """
@@ -33,12 +33,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Kernels, microseconds and share of copy bandwidth."""
+    """Kernel times and their share of copy bandwidth."""
 
     device: DeviceName = "auto"
-    """`auto` is cuda where there is one; on the CPU shapes are small, and nothing is a kernel."""
+    """`auto`: cuda if available. On the CPU shapes are small and only references run."""
     only: str = ""
-    """Cases whose names hold this."""
+    """Run only cases whose names contain this."""
     compiled: bool = True
     """Also time torch.compile of the references."""
     json: bool = False
@@ -48,7 +48,7 @@ class Options:
 
 
 def make_cases(device: str) -> list[Case]:
-    """sdxl-tiny's shapes on the CPU, else SDXL-Turbo's at 224 and 512 px, the larger compiled."""
+    """sdxl-tiny's shapes on the CPU, else SDXL-Turbo's at 224 and 512 px (512 px also compiled)."""
     if device == "cpu":
         cases = latent_cases(device, 32, 16, compiled=True)
         cases += pixel_cases(device, 32, 64, compiled=True)
@@ -66,7 +66,7 @@ def make_cases(device: str) -> list[Case]:
 
 
 def check(case: Case) -> float:
-    """Largest difference between kernel and reference. RuntimeError: more than the case allows."""
+    """Largest difference of kernel and reference; RuntimeError above the case's tolerance."""
     found, expected = _tensors(case.kernel()), _tensors(case.reference())
     differences = [
         float((a.double() - b.double()).abs().max()) for a, b in zip(found, expected, strict=True)
@@ -84,7 +84,7 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 
 
 def measure(case: Case, device: str, copied: float, compiled: bool) -> dict[str, Any]:
-    """The case's row."""
+    """Check and time one case; its row."""
     row: dict[str, Any] = {"max_difference": check(case), "moved_bytes": case.moved_bytes}
     peers = {"kernel": case.kernel, "eager": case.reference}
     if compiled and case.compiled:
@@ -109,7 +109,7 @@ def measure(case: Case, device: str, copied: float, compiled: bool) -> dict[str,
 
 
 def missed_targets(case: Case, row: dict[str, Any]) -> list[str]:
-    """What the row falls short of, in words; [] when nothing."""
+    """The targets that the row missed, in words."""
     missed = []
     if case.share_of_copy is not None and row["share_of_copy"] < case.share_of_copy:
         missed.append(f"share_of_copy {row['share_of_copy']}, not {case.share_of_copy}")
@@ -120,7 +120,7 @@ def missed_targets(case: Case, row: dict[str, Any]) -> list[str]:
 
 
 def print_case(name: str, row: dict[str, Any]) -> None:
-    """One line: time, share of copy bandwidth, speed-ups, and what is special."""
+    """Print one line: time, share of copy bandwidth, speed-ups, launch time, missed targets."""
     parts = [f"{100 * row['share_of_copy']:3.0f} % of copy"]
     parts += [f"{x} x {peer}" for peer, x in row["speedup"].items()]
     if "launch_us" in row:

@@ -1,16 +1,16 @@
-"""What labels cost: recorded while students train, against online ones and against labels first.
+"""Cost of labels: recorded while students train, against online and stored-first labels.
 
     python bench/bench_labels.py --epochs 100 --json
 
-Teacher and coreset of the generated set are made once, outside the clock. A pass is the rest of a
-run of method dace, from a copy of that folder: with `online` and `record` the stage of the
-students, with `stored` the stage of the labels and then that of the students. So a pass counts
-opening the engine, every expansion, the teacher, the students, validation, and putting the labels
-into the coreset. The gate: students and labels are equal in every bit, however the labels came.
+Teacher and coreset of the generated set are made once, outside the clock. A pass runs the rest of a
+`dace` run from a copy of that folder: `online` and `record` run the student stage; `stored` runs
+the label stage, then the student stage. A pass thus counts opening the engine, every expansion, the
+teacher, the students, validation, and writing the labels into the coreset. The gate: students and
+labels are bit-equal in every mode.
 
-Targets: record <= 1.1 times online, record <= 0.6 times stored, in seconds. With labels first
-every image is expanded twice: the second target asks that expansion is most of the work, as it is
-for the one student of this benchmark: making the artefact and the first student.
+Targets, in seconds: record <= 1.1 times online, record <= 0.6 times stored. With `stored` every
+image is expanded twice; the second target holds only if expansion is most of the work, as it is for
+this benchmark's single student (the cost of the coreset plus the first student).
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ TARGETS = {"record_over_online": 1.1, "record_over_stored": 0.6}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Seconds of labels and students together, by how the labels come."""
+    """Seconds of labels and students together, by label mode."""
 
     epochs: int = 100
-    """Of the students: every epoch renders every sample once."""
+    """Student epochs; every epoch renders every sample once."""
     model: str = "sdxl-tiny"
     """Name or folder of a model."""
     backend: BackendName = "auto"
-    """What runs it."""
+    """Backend that runs the model."""
     shapes_per_class: int = 200
     """Training images per class; a fifth as many for validation."""
     threads: int = 2
@@ -60,7 +60,7 @@ class Options:
 
 
 def prepare(options: Options, folder: Path, report: Report) -> Plan:
-    """A run folder with a teacher and a coreset in it, and the plan of the rest."""
+    """Write a run folder with a teacher and a coreset; the plan of the remaining stages."""
     run = TrainCoreset(
         data="shapes",
         out=folder,
@@ -68,7 +68,7 @@ def prepare(options: Options, folder: Path, report: Report) -> Plan:
         backend=options.backend,
         ipc=1,
         epochs=options.epochs,
-        teacher_epochs=1,  # the teacher's accuracy decides no time
+        teacher_epochs=1,  # the teacher's accuracy does not affect the time
         codec="dense",
         seeds=1,
         shapes_per_class=options.shapes_per_class,
@@ -80,7 +80,7 @@ def prepare(options: Options, folder: Path, report: Report) -> Plan:
 def mode_pass(
     mode: LabelChoice, plan: Plan, folder: Path, out: Path, report: Report
 ) -> Callable[[], int]:
-    """The rest of the run in a fresh copy of `folder`; the images that its students saw."""
+    """A pass that finishes a fresh copy of the run; it returns the images its students saw."""
     chosen = replace(plan, labels=mode)
     samples = len(plan.class_names) * plan.samples_per_class
 
@@ -98,7 +98,7 @@ def mode_pass(
 
 
 def check_equal(work: Path, plan: Plan) -> int:
-    """Bytes of the stored labels; RuntimeError unless all modes made the same bits."""
+    """Bytes of the stored labels. Raises RuntimeError unless all modes made the same bits."""
     name = f"students/{METHOD}-seed{plan.student_seeds[0]}.safetensors"
     first, *others = (read_tensors(work / mode / name)[0] for mode in MODES)
     for other in others:
@@ -119,7 +119,7 @@ def main(options: Options) -> None:
         passes = {
             mode: mode_pass(mode, plan, work / "prepared", work / mode, report) for mode in MODES
         }
-        images = max(one_pass() for one_pass in passes.values())  # the warm-up; all see as many
+        images = max(one_pass() for one_pass in passes.values())  # warm-up; all see equally many
         label_bytes = check_equal(work, plan)
         rates = measure_rates(passes, rounds=options.rounds, warmup=0)
     over = {

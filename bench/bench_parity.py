@@ -1,9 +1,9 @@
-"""Our pictures against diffusers' own img2img pipeline's, over batches: is it the same model?
+"""Parity of our pictures with those of diffusers' own img2img pipeline, over batches.
 
     python bench/bench_parity.py --model sdxl-tiny --backends eager ort inductor --batches 1 3 32 70
 
-Every backend is opened at every batch, and makes as many pictures from the same latents and noise
-as diffusers does in one call. Wrong prompts and a wrong timestep must fail the same gate
+Every backend is opened at every batch and makes as many pictures, from the same latents and noise,
+as diffusers makes in one call. Wrong prompts and a wrong timestep must fail the same gate
 (bench/pictures.py). Nothing is timed.
 """
 
@@ -33,11 +33,11 @@ class Options:
     model: str = "sdxl-tiny"
     """Name or folder of a model."""
     backends: tuple[str, ...] = ("eager", "ort", "inductor")
-    """What to compare: eager, ort, inductor; with -bf16 in bf16."""
+    """Backends to compare: eager, ort, inductor; append -bf16 for bf16."""
     batches: tuple[int, ...] = (1, 3, 32, 70)
-    """Engine batches; as many pictures are made."""
+    """Engine batches; a batch makes as many pictures."""
     size: int = 64
-    """Image size in px; patches have half of it."""
+    """Image size in px; patches are half as large."""
     classes: int = 10
     threads: int = 2
     json: bool = False
@@ -47,7 +47,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Compare, print a table, report."""
+    """Compare, print a table, publish the row."""
     torch.set_num_threads(options.threads)
     model = find_model(options.model)
     pipeline = open_pipeline(model.folder)

@@ -1,21 +1,21 @@
-"""How cost grows: with the batch, classes, images, epochs and processes.
+"""How cost grows with the batch, classes, images, epochs and processes.
 
     python bench/bench_scale.py --data DIR --json
     python bench/bench_scale.py --parts scoring --size 224 --data DIR
 
 expansion   images/s against the engine's batch
-coreset     generated classes, IPC 1: write, verify, read, open, expand; with room for few prompts'
-            keys and values
+coreset     generated classes, IPC 1: write, verify, read, open, expand; the key/value cache holds
+            few prompts
 scoring     images scored by a small untrained teacher: memory must stay flat (± 10 %)
 labels      dense soft labels against epochs: seconds and bytes
-ranks       `torchrun N train labels`, from a teacher that is there: the whole command with its
-            start, on the CPU with gloo; the gate is one content_sha256 at any N
+ranks       `torchrun N train labels`, from an existing teacher: the whole command, start-up
+            included, on the CPU with gloo; the gate: the same content_sha256 at any N
 
-Every point runs in a process of its own (scale_points.py); its peak memory is that process's. A
-part that is done has its row at once, `scale-PART`; one that fails has a row of the points before
-the failure, without a rate, and the others go on.
+Every point runs in its own process (scale_points.py), whose peak memory is reported. Each part
+publishes its row, `scale-PART`, as soon as it ends. When a part fails, its row has the points
+before the failure and no rate, and the other parts still run.
 
-Exit status: 1 when a part failed or memory was not flat; 2 when nothing can be run as asked.
+Exit status: 1 when a part failed or memory was not flat; 2 when the options are invalid.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ from pictures import default_precision
 from scale_parts import AXES, Options, Point, points_of, settings_of
 
 FLAT = 0.1
-"""Free heap that glibc keeps has added 5.6 % from 1,000 to 9,000 images."""
+"""Largest growth that counts as flat; free heap kept by glibc added 5.6 % from 1,000 to 9,000
+images."""
 SLOPES = {"scoring": "score_images_per_s", "labels": "labels_per_s"}
-"""Parts whose rate is the slope of their two largest points, and its name."""
+"""Parts whose rate is the slope between their two largest points, with the name of that rate."""
 POINTS = Path(__file__).with_name("scale_points.py")
 
 
 def run_points(options: Options, part: str, device: str) -> Iterator[Point]:
-    """What children measured, one after the other, each with its place on the part's axis.
+    """Run the part's children in turn; yield what each measured, with its value on the part's axis.
 
-    RuntimeError: a child that failed; it has said why on stderr.
+    Raises RuntimeError when a child fails; stderr has the reason.
     """
     axis = AXES[part]
     for asked in points_of(options, part, device):
@@ -60,9 +61,9 @@ def run_points(options: Options, part: str, device: str) -> Iterator[Point]:
 
 
 def run_ranks(options: Options) -> Iterator[Point]:
-    """One teacher, then labels by worlds of every size, each from a copy of that run.
+    """Train one teacher, then label with every world size, each from a copy of that run.
 
-    RuntimeError: a command that failed, or a coreset unlike the first.
+    Raises RuntimeError when a command fails or a coreset differs from the first.
     """
     with tempfile.TemporaryDirectory() as name:
         prepared, first = Path(name) / "prepared", None
@@ -91,18 +92,18 @@ def _script(name: str) -> str:
 
 def _train(launch: list[str], stage: str, out: Path, asked: list[str]) -> None:
     words = [*launch, stage, "--out", str(out), *asked]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # at more threads, the ranks share cores
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # more threads would compete for cores
     done = subprocess.run(words, stdout=subprocess.DEVNULL, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words[:5])} … ended with {done.returncode}")
 
 
 def growth(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
-    """Of the peaks on the host, and on the GPU if there is one: largest over smallest, less 1.
+    """Growth of peak memory on the host, and on the GPU if any: largest over smallest, minus 1.
 
-    A process is some 0.9 GB of libraries, beside which a slow leak would look flat: so also what
-    every image more has taken between the first and the last point. The verdict is `flat`,
-    `NOT flat`, or `one point`, of which nothing can be said.
+    Libraries take some 0.9 GB per process, which would hide a slow leak, so bytes per additional
+    image from the first to the last point are reported too. The verdict is `flat`, `NOT flat`, or
+    `one point`, which decides nothing.
     """
     found: dict[str, dict[str, Any]] = {}
     for key in ("peak_bytes", "peak_gpu_bytes"):
@@ -122,9 +123,9 @@ def growth(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
 
 
 def slopes(points: Sequence[Point]) -> Rate | None:
-    """Items per second between the two largest points, round by round: the start cancels.
+    """Items per second between the two largest points, round by round; start-up cancels.
 
-    None: one point, or a larger one that was as fast.
+    None: a single point, or the larger one took no longer.
     """
     if len(points) < 2:
         return None
@@ -138,7 +139,7 @@ def slopes(points: Sequence[Point]) -> Rate | None:
 
 
 def rates_of(part: str, points: Sequence[Point]) -> dict[str, dict[str, Any]]:
-    """`rates` of scoring and labels, and how they spread: slopes, which have no start in them."""
+    """`rates` of scoring and labels, with their spread: slopes, which exclude start-up."""
     slope = slopes(points) if part in SLOPES else None
     if slope is None:
         return {"rates": {}}
@@ -147,7 +148,7 @@ def rates_of(part: str, points: Sequence[Point]) -> dict[str, dict[str, Any]]:
 
 
 def show(part: str, points: Sequence[Point], memory: dict[str, dict[str, Any]]) -> None:
-    """A line of JSON per point, and a line per verdict on its memory."""
+    """Print a line of JSON per point, and a line per memory verdict."""
     print(f"\n{part}")
     for point in points:
         print(f"  {json.dumps(point)}")
@@ -159,7 +160,7 @@ def show(part: str, points: Sequence[Point], memory: dict[str, dict[str, Any]]) 
 
 
 def run_part(options: Options, part: str, device: str) -> dict[str, Any] | None:
-    """Measure one part, print and publish it; its row, in which `failed` is why it ended early.
+    """Measure, print and publish one part; its row, where `failed` says why it ended early.
 
     None: it failed before its first point.
     """
@@ -190,7 +191,7 @@ def run_part(options: Options, part: str, device: str) -> dict[str, Any] | None:
 
 
 def main(options: Options) -> int:
-    """Run the parts, one child after the other, and report; the exit status."""
+    """Run the parts in turn and report; the exit status."""
     device = resolve_device(options.device)
     backend, _, precision = options.backend.partition("-")
     named = f"{backend}-{precision or default_precision(device)}"

@@ -1,21 +1,22 @@
-"""How fast the loader feeds patch scoring: one decode and P random resized crops per image.
+"""Speed of the loader that feeds patch scoring: one decode and P random resized crops per image.
 
     python bench/bench_score.py --data DIR --peers torchvision --images 1600 --json
     python bench/bench_score.py --data DIR --teacher resnet18 --device cuda --json
 
-First the loaders alone, no teacher. Every peer reads the same files, decodes each once, cuts
-``crops`` square crops of 8 to 100 % of the area, resizes them to size // 2 px with antialiasing and
-hands out uint8 batches. ``threads`` is torchvision's worker processes, and for us the threads that
-decode and those that resize: more run at once where there are more than 2 cores. Building our
-pipelines is inside the clock of every pass; torchvision's workers are started before it.
+The loaders are timed first, without a teacher. Every peer reads the same files, decodes each once,
+cuts ``crops`` square crops of 8 to 100 % of the area, resizes them to size // 2 px with
+antialiasing and returns uint8 batches. ``threads`` counts torchvision's worker processes; for us it
+counts the decoding threads and, separately, the resizing threads, so that we run more at once where
+there are more than 2 cores. Building our pipelines is inside the clock of every pass; torchvision's
+workers start before it.
 
-Peers: ``torchvision`` is ImageFolder + DataLoader with Pillow images, as the field does it;
+Peers: ``torchvision`` is the usual ImageFolder + DataLoader with Pillow images;
 ``torchvision-tensor`` crops uint8 tensors instead, which is faster.
 
-Then, with ``--teacher``, who is the bottleneck: our loader alone, the teacher alone on crops that
-are there already, and both, as scoring runs them. The slower half bounds: on a GPU both together
-come close to it, and on a CPU they share its cores. The teacher has random weights, which decide no
-speed, and is shown patches as scoring does by default: padded.
+``--teacher`` then finds the bottleneck: our loader alone, the teacher alone on resident crops, and
+both, as scoring runs them. The slower half bounds: on a GPU both together come close to it, and on
+a CPU they share its cores. The teacher has random weights, which do not affect speed, and sees
+padded patches, as scoring does by default.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from torchvision.transforms import v2
 
 SCALE, RATIO = (0.08, 1.0), (1.0, 1.0)
 MOST_DIFFERENCE = {"cpu": (2, 1.0), "cuda": (255, 3.0)}
-"""From Pillow's crops, of 255: at most, and on average. A GPU decodes the colours of a JPEG in
-another way: there only the average tells."""
+"""Allowed difference from Pillow's crops, of 255: largest and mean. A GPU decodes JPEG colours
+differently, so only the mean counts there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +51,21 @@ class Options:
     data: Path
     """An ImageFolder with train/, or a plain one."""
     peers: tuple[Literal["torchvision", "torchvision-tensor"], ...] = ()
-    """What to compare with."""
+    """Loaders to compare with."""
     images: int = 1600
-    """Files of one pass, spread evenly over the set."""
+    """Files per pass, spread evenly over the set."""
     crops: int = 5
     size: int = 224
-    """Image size in px; crops have half of it."""
+    """Image size in px; crops are half as large."""
     batch: int = 64
     threads: int = 2
     rounds: int = 5
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where DALI decodes and the teacher looks: cpu or cuda."""
+    """Device of DALI's decoding and of the teacher: cpu or cuda."""
     teacher: str | None = None
-    """Architecture of a teacher to time too, such as resnet18; left out: none."""
+    """Architecture of a teacher to time too, such as resnet18. Default: none."""
     teacher_images: int = 256
-    """Files of one of its passes: 5 canvases each."""
+    """Files per teacher pass: 5 canvases each."""
     seed: int = 0
     json: bool = False
     """Print the row as the last line."""
@@ -73,7 +74,7 @@ class Options:
 
 
 def open_stream(options: Options, images: ImageSet, order: np.ndarray) -> CropStream:
-    """Our loader's crops."""
+    """Our loader's crops of these images."""
     boxes = RandomResizedCrops(
         crops=options.crops, seed=options.seed, draw=Draw.SCORING_CROP, scale=SCALE, ratio=RATIO
     )
@@ -90,14 +91,14 @@ def open_stream(options: Options, images: ImageSet, order: np.ndarray) -> CropSt
 
 
 def dali_pass(options: Options, images: ImageSet, order: np.ndarray) -> Callable[[], int]:
-    """Our loader."""
+    """One pass of our loader."""
     return lambda: sum(len(batch.pixels_BPHWC) for batch in open_stream(options, images, order))
 
 
 def measure_teacher(options: Options, name: str, images: ImageSet) -> dict[str, Any]:
-    """The loader alone, the teacher alone and both, on the same files; who bounds."""
-    from patchbloom.train.networks import build_network  # The loaders alone need no diffusers,
-    from patchbloom.train.teacher.teacher import Teacher  # which comes with these.
+    """Time the loader alone, the teacher alone and both, on the same files; name the bottleneck."""
+    from patchbloom.train.networks import build_network  # Imported here: these need diffusers,
+    from patchbloom.train.teacher.teacher import Teacher  # which the loaders alone do not.
 
     count = min(options.teacher_images, len(images))
     order = np.linspace(0, len(images) - 1, count).astype(np.int64)
@@ -140,7 +141,7 @@ def measure_teacher(options: Options, name: str, images: ImageSet) -> dict[str, 
 
 
 class ManyCrops:
-    """A transform: Pillow image → uint8 [P, 3, H, W]. A class, so that workers can unpickle it."""
+    """Transform: Pillow image → uint8 [P, 3, H, W]; a class, so that workers can unpickle it."""
 
     def __init__(self, crops: int, size_px: int, on_tensor: bool) -> None:
         self.crops, self.on_tensor = crops, on_tensor
@@ -157,7 +158,7 @@ class ManyCrops:
 def torchvision_pass(
     options: Options, images: ImageSet, order: np.ndarray, *, on_tensor: bool
 ) -> Callable[[], int]:
-    """torchvision's loader over the same files."""
+    """One pass of torchvision's loader over the same files."""
     transform = ManyCrops(options.crops, options.size // 2, on_tensor)
     folder = ImageFolder(str(images.root), transform)
     if [sample[0] for sample in folder.samples] != [str(images.root / p) for p in images.paths]:
@@ -172,11 +173,11 @@ def torchvision_pass(
 
 
 def check_crops(options: Options, images: ImageSet, order: np.ndarray) -> dict[str, float]:
-    """Compare our crops of a few images with Pillow's of the same boxes, before any speed.
+    """Compare our crops of a few images with Pillow's of the same boxes, before timing.
 
-    They are decoded and cut where the clock will run. Mirrored crops are the negative control. Of
-    255: the largest and the mean difference, and the control's mean. RuntimeError: too far from
-    Pillow's, or the control is not.
+    They are decoded and cut on the device that is timed. Mirrored crops are the negative control.
+    Returns, of 255, the largest and the mean difference, and the control's mean. Raises
+    RuntimeError when ours are too far from Pillow's, or the control is not.
     """
     size_px = options.size // 2
     same, mirrored = [], []
@@ -211,7 +212,7 @@ def check_crops(options: Options, images: ImageSet, order: np.ndarray) -> dict[s
 
 
 def print_rates(rates: dict[str, Rate]) -> None:
-    """One line per rate."""
+    """Print one line per rate."""
     for name, rate in rates.items():
         row = rate.row()
         quantiles = f"p20 {row['p20']:.0f}  p80 {row['p80']:.0f}  n {row['n']}"

@@ -1,28 +1,26 @@
-"""Is it slower than before? Two result files of one device, row by row of the same configuration.
+"""Regression check: compare two result files of one device, row by row of the same configuration.
 
     python bench/check.py OLD.jsonl NEW.jsonl
 
-Of each configuration the last row of either file counts. Every figure that both rows have is
-compared by the ratio of its medians, new speed / old speed, whether it is a rate or a time. The
-rule: a figure is **slower** when both hold, and **faster** the other way round:
+The last row of each configuration in either file counts. Every figure that both rows have, rate or
+time, is compared by the ratio of its medians, new speed / old speed. A figure is **slower** when
+both conditions hold, and **faster** when both hold the other way round:
 
 - beyond noise: the intervals p20-p80 of old and new, each WIDER times its width wider at both
   ends, do not overlap;
 - beyond the floor: the ratio is below 1 - FLOOR (or above 1 / (1 - FLOOR)).
 
-Otherwise it is the `same`. Rounds of equal speed are so called slower in under 1 % of figures
-(simulated: normal, heavy-tailed, with dips; 0.3 to 0.9 % at 5 rounds, less at more). Under
-LEAST_ROUNDS rounds the spread says little: `too few`, which is no verdict; a figure without a
-spread is one round.
+Otherwise it is the `same`. Under 1 % of figures of equal speed are called slower (simulated:
+normal, heavy-tailed, with dips; 0.3 to 0.9 % at 5 rounds, less at more). Below LEAST_ROUNDS rounds
+the spread says little: `too few`, which is no verdict. A figure without a spread is one round.
 
-Where the row has the ratio to a peer of the same rounds (`speedup_spread`), that one is judged: it
-lacks what the machine did to both. The rate beside it is then `shown`, with no verdict. Peers that
-are not ours are shown as `peer`. A configuration or a figure of ours that only OLD has is
-`missing`: what cannot be measured any more is no better than what is slower. `--partial` says that
-NEW is meant to have less.
+Where the row has the ratio to a peer of the same rounds (`speedup_spread`), that ratio is judged:
+it cancels what the machine did to both. The rate beside it is `shown`, without a verdict. Figures
+of other projects are shown as `peer`. A configuration or a figure of ours that only OLD has is
+`missing`, and counts like a slower one. `--partial` says that NEW is meant to have less.
 
-Exit 1: something of ours is slower or missing. Exit 2: the files cannot be compared (another
-device, nothing that could be judged, not JSON lines).
+Exit status: 1 when a figure of ours is slower or missing; 2 when the files cannot be compared
+(different devices, nothing to judge, not JSON lines).
 """
 
 from __future__ import annotations
@@ -48,16 +46,16 @@ CONFIGURATION = (
     *("teacher", "teacher_images", "codec", "top_k", "components", "quick", "generated", "world"),
     *("expanded", "cached_prompts", "shapes_per_class", "allocator"),
 )
-"""What two rows must have alike to be compared; a key that neither has is alike."""
+"""Keys whose values must be equal for two rows to be compared; a key that neither has is equal."""
 RATIOS = "speedup_spread"
 OVER_PEERS = {"score"}
-"""Benchmarks whose ratios have the name of the peer that ours is held against."""
+"""Benchmarks whose ratios are named after the peer that ours is compared with."""
 DERIVED = {"speedup_over", "ratio_spread", "waited_s"}
-"""Ratios of other figures, and what is no speed."""
+"""Ratios of other figures, and figures that are not speeds."""
 TIMES = ("_us", "_s", "_ms", "seconds")
-"""How the names of times end; what is no time is a rate."""
+"""Endings of the names of times; every other figure is a rate."""
 SINGLE = ("seconds", "images_per_s", "labels_per_s")
-"""Figures that a point of bench_scale.py may have as one number, measured once."""
+"""Figures that a point of bench_scale.py may hold as one number, measured once."""
 Row = dict[str, Any]
 Where = tuple[str, ...]
 """Keys down to a figure."""
@@ -68,30 +66,30 @@ class Options:
     """Compare two result files of one device."""
 
     old: tyro.conf.Positional[Path]
-    """Result file of before."""
+    """Earlier result file."""
     new: tyro.conf.Positional[Path]
-    """Result file of now."""
+    """Current result file."""
     partial: bool = False
-    """NEW is of fewer configurations or figures; what it lacks is told, and is no error."""
+    """NEW has fewer configurations or figures; report what it lacks, but do not fail."""
 
 
 class Incomparable(ValueError):  # noqa: N818 - reads as the message does
-    """Two files of which nothing can be compared; the message says why."""
+    """The two files cannot be compared; the message says why."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of two rows, as speeds: of a time, its inverse."""
+    """One figure of two rows, as speeds; a time is inverted."""
 
     name: str
-    """Where it is in the row: spread/ort."""
+    """Its path in the row, such as spread/ort."""
     old: tuple[float, float, float]
     """p20, p50, p80: slow, middle, fast."""
     new: tuple[float, float, float]
     rounds: int | None
-    """Fewest of both; None: they do not say, and are many."""
+    """The smaller count of both rows. None: not recorded, and large."""
     judged: str | None = None
-    """None: by the rule; else the verdict: peer or shown."""
+    """Fixed verdict: peer or shown. None: judge by the rule."""
 
     @property
     def ratio(self) -> float:
@@ -120,7 +118,7 @@ def _widened(figure: tuple[float, float, float]) -> tuple[float, float]:
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """The last row of every configuration. Incomparable: not a file of results of one device."""
+    """The last row of every configuration. Raises Incomparable unless all are of one device."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         devices = {row["device"] for row in rows}
@@ -148,13 +146,13 @@ class Comparison:
     missing: list[str]
     """Figures of ours that only the old row has."""
     notes: list[str]
-    """What else is not alike."""
+    """Other differences of the two rows."""
 
 
 def compare(old: dict[str, Row], new: dict[str, Row]) -> tuple[list[Comparison], list[str]]:
-    """Configurations in common, and those that only `old` has.
+    """Configurations in common, and the names of those that only `old` has.
 
-    Incomparable: another device, or no figure that can be judged.
+    Raises Incomparable when the devices differ or no figure can be judged.
     """
     (was, now) = (next(iter(rows.values()))["device"] for rows in (old, new))
     if was != now:
@@ -183,7 +181,7 @@ def _compare_rows(name: str, old: Row, new: Row) -> Comparison:
 
 
 def _unjudged(path: Where, both: Collection[Where], row: Row) -> str | None:
-    """`peer`, of somebody else; `shown`, a rate of ours beside its ratio; None: to be judged."""
+    """`peer`: another project's; `shown`: a rate of ours beside its ratio; None: to be judged."""
     over_peers = row["benchmark"] in OVER_PEERS
     if path[0] == RATIOS and over_peers:
         return None
@@ -196,7 +194,7 @@ def _unjudged(path: Where, both: Collection[Where], row: Row) -> str | None:
 
 
 def _spreads(value: Any, path: Where = ()) -> Iterator[tuple[Where, Row]]:
-    """Every figure, with quantiles or as one number, by where it is in the row."""
+    """Every figure, with quantiles or as one number, with its path in the row."""
     parts = _parts(value)
     if {"p20", "p50", "p80"} <= parts.keys():
         yield path, parts
@@ -216,7 +214,7 @@ def _figure(path: Where, old: Row, new: Row, judged: str | None) -> Figure:
 
 
 def _parts(value: Any) -> Row:
-    """Of a row by key, of a list of points by their configurations; nothing of a number."""
+    """Parts of a row by key, of a list of points by configuration; a number has none."""
     if isinstance(value, list):
         return {configuration(point): point for point in value if isinstance(point, dict)}
     return value if isinstance(value, dict) else {}
@@ -229,7 +227,7 @@ def _speeds(row: Row, timed: bool) -> tuple[float, float, float]:
 
 
 def differences(old: Row, new: Row) -> list[str]:
-    """What else is not alike: libraries, driver, power limit, highest clocks; and the load."""
+    """Other differences: libraries, driver, power limit, highest clocks; and the load."""
     was, now = (
         {f"version of {name}": version for name, version in row.get("versions", {}).items()}
         | {key: row.get(key) for key in ("driver", "power_limit_w", "clock_sm_max_mhz")}
@@ -240,7 +238,7 @@ def differences(old: Row, new: Row) -> list[str]:
 
 
 def main(options: Options) -> int:
-    """Print the table; 1 if something is slower or missing, else 0."""
+    """Print the table; 1 when a figure is slower or missing, else 0."""
     found, lost = compare(read_rows(options.old), read_rows(options.new))
     for each in found:
         print(f"\n{each.name}\n  {'; '.join(each.notes)}")
@@ -260,7 +258,7 @@ def main(options: Options) -> int:
 
 
 def _intervals(figure: Figure) -> Iterator[str]:
-    """p20 to p80 of both, as shares of the old median."""
+    """p20 to p80 of old and new, relative to the old median."""
     for name, (slow, _, fast) in (("old", figure.old), ("new", figure.new)):
         yield f"{name} {slow / figure.old[1]:.2f}–{fast / figure.old[1]:.2f}"
 

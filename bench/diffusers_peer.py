@@ -1,4 +1,4 @@
-"""Diffusers' own SDXL pipelines, and how to feed them with our noise so that pictures compare."""
+"""Diffusers' own SDXL pipelines, fed with our noise so that pictures can be compared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def open_pipeline(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """Img2img pipeline of a model folder, silent."""
+    """Img2img pipeline of a model folder, without a progress bar."""
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(
         folder, add_watermarker=False, torch_dtype=dtype
     )
@@ -28,7 +28,7 @@ def open_pipeline(folder: Path, *, device: str = "cpu", dtype: torch.dtype = tor
 
 
 def open_random_pipeline(model: ModelSource, *, device: str, precision: Precision) -> Any:
-    """The same of an architecture without weights: texts are the seeded ones of encode_prompts."""
+    """Img2img pipeline with random weights; texts are the seeded ones of encode_prompts."""
     parts = load_parts(model, precision=precision, device=device)
     make: Any = StableDiffusionXLImg2ImgPipeline
     pipeline = make(
@@ -53,10 +53,10 @@ def open_random_pipeline(model: ModelSource, *, device: str, precision: Precisio
 
 
 def compile_pipeline(pipeline: Any) -> None:
-    """As diffusers advises: channels_last, the UNet's repeated blocks compiled, not all of it.
+    """Compile as diffusers advises: channels_last, and only the UNet's repeated blocks.
 
-    The decoder has no blocks that repeat, and is compiled whole. Shapes are taken as they come:
-    blocks of two widths would else be compiled once more, for any width, which is slower.
+    The decoder has no repeated blocks and is compiled whole. Shapes are static: otherwise blocks of
+    two widths would be recompiled for any width, which is slower.
     """
     settings: Any = {"mode": "max-autotune-no-cudagraphs", "fullgraph": True, "dynamic": False}
     pipeline.unet.to(memory_format=torch.channels_last)
@@ -66,9 +66,9 @@ def compile_pipeline(pipeline: Any) -> None:
 
 
 def upcast_vae(pipeline: Any) -> None:
-    """Let the VAE of an fp16 pipeline run in fp32, as the configuration of SDXL's own VAE asks.
+    """Run the VAE of an fp16 pipeline in fp32, as the configuration of SDXL's own VAE asks.
 
-    ValueError: the pipeline is in another precision, where it would change nothing.
+    Raises ValueError for a pipeline in another precision, where it would change nothing.
     """
     if pipeline.vae.dtype != torch.float16:
         raise ValueError(
@@ -80,7 +80,7 @@ def upcast_vae(pipeline: Any) -> None:
 
 
 class OurNoise:
-    """Stands in for diffusers' `randn_tensor`: the start noise first, then a draw per step."""
+    """Replaces diffusers' `randn_tensor`: returns the start noise, then one draw per step."""
 
     def __init__(self, samples: Tensor, *, seed: int, epoch: int) -> None:
         self.samples, self.seed, self.epoch, self.draws = samples, seed, epoch, 0
@@ -96,7 +96,7 @@ class OurNoise:
 
 @contextmanager
 def noise_of_ours(pipeline: Any, samples: Tensor, *, seed: int, epoch: int) -> Iterator[OurNoise]:
-    """Within the block the pipeline and its scheduler draw our noise for `samples`."""
+    """Make the pipeline and its scheduler draw our noise for `samples` within the block."""
     noise = OurNoise(samples, seed=seed, epoch=epoch)
     with (
         mock.patch(f"{type(pipeline).__module__}.randn_tensor", noise),
@@ -107,6 +107,6 @@ def noise_of_ours(pipeline: Any, samples: Tensor, *, seed: int, epoch: int) -> I
 
 @torch.no_grad()
 def run_pipeline(pipeline: Any, prompts: Sequence[str], **call: Any) -> Tensor:
-    """The pipeline as a user calls SDXL-Turbo, without guidance; images fp32 in [-1, 1]."""
+    """Call the pipeline as users call SDXL-Turbo, without guidance; images fp32 in [-1, 1]."""
     images = pipeline(list(prompts), guidance_scale=0.0, output_type="pt", **call).images
     return images.float() * 2 - 1

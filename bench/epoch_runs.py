@@ -1,8 +1,8 @@
-"""What bench_epoch.py times: images rendered, students trained, and what stands in for the rest.
+"""Runs that bench_epoch.py times: rendering, training, and stand-ins for the other half.
 
-Every run says what an epoch of it took on average: from its first image to the last of its steps,
-divided by its epochs. A run that is overlapped thus has one pool that nobody learns from yet, and
-one after which nothing is rendered: at most the student's share of an epoch, once per run.
+A run reports its mean time per epoch: from its first image to its last step, divided by its epochs.
+An overlapped run therefore includes a first pool during which no student trains and a last one
+during which nothing is rendered: at most the student's share of an epoch, once per run.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class EpochTime:
-    """An epoch of one run, on average, in seconds."""
+    """Mean time of an epoch of one run, in seconds."""
 
     seconds: float
     waited_s: float = 0.0
-    """Of them, those in which the student had nothing to learn from."""
+    """The part in which the student waited for images."""
 
 
 class Part:
-    """`count` samples of a source, evenly spread: an epoch of it is shorter."""
+    """`count` evenly spread samples of a source, for shorter epochs."""
 
     def __init__(self, source: ImageSource, count: int) -> None:
         self._source, self.samples, self.class_ids = source, count, source.class_ids
@@ -49,7 +49,7 @@ class Part:
 
 
 class Kept:
-    """A source that has all its images of one epoch: what is left is the student."""
+    """A source that holds the rendered images of one epoch, so that only the student takes time."""
 
     def __init__(self, source: ImageSource, epoch: int = 0) -> None:
         self.samples, self.labels_N, self.class_ids = (
@@ -67,7 +67,7 @@ class Kept:
 
 
 class Given:
-    """Labels as if read from a coreset: the same for every epoch."""
+    """Random labels, as if read from a coreset; the same in every epoch."""
 
     def __init__(self, samples: int, classes: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -81,10 +81,10 @@ class Given:
 
 
 class Clock(Report):
-    """A Report that keeps what the loop says of its epochs.
+    """A Report that records the epoch times of the training loop.
 
-    Epochs that were taken together are told as their mean, and pools that were rendered together
-    as if the first had taken all of it: only their sum is a time.
+    The loop reports epochs that it timed together by their mean, and charges pools that it rendered
+    together to the first: only the sum over a run is a time.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Clock(Report):
 
 
 def render_epochs(source: ImageSource, labels: Given, config: StudentConfig) -> EpochTime:
-    """Render the views and labels of all epochs into one slot; nobody learns."""
+    """Render the views and labels of all epochs into one slot; no student trains."""
     slot = PoolSlot()
 
     def fill() -> None:
@@ -120,7 +120,7 @@ def render_epochs(source: ImageSource, labels: Given, config: StudentConfig) -> 
 def train_student(
     source: ImageSource, labels: Given, config: StudentConfig
 ) -> tuple[EpochTime, dict[str, Tensor]]:
-    """What the loop says of its epochs, and the student's weights."""
+    """Train one student; the epoch time that the loop reports, and the student's weights."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         (result,) = train_students(

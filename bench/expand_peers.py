@@ -1,8 +1,8 @@
-"""Who bench_expand.py times: opened by name, gated, and its memory looked at, before any clock.
+"""Peers of bench_expand.py: opened by name, gated, and their memory measured, before timing.
 
-The gate (bench/pictures.py) holds each against diffusers' usual pipeline: ours, and diffusers' own
-in another precision, compiled or upcast. That pipeline's pictures are made first, and it is closed
-again, so that what a process takes once, whoever comes first, is in nobody's memory.
+The gate (bench/pictures.py) compares each with diffusers' usual pipeline: ours, and diffusers' own
+in another precision, compiled or upcast. That pipeline makes its pictures first and is closed, so
+that memory which a process allocates only once is charged to no peer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from torch import Tensor
 VARIANTS: dict[str, Callable[[Any], None]] = dict(
     zip(DIFFUSERS, (lambda _: None, compile_pipeline, upcast_vae), strict=True)
 )
-"""What becomes of diffusers' pipeline, by the peer's name."""
+"""Changes made to diffusers' pipeline, by the peer's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +54,22 @@ class Options:
     model: str = "sdxl-tiny"
     """Name or folder of a model."""
     backends: tuple[str, ...] = ("diffusers", "ort")
-    """What to time: diffusers, diffusers-compiled, diffusers-upcast (in fp16 with a VAE in fp32, as
-    SDXL's own asks for), eager, ort, inductor, trt; with -bf16, -fp16 or -fp32 another precision
-    than the device's usual one (fp32 on the CPU, fp16 on a GPU): diffusers-bf16 beside ort-bf16."""
+    """Peers to time: diffusers, diffusers-compiled, diffusers-upcast (fp16 with a VAE in fp32, as
+    SDXL's own asks for), eager, ort, inductor, trt. Append -bf16, -fp16 or -fp32 for another
+    precision than the device's usual one (fp32 on the CPU, fp16 on a GPU); compare ort-bf16 with
+    diffusers-bf16."""
     device: DeviceName = "auto"
-    """`auto` is cuda where there is one."""
+    """`auto`: cuda if available."""
     weights: Weights = "pretrained"
-    """`random`: the architecture alone; speed does not depend on weights. Another precision would
-    have other weights, so names then have none."""
+    """`random`: the architecture only; speed does not depend on weights. Weights would differ
+    between precisions, so backends must then be named without one."""
     batch: int = 32
     size: int = 64
-    """Image size in px; patches have half of it."""
+    """Image size in px; patches are half as large."""
     classes: int = 10
     patches_per_class: int = 40
     images: int = 64
-    """Images of one pass."""
+    """Images per pass."""
     threads: int = 2
     rounds: int = 5
     json: bool = False
@@ -78,7 +79,7 @@ class Options:
 
 
 def diffusers_pass(options: Options, pipeline: Any, coreset: Coreset) -> Callable[[], int]:
-    """Diffusers' pipeline on the upsampled patches, batch by batch."""
+    """One pass of diffusers' pipeline over the upsampled patches, batch by batch."""
     config = ExpandConfig(size_px=options.size)
 
     def one_pass() -> int:
@@ -99,7 +100,7 @@ def diffusers_pass(options: Options, pipeline: Any, coreset: Coreset) -> Callabl
 
 
 def expander_pass(options: Options, expander: Expander) -> Callable[[], int]:
-    """Ours: the same samples, in one call."""
+    """One pass of ours: the same samples, in one call."""
     samples = torch.arange(options.images)
     return lambda: len(expander.expand(samples, EPOCH))
 
@@ -113,25 +114,25 @@ def new_pipeline(model: ModelSource, device: str, precision: Precision) -> Any:
 
 @dataclass(frozen=True)
 class Peers:
-    """What is timed, each by its name, and what opening it told."""
+    """Peers by name: the pass to time, and what was measured when opening it."""
 
     passes: dict[str, Callable[[], int]] = field(default_factory=dict)
     expanders: dict[str, Expander] = field(default_factory=dict)
-    """Ours, whose pictures are diffusers'."""
+    """Only ours."""
     setup_s: dict[str, float] = field(default_factory=dict)
-    """Opening and a first pass, on which some compile."""
+    """Opening and a first pass, during which some compile."""
     errors: dict[str, Errors] = field(default_factory=dict)
-    """Of all but the pipeline that the others are held against."""
+    """Picture errors of every peer except the reference pipeline."""
     memory: dict[str, dict[str, int | None]] = field(default_factory=dict)
 
 
 def open_peers(options: Options, model: ModelSource, device: str, coreset: Coreset) -> Peers:
-    """Open everybody, hold them against diffusers, and look at the memory of a second pass.
+    """Open every peer, compare it with diffusers, and measure the memory of a second pass.
 
-    RuntimeError: a failed gate. Prints a line for each.
+    Prints a line for each. Raises RuntimeError when the gate fails.
     """
     peers, usual = Peers(), default_precision(device)
-    # As many as are timed: a compiled pipeline would compile once more for another batch.
+    # The timed batch size: a compiled pipeline would recompile for another one.
     samples, config = coreset.spread(options.batch), ExpandConfig(size_px=options.size)
     expected = pipeline_pictures(new_pipeline(model, device, usual), coreset, samples, config)
     gc.collect()
@@ -153,7 +154,7 @@ def open_peers(options: Options, model: ModelSource, device: str, coreset: Cores
 def open_peer(
     peers: Peers, options: Options, name: str, model: ModelSource, device: str, coreset: Coreset
 ) -> tuple[Callable[[], int], Callable[[Tensor], dict[str, Tensor]]]:
-    """A pass of the peer, and what makes its pictures for the gate; ours is put among `peers`."""
+    """A pass of the peer, and the function that makes its pictures; adds ours to `peers`."""
     peer, precision = split_name(name)
     if peer in VARIANTS:
         pipeline = new_pipeline(model, device, precision or default_precision(device))

@@ -1,23 +1,22 @@
-"""`make gpu`: every stage of gpu_stages.py in turn, and a table of what came of it.
+"""`make gpu`: run every stage of gpu_stages.py in turn, and print a table of the results.
 
     python bench/gpu.py                     on a machine with a CUDA device, under 8 minutes
     python bench/gpu.py --full --stages expand-512
     python bench/gpu.py --dry               the rehearsal, on the CPU
 
-A stage is a process group of its own and is killed whole at its limit, after Python has written
-into its log where it hung; the next stage starts all the same. One that hangs in the driver, where
-no signal arrives, is left behind after DEATH_S, and the table says so. What a stage may take, its
-death included, is at most what is left of the form's total without the least times of the stages
-after it; where nothing is left, it is not run. A stage whose libraries are not here is skipped and
-says which. `--out` gets a log per stage, summary.txt, and the rows as
-bench/results/ has them, <device>/<benchmark>.jsonl, each with its stage and command; of a benchmark
-that did not end, the row so far.
+A stage is its own process group. At its limit Python writes into the log where it hung, the whole
+group is killed, and the next stage starts. A stage that hangs in the driver, where no signal
+arrives, is abandoned after DEATH_S, and the table says so. A stage, its kill included, gets at most
+what is left of the form's total after reserving the least times of the later stages; when nothing
+is left, it is not run. A stage that lacks libraries is skipped, and the table names them. `--out`
+gets a log per stage, summary.txt, and rows as in bench/results/, <device>/<benchmark>.jsonl, each
+with its stage and command; a benchmark that did not end leaves the row so far.
 
-Nothing is installed or downloaded: the stages find the package through links to this checkout. The
-options are read by argparse, because tyro may be among what is missing.
+Nothing is installed or downloaded: stages find the package through links to this checkout. Options
+are parsed by argparse, because tyro may be missing.
 
-Exit status: 0 when no stage failed; 1 when one failed, timed out or was not run; 2 when nothing can
-be run as asked; 3 when benchmarks were asked for and every one was skipped; 130 when stopped.
+Exit status: 0 when no stage failed; 1 when one failed, timed out or was not run; 2 when the options
+are invalid or there is no device; 3 when every requested benchmark was skipped; 130 when stopped.
 """
 
 from __future__ import annotations
@@ -45,15 +44,15 @@ from gpu_stages import TOTAL_S, Form, Stage, make_stages
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kernels", "export", "engine", "train")
 TRACEBACK_S, DEATH_S = 5.0, 10.0
-"""What a hanging stage gets to say where it hangs, and what its death may take in the driver."""
+"""Time for a hung stage to write its traceback, and for its processes to die."""
 ANSWER_S = 60.0
-"""What torch may take to say whether there is a device."""
+"""Time for torch to report whether there is a device."""
 REPORT_S = 5.0
-"""Of a form's total, for the table."""
+"""Part of a form's total that is reserved for the table."""
 TOLD_LINES, TOLD_WIDTH = 15, 300
-"""Of the log of a stage that failed, without its rows."""
+"""Printed lines of a failed stage's log (without rows), and characters per line."""
 COST_WIDTH = 40
-"""Of the name of a kernel in the table."""
+"""Printed characters of a kernel's name."""
 NOTHING_MEASURED = 3
 """Exit status."""
 
@@ -62,28 +61,28 @@ Status = Literal["ok", "skipped", "failed", "timed out", "stopped", "not run"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a stage."""
+    """Outcome of a stage."""
 
     name: str
     status: Status
     seconds: float = 0.0
     said: str = ""
-    """Its result, or what was wrong, in one line."""
+    """Its result or its error, in one line."""
     is_benchmark: bool = False
 
 
 def allowed_s(stage: Stage, later: Sequence[Stage], left_s: float) -> float:
-    """What a stage may take of `left_s`: up to its limit, but the later ones keep their least, and
-    it its own; in any case its death has room."""
+    """Seconds of `left_s` for a stage: at most its limit, after reserving the least times of later
+    stages, but not below its own least; time to kill it is always reserved."""
     left_s -= TRACEBACK_S + DEATH_S
     spare_s = left_s - sum(each.least_s for each in later)
     return min(stage.limit_s, max(spare_s, min(stage.least_s, left_s)))
 
 
 def run_stage(stage: Stage, out: Path, environment: Mapping[str, str], limit_s: float) -> Outcome:
-    """Run one stage, its output into out/<name>.log and its row into out, in `limit_s` at most.
+    """Run one stage for at most `limit_s`; write its output to out/<name>.log and its row to out.
 
-    KeyboardInterrupt passes, after the stage's processes are dead.
+    KeyboardInterrupt propagates after the stage's processes are dead.
     """
     if limit_s <= 0:
         return Outcome(stage.name, "not run", said="no time left")
@@ -127,13 +126,13 @@ def run_stage(stage: Stage, out: Path, environment: Mapping[str, str], limit_s: 
 
 
 def kill(process: subprocess.Popen[bytes]) -> bool:
-    """End a stage, if it still runs, and all of its group; whether it died."""
+    """Kill a stage's process group; whether the stage died."""
     try:
         if process.poll() is None:
             process.send_signal(signal.SIGABRT)  # faulthandler then writes every thread's traceback
             with suppress(subprocess.TimeoutExpired):
                 process.wait(TRACEBACK_S)
-    finally:  # after a second Ctrl-C, too
+    finally:  # also after a second Ctrl-C
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
@@ -147,7 +146,7 @@ def last_line(text: str) -> str:
 
 
 def last_row(text: str) -> dict[str, Any] | None:
-    """The last line that is a row: libraries may warn after it."""
+    """The last line that is a row; libraries may print warnings after it."""
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             with suppress(json.JSONDecodeError):
@@ -165,7 +164,7 @@ def record(row: Mapping[str, Any], out: Path) -> None:
 
 
 def headline(row: Mapping[str, Any]) -> str:
-    """The figures of a row, in one line."""
+    """The main figures of a row, in one line."""
     if "images_per_s" in row:
         rates = ", ".join(f"{name} {rate:g}" for name, rate in row["images_per_s"].items())
         bound = f", the {row['bottleneck']} bounds" if "bottleneck" in row else ""
@@ -197,16 +196,16 @@ def summary(form: Form, outcomes: Sequence[Outcome]) -> str:
 
 
 def link_package(folder: Path) -> None:
-    """Make `folder`, which then goes into PYTHONPATH, hold this checkout's package."""
+    """Link this checkout's package into `folder`, for PYTHONPATH."""
     (folder / "patchbloom").mkdir()
     for name in FOLDERS:
         (folder / "patchbloom" / name).symlink_to(ROOT / name, target_is_directory=True)
 
 
 def run_stages(stages: Sequence[Stage], out: Path, deadline: float = inf) -> list[Outcome]:
-    """Every stage in turn, all of them before `deadline`, a time of time.monotonic().
+    """Run every stage in turn, all before `deadline` (in time.monotonic()).
 
-    Ctrl-C, or SIGTERM, ends the one that runs; the others are not run.
+    Ctrl-C or SIGTERM stops the running stage; later stages are not run.
     """
     outcomes: list[Outcome] = []
     lacking = find_lacking(name for stage in stages for name in stage.needs)
@@ -259,14 +258,14 @@ def report(form: Form, outcomes: Sequence[Outcome], out: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is asked; the exit status. ValueError: it cannot be run."""
+    """Run the requested stages; the exit status. Raises ValueError when they cannot be run."""
     began = time.monotonic()
     parser = argparse.ArgumentParser(description="GPU tests and benchmarks, stage by stage.")
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--dry", action="store_true", help="rehearse on the CPU, with sdxl-tiny")
-    forms.add_argument("--full", action="store_true", help="more rounds, and what compiles first")
-    parser.add_argument("--stages", nargs="*", default=[], help="beginnings of stages' names")
-    parser.add_argument("--data", type=Path, help="an ImageFolder to score; else one is generated")
+    forms.add_argument("--full", action="store_true", help="more rounds, and backends that compile")
+    parser.add_argument("--stages", nargs="*", default=[], help="prefixes of stage names")
+    parser.add_argument("--data", type=Path, help="an ImageFolder to score. Default: generated")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="rows and logs")
     options = parser.parse_args(arguments)
     form: Form = "rehearsal" if options.dry else "full" if options.full else "quick"
@@ -291,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def require_device(form: Form) -> None:
-    """ValueError: no torch, or no CUDA device that answers, outside a rehearsal."""
+    """Raises ValueError without torch or, outside a rehearsal, without a responding CUDA device."""
     if find_spec("torch") is None:
         raise ValueError(
             f"expected torch, {sys.executable} has none: run an interpreter that does, with "
@@ -300,7 +299,7 @@ def require_device(form: Form) -> None:
     if form == "rehearsal":
         return
     question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    # Not asked here: a driver that hangs would keep this process.
+    # In a child process: a hung driver would block this one.
     process = subprocess.Popen([sys.executable, "-c", question], start_new_session=True)
     try:
         code = process.wait(ANSWER_S)

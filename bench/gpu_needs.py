@@ -1,6 +1,6 @@
-"""What stages of `make gpu` need and may lack: libraries, by their names for pip, and a compiler.
+"""Requirements of the stages of `make gpu`: libraries, by their pip names, and a compiler.
 
-Standard library only: what else is here is the question.
+Standard library only: anything else may be missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 
 def find_lacking(needs: Iterable[str]) -> set[str]:
-    """Of these needs those that are not here."""
+    """The needs that are missing here."""
     return {name for name in set(needs) if not _is_here(name)}
 
 
@@ -23,7 +23,7 @@ _MODULES = {
     "nvidia-dali-cuda130": "nvidia.dali",
     "onnxruntime-gpu": "onnxruntime",
 }
-"""What is imported, where it is not named as pip names it."""
+"""Modules whose names differ from their pip names."""
 
 
 def _is_here(name: str) -> bool:
@@ -37,12 +37,12 @@ def _is_dali() -> bool:
 
 
 def _is_ort_for_gpus() -> bool:
-    """Of the module: onnxruntime and onnxruntime-gpu have one name."""
+    """Ask the module itself: onnxruntime and onnxruntime-gpu share its name."""
     if find_spec("onnxruntime") is None:
         return False
     with suppress(ImportError):
         return "CUDAExecutionProvider" in import_module("onnxruntime").get_available_providers()
-    return True  # the stage says why it does not import
+    return True  # the stage reports the import error
 
 
 def _is_compiler() -> bool:

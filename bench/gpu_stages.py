@@ -1,14 +1,14 @@
-"""What `make gpu` runs: each stage's command, time limit and needs, in three forms.
+"""Stages of `make gpu`: each stage's command, time limit and needs, in three forms.
 
     quick       full-size networks with random weights, few rounds; 8 minutes whatever hangs: a
                 stage gets its limit, but leaves the later ones the least that they need
     full        more rounds, and the backends that first build an engine or compile, which takes
                 longer than the quick form has
-    rehearsal   the same programs on the CPU, with sdxl-tiny and small shapes; what compiles for
-                minutes is left out there too
+    rehearsal   the same programs on the CPU, with sdxl-tiny and small shapes, and without anything
+                that compiles for minutes
 
 A stage is one process, so that one that runs out of memory does not take the others with it.
-Standard library only: the table is read before it is known what else is here.
+Standard library only: anything else may be missing when the table is read.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any, Literal
 Form = Literal["quick", "full", "rehearsal"]
 
 FULL_S, REHEARSAL_S = 900.0, 300.0
-"""Limit of a stage in these forms, seconds."""
+"""Seconds that a stage may take in these forms."""
 TOTAL_S: dict[Form, float] = {"quick": 480.0, "full": inf, "rehearsal": inf}
-"""What all stages of a form may take, with the runner's own start and the deaths of hung ones."""
+"""Seconds for all stages of a form, including the runner's start and the kills of hung stages."""
 
 _TESTS = ("torch", "triton", "pytest", "pytest-timeout")
 _BENCH = ("torch", "triton", "tyro", "diffusers", "transformers", "safetensors")
@@ -34,17 +34,17 @@ _LOADER = ("torch", "triton", "tyro", "torchvision", "nvidia-dali-cuda130")
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One process, of the interpreter that runs the stages."""
+    """One process of the interpreter that runs the stages."""
 
     name: str
     words: tuple[str, ...]
-    """What follows the interpreter; paths are relative to the checkout or absolute."""
+    """Arguments of the interpreter; paths are relative to the checkout or absolute."""
     limit_s: float
-    """After so many seconds it is killed, with all its processes."""
+    """Seconds after which its process group is killed."""
     needs: tuple[str, ...]
-    """Names as pip knows them, see gpu_needs.py."""
+    """Pip names, see gpu_needs.py."""
     least_s: float = 0.0
-    """Seconds that earlier stages leave it."""
+    """Seconds that earlier stages leave for it."""
     prints_row: bool = True
     """A benchmark: its last line of JSON is a row."""
 
@@ -62,7 +62,7 @@ def make_stages(form: Form, data: Path | None, images: Path) -> list[Stage]:
 
 
 def _limits(form: Form, least_s: float, most_s: float) -> dict[str, Any]:
-    """What the quick form leaves a stage, and what it may take there; the others are not short."""
+    """Least and most seconds of a stage in the quick form; other forms have one limit."""
     if form == "quick":
         return {"least_s": least_s, "limit_s": most_s}
     return {"limit_s": FULL_S if form == "full" else REHEARSAL_S}
@@ -73,7 +73,7 @@ def _device(form: Form) -> tuple[str, ...]:
 
 
 def _tests(form: Form) -> list[Stage]:
-    """Every file with tests marked gpu; on the CPU they are collected and skipped."""
+    """Stages for every file with tests marked gpu; on the CPU these are collected and skipped."""
     words = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
     words += () if form == "rehearsal" else ("--require-gpu",)
     files = {
@@ -128,7 +128,7 @@ def _kernels(form: Form) -> Stage:
 def _expand(form: Form) -> list[Stage]:
     """Each backend beside diffusers' pipeline, one process per size, batch and peers.
 
-    Once also beside the pipeline with SDXL's own VAE, which runs in fp32: in fp16 alone.
+    Also eager beside the pipeline with SDXL's own VAE in fp32, which only fp16 pipelines can have.
     """
     upcast = ("diffusers-upcast", "eager")
     cases: list[tuple[int, int, tuple[str, ...], float, float]] = {
@@ -184,7 +184,7 @@ def _model(form: Form) -> tuple[str, ...]:
 
 
 def _expand_passes(form: Form) -> tuple[str, ...]:
-    """How much is expanded how often; of a class 40 patches, which decides how engines group."""
+    """Images, rounds and classes; 40 patches per class, which decides how engines group samples."""
     options = {
         "rehearsal": "--images 8 --rounds 1 --classes 2 --patches-per-class 8 --threads 1",
         "quick": "--images 64 --rounds 3 --classes 2 --patches-per-class 40",
@@ -194,7 +194,7 @@ def _expand_passes(form: Form) -> tuple[str, ...]:
 
 
 def _epoch(form: Form) -> list[Stage]:
-    """In the quick form the last row of the paper's table alone, overlapped: 640 images."""
+    """The quick form has only the last row of the paper's table, overlapped: 640 images."""
     gpu = "--size 224 --batch 64 --epochs 3 --rounds 3"
     cases = {
         "rehearsal": [("eager", "--size 32 --factors 2 --epochs 1 --rounds 1 --batch 10")],
@@ -219,8 +219,7 @@ def _epoch(form: Form) -> list[Stage]:
 
 
 def _score(form: Form, data: Path | None, images: Path) -> list[Stage]:
-    """Decoding by each kind of device, and with a teacher by the last; before it, without data, the
-    images to decode."""
+    """Decoding on each device, and on the last with a teacher; without data, images come first."""
     count, rounds = {"rehearsal": (40, 1), "quick": (1000, 3), "full": (2000, 5)}[form]
     write = Stage(
         name="score-images",
@@ -239,7 +238,7 @@ def _score(form: Form, data: Path | None, images: Path) -> list[Stage]:
         ("score-cuda", "cuda", peers),
         ("score-teacher", "cuda", teacher),
     ]
-    if form == "rehearsal":  # in one process, as imports are most of it
+    if form == "rehearsal":  # in one process, as imports take most of the time
         cases = [("score-cpu", "cpu", (*peers, *teacher))]
     decode = [
         Stage(

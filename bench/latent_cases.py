@@ -1,7 +1,7 @@
-"""Noise, first state and sampler steps of a batch of latents.
+"""Cases on latents: noise, first state and sampler steps of a batch.
 
-Formulas of the bytes: kernels/noise.py, latents.py, sampler.py and table_step.py. Names give
-samples x channels x rows x columns. Model inputs and eps are of ``model_dtype``.
+Byte formulas: kernels/noise.py, latents.py, sampler.py and table_step.py. Names give
+samples x channels x rows x columns. Model inputs and eps have ``model_dtype``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STEP: dict[str, Any] = {
     "seed": SEED, "step": 1, "epoch": EPOCH,
 }  # fmt: skip
 START_TOLERANCE, STEP_TOLERANCE = 5e-3, 2e-2
-"""More than half an ulp, in half, of the largest model input: below 8; a state, below 64."""
+"""More than half an fp16 ulp of the largest values: model inputs are below 8, states below 64."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Latents:
     eps: Tensor
     rows: Tensor
     classes: tuple[Tensor, Tensor]
-    """First row and number of rows of each sample's class: eight rows each."""
+    """First row and number of rows of each sample's class; eight rows per class."""
     table: Tensor
     steps: Tensor
     epoch: Tensor
 
 
 def random_latents(device: str, batch: int, side: int) -> Latents:
-    """A bank of ``batch`` latents [4, side, side]."""
+    """Random inputs for ``batch`` latents [4, side, side]."""
     rows = torch.arange(batch, device=device)
     bank, eps = torch.randn(2, batch, 4, side, side, device=device)
     next_scales = *SCHEDULE.model_scales[1:], 1.0
@@ -88,7 +88,7 @@ def noise_case(device: str, batch: int, shape: tuple[int, ...], *, compiled: boo
 
 
 def latent_cases(device: str, batch: int, side: int, *, compiled: bool) -> list[Case]:
-    """Noise, first state, and the step with sigmas of the host and of the device."""
+    """Noise, first state, and the sampler step with sigmas from the host and from the device."""
     half = model_dtype(device)
     given = random_latents(device, batch, side)
     bank, eps, rows = given.bank, given.eps, given.rows

@@ -1,11 +1,11 @@
-"""The one place that takes times: rounds over peers, single calls, what ran where, rows on disk.
+"""All timing: rounds over peers, single calls, a description of the machine, and rows on disk.
 
-Times are CUDA events where there is a GPU, and the host's clock elsewhere; a pass ends when the
+Times come from CUDA events where there is a GPU, else from the host's clock; a pass ends when the
 device is done. Warm-up is not counted. Figures are p20, p50 and p80 over n rounds. A row is one
 JSON object in ``bench/results/<device>/<benchmark>.jsonl``, appended and never edited.
 
-Taken elsewhere, by the host's clock: how long a bench, its stages and what it does once ran, and
-what the training loop says of its epochs, which is what a user sees (epoch_runs.py).
+Timed elsewhere, by the host's clock: whole benchmarks, their stages and one-time work, and the
+epochs of the training loop, as a user sees them (epoch_runs.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ GPU_QUERIES = {
 }
 QUANTILES = (20, 50, 80)
 LAUNCHES = 100
-"""Calls in a row whose launch time is divided."""
+"""Consecutive calls over which launch time is averaged."""
 Result = TypeVar("Result")
 
 
@@ -81,7 +81,7 @@ def measure_rates(
 ) -> dict[str, Rate]:
     """Items per second of every peer. A peer does one pass and returns its number of items.
 
-    Peers take turns within a round, so that what else the machine does hits all of them;
+    Peers take turns within a round, so that other load on the machine affects all of them;
     ``warmup`` rounds are not counted. With a GPU, a pass ends when the GPU is done.
     """
     taken: dict[str, list[float]] = {name: [] for name in peers}
@@ -94,10 +94,10 @@ def measure_rates(
 
 
 def timed(call: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds of a call until the device is done with it, and its result.
+    """Seconds of a call until the device is done, and its result.
 
-    Between two CUDA events, where there is a GPU. The second waits for the whole device: the work
-    may be on streams of its own, and an event waits for that of one alone.
+    With a GPU, the time between two CUDA events. The device is synchronized before the second: the
+    work may use other streams, and an event waits for one stream only.
     """
     if not torch.cuda.is_available():
         began = time.perf_counter()
@@ -114,9 +114,9 @@ def timed(call: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def time_us(call: Callable[[], object], device: str) -> dict[str, float | int]:
-    """p20, p50 and p80 of a call that takes microseconds to milliseconds, in microseconds, and n.
+    """p20, p50, p80 in microseconds, and n, of a call that takes microseconds to milliseconds.
 
-    On a GPU between two events and with a cleared L2 cache (triton.testing.do_bench).
+    On a GPU by CUDA events, with a cleared L2 cache (triton.testing.do_bench).
     """
     if device != "cpu":
         from triton.testing import do_bench
@@ -129,7 +129,7 @@ def time_us(call: Callable[[], object], device: str) -> dict[str, float | int]:
 
 
 def launch_us(call: Callable[[], object]) -> dict[str, float | int]:
-    """What a call takes of the host, which does not wait for the GPU: p20, p50, p80 of n rounds."""
+    """Host time of a call, without waiting for the GPU: p20, p50, p80 of n rounds."""
     taken = []
     for _ in range(5):
         torch.cuda.synchronize()
@@ -142,14 +142,14 @@ def launch_us(call: Callable[[], object]) -> dict[str, float | int]:
 
 
 def ratios(fast: Rate, slow: Rate) -> Rate:
-    """fast / slow of every round: what is common to a round cancels."""
+    """fast / slow per round; load common to a round cancels."""
     return Rate(tuple(a / b for a, b in zip(fast.rounds, slow.rounds, strict=True)))
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
-    """What a number depends on: device, clocks, load, versions, commit, time.
+    """Everything a figure depends on: device, clocks, load, versions, commit, time.
 
-    `dirty`: what runs is not the commit; rows appended under results/ are no code.
+    `dirty`: the code differs from the commit; rows under results/ do not count.
     """
     code = (":(top)", ":(top,exclude)bench/results")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
@@ -171,9 +171,9 @@ def environment(device: str = "cpu") -> dict[str, object]:
 
 
 def _gpu_row(device: str) -> dict[str, object]:
-    """Of torch and nvidia-smi, which is asked for this GPU by its id; None: it does not say.
+    """GPU properties from torch, and nvidia-smi by GPU id. None: nvidia-smi does not report it.
 
-    It is asked while the GPU multiplies matrices: the clocks of an idle one say nothing.
+    nvidia-smi is queried while the GPU multiplies matrices, because idle clocks mean nothing.
     """
     found = torch.cuda.get_device_properties(device)
     asked = ",".join(("driver_version", *GPU_QUERIES.values()))
@@ -209,7 +209,7 @@ def _ask_under_load(device: str, *words: str) -> str | None:
 def _number(text: str | None) -> float | None:
     try:
         return None if text is None else float(text)
-    except ValueError:  # [N/A], where the card does not tell
+    except ValueError:  # [N/A]: the card does not report it
         return None
 
 
@@ -231,7 +231,7 @@ def append_row(benchmark: str, row: Mapping[str, object], results: Path = RESULT
 
 
 def publish(row: Mapping[str, object], *, record: bool, as_json: bool) -> None:
-    """Append a row to the results of its ``row["benchmark"]`` and print it last, as asked."""
+    """Append the row to the results of ``row["benchmark"]`` and print it last, as requested."""
     if record:
         print(f"appended to {append_row(str(row['benchmark']), row)}")
     if as_json:
@@ -241,11 +241,11 @@ def publish(row: Mapping[str, object], *, record: bool, as_json: bool) -> None:
 def run_program(
     main: Callable[[Any], int | None], options: type[Any], *, wrong: int = 1
 ) -> NoReturn:
-    """Call `main` with the options of the command line and exit with what it returns.
+    """Call `main` with the command line's options and exit with its return value.
 
-    A ValueError or OSError is one line on stderr and exit status `wrong`.
+    A ValueError or OSError prints one line on stderr and exits with status `wrong`.
     """
-    import tyro  # the tests of this file run where there is none
+    import tyro  # imported here: the tests of this file also run without it
 
     try:
         sys.exit(main(tyro.cli(options)))
@@ -259,7 +259,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_field(name: str) -> str | None:
-    """Of the first core in /proc/cpuinfo."""
+    """A field of the first core in /proc/cpuinfo."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     match = re.search(rf"^{name}\s*:\s*(.+)", text, re.M)

@@ -1,14 +1,14 @@
-"""What one peer adds to the memory in use, though others live in the same process.
+"""Peak memory that one peer adds, although others live in the same process.
 
     watch = MemoryWatch(device)     before the peer is opened
-    watch.peak_of(one_pass)         most memory during a pass, less what was in use before
+    watch.peak_of(one_pass)         peak memory of a pass, minus what was in use before
 
-On a GPU `torch_bytes` is of torch's allocator (max_memory_allocated); ONNX Runtime and TensorRT
-allocate outside it, so `device_bytes` is what the device holds more after the pass, with torch's
-cache of free memory. On the CPU `process_bytes` is of the resident set (VmHWM), which the kernel
-counts anew for every peer; weights that are mapped count as they are read. What opening and
-checking a peer takes for a while, such as an engine's build, is in none of them: heap that is free
-by then goes back to the system before a pass (glibc alone can be asked to).
+On a GPU `torch_bytes` is from torch's allocator (max_memory_allocated). ONNX Runtime and TensorRT
+allocate outside it, so `device_bytes` is the growth of the whole device's memory after the pass,
+including torch's cache of free memory. On the CPU `process_bytes` is from the resident set's peak
+(VmHWM), which the kernel resets for every peer; mapped weights count once they are read. Temporary
+memory of opening and checking a peer, such as an engine's build, is in none of them: free heap
+goes back to the system before a pass (glibc only).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ FORGET_PEAK = "5"
 
 
 class MemoryWatch:
-    """Remembers what is in use when it is made."""
+    """Records the memory in use when it is created."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._before = self._in_use()
 
     def peak_of(self, one_pass: Callable[[], object]) -> dict[str, int | None]:
-        """Bytes that the peer holds and its pass needs on top, from one more pass.
+        """Run one more pass; bytes that the peer holds plus what its pass needs on top.
 
-        None: not known, because the kernel does not let this process count anew.
+        None: not known, because the kernel does not let this process reset the peak.
         """
         if self._device == "cpu":
             gc.collect()
@@ -44,7 +44,7 @@ class MemoryWatch:
             one_pass()
             grown = _status_bytes("VmHWM") - self._before["process_bytes"]
             return {"process_bytes": grown if known else None}
-        torch.cuda.empty_cache()  # What opening and checking the peer left there.
+        torch.cuda.empty_cache()  # Left over from opening and checking the peer.
         torch.cuda.reset_peak_memory_stats()
         one_pass()
         torch.cuda.synchronize()
@@ -54,7 +54,7 @@ class MemoryWatch:
     def _in_use(self) -> dict[str, int]:
         gc.collect()
         if self._device == "cpu":
-            _give_back_free_heap()  # Else a peer grows into what others have freed.
+            _give_back_free_heap()  # Otherwise a peer reuses heap that others freed.
             return {"process_bytes": _status_bytes("VmRSS")}
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -68,7 +68,7 @@ def _give_back_free_heap() -> None:
 
 
 def _forget_peak() -> bool:
-    """Whether VmHWM now counts anew."""
+    """Reset VmHWM; whether the kernel allowed it."""
     try:
         CLEAR_REFS.write_text(FORGET_PEAK)
     except OSError:
@@ -77,7 +77,7 @@ def _forget_peak() -> bool:
 
 
 def _device_bytes() -> int:
-    """In use on the whole GPU."""
+    """Bytes in use on the whole GPU."""
     free, total = torch.cuda.mem_get_info()
     return total - free
 

@@ -1,7 +1,7 @@
-"""Who is measured beside us, by name, and what a name says of its precision. No torch.
+"""Names of the measured backends and peers, and the precisions in them. No torch.
 
 A name is WHAT or WHAT-PRECISION: `ort`, `eager-bf16`, `diffusers`, `diffusers-compiled-bf16`.
-Without a precision it is in the device's usual one. Everything in `PEERS` is somebody else's.
+Without a precision it uses the device's usual one. `PEERS` are other projects' implementations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PEERS = {*DIFFUSERS, *LOADERS, "eager_us", "compiled_us"}
 
 
 def split_name(name: str) -> tuple[str, Precision | None]:
-    """What it is, and the precision at the end of its name; None: the device's usual one."""
+    """The name without its precision, and the precision. None: the device's usual one."""
     for precision in PRECISIONS:
         if name.endswith(f"-{precision}"):
             return name.removesuffix(f"-{precision}"), precision
@@ -24,10 +24,10 @@ def split_name(name: str) -> tuple[str, Precision | None]:
 
 
 def is_peer(name: str) -> bool:
-    """Whether it is somebody else's, in any precision."""
+    """Whether it is another project's, in any precision."""
     return split_name(name)[0] in PEERS
 
 
 def default_precision(device: str) -> Precision:
-    """Of a device, `cpu` or `cuda`: where a name does not say another."""
+    """Usual precision of `cpu` or `cuda`, for names without one."""
     return "fp16" if device == "cuda" else "fp32"

@@ -1,7 +1,7 @@
-"""Patches up, pictures down to the student, mosaics, and the loss on stored labels.
+"""Cases on pictures: upsampling, student input, mosaics, and the loss on stored labels.
 
-Formulas of the bytes: kernels/pixels.py, student_input.py, mosaic.py and softlabel.py. Names give
-pictures x side in pixels, or pictures x classes. Pictures and logits are of ``model_dtype``.
+Byte formulas: kernels/pixels.py, student_input.py, mosaic.py and softlabel.py. Names give
+pictures x side in pixels, or pictures x classes. Pictures and logits have ``model_dtype``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from patchbloom.kernels.student_input import student_input, student_input_refere
 from torch import Tensor
 
 TARGET_SIDE_PX, TARGET_SHARE = 512, 0.85
-"""From this side on, a batch of 64 is to reach this share of copy bandwidth."""
+"""From this side up, a batch of 64 should reach this share of copy bandwidth."""
 BOX = 0.6, 0.7
 """Height and width of every crop, as shares of the picture's side."""
 TEMPERATURE = 4.0
@@ -26,12 +26,12 @@ TEMPERATURE = 4.0
 
 @dataclass(frozen=True)
 class Views:
-    """Pictures, and what the student sees of them."""
+    """Pictures, and the parameters of the student's views."""
 
     inputs: tuple[Tensor, Tensor, Tensor]
     """Pictures, boxes, flips."""
     cutmix: tuple[Tensor, Tensor]
-    """Each picture's neighbour, in a quarter of its pixels."""
+    """Pasted picture of each row (its neighbour), and the box: a quarter of the pixels."""
     moments: dict[str, Any]
     """ImageNet's mean_C and std_C."""
 
@@ -51,7 +51,8 @@ def random_views(device: str, batch: int, side: int) -> Views:
 
 
 def view_bytes(views: Views, size_px: int, dtype: torch.dtype) -> int:
-    """The boxes read, which CutMix does not change as all are of one size; the views written."""
+    """Bytes of the boxes read, which CutMix does not change as all have one size, and of the views
+    written."""
     images = views.inputs[0]
     batch, channels = images.shape[:2]
     read = int(BOX[0] * BOX[1] * images.numel()) * images.itemsize
@@ -59,7 +60,7 @@ def view_bytes(views: Views, size_px: int, dtype: torch.dtype) -> int:
 
 
 def pixel_cases(device: str, batch: int, side: int, *, compiled: bool) -> list[Case]:
-    """Patches up, pictures down to the student with and without CutMix, mosaics."""
+    """Upsampling, student input with and without CutMix, mosaics."""
     half, patch, student = model_dtype(device), side // 2, min(224, side)
     patches = torch.randint(0, 256, (batch, patch, patch, 3), dtype=torch.uint8, device=device)
     tiles = torch.randint(0, 256, (4 * batch, *patches.shape[1:]), dtype=torch.uint8, device=device)

@@ -1,13 +1,13 @@
-"""The gate of every figure on expansion: pictures against diffusers' own img2img pipeline's.
+"""Gate of every expansion figure: pictures are compared with those of diffusers' img2img pipeline.
 
-All start from the same pixels and draw the same noise; of the encoder's posterior diffusers takes
-the mean here, as we do. What is timed passes when its pictures are those of diffusers' usual
-pipeline, and when its own pictures of wrong prompts and of a wrong timestep are not: by the
-relative L2 error, at most RELATIVE_L2 of the coarser precision of both sides, and of wrong ones
-more than WRONG_TIMES as large. In fp32 no value may be off by more than TOLERANCE of [-1, 1].
+All peers start from the same pixels and draw the same noise; diffusers takes the mean of the
+encoder's posterior here, as we do. A peer passes when its pictures match those of diffusers' usual
+pipeline, and its pictures of wrong prompts and of a wrong timestep do not. The relative L2 error
+must be at most RELATIVE_L2 of the coarser precision of both sides, and wrong pictures must have
+more than WRONG_TIMES that error. In fp32 no value may be off by more than TOLERANCE of [-1, 1].
 
-Wrong pictures in half precision need not be beyond the bound of right ones: random weights hardly
-listen to prompts and timesteps. SDXL-Turbo's architecture with such weights, 64 px, bf16 on a CPU:
+Wrong pictures in half precision need not exceed the bound of right ones: random weights hardly
+respond to prompts and timesteps. SDXL-Turbo's architecture with such weights, 64 px, bf16 on a CPU:
 52.3 dB, and 43.4 and 40.4 dB for the wrong ones, which are 2.8 and 3.9 times as far away.
 
 A backend's name may end in its precision: "ort" is fp32 on the CPU and fp16 on a GPU.
@@ -38,27 +38,27 @@ RELATIVE_L2: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.07}
 WRONG_TIMES: dict[Precision, float] = {"fp32": 100.0, "fp16": 2.0, "bf16": 2.0}
 CONTROLS = ("wrong_timestep", "wrong_prompt")
 WRONG_BY = 50
-"""Timesteps that the wrong one is early."""
+"""Timesteps by which the wrong one is early."""
 EPOCH = 0
 Errors = dict[str, dict[str, float]]
-"""Of the same pictures and of both controls: max_abs, relative_l2, psnr_db."""
+"""max_abs, relative_l2 and psnr_db of the same pictures and of both controls."""
 
 
 @dataclass(frozen=True)
 class Coreset:
-    """Patches of noise: what they show does not change the work."""
+    """Noise patches: their content does not change the work."""
 
     patches_NHWC: Tensor
     labels_N: np.ndarray
     prompts_K: tuple[str, ...]
 
     def prompts_of(self, samples: Tensor, *, shift: int = 0) -> list[str]:
-        """Of the samples' classes, or of those `shift` classes on."""
+        """Prompts of the samples' classes, shifted by `shift` classes."""
         classes = (self.labels_N[samples.numpy()] + shift) % len(self.prompts_K)
         return [self.prompts_K[index] for index in classes]
 
     def spread(self, count: int) -> Tensor:
-        """`count` samples from first to last, ascending; some are repeated if there are fewer."""
+        """`count` samples from first to last, ascending; some repeat if there are fewer."""
         return torch.linspace(0, len(self.labels_N) - 1, count).long()
 
 
@@ -78,7 +78,7 @@ def open_expander(
 ) -> Expander:
     """Our Expander on one backend, without mixup, which diffusers does not have.
 
-    ValueError: no such backend or precision.
+    Raises ValueError for an unknown backend or precision.
     """
     backend, precision = split_name(name)
     config = ExpandConfig(
@@ -100,9 +100,9 @@ def open_expander(
 def pipeline_pictures(
     pipeline: Any, coreset: Coreset, samples: Tensor, config: ExpandConfig, *, shift: int = 0
 ) -> Tensor:
-    """Pictures of a pipeline of diffusers, fp32 [len(samples), 3, H, W], with our noise.
+    """Pictures of a diffusers pipeline with our noise, fp32 [len(samples), 3, H, W].
 
-    Of `config` its size, steps, rho and seed count; `shift` as of `prompts_of`.
+    Uses size, steps, rho and seed of `config`; `shift` as in `prompts_of`.
     """
     patches = coreset.patches_NHWC[samples]
     images = upsample_patches(patches, config.size_px, dtype=torch.float32)
@@ -151,7 +151,7 @@ def _early(denoise: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compare(name: str, cases: dict[str, Tensor], expected: Tensor, precision: Precision) -> Errors:
-    """Errors of every case; RuntimeError at a failed gate.
+    """Errors of every case. Raises RuntimeError when the gate fails.
 
     `precision`: the coarser of both sides.
     """
@@ -161,12 +161,12 @@ def compare(name: str, cases: dict[str, Tensor], expected: Tensor, precision: Pr
 
 
 def coarser(one: Precision, other: Precision) -> Precision:
-    """The one that tells fewer values apart."""
+    """The precision with fewer distinct values."""
     return one if PRECISIONS.index(one) > PRECISIONS.index(other) else other
 
 
 def check_errors(name: str, errors: Errors, precision: Precision) -> None:
-    """RuntimeError: not diffusers' pictures, or wrong ones pass too."""
+    """Raises RuntimeError when pictures are not diffusers', or wrong ones pass too."""
     same, bound, times = errors["same"], RELATIVE_L2[precision], WRONG_TIMES[precision]
     right = same["relative_l2"] <= bound
     expected = f"a relative L2 error of at most {bound:g}, of wrong ones {times:g} times it"
@@ -186,7 +186,7 @@ def _no_noise(shape: tuple[int, ...], **wanted: Any) -> Tensor:
 
 
 def _errors(images: Tensor, expected: Tensor) -> dict[str, float]:
-    """The PSNR ends at 200 dB, where nothing differs."""
+    """Errors of pictures; the PSNR is capped at 200 dB, for equal pictures."""
     difference = (images - expected.to(images.device)).double()
     mean_square = difference.square().mean().clamp(min=4e-20)
     return {

@@ -3,10 +3,10 @@
     python bench/profile_expand.py --json                                           (CPU, sdxl-tiny)
     python bench/profile_expand.py --model sdxl-turbo --weights random --size 224 --json    (a GPU)
 
-A cost is all calls of one kernel, by the time that it takes of the device; on a CPU all calls of
-one operation, without those that it calls. Shares are of all costs together. `busy` is that sum
-over the time of a pass without the profiler: on a GPU well below 1 means that it waits for the
-host, which no faster kernel mends.
+A cost is the device time of all calls of one kernel; on a CPU the time of all calls of one
+operation, without the operations it calls. Shares are relative to the sum of all costs. `busy` is
+that sum over the time of a pass without the profiler: on a GPU, well below 1 means that the GPU
+waits for the host, which no faster kernel fixes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 NAME_LENGTH = 120
-"""Of a template's instance what tells it from others; the rest is cut."""
+"""Characters kept of a kernel's name: enough to tell template instances apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +35,22 @@ class Options:
     model: str = "sdxl-tiny"
     """Name or folder of a model."""
     weights: Weights = "pretrained"
-    """`random`: the architecture alone; speed does not depend on weights."""
+    """`random`: the architecture only; speed does not depend on weights."""
     backend: str = "eager"
-    """eager, ort, inductor or trt; with -bf16, -fp16 or -fp32 another precision than the device's
-    usual one. On a CPU ort is one call, which says nothing."""
+    """eager, ort, inductor or trt; append -bf16, -fp16 or -fp32 for another precision than the
+    device's usual one. On a CPU ort is a single operation, so its profile says nothing."""
     device: DeviceName = "auto"
-    """`auto` is cuda where there is one."""
+    """`auto`: cuda if available."""
     size: int = 64
-    """Image size in px; patches have half of it."""
+    """Image size in px; patches are half as large."""
     batch: int = 32
-    """Images per call of the engine."""
+    """Images per engine call."""
     images: int = 32
-    """Images of the pass."""
+    """Images per pass."""
     classes: int = 2
     patches_per_class: int = 40
     largest: int = 10
-    """Costs to name."""
+    """Number of costs to report."""
     json: bool = False
     """Print the row as the last line."""
     record: bool = True
@@ -58,9 +58,9 @@ class Options:
 
 
 def costs_of(call: Callable[[], object], device: str) -> list[dict[str, Any]]:
-    """Name, calls and milliseconds of every kernel, or operation, largest first.
+    """Name, calls and milliseconds of every kernel or operation, largest first.
 
-    RuntimeError: the profiler saw none.
+    Raises RuntimeError when the profiler recorded none.
     """
     on_gpu = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

@@ -1,4 +1,4 @@
-"""What can be asked of bench_scale.py, and what it then asks of scale_points.py, point by point."""
+"""Options of bench_scale.py, and the requests that it sends to scale_points.py, point by point."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AXES = {
     "ranks": "world",
 }
 CROPS = 5
-"""Of an image, in scoring."""
+"""Crops per image in scoring."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,48 +27,48 @@ class Options:
     """How cost grows."""
 
     parts: tuple[Part, ...] = PARTS
-    """Which of them to run."""
+    """Parts to run."""
     quick: bool = False
-    """Few and small points, whatever the counts below say."""
+    """Few and small points, overriding the counts below."""
     data: Path | None = None
-    """For scoring: an ImageFolder with train/, or a plain one; None: generated images of 64 px,
-    whose rate says nothing about ImageNet. Where it has fewer images than a point, they are listed
-    again, and the row says so."""
+    """For scoring: an ImageFolder with train/, or a plain one. Default: generated images of 64 px,
+    whose rate says nothing about ImageNet. If it has fewer images than a point, they are listed
+    repeatedly, and the row says so."""
     model: str = "sdxl-tiny"
-    """Name or folder of a model; of labels and ranks too."""
+    """Name or folder of a model; also for labels and ranks."""
     weights: Weights = "pretrained"
-    """`random`, for expansion and coreset: the architecture alone."""
+    """`random`, for expansion and coreset: the architecture only."""
     backend: str = "eager"
-    """Of the expander and of labels: eager, ort, inductor or trt; eager-bf16 is another precision
-    than the device's usual one (fp32 on the CPU, fp16 on a GPU)."""
+    """Backend of the expander and of labels: eager, ort, inductor or trt; append -bf16, -fp16 or
+    -fp32 for another precision than the device's usual one (fp32 on the CPU, fp16 on a GPU)."""
     device: DeviceName = "auto"
-    """`auto` is cuda where there is one; ranks are measured on the CPU."""
+    """`auto`: cuda if available; ranks are measured on the CPU."""
     size: int = 64
-    """Image size in px; patches and crops have half of it."""
+    """Image size in px; patches and crops are half as large."""
     batches: tuple[int, ...] = (1, 4, 16, 32, 64)
     classes: tuple[int, ...] = (10, 1000, 10_000)
     cached_prompts: int = 64
-    """Prompts whose keys and values have room in the part coreset."""
+    """Prompts whose keys and values fit the cache in the part coreset."""
     images: tuple[int, ...] = (1000, 3000, 9000)
     epochs: tuple[int, ...] = (1, 8, 64)
     worlds: tuple[int, ...] = (1, 2)
     teacher: str = "convnet-d3-w8"
-    """Network of scoring, untrained, and of labels and ranks, trained for one epoch."""
+    """Teacher network: untrained for scoring, trained for one epoch for labels and ranks."""
     expanded: int = 128
-    """Images of one timed pass of expansion and coreset."""
+    """Images per timed pass of expansion and coreset."""
     shapes_per_class: int = 100
-    """Generated training images of a class, for labels and ranks."""
+    """Generated training images per class, for labels and ranks."""
     threads: int = 2
-    """Of a process; ranks have one each."""
+    """Threads per process; ranks have one each."""
     rounds: int = 5
-    """Of expansion, coreset, scoring and labels; ranks are timed once."""
+    """Timed rounds of expansion, coreset, scoring and labels; ranks are timed once."""
     json: bool = False
-    """Print every row as a line of its own."""
+    """Print every row as one line."""
     record: bool = True
     """Append the rows to bench/results/."""
 
     def sized(self) -> Options:
-        """Itself, or its quick form."""
+        """These options, or their quick form."""
         if not self.quick:
             return self
         return replace(
@@ -85,8 +85,10 @@ class Options:
 
 
 def settings_of(options: Options, part: str) -> dict[str, Any]:
-    """What a part's points have in common, as its row tells it; of a part that has none of a
-    setting, not that setting. The backend's name has its precision."""
+    """Settings that the points of a part share, for its row; only those that apply to the part.
+
+    The backend's name includes its precision.
+    """
     drawn = {"data": "generated", "generated": True, "threads": options.threads}
     given = {
         "data": "generated" if options.data is None else options.data.name,
@@ -118,7 +120,7 @@ def settings_of(options: Options, part: str) -> dict[str, Any]:
 
 
 def points_of(options: Options, part: str, device: str) -> list[Point]:
-    """What each child process is asked for; the backend's name has its precision."""
+    """Arguments of each child process; the backend's name includes its precision."""
     expander = {
         "model": options.model,
         "weights": options.weights,

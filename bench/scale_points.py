@@ -1,9 +1,9 @@
-"""One point of bench_scale.py, in a process of its own, so that its peak memory is nobody else's.
+"""One point of bench_scale.py, in its own process, so that its peak memory is its own.
 
     python bench/scale_points.py scoring '{"images": 1000, ...}'
 
-The last line of stdout is one JSON object: what the point measured, `peak_bytes` of this process on
-the host (its highest resident set) and `peak_gpu_bytes` of the whole GPU (0 without one).
+The last line of stdout is one JSON object: the point's measurements, `peak_bytes` of this process
+on the host (its peak resident set) and `peak_gpu_bytes` of the whole GPU (0 without one).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PATCHES_PER_CLASS = FACTOR**2  # at IPC 1
 def expansion(
     *, expander: dict[str, Any], batch: int, classes: int, images: int, rounds: int
 ) -> dict[str, Any]:
-    """Images/s of an open coreset at one engine batch; `images` of a pass, rounded up to calls.
+    """Images/s of an open coreset at one engine batch; a pass has `images`, rounded up to batches.
 
     `expander`: model, weights, backend with its precision (eager-fp32), device, size_px.
     """
@@ -74,10 +74,10 @@ def coreset(
     images: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """A coreset of generated names and patches, IPC 1: written, opened, read, expanded.
+    """Write, open, read and expand a coreset of generated names and patches, IPC 1.
 
-    There is room for the keys and values of `cached_prompts` prompts; a pass expands all samples of
-    random classes, others in every round.
+    The cache holds the keys and values of `cached_prompts` prompts; a pass expands all samples of
+    random classes, redrawn every round.
     """
     took: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -135,7 +135,7 @@ def _timed(took: dict[str, float], step: str, work: Callable[[], Any]) -> Any:
 
 
 def _write_coreset(folder: Path, classes: int, size_px: int) -> Coreset:
-    """Noise does not compress: its files are as large as patches get."""
+    """Write a coreset of noise, which does not compress: its files have the largest size."""
     side_px, names = size_px // FACTOR, [f"generated thing {index}" for index in range(classes)]
     shape = (classes * PATCHES_PER_CLASS, side_px, side_px, 3)
     return write_coreset(
@@ -156,7 +156,7 @@ def _write_coreset(folder: Path, classes: int, size_px: int) -> Coreset:
 
 
 def _row_bytes(expander: dict[str, Any]) -> int:
-    """Keys and values of one prompt, from the model's configuration."""
+    """Bytes of one prompt's keys and values, from the model's configuration."""
     parts = load_parts(
         find_model(expander["model"], "random"), precision=_precision(expander), device="meta"
     )
@@ -165,7 +165,7 @@ def _row_bytes(expander: dict[str, Any]) -> int:
 
 
 def _text_bytes(expander: dict[str, Any]) -> int:
-    """Text embeddings of one prompt, as they lie on the host."""
+    """Bytes of one prompt's text embeddings on the host."""
     width, pooled_width = find_model(expander["model"], "random").text_widths()
     itemsize = {"fp32": 4}.get(_precision(expander), 2)
     return (TOKENS * width + pooled_width) * itemsize
@@ -187,14 +187,14 @@ def scoring(
     threads: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Every image decoded, cropped and scored by an untrained teacher; the best patches, IPC 1.
+    """Decode, crop and score every image with an untrained teacher; select patches at IPC 1.
 
-    So `rounds` times over: `seconds` and `images_per_s` have the start of the loader in them.
+    This runs `rounds` times; `seconds` and `images_per_s` include the loader's start.
 
-    Without `data`, generated JPEGs, listed once each. Of a set that is smaller than `images`, the
-    files are listed again: `listings` is how often.
+    Without `data`, the images are generated JPEGs, listed once each. If the set is smaller than
+    `images`, its files are listed `listings` times.
 
-    What grows with the images is the list alone: 111 B each, so 0.9 MB from 1,000 to 9,000.
+    Only the list grows with the images: 111 B each, so 0.9 MB from 1,000 to 9,000.
     """
     with tempfile.TemporaryDirectory() as name:
         if data is None:
@@ -231,7 +231,7 @@ def scoring(
 
 
 def _figures(taken_s: list[float], items: int, name: str) -> dict[str, Any]:
-    """Seconds of every round, start included, their quantiles, and the rate's under `name`."""
+    """Seconds of every round, start included, their quantiles, and those of the rate as `name`."""
     rate = Rate(tuple(items / seconds for seconds in taken_s))
     return {
         "seconds": Rate(tuple(taken_s)).row(),
@@ -242,7 +242,7 @@ def _figures(taken_s: list[float], items: int, name: str) -> dict[str, Any]:
 
 
 def _listed(given: ImageSet, images: int) -> ImageSet:
-    """`images` files, spread evenly over the set, in the order of their classes."""
+    """`images` files, spread evenly over the set, in class order."""
     rows = np.sort(np.resize(np.arange(len(given)), images))
     if images <= len(given):
         rows = np.linspace(0, len(given) - 1, images).astype(np.int64)
@@ -260,12 +260,12 @@ def labels(
     shapes_per_class: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Seconds and bytes of a coreset's dense labels; teacher and patches are made before.
+    """Seconds and bytes of a coreset's dense labels; teacher and patches are made beforehand.
 
-    Every round labels a copy of that run: its `seconds` and `labels_per_s` have the start in them,
-    with the engine's opening.
+    Every round labels a copy of that run; `seconds` and `labels_per_s` include start-up and opening
+    the engine.
 
-    `backend` with its precision, as of an expander.
+    `backend` includes its precision, as in `expander`.
     """
     name_of_backend, _, precision = backend.partition("-")
     with tempfile.TemporaryDirectory() as name:

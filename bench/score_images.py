@@ -1,10 +1,10 @@
-"""Stand-ins for photographs where bench_score.py is given none: JPEGs of ImageNet's usual size.
+"""Generated JPEGs of ImageNet's usual size, for bench_score.py without photographs.
 
     python bench/score_images.py FOLDER COUNT
 
-The pictures of the generated set (train/data/shapes.py), enlarged to 500 × 375 px, with grain, so
-that they have a photograph's bytes: decoding costs by bytes. Standard library,
-NumPy and Pillow.
+They are pictures of the generated set (train/data/shapes.py), enlarged to 500 × 375 px, with grain
+that gives them a photograph's bytes: decoding cost depends on bytes. Standard library, NumPy and
+Pillow.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from PIL import Image
 
 WIDTH_PX, HEIGHT_PX = 500, 375
 GRAIN, QUALITY = 12.0, 95
-"""Standard deviation of the grain, of 255; with both a file has 108 kB, about as ImageNet's."""
+"""Standard deviation of the grain, of 255, and JPEG quality; files have 108 kB, like ImageNet's."""
 
 
 def write_image(folder: Path, number: int) -> int:
-    """Write picture `number` into its class's folder below `train/`; its bytes."""
+    """Write picture `number` into its class's folder below `train/`; its size in bytes."""
     index = number % len(CLASS_NAMES)
     small = Image.fromarray(image(0, "train", index, number))
     large = np.asarray(small.resize((WIDTH_PX, HEIGHT_PX), Image.Resampling.BICUBIC), np.float32)
@@ -38,9 +38,9 @@ def write_image(folder: Path, number: int) -> int:
 
 
 def write_images(folder: Path, count: int) -> str:
-    """Write `count` images as `folder/train/<class>/*.jpg` unless they are there; a line on them.
+    """Write `count` images as `folder/train/<class>/*.jpg` unless they exist; a line for the log.
 
-    FileExistsError: the folder holds something else.
+    Raises FileExistsError when the folder holds something else.
     """
     recipe = {"count": count, "width_px": WIDTH_PX, "height_px": HEIGHT_PX, "grain": GRAIN}
     card = folder / "score_images.json"
@@ -48,7 +48,7 @@ def write_images(folder: Path, count: int) -> str:
     if card.is_file() and json.loads(card.read_text()) == recipe:
         return f"{told}, there already"
     if folder.exists():
-        raise FileExistsError(f"{folder} holds something else than {recipe}: remove it")
+        raise FileExistsError(f"{folder} holds something other than {recipe}: remove it")
     building = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:

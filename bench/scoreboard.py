@@ -4,14 +4,14 @@
     python bench/scoreboard.py --data DIR --methods random rded upsample dace --ipc 1 10 \\
       --seeds 3 --recipe dace --out board -- --model sdxl-turbo
 
-A board is a folder: cells/NAME are run folders of `train`, rows/NAME.json what a finished one told
-(never run again), scoreboard.md, scoreboard.json and plots/*.png what they come to. Killed and
-started again with the same options, it goes on in the cell where it was, from its last checkpoint.
-A cell that fails is told, and the others go on. Words after `--` are options of `train`
-(scoreboard_board.py says for which cells), and scoreboard_rows.py says what a row is.
+A board is a folder: cells/NAME are run folders of `train`; rows/NAME.json are the results of
+finished cells, which are never run again; scoreboard.md, scoreboard.json and plots/*.png summarize
+them. Killed and restarted with the same options, the board resumes the interrupted cell from its
+last checkpoint. A failed cell is reported, and the others still run. Words after `--` are options
+of `train` (scoreboard_board.py says for which cells); scoreboard_rows.py describes a row.
 
-A row of a cell is appended to bench/results/DEVICE/scoreboard.jsonl when the cell is done. After
---no-record, `cat board/rows/*.json` gives the same lines to append.
+Each finished cell appends a row to bench/results/DEVICE/scoreboard.jsonl. After --no-record,
+`cat board/rows/*.json` gives the same lines to append.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 def command(cell: Cell, board: Board) -> list[str]:
-    """Arguments of `train` that begin the cell, or go on with it."""
+    """Arguments of `train` that start or resume the cell."""
     out, words = board.options.out, list(cell.words)
     if cell.base is not None:
         words += board.learn_as(cell.base)
@@ -55,7 +55,7 @@ def command(cell: Cell, board: Board) -> list[str]:
 
 
 def run(cell: Cell, board: Board) -> str | None:
-    """Run `train` to its end; what it said last when it failed. It dies when this process does."""
+    """Run `train`, which dies with this process; its last message if it failed, else None."""
     if cell.generated:
         write_thousand(board.options.out / THOUSAND_SET)
     line = [sys.executable, "-m", "patchbloom.train.cli", *command(cell, board)]
@@ -66,7 +66,7 @@ def run(cell: Cell, board: Board) -> str | None:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        start_new_session=True,  # Ctrl-C comes to us, and from us to it: once
+        start_new_session=True,  # we forward Ctrl-C, so that it arrives once
         preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
     ) as process:
         assert process.stderr is not None
@@ -82,10 +82,10 @@ def run(cell: Cell, board: Board) -> str | None:
 
 
 def estimate_s(cell: Cell, size: Size, rows: Iterable[Row]) -> float | None:
-    """Seconds from the nearest cell that was measured; None when no such cell was.
+    """Estimated seconds, from the nearest measured cell; None when there is no similar one.
 
-    Nearest is the same cell, then one of the same method, student and image size, at best with as
-    many students. Epochs grow with epochs and images, the rest of a cell is taken as it was.
+    The nearest is the same cell, then one of the same method, student and image size, preferably
+    with as many students. Training time scales with epochs and images; the rest is constant.
     """
 
     def distance(row: Row) -> tuple[bool, bool, int]:
@@ -109,7 +109,7 @@ def estimate_s(cell: Cell, size: Size, rows: Iterable[Row]) -> float | None:
 
 
 def list_cells(board: Board, cells: Sequence[Cell], rows: Mapping[str, Row]) -> None:
-    """--dry-run: every cell, how much work it is, and the time that is left."""
+    """--dry-run: print every cell, its amount of work, and the time left."""
     table = [["cell", "images per epoch", "epochs", "time", ""]]
     left, unknown = 0.0, 0
     for cell in cells:
@@ -124,11 +124,11 @@ def list_cells(board: Board, cells: Sequence[Cell], rows: Mapping[str, Row]) -> 
     print_table(table)
     print(f"{len(cells)} cells, {len(rows)} done, {duration(left)} left")
     if unknown:
-        print(f"and {unknown} of unknown time, of which no cell like it is done")
+        print(f"and {unknown} of unknown time, because no similar cell is done")
 
 
 def run_all(board: Board, cells: Sequence[Cell], rows: dict[str, Row]) -> dict[str, str]:
-    """Run what is not done, filling `rows`; {cell: why it failed}."""
+    """Run the unfinished cells, filling `rows`; {cell: why it failed}."""
     out, failed = board.options.out, {}
     device = resolve_device(board.shared.device)
     for number, cell in enumerate(cells, 1):
@@ -146,7 +146,7 @@ def run_all(board: Board, cells: Sequence[Cell], rows: dict[str, Row]) -> dict[s
         if cell.name in failed:
             print(f"failed: {cell.name}: {failed[cell.name]}", file=sys.stderr, flush=True)
             if cell is board.teacher:
-                raise ValueError(f"no cell can go on without its teacher: {failed[cell.name]}")
+                raise ValueError(f"no cell can run without its teacher: {failed[cell.name]}")
             continue
         row: Row = environment(device) | {"benchmark": "scoreboard"}
         row |= read_row(cell, board, base)
@@ -161,14 +161,14 @@ def run_all(board: Board, cells: Sequence[Cell], rows: dict[str, Row]) -> dict[s
 
 
 def main(options: Options, common: Sequence[str]) -> int:
-    """Run or list the cells, then write the page; 1 when a cell failed."""
+    """Run or list the cells, then write the page; 1 when a cell failed, else 0."""
     board = Board(options=options, common=tuple(common))
     cells = board.cells()
     for cell in cells:
         board.size(cell)
     rows = read_rows(board, cells)
     if "patches" in options.parts and (left_out := board.left_out()):
-        print(f"left out of --factors: {', '.join(map(str, left_out))}", file=sys.stderr)
+        print(f"skipped --factors: {', '.join(map(str, left_out))}", file=sys.stderr)
     if options.dry_run:
         list_cells(board, cells, rows)
         return 0

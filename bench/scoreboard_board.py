@@ -1,10 +1,10 @@
-"""Which cells a scoreboard has, and of which lines the table of each part is made.
+"""Cells of a scoreboard, and the lines of each part's table.
 
-Words after `--` are options of `train` for every whole `train` and for the teacher. A `train
-student` takes those of SAME_ELSEWHERE, RUN_ALIKE and --learning-rate, and the manifest of its
-coreset has the others; with hard targets, of which no manifest tells a recipe, it takes HARD_ALIKE
-too. A cell of the set of 1000 classes, whose data, model and method are its own, takes --device and
-those of RUN_ALIKE, and no others.
+Words after `--` are options of `train`, for every whole `train` and for the teacher. A `train
+student` takes those of SAME_ELSEWHERE and RUN_ALIKE, and --learning-rate; the others come from the
+manifest of its coreset. With hard targets, whose recipe no manifest records, it also takes
+HARD_ALIKE. A cell of the 1000-class set, which has its own data, model and method, takes only
+--device and those of RUN_ALIKE.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ COMPARED = ("rded", "dace")
 """Methods of the parts patches and students."""
 TEXT_ONLY, NO_MIXUP = ("--start", "noise"), ("--no-mixup",)
 HARD = ("--targets", "hard")
-"""Options of `train` for students that learn from class indices alone."""
+"""Options of `train` for students that learn from class indices only."""
 TOP_KS, COMPONENTS = (3, 10, 50), (9, 20, 36, 40, 80)
-"""What the label codecs topk and pca keep of an answer."""
+"""Classes and components that the label codecs topk and pca keep."""
 SAME_ELSEWHERE = ("model", "backend", "device", "bundles", "engine_batch", "shapes_per_class")
-"""Options that `train student --coreset` has to be given again."""
+"""Options that `train student --coreset` must be given again."""
 RUN_ALIKE = ("student_precision", "student_compile", "accumulate", "overlap")
-"""Options that say how students are trained on this machine, whatever they learn from."""
+"""Options that set how students run on this machine, whatever they learn from."""
 HARD_ALIKE = ("recipe", "epochs", "batch", "cutmix")
-"""Options that decide students of hard targets, and that a coreset without labels does not tell."""
+"""Options of hard-target training that a coreset without labels does not record."""
 _THOUSAND = ("--recipe", "small", "--image-size", str(SIZE_PX))
 THOUSAND_EPOCHS, THOUSAND_TEACHER_EPOCHS = 20, 8
-"""Of the set of 1000 classes, where nobody says."""
+"""Defaults for the 1000-class set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
-    """The options, with the data looked at."""
+    """A board's options, and what follows from them and the data."""
 
     options: Options
     common: tuple[str, ...]
-    """Options of `train`, as the module says for which cells."""
+    """Options of `train`; the module's docstring says for which cells."""
 
     @cached_property
     def image_size(self) -> int:
@@ -62,13 +62,13 @@ class Board:
 
     @cached_property
     def factor(self) -> int:
-        """r of all parts but patches; what `train` takes when it is left out."""
+        """r of all parts except patches; by default, the default of `train`."""
         recipe = RECIPES[self.options.recipe]
         return self.options.factor or recipe.factor_for(self.image_size)
 
     @cached_property
     def shared(self) -> RunOptions:
-        """What all cells have in common, as `train` takes it."""
+        """Options that all cells share, as `train` parses them."""
         return _parsed(("--data", self.options.data, *self.common))
 
     @cached_property
@@ -77,22 +77,22 @@ class Board:
         return np.bincount(self.images("train").labels)
 
     def images(self, split: Literal["train", "val"]) -> ImageSet:
-        """A split of --data as it is now."""
+        """A split of --data in its current state."""
         folder = data_folder(self.options.data, self.shared.shapes_per_class, Report())
         return open_image_set(folder, split)
 
     @cached_property
     def data_sha256(self) -> str:
-        """Of both splits of --data."""
+        """Hash of both splits of --data."""
         return images_sha256(self.images("train"), self.images("val"))
 
     @cached_property
     def validation_sha256(self) -> str:
-        """Of what students are measured on."""
+        """Hash of the validation images."""
         return images_sha256(self.images("val"))
 
     def coreset(self, cell: Cell) -> Path:
-        """Folder of the coreset of which the cell's students are, of a whole `train`."""
+        """Folder of the coreset that the students of a whole `train` learn from."""
         name = "coreset-doped" if _parsed(cell.words).dope else "coreset"
         return self.options.out / CELLS / cell.name / name
 
@@ -101,7 +101,7 @@ class Board:
         return _parsed(cell.words).model
 
     def teacher_spec(self, *, generated: bool) -> str:
-        """What a whole `train` is given as --teacher: one that exists, or a file to be trained."""
+        """--teacher of a whole `train`: an existing one, or the file that a teacher cell writes."""
         if generated or self.options.trains_teacher:
             own = self.thousand_teacher if generated else self.teacher
             return str(self.options.out / CELLS / own.name / TEACHER)
@@ -109,16 +109,16 @@ class Board:
 
     @cached_property
     def teacher(self) -> Cell:
-        """What trains the teacher of all cells; its method, which plays no part, needs no model."""
+        """The cell that trains the common teacher; its method is irrelevant, and needs no model."""
         o = self.options
         words = ("teacher", *self._shared(), "--method", "random")
         words += _given("--teacher", o.teacher) + _given("--teacher-epochs", o.teacher_epochs)
         return Cell(name="teacher", words=words, classes=len(self.counts_K))
 
     def cell(self, method: str, ipc: int, *own: str) -> Cell:
-        """A whole `train` of one method; that of `random` has the ceiling, and no other.
+        """A whole `train` of one method; only the plain `random` cell measures the ceiling.
 
-        So no cell runs again when the board is given more methods.
+        Adding methods to a board therefore reruns no cell.
         """
         ceiling = "--ceiling" if (method, *own) == ("random",) else "--no-ceiling"
         words = (*self._shared(), "--method", method, "--ipc", str(ipc))
@@ -130,7 +130,7 @@ class Board:
     def elsewhere(self, base: Cell, network: str) -> Cell:
         """Students of another network, on the coreset of `base`.
 
-        ValueError for a network that cannot take the images, or where no labels are stored.
+        Raises ValueError when the network cannot take the images, or when no labels are stored.
         """
         check_network("--students", network, base.classes, self.image_size)
         run = _parsed(base.words)
@@ -151,7 +151,7 @@ class Board:
         )
 
     def learn_as(self, base: Cell) -> tuple[str, ...]:
-        """Options with which `train student` learns from the coreset of `base` what that did."""
+        """Options that make `train student` learn from the coreset of `base` as `base` did."""
         run = _parsed(base.words)
         alike = RUN_ALIKE if run.targets == "soft" else (*RUN_ALIKE, *HARD_ALIKE)
         words = ("--coreset", str(self.coreset(base)), "--targets", run.targets)
@@ -159,14 +159,14 @@ class Board:
 
     @cached_property
     def thousand_teacher(self) -> Cell:
-        """What trains the teacher of the generated set of 1000 classes."""
+        """The cell that trains the teacher of the generated 1000-class set."""
         epochs = self.options.teacher_epochs or THOUSAND_TEACHER_EPOCHS
         words = ("teacher", *_THOUSAND, "--method", "random", "--teacher-epochs", str(epochs))
         words += _chosen(self.shared, ("device", *RUN_ALIKE))
         return Cell(name="thousand-teacher", words=words, classes=CLASSES, generated=True)
 
     def thousand(self, *codec: str) -> Cell:
-        """Students of whole images of the set of 1000 classes, by labels of a codec."""
+        """Students on whole images of the 1000-class set, with labels of one codec."""
         o = self.options
         words = (*_THOUSAND, "--method", "upsample", "--ipc", str(o.ipc[0]), "--factor", "1")
         words += ("--epochs", str(o.epochs or THOUSAND_EPOCHS), "--seeds", str(o.seeds))
@@ -175,7 +175,7 @@ class Board:
         return Cell(name=name, words=words, classes=CLASSES, generated=True)
 
     def lines(self) -> list[Line]:
-        """Every line of every part that was asked for."""
+        """Every line of the requested parts."""
         of_part = {
             "methods": self._methods,
             "ablation": self._ablation,
@@ -187,7 +187,7 @@ class Board:
         return [line for part in self.options.parts for line in of_part[part]()]
 
     def cells(self) -> list[Cell]:
-        """Each cell once, the teacher first, one that others need before them."""
+        """Each cell once: teachers first, and every cell after the one it needs."""
         cells = [self.teacher] if self.options.trains_teacher else []
         lines = self.lines()
         cells += [self.thousand_teacher] if any(line.cell.generated for line in lines) else []
@@ -196,7 +196,7 @@ class Board:
         return list(dict.fromkeys(cells))
 
     def size(self, cell: Cell) -> Size:
-        """How much work it is; ValueError where `train` refuses its options."""
+        """The cell's amount of work. Raises ValueError when `train` rejects its options."""
         run = _parsed(cell.words[1:] if cell.kind == "teacher" else (cell.base or cell).words)
         recipe = RECIPES[run.recipe or self.options.recipe]
         image_size = run.image_size or self.image_size
@@ -212,7 +212,7 @@ class Board:
         return Size(run.methods[0], network, image_size, run.seeds, samples, epochs)
 
     def left_out(self) -> tuple[int, ...]:
-        """Those of --factors that cannot be."""
+        """--factors that the image size or the smallest class rules out."""
         fewest, ipc = int(self.counts_K.min()), self.options.ipc[0]
         return tuple(r for r in self.options.factors if self.image_size % r or ipc * r**2 > fewest)
 
@@ -283,7 +283,7 @@ class Board:
 
 
 def _codecs_of(classes: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Their names and options of `train`."""
+    """Codecs for this many classes: name, and options of `train`."""
     yield "dense", ()
     for k in (k for k in TOP_KS if 2 * k < classes):
         yield f"top-{k}", ("--codec", "topk", "--top-k", str(k))
@@ -293,7 +293,7 @@ def _codecs_of(classes: int) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 @cache
 def _parsed(words: tuple[str, ...]) -> Train:
-    """The options as `train` takes them, with a place for data where they name none."""
+    """The options as `train` parses them, with placeholders for --data and --out."""
     return tyro.cli(Train, prog="train", args=["--data", ".", *words, "--out", "."])
 
 
@@ -302,7 +302,7 @@ def _given(option: str, value: object) -> tuple[str, ...]:
 
 
 def _chosen(run: RunOptions, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of these options that are not what they are by themselves."""
+    """Words for those of the named options that differ from their defaults."""
     by_itself = _parsed(())
     words: list[str] = []
     for name in names:

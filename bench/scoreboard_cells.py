@@ -1,7 +1,7 @@
 """The cells of a scoreboard: one configuration and one run folder each, OUT/cells/NAME.
 
 Most are a whole `train` of one method; one is the teacher that they share; students of another
-network are `train student` on the coreset of another cell. Cells that several parts need are one.
+network are `train student` on the coreset of another cell. Parts that need the same cell share it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from scoreboard_options import Part
 
 CELLS = "cells"
-"""Folder of a board in which the cells' run folders are."""
+"""Folder of the cells' run folders within a board."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +20,13 @@ class Cell:
 
     name: str
     words: tuple[str, ...]
-    """Options of `train` that decide the result, without paths below OUT and what follows from the
-    words of `base`."""
+    """Options of `train` that decide the result, without paths below OUT and options that follow
+    from the words of `base`."""
     classes: int
     base: Cell | None = None
-    """Whose coreset this cell's students learn from."""
+    """The cell whose coreset this cell's students learn from."""
     generated: bool = False
-    """On the generated set of 1000 classes, with a teacher of its own."""
+    """Whether it uses the generated 1000-class set, which has its own teacher."""
 
     @property
     def kind(self) -> str:
@@ -47,7 +47,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Size:
-    """What decides the time of a cell."""
+    """Properties that decide the time of a cell."""
 
     method: str
     student: str

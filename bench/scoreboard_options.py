@@ -1,4 +1,4 @@
-"""What a scoreboard can be asked for: parts, methods, sizes, and what its cells share."""
+"""Options of a scoreboard: parts, methods, sizes, and the settings that its cells share."""
 
 from __future__ import annotations
 
@@ -16,48 +16,50 @@ PARTS: tuple[Part, ...] = ("methods", "ablation", "patches", "students", "codecs
 class Options:
     """All methods under one recipe.
 
-    Words after `--` are options of `train`. Cells on the generated set of 1000 classes take of them
+    Words after `--` are options of `train`. Cells on the generated 1000-class set take only
     --device and how students run on it (--student-precision, --student-compile, --accumulate,
-    --overlap); students of another network these, what says where the model runs, and
-    --learning-rate, since a coreset tells the rest.
+    --overlap). Students of another network also take the options of where the model runs, and
+    --learning-rate; their coreset has the rest.
     """
 
     data: str
     """An image folder with train/ and val/ (or test/), or `shapes`: the generated set."""
     out: Path
-    """Folder of the board; given again, it goes on where it was stopped."""
+    """Folder of the board; an existing board is resumed."""
     methods: tuple[str, ...] = ("random", "rded", "upsample", "dace")
-    """Methods of `train`, by name; one may have options of its own, as "t2i --steps 4".
-    `random` comes with the ceiling: the same students on fresh real images."""
+    """Methods of `train`, by name; an entry may have its own options, as "t2i --steps 4".
+    `random` also measures the ceiling: the same students on fresh real images."""
     ipc: tuple[int, ...] = (1, 10)
-    """Images per class; parts other than methods take the first."""
+    """Images per class; parts other than methods use the first."""
     seeds: int = 3
     """Students per cell."""
     recipe: RecipeName = "dace"
     epochs: int | None = None
-    """Of the students. Left out: the recipe's."""
+    """Student epochs. Default: the recipe's."""
     image_size: int | None = None
-    """In px. Left out: the recipe's."""
+    """Image size in px. Default: the recipe's."""
     factor: int | None = None
-    """r of all parts but patches. Left out: the recipe's."""
+    """r of all parts except patches. Default: the recipe's."""
     teacher: str | None = None
-    """A network to train once, torchvision:NAME, or a file. Left out: the recipe's network."""
+    """A network to train once, torchvision:NAME, or a file. Default: the recipe's network."""
     teacher_epochs: int | None = None
-    """Left out: the recipe's."""
+    """Teacher epochs. Default: the recipe's."""
     parts: tuple[Part, ...] = PARTS
-    """methods: by IPC. ablation: DACE's Table 4. patches: its Figure 5 and Table 3. students: its
-    Tables 5 and 6. codecs: of labels, at these classes and at 1000. gain: where it comes from."""
+    """methods: all methods, by IPC. ablation: DACE's Table 4. patches: its Figure 5 and Table 3.
+    students: its Tables 5 and 6. codecs: label codecs, with the data's classes and with 1000.
+    gain: the contribution of each ingredient."""
     factors: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    """r of the part patches; those that the image size or the smallest class rules out are told."""
+    """r of the part patches; values that the image size or the smallest class rules out are skipped
+    with a message."""
     students: tuple[str, ...] = ("vgg11", "vit-s", "alexnet", "resnet18")
-    """Networks of the part students, beside the recipe's."""
+    """Networks of the part students, besides the recipe's."""
     variant: tuple[str, ...] = ()
-    """More lines of the part gain, "NAME=OPTIONS of train" for method dace, as "unguided=--model
-    DIR"."""
+    """Additional lines of the part gain, "NAME=OPTIONS of train" for method dace, as
+    "unguided=--model DIR"."""
     hard: bool = False
     """Also train students on hard labels, by `train --targets hard`."""
     dry_run: bool = False
-    """List the cells and their time; run none."""
+    """List the cells and their estimated times; run none."""
     json: bool = False
     """Print the board as the last line."""
     record: bool = True
@@ -74,11 +76,11 @@ class Options:
 
     @property
     def method_names(self) -> list[str]:
-        """--methods without options of their own."""
+        """--methods without their options."""
         return [entry.split()[0] for entry in self.methods]
 
     @property
     def trains_teacher(self) -> bool:
-        """False where --teacher is one that exists."""
+        """False if --teacher already exists."""
         given = self.teacher
         return given is None or not (given.startswith(TORCHVISION) or Path(given).is_file())

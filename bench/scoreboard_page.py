@@ -1,12 +1,12 @@
-"""What a scoreboard comes to: markdown tables, who wins by how many standard deviations, plots.
+"""The page of a scoreboard: markdown tables, winners with gaps in standard deviations, plots.
 
-Accuracies are [mean, std] in percent over students of one coreset; std is the sample's, or None of
+Accuracies are [mean, std] in percent over students of one coreset; std is the sample's, or None for
 one student. A gap is the difference of two means over their pooled deviation,
 
     (a - b) / sqrt((std_a² + std_b²) / 2)
 
-Below CLEAR_GAPS, by the number of students, Student's t-test at 5 % does not tell them apart. Rows
-are scoreboard_rows.py's, by the name of their cell.
+Below CLEAR_GAPS, by the number of students, Student's t-test at 5 % does not separate them. Rows
+are those of scoreboard_rows.py, by the name of their cell.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Row = Mapping[str, Any]
 Accuracy = Sequence[Any]
 OF_WHAT = "which are of students of one coreset and one teacher, not of several of these"
 CLEAR_GAPS = {2: 4.31, 3: 2.27, 4: 1.74, 5: 1.46}
-CLEAR_GAP_OF_MORE = 1.29  # of 6 students, and more than is needed for more of them
+CLEAR_GAP_OF_MORE = 1.29  # for 6 students; more students would need less
 HEADS = {
     "methods": "Methods",
     "ablation": "Ablation (DACE, Table 4)",
@@ -54,7 +54,7 @@ SECOND_PANELS = {
 
 
 def render(lines: Sequence[Line], rows: Mapping[str, Row], failed: Mapping[str, str]) -> str:
-    """The page; a line whose cell is not done has dashes."""
+    """The page; lines of unfinished cells show dashes."""
     parts = [f"# Scoreboard\n\n{_about(rows)}"]
     for part in dict.fromkeys(line.part for line in lines):
         of_part = [line for line in lines if line.part == part]
@@ -70,14 +70,14 @@ def render(lines: Sequence[Line], rows: Mapping[str, Row], failed: Mapping[str, 
 
 
 def gap(one: Accuracy, other: Accuracy) -> float | None:
-    """How many pooled standard deviations `one` is above `other`; None where nothing spreads."""
+    """Pooled standard deviations by which `one` exceeds `other`; None without any spread."""
     if one[1] is None or other[1] is None or not (one[1] or other[1]):
         return None
     return (one[0] - other[0]) / math.sqrt((one[1] ** 2 + other[1] ** 2) / 2)
 
 
 def plus_minus(accuracy: Accuracy | None) -> str:
-    """`40.6 ± 1.9`; the mean alone of one student."""
+    """`40.6 ± 1.9`, or the mean alone for one student."""
     if accuracy is None or accuracy[0] is None:
         return "–"
     mean, std = accuracy
@@ -92,7 +92,7 @@ def duration(seconds: float) -> str:
 
 
 def write_plots(lines: Sequence[Line], rows: Mapping[str, Row], folder: Path) -> None:
-    """FOLDER/PART.png of every part of which a cell is done."""
+    """Write FOLDER/PART.png for every part with a finished cell."""
     for part in dict.fromkeys(line.part for line in lines):
         done = [line for line in lines if line.part == part and line.cell.name in rows]
         if not done:
@@ -111,7 +111,7 @@ def write_plots(lines: Sequence[Line], rows: Mapping[str, Row], folder: Path) ->
 
 
 def _bars(axes: Axes, lines: Sequence[Line], rows: Mapping[str, Row], key: str) -> None:
-    """A bar per line, its group's colour; the ceiling of a group is a dashed line."""
+    """Draw a bar per line in its group's colour, and the group's ceiling as a dashed line."""
     labels = list(dict.fromkeys(line.label for line in lines))
     groups = list(dict.fromkeys(line.group for line in lines))
     width = 0.8 / len(groups)
@@ -135,7 +135,7 @@ def _bars(axes: Axes, lines: Sequence[Line], rows: Mapping[str, Row], key: str) 
 
 
 def _about(rows: Mapping[str, Row]) -> str:
-    """What all cells share."""
+    """Settings that all cells share."""
     row = next((row for row in rows.values() if row.get("recipe")), None)
     if row is None:
         return "No cell is done."
@@ -153,14 +153,14 @@ def _about(rows: Mapping[str, Row]) -> str:
 
 
 def _models(rows: Mapping[str, Row]) -> str:
-    """What made images of any cell."""
+    """Models that made images for any cell."""
     named = [row["model"] for row in rows.values() if row.get("model")]
     told = dict.fromkeys(f"{model['name']} (sha256 {model['sha256'][:12]}…)" for model in named)
     return f"; model {', '.join(told)}" if told else ""
 
 
 def _commits(rows: Mapping[str, Row]) -> str:
-    """Which commits measured the cells, where there are several."""
+    """Commits that measured the cells, if there are several."""
     told = Counter(
         f"{row['commit']}{'-dirty' if row.get('dirty') else ''}"
         for row in rows.values()
@@ -230,7 +230,7 @@ def _winners(lines: Sequence[Line], rows: Mapping[str, Row]) -> Iterator[str]:
 
 
 def _differences(lines: Sequence[Line], rows: Mapping[str, Row]) -> Iterator[str]:
-    """What each ingredient adds; a variant is what dace, as it is, is compared with."""
+    """The gain of each ingredient, and of plain dace over each variant."""
     by_label = {line.label: rows.get(line.cell.name) for line in lines}
     named = {label for _, one, other in DIFFERENCES for label in (one, other)}
     variants = (
@@ -258,13 +258,13 @@ def _codec_notes(lines: Sequence[Line], rows: Mapping[str, Row]) -> Iterator[str
 
 
 def _ranked(lines: Sequence[Line], rows: Mapping[str, Row]) -> list[Line]:
-    """The lines that are done, best first."""
+    """The finished lines, best first."""
     done = [line for line in lines if line.cell.name in rows]
     return sorted(done, key=lambda line: -rows[line.cell.name]["accuracy"][0])
 
 
 def _ceiling(lines: Iterable[Line], rows: Mapping[str, Row]) -> Accuracy | None:
-    """Of students like those of all `lines`, on as many images; None where there is none."""
+    """Ceiling of the same students on as many images; None if there is none."""
 
     def students(row: Row) -> tuple[Any, ...]:
         alike = ("student", "image_size", "classes", "samples", "epochs")

@@ -1,22 +1,22 @@
-"""Rows of a scoreboard: what a finished cell tells, and whether rows of one board belong together.
+"""Rows of a scoreboard: results of finished cells, and the check that rows of a board match.
 
-A row is OUT/rows/NAME.json, a line of JSON. Beside the environment of measure.py:
+A row is OUT/rows/NAME.json, a line of JSON. It has the environment of measure.py, and:
 
     cell, words             the cell's name, and its options of `train`
-    method, student, image_size, seeds, samples, epochs     samples: images of an epoch
+    method, student, image_size, seeds, samples, epochs     samples: images per epoch
     classes, accuracy       [mean, std] in percent, of the last epoch on the whole validation split
-    ceiling, evals, bytes   of the summary, label_bytes being of one label
-    recognised              percent of the last epoch's stored labels whose largest answer is the
+    ceiling, evals, bytes   from the summary; label_bytes: bytes per label
+    recognised              percent of the last epoch's stored labels whose largest value is the
                             class that their view was made for, or null
     seconds_per_epoch       the median over epochs, rendering and all students together, or null
-    total_s                 of all stages and sessions
-    recipe, data, teacher   of the summary, teacher.source being --teacher: a file by its sha256
-    model                   what made images of it: name, sha256 of its weights, and given, which is
-                            --model; null where no model did
-    content_sha256          of the coreset that the students learned from
+    total_s                 seconds of all stages and sessions
+    recipe, data, teacher   from the summary; teacher.source: --teacher, a file by its sha256
+    model                   the model that made its images: name, sha256 of its weights, and given,
+                            which is --model; null without a model
+    content_sha256          content hash of the coreset that the students learned from
 
-Students of one board have one data set and one teacher, those of the generated set their own, and
-every --model the same weights. A key that a row lacks, as rows of before do, is not compared.
+Students of one board share one data set and one teacher (those of the generated set have their
+own), and a --model always has the same weights. Keys that older rows lack are not compared.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ ALIKE = {
     ("teacher", "source"): "teacher",
     ("teacher", "sha256"): "teacher's weights",
 }
-"""What all rows of a board have in common, by where it is in a row."""
+"""Values that all rows of a board share, by their place in a row."""
 
 
 def read_row(cell: Cell, board: Board, base: Row | None) -> Row:
-    """What a finished cell tells; `base` is the row of the cell whose coreset it learned from."""
+    """The row of a finished cell; `base` is the row of the cell whose coreset it learned from."""
     size, folder = board.size(cell), board.options.out / CELLS / cell.name
     row: Row = {"cell": cell.name, "words": list(cell.words), **asdict(size)}
     row |= {"classes": cell.classes, "ceiling": None}
@@ -113,19 +113,19 @@ def _stage(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _model(coreset: Coreset) -> Row | None:
-    """What makes images of its patches, or made the images that it holds."""
+    """The model that expands its patches, or made its stored images."""
     named = coreset.manifest["model"] or coreset.settings.get("generator")
     return named and {"name": named["name"], "sha256": named["weights_sha256"]}
 
 
 def _recognised(coreset: Coreset) -> float | None:
-    """What the teacher recognises of the last epoch, in percent; None without stored labels."""
+    """Percent of the last epoch that the teacher recognises; None without stored labels."""
     labels = coreset.soft_labels()
     return None if labels is None else round(labels.recognised(labels.epochs - 1), 1)
 
 
 def _seconds_per_epoch(folder: Path, method: str) -> float | None:
-    """The median that the log tells; None when the log was lost to a full disk."""
+    """The median from the log; None when the log was lost to a full disk."""
     log = folder / "log.jsonl"
     lines = (json.loads(line) for line in log.open()) if log.is_file() else iter(())
     seconds = [line["value"] for line in lines if line.get("tag") == f"{method}/seconds"]
@@ -133,9 +133,9 @@ def _seconds_per_epoch(folder: Path, method: str) -> float | None:
 
 
 def read_rows(board: Board, cells: Sequence[Cell]) -> dict[str, Row]:
-    """Rows of the cells that are done.
+    """Rows of the finished cells.
 
-    ValueError for one that was run with other options, or as check_alike raises it.
+    Raises ValueError for a row that was run with other options, or from check_alike.
     """
     rows = {}
     for cell in cells:
@@ -153,8 +153,8 @@ def read_rows(board: Board, cells: Sequence[Cell]) -> dict[str, Row]:
 
 
 def check_alike(board: Board, cells: Sequence[Cell], rows: Mapping[str, Row]) -> None:
-    """ValueError for a row of other images, another teacher, another model or, of a base, another
-    coreset than what is given now, or than another row has."""
+    """Raises ValueError when a row's images, teacher, model or base coreset differ from the current
+    ones or from another row's."""
     now = chain(_given_now(board), _models_now(rows.values()))
     known = {key: (value, "what is given now") for key, value in now}
     for cell in (cell for cell in cells if cell.name in rows):
@@ -169,7 +169,7 @@ def check_alike(board: Board, cells: Sequence[Cell], rows: Mapping[str, Row]) ->
 
 
 def _identities(cell: Cell, row: Row) -> Iterator[tuple[Identity, str, str]]:
-    """What a row may share with others: how it is known, how it is called, and its value."""
+    """Values that a row may share with others: key, name in messages, and value."""
     for (part, name), what in ALIKE.items():
         value = (row.get(part) or {}).get(name)
         if value is not None:
@@ -181,8 +181,8 @@ def _identities(cell: Cell, row: Row) -> Iterator[tuple[Identity, str, str]]:
 
 
 def _given_now(board: Board) -> Iterator[tuple[Identity, str]]:
-    """Of the data set that is given, and of the teachers that are there."""
-    if not board.shared.skip_corrupt:  # a row is then of the images that were left
+    """Hashes of the current data set and of the existing teachers."""
+    if not board.shared.skip_corrupt:  # otherwise rows cover only the readable images
         yield (False, "data", "sha256"), board.data_sha256
     yield (False, "data", "validation_sha256"), board.validation_sha256
     for generated in (False, True):
@@ -192,7 +192,7 @@ def _given_now(board: Board) -> Iterator[tuple[Identity, str]]:
 
 
 def _models_now(rows: Iterable[Row]) -> Iterator[tuple[Identity, str]]:
-    """Of the folders that are given as --model; other models do not change by themselves."""
+    """Hashes of the folders given as --model; other models cannot change."""
     for given in {row["model"]["given"] for row in rows if row.get("model") is not None}:
         if given is not None and Path(given).expanduser().is_dir():
             yield ("model", given), weights_sha256(find_model(given))

@@ -2,13 +2,13 @@
 
     python bench/tables.py        (rewrites bench/README.md in place)
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, which stay; nothing else is
-touched. A block is of one device and setting, and of the commit at which it was measured last; rows
-of that commit add their peers, each beside the diffusers pipeline of its own row, since `make gpu`
-gives every backend a process. Only rows of the same work meet in a table. A backend in another
-precision than diffusers' usual one is faster by that alone: a column has what it gains within its
-own precision, where that pipeline was timed. Figures are medians, in brackets p20–p80. A row of
-expansion without anything beside diffusers compares nothing and is left out.
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; nothing else is touched. A
+block covers one device and setting, at the commit that measured it last. All rows of that commit
+add their peers, each compared with the diffusers pipeline of its own row, since `make gpu` runs
+every backend in its own process. A table only combines rows of the same work. A backend in a lower
+precision than diffusers' usual one is faster by itself, so another column has its gain within its
+own precision, where that pipeline was timed. Figures are medians, with p20–p80 in brackets. An
+expansion row with diffusers alone compares nothing and is skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, README = ROOT / "bench" / "results", ROOT / "bench" / "README.md"
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row, str], str]]
-"""What a line says under each head, of a peer's row and its name there."""
+"""Cell text by column head, from a peer's row and the peer's name in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +38,13 @@ class Options:
     results: Path = RESULTS
     """Folder of result files, by device."""
     readme: Path = README
-    """What is rewritten in place."""
+    """File to rewrite in place."""
 
 
 def rendered(readme: str, results: Path) -> str:
-    """The text with every table between its markers as the results have it.
+    """The text with every table between its markers rendered from the results.
 
-    ValueError: a table without its two markers.
+    Raises ValueError when a table lacks its two markers.
     """
     for name, blocks in TABLES.items():
         begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
@@ -102,7 +102,7 @@ TABLES: dict[str, Callable[[Path], Iterator[str]]] = {"expand": expansion, "scor
 
 
 def _expansion_setting(row: Row) -> tuple[Any, ...] | None:
-    """None: it compares nothing, or is of before rows told their setting."""
+    """Setting of a row. None: it compares nothing, or is too old to record its setting."""
     if "size_px" not in row or len(row["spread"]) < 2:
         return None
     told = (row[key] for key in ("model", "weights", "size_px", "batch", "evals"))
@@ -116,7 +116,7 @@ def _expansion_setting(row: Row) -> tuple[Any, ...] | None:
 
 
 def _scoring_setting(row: Row) -> tuple[Any, ...]:
-    """Rows of before the data's name was told are of Imagenette, decoded on the CPU."""
+    """Setting of a row; old rows without the data's name are Imagenette, decoded on the CPU."""
     told = (row[key] for key in ("crops", "crop_px", "batch", "threads"))
     return *told, row.get("data", "imagenette"), row["images"], row.get("decoder", "cpu")
 
@@ -124,7 +124,7 @@ def _scoring_setting(row: Row) -> tuple[Any, ...]:
 def _blocks(
     results: Path, benchmark: str, setting: Callable[[Row], tuple[Any, ...] | None]
 ) -> Iterator[tuple[tuple[Any, ...], list[Row]]]:
-    """Setting and rows of its last commit, in the order in which settings came up."""
+    """Each setting with the rows of its last commit, in order of first appearance."""
     blocks: dict[tuple[Any, ...], list[Row]] = {}
     for path in sorted(results.glob(f"*/{benchmark}.jsonl")):
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
@@ -143,7 +143,7 @@ def _commit(row: Row) -> str:
 
 
 def _block(setting: str, rows: list[Row], columns: Columns) -> Iterator[str]:
-    """A caption and a table with a line per peer; a column that is empty is left out."""
+    """A caption and a table with a line per peer; empty columns are omitted."""
     last = rows[-1]
     of_peers = {name: row for row in rows for name in row["spread"]}
     counts = {row["spread"][name]["n"] for name, row in of_peers.items()}
@@ -175,8 +175,8 @@ def _ratio(row: Row, name: str) -> str:
 
 
 def _precision(row: Row, name: str) -> str:
-    """Of the denoiser, and of the decoder where it is another."""
-    if "precision" not in row:  # Rows of before: ours told it, peers had the device's usual one.
+    """Precision of the denoiser, and of the decoder if it differs."""
+    if "precision" not in row:  # old rows: ours recorded it, peers used the usual one
         told = row["engines"].get(name, {}).get("precision")
         return told or split_name(name)[1] or _usual(row)
     precision, of_vae = row["precision"][name], row["vae_precision"][name]
@@ -184,12 +184,12 @@ def _precision(row: Row, name: str) -> str:
 
 
 def _usual(row: Row) -> str:
-    """Precision of `diffusers` on the row's device: a GPU tells its multiprocessors."""
+    """Precision of `diffusers` on the row's device; only rows of GPUs have `sm_count`."""
     return default_precision("cuda" if "sm_count" in row else "cpu")
 
 
 def _ratio_within_precision(row: Row, name: str) -> str:
-    """Over diffusers' pipeline in the precision of the backend; of peers, nothing."""
+    """Speed-up over diffusers' pipeline in the backend's precision; empty for peers."""
     if is_peer(name):
         return ""
     precision = _precision(row, name).partition(",")[0]
@@ -204,21 +204,21 @@ def _over(row: Row, name: str, peer: str) -> str:
 
 
 def _share(row: Row, name: str) -> str:
-    """Nothing for rows of before a convolution counted, whose roofline may be another."""
+    """Percent of roofline; empty for old rows, whose roofline ignored convolutions."""
     held = "reached_tflops" in row.get("roofline", {})
     percent = row["percent_of_roofline"].get(name) if held else None
     return "" if percent is None else f"{percent:.0f} %"
 
 
 def _memory(row: Row, name: str) -> str:
-    """Of the whole device, or of the process."""
+    """Memory added on the whole device, or in the process."""
     found = row.get("peak_memory", {}).get(name, {})
     size_bytes = found.get("device_bytes", found.get("process_bytes"))
     return "" if size_bytes is None else f"{size_bytes / 2**20:.0f} MiB"
 
 
 def _pictures(row: Row, name: str) -> str:
-    """How far from diffusers: max abs error in fp32, PSNR in half precision."""
+    """Distance from diffusers' pictures: max abs error in fp32, PSNR in half precision."""
     if name not in row["errors"]:
         return ""
     same = row["errors"][name]["same"]
@@ -228,11 +228,11 @@ def _pictures(row: Row, name: str) -> str:
 
 
 def main(options: Options) -> None:
-    """Rewrite the file, and say whether it changed."""
+    """Rewrite the file, and print whether it changed."""
     before = options.readme.read_text(encoding="utf-8")
     after = rendered(before, options.results)
     options.readme.write_text(after, encoding="utf-8")
-    print(f"{options.readme}: {'as it was' if after == before else 'rewritten'}")
+    print(f"{options.readme}: {'unchanged' if after == before else 'rewritten'}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A generated set of 1000 classes, on which label codecs are measured.
+"""A generated set of 1000 classes, for measuring label codecs.
 
-A class is a mosaic of 4 × 4 colours, 25 classes a family: classes of a family differ in 4 of their
-16 colours, so a teacher's answers are spread over several classes, as they are on ImageNet. An
-image is its class's mosaic moved by up to a quarter of its side, in another light, with noise.
+A class is a mosaic of 4 × 4 colours, with 25 classes per family. Classes of a family differ in 4 of
+their 16 colours, so a teacher's outputs spread over several classes, as on ImageNet. An image is
+its class's mosaic, shifted by up to a quarter of its side, under different light, with noise.
 Every image is a function of its split, class and number.
 """
 
@@ -16,13 +16,13 @@ from PIL import Image
 
 CLASSES, SIZE_PX = 1000, 32
 IMAGES = {"train": 10, "val": 4}
-"""Of each class, by split."""
+"""Images per class, by split."""
 _FAMILY, _OWN_COLOURS = 25, 4
 _GRID = 4
 
 
 def write_thousand(folder: Path) -> None:
-    """Write the set as an image folder of PNGs, whole or not at all; one that is there is kept."""
+    """Write the set atomically as an image folder of PNGs; keep an existing one."""
     if folder.is_dir():
         return
     with replacing(folder, overwrite=False) as partial:

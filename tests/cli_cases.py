@@ -1,4 +1,4 @@
-"""What tests of `train` as a command share: its outcome, small data and models, quick options."""
+"""Shared by tests of the command `train`: its outcome, small data and models, quick options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = (
 
 @dataclass
 class Outcome:
-    """What one command left behind."""
+    """Exit code and output of one command."""
 
     code: int
     out: str
@@ -31,7 +31,7 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """The last line of stderr, which must be the only line that reports the error."""
+        """The last line of stderr, which must be the only error line."""
         lines = [line for line in self.err.splitlines() if line.startswith("train: error: ")]
         assert self.code == 2, self.err
         assert len(lines) == 1, self.err
@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def told(self) -> dict[str, Any]:
-        """The result, or {"error": the one line that reports the error}."""
+        """The result, or {"error": the error line}."""
         return {"error": self.error} if self.code else self.result
 
 
@@ -54,7 +54,7 @@ Command = Callable[..., Outcome]
 
 
 def runner(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `train ...` in this process."""
+    """A Command that runs `train ...` in this process."""
 
     def run(*arguments: str | Path) -> Outcome:
         capsys.readouterr()
@@ -65,12 +65,12 @@ def runner(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def write_small_model(folder: Path) -> None:
-    """A model of 32 px with random weights, always the same, into `folder`/model."""
+    """Write a model of 32 px, with seeded random weights, to `folder`/model."""
     torch.manual_seed(0)
     channels: dict[str, Any] = {"unet_channels": (16, 32, 64), "vae_channels": (8, 16, 16)}
     save_parts(new_parts(32, folder / "tokenizer", **channels), folder / "model")
 
 
 def write_small_set(folder: Path) -> Path:
-    """Six training and two validation images of each of the ten classes."""
+    """Write six training and two validation images of each of the ten classes."""
     return write_shapes(folder / "s", train_per_class=6, val_per_class=2)

@@ -1,4 +1,4 @@
-"""Options and markers: what a machine lacks is skipped with the reason, or fails if required."""
+"""Options and markers: tests that a machine cannot run are skipped, or fail if required."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-# Before torch is loaded: test processes run side by side, one thread each.
+# Set before torch is loaded: test processes run side by side, one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _GPU_TESTS_RUN = pytest.StashKey[int]()
@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("patchbloom")
     group.addoption("--run-slow", action="store_true", help="run tests that take minutes")
     group.addoption("--data-dir", type=Path, help="an ImageFolder with train/ and val/, for `data`")
-    group.addoption("--trt-bindings", type=Path, help="of trt_cases.py: tensorrt_bindings' folder")
+    group.addoption("--trt-bindings", type=Path, help="tensorrt_bindings folder, for trt_cases.py")
     group.addoption("--require-gpu", action="store_true", help="fail unless a GPU test ran")
 
 
@@ -69,15 +69,15 @@ def data_dir(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs `train ...` in this process; a cli_cases.Command."""
-    from cli_cases import runner  # seconds: torch
+    """A cli_cases.Command that runs `train ...` in this process."""
+    from cli_cases import runner  # imports torch, which takes seconds
 
     return runner(capsys)
 
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small generated set, only to be read."""
+    """A small generated set; read-only."""
     from cli_cases import write_small_set
 
     return write_small_set(tmp_path_factory.mktemp("data"))
@@ -88,6 +88,6 @@ def _gpu_is_missed(config: pytest.Config) -> bool:
 
 
 def _cuda_is_here() -> bool:
-    import torch  # seconds: only where a GPU test was collected
+    import torch  # takes seconds; needed only when a GPU test was collected
 
     return torch.cuda.is_available()

@@ -1,9 +1,9 @@
 """Imports go left only: kernels → export → engine → train. `make check` runs this file.
 
-The same holds inside `engine` and `train`, for the names in LAYERS, and no two modules import each
-other in a circle. Inside the four folders imports are relative. `kernels` is a leaf: torch, triton,
-numpy and the standard library. None of the six folders has an `__init__.py`: a top-level package
-`kernels` would shadow Hugging Face's of that name, which transformers imports.
+The same holds inside `engine` and `train`, for the names in LAYERS, and modules never import each
+other in a cycle. Inside the four folders imports are relative. `kernels` is a leaf: it imports only
+torch, triton, numpy and the standard library. None of the six folders has an `__init__.py`: a
+top-level package `kernels` would shadow Hugging Face's of that name, which transformers imports.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KERNELS_MAY_IMPORT = frozenset({"torch", "triton", "numpy", *sys.stdlib_module_n
 
 
 def violations(root: Path = ROOT) -> list[str]:
-    """Every breach as `file:line: what`, in the order of the files."""
+    """Every violation as `file:line: message`, in file order."""
     found = [
         f"{path.relative_to(root)}: remove it, the folders are namespace packages"
         for folder in FOLDERS
@@ -89,7 +89,7 @@ def _layer_breaches(line: int, room: str, own: str, inside: str) -> Iterator[tup
 
 
 def _relative_imports(tree: ast.AST, place: Path) -> Iterator[tuple[int, str]]:
-    """(line, module from the root, dotted) of every relative import."""
+    """(line, dotted module name from the root) of every relative import."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = place.parts[: max(len(place.parts) - node.level, 0)]

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, to be killed: started, finished, and what they leave.
+"""Runs in separate processes that tests kill: starting, finishing, and the files they leave.
 
 They are forked from a server that has imported torch once.
 """
@@ -36,7 +36,7 @@ Start = Callable[..., BaseProcess]
 
 
 def starter() -> Start:
-    """Starts `train ...` in a process of its own, with one thread: cores are shared with others."""
+    """A function that starts `train ...` in its own process, with one thread to share cores."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["patchbloom.train.commands.train"])
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def write_inputs(folder: Path) -> tuple[str, ...]:
-    """Data and a model with random weights, both of 32 px; the options that name them."""
+    """Write data and a model with random weights, both of 32 px; the options that name them."""
     write_shapes(folder / "data", train_per_class=5, val_per_class=2)
     write_small_model(folder)
     return ("--data", str(folder / "data"), "--model", str(folder / "model"))
@@ -70,7 +70,7 @@ def finish(process: BaseProcess) -> None:
 def kill_when(
     process: BaseProcess, is_there: Callable[[], bool], number: int = signal.SIGKILL
 ) -> None:
-    """A signal as soon as the condition holds; it must hold while the process is at work."""
+    """Send a signal as soon as the condition holds, which must be while the process runs."""
     deadline = time.monotonic() + STARTED_WITHIN_S
     while not is_there():
         assert process.is_alive(), "it ended before it could be killed"
@@ -92,7 +92,7 @@ def sha256(path: Path) -> str:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """Everything of a run that must not depend on how often it was stopped."""
+    """Everything in a run that must not depend on how often it was stopped."""
     summary = json.loads((out / "summary.json").read_text())
     students = sorted((out / "students").iterdir())
     return {

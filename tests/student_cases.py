@@ -1,4 +1,4 @@
-"""What the tests of students and of their labels share: small sets, sources, teachers, a Report."""
+"""Shared by tests of students and their labels: small sets, sources, teachers, a Report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Sets = tuple[ImageSet, ImageSet]
 
 
 class Silent:
-    """A Report that stops the training when `stop_after` epochs of a student are told."""
+    """A Report that interrupts training when a student reports `stop_after` epochs."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.losses: list[float] = []
@@ -52,7 +52,7 @@ class Silent:
 
 
 def new_sets(root: Path) -> Sets:
-    """Four training and two validation images of each of the ten classes."""
+    """Write four training and two validation images of each of the ten classes."""
     write_shapes(root, train_per_class=4, val_per_class=2)
     return open_image_set(root, "train"), open_image_set(root, "val")
 
@@ -74,7 +74,7 @@ def mosaics(**changed) -> Mosaics:
 
 
 def untrained_teacher(sets: Sets, sharpness: float = 1.0) -> Teacher:
-    """Its logits are of about 0.05, times `sharpness`."""
+    """A teacher whose logits are about 0.05, times `sharpness`."""
     torch.manual_seed(5)
     network = build_network("convnet-d3-w8", 10, 32)
     *_, weight, _ = network.parameters()
