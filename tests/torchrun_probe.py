@@ -19,7 +19,7 @@ import torch
 from patchbloom.engine.data.images import open_image_set
 from patchbloom.train import cli
 from patchbloom.train.commands import pipeline as distil
-from patchbloom.train.labels import targets as labels
+from patchbloom.train.labels import recording as labels
 from patchbloom.train.labels.views import make_views
 from patchbloom.train.methods.shared import answer_pool
 from patchbloom.train.students import lockstep
