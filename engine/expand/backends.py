@@ -170,7 +170,7 @@ def open_backend(
         _say(f"backend: {name} on {spec.device}")
     if name == "eager":
         return EagerBackend(parts, spec, tokens=tokens)
-    bundle = open_engine(name, model, parts, spec, tokens=tokens, bundles=bundles, say=_say)
+    bundle = open_engine(name, model, parts, spec, tokens=tokens, bundles=bundles)
     if bundle.built:
         seconds, size_mb = bundle.manifest["report"]["seconds"], bundle.size_bytes / 1e6
         _say(f"built {bundle.folder} ({size_mb:.0f} MB) in {seconds:.0f} s")
