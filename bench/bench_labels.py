@@ -32,7 +32,7 @@ from patchbloom.train.options import LabelChoice, TrainCoreset
 from patchbloom.train.plan import Plan
 from patchbloom.train.run.checkpoint import read_tensors
 from patchbloom.train.run.folder import RunFolder
-from patchbloom.train.run.progress import Record
+from patchbloom.train.run.progress import Report
 
 METHOD = "dace"
 MODES: tuple[LabelChoice, ...] = ("online", "record", "stored")
@@ -59,7 +59,7 @@ class Options:
     """Append the row to bench/results/."""
 
 
-def prepare(options: Options, folder: Path, report: Record) -> Plan:
+def prepare(options: Options, folder: Path, report: Report) -> Plan:
     """A run folder with a teacher and a coreset in it, and the plan of the rest."""
     run = TrainCoreset(
         data="shapes",
@@ -78,7 +78,7 @@ def prepare(options: Options, folder: Path, report: Record) -> Plan:
 
 
 def mode_pass(
-    mode: LabelChoice, plan: Plan, folder: Path, out: Path, report: Record
+    mode: LabelChoice, plan: Plan, folder: Path, out: Path, report: Report
 ) -> Callable[[], int]:
     """The rest of the run in a fresh copy of `folder`; the images that its students saw."""
     chosen = replace(plan, labels=mode)
@@ -113,7 +113,7 @@ def check_equal(work: Path, plan: Plan) -> int:
 def main(options: Options) -> None:
     """Gate, measure, report."""
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as name, Record() as report:
+    with tempfile.TemporaryDirectory() as name, Report() as report:
         work = Path(name)
         plan = prepare(options, work / "prepared", report)
         passes = {

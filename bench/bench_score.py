@@ -28,8 +28,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from measure import Rate, environment, measure_rates, publish, ratios, run_program
+from patchbloom.engine.data.boxes import RandomResizedCrops
 from patchbloom.engine.data.images import CropStream, ImageSet, open_image_set, stream_crops
-from patchbloom.engine.select.patches import RandomResizedCrops
 from patchbloom.engine.select.scores import IMAGENET_MEAN_RGB, PatchScorer
 from patchbloom.kernels.noise import Draw
 from PIL import Image, ImageOps
@@ -118,7 +118,7 @@ def measure_teacher(options: Options, name: str, images: ImageSet) -> dict[str, 
     resident = list(open_stream(options, images, order))
 
     def score(batches: Any) -> int:
-        return sum(len(scorer(each.pixels_BPHWC, each.labels_B).losses_BP) for each in batches)
+        return sum(len(scorer(each.pixels_BPHWC, each.labels_B)[0]) for each in batches)
 
     passes = {
         "loader": dali_pass(options, images, order),

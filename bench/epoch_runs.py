@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from measure import timed
-from patchbloom.engine.expand.backends import resolve_device
-from patchbloom.engine.labels.codec import SoftTargets
+from patchbloom.engine.labels.codecs import SoftTargets
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.methods.source import ImageSource
 from patchbloom.train.run.checkpoint import read_tensors
+from patchbloom.train.run.progress import Report
 from patchbloom.train.students.loop import train_students
 from patchbloom.train.students.slots import PoolSlot, fill_slot, pools_from
 from torch import Tensor
@@ -76,13 +76,11 @@ class Given:
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         return SoftTargets(self._logits_NK[samples_P].to(views_PCHW.device))
 
-    def flush(self) -> None: ...
-
     def describe(self) -> dict[str, Any]:
         return {"codec": "dense"}
 
 
-class Clock:
+class Clock(Report):
     """A Report that keeps what the loop says of its epochs.
 
     Epochs that were taken together are told as their mean, and pools that were rendered together
@@ -90,6 +88,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._told: dict[str, list[float]] = {"seconds": [], "waited_s": []}
 
     def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None: ...
@@ -108,7 +107,7 @@ class Clock:
 
 def render_epochs(source: ImageSource, labels: Given, config: StudentConfig) -> EpochTime:
     """Render the views and labels of all epochs into one slot; nobody learns."""
-    slot = PoolSlot(config, source.samples, torch.device(resolve_device(config.device)))
+    slot = PoolSlot()
 
     def fill() -> None:
         for pool in pools_from(config, source.labels_N, 0):

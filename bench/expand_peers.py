@@ -85,7 +85,7 @@ def diffusers_pass(options: Options, pipeline: Any, coreset: Coreset) -> Callabl
         for first in range(0, options.images, options.batch):
             samples = torch.arange(first, min(first + options.batch, options.images))
             patches = coreset.patches_NHWC[samples].to(pipeline.device)
-            images = upsample_patches(patches, options.size, mode="bicubic", dtype=torch.float32)
+            images = upsample_patches(patches, options.size, dtype=torch.float32)
             run_pipeline(
                 pipeline,
                 coreset.prompts_of(samples),

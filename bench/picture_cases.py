@@ -11,12 +11,7 @@ from typing import Any
 
 import torch
 from kernel_case import Case, model_dtype
-from patchbloom.kernels.mosaic import (
-    mosaic,
-    mosaic_reference,
-    shuffle_patches,
-    shuffle_patches_reference,
-)
+from patchbloom.kernels.mosaic import mosaic, mosaic_reference
 from patchbloom.kernels.pixels import upsample_patches, upsample_patches_reference
 from patchbloom.kernels.softlabel import softlabel, softlabel_reference, target_reference
 from patchbloom.kernels.student_input import student_input, student_input_reference
@@ -64,13 +59,11 @@ def view_bytes(views: Views, size_px: int, dtype: torch.dtype) -> int:
 
 
 def pixel_cases(device: str, batch: int, side: int, *, compiled: bool) -> list[Case]:
-    """Patches up, pictures down to the student with and without CutMix, mosaics, shuffles."""
+    """Patches up, pictures down to the student with and without CutMix, mosaics."""
     half, patch, student = model_dtype(device), side // 2, min(224, side)
     patches = torch.randint(0, 256, (batch, patch, patch, 3), dtype=torch.uint8, device=device)
-    canvas = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, device=device)
     tiles = torch.randint(0, 256, (4 * batch, *patches.shape[1:]), dtype=torch.uint8, device=device)
     quads = torch.randperm(4 * batch, device=device).view(batch, 4)
-    order = torch.rand(batch, 4, device=device).argsort(1)
     views = random_views(device, batch, side)
     named = *views.inputs, student
     moments = views.moments
@@ -82,9 +75,6 @@ def pixel_cases(device: str, batch: int, side: int, *, compiled: bool) -> list[C
     }  # fmt: skip
     view: dict[str, Any] = {
         "moved_bytes": view_bytes(views, student, half), "tolerance": 2e-2, **common,
-    }  # fmt: skip
-    copied: dict[str, Any] = {
-        "moved_bytes": 2 * pixels, "tolerance": 0, "speedup": None, **common,
     }  # fmt: skip
     return [
         Case(
@@ -111,13 +101,10 @@ def pixel_cases(device: str, batch: int, side: int, *, compiled: bool) -> list[C
             name=f"mosaic {batch} x {side}",
             kernel=lambda: mosaic(tiles, quads, 2),
             reference=lambda: mosaic_reference(tiles, quads, 2),
-            **copied,
-        ),
-        Case(
-            name=f"shuffle_patches {batch} x {side}",
-            kernel=lambda: shuffle_patches(canvas, order, 2),
-            reference=lambda: shuffle_patches_reference(canvas, order, 2),
-            **copied,
+            moved_bytes=2 * pixels,
+            tolerance=0,
+            speedup=None,
+            **common,
         ),
     ]
 

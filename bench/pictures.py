@@ -105,7 +105,7 @@ def pipeline_pictures(
     Of `config` its size, steps, rho and seed count; `shift` as of `prompts_of`.
     """
     patches = coreset.patches_NHWC[samples]
-    images = upsample_patches(patches, config.size_px, mode="bicubic", dtype=torch.float32)
+    images = upsample_patches(patches, config.size_px, dtype=torch.float32)
     with (
         noise_of_ours(pipeline, samples, seed=config.seed, epoch=EPOCH),
         mock.patch("diffusers.models.autoencoders.vae.randn_tensor", _no_noise),
@@ -134,9 +134,10 @@ def pipeline_cases(
 
 def expander_cases(expander: Expander, coreset: Coreset, samples: Tensor) -> dict[str, Tensor]:
     """Our pictures, and those of both controls."""
-    right, classes = expander.prompts_of, len(coreset.prompts_K)
+    bank, classes = expander.prompt_bank, len(coreset.prompts_K)
+    right = bank.of
     cases = {"same": expander.expand(samples, EPOCH)}
-    with mock.patch.object(expander, "prompts_of", lambda asked: right((asked + 1) % classes)):
+    with mock.patch.object(bank, "of", lambda asked: right((asked + 1) % classes)):
         cases["wrong_prompt"] = expander.expand(samples, EPOCH)
     with mock.patch.object(expander.backend, "denoise", _early(expander.backend.denoise)):
         return cases | {"wrong_timestep": expander.expand(samples, EPOCH)}

@@ -141,7 +141,6 @@ def _write_coreset(folder: Path, classes: int, size_px: int) -> Coreset:
     return write_coreset(
         folder / "coreset",
         patches_NHWC=np.random.default_rng(0).integers(0, 256, shape, np.uint8),
-        labels_N=np.repeat(np.arange(classes), PATCHES_PER_CLASS),
         class_ids=[f"c{index:06}" for index in range(classes)],
         class_names=names,
         settings={
@@ -215,8 +214,8 @@ def scoring(
                 lambda: select_patches(
                     chosen,
                     asked.logits_from_uint8,
-                    ipc=1,
-                    factor=FACTOR,
+                    per_class=PATCHES_PER_CLASS,
+                    patch_px=size_px // FACTOR,
                     image_size_px=size_px,
                     crops=crops,
                     pool_per_class=len(chosen),

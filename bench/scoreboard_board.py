@@ -24,7 +24,7 @@ from patchbloom.train.commands.checks import check_network
 from patchbloom.train.config import RECIPES
 from patchbloom.train.data.folder import data_folder, images_sha256
 from patchbloom.train.options import RunOptions, Train
-from patchbloom.train.run.progress import Silence
+from patchbloom.train.run.progress import Report
 from scoreboard_cells import CELLS, Cell, Line, Size
 from scoreboard_options import Options
 from thousand_classes import CLASSES, IMAGES, SIZE_PX
@@ -78,7 +78,7 @@ class Board:
 
     def images(self, split: Literal["train", "val"]) -> ImageSet:
         """A split of --data as it is now."""
-        folder = data_folder(self.options.data, self.shared.shapes_per_class, Silence())
+        folder = data_folder(self.options.data, self.shared.shapes_per_class, Report())
         return open_image_set(folder, split)
 
     @cached_property

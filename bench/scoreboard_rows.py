@@ -33,7 +33,7 @@ from patchbloom.engine.coreset.coreset import Coreset, open_coreset
 from patchbloom.export.models import find_model, weights_sha256
 from patchbloom.train.config import TORCHVISION
 from patchbloom.train.report.summary import mean_and_std
-from patchbloom.train.teacher.brought import name_of
+from patchbloom.train.teacher.teacher import teacher_id
 from scoreboard_board import Board
 from scoreboard_cells import CELLS, Cell, Size
 
@@ -188,7 +188,7 @@ def _given_now(board: Board) -> Iterator[tuple[Identity, str]]:
     for generated in (False, True):
         spec = board.teacher_spec(generated=generated)
         if spec.startswith(TORCHVISION) or Path(spec).is_file():
-            yield (generated, "teacher", "source"), name_of(spec)
+            yield (generated, "teacher", "source"), teacher_id(spec)
 
 
 def _models_now(rows: Iterable[Row]) -> Iterator[tuple[Identity, str]]:

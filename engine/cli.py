@@ -1,7 +1,7 @@
 """`engine`: build, verify and inspect engines; inspect and export coresets.
 
 The last line of stdout is one JSON object. Importing this module imports neither torch nor
-TensorRT: each command imports what it needs, when there is something for it to do.
+TensorRT: each command imports what it needs, after its arguments are checked.
 """
 
 from __future__ import annotations

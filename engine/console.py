@@ -82,25 +82,25 @@ def _terminated_by_exception() -> Iterator[None]:
 
 
 def _parse_in_one_line(commands: Mapping[str, type], parse: Callable[[], Parsed]) -> Parsed:
-    """tyro's parse, with a ValueError of one line for the box that it would draw and exit."""
+    """tyro's parse, which raises a one-line ValueError where tyro would draw a box and exit."""
 
     def refuse(event: _errors.ParseErrorEvent) -> None:
-        told = _told(event, commands)
-        if told is not None:
-            raise ValueError(f"{told} (see {event.prog} --help)")
+        reason = _reason(event, commands)
+        if reason is not None:
+            raise ValueError(f"{reason} (see {event.prog} --help)")
 
     with _errors.on_parse_error(refuse):
         return parse()
 
 
-def _told(event: _errors.ParseErrorEvent, commands: Mapping[str, type]) -> str | None:
-    """Why tyro refuses a command line; None for a reason that no command of ours has."""
+def _reason(event: _errors.ParseErrorEvent, commands: Mapping[str, type]) -> str | None:
+    """Why tyro refuses a command line; None for an event that none of our commands causes."""
     match event:
         case _errors.MissingArgs(missing_arguments=missing, unrecognized_tokens=unknown):
             command = f"{event.prog} {missing[0].source_parser.prog_suffix}".strip()
             needed = [f"{_spelled(each.arg)}: {_about(each.arg)}" for each in missing]
-            beside = [_unknown(unknown, commands)] if unknown else []
-            return f"{command} needs " + "; ".join([*needed, *beside])
+            needed += [_unknown(unknown, commands)] if unknown else []
+            return f"{command} needs {'; '.join(needed)}"
         case _errors.UnrecognizedArgs(tokens=tokens):
             return _unknown(tokens, commands)
         case _errors.MissingSubcommand(subcommand_spec=spec):
@@ -132,16 +132,16 @@ def _about(argument: ArgumentDefinition) -> str:
 
 
 def _unknown(tokens: Sequence[str], commands: Mapping[str, type]) -> str:
-    """Names the options that mistyped ones are closest to, or the commands."""
-    told = f"unrecognized: {' '.join(tokens)}"
+    """Names the options closest to mistyped ones, or the commands."""
+    message = f"unrecognized: {' '.join(tokens)}"
     parsers = (get_parser(kind) for kind in commands.values())
     options = {word for each in parsers for act in each._actions for word in act.option_strings}
     close = [near for token in tokens for near in get_close_matches(token, options, 1, 0.8)]
     if close:
-        return f"{told}. Perhaps you meant: {', '.join(close)}"
+        return f"{message}. Perhaps you meant: {', '.join(close)}"
     if any(token.startswith("-") for token in tokens):
-        return told
-    return f"{told}. Commands: {', '.join(commands)}"
+        return message
+    return f"{message}. Commands: {', '.join(commands)}"
 
 
 def print_fields(result: dict[str, Any]) -> None:
@@ -158,9 +158,9 @@ def _lines(value: Any) -> list[str]:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns, two spaces apart; the first row is their heading.
+    """Print columns two spaces apart; the first row is their heading.
 
-    Cells are folded to the width of a terminal, and stay whole in a pipe or a file.
+    Cells are folded to the width of a terminal, but not in a pipe or a file.
     """
     from rich.console import Console
     from rich.table import Table

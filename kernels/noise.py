@@ -15,9 +15,9 @@ where fl rounds to nearest even: fl(x) and the sum both round, so 128 of the 2^3
 
     n = sqrt(-2 ln u0) * cos(2 pi u1),   sqrt(-2 ln u0) * sin(2 pi u1),   ...   |n| <= 6.77
 
-The words are bit-identical everywhere. Triton, torch and numpy differ only in the last bits of
-log, sin and cos: the normals agree to 2e-6. A number does not depend on which other samples are
-requested, nor on their order.
+Words and uniforms are bit-identical in Triton, torch and numpy. Triton and torch differ only in
+the last bits of log, sin and cos: the normals agree to 2e-6. A number does not depend on which
+other samples are requested, nor on their order.
 
 Bytes per number of s bytes: s, written. Eager torch on int64 words moves 529 in 126 passes (s = 4).
 Arithmetic matters as well as memory traffic: 71 instructions per number on sm_90.
@@ -29,6 +29,7 @@ in C order. ``sample`` and ``element // 4`` are taken modulo 2^32.
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -76,20 +77,23 @@ class Draw(IntEnum):
     """Sampler step k draws with ANCESTRAL + k; nothing is reserved above."""
 
 
+Words = TypeVar("Words", torch.Tensor, np.ndarray)
+
+
 def philox_reference(
     seed: int,
-    groups: torch.Tensor,
-    draw: int | torch.Tensor,
-    samples: torch.Tensor,
-    epoch: int | torch.Tensor,
+    groups: Words,
+    draw: int | Words,
+    samples: Words,
+    epoch: int | Words,
     *,
     rounds: int = ROUNDS,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The four output words of each counter, as int64 tensors in [0, 2^32).
+) -> tuple[Words, Words, Words, Words]:
+    """The four output words of each counter, int64 in [0, 2^32), in plain torch or numpy.
 
-    ``groups``, ``samples`` and, when they are tensors, ``draw`` and ``epoch`` are int64 and
-    broadcast against each other. The 64-bit products wrap in int64; shifted-in sign bits and seed
-    bits above 64 are masked off.
+    ``groups``, ``samples`` and, unless they are integers, ``draw`` and ``epoch`` are int64 and
+    broadcast against each other; the words have the common shape after three rounds. The 64-bit
+    products wrap in int64; shifted-in sign bits and seed bits above 64 are masked off.
     """
     key_0, key_1 = seed & LOW_32, (seed >> 32) & LOW_32
     c0, c1, c2, c3 = groups & LOW_32, draw, samples & LOW_32, epoch
@@ -98,8 +102,7 @@ def philox_reference(
         c0, c1 = ((product_1 >> 32) ^ c1 ^ key_0) & LOW_32, product_1 & LOW_32
         c2, c3 = ((product_0 >> 32) ^ c3 ^ key_1) & LOW_32, product_0 & LOW_32
         key_0, key_1 = (key_0 + KEY_STEP_0) & LOW_32, (key_1 + KEY_STEP_1) & LOW_32
-    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
-    return c0, c1, c2, c3
+    return c0, c1, c2, c3  # pyright: ignore[reportReturnType]
 
 
 def unit_reference(words: torch.Tensor) -> torch.Tensor:
@@ -145,60 +148,19 @@ def normal_reference(
     return normals.flatten(1)[:, :count].reshape(len(samples_B), *shape).to(dtype).contiguous()
 
 
-def philox_numpy(
-    seed: int,
-    groups: np.ndarray,
-    draw: int,
-    samples: np.ndarray,
-    epoch: int,
-    *,
-    rounds: int = ROUNDS,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """``philox_reference`` in numpy: uint64 arrays in [0, 2^32)."""
-    u64 = np.uint64
-    key_0, key_1 = seed & LOW_32, seed >> 32
-    c0, c1 = groups.astype(u64) & u64(LOW_32), u64(draw)
-    c2, c3 = samples.astype(u64) & u64(LOW_32), u64(epoch)
-    for _ in range(rounds):
-        product_0, product_1 = c0 * u64(MULTIPLIER_0), c2 * u64(MULTIPLIER_1)
-        c0, c1 = (product_1 >> u64(32)) ^ c1 ^ u64(key_0), product_1 & u64(LOW_32)
-        c2, c3 = (product_0 >> u64(32)) ^ c3 ^ u64(key_1), product_0 & u64(LOW_32)
-        key_0, key_1 = (key_0 + KEY_STEP_0) & LOW_32, (key_1 + KEY_STEP_1) & LOW_32
-    c0, c1, c2, c3 = np.broadcast_arrays(c0, c1, c2, c3)
-    return c0, c1, c2, c3
-
-
 def unit_numpy(words: np.ndarray) -> np.ndarray:
     """``unit_reference`` in numpy."""
     shifted = (words.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
     return np.minimum(shifted, np.float32(UNIFORM_MAX))
 
 
-def _unit_lanes_numpy(
-    seed: int, draw: int, samples: np.ndarray, epoch: int, count: int
-) -> np.ndarray:
-    require_words(seed, draw, epoch)
-    groups = np.arange(-(-count // 4))
-    words = philox_numpy(seed, groups, draw, np.asarray(samples)[:, None], epoch)
-    return unit_numpy(np.stack(words, axis=-1))
-
-
 def uniform_numpy(seed: int, draw: int, samples: np.ndarray, epoch: int, count: int) -> np.ndarray:
     """``uniform`` in numpy: the same bits, for callbacks that must not touch torch."""
-    lanes_BG4 = _unit_lanes_numpy(seed, draw, samples, epoch, count)
-    return np.ascontiguousarray(lanes_BG4.reshape(len(lanes_BG4), -1)[:, :count])
-
-
-def normal_numpy(
-    seed: int, draw: int, samples: np.ndarray, epoch: int, shape: Sequence[int]
-) -> np.ndarray:
-    """``normal`` in numpy, fp32 [B, *shape]: the same numbers to 2e-6."""
-    lanes_BG4 = _unit_lanes_numpy(seed, draw, samples, epoch, math.prod(shape))
-    radius = np.sqrt(np.float32(-2.0) * np.log(lanes_BG4[..., 0::2]))
-    angle = lanes_BG4[..., 1::2] * np.float32(TWO_PI)
-    normals = np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=-1)
-    flat = normals.reshape(len(normals), -1)[:, : math.prod(shape)]
-    return np.ascontiguousarray(flat.reshape(len(normals), *shape))
+    require_words(seed, draw, epoch)
+    groups = np.arange(-(-count // 4))
+    words = philox_reference(seed, groups, draw, np.asarray(samples, np.int64)[:, None], epoch)
+    lanes_BG4 = unit_numpy(np.stack(words, axis=-1))
+    return np.ascontiguousarray(lanes_BG4.reshape(len(samples), -1)[:, :count])
 
 
 @triton.jit

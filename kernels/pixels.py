@@ -1,10 +1,9 @@
 """Patches to encoder inputs: uint8 to images in [-1, 1], resized in the same pass.
 
-Formula, torch's ``interpolate(align_corners=False)`` without antialias, per output row i of S
-(columns alike), p source rows:
+Formula, torch's bicubic ``interpolate(align_corners=False)`` without antialias (a = -0.75), per
+output row i of S (columns alike), p source rows:
 
-    y = (i + 0.5) * p / S - 0.5;   taps at floor(y) - 1 ... floor(y) + 2 (bicubic, a = -0.75)
-                                   or floor(y), floor(y) + 1 (bilinear), clamped to the patch
+    y = (i + 0.5) * p / S - 0.5;   taps at floor(y) - 1 ... floor(y) + 2, clamped to the patch
     out = clamp(sum(weight * pixel) / 127.5 - 1, -1, 1)
 
 Bytes per image of s-byte numbers: p^2 C read, s S^2 C written. Eager torch moves 44 bytes instead
@@ -13,8 +12,6 @@ of 2.25 per output number in 7 passes (S = 2 p, s = 2).
 Shapes: N patches; C channels; H, W, p source and S output sides in pixels.
 """
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
@@ -22,17 +19,14 @@ from torch.nn.functional import interpolate
 
 from .launch import launch, require, runs_kernel
 
-Mode = Literal["bicubic", "bilinear"]
 PIXELS_PER_PROGRAM = 256
 
 
-def upsample_patches_reference(
-    patches_NHWC: torch.Tensor, size_px: int, *, mode: Mode = "bicubic"
-) -> torch.Tensor:
+def upsample_patches_reference(patches_NHWC: torch.Tensor, size_px: int) -> torch.Tensor:
     """fp32 [N, C, S, S] in [-1, 1], in plain torch."""
     pixels = patches_NHWC.permute(0, 3, 1, 2).float()
     size = (size_px, size_px)
-    upsampled = interpolate(pixels, size=size, mode=mode, align_corners=False)
+    upsampled = interpolate(pixels, size=size, mode="bicubic", align_corners=False)
     return upsampled.contiguous().div_(127.5).sub_(1.0).clamp_(-1.0, 1.0)
 
 
@@ -74,7 +68,6 @@ def upsample_kernel(
     scale_y,
     scale_x,
     CHANNELS: tl.constexpr,
-    BICUBIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (patch, block) writes BLOCK pixels of every channel of one output image."""
@@ -83,41 +76,25 @@ def upsample_kernel(
     inside = pixel < size * size
     y = ((pixel // size).to(tl.float32) + 0.5) * scale_y - 0.5
     x = ((pixel % size).to(tl.float32) + 0.5) * scale_x - 0.5
-    if not BICUBIC:
-        y = tl.maximum(y, 0.0)
-        x = tl.maximum(x, 0.0)
     row = tl.floor(y).to(tl.int32)
     column = tl.floor(x).to(tl.int32)
     fy = y - row.to(tl.float32)
     fx = x - column.to(tl.float32)
     source = patches_ptr + index * height * width * CHANNELS
     last_row = height - 1
+    pitch = width * CHANNELS
+    v0, v1, v2, v3 = cubic_weights(fy)
+    h0, h1, h2, h3 = cubic_weights(fx)
     for channel in tl.static_range(CHANNELS):  # pyright: ignore[reportGeneralTypeIssues]
         plane = source + channel
-        value = tl.zeros((BLOCK,), dtype=tl.float32)
-        if BICUBIC:
-            v0, v1, v2, v3 = cubic_weights(fy)
-            h0, h1, h2, h3 = cubic_weights(fx)
-            pitch = width * CHANNELS
-            r0 = plane + tl.minimum(tl.maximum(row - 1, 0), last_row) * pitch
-            r1 = plane + tl.minimum(tl.maximum(row, 0), last_row) * pitch
-            r2 = plane + tl.minimum(row + 1, last_row) * pitch
-            r3 = plane + tl.minimum(row + 2, last_row) * pitch
-            value += v0 * cubic_row(r0, column, h0, h1, h2, h3, width, CHANNELS, inside)
-            value += v1 * cubic_row(r1, column, h0, h1, h2, h3, width, CHANNELS, inside)
-            value += v2 * cubic_row(r2, column, h0, h1, h2, h3, width, CHANNELS, inside)
-            value += v3 * cubic_row(r3, column, h0, h1, h2, h3, width, CHANNELS, inside)
-        else:
-            r0 = plane + tl.minimum(row, last_row) * width * CHANNELS
-            r1 = plane + tl.minimum(row + 1, last_row) * width * CHANNELS
-            x0 = tl.minimum(column, width - 1) * CHANNELS
-            x1 = tl.minimum(column + 1, width - 1) * CHANNELS
-            top_left = tl.load(r0 + x0, mask=inside, other=0).to(tl.float32)
-            top_right = tl.load(r0 + x1, mask=inside, other=0).to(tl.float32)
-            low_left = tl.load(r1 + x0, mask=inside, other=0).to(tl.float32)
-            low_right = tl.load(r1 + x1, mask=inside, other=0).to(tl.float32)
-            top = top_left + fx * (top_right - top_left)
-            value = top + fy * (low_left + fx * (low_right - low_left) - top)
+        r0 = plane + tl.minimum(tl.maximum(row - 1, 0), last_row) * pitch
+        r1 = plane + tl.minimum(tl.maximum(row, 0), last_row) * pitch
+        r2 = plane + tl.minimum(row + 1, last_row) * pitch
+        r3 = plane + tl.minimum(row + 2, last_row) * pitch
+        value = v0 * cubic_row(r0, column, h0, h1, h2, h3, width, CHANNELS, inside)
+        value += v1 * cubic_row(r1, column, h0, h1, h2, h3, width, CHANNELS, inside)
+        value += v2 * cubic_row(r2, column, h0, h1, h2, h3, width, CHANNELS, inside)
+        value += v3 * cubic_row(r3, column, h0, h1, h2, h3, width, CHANNELS, inside)
         value = tl.minimum(tl.maximum(value / 127.5 - 1.0, -1.0), 1.0)
         out = out_ptr + (index * CHANNELS + channel) * size * size + pixel
         tl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside)
@@ -125,14 +102,13 @@ def upsample_kernel(
 
 @torch.library.custom_op("patchbloom::upsample_patches", mutates_args=())
 def upsample_patches_op(
-    patches_NHWC: torch.Tensor, size_px: int, bicubic: bool, dtype: torch.dtype
+    patches_NHWC: torch.Tensor, size_px: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """``upsample_patches`` after its checks."""
     if not runs_kernel(patches_NHWC):
-        mode: Mode = "bicubic" if bicubic else "bilinear"
-        return upsample_patches_reference(patches_NHWC, size_px, mode=mode).to(dtype)
+        return upsample_patches_reference(patches_NHWC, size_px).to(dtype)
     number, height, width, channels = patches_NHWC.shape
-    out = _empty_upsampled(patches_NHWC, size_px, bicubic, dtype)
+    out = _empty_upsampled(patches_NHWC, size_px, dtype)
     launch(
         upsample_kernel,
         (number, triton.cdiv(size_px * size_px, PIXELS_PER_PROGRAM)),
@@ -144,32 +120,23 @@ def upsample_patches_op(
         height / size_px,
         width / size_px,
         CHANNELS=channels,
-        BICUBIC=bicubic,
         BLOCK=PIXELS_PER_PROGRAM,
     )
     return out
 
 
 @upsample_patches_op.register_fake
-def _empty_upsampled(
-    patches_NHWC: torch.Tensor, size_px: int, bicubic: bool, dtype: torch.dtype
-) -> torch.Tensor:
+def _empty_upsampled(patches_NHWC: torch.Tensor, size_px: int, dtype: torch.dtype) -> torch.Tensor:
     number, _, _, channels = patches_NHWC.shape
     return patches_NHWC.new_empty((number, channels, size_px, size_px), dtype=dtype)
 
 
 def upsample_patches(
-    patches_NHWC: torch.Tensor,
-    size_px: int,
-    *,
-    mode: Mode = "bicubic",
-    dtype: torch.dtype = torch.float32,
+    patches_NHWC: torch.Tensor, size_px: int, *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """uint8 patches [N, p, p, C] to ``dtype`` images [N, C, size_px, size_px] in [-1, 1].
 
-    Raises TypeError or ValueError when a dtype, shape, layout or mode does not fit.
+    Raises TypeError or ValueError when a dtype, shape or layout does not fit.
     """
     require("patches_NHWC", patches_NHWC, dtype=torch.uint8, shape=("N", "H", "W", "C"))
-    if mode not in ("bicubic", "bilinear"):
-        raise ValueError(f"mode: expected 'bicubic' or 'bilinear', got {mode!r}")
-    return upsample_patches_op(patches_NHWC, size_px, mode == "bicubic", dtype)
+    return upsample_patches_op(patches_NHWC, size_px, dtype)

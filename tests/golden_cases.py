@@ -45,16 +45,16 @@ from patchbloom.train.labels.recording import RecordedLabels
 from patchbloom.train.labels.targets import OnlineLabels
 from patchbloom.train.labels.views import describe_views
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.methods.refresh import Refreshed
-from patchbloom.train.methods.rounds import Generated
+from patchbloom.train.methods.open import Doped, Refreshed
+from patchbloom.train.methods.rounds import describe_rounds
 from patchbloom.train.methods.shared import SharedImages
 from patchbloom.train.methods.source import Expansions, Mosaics, RealImages, UpsampledPatches
-from patchbloom.train.methods.stored import Doped, StoredImages
+from patchbloom.train.methods.stored import StoredImages
 from patchbloom.train.networks import build_network
 from patchbloom.train.options import TrainStudent
 from patchbloom.train.prior.training import PriorTraining
 from patchbloom.train.run.folder import RunFolder
-from patchbloom.train.run.progress import Silence
+from patchbloom.train.run.progress import Report
 from patchbloom.train.run.world import ALONE
 from patchbloom.train.teacher.teacher import Teacher
 
@@ -420,20 +420,20 @@ def _sources() -> dict[str, Any]:
     upsampled = UpsampledPatches(method="upsample", class_ids=IDS, size_px=32, **_patches())
     images = {"images_NHWC": _patches()["patches_NHWC"], "class_ids": IDS, "samples_per_class": 4}
     stored = StoredImages(method="dsco", **images)
-    plan = make_plan(TrainStudent(data="data", out=Path("run"), method=("random",)), Silence())
+    plan = make_plan(TrainStudent(data="data", out=Path("run"), method=("random",)), Report())
     sources = {
         "RealImages": RealImages(images=plan.train, labels_N=torch.arange(3), size_px=32, seed=5),
         "UpsampledPatches": upsampled,
         "Mosaics": Mosaics(class_ids=IDS, factor=1, seed=7, **_patches()),
         "StoredImages": stored,
         "StoredImages, varied": StoredImages(method="t2i", variants=2, seed=3, **images),
-        "Doped": Doped(source=upsampled, real=stored),
+        "Doped": Doped(upsampled, stored),
         "Refreshed": Refreshed(upsampled, 0.3, seed=0),
         "SharedImages": SharedImages(upsampled, ALONE),
     }
     said = {name: source.describe() for name, source in sources.items()}
-    made = Generated(_patches()["patches_NHWC"], per_class=2, seconds=1.5)
-    return {**said, **_expansions(), "Generated": made.describe()}
+    generated = describe_rounds(_patches()["patches_NHWC"], [1.0, 0.5])
+    return {**said, **_expansions(), "Generated": generated}
 
 
 def _expansions() -> dict[str, Any]:
@@ -465,7 +465,7 @@ def _labels() -> dict[str, Any]:
     for codec, k in (("dense", 0), ("topk", 1), ("pca", 2)):
         kept = codec_of(codec, k)
         path = Path(f"{codec}.partial")
-        recorded = RecordedLabels(*(teacher(), source, CONFIG, path, Silence()), codec=kept)
+        recorded = RecordedLabels(*(teacher(), source, CONFIG, path, Report()), codec=kept)
         logits = torch.arange(36.0).reshape(2, 6, 3) % 7
         block = LabelBlock(codec=codec, logits=logits, settings={"a": 1}, k=k)
         layout = LabelLayout(codec=kept, epochs=2, samples=6, classes=3)
@@ -515,7 +515,7 @@ def _model() -> dict[str, Any]:
         prompts=Path("prompts.json"),
         mixup_weight="0.5",
     )
-    plan = make_plan(asked, Silence())
+    plan = make_plan(asked, Report())
     return {
         "dace": plan.describe_model("dace"),
         "t2i": plan.describe_generator("t2i"),

@@ -28,7 +28,7 @@ from golden_cases import (
     train_main,
 )
 from patchbloom.train.prior.model import new_parts, save_parts
-from patchbloom.train.run.progress import Record
+from patchbloom.train.run.progress import Report
 
 NOT_KEPT = ("tensorboard", "pictures", "report.html")
 """Of a run folder: names the host, or is drawn of the rest."""
@@ -41,7 +41,7 @@ def write_runs() -> None:
     with elsewhere():
         run_all()
         for name, options in STOPPED.items():
-            with patch.object(Record, "scalar", _stop):
+            with patch.object(Report, "scalar", _stop):
                 assert train_main([*SMALL, "--out", name, *options]) == 130
         for name in (*RUNS, *STOPPED):
             for each in NOT_KEPT:
@@ -50,7 +50,7 @@ def write_runs() -> None:
         _pack("runs", *RUNS, *STOPPED)
 
 
-def _stop(self: Record, tag: str, step: int, value: float) -> None:
+def _stop(self: Report, tag: str, step: int, value: float) -> None:
     """Ctrl-C after two epochs of students, or, of a teacher that has three, of the teacher."""
     if (tag, step) in (("upsample/loss", 1), ("teacher/loss", 1)):
         os.kill(os.getpid(), signal.SIGINT)

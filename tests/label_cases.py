@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from patchbloom.engine.coreset.coreset import Coreset, attach_labels, open_coreset, write_coreset
+from patchbloom.engine.coreset.manifest import LABELS, MANIFEST, seal, spelled
 from patchbloom.engine.labels.basis import fit_basis
-from patchbloom.engine.labels.codec import Codec, Encoding, as_fp16
-from patchbloom.engine.labels.codecs import described_codec
+from patchbloom.engine.labels.codecs import Codec, Encoding, as_fp16, described_codec
 from patchbloom.engine.labels.file import LabelLayout
 
 
@@ -61,3 +63,19 @@ class LabelBlock:
     def describe(self) -> dict[str, Any]:
         kept = {"codec": "none"} if self.layout is None else self.layout.describe()
         return {**kept, "temperature": float(self.temperature), "settings": self.settings}
+
+
+def write_labelled(folder: Path, labels: LabelBlock | None, **given: Any) -> Coreset:
+    """A coreset with these labels, if any."""
+    coreset = write_coreset(folder, **given)
+    return coreset if labels is None else attach_labels(folder, labels)  # pyright: ignore[reportArgumentType]
+
+
+def label_online(folder: Path) -> None:
+    """Make the manifest say that no labels are stored, as earlier versions wrote it."""
+    manifest = open_coreset(folder).manifest
+    described = {"codec": "none", "temperature": 20.0, "settings": {}}
+    files = {name: entry for name, entry in manifest["files"].items() if name != LABELS}
+    sealed = seal({**manifest, "labels": described, "files": files}, manifest["provenance"])
+    (folder / MANIFEST).write_bytes(spelled(sealed))
+    (folder / LABELS).unlink(missing_ok=True)

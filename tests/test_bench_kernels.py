@@ -17,7 +17,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 OPERATIONS = {
     "noise", "start_state", "euler_ancestral_step", "euler_ancestral_table_step",
     "upsample_patches", "student_input", "student_input, CutMix", "mosaic",
-    "shuffle_patches", "softlabel, dense", "softlabel, top-10", "softlabel, dense, mixed",
+    "softlabel, dense", "softlabel, top-10", "softlabel, dense, mixed",
     "softlabel, top-10, mixed",
 }  # fmt: skip
 

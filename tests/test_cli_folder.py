@@ -16,7 +16,7 @@ from patchbloom.engine.coreset import coreset
 from patchbloom.export import durable
 from patchbloom.train.labels import keep as run_labels
 from patchbloom.train.run.folder import RunError, RunFolder
-from patchbloom.train.run.progress import Record
+from patchbloom.train.run.progress import Report
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_another_process_at_work_in_the_folder(
     train: Command, shapes: Path, tmp_path: Path
 ) -> None:
     options = ("--data", shapes, "--out", tmp_path / "run", "--method", "rded", *SMALL)
-    with Record() as record, RunFolder(tmp_path / "run", record):
+    with Report() as record, RunFolder(tmp_path / "run", record):
         (tmp_path / "run" / "teacher").mkdir()
         for option in ("--resume", "--overwrite"):
             error = train(*options, option).error
@@ -79,7 +79,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     mark.write_text('{"schema": "patchbloom.run/1"}')
     command = [sys.executable, "-c", holding, str(mark)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with Record() as record, subprocess.Popen(command, **pipes) as process:
+    with Report() as record, subprocess.Popen(command, **pipes) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         with pytest.raises(RunError, match="another process works in"):

@@ -13,7 +13,7 @@ from patchbloom.train.commands import train as run
 from patchbloom.train.options import RunOptions
 from patchbloom.train.prior.model import new_parts, save_parts
 from patchbloom.train.run.folder import RunFolder
-from patchbloom.train.run.progress import Record
+from patchbloom.train.run.progress import Report
 
 
 def test_generated_images_have_one_recipe_with_and_without_a_model(
@@ -22,10 +22,10 @@ def test_generated_images_have_one_recipe_with_and_without_a_model(
     """Methods are compared across commands too: random alone, on a GPU, beside dace."""
     options = RunOptions(data="shapes", out=tmp_path, method=("random",))
     for device in ("cpu", "cuda"):
-        with Record() as record:
+        with Report() as record:
             assert planning._choose_recipe(options, device, None, record).name == "small"
     photographs = dataclasses.replace(options, data="photographs")
-    with Record() as record:
+    with Report() as record:
         assert planning._choose_recipe(photographs, "cuda", None, record).name == "dace"
 
 
@@ -109,7 +109,7 @@ def test_a_teacher_that_cannot_be_had_is_told_before_a_run_is_replaced(
     train: Command, shapes: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with Record() as record, RunFolder(out, record):
+    with Report() as record, RunFolder(out, record):
         (out / "teacher").mkdir()
     options = ("--data", shapes, "--out", out, "--method", "rded", "--overwrite", "--teacher")
     error = train(*options, "torchvision:resnet19").error

@@ -18,11 +18,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from label_cases import LabelBlock
+from label_cases import LabelBlock, label_online, write_labelled
 from patchbloom.engine.cli import main
 from patchbloom.engine.coreset import coreset as coreset_module
-from patchbloom.engine.coreset import pixels as coreset_images
-from patchbloom.engine.coreset.coreset import attach_labels, open_coreset, write_coreset
+from patchbloom.engine.coreset.coreset import attach_labels, open_coreset
 from patchbloom.engine.coreset.manifest import spelled
 from patchbloom.engine.data.names import display_names, imagenet_names
 from patchbloom.engine.errors import CoresetError
@@ -44,17 +43,16 @@ PATCHES = torch.randint(
 )
 
 
-def _write(folder: Path, **changed):
+def _write(folder: Path, labels: LabelBlock | None = None, **changed):
     arguments = {
         "patches_NHWC": PATCHES,
-        "labels_N": [0] * 4 + [1] * 4 + [2] * 4,
         "class_ids": IDS,
         "class_names": ("tench", "with space", "zebra"),
         "settings": SETTINGS,
         "model": {"name": "sdxl-tiny", "weights_bytes": 1000},
         "provenance": {"command": "train", "time": time.time()},
     }
-    return write_coreset(folder, **{**arguments, **changed})
+    return write_labelled(folder, labels, **{**arguments, **changed})
 
 
 def _logits(epochs: int = 2, samples: int = 12, classes: int = 3) -> torch.Tensor:
@@ -100,7 +98,7 @@ def test_content_hash_names_content_and_not_its_making(tmp_path: Path) -> None:
         _write(tmp_path / "f", class_names=("tench", "with space", "horse")),
         _write(tmp_path / "g", model=None),
         _write(tmp_path / "h", teacher={"architecture": "resnet18"}),
-        _write(tmp_path / "i", labels=LabelBlock(codec="none")),
+        _write(tmp_path / "i", labels=LabelBlock(codec="dense", logits=_logits())),
     ]
     hashes = {first.content_sha256, *(other.content_sha256 for other in others)}
     assert len(hashes) == 1 + len(others)
@@ -169,20 +167,24 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     [
         ({"class_ids": ("b", "a", "c")}, "sorted"),
         ({"class_ids": ("a", "a", "c")}, "unique"),
-        ({"class_names": ("a", "b")}, "expected 3 class names"),
-        ({"labels_N": [0] * 5 + [1] * 3 + [2] * 4}, "4 rows of each of 3 classes"),
+        ({"patches_NHWC": PATCHES[:11]}, "4 of each of 3 classes"),
         ({"patches_NHWC": PATCHES.float()}, "expected uint8"),
-        ({"patches_NHWC": PATCHES[:, :4]}, r"expected uint8 \[N, 8, 8, 3\]"),
-        ({"settings": {"method": "dace"}}, "missing"),
+        ({"patches_NHWC": PATCHES[:, :4]}, r"expected uint8 \[12, 8, 8, 3\]"),
         ({"settings": {**SETTINGS, "folder": Path()}}, "plain JSON"),
         ({"model": {"loss": float("nan")}}, "plain JSON"),
-        ({"labels": LabelBlock(codec="dense", logits=_logits(classes=4))}, "expected 3 classes"),
     ],
 )
 def test_contradicting_arguments_are_refused(tmp_path: Path, changed: dict, told: str) -> None:
     with pytest.raises(CoresetError, match=told):
         _write(tmp_path / "c", **changed)
     assert os.listdir(tmp_path) == []
+
+
+def test_labels_of_other_classes_are_refused(tmp_path: Path) -> None:
+    block = LabelBlock(codec="dense", logits=_logits(classes=4))
+    with pytest.raises(CoresetError, match="expected 3 classes"):
+        _write(tmp_path / "c", labels=block)
+    assert open_coreset(tmp_path / "c").soft_labels() is None
 
 
 def test_overwrite_replaces_a_coreset_and_nothing_else(tmp_path: Path) -> None:
@@ -216,17 +218,15 @@ def _full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("writer", ["write_png", "write_label_file", "write_durably"])
+@pytest.mark.parametrize("writer", ["write_png", "write_durably"])
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
 ) -> None:
-    owner = coreset_images if writer == "write_png" else coreset_module
-    monkeypatch.setattr(owner, writer, _full_disk)
-    block = LabelBlock(codec="dense", logits=_logits())
+    monkeypatch.setattr(coreset_module, writer, _full_disk)
     with pytest.raises(
         OSError, match=r"no space left for .*c: it needs up to .* MiB; free"
     ) as told:
-        _write(tmp_path / "c", labels=block)
+        _write(tmp_path / "c")
     assert "\n" not in str(told.value)
     assert os.listdir(tmp_path) == []
 
@@ -235,7 +235,7 @@ def test_a_full_disk_while_replacing_keeps_the_old_coreset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = _write(tmp_path / "c")
-    monkeypatch.setattr(coreset_images, "write_png", _full_disk)
+    monkeypatch.setattr(coreset_module, "write_png", _full_disk)
     with pytest.raises(OSError, match="no space left"):
         _write(tmp_path / "c", settings={**SETTINGS, "seed": 4}, overwrite=True)
     assert open_coreset(tmp_path / "c").content_sha256 == old.content_sha256
@@ -249,7 +249,7 @@ def test_a_full_disk_while_replacing_keeps_the_old_coreset(
 def test_the_second_of_two_writers_leaves_the_first_ones_coreset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_png, wrote = coreset_images.write_png, []
+    write_png, wrote = coreset_module.write_png, []
 
     def write_after_another(path: Path, patch_HWC: np.ndarray) -> None:
         if not wrote:
@@ -258,7 +258,7 @@ def test_the_second_of_two_writers_leaves_the_first_ones_coreset(
         write_png(path, patch_HWC)
 
     other = _write(tmp_path / "other", settings={**SETTINGS, "seed": 4}).folder
-    monkeypatch.setattr(coreset_images, "write_png", write_after_another)
+    monkeypatch.setattr(coreset_module, "write_png", write_after_another)
     with pytest.raises(FileExistsError, match="another process wrote it; use what it wrote, or"):
         _write(tmp_path / "c")
     assert open_coreset(tmp_path / "c").settings["seed"] == 4
@@ -269,7 +269,7 @@ KILLED_WRITES = """
 import json, os, signal, sys, torch
 from pathlib import Path
 from label_cases import LabelBlock
-from patchbloom.engine.coreset import coreset, pixels
+from patchbloom.engine.coreset import coreset
 from patchbloom.export import durable
 
 def write_and_label(folder, kill_at):
@@ -283,14 +283,14 @@ def write_and_label(folder, kill_at):
             return function(*arguments)
         return call
     for owner, name in (
-        (pixels, "write_png"), (coreset, "write_label_file"), (coreset, "write_durably"),
+        (coreset, "write_png"), (coreset, "write_label_file"), (coreset, "write_durably"),
         (durable, "write_durably"), (os, "replace"), (os, "rename"),
     ):
         setattr(owner, name, counted(getattr(owner, name)))
     if not folder.exists():
         coreset.write_coreset(
             folder,
-            patches_NHWC=torch.zeros(2, 8, 8, 3, dtype=torch.uint8), labels_N=[0, 1],
+            patches_NHWC=torch.zeros(2, 8, 8, 3, dtype=torch.uint8),
             class_ids=["a", "b"], class_names=["a", "b"],
             settings=dict(method="random", seed=0, image_size_px=8, factor=1, patch_px=8, ipc=1),
             provenance={},
@@ -302,7 +302,7 @@ def what_opens(folder):
     if not folder.exists():
         return "absent"
     labels = coreset.open_coreset(folder).soft_labels()
-    return "unlabelled" if labels is None else labels.logits(0, [0]).tolist()
+    return "unlabelled" if labels is None else labels.targets(0, [0]).labels.tolist()
 
 def in_a_process_of_its_own(folder, kill_at):
     child = os.fork()
@@ -359,10 +359,10 @@ def test_dense_labels_keep_fp16_logits(tmp_path: Path) -> None:
     for epoch in (1, 0):
         rows = torch.tensor([11, 0, 5])
         expected = logits[epoch, rows].half().float()
-        assert torch.equal(labels.logits(epoch, rows), expected)
+        assert torch.equal(labels.targets(epoch, rows).labels.float(), expected)
         assert torch.equal(labels.probabilities(epoch, rows), (expected / 4.0).softmax(1))
     with pytest.raises(CoresetError, match=r"expected an epoch in 0\.\.1, got 2"):
-        labels.logits(2, [0])
+        labels.targets(2, [0])
     sizes = opened.bytes()
     assert sizes["labels"] == (tmp_path / "c" / "labels.safetensors").stat().st_size
     files = [path for path in (tmp_path / "c").rglob("*") if path.is_file()]
@@ -372,9 +372,8 @@ def test_dense_labels_keep_fp16_logits(tmp_path: Path) -> None:
     assert saved > 0
     assert sizes["with_labels"] == sum(path.stat().st_size for path in files) - saved
     assert sizes["with_generator"] == sizes["with_labels"] + 1000
-    attach_labels(tmp_path / "c", LabelBlock(codec="none"))
+    label_online(tmp_path / "c")
     assert open_coreset(tmp_path / "c").soft_labels() is None
-    assert not (tmp_path / "c" / "labels.safetensors").exists()
 
 
 @settings(max_examples=30, deadline=None)
@@ -421,8 +420,6 @@ def test_topk_labels_are_stored_and_read(tmp_path: Path) -> None:
     labels = _stored(tmp_path / "c", block)
     expected = decode_topk(*encode_topk(logits[1], k=1, temperature=2.0), 3)
     assert torch.equal(labels.probabilities(1, range(12)), expected)
-    with pytest.raises(CoresetError, match="keeps probabilities"):
-        labels.logits(0, [0])
 
 
 def test_labels_in_principal_components_are_stored_and_read(tmp_path: Path) -> None:
@@ -430,7 +427,9 @@ def test_labels_in_principal_components_are_stored_and_read(tmp_path: Path) -> N
     block = LabelBlock(codec="pca", logits=logits, k=2, temperature=2.0)
     labels = _stored(tmp_path / "c", block)
     centred = logits[1] - logits[1].mean(1, keepdim=True)
-    torch.testing.assert_close(labels.logits(1, range(12)), centred, rtol=0, atol=0.05)
+    torch.testing.assert_close(
+        labels.targets(1, range(12)).labels.float(), centred, rtol=0, atol=0.05
+    )
     close = {"rtol": 0, "atol": 0.02}
     expected = (logits[1] / 2.0).softmax(1)
     torch.testing.assert_close(labels.probabilities(1, range(12)), expected, **close)
@@ -478,7 +477,7 @@ def test_logits_that_no_codec_can_hold_are_refused(tmp_path: Path, codec, bad: f
     logits[0, 0, 0] = bad
     with pytest.raises(CoresetError, match="NaN or infinity"):
         _write(tmp_path / "c", labels=LabelBlock(codec=codec, logits=logits, k=1))
-    assert os.listdir(tmp_path) == []
+    assert open_coreset(tmp_path / "c").soft_labels() is None
 
 
 def test_engine_coreset_info_verify_show(
@@ -527,7 +526,7 @@ def test_engine_coreset_info_verify_show(
         ("coreset show FOLDER/c --out FOLDER/nope/sheet.png", "No such file"),
         ("coreset show FOLDER/c --patches-per-class 0", "expected at least 1, got 0"),
         ("coreset show FOLDER/c --patches-per-class few", "few"),
-        ("coreset info", "Missing"),
+        ("coreset info", "engine coreset info needs PATH"),
         ("coreset paint FOLDER/c", "paint"),
         ("", "coreset"),
     ],

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patchbloom.engine.data.boxes import RandomResizedCrops
 from patchbloom.engine.data.images import ImageSet, open_image_set, stream_crops
 from patchbloom.engine.select.diversity import DiverseChoice, Diversity, diverse_choice
-from patchbloom.engine.select.patches import PatchSelection, RandomResizedCrops, select_patches
+from patchbloom.engine.select.patches import PatchSelection, select_patches
 from patchbloom.kernels.noise import Draw
 from patchbloom.train.networks import build_network
-from patchbloom.train.teacher.patch_teacher import PatchTeacher, patch_teacher, require_size
-from patchbloom.train.teacher.teacher import Teacher
+from patchbloom.train.teacher.teacher import Teacher, patch_teacher
 from PIL import Image
 from test_patches import select_together, tensors
 from torch import nn
@@ -22,7 +22,7 @@ from torch import nn
 CHOICES: tuple[DiverseChoice, ...] = ("facility-location", "k-center")
 COPIES, KINDS = 8, 7  # images of a class: near-duplicates, and such that differ
 OPTIONS: dict[str, Any] = {
-    **{"ipc": 1, "factor": 2, "image_size_px": 16, "crops": 2, "seed": 5, "batch": 4},
+    **{"per_class": 4, "patch_px": 8, "image_size_px": 16, "crops": 2, "seed": 5, "batch": 4},
     "scoring": "native",
 }
 
@@ -167,20 +167,20 @@ def new_teacher(name: str, size_px: int) -> Teacher:
     ],
 )
 def test_features_are_what_the_classifier_is_given(name: str, size_px: int, width: int) -> None:
-    asked = PatchTeacher(new_teacher(name, size_px), native=False)
+    teacher = new_teacher(name, size_px)
     images = torch.randint(0, 256, (3, size_px, size_px, 3), dtype=torch.uint8)
-    logits, features = asked(images)
-    assert asked.width == width
+    logits, features = teacher.logits_and_features(images)
+    assert teacher.classifier.in_features == width
     assert features.shape == (3, width)
-    assert torch.equal(logits, asked.teacher.logits_from_uint8(images))
-    classifier = [m for m in asked.teacher.network.modules() if isinstance(m, nn.Linear)][-1]
+    assert torch.equal(logits, teacher.logits_from_uint8(images))
+    classifier = [m for m in teacher.network.modules() if isinstance(m, nn.Linear)][-1]
     assert torch.allclose(classifier(features), logits, atol=1e-5)
     assert not classifier._forward_pre_hooks
 
 
 def test_a_network_without_features_is_told() -> None:
     with pytest.raises(ValueError, match="torchvision:squeezenet1_1 has no linear layer"):
-        PatchTeacher(new_teacher("torchvision:squeezenet1_1", 32), native=False)
+        patch_teacher(new_teacher("torchvision:squeezenet1_1", 32), "k-center", "pad", 16, 4)
 
 
 def test_a_native_patch_is_seen_in_its_own_size(images: ImageSet) -> None:
@@ -206,4 +206,4 @@ def test_a_native_patch_is_seen_in_its_own_size(images: ImageSet) -> None:
 def test_a_network_of_one_size_cannot_score_natively(name: str) -> None:
     told = rf"--scoring native: {name} cannot take patches of 16 px .* give --scoring pad or resize"
     with pytest.raises(ValueError, match=told):
-        require_size(new_teacher(name, 32), 16)
+        patch_teacher(new_teacher(name, 32), "lowest-loss", "native", 16, 4)

@@ -13,8 +13,9 @@ from patchbloom.engine.coreset.coreset import Coreset, open_coreset, write_cores
 from patchbloom.engine.data.images import ImageSet, open_image_set, to_unit
 from patchbloom.engine.errors import CoresetError
 from patchbloom.train.commands.doping import all_margins, lowest_margins, margins_of, write_doped
-from patchbloom.train.methods.stored import StoredImages, with_doped
-from patchbloom.train.run.progress import Silence
+from patchbloom.train.methods.open import with_doped
+from patchbloom.train.methods.stored import StoredImages
+from patchbloom.train.run.progress import Report
 from patchbloom.train.teacher.normalisation import IMAGENET
 from patchbloom.train.teacher.teacher import Teacher
 from PIL import Image
@@ -64,12 +65,12 @@ def test_the_lowest_of_every_class_are_taken_the_first_of_equal_ones() -> None:
 def test_known_margins(images: ImageSet) -> None:
     """A student that is as sure as an image is green or red, whichever the teacher sees."""
     teacher = Teacher(Colour(1.0), architecture="colour", class_ids=images.class_ids, size_px=SIZE)
-    margins = all_margins(Colour(5.0), teacher, images, size_px=SIZE, report=Silence())
+    margins = all_margins(Colour(5.0), teacher, images, size_px=SIZE, report=Report())
     greens = np.array([*GREENS["leaf"], *GREENS["wine"]])
     expected = np.tanh(5.0 * np.abs(greens - 100) / 255 / 2)
     np.testing.assert_allclose(margins, expected, atol=1e-5)
     assert lowest_margins(margins, images.labels, 1).tolist() == [3, 7]
-    contrary = all_margins(Colour(-5.0), teacher, images, size_px=SIZE, report=Silence())
+    contrary = all_margins(Colour(-5.0), teacher, images, size_px=SIZE, report=Report())
     np.testing.assert_allclose(contrary, -expected, atol=1e-5)
 
 
@@ -79,7 +80,6 @@ def coreset(images: ImageSet, tmp_path: Path) -> Coreset:
     return write_coreset(
         tmp_path / "own",
         patches_NHWC=patches.astype(np.uint8),
-        labels_N=[0, 0, 1, 1],
         class_ids=images.class_ids,
         class_names=images.class_ids,
         settings={
@@ -145,11 +145,12 @@ def test_damage_to_a_doped_image_is_found(
 
 
 def test_doped_images_of_another_size_are_refused(coreset: Coreset, tmp_path: Path) -> None:
-    with pytest.raises(CoresetError, match=r"expected uint8 \[D, 8, 8, 3\], D a multiple of 2"):
+    with pytest.raises(
+        CoresetError, match=r"expected uint8 \[2, 8, 8, 3\], 1 of each of 2 classes"
+    ):
         write_coreset(
             tmp_path / "doped",
             patches_NHWC=coreset.patches(),
-            labels_N=coreset.labels_N,
             class_ids=coreset.class_ids,
             class_names=coreset.class_names,
             settings=coreset.settings,

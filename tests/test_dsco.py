@@ -19,15 +19,14 @@ from cli_cases import runner, write_small_model
 from patchbloom.engine.config import DscoConfig, ExpandConfig
 from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.data.images import open_image_set
-from patchbloom.engine.dsco.images import NoiseOptimiser
-from patchbloom.engine.dsco.noise_optimisation import (
+from patchbloom.engine.dsco.losses import (
     ChannelStatistics,
     channel_statistics,
     data_free_loss,
-    latin_hypercube,
     norm_loss,
     pivot_loss,
 )
+from patchbloom.engine.dsco.optimiser import NoiseOptimiser, latin_hypercube
 from patchbloom.engine.dsco.pivots import FEATURES, LatentFeatures, Pivots
 from patchbloom.engine.expand.backends import Backend
 from patchbloom.engine.expand.expander import Expander

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import runner, write_small_model
-from label_cases import LabelBlock
+from label_cases import LabelBlock, label_online
 from patchbloom.engine.coreset.coreset import Coreset, attach_labels, open_coreset
 from patchbloom.engine.labels.codecs import CodecName
 from patchbloom.train import cli
@@ -70,11 +70,11 @@ def _relabelled(folder: Path, codec: CodecName = "dense", **changed: Any) -> Cor
     coreset = open_coreset(folder)
     stored = coreset.soft_labels()
     assert stored is not None
-    logits = [stored.logits(e, torch.arange(stored.samples)) for e in range(stored.epochs)]
+    logits = [stored.targets(e, torch.arange(stored.samples)).labels for e in range(stored.epochs)]
     settings = {k: v for k, v in {**stored.settings, **changed}.items() if v is not None}
     block = LabelBlock(
         codec=codec,
-        logits=torch.stack(logits),
+        logits=torch.stack(logits).float(),
         temperature=stored.temperature,
         k=3,
         settings=settings,
@@ -171,7 +171,7 @@ def test_a_manifest_that_says_too_little_is_refused(
 
 def test_labels_that_a_coreset_has_not_are_refused(train: Train, given: Path, elsewhere) -> None:
     folder = elsewhere("rded")
-    attach_labels(folder, LabelBlock(codec="none"))
+    label_online(folder)
     teacher = given / "run" / "teacher" / "teacher.safetensors"
     error = train("verify", "--coreset", folder, "--teacher", teacher)["error"]
     assert "holds no soft labels" in error
@@ -261,7 +261,7 @@ def _divergences(coreset: Coreset, teacher: Teacher) -> torch.Tensor:
         for samples_P in pools(config, source.labels_N, epoch):
             views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)
             now_PK = (teacher.logits(views_PCHW).half().double() / 20).log_softmax(1)
-            then_PK = (stored.logits(epoch, samples_P).double() / 20).softmax(1)
+            then_PK = (stored.targets(epoch, samples_P).labels.double() / 20).softmax(1)
             found.append(kl_div(now_PK, then_PK, reduction="none").sum(1))
     return torch.cat(found)
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from label_cases import LabelBlock
+from label_cases import LabelBlock, write_labelled
 from patchbloom.engine.cli import main
-from patchbloom.engine.coreset.coreset import Coreset, open_coreset, write_coreset
+from patchbloom.engine.coreset.coreset import Coreset, open_coreset
 from patchbloom.engine.data.names import imagenet_names
 from patchbloom.engine.formats import exports
 from patchbloom.engine.formats import webdataset as shards
@@ -57,14 +57,13 @@ def new_coreset(folder: Path, **changed: Any) -> Coreset:
     }
     given = {
         "patches_NHWC": PATCHES,
-        "labels_N": LABELS,
         "class_ids": WOOF,
         "class_names": tuple(IMAGENET[class_id] for class_id in WOOF),
         "settings": settings,
         "labels": LabelBlock(codec="dense", logits=LOGITS),
         "provenance": {},
     }
-    return write_coreset(folder, **{**given, **changed})
+    return write_labelled(folder, **{**given, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +146,8 @@ def test_webdataset_opens_shards(
     kept = pca.soft_labels()
     assert kept is not None
     for row, sample in enumerate(webdataset.WebDataset(str(path), shardshuffle=False).decode()):
-        logits = torch.cat([kept.logits(epoch, [row]) for epoch in range(EPOCHS)])
-        np.testing.assert_array_equal(sample["logits.npy"], logits.half().numpy())
+        logits = torch.cat([kept.targets(epoch, [row]).labels for epoch in range(EPOCHS)])
+        np.testing.assert_array_equal(sample["logits.npy"], logits.numpy())
 
 
 @pytest.mark.parametrize("codec", ["coreset", "topk", "pca"])
@@ -286,10 +285,12 @@ def test_an_export_is_whole_or_not_at_all(
     mark = out / "export.json"
     mark.write_text(mark.read_text().replace("patchbloom.export/2", "patchbloom.export/1"))
     export(coreset, "webdataset", out, overwrite=True)
-    (out / "mine.txt").write_text("keep me")
-    with pytest.raises(ValueError, match=r"mine\.txt is not part of an export"):
-        export(coreset, "imagefolder", out, overwrite=True)
-    assert (out / "mine.txt").read_text() == "keep me"
+    for name in ("mine.txt", "labels.safetensors"):
+        (out / name).write_text("keep me")
+        with pytest.raises(ValueError, match=rf"{name} is not part of an export"):
+            export(coreset, "imagefolder", out, overwrite=True)
+        assert (out / name).read_text() == "keep me"
+        (out / name).unlink()
 
 
 def test_labels_can_be_left_out(coreset: Coreset, tmp_path: Path) -> None:

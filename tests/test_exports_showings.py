@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from label_cases import LabelBlock
-from patchbloom.engine.coreset.coreset import Coreset, attach_labels, write_coreset
+from label_cases import LabelBlock, write_labelled
+from patchbloom.engine.coreset.coreset import Coreset, attach_labels
 from patchbloom.engine.data.names import imagenet_names
 from patchbloom.engine.formats.ddranking import SUBSETS
 from patchbloom.engine.formats.exports import export_coreset
@@ -42,14 +42,13 @@ def written(folder: Path, classes: tuple[str, ...] = CLASSES, **changed: Any) ->
     given = {
         "patches_NHWC": coloured([*OWN_COLOURS] * len(classes), SIZE_PX),
         "doped_DHWC": coloured([DOPED_COLOUR] * len(classes), SIZE_PX),
-        "labels_N": np.arange(len(classes)).repeat(2),
         "class_ids": classes,
         "class_names": classes,
         "settings": settings | {"doping": {"images_per_class": 1, "samples_per_class": 2}},
         "labels": LabelBlock(codec="dense", logits=logits(5, len(classes))),
         "provenance": {},
     }
-    return write_coreset(folder, **{**given, **changed})
+    return write_labelled(folder, **{**given, **changed})
 
 
 def logits(each: int, classes: int = len(CLASSES)) -> torch.Tensor:
@@ -66,7 +65,6 @@ def rded(folder: Path, image_size_px: int = SIZE_PX) -> Coreset:
         folder,
         patches_NHWC=coloured([0] * 24, SIZE_PX // 2),
         doped_DHWC=coloured([DOPED_COLOUR] * 6, image_size_px),
-        labels_N=np.arange(3).repeat(8),
         settings={**settings, "image_size_px": image_size_px, "doping": doping},
         labels=LabelBlock(codec="dense", logits=logits(12)),
     )
@@ -200,7 +198,6 @@ def test_imagenet_is_known_by_its_classes(tmp_path: Path) -> None:
     plain = {
         "patches_NHWC": coloured([0] * 1000, 1),
         "doped_DHWC": None,
-        "labels_N": range(1000),
         "settings": one_px,
         "labels": None,
     }

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_cases import SMALL, Command, one_thread, runner, write_small_set
+from cli_cases import SMALL, Command
 from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.data.images import open_image_set
 from patchbloom.train.methods.herding import herd, herded
@@ -19,7 +19,6 @@ from patchbloom.train.methods.method import Making
 from patchbloom.train.methods.stored import read_whole
 from patchbloom.train.run.world import ALONE
 from patchbloom.train.teacher.evaluation import FORWARD_BATCH
-from patchbloom.train.teacher.patch_teacher import PatchTeacher
 from patchbloom.train.teacher.teacher import Teacher, load_teacher
 from student_cases import Sets, Silent, new_sets, untrained_teacher
 
@@ -89,17 +88,10 @@ def test_every_rank_chooses_what_one_process_chooses(
             assert chosen.tolist() == alone.tolist()
 
 
-@pytest.fixture
-def train(capsys: pytest.CaptureFixture[str]) -> Command:
-    return runner(capsys)
-
-
-def test_a_run_keeps_the_chosen_images_whole(train: Command, tmp_path: Path) -> None:
-    data = write_small_set(tmp_path / "data")
-    options = (*SMALL, "--data", data, "--method", "herding", "--ipc", "2", "--factor", "2")
-    with one_thread():
-        result = train(*options, "--out", tmp_path / "run").result
-        train("coreset", *options, "--out", tmp_path / "again")
+def test_a_run_keeps_the_chosen_images_whole(train: Command, shapes: Path, tmp_path: Path) -> None:
+    options = (*SMALL, "--data", shapes, "--method", "herding", "--ipc", "2", "--factor", "2")
+    result = train(*options, "--out", tmp_path / "run").result
+    train("coreset", *options, "--out", tmp_path / "again")
     assert result["accuracy"].keys() == {"herding"}
     coreset = open_coreset(tmp_path / "run" / "coreset")
     other = open_coreset(tmp_path / "again" / "coreset")
@@ -107,13 +99,13 @@ def test_a_run_keeps_the_chosen_images_whole(train: Command, tmp_path: Path) -> 
     assert coreset.settings["samples_per_class"] == 8
     assert coreset.soft_labels().samples == 80  # type: ignore[union-attr]
 
-    images = open_image_set(data, "train")
+    images = open_image_set(shapes, "train")
     teacher = load_teacher(
         str(tmp_path / "run" / "teacher" / "teacher.safetensors"), images.class_ids
     )
     pixels = read_whole(images, np.arange(len(images)), 32, "cpu")
     with torch.inference_mode():
-        _, features = PatchTeacher(teacher, native=False)(pixels)
+        _, features = teacher.logits_and_features(pixels)
     chosen = [
         first + pick
         for first in range(0, 60, 6)
@@ -123,9 +115,8 @@ def test_a_run_keeps_the_chosen_images_whole(train: Command, tmp_path: Path) -> 
     assert coreset.manifest["provenance"]["images"] == [images.paths[index] for index in chosen]
 
 
-def test_too_few_images_are_refused(train: Command, tmp_path: Path) -> None:
-    data = write_small_set(tmp_path / "data")
-    options = ("--data", data, "--method", "herding", "--ipc", "7", "--out", tmp_path / "run")
+def test_too_few_images_are_refused(train: Command, shapes: Path, tmp_path: Path) -> None:
+    options = ("--data", shapes, "--method", "herding", "--ipc", "7", "--out", tmp_path / "run")
     assert (
         "has 6 training images, but --ipc = 7 whole images are wanted: give a smaller one, or more "
         "images" in train(*SMALL, *options).error

@@ -59,10 +59,10 @@ STUDENT = {
     **SIDES, "CHANNELS": 3, "BLOCK": 256,
 }  # fmt: skip
 MOSAIC = {
-    "out_ptr": "*u8", "source_ptr": "*u8", "rows_ptr": "*i64",
+    "out_ptr": "*u8", "patches_ptr": "*u8", "rows_ptr": "*i64",
     "R": 2, "SIDE": 112, "CHANNELS": 3, "BLOCK": 1024,
 }  # fmt: skip
-HALF_PIXELS = {"out_ptr": "*fp16", "source_ptr": "*fp16"}
+HALF_PIXELS = {"out_ptr": "*fp16", "patches_ptr": "*fp16"}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "noise, normals": (noise_kernel, {**NOISE, "NORMAL": True}),
     "noise, half": (noise_kernel, {**NOISE, "out_ptr": "*fp16", "NORMAL": True}),
@@ -80,14 +80,11 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "start_state": (start_state_kernel, {**START, "MIXUP": False, "NHWC": False}),
     "euler_ancestral_step": (euler_ancestral_step_kernel, STEP),
     "euler_ancestral_table_step": (euler_ancestral_table_step_kernel, TABLE_STEP),
-    "upsample, bicubic": (upsample_kernel, {**UPSAMPLE, "BICUBIC": True}),
-    "upsample, bilinear": (upsample_kernel, {**UPSAMPLE, "BICUBIC": False}),
+    "upsample": (upsample_kernel, UPSAMPLE),
     "student_input": (student_input_kernel, {**STUDENT, "CUTMIX": False}),
     "student_input, CutMix": (student_input_kernel, {**STUDENT, "CUTMIX": True}),
-    "mosaic, uint8": (mosaic_kernel, {**MOSAIC, "SHUFFLE": False}),
-    "mosaic, half": (mosaic_kernel, {**MOSAIC, **HALF_PIXELS, "SHUFFLE": False}),
-    "shuffle_patches, uint8": (mosaic_kernel, {**MOSAIC, "SHUFFLE": True}),
-    "shuffle_patches, half": (mosaic_kernel, {**MOSAIC, **HALF_PIXELS, "SHUFFLE": True}),
+    "mosaic, uint8": (mosaic_kernel, MOSAIC),
+    "mosaic, half": (mosaic_kernel, {**MOSAIC, **HALF_PIXELS}),
 }
 ALIGNED = ("count", "numel", "pixels")
 """Sizes that are multiples of 16 in use: the launcher tells Triton, and stores become vectors."""
@@ -122,7 +119,7 @@ def compile_all(capability: int) -> None:
         name: resources(kernel, arguments, capability)
         for name, (kernel, arguments) in KERNELS.items()
     }
-    starved = resources(*KERNELS["upsample, bicubic"], capability, maxnreg=24)
+    starved = resources(*KERNELS["upsample"], capability, maxnreg=24)
     print(json.dumps({"kernels": report, "starved": starved}))
 
 

@@ -28,7 +28,7 @@ from patchbloom.train.labels.views import make_views, pools
 from patchbloom.train.loader import ExpandedLoader
 from patchbloom.train.methods.source import UpsampledPatches
 from patchbloom.train.networks import build_network
-from patchbloom.train.run.progress import Record
+from patchbloom.train.run.progress import Report
 from patchbloom.train.teacher.teacher import Teacher
 from torch.nn.functional import cross_entropy
 
@@ -70,7 +70,6 @@ def _write(source: UpsampledPatches, teacher: Teacher, folder: Path, codec) -> C
     write_coreset(
         folder,
         patches_NHWC=source.patches_NHWC,
-        labels_N=source.labels_N,
         class_ids=IDS,
         class_names=IDS,
         settings={
@@ -80,7 +79,7 @@ def _write(source: UpsampledPatches, teacher: Teacher, folder: Path, codec) -> C
         provenance={},
     )
     path = folder.parent / f"{codec}.partial"
-    with Record() as record:
+    with Report() as record:
         labels = RecordedLabels(teacher, source, CONFIG, path, record, codec=codec_of(codec, 10))
         record_labels(source, labels, CONFIG, record)
     return attach_labels(folder, labels.block())
@@ -283,7 +282,7 @@ def test_labels_of_a_teacher_and_of_other_kinds(coreset, teacher) -> None:
         ((_, logits),) = _epoch(loader)
     torch.testing.assert_close((logits / 4).softmax(1), probabilities)
     assert sorted(logits.sum(1).tolist()) == pytest.approx(
-        sorted(stored.logits(0, torch.arange(SAMPLES)).sum(1).tolist())
+        sorted(stored.targets(0, torch.arange(SAMPLES)).labels.float().sum(1).tolist())
     )
     with ExpandedLoader(coreset, **options, temperature=1.5) as loader:
         ((_, sharper),) = _epoch(loader)
@@ -333,7 +332,6 @@ def test_a_coreset_without_labels_needs_a_teacher_and_views(
     bare = write_coreset(
         tmp_path / "coreset",
         patches_NHWC=source.patches_NHWC,
-        labels_N=source.labels_N,
         class_ids=IDS,
         class_names=IDS,
         settings=coreset.settings,

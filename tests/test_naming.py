@@ -50,5 +50,5 @@ def test_a_generator_gives_back_the_settings() -> None:
     )
     named = describe_generator(MODEL, config, "a {name}", {})
     assert not named.keys() & {"rho", "mixup", "posterior", "seed"}
-    read = expand_config(named, size_px=32, seed=7)
+    read = expand_config(named, size_px=named["generate_size"], seed=7)
     assert describe_source(MODEL, read) == describe_source(MODEL, config)

@@ -19,6 +19,7 @@ from patchbloom.train.prior import losses as prior_phases
 from patchbloom.train.prior import training as prior
 from patchbloom.train.prior.losses import (
     Conditioning,
+    Denoising,
     LatentBank,
     SampledSteps,
     denoiser_loss,
@@ -218,21 +219,16 @@ def test_every_loss_stays_on_the_device_of_its_bank(tmp_path: Path) -> None:
     latents, classes, time_ids = (on_gpu(torch.zeros(shape)) for shape in shapes)
     prompts = [on_gpu(torch.zeros(shape)) for shape in [(3, 77, 64), (3, 32)]]
     images, sigmas = on_gpu(torch.zeros(2, 3, 32, 32)), on_gpu(torch.ones(1000))
-    visited = SampledSteps(*map(on_gpu, (steps.timesteps, steps.sigmas, steps.sigmas_down)))
+    visited = SampledSteps(*map(on_gpu, steps))
     draw = torch.Generator()
     with fake:
         bank = LatentBank(latents, classes.long(), time_ids)
-        shared: dict[str, Any] = {
-            "bank": bank,
-            "conditioning": Conditioning(*prompts),
-            "sigmas": sigmas,
-        }
-        more: dict[str, Any] = {"batch": 4, "generator": draw, "half": True}
+        task = Denoising(bank, Conditioning(*prompts), sigmas, batch=4, half=True)
         losses = [
             prior_phases.vae_loss(parts.vae, images, draw),
-            denoiser_loss(parts.unet, **shared, **more),
-            guidance_loss(parts.unet, parts.unet, **shared, guidance=3.0, **more),
-            few_step_loss(parts.unet, parts.unet, **shared, visited=visited, substeps=2, **more),
+            denoiser_loss(parts.unet, draw, task),
+            guidance_loss(parts.unet, draw, task, parts.unet, 3.0),
+            few_step_loss(parts.unet, draw, task, parts.unet, visited, 2),
         ]
     assert [str(loss.device) for loss in losses] == ["cuda:0"] * 4
 
@@ -246,7 +242,7 @@ def test_sampled_steps_are_the_schedulers_own() -> None:
         timestep_spacing="trailing",
     )
     steps = prior_phases.sampled_steps(scheduler, 5)
-    assert steps.timesteps.tolist() == [999, 799, 599, 399, 199]
+    assert steps.timesteps_S.tolist() == [999, 799, 599, 399, 199]
     scheduler.set_timesteps(5)
     state, eps = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
     for k, t in enumerate(scheduler.timesteps):
@@ -254,8 +250,8 @@ def test_sampled_steps_are_the_schedulers_own() -> None:
         after = scheduler.step(eps, t, state, generator=generator).prev_sample
         noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(k))
         high, low = scheduler.sigmas[k], scheduler.sigmas[k + 1]
-        up = (low**2 - steps.sigmas_down[k] ** 2).clamp(min=0).sqrt()
-        expected = state + eps * (steps.sigmas_down[k] - high) + up * noise
+        up = (low**2 - steps.sigmas_down_S[k] ** 2).clamp(min=0).sqrt()
+        expected = state + eps * (steps.sigmas_down_S[k] - high) + up * noise
         torch.testing.assert_close(after, expected)
 
 

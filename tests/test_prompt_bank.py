@@ -211,7 +211,6 @@ def test_a_coreset_of_two_thousand_classes(
     write_coreset(
         tmp_path / "coreset",
         patches_NHWC=np.random.default_rng(0).integers(0, 256, (classes, 8, 8, 3), np.uint8),
-        labels_N=np.arange(classes),
         class_ids=ids,
         class_names=ids,
         settings={

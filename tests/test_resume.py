@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from patchbloom.train.run.folder import RunError, RunFolder, StageResult
-from patchbloom.train.run.progress import Record
+from patchbloom.train.run.progress import Report
 from run_processes import (
     METHODS,
     OPTIONS,
@@ -159,7 +159,7 @@ def test_seconds_are_those_of_all_sessions_that_could_write(tmp_path: Path) -> N
         time.sleep(0.2)
         raise KeyboardInterrupt
 
-    with Record() as record:
+    with Report() as record:
         with RunFolder(tmp_path, record) as run, pytest.raises(KeyboardInterrupt):
             run.stage("teacher", {}, stopped)
         told = json.loads((tmp_path / "stages" / "teacher.json").read_text())
@@ -172,7 +172,7 @@ def test_seconds_are_those_of_all_sessions_that_could_write(tmp_path: Path) -> N
 
 def test_a_report_is_made_again_of_more_students_and_other_stages_refuse(tmp_path: Path) -> None:
     """A finished run may be resumed with the ceiling that was left out at first."""
-    with Record() as record:
+    with Report() as record:
         for number in (1, 2, 2):
             with RunFolder(tmp_path, record) as run:
                 made = run.stage(

@@ -16,7 +16,7 @@ import tyro
 from patchbloom.export.models import TINY_FOLDER, find_model, weights_sha256
 from patchbloom.train.coreset_options import StudentElsewhere
 from patchbloom.train.data.shapes import write_shapes
-from patchbloom.train.teacher.brought import name_of
+from patchbloom.train.teacher.teacher import teacher_id
 from PIL import Image
 from run_processes import write_inputs
 
@@ -141,7 +141,7 @@ def test_rows_of_other_teachers_or_images_are_refused(data: Path, tmp_path: Path
     base, other = (next(cell for cell in cells if bool(cell.base) is has) for has in (False, True))
     of_base = {
         "data": {"sha256": board.data_sha256},
-        "teacher": {"sha256": "weights", "source": name_of(str(teacher))},
+        "teacher": {"sha256": "weights", "source": teacher_id(str(teacher))},
         "content_sha256": "patches",
     }
     of_other = {

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from patchbloom.engine.expand.expander import Expander
 from patchbloom.engine.expand.prompts import class_prompts, encode_prompts
 from patchbloom.export.models import find_model
 from patchbloom.train import cli
-from patchbloom.train.commands import coresets as run_coresets
+from patchbloom.train.commands import pipeline
 from patchbloom.train.coreset_options import RenderOptions
 from patchbloom.train.loader import ExpandedLoader
 from patchbloom.train.methods import rounds as generated
-from patchbloom.train.methods.rounds import KeptRounds, generate_rounds
+from patchbloom.train.methods.method import Making
+from patchbloom.train.methods.rounds import generate_rounds
 from patchbloom.train.methods.stored import StoredImages
 from patchbloom.train.methods.variants import Variants, augment, draw_variants
 from patchbloom.train.run.world import ALONE
@@ -266,6 +268,11 @@ class Clocked:
         return self.now
 
 
+def making(count: int | None, budget_s: float | None) -> Making:
+    plan: Any = SimpleNamespace(generated=count, budget_seconds=budget_s, image_size=4)
+    return Making(plan=plan, world=ALONE, report=Silent(), teacher=_killed)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("seconds", "budget_s", "made"),
     [
@@ -284,22 +291,21 @@ def test_a_budget_buys_the_first_rounds_that_fit(
 ) -> None:
     def rounds(clocked: Any, count: int | None, budget_s: float | None, together: int, **config):
         monkeypatch.setattr(generated.time, "monotonic", clocked.monotonic)
-        options: dict[str, Any] = {"size_px": 4, "together": together, "world": ALONE}
-        options["kept"] = KeptRounds(tmp_path, config)
-        return generate_rounds(clocked, count=count, budget_s=budget_s, report=Silent(), **options)
+        asked = making(count, budget_s)
+        return generate_rounds(asked, clocked, tmp_path, config, together=together)
 
     killed = Clocked(*seconds[: made // 2])
     with pytest.raises(RuntimeError, match="no seconds are left"):
         rounds(killed, None, budget_s, 16)
     resumed = Clocked(*seconds[made // 2 :])
-    bought = rounds(resumed, None, budget_s, 16)
+    bought_NHWC, taken = rounds(resumed, None, budget_s, 16)
     assert [epoch for _, epoch in resumed.asked] == list(range(made // 2, made))
-    assert (bought.per_class, bought.seconds) == (made, sum(seconds[:made]))
-    of_class_3 = bought.images_NHWC.view(10, made, -1)[3, :, 0]
+    assert taken == list(seconds[:made])
+    of_class_3 = bought_NHWC.view(10, made, -1)[3, :, 0]
     assert of_class_3.tolist() == [3 + 10 * number for number in range(made)]
     clocked = Clocked(*[1.0] * 40)
-    counted = rounds(clocked, made, None, 4, other="settings")
-    assert torch.equal(counted.images_NHWC, bought.images_NHWC)
+    counted_NHWC, _ = rounds(clocked, made, None, 4, other="settings")
+    assert torch.equal(counted_NHWC, bought_NHWC)
     assert clocked.asked[:3] == [([0, 1, 2, 3], 0), ([4, 5, 6, 7], 0), ([8, 9], 0)]
 
 
@@ -308,10 +314,8 @@ def test_a_budget_without_a_round_is_refused(
 ) -> None:
     clocked: Any = Clocked(3.0)
     monkeypatch.setattr(generated.time, "monotonic", clocked.monotonic)
-    options: dict[str, Any] = {"size_px": 4, "together": 16, "world": ALONE, "report": Silent()}
-    options["kept"] = KeptRounds(tmp_path, {})
     with pytest.raises(ValueError, match=r"--budget-seconds 2: one image of each class takes 3 s"):
-        generate_rounds(clocked, count=None, budget_s=2.0, **options)
+        generate_rounds(making(None, 2.0), clocked, tmp_path, {}, together=16)
 
 
 def test_a_run_stores_what_the_model_makes_of_noise(whole: Path, given: tuple[str, ...]) -> None:
@@ -401,10 +405,10 @@ def test_a_stopped_generation_resumes_and_a_finished_one_is_not_paid_again(
         raise OSError("as if killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_coresets, "write_coreset", stopped)
+        patch.setattr(pipeline, "write_coreset", stopped)
         assert "as if killed" in train(*SHORT, *PDA, "--out", out)["error"]
     train("coreset", *SHORT, *PDA, "--out", out)
-    monkeypatch.setattr(generated, "generate", stopped)
+    monkeypatch.setattr(generated, "generate_rounds", stopped)
     result = train(*SHORT, *PDA, "--out", out, "--resume")
     then = json.loads((whole / "summary.json").read_text())
     assert result["content_sha256"] == then["content_sha256"]

@@ -21,6 +21,7 @@ from patchbloom.engine.expand import prompts as prompts_module
 from patchbloom.engine.expand.batches import fitting_batch, images_per_prompt, plan_batches
 from patchbloom.engine.expand.expander import Expander
 from patchbloom.engine.expand.schedule import make_schedule
+from patchbloom.export.config import EngineSpec
 from patchbloom.export.models import (
     ModelSource,
     Unavailable,
@@ -222,13 +223,8 @@ def test_images_of_nan_are_refused(expander, monkeypatch):
         ours.expand(SAMPLES, EPOCH)
 
 
-def test_out_is_filled_and_checked(expander):
+def test_samples_are_checked(expander):
     ours = expander()
-    out = torch.full((7, 3, 32, 32), torch.nan)
-    assert ours.expand(SAMPLES, EPOCH, out=out) is out
-    assert torch.equal(out, ours.expand(SAMPLES, EPOCH))
-    with pytest.raises(ValueError, match="out must be fp32"):
-        ours.expand(SAMPLES, EPOCH, out=out[:3])
     with pytest.raises(ValueError, match=r"samples must lie in \[0, 12\)"):
         ours.expand([12], EPOCH)
     assert ours.expand([], EPOCH).shape == (0, 3, 32, 32)
@@ -256,7 +252,7 @@ def test_bad_coresets_are_refused(model, patches):
         open_with(prompts_K=PROMPTS[:2])
     with pytest.raises(ValueError, match="sorted"):
         open_with(labels_N=LABELS_N[::-1])
-    with pytest.raises(ValueError, match="uint8"):
+    with pytest.raises(TypeError, match="expected uint8"):
         open_with(patches_NHWC=patches.float())
     with pytest.raises(ValueError, match="11 patches but 12 labels"):
         open_with(patches_NHWC=patches[:11])
@@ -315,7 +311,8 @@ def test_plans_cover_every_sample_once():
     samples = np.random.default_rng(0).permutation(24)[:13].astype(np.int64)
     for prompts, images in ((4, 4), (8, 2), (1, 8), (5, 1)):
         found = np.full(13, -1)
-        for plan in plan_batches(samples, labels, prompts=prompts, images_per_prompt=images):
+        spec = EngineSpec(size_px=32, batch=prompts * images, images_per_prompt=images)
+        for plan in plan_batches(samples, labels, spec):
             assert plan.samples_B.shape == (prompts * images,)
             assert np.array_equal(labels[plan.samples_B], np.repeat(plan.classes_G, images))
             kept = plan.targets_B >= 0
@@ -329,12 +326,12 @@ def test_calls_that_are_dealt_to_ranks_are_made_again(ranks: int):
     labels = np.repeat(np.arange(4), [4, 8, 0, 12]).astype(np.int64)
     samples = np.random.default_rng(1).permutation(24)[:17].astype(np.int64)
     for prompts, images in ((2, 4), (4, 1), (1, 2), (3, 2)):
-        shape = {"prompts": prompts, "images_per_prompt": images}
-        calls = list(plan_batches(samples, labels, **shape))
+        spec = EngineSpec(size_px=32, batch=prompts * images, images_per_prompt=images)
+        calls = list(plan_batches(samples, labels, spec))
         for rank in range(ranks):
             own = calls[rank::ranks]
             at = [call.targets_B[call.targets_B >= 0] for call in own]
-            again = plan_batches(samples[np.concatenate([*at, []]).astype(int)], labels, **shape)
+            again = plan_batches(samples[np.concatenate([*at, []]).astype(int)], labels, spec)
             for call, repeated in zip(own, again, strict=True):
                 assert np.array_equal(call.samples_B, repeated.samples_B)  # padding, too
                 assert np.array_equal(call.classes_G, repeated.classes_G)

@@ -7,7 +7,7 @@ import math
 from ..engine.expand.batches import fitting_batch
 from .config import StudentConfig, pool_size
 
-LARGE_ENGINE_BATCH = 32  # for an epoch of many pools: the last batch of each may be padded
+LARGE_ENGINE_BATCH = 32  # for an epoch of many pools; the last batch of each may be padded
 MOST_TOGETHER = 8  # samples of a class per group: more would skew a student's batches
 
 
@@ -21,10 +21,10 @@ def engine_batch_for(samples: int, student: StudentConfig, refresh: float = 1.0)
 def grouping(classes: int, each: int, student: StudentConfig) -> int | None:
     """Samples of a class that stay together in an epoch's order.
 
-    None where an epoch is one pool: its order does not matter, and the Expander's own choice, a
+    None when an epoch is one pool: its order does not matter, and the Expander's own choice, a
     divisor of a class's samples, pads nothing. A pool of 1000 classes has about one sample of each:
-    at 8 images per prompt and without groups, five times as many images would be rendered as are
-    needed; at 1, keys and values of a prompt would be read for every image.
+    without groups, 8 images per prompt would render five times the images needed, and 1 would read
+    a prompt's keys and values for every image.
     """
     if classes * each <= pool_size(student):
         return None
@@ -32,17 +32,10 @@ def grouping(classes: int, each: int, student: StudentConfig) -> int | None:
 
 
 def together_in_engine(group: int | None, engine_batch: int, refresh: float) -> int | None:
-    """ExpandConfig.images_per_prompt for groups of an epoch's order; None: the Expander's choice.
+    """ExpandConfig.images_per_prompt for groups of an epoch's order. None: the Expander's choice.
 
-    With `refresh` below 1 the number of samples that are expanded per group varies, hence 1.
+    1 with `refresh` below 1, where the number of samples expanded per group varies.
     """
     if refresh < 1:
         return 1
     return None if group is None else math.gcd(group, engine_batch)
-
-
-def class_batch(classes: int, ipc: int) -> int:
-    """Default images per call of the model for dsco: whole classes, if they fit."""
-    if ipc > LARGE_ENGINE_BATCH:
-        return fitting_batch(ipc)
-    return ipc * fitting_batch(classes, LARGE_ENGINE_BATCH // ipc)

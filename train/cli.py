@@ -1,7 +1,7 @@
 """`train`: images → teacher → coreset → labels → students → report.
 
 The last line of stdout is one JSON object. Under torchrun all processes run the same command, and
-rank 0 speaks. Importing this module imports neither torch nor TensorRT: each command imports what
+rank 0 prints. Importing this module imports neither torch nor TensorRT: each command imports what
 it needs.
 """
 
@@ -20,14 +20,14 @@ from ..engine.coreset.manifest import require_manifest
 from ..engine.data.names import require_text_file
 from .config import naming_option, require_network, teacher_file
 from .coreset_options import StudentElsewhere, TrainVerify
-from .options import STAGES, Command, Train, TrainPrior, TrainReport
+from .options import STAGES, Command, RunOptions, Train, TrainPrior, TrainReport
 from .run.launch import read_launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 unusable input, 130 interrupted)."""
-    # Read when OpenMP is loaded. Beside other work on the same cores, threads that spin while they
-    # wait cost a training step of two threads 1300 ms; threads that sleep, 160 ms.
+    # OpenMP reads it when it is loaded. With other work on the same cores, a training step of two
+    # threads takes 1300 ms when waiting threads spin, and 160 ms when they sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = list(sys.argv[1:] if arguments is None else arguments)
     launch = read_launch()
@@ -59,9 +59,9 @@ def _parse(given: list[str]) -> Command:
 
 
 def _check_named(command: Command) -> None:
-    """Whether the command names what is there, before it takes seconds to import torch.
+    """Check that named files and networks exist, before importing torch takes seconds.
 
-    What is checked later raises the same errors, by the same functions.
+    Later checks raise the same errors, by the same functions.
     """
     named = vars(command)
     if named.get("data") not in (None, "shapes"):
@@ -88,26 +88,25 @@ def _check_named(command: Command) -> None:
 def _execute(command: Command, given: list[str]) -> dict[str, Any]:
     line = " ".join(["train", *given])
     _check_named(command)
+    if not isinstance(command, RunOptions):
+        from_coreset = " --coreset" if isinstance(command, StudentElsewhere) else ""
+        read_launch().require_alone(f"train {given[0]}{from_coreset}")
     match command:
         case TrainPrior():
             from .commands.prior import run_prior
 
-            read_launch().require_alone("train prior")
             return run_prior(command, line)
         case TrainReport():
             from .report.page import write_report
 
-            read_launch().require_alone("train report")
             return write_report(command.run)
         case StudentElsewhere():
             from .commands.student_from_coreset import train_elsewhere
 
-            read_launch().require_alone("train student --coreset")
             return train_elsewhere(command, line)
         case TrainVerify():
             from .commands.verify import verify_labels
 
-            read_launch().require_alone("train verify")
             return verify_labels(command)
         case _:
             from .commands.train import run_stages

@@ -1,6 +1,6 @@
-"""How priors, teachers and students are trained, and the recipes: frozen, torch-free, validated.
+"""How priors, teachers and students are trained, and the recipes. Torch-free.
 
-Sources: RDED's published procedure; the DACE paper, with its gaps filled as RDED does.
+Sources: RDED's published procedure, and the DACE paper with its gaps filled as RDED does.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LabelChoice = Literal["stored", "online", "record"]
 TIMESTEPS = 1000  # in a prior's noise schedule, as in SDXL's
 SMALL_IMAGES_PX = 64  # RDED keeps images of CIFAR (32) and Tiny-ImageNet (64) whole
 CHANGES_NO_RESULT = ("overlap", "accumulate", "checkpoint_every", "checkpoints_kept")
-"""StudentConfig fields that may change on resume; `accumulate`, so that a training that ran out of
-memory can continue: the gradient is the same, though a BatchNorm sees parts."""
+"""StudentConfig fields that may change on resume. `accumulate` may, so that a training that ran out
+of memory can continue: the gradient is the same, though BatchNorm sees the parts."""
 TORCHVISION = "torchvision:"
 CONVNET = re.compile(r"convnet-d([345])(?:-w(\d+)(?:to(\d+))?)?(?:-(bn|in|none))?")
 NETWORKS = ("resnet18", "resnet50", "vgg11", "alexnet", "vit-s")
@@ -47,7 +47,7 @@ def require_network(name: str) -> None:
 
 @contextmanager
 def naming_option(option: str, network: str) -> Iterator[None]:
-    """Puts the option in front of a ValueError about a network."""
+    """Prefix a ValueError about a network with the option."""
     try:
         yield
     except ValueError as error:
@@ -56,7 +56,7 @@ def naming_option(option: str, network: str) -> Iterator[None]:
 
 
 def teacher_file(teacher: str) -> Path | None:
-    """The file that holds the teacher, or None for torchvision:NAME; FileNotFoundError for none."""
+    """The teacher's file; None for torchvision:NAME. FileNotFoundError when it does not exist."""
     if teacher.startswith(TORCHVISION):
         return None
     path = Path(teacher).expanduser()
@@ -69,13 +69,13 @@ def teacher_file(teacher: str) -> Path | None:
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError for a seed whose students would coincide with another seed's."""
+    """Raises ValueError for a seed whose students could coincide with another seed's."""
     if not 0 <= seed <= MOST_SEED:
         raise ValueError(f"--seed {seed}: expected 0 to {MOST_SEED}")
 
 
 def student_seeds(seed: int, count: int) -> tuple[int, ...]:
-    """Seeds of `count` students, at most MOST_STUDENTS; no other network of any run has them."""
+    """Seeds of `count` students, at most MOST_STUDENTS; no other network of any run has one."""
     return tuple(_STARTS * seed + k for k in range(count))
 
 
@@ -94,21 +94,13 @@ def usual_precision(device: Device) -> StudentPrecision:
     return "bf16" if device == "cuda" else "fp32"
 
 
-def _check_at_least(config: object, least: float, *names: str) -> None:
+def check_at_least(config: object, least: float, *names: str, option: bool = False) -> None:
+    """Raises ValueError for a field below `least`; None passes. `option`: written as an option."""
     for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} {getattr(config, name)}: expected {least} or more")
-
-
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} {getattr(config, name)}: expected more than 0")
-
-
-def _check_crop_scale(scale: tuple[float, float]) -> None:
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"crop_scale {scale}: expected 0 < lowest <= highest <= 1")
+        value = getattr(config, name)
+        if value is not None and value < least:
+            shown = f"--{name.replace('_', '-')}" if option else name
+            raise ValueError(f"{shown} {value}: expected {least} or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,22 +112,22 @@ class PriorConfig:
     steps: int = 5
     """Scheduler steps that the few-step phase distils for (the sampler's --steps)."""
     guidance: float = 3.0
-    """Guidance scale that is distilled into the model."""
+    """Guidance scale distilled into the model."""
     vae_steps: int = 1600
     """Optimiser steps of the autoencoder."""
     vae_batch: int = 32
     """Images per autoencoder step."""
     vae_width: int = 16
-    """Channels of the autoencoder's first level, a multiple of 8; the next two have twice and four
-    times as many. The denoiser cannot restore what the autoencoder blurs."""
+    """Channels of the autoencoder's first level, a multiple of 8; the next two have 2 and 4 times
+    as many. The denoiser cannot restore what the autoencoder blurs."""
     width: int = 32
-    """Channels of the denoiser's first level, a multiple of 32; the next two have twice and four
-    times as many. 32: 4.2 million parameters, 64: 16.4 million."""
+    """Channels of the denoiser's first level, a multiple of 32; the next two have 2 and 4 times as
+    many. 32: 4.2 million parameters, 64: 16.4 million."""
     crops: int = 2
-    """Random crops per image that the denoiser sees, besides the image and its mirror image."""
+    """Random crops per image for the denoiser, besides the image and its mirror image."""
     precision: PriorPrecision = "fp32"
     """Precision of the denoiser's training passes; bf16 by autocast. Steps per second on an idle
-    CPU core with AMX: 3.6 in fp32 and 3.7 in bf16 at width 32, 1.3 and 1.5 at width 64."""
+    CPU core with AMX, fp32 and bf16: 3.6 and 3.7 at width 32, 1.3 and 1.5 at width 64."""
     unet_steps: int = 4500
     """Optimiser steps of the denoiser."""
     unet_batch: int = 64
@@ -145,9 +137,9 @@ class PriorConfig:
     few_step_steps: int = 1000
     """Steps that distil several small sampler steps into one."""
     substeps: int = 5
-    """Small deterministic teacher steps that one student evaluation learns to match."""
+    """Small deterministic teacher steps that one student evaluation replaces."""
     seed: int = 0
-    """Seed of initialisation and of every step's batch, noise and timesteps."""
+    """Seed of initialisation and of each step's batch, noise and timesteps."""
 
     def __post_init__(self) -> None:
         if self.image_size < 32 or self.image_size % 16:
@@ -162,9 +154,9 @@ class PriorConfig:
             raise ValueError(f"guidance {self.guidance}: expected a finite number, 0 or more")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed}: expected 0 to 2^63 - 1")
-        _check_at_least(self, 0, "crops")
-        _check_at_least(self, 1, "vae_steps", "unet_steps", "guidance_steps", "few_step_steps")
-        _check_at_least(self, 1, "vae_batch", "unet_batch", "substeps")
+        check_at_least(self, 0, "crops")
+        check_at_least(self, 1, "vae_steps", "unet_steps", "guidance_steps", "few_step_steps")
+        check_at_least(self, 1, "vae_batch", "unet_batch", "substeps")
 
     def as_dict(self) -> dict:
         """The options as plain values, for the model card."""
@@ -186,7 +178,7 @@ class TeacherConfig:
     learning_rate: float = 1e-3
     """Peak learning rate of the schedule."""
     weight_decay: float = 0.05
-    """Decoupled; none on 1-D parameters."""
+    """Decoupled weight decay, not on 1-D parameters."""
     warmup_epochs: float = 1.0
     """Epochs, possibly fractional, over which the learning rate rises from 0."""
     label_smoothing: float = 0.0
@@ -199,11 +191,6 @@ class TeacherConfig:
     """Seed of initialisation, order, crops and flips."""
     device: Device = "auto"
     """`auto` is cuda where there is one."""
-
-    def __post_init__(self) -> None:
-        _check_at_least(self, 1, "size_px", "epochs", "batch")
-        _check_positive(self, "learning_rate")
-        _check_crop_scale(self.crop_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +208,7 @@ class StudentConfig:
     learning_rate: float = 1e-3
     """Learning rate of the first epoch."""
     weight_decay: float = 0.01
-    """Decoupled; none on 1-D parameters."""
+    """Decoupled weight decay, not on 1-D parameters."""
     final_lr_fraction: float = 0.5
     """Final learning rate as a fraction of the first, in [0, 1): the rate of epoch e of E is
     0.5·(1 + cos(acos(2·fraction - 1)·e/E)) of the first; 0.5 is RDED's, 0 is the full cosine."""
@@ -240,17 +227,17 @@ class StudentConfig:
     pool: int = 1024
     """Samples rendered together; CutMix partners and batches are drawn from them."""
     group: int = 1
-    """Samples of one class that stay together in the order of an epoch, so that they share a prompt
-    in the engine; a student shuffles them into the rest of the pool."""
+    """Samples of a class that stay together in an epoch's order, to share a prompt in the engine; a
+    student shuffles them into the rest of the pool."""
     views: ViewPrecision = "fp32"
-    """Precision of the views for teacher and student. bf16 would keep 7 of a pixel's 8 bits."""
+    """Precision of the views for teacher and student; bf16 would lose a bit of a pixel's 8."""
     precision: StudentPrecision = "fp32"
     """Precision of a student's passes, in training and validation, by autocast; weights and
     optimiser stay in fp32."""
     compile: bool = False
     """Compile the network with torch.compile, on a GPU as CUDA graphs."""
     accumulate: int = 1
-    """Micro-batches per batch, for a batch that does not fit into memory. A BatchNorm then sees
+    """Micro-batches per batch, for a batch that does not fit into memory. BatchNorm sees the
     parts."""
     overlap: bool = True
     """Render the next pools while the students learn; changes no result."""
@@ -260,22 +247,23 @@ class StudentConfig:
     """Newest checkpoints to keep, in case one is damaged; changes no result."""
     seed: int = 0
     """The coreset's seed for crops, flips, CutMix and the order of samples, so that stored labels
-    fit every student. A student's own seed sets its initialisation and its order in the pool."""
+    fit every student. A student's own seed sets its initialisation and its order within a pool."""
     device: Device = "auto"
     """`auto` is cuda where there is one."""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "size_px", "epochs", "batch", "pool", "group", "accumulate")
-        _check_at_least(self, 1, "checkpoint_every", "checkpoints_kept")
-        _check_positive(self, "learning_rate", "temperature")
-        _check_crop_scale(self.crop_scale)
+        check_at_least(self, 1, "size_px", "epochs", "batch", "pool", "group", "accumulate")
+        check_at_least(self, 1, "checkpoint_every", "checkpoints_kept")
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected more than 0")
         if not 0 <= self.final_lr_fraction < 1:
             raise ValueError(f"final_lr_fraction {self.final_lr_fraction}: expected [0, 1)")
         if self.targets == "hard" and self.temperature != 1:
             raise ValueError(f"temperature {self.temperature}: expected 1 with hard targets")
 
     def at(self, precision: StudentPrecision) -> StudentConfig:
-        """A copy with passes in another precision, and views that lose nothing in such a pass."""
+        """A copy with passes in `precision`, and views that lose nothing in such a pass."""
         views = "fp32" if precision == "fp32" else "fp16"
         return replace(self, precision=precision, views=views)
 
@@ -306,7 +294,7 @@ class Recipe:
 
     name: RecipeName
     about: str
-    """Its source, and what was filled in."""
+    """Its source, and which gaps were filled."""
     image_size: int
     """Side of the rendered images and of the networks' inputs, in px."""
     factor: int = 2
@@ -318,7 +306,7 @@ class Recipe:
     pool_per_class: int = 300
     """Images per class that are cropped and scored."""
     scoring: Scoring = "pad"
-    """How the teacher sees a crop: padded to the image size, as in RDED, enlarged, or unchanged."""
+    """How the teacher sees a crop: padded to the image size, as in RDED, resized, or unchanged."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     batches: tuple[tuple[int, int, int], ...] = ((1, 10, 20), (10, 50, 100), (50, 100, 200))
@@ -354,7 +342,7 @@ NETWORK_LEARNING_RATES = {
     "mobilenet_v2": 2.5e-3,
     "efficientnet_b0": 2e-3,
 }
-"""Student networks that RDED trains at another rate than the recipe's; vit-s has its ViT-B's."""
+"""Rates of student networks that RDED does not train at the recipe's; vit-s has its ViT-B's."""
 
 RECIPES: dict[RecipeName, Recipe] = {
     "rded": Recipe(

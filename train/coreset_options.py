@@ -1,7 +1,8 @@
-"""Options of two `train` commands and of ExpandedLoader, which need nothing but a coreset folder.
+"""Options of `train student --coreset`, `train verify` and ExpandedLoader.
 
-The coreset's manifest describes images, views and labels; these options describe the machine that
-makes them again, and the training that uses them. Torch-free, so that --help is quick.
+They start from a coreset folder, whose manifest describes images, views and labels. The options
+describe the machine that makes them again and the training that uses them. Torch-free, so that
+--help is quick.
 """
 
 from __future__ import annotations
@@ -11,16 +12,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
-from .config import RecipeName, StudentPrecision, Targets, check_seed
+from .config import RecipeName, StudentPrecision, Targets, check_at_least, check_seed
 
 LabelKind = Literal["probabilities", "logits"]
-
-
-def _check_at_least_1(options: object, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +25,21 @@ class RenderOptions:
     """A name, or a folder in diffusers' SDXL layout, whose weights have the manifest's sha256.
     Default: the model that the manifest names."""
     precision: Precision | None = None
-    """Precision of the model's weights. Default: the manifest's. Another one changes the images
-    slightly: `train verify` measures what that does to the labels."""
+    """Precision of the model's weights. Default: the manifest's. Another changes the images
+    slightly; `train verify` measures the effect on the labels."""
     vae_precision: VaePrecision | None = None
     """Precision of its encoder and decoder. Default: the manifest's; `auto` with another
     --precision."""
     engine_batch: int | None = None
-    """Images per call of the model; images differ by rounding at most. Default: as the run that
-    made the labels would choose it."""
+    """Images per call of the model; changes images by rounding at most. Default: the choice of the
+    run that made the labels."""
     bundles: Path | None = None
     """Folder of built engines. Default: patchbloom/bundles in the user's cache."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
 
     def __post_init__(self) -> None:
-        _check_at_least_1(self, "engine_batch")
+        check_at_least(self, 1, "engine_batch", option=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +57,18 @@ class LoaderOptions(RenderOptions):
     temperature: float | None = None
     """Temperature of the probabilities. Default: the manifest's; top-k labels have no other."""
     class_indices: bool = False
-    """Yield triples: images, labels, and the class of each image (int64), whatever CutMix pasted
-    into it."""
+    """Yield (images, labels, classes): the class of each image (int64), whatever CutMix pasted into
+    it."""
     seed: int = 0
     """Seed of the order within a pool; the coreset's seed decides which samples are in it."""
     ahead: int = 1
-    """Pools rendered while one is consumed; each takes the memory of its views and labels."""
+    """Pools rendered ahead of the one in use; each takes the memory of its views and labels."""
     backend: BackendName = "auto"
     """Backend that runs the model; `auto` takes the fastest that works here and says which."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch", "epochs", "ahead"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value}: expected 1 or more")
+        check_at_least(self, 1, "batch", "epochs", "ahead")
         if self.labels not in get_args(LabelKind):
             raise ValueError(
                 f"labels {self.labels!r}: expected one of {', '.join(get_args(LabelKind))}"
@@ -97,31 +88,31 @@ class StudentElsewhere(RenderOptions):
     out: Path
     """The run folder to write. The same command resumes a stopped run."""
     data: str | None = None
-    """An image folder with val/ (or test/), or `shapes`, to measure accuracy on. Default: accuracy
-    is not measured."""
+    """An image folder with val/ (or test/), or `shapes`, to measure accuracy on. Default: no
+    accuracy."""
     shapes_per_class: int = 1000
     """Training images per class of --data shapes, as in the coreset's run."""
     backend: BackendName = "auto"
     """Backend that runs the model; `auto` takes the fastest that works here and says which."""
     targets: Targets | None = None
-    """Training targets: the stored labels, or with `hard` the class alone (cross-entropy, mixed by
-    area under CutMix). Default: the labels, or the classes where none are stored."""
+    """Training targets: `soft`, the stored labels; or `hard`, the class alone (cross-entropy, mixed
+    by area under CutMix). Default: soft where labels are stored."""
     recipe: RecipeName | None = None
-    """Training recipe where no labels are stored; with labels the manifest holds it. Default:
+    """Training recipe when no labels are stored; with labels the manifest holds it. Default:
     `small` for images of 128 px or less, `dace` for others."""
     factor: int | None = None
-    """r of the run that wrote whole images without labels (t2i, dsco): a view covers 1/r of an
-    image or more. Default: the recipe's; for patches the manifest holds it."""
+    """r of the run that wrote whole images without labels (t2i, dsco, herding): a view covers at
+    least 1/r of an image. Default: the recipe's; for patches the manifest holds it."""
     cutmix: Literal["on", "off"] | None = None
     """With hard targets: paste boxes from other samples into the views. Default: the manifest's, or
     the recipe's."""
     student: str | None = None
     """The students' network. Default: the manifest's, or the recipe's."""
     epochs: int | None = None
-    """Epochs of the students; with stored labels, no more than have labels. Default: all of those,
-    or the recipe's."""
+    """Epochs of the students; with stored labels, no more than have labels. Default: all that have
+    labels, or the recipe's."""
     batch: int | None = None
-    """Views per optimiser step; with CutMix and stored labels a divisor of the manifest's pool.
+    """Views per optimiser step; with CutMix and stored labels, a divisor of the manifest's pool.
     Default: the manifest's, or the recipe's."""
     learning_rate: float | None = None
     """Learning rate of the first epoch. Default: the manifest's, or the recipe's."""
@@ -129,10 +120,10 @@ class StudentElsewhere(RenderOptions):
     """Final learning rate as a fraction of the first, in [0, 1). Default: the manifest's, or the
     recipe's."""
     weight_decay: float | None = None
-    """Decoupled; none on 1-D parameters. Default: the manifest's, or the recipe's."""
+    """Decoupled weight decay, not on 1-D parameters. Default: the manifest's, or the recipe's."""
     student_precision: StudentPrecision | None = None
-    """Precision of the students' passes, by autocast. Default: the manifest's; without labels bf16
-    on cuda, fp32 on the CPU."""
+    """Precision of the students' passes, by autocast. Default: the manifest's; without labels, bf16
+    on cuda and fp32 on the CPU."""
     student_compile: bool = False
     """Compile the students' network with torch.compile, on a GPU as CUDA graphs."""
     accumulate: int = 1
@@ -141,7 +132,7 @@ class StudentElsewhere(RenderOptions):
     """Render the next images while the students learn; the students are the same either way."""
     seed: int | None = None
     """Seed of the students' initialisation and order. Default: the manifest's, which reproduces the
-    students of the coreset's own run."""
+    students of the coreset's run."""
     seeds: int = 3
     """Number of students; accuracy is the mean ± std over them."""
     overwrite: bool = False
@@ -149,32 +140,32 @@ class StudentElsewhere(RenderOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least_1(self, "shapes_per_class", "epochs", "batch", "accumulate", "seeds")
-        _check_at_least_1(self, "factor")
+        names = ("shapes_per_class", "epochs", "batch", "accumulate", "seeds", "factor")
+        check_at_least(self, 1, *names, option=True)
         if self.seed is not None:
             check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainVerify(RenderOptions):
-    """Render some images of a coreset again and measure how far the teacher's labels drifted."""
+    """Render some images of a coreset again and measure how far the teacher's labels drift."""
 
     coreset: Path
     """The coreset folder, with stored labels."""
     teacher: str
-    """The teacher that made the labels: a file, or torchvision:NAME."""
+    """The teacher that made the labels: a file of weights, or torchvision:NAME."""
     other_teacher: bool = False
     """Accept a teacher whose sha256 differs from the manifest's."""
     samples: int = 256
     """Pairs of (sample, epoch) to compare, spread over a few epochs."""
     backend: tuple[BackendName, ...] = ("auto",)
-    """Backends that run the model: one or several, each measured."""
+    """Backends that run the model; each is measured."""
     seed: int = 0
     """Seed of the choice of pairs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least_1(self, "samples")
+        check_at_least(self, 1, "samples", option=True)
         if not self.backend:
             raise ValueError("--backend: expected one or several, got none")
         if not 0 <= self.seed < 2**32:

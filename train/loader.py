@@ -13,10 +13,10 @@ Legend: N samples per epoch, P per pool, B per batch, K classes, H W image size.
 from __future__ import annotations
 
 import atexit
-import math
-from collections.abc import Generator, Iterable, Iterator
+import sys
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -25,13 +25,23 @@ import torch
 from torch import Tensor
 
 from ..engine.coreset.coreset import Coreset, open_coreset
+from ..engine.errors import CoresetError
+from ..engine.expand.backends import resolve_device
+from ..engine.labels.codecs import decode_topk
 from ..export.durable import differences
-from .config import StudentConfig
+from ..kernels.noise import Draw, uniform
+from .config import StudentConfig, pool_size
 from .coreset_options import LoaderOptions
-from .labels.views import pools
-from .students.from_manifest import view_config
-from .students.labelled_pools import LabelledPool, PoolSource, open_pools
+from .labels.targets import Labels, OnlineLabels
+from .methods.source import ImageSource
+from .students.from_manifest import (
+    fitting_labels,
+    load_recorded_teacher,
+    open_recorded_source,
+    view_config,
+)
 from .students.ring import Ring
+from .students.slots import Pool, PoolSlot, fill_slot, pools_from, pools_per_epoch
 from .teacher.teacher import Teacher
 
 
@@ -68,37 +78,31 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         self.options = LoaderOptions(**options)
         if not isinstance(coreset, Coreset):
             coreset = open_coreset(Path(coreset).expanduser())
-        self._coreset = coreset
-        self._config = _config(self._coreset, self.options, views)
-        self.temperature = self._config.temperature
-        self.class_ids = self._coreset.class_ids
-        self.epochs = self._epochs(teacher is not None)
+        config = views or view_config(coreset, device=self.options.device)
+        self.temperature = self.options.temperature or config.temperature
+        config = replace(config, temperature=self.temperature)
+        self.class_ids = coreset.class_ids
+        self.epochs = _epochs(self.options.epochs, None if teacher is not None else config.epochs)
         with ExitStack() as opened:
-            self._source = open_pools(coreset, self._config, self.options, teacher, opened)
+            self._source = opened.enter_context(
+                open_recorded_source(coreset, self.options, self.options.backend, config)
+            )
+            self._labels = _labels(coreset, self._source, config, self.options, teacher)
             self._opened = opened.pop_all()
         self._closed = False
         _OPEN.add(self)
-        self.device = self._source.device
-        self._labels_N = self._source.source.labels_N
+        self.device = torch.device(resolve_device(self.options.device))
+        self._coreset, self._config = coreset, replace(config, epochs=self.epochs or sys.maxsize)
         self._next = self._position = (0, 0)
-        self._stream: Generator[LabelledPool] | None = None
+        self._stream: Generator[tuple[Pool, PoolSlot]] | None = None
         self._running = 0
         """The number of the latest iteration."""
-        self._upcoming: tuple[int, int] | None = None
-        """(epoch, pool) that the stream yields next."""
-
-    def _epochs(self, has_teacher: bool) -> int | None:
-        wanted = self.options.epochs
-        if has_teacher:
-            return wanted
-        labelled = self._config.epochs
-        if wanted is not None and wanted > labelled:
-            raise ValueError(f"epochs {wanted}: expected {labelled} at most, which have labels")
-        return wanted or labelled
+        self._upcoming = 0
+        """Number of the pool that the stream yields next."""
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        whole, rest = divmod(len(self._labels_N), self.options.batch)
+        whole, rest = divmod(self._source.samples, self.options.batch)
         return whole + (rest > 0 and not self.options.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
@@ -159,75 +163,71 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
                 yield batch
                 if ended:
                     return
-                self._require_running(number)
+                if number != self._running:
+                    raise ValueError(
+                        "the loader was closed or began another iteration before this one ended: "
+                        "make a loader for each"
+                    )
         finally:
             if not ended and number == self._running:
                 self._stop()
 
     def _require(self, epoch: int) -> None:
-        if not 0 <= epoch < (math.inf if self.epochs is None else self.epochs):
+        if not 0 <= epoch < self._config.epochs:
             known = "0 or more" if self.epochs is None else f"0 to {self.epochs - 1}"
             raise ValueError(
                 f"epoch {epoch}: expected {known}: set_epoch chooses one, more need labels of more "
                 "epochs or a teacher"
             )
 
-    def _require_running(self, number: int) -> None:
-        if number != self._running:
-            raise ValueError(
-                "the loader was closed or began another iteration before this one ended: make a "
-                "loader for each"
-            )
-
     def _batches(self, epoch: int, done: int) -> Iterator[tuple[Tensor, ...]]:
         """The epoch's batches from number `done` on."""
         parts: list[tuple[Tensor, ...]] = []
         missing = self.options.batch
-        for pool, at in self._pools(epoch, done * self.options.batch):
-            while at < len(pool.rows_P):
-                rows_B = pool.rows_P[at : at + missing]
-                parts.append(pool.batch(rows_B))
-                missing, at = missing - len(rows_B), at + len(rows_B)
+        each = pools_per_epoch(self._config, self._source.samples)
+        first, skipped = divmod(done * self.options.batch, pool_size(self._config))
+        for index in range(epoch * each + first, (epoch + 1) * each):
+            pool, slot = self._pool(index)
+            rank_P = uniform(self.options.seed, Draw.ORDER, pool.samples_P, epoch, 3)[:, 2]
+            rows_P = torch.argsort(rank_P, stable=True)[skipped:]
+            skipped = 0
+            while len(rows_P):
+                parts.append(self._rows(pool, slot, rows_P[:missing]))
+                missing, rows_P = missing - len(parts[-1][0]), rows_P[missing:]
                 if not missing:
-                    yield self._joined(parts)
+                    yield tuple(map(torch.cat, zip(*parts, strict=True)))
                     parts, missing = [], self.options.batch
         if parts and not self.options.drop_last:
-            yield self._joined(parts)
+            yield tuple(map(torch.cat, zip(*parts, strict=True)))
 
-    def _joined(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        tensors = (
-            parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
-        )
-        return tuple(tensors) if self.options.class_indices else tuple(tensors[:2])
-
-    def _pools(self, epoch: int, skipped: int) -> Iterator[tuple[LabelledPool, int]]:
-        """The epoch's pools after `skipped` samples, and how many rows of each pool to skip."""
-        sizes = [len(samples_P) for samples_P in pools(self._config, self._labels_N, epoch)]
-        first = 0
-        while first < len(sizes) and skipped >= sizes[first]:
-            skipped -= sizes[first]
-            first += 1
-        if first == len(sizes):
-            return
-        stream = self._stream_from(epoch, first)
-        for index in range(first, len(sizes)):
-            last = index + 1 == len(sizes)
-            self._upcoming = (epoch + 1, 0) if last else (epoch, index + 1)
-            yield next(stream), skipped if index == first else 0
-
-    def _stream_from(self, epoch: int, first: int) -> Generator[LabelledPool]:
-        """All pools from there on, out of the running thread if they come next in it."""
-        if self._stream is None or self._upcoming != (epoch, first):
+    def _pool(self, index: int) -> tuple[Pool, PoolSlot]:
+        """A filled pool, from the running thread if it comes next in it."""
+        if self._stream is None or self._upcoming != index:
             self._stop()
-            items = _items(self._config, self._labels_N, epoch, first, self.epochs)
-            self._stream = _ahead(self._source, items, self.options.ahead)
-        return self._stream
+            made_of = (self._source, self._labels, self._config)
+            self._stream = _ahead(*made_of, index, self.options.ahead, self.device)
+        self._upcoming = index + 1
+        return next(self._stream)
+
+    def _rows(self, pool: Pool, slot: PoolSlot, rows_B: Tensor) -> tuple[Tensor, ...]:
+        """Copies of some rows, as the slot will be filled again: (images, labels[, classes])."""
+        views_BCHW, targets_B = slot.rows(rows_B.to(self.device))
+        if targets_B.classes is not None:
+            labels_BK = decode_topk(targets_B.labels, targets_B.classes, len(self.class_ids))
+        else:
+            labels_BK = targets_B.labels.float()
+            if self.options.labels == "probabilities":
+                labels_BK = (labels_BK / self.temperature).softmax(1)
+        if not self.options.class_indices:
+            return views_BCHW.float(), labels_BK
+        classes_B = self._source.labels_N[pool.samples_P[rows_B]]
+        return views_BCHW.float(), labels_BK, classes_B.to(self.device)
 
     def _stop(self) -> None:
         """End the thread, and wait for it."""
         if self._stream is not None:
             self._stream.close()
-        self._stream = self._upcoming = None
+        self._stream = None
 
     def close(self) -> None:
         """End the thread and free the model; safe to call twice."""
@@ -250,43 +250,61 @@ def _close_all() -> None:
         loader.close()
 
 
-def _config(coreset: Coreset, options: LoaderOptions, views: StudentConfig | None) -> StudentConfig:
-    config = views or view_config(coreset, device=options.device)
-    return replace(config, temperature=options.temperature or config.temperature)
+def _epochs(requested: int | None, labelled: int | None) -> int | None:
+    """Number of epochs; `labelled` is None with a teacher, which labels any number."""
+    if requested is not None and labelled is not None and requested > labelled:
+        raise ValueError(f"epochs {requested}: expected {labelled} at most, which have labels")
+    return requested or labelled
 
 
-def _items(
-    config: StudentConfig, labels_N: Tensor, epoch: int, first: int, epochs: int | None
-) -> Iterator[tuple[int, Tensor]]:
-    """(epoch, samples [P]) of every pool from number `first` of `epoch` on, to the last epoch."""
-    while epochs is None or epoch < epochs:
-        for samples_P in pools(config, labels_N, epoch)[first:]:
-            yield epoch, samples_P
-        epoch, first = epoch + 1, 0
+def _labels(
+    coreset: Coreset,
+    source: ImageSource,
+    config: StudentConfig,
+    options: LoaderOptions,
+    teacher: Teacher | str | None,
+) -> Labels:
+    """The teacher's labels, or the stored ones.
 
-
-@dataclass
-class _Slot:
-    """Where the ring's producer leaves a pool."""
-
-    pool: LabelledPool | None = None
+    Raises CoresetError for labels of other images or views or for logits of top-k labels,
+    ValueError for a teacher of other classes, and load_teacher's errors for one given by name.
+    """
+    if teacher is None:
+        labels = fitting_labels(coreset, source, config, options)
+        if options.labels == "logits" and not labels.stored.codec.keeps_logits:
+            raise CoresetError(
+                f"{coreset.folder}: top-k labels keep no logits: give labels='probabilities'"
+            )
+        return labels
+    if isinstance(teacher, str):
+        teacher = load_recorded_teacher(coreset, teacher, options.device)
+    if teacher.class_ids != coreset.class_ids:
+        raise ValueError(
+            f"teacher: expected the coreset's classes in their order ({coreset.class_ids[0]}, …), "
+            f"got {len(teacher.class_ids)} ({teacher.class_ids[0]}, …)"
+        )
+    return OnlineLabels(teacher, config.temperature)
 
 
 def _ahead(
-    source: PoolSource, items: Iterable[tuple[int, Tensor]], ahead: int
-) -> Generator[LabelledPool]:
-    """The items' pools, in order, made in a thread that is at most `ahead` pools ahead.
+    source: ImageSource,
+    labels: Labels,
+    config: StudentConfig,
+    first: int,
+    ahead: int,
+    device: torch.device,
+) -> Generator[tuple[Pool, PoolSlot]]:
+    """Pools from number `first` on, filled in a thread that is at most `ahead` pools ahead.
 
     Closing it ends the thread, once the pool in progress is filled. An error is raised here, with
-    its own traceback, when its item is requested.
+    its own traceback, when its pool is requested.
     """
-
-    def fill(slot: _Slot, item: tuple[int, Tensor]) -> None:
-        slot.pool = source.fill(item)
-
-    slots = [_Slot() for _ in range(ahead + 1)]  # + 1: the caller consumes one
-    with Ring(slots, fill, items, device=source.device) as ring:
+    slots = [PoolSlot() for _ in range(ahead + 1)]  # + 1: the caller consumes one
+    with Ring(
+        slots,
+        lambda slot, pool: fill_slot(slot, pool, source, labels, config),
+        pools_from(config, source.labels_N, first),
+        device=device,
+    ) as ring:
         while taken := ring.take():
-            for _, slot in taken:
-                if slot.pool is not None:
-                    yield slot.pool
+            yield from taken

@@ -1,4 +1,4 @@
-"""Teachers and students by name: nets for small images, and every classifier of torchvision.
+"""Teachers and students by name, and their optimiser.
 
 convnet-d{D}[-w{W}|-w{A}to{B}][-{norm}]
     the ConvNet of the distillation literature (Gidaris & Komodakis 2018; Zhao et al., ICLR 2021): D
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,11 +39,11 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def build_network(name: str, classes: int, size_px: int) -> nn.Module:
     """A net with random weights from torch's default generator, in channels_last layout.
 
-    Raises ValueError, one line, for an unknown name or a size that the net cannot take.
+    Raises ValueError for an unknown name or a size that the net cannot take.
     """
     require_network(name)
     if name.startswith(TORCHVISION):
-        network = _torchvision(name.removeprefix(TORCHVISION), classes, size_px)
+        network = _torchvision(name, classes, size_px)
     elif match := CONVNET.fullmatch(name):
         network = _convnet(match, classes, size_px)
     else:
@@ -51,7 +52,7 @@ def build_network(name: str, classes: int, size_px: int) -> nn.Module:
 
 
 def autocast(device: torch.device, precision: StudentPrecision) -> torch.autocast:
-    """The context for a network's passes; it changes nothing at fp32."""
+    """Autocast at `precision`; no effect at fp32."""
     dtype = _AUTOCAST.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
@@ -60,6 +61,22 @@ def draws_in_training(network: nn.Module) -> bool:
     """Whether a training step draws random numbers: dropout or stochastic depth."""
     rates = (getattr(m, name, 0.0) for m in network.modules() for name in ("p", "dropout"))
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def adamw(network: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """Fused, betas 0.9 and 0.999; decoupled weight decay on matrices and filters only."""
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def _convnet(match: re.Match[str], classes: int, size_px: int) -> nn.Module:
@@ -84,13 +101,9 @@ def _convnet(match: re.Match[str], classes: int, size_px: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * side**2, classes))
 
 
-def _instance_norm(width: int) -> nn.Module:
-    return nn.GroupNorm(width, width)
-
-
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "bn": nn.BatchNorm2d,
-    "in": _instance_norm,
+    "in": lambda width: nn.GroupNorm(width, width),
     "none": nn.Identity,
 }
 
@@ -111,19 +124,12 @@ def _vgg11(classes: int, size_px: int) -> nn.Module:
         raise ValueError(f"network vgg11: expected images of at least 32 px, got {size_px}")
     layers: list[nn.Module] = []
     channels = 3
-    for width, pools in (
-        (64, 1),
-        (128, 1),
-        (256, 0),
-        (256, 1),
-        (512, 0),
-        (512, 1),
-        (512, 0),
-        (512, 1),
-    ):
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(True)]
-        layers += [nn.MaxPool2d(2)] * pools
-        channels = width
+    for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
+        for width in stage:
+            conv = nn.Conv2d(channels, width, 3, padding=1)
+            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(True)]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
 
 
@@ -136,9 +142,8 @@ def _alexnet(classes: int, size_px: int) -> nn.Module:
         layers += [nn.Conv2d(channels, width, kernel, padding=kernel // 2), nn.ReLU(True)]
         layers += [nn.MaxPool2d(2)] * pools
         channels = width
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(192 * 16, classes)
-    )
+    pool = nn.AdaptiveAvgPool2d(4)
+    return nn.Sequential(*layers, pool, nn.Flatten(), nn.Linear(192 * 16, classes))
 
 
 def _vit_small(classes: int, size_px: int) -> nn.Module:
@@ -151,22 +156,29 @@ def _vit_small(classes: int, size_px: int) -> nn.Module:
 
 
 _BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "resnet18": lambda classes, size_px: _resnet("resnet18", classes, size_px),
-    "resnet50": lambda classes, size_px: _resnet("resnet50", classes, size_px),
+    "resnet18": partial(_resnet, "resnet18"),
+    "resnet50": partial(_resnet, "resnet50"),
     "vgg11": _vgg11,
     "alexnet": _alexnet,
     "vit-s": _vit_small,
 }
 
 
-def _torchvision(name: str, classes: int, size_px: int) -> nn.Module:
+def torchvision_name(spec: str, role: str) -> str:
+    """NAME of torchvision:NAME; ValueError when torchvision has no such classifier."""
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
+    name = spec.removeprefix(TORCHVISION)
     if name not in known:
-        raise ValueError(
-            f"network {TORCHVISION}{name} is unknown: expected one of {', '.join(sorted(known))}"
-        )
+        raise ValueError(f"{role} {spec} is unknown: expected one of {', '.join(sorted(known))}")
+    return name
+
+
+def _torchvision(spec: str, classes: int, size_px: int) -> nn.Module:
+    import torchvision
+
+    name = torchvision_name(spec, "network")
     options: dict[str, Any] = {}
     if name.startswith("vit_"):
         options = {"image_size": size_px}
@@ -175,4 +187,4 @@ def _torchvision(name: str, classes: int, size_px: int) -> nn.Module:
     try:
         return torchvision.models.get_model(name, num_classes=classes, **options)
     except (AssertionError, ValueError) as error:  # vit_*: the size is not a multiple of its patch
-        raise ValueError(f"network {TORCHVISION}{name} at {size_px} px: {error}") from None
+        raise ValueError(f"network {spec} at {size_px} px: {error}") from None

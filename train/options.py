@@ -1,7 +1,7 @@
 """Options of `train`. Torch-free, so that --help is quick.
 
 An option that is not given ("None" in the help) follows from the data, the model and the machine;
-the choice is logged on stderr and written to RUN/summary.json.
+the choice is logged to stderr and written to RUN/summary.json.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..engine.config import TEMPLATE, DscoConfig, Start, parse_mixup_weight
-from ..engine.labels.codec import Codec
-from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, MOST_COMPONENTS, CodecName, TopK
+from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, MOST_COMPONENTS, Codec, CodecName, TopK
 from ..export.config import BackendName, DeviceName, Precision, VaePrecision
 from .config import (
     MOST_STUDENTS,
@@ -26,6 +25,7 @@ from .config import (
     Scoring,
     StudentPrecision,
     Targets,
+    check_at_least,
     check_seed,
 )
 from .coreset_options import StudentElsewhere, TrainVerify
@@ -40,7 +40,7 @@ class RunOptions:
     """Options of the whole run and of each of its stages."""
 
     data: str
-    """An image folder with train/ and val/ (or test/), or `shapes`: the generated set."""
+    """An image folder with train/ and val/ (or test/), or `shapes`, a generated dataset."""
     out: Path
     """The run folder to write."""
     model: str | None = None
@@ -50,94 +50,95 @@ class RunOptions:
     """Backend that runs the model; `auto` takes the fastest that works here and says which."""
     method: Annotated[tuple[str, ...], arg(help=METHOD_HELP)] = ("dace",)
     ipc: int = 1
-    """Images per class; the coreset holds ipc · factor² patches per class, for t2i ipc / (1 +
-    variants) generated images, and for dsco ipc images."""
+    """Images per class. A coreset holds ipc · factor² patches per class; for t2i, ipc / (1 +
+    variants) generated images; for dsco and herding, ipc images."""
     factor: int | None = None
-    """r: patches are r times smaller than images. Default: the recipe's, 2; with `rded` 1 for
+    """r: the side of a patch is 1/r of the image's. Default: the recipe's: 2, or 1 in `rded` for
     images of 64 px or less."""
     image_size: int | None = None
     """Side of rendered images and of the networks' inputs, in px. Default: the recipe's."""
     steps: int | None = None
-    """Scheduler steps. Default: 5 for dace, whose images take int(steps · rho) UNet evaluations,
-    and for dsco; 1 for t2i, which takes 4 at most."""
+    """Scheduler steps; dace evaluates the UNet int(steps · rho) times per image. Default: 5 for
+    dace and dsco, 1 for t2i, which allows 4 at most."""
     rho: float = 0.8
     """Share of the noise schedule to run, in (0, 1]; 1.0 still starts from the patch."""
     mixup: bool = True
-    """Mix the latents of two patches of one class before the noise is added."""
+    """Mix the latents of two patches of a class before noise is added."""
     mixup_weight: str = "uniform"
-    """Weight of the patch itself in that mixture; its partner gets the rest: `uniform`, drawn from
-    0 to 1; a number, the same for all; or beta:A, drawn from Beta(A, A)."""
+    """Weight of the patch itself in that mixture; its partner gets the rest. `uniform` in (0, 1), a
+    fixed number, or beta:A for Beta(A, A)."""
     start: Start = "image"
-    """`noise` starts from pure noise: patches, rho and mixup then play no part."""
+    """`noise` starts from pure noise; patches, rho and mixup then have no effect."""
     prompt: str = TEMPLATE
-    """The model's prompt; {name} in it stands for the name of the class."""
+    """The model's prompt; {name} stands for the name of the class."""
     prompts: Path | None = None
-    """Prompts for single classes: a JSON object {folder: prompt}, or lines with a folder, a tab (or
-    a space, where no folder's name has one) and its prompt. Other classes have --prompt."""
+    """Prompts of single classes: a JSON object {folder: prompt}, or lines of folder, tab, prompt (a
+    space will do if no folder name has one). Other classes use --prompt."""
     variants: int = 0
-    """Augmented variants of each generated image of t2i, new in every epoch; published: 4."""
+    """Augmented variants of each generated image of t2i, new in every epoch; the paper has 4."""
     generate_size: int | None = None
-    """Side of t2i's images as the model generates them, in px; they are stored at the image size.
-    Default: the size that the model was trained at."""
+    """Side of t2i's images as generated, in px; they are stored at the image size. Default: the
+    model's own size."""
     budget_seconds: float | None = None
-    """Generate as many images for t2i as fit into these seconds, whatever --ipc is; the epochs of
-    its students stay as long as --ipc makes them."""
+    """Generate as many images for t2i as fit into these seconds, whatever --ipc is. --ipc still
+    sets the length of an epoch."""
     precision: Precision | None = None
     """Precision of the model's weights. Default: fp16 on cuda, fp32 on the CPU."""
     vae_precision: VaePrecision = "auto"
     """Precision of its encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows
     in fp16."""
     engine_batch: int | None = None
-    """Images per call of the model; images differ by rounding at most. Default: 32, or, when an
+    """Images per call of the model; changes images by rounding at most. Default: 32, or, when an
     epoch is rendered at once, the largest divisor of its images up to 32."""
     bundles: Path | None = None
     """Folder of built engines. Default: patchbloom/bundles in the user's cache."""
     recipe: RecipeName | None = None
-    """How teacher and students are trained. Default: `small` with a model of 128 px or less and,
-    without a model, for --data shapes and on a CPU; `dace` elsewhere."""
+    """How teacher and students are trained. Default: `small` with a model of 128 px or less, and
+    without a model for --data shapes or on a CPU; otherwise `dace`."""
     scoring: Scoring | None = None
-    """How the teacher sees a patch that it scores: padded to the image size, as in RDED, enlarged
-    to it, or `native`, unchanged, for a network that takes any size. Default: the recipe's."""
+    """How the teacher sees a patch that it scores: `pad` to the image size, as in RDED; `resize` to
+    it; or `native`, unchanged, for a network that takes any size. Default: the recipe's."""
     select: Choice = "lowest-loss"
-    """How patches are selected, in all methods but random: by lowest loss, as in RDED, or by a
-    choice among more of them that avoids near-duplicates."""
+    """How patches are chosen, in all methods but random: by lowest loss, as in RDED, or without
+    near-duplicates among more candidates."""
     candidates: int = 4
-    """With another --select than lowest-loss: candidates per patch that is kept."""
+    """Candidates per chosen patch, unless --select is lowest-loss."""
     epochs: int | None = None
     """Epochs of the students, each with fresh images. Default: the recipe's."""
     teacher_epochs: int | None = None
     """Epochs of a teacher that is trained here. Default: the recipe's."""
     teacher: str | None = None
-    """A network to train, torchvision:NAME, or a file. Default: the recipe's network."""
+    """A network to train, torchvision:NAME, or a file of weights. Default: the recipe's network."""
     student: str | None = None
     """The students' network. Default: the recipe's."""
     targets: Targets = "soft"
-    """Training targets: the teacher's soft labels, or with `hard` the class alone (cross-entropy,
-    mixed by area under CutMix), for which no soft labels are computed or stored."""
+    """Training targets: `soft`, the teacher's soft labels; or `hard`, the class alone
+    (cross-entropy, mixed by area under CutMix), without any soft labels."""
     labels: LabelChoice = "record"
-    """How students get the teacher's soft labels: `record` trains and stores them in one pass,
-    `stored` stores them first, `online` stores none. The students are the same."""
+    """When the teacher's soft labels are stored: `record` while the students train, `stored`
+    before, `online` never. The students are the same."""
     codec: CodecName = DEFAULT_CODEC
-    """How labels are kept: `dense`, fp16 logits of all classes; `pca`, a byte for each of the first
-    principal components of the teacher's answers; or `topk`, the largest probabilities. Students of
-    this run learn from labels as they are kept."""
+    """How labels are stored: `dense`, fp16 logits of all classes; `pca`, one byte for each of the
+    first principal components of the logits; or `topk`, the largest probabilities. Students of this
+    run learn from the labels as stored."""
     top_k: int = TopK.k
-    """Probabilities per label that --codec topk keeps; fewer than half of the classes."""
+    """Probabilities per label that --codec topk stores; fewer than half of the classes."""
     components: int | None = None
-    """Of --codec pca: fewer than there are classes, 256 at most. Left out: 40, or all there are."""
+    """Components that --codec pca stores; fewer than the classes, 256 at most. Default: 40, or one
+    fewer than the classes."""
     seed: int = 0
     """Seed of everything random: patches, noise, crops, order, initialisation."""
     seeds: int = 3
     """Students per method; accuracies are the mean ± std over them."""
     batch: int | None = None
-    """Views per optimiser step of a student. Default: the recipe's for this ipc."""
+    """Views per optimiser step of a student. Default: the recipe's for this --ipc."""
     learning_rate: float | None = None
-    """Learning rate of a student's first epoch. Default: the recipe's for its network."""
+    """Learning rate of a student's first epoch. Default: the recipe's for the network."""
     accumulate: int = 1
-    """Micro-batches per batch, for a batch that does not fit into memory; the gradient is the
-    batch's, but a BatchNorm sees parts."""
+    """Micro-batches per batch, for a batch that does not fit into memory. The gradient is the
+    whole batch's, but BatchNorm sees the parts."""
     cutmix: Literal["on", "off"] | None = None
-    """Paste boxes from other samples into the views that students and teacher see. Default: the
+    """Paste boxes from other samples into the views of students and teacher. Default: the
     recipe's."""
     student_precision: StudentPrecision | None = None
     """Precision of the students' passes, by autocast. Default: bf16 on cuda, fp32 on the CPU."""
@@ -145,17 +146,17 @@ class RunOptions:
     """Compile the students' network with torch.compile, on a GPU as CUDA graphs."""
     overlap: Literal["on", "off"] = "on"
     """Render the next images while the students learn; `off` is the serial baseline. The students
-    are the same either way. Labels that are stored first are not overlapped."""
+    are the same either way. --labels stored renders its labels serially."""
     refresh: float = 1.0
-    """Share of the patches that dace expands again in every epoch; the others keep their images,
-    with new crops. Less than 1 is lossy."""
+    """Share of the patches that dace expands again in every epoch; the others keep their images and
+    get new crops. Less than 1 is lossy."""
     dsco: DscoConfig = field(default_factory=DscoConfig)
-    """Method dsco: how the noise of its images is optimised."""
+    """How method dsco optimises the noise of its images."""
     dope: int = 0
-    """Real images per class added to every coreset: those that a student of the coreset is least
-    sure of. They are stored whole, and shown factor² times per epoch."""
+    """Real images per class to add to every coreset: those that a student of the coreset is least
+    sure of. They are stored whole and shown factor² times per epoch."""
     ceiling: bool = True
-    """Also train students on fresh real images: the ceiling that methods are measured against."""
+    """Also train students on fresh real images, the ceiling for all methods."""
     class_names: Path | None = None
     """Names for prompts: a JSON object or lines "folder name"."""
     device: DeviceName = "auto"
@@ -163,32 +164,26 @@ class RunOptions:
     skip_corrupt: bool = False
     """Skip and count images that cannot be decoded, instead of stopping at them."""
     shapes_per_class: int = 1000
-    """Training images per class of --data shapes; a fifth as many for validation."""
+    """Training images per class of --data shapes; validation has a fifth as many."""
     resume: bool = False
-    """Resume the run in --out, from the stage and epoch where it was stopped."""
+    """Resume the run in --out from the stage and epoch where it stopped."""
     overwrite: bool = False
     """Replace the run in --out."""
 
     def __post_init__(self) -> None:
-        if not self.methods:
-            raise ValueError(f"--method: expected one or several of {', '.join(METHODS)}")
-        for method in self.methods:
+        for method in self.methods or (None,):
             if method not in METHODS:
-                raise ValueError(
-                    f"--method {method}: expected one or several of {', '.join(METHODS)}"
-                )
-        for name in (
+                named = f"--method {method}" if method else "--method"
+                raise ValueError(f"{named}: expected one or several of {', '.join(METHODS)}")
+        names = (
             *("ipc", "factor", "image_size", "steps", "engine_batch", "epochs", "teacher_epochs"),
             *("top_k", "seeds", "batch", "accumulate", "shapes_per_class", "candidates"),
             *("generate_size", "components"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        )
+        check_at_least(self, 1, *names, option=True)
+        check_at_least(self, 0, "dope", "variants", option=True)
         if self.seeds > MOST_STUDENTS:
             raise ValueError(f"--seeds {self.seeds}: expected {MOST_STUDENTS} at most")
-        if self.dope < 0:
-            raise ValueError(f"--dope {self.dope}: expected 0 or more")
         if not 0 < self.rho <= 1:
             raise ValueError(f"--rho {self.rho:g}: expected more than 0, and 1 at most")
         if not LEAST_REFRESH <= self.refresh <= 1:
@@ -218,7 +213,7 @@ class RunOptions:
             raise ValueError("--resume keeps what --overwrite removes: give one of them")
 
     def label_codec(self, classes: int) -> Codec:
-        """How labels are kept; ValueError where --codec cannot keep answers about `classes`."""
+        """The codec of the labels; ValueError when --codec cannot store labels of `classes`."""
         kind = CODECS[self.codec]
         return kind.chosen(getattr(self, kind.option) if kind.option else None, classes)
 
@@ -236,8 +231,6 @@ class RunOptions:
                 f"--prompt {self.prompt!r}: expected {{name}} in it, where the name of the class "
                 "goes; --prompts gives single classes a prompt without"
             )
-        if self.variants < 0:
-            raise ValueError(f"--variants {self.variants}: expected 0 or more")
         if self.budget_seconds is not None and not 0 < self.budget_seconds < inf:
             raise ValueError(
                 f"--budget-seconds {self.budget_seconds:g}: expected a number of seconds, more "
@@ -246,29 +239,29 @@ class RunOptions:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods asked for, in that order, each once; commas separate as spaces do."""
+        """The given methods in order, each once; commas separate them as spaces do."""
         names = [name for word in self.method for name in word.split(",") if name]
         return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(RunOptions):
-    """Teacher, coreset, labels, students, report: all of it, in one run folder."""
+    """Teacher, coreset, labels, students, report: everything, in one run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTeacher(RunOptions):
-    """Train (or fetch and check) the teacher only."""
+    """Train only the teacher, or fetch and check it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCoreset(RunOptions):
-    """Choose the patches and write the coresets; the teacher first, if the run has none."""
+    """Make the coresets, after the teacher if the run has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainLabels(RunOptions):
-    """Store the teacher's soft labels of every view in the coresets, without training a student."""
+    """Store the teacher's soft labels in the coresets, without training students."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -280,7 +273,7 @@ class TrainLabels(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStudent(RunOptions):
-    """Train the students; no report. From a coreset alone: `train student --coreset DIR --help`."""
+    """Train the students, no report. From a coreset alone: `train student --coreset DIR --help`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +281,7 @@ class TrainReport:
     """Write the report of a finished run again, from its summary and pictures."""
 
     run: Positional[Path]
-    """The run folder: the one with summary.json in it."""
+    """The run folder, which holds summary.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,15 +289,15 @@ class TrainPrior:
     """Train a small few-step latent diffusion model in SDXL's shape, for --model."""
 
     data: str
-    """An image folder with train/, a plain one, or `shapes`: the generated set."""
+    """An image folder, with train/ or plain, or `shapes`, a generated dataset."""
     out: Path
     """The model folder to write."""
     prior: Annotated[PriorConfig, OmitArgPrefixes] = field(default_factory=PriorConfig)
     class_names: Path | None = None
     """Names for prompts: a JSON object or lines "folder name"."""
     teacher: str | None = None
-    """A file from `train teacher`, or torchvision:NAME: the model card then says what share of
-    samples this teacher classifies as their class. --resume adds it to a finished model."""
+    """A file from `train teacher`, or torchvision:NAME. The model card then says what share of
+    samples this teacher classifies as their class; --resume adds that to a finished model."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
     skip_corrupt: bool = False

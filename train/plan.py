@@ -1,4 +1,4 @@
-"""What a run will do, with nothing left open: commands/planning.py makes it of the options."""
+"""A run, fully decided; commands/planning.py makes it from the options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..engine.config import DscoConfig, ExpandConfig
 from ..engine.data.images import ImageSet
 from ..engine.expand import naming
 from ..engine.expand.prompts import class_prompts
-from ..engine.labels.codec import Codec
+from ..engine.labels.codecs import Codec
 from ..export.models import ModelSource
 from .config import (
     Choice,
@@ -25,10 +25,10 @@ from .config import (
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run's options with nothing left open."""
+    """Every setting of a run, with defaults resolved and data and model found."""
 
     methods: tuple[str, ...]
-    """In the order asked for, each once."""
+    """In the given order, each once."""
     data_name: str
     train: ImageSet
     val: ImageSet
@@ -43,9 +43,9 @@ class Plan:
     ipc: int
     factor: int
     dope: int
-    """Real images per class that are added to every coreset."""
+    """Real images per class that doping adds to every coreset."""
     scoring: Scoring
-    """How the teacher is shown a patch that it scores."""
+    """How the teacher sees a patch that it scores."""
     select: Choice
     candidates: int
     teacher: TeacherConfig
@@ -55,21 +55,24 @@ class Plan:
     student: StudentConfig
     labels: LabelChoice
     codec: Codec
-    """How labels are kept."""
+    """How labels are stored."""
     model: ModelSource | None
     """None when no method runs one."""
     prompt: str
+    """Template of the prompts."""
     own_prompts: dict[str, str]
     """Prompts of the classes in --prompts, by class id."""
     expand: ExpandConfig
-    """How images are made of patches, where a method does so."""
+    """How the model expands patches."""
     refresh: float
     """Share of the patches that dace expands anew in an epoch."""
     variants: int
+    """Augmented variants per generated image of t2i."""
     budget_seconds: float | None
+    """None: ipc decides the number of t2i's images."""
     dsco: DscoConfig
     use: Mapping[str, ExpandConfig]
-    """How each method that runs the model uses it."""
+    """How each method that runs the model runs it."""
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -79,15 +82,15 @@ class Plan:
 
     @property
     def generated(self) -> int | None:
-        """Images per class that t2i makes; None where budget_seconds decides."""
+        """Images per class that t2i makes. None: budget_seconds decides."""
         return None if self.budget_seconds is not None else self.ipc // (1 + self.variants)
 
     def describe_model(self, method: str) -> dict[str, Any]:
-        """What of the model names the images that `method` renders, for a manifest."""
+        """The model fields that name the images which `method` renders, for a manifest."""
         return naming.describe_model(*self._used(method))
 
     def describe_generator(self, method: str) -> dict[str, Any]:
-        """The same of images that `method` made once."""
+        """The model fields that name the images which `method` made once, for a manifest."""
         return naming.describe_generator(*self._used(method))
 
     def _used(self, method: str) -> tuple[ModelSource, ExpandConfig, str, dict[str, str]]:
@@ -97,17 +100,17 @@ class Plan:
 
     @property
     def samples_per_class(self) -> int:
-        """Images of a class that a student sees in an epoch, of every method, but for doping's."""
+        """Samples of a class per epoch, for every method; doping adds its own."""
         return self.ipc * self.factor**2
 
     @property
     def doped_samples_per_class(self) -> int:
-        """Real images of a class that doping adds to these."""
+        """Samples of a class per epoch that show doping's real images."""
         return self.dope * self.factor**2
 
     @property
     def image_size(self) -> int:
-        """Side of rendered images and of what the networks see, in px."""
+        """Side of rendered images and of the networks' inputs, in px."""
         return self.student.size_px
 
     @property

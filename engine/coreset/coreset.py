@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...export.durable import full_disk_explained, replace_file, replacing, write_durably
@@ -34,23 +35,23 @@ from ..errors import CoresetError
 from ..labels.file import RecordedBlock, write_label_file
 from ..labels.stored import SoftLabels
 from .manifest import (
+    DOPED,
     LABELS,
+    LEFTOVERS,
     MANIFEST,
     NOISE_SCHEME,
-    REQUIRED_SETTINGS,
+    PATCHES,
     SCHEMA,
     SCHEMA_DOPED,
     check_class_ids,
     check_files,
-    doped_files,
     file_entry,
-    patch_files,
+    image_files,
     read_manifest,
+    require_replaceable,
     seal,
     spelled,
-    strays,
 )
-from .pixels import read_images, write_images
 
 
 @dataclass(frozen=True)
@@ -86,28 +87,41 @@ class Coreset:
         counts = torch.tensor([entry["patches"] for entry in self.manifest["classes"]])
         return torch.arange(len(counts)).repeat_interleave(counts)
 
-    def patches(self) -> Tensor:
-        """Every patch, uint8 [N, H, W, 3] in 0..255, class-sorted."""
-        names = [
-            name
-            for entry in self.manifest["classes"]
-            for name in patch_files(entry["id"], entry["patches"])
-        ]
-        return read_images(self.folder, names, self.settings["patch_px"])
+    @property
+    def samples_per_class(self) -> int:
+        """Samples that a class shows per epoch, without its doped images: ipc·r² by default."""
+        return self.settings.get("samples_per_class", self.manifest["classes"][0][PATCHES])
 
     @property
     def doped_per_class(self) -> int:
         """Real images that doping added to each class; 0 without doping."""
-        return self.manifest["classes"][0].get("doped", 0)
+        return self.manifest["classes"][0].get(DOPED, 0)
+
+    def patches(self) -> Tensor:
+        """Every patch, uint8 [N, H, W, 3] in 0..255, class-sorted."""
+        return self._images(PATCHES, self.settings["patch_px"])
 
     def doped(self) -> Tensor:
         """The real images that doping added, uint8 [D, S, S, 3] in 0..255, class-sorted."""
+        return self._images(DOPED, self.settings["image_size_px"])
+
+    def _images(self, kind: str, size_px: int) -> Tensor:
+        """CoresetError for a file of another size or mode."""
         names = [
             name
             for entry in self.manifest["classes"]
-            for name in doped_files(entry["id"], entry.get("doped", 0))
+            for name in image_files(kind, entry["id"], entry.get(kind, 0))
         ]
-        return read_images(self.folder, names, self.settings["image_size_px"])
+        pixels_NHWC = torch.empty((len(names), size_px, size_px, 3), dtype=torch.uint8)
+        for row, name in enumerate(names):
+            with Image.open(self.folder / name) as image:
+                if image.mode != "RGB" or image.size != (size_px, size_px):
+                    raise CoresetError(
+                        f"{self.folder / name}: expected an RGB image of {size_px}×{size_px} px, "
+                        f"got {image.mode} {image.size[0]}×{image.size[1]}"
+                    )
+                pixels_NHWC[row] = torch.from_numpy(np.array(image))
+        return pixels_NHWC
 
     def soft_labels(self) -> SoftLabels | None:
         """Stored labels; None when there are none (not labelled, or the teacher labels online)."""
@@ -157,23 +171,20 @@ def write_coreset(
     folder: str | Path,
     *,
     patches_NHWC: Tensor | np.ndarray,
-    labels_N: Tensor | np.ndarray | Sequence[int],
     class_ids: Sequence[str],
     class_names: Sequence[str],
     settings: dict[str, Any],
     model: dict[str, Any] | None = None,
     teacher: dict[str, Any] | None = None,
-    labels: RecordedBlock | None = None,
     doped_DHWC: Tensor | None = None,
     provenance: dict[str, Any],
     overwrite: bool = False,
 ) -> Coreset:
-    """Write a coreset folder and open it.
+    """Write a coreset folder, without labels, and open it.
 
-    patches_NHWC: uint8 [N, patch_px, patch_px, 3]; labels_N: class indices, non-decreasing, each
-    class ipc·r² times, or `settings["generated"]` times if set: images that were generated once and
-    are augmented to ipc. `settings` must name method, seed, image_size_px, factor, patch_px and
-    ipc.
+    patches_NHWC: uint8 [N, patch_px, patch_px, 3], class after class, ipc·r² of each class, or
+    `settings["generated"]` if set: images that were generated once and are augmented to ipc.
+    `settings` must name method, seed, image_size_px, factor, patch_px and ipc.
     `settings`, `model` and `teacher` are hashed, so paths, times and host names belong in
     `provenance`. doped_DHWC: real images, uint8 [D, image_size_px, image_size_px, 3], equally many
     per class, in class order.
@@ -181,44 +192,59 @@ def write_coreset(
     Raises CoresetError for arguments that contradict each other or a folder that is not empty
     (`overwrite` replaces a coreset, and only a coreset); OSError, one clear line, on a full disk.
     """
-    folder = Path(folder)
-    patches = np.ascontiguousarray(torch.as_tensor(patches_NHWC).cpu().numpy())
-    classes = torch.as_tensor(labels_N, dtype=torch.int64).cpu()
-    _check_arguments(patches, classes, class_ids, class_names, settings, labels)
-    doped = _checked_doped(doped_DHWC, len(class_ids), settings)
-    _check_target(folder, overwrite)
-    layout = None if labels is None else labels.layout
-    needed = patches.nbytes + doped.nbytes + (0 if layout is None else layout.bytes)
+    folder, size_px = Path(folder), settings["image_size_px"]
+    patches = torch.as_tensor(patches_NHWC)
+    doped = torch.empty(0, size_px, size_px, 3).byte() if doped_DHWC is None else doped_DHWC
+    check_class_ids(class_ids)
+    each = settings.get("generated", settings["ipc"] * settings["factor"] ** 2)
+    doped_each = len(doped) // len(class_ids)
+    _check_images("patches", patches, settings["patch_px"], each, len(class_ids))
+    _check_images("doped images", doped, size_px, doped_each, len(class_ids))
+    require_replaceable(folder, overwrite, "a coreset", MANIFEST, "patchbloom.coreset/", LEFTOVERS)
+    needed = patches.nbytes + doped.nbytes
     with full_disk_explained(folder, needed), replacing(folder, overwrite) as partial:
         files: dict[str, Any] = {}
-        counts = torch.bincount(classes, minlength=len(class_ids)).tolist()
-        doped_each = len(doped) // len(class_ids)
-        rows, real = iter(patches), iter(doped)
-        for class_id, count in zip(class_ids, counts, strict=True):
-            files |= write_images(partial, patch_files(class_id, count), rows)
-            files |= write_images(partial, doped_files(class_id, doped_each), real)
-        if labels is not None and layout is not None:
-            write_label_file(partial / LABELS, layout, labels.epoch, labels.basis)
-            files[LABELS] = file_entry(partial / LABELS)
+        for index, class_id in enumerate(class_ids):
+            for kind, images, count in ((PATCHES, patches, each), (DOPED, doped, doped_each)):
+                own_NHWC = images[index * count : (index + 1) * count]
+                files |= _write_images(partial, kind, class_id, own_NHWC)
+        counts = {PATCHES: each} | ({DOPED: doped_each} if doped_each else {})
         content = {
             "schema": SCHEMA_DOPED if doped_each else SCHEMA,
             "classes": [
-                {"index": index, "id": class_id, "name": name, "patches": count}
-                | ({"doped": doped_each} if doped_each else {})
-                for index, (class_id, name, count) in enumerate(
-                    zip(class_ids, class_names, counts, strict=True)
-                )
+                {"index": index, "id": class_id, "name": name, **counts}
+                for index, (class_id, name) in enumerate(zip(class_ids, class_names, strict=True))
             ],
             "settings": settings,
             "noise": NOISE_SCHEME,
             "model": model,
             "teacher": teacher,
-            "labels": None if labels is None else labels.describe(),
+            "labels": None,
             "files": files,
         }
         manifest = seal(_as_json(content, "settings, model and teacher"), _as_json(provenance))
         write_durably(partial / MANIFEST, spelled(manifest))
     return open_coreset(folder, verify=False)
+
+
+def _write_images(
+    folder: Path, kind: str, class_id: str, images_NHWC: Tensor
+) -> dict[str, dict[str, Any]]:
+    """Write the images of a class; returns the size and hash of each file."""
+    entries = {}
+    names = image_files(kind, class_id, len(images_NHWC))
+    for name, image_HWC in zip(names, images_NHWC.cpu().numpy(), strict=True):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(path, image_HWC)
+        entries[name] = file_entry(path)
+    return entries
+
+
+def write_png(path: Path, image_HWC: np.ndarray) -> None:
+    """Write one uint8 image, as Pillow does at level 9 without metadata."""
+    with path.open("wb") as stream:
+        Image.fromarray(image_HWC).save(stream, "PNG", compress_level=9)
 
 
 def attach_labels(
@@ -230,25 +256,24 @@ def attach_labels(
     with the new ones: the manifest first drops the old file and is replaced last.
     """
     coreset = open_coreset(folder)
-    folder, manifest = coreset.folder, coreset.manifest
-    _check_label_classes(labels, len(coreset.class_ids))
-    layout = labels.layout
-    with full_disk_explained(folder, 0 if layout is None else layout.bytes):
+    folder, manifest, layout = coreset.folder, coreset.manifest, labels.layout
+    if layout.classes != len(coreset.class_ids):
+        raise CoresetError(
+            f"soft labels: expected {len(coreset.class_ids)} classes, as the coreset has, got "
+            f"{layout.classes}: use a teacher trained on these classes"
+        )
+    with full_disk_explained(folder, layout.bytes):
         staged = folder / f"{LABELS}.partial"
-        if layout is not None:
-            try:
-                write_label_file(staged, layout, labels.epoch, labels.basis)
-            except BaseException:
-                staged.unlink(missing_ok=True)
-                raise
+        try:
+            write_label_file(staged, layout, labels.epoch, labels.basis)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
         files = {name: entry for name, entry in manifest["files"].items() if name != LABELS}
         if manifest["labels"] is not None:
             _replace_manifest(folder, {**manifest, "labels": None, "files": files}, {})
-        if layout is None:
-            (folder / LABELS).unlink(missing_ok=True)
-        else:
-            os.replace(staged, folder / LABELS)
-            files[LABELS] = file_entry(folder / LABELS)
+        os.replace(staged, folder / LABELS)
+        files[LABELS] = file_entry(folder / LABELS)
         described = _as_json(labels.describe(), "label settings")
         _replace_manifest(
             folder, {**manifest, "labels": described, "files": files}, provenance or {}
@@ -261,92 +286,13 @@ def _replace_manifest(folder: Path, content: dict[str, Any], provenance: dict[st
     replace_file(folder / MANIFEST, spelled(sealed))
 
 
-def _check_arguments(
-    patches: np.ndarray,
-    classes: Tensor,
-    class_ids: Sequence[str],
-    class_names: Sequence[str],
-    settings: dict[str, Any],
-    labels: RecordedBlock | None,
-) -> None:
-    missing = [key for key in REQUIRED_SETTINGS if key not in settings]
-    if missing:
-        raise CoresetError(f"settings: expected {', '.join(REQUIRED_SETTINGS)}; missing {missing}")
-    size_px = settings["patch_px"]
-    if patches.dtype != np.uint8 or patches.ndim != 4 or patches.shape[1:] != (size_px, size_px, 3):
+def _check_images(what: str, images: Tensor, size_px: int, each: int, classes: int) -> None:
+    expected = (each * classes, size_px, size_px, 3)
+    if images.dtype != torch.uint8 or images.shape != expected:
         raise CoresetError(
-            f"patches: expected uint8 [N, {size_px}, {size_px}, 3], "
-            f"got {patches.dtype} {list(patches.shape)}"
+            f"{what}: expected uint8 {list(expected)}, {each} of each of {classes} classes, got "
+            f"{images.dtype} {list(images.shape)}"
         )
-    check_class_ids(list(class_ids))
-    if len(class_names) != len(class_ids):
-        raise CoresetError(f"expected {len(class_ids)} class names, got {len(class_names)}")
-    each = settings.get("generated", settings["ipc"] * settings["factor"] ** 2)
-    expected = torch.arange(len(class_ids)).repeat_interleave(each)
-    if not torch.equal(classes, expected) or len(patches) != len(expected):
-        raise CoresetError(
-            f"labels: expected ipc·factor² (or generated) = {each} rows of each of "
-            f"{len(class_ids)} classes, in class order; got {len(patches)} patches and labels "
-            f"{torch.bincount(classes.clamp_min(0)).tolist()[:8]}"
-        )
-    if labels is not None:
-        _check_label_classes(labels, len(class_ids))
-
-
-def _checked_doped(doped_DHWC: Tensor | None, classes: int, settings: dict[str, Any]) -> np.ndarray:
-    size_px = settings["image_size_px"]
-    if doped_DHWC is None:
-        return np.empty((0, size_px, size_px, 3), np.uint8)
-    doped = doped_DHWC.cpu().numpy()
-    shape = doped.shape
-    if doped.dtype != np.uint8 or shape[1:] != (size_px, size_px, 3) or shape[0] % classes:
-        raise CoresetError(
-            f"doped images: expected uint8 [D, {size_px}, {size_px}, 3], D a multiple of {classes} "
-            f"classes, got {doped.dtype} {list(shape)}"
-        )
-    return doped
-
-
-def _check_label_classes(labels: RecordedBlock, classes: int) -> None:
-    layout = labels.layout
-    if layout is not None and layout.classes != classes:
-        raise CoresetError(
-            f"soft labels: expected {classes} classes, as the coreset has, got "
-            f"{layout.classes}: use a teacher trained on these classes"
-        )
-
-
-def _check_target(folder: Path, overwrite: bool) -> None:
-    """Refuse to write over anything but a coreset, and over that without `overwrite`."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise CoresetError(f"{folder} exists and is not a folder: choose another --out")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise CoresetError(
-            f"{folder} is not empty: choose another --out, or --overwrite to replace a coreset"
-        )
-    manifest = _any_manifest(folder / MANIFEST)
-    if manifest is None:
-        raise CoresetError(
-            f"{folder} is not a coreset, and --overwrite replaces nothing else: "
-            "choose another --out"
-        )
-    for path in strays(folder, manifest):
-        raise CoresetError(
-            f"{path} is not part of the coreset that --overwrite would replace: "
-            "move it elsewhere, or choose another --out"
-        )
-
-
-def _any_manifest(path: Path) -> dict[str, Any] | None:
-    """A patchbloom manifest of any version, even of a damaged coreset; None if it is not one."""
-    try:
-        manifest = json.loads(path.read_bytes())
-        ours = manifest["schema"].startswith("patchbloom.coreset/") and set(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest if ours else None
 
 
 def _as_json(value: dict[str, Any], what: str = "provenance") -> dict[str, Any]:

@@ -9,7 +9,7 @@ that no byte of `manifest.json` can change unnoticed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ LABELS = "labels.safetensors"
 PATCHES, DOPED = "patches", "doped"
 # A killed `attach_labels` may leave these behind; the manifest, replaced last, does not list them.
 LEFTOVERS = frozenset({f"{MANIFEST}.partial", f"{LABELS}.partial", LABELS})
-REQUIRED_SETTINGS = ("method", "seed", "image_size_px", "factor", "patch_px", "ipc")
 _OUTSIDE_CONTENT = ("content_sha256", "provenance", "provenance_sha256")
 
 
@@ -54,27 +53,22 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def patch_files(class_id: str, count: int) -> list[str]:
-    """The relative paths of a class's patches, in sample order."""
-    return [f"{PATCHES}/{class_id}/{index:06d}.png" for index in range(count)]
-
-
-def doped_files(class_id: str, count: int) -> list[str]:
-    """The relative paths of the real images that doping added to a class, in order."""
-    return [f"{DOPED}/{class_id}/{index:06d}.png" for index in range(count)]
+def image_files(kind: str, class_id: str, count: int) -> list[str]:
+    """The relative paths of a class's images in sample order; `kind` is PATCHES or DOPED."""
+    return [f"{kind}/{class_id}/{index:06d}.png" for index in range(count)]
 
 
 def expected_files(manifest: dict[str, Any]) -> list[str]:
     """Every file a coreset with this manifest consists of, patches in sample order, labels last."""
     files = []
     for entry in manifest["classes"]:
-        files += patch_files(entry["id"], entry["patches"])
-        files += doped_files(entry["id"], entry.get("doped", 0))
+        for kind in (PATCHES, DOPED):
+            files += image_files(kind, entry["id"], entry.get(kind, 0))
     labels = manifest["labels"]
     return [*files, LABELS] if labels is not None and labels["codec"] != "none" else files
 
 
-def check_class_ids(class_ids: tuple[str, ...] | list[str]) -> None:
+def check_class_ids(class_ids: Sequence[str]) -> None:
     """Refuse ids that are no folder names, or not in the order of an ImageFolder (sorted)."""
     for class_id in class_ids:
         if not class_id or class_id in {".", ".."} or "/" in class_id or "\0" in class_id:
@@ -151,16 +145,52 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
                 f"{path} was changed: expected sha256 {entry['sha256'][:16]}…, "
                 f"found {found['sha256'][:16]}…: {_AGAIN}"
             )
-    for path in strays(folder, manifest):
+    for path in _strays(folder, {*manifest["files"], MANIFEST, *LEFTOVERS}):
         raise CoresetError(f"{path} is not part of this coreset: move it elsewhere")
 
 
-def strays(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
-    """Paths in the folder that are neither listed, nor above a listed file, nor leftovers."""
-    listed = {*manifest["files"], MANIFEST, *LEFTOVERS}
-    listed |= {above.as_posix() for name in manifest["files"] for above in Path(name).parents}
+def require_replaceable(
+    folder: Path,
+    overwrite: bool,
+    what: str,
+    mark: str,
+    schemas: str,
+    leftovers: frozenset[str] = frozenset(),
+) -> None:
+    """Refuse to write over anything but `what`, and over that without `overwrite`.
+
+    `mark` is the JSON file that lists its files, even damaged ones, under a schema of any version;
+    `leftovers` may lie beside them.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CoresetError(f"{folder} exists and is not a folder: choose another --out")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise CoresetError(
+            f"{folder} is not empty: choose another --out, or --overwrite to replace {what}"
+        )
+    try:
+        written = json.loads((folder / mark).read_bytes())
+        files = set(written["files"]) if written["schema"].startswith(schemas) else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = set()
+    if not files:
+        raise CoresetError(
+            f"{folder} is not {what}, and --overwrite replaces nothing else: choose another --out"
+        )
+    for path in _strays(folder, {*files, mark, *leftovers}):
+        raise CoresetError(
+            f"{path} is not part of {what}, and --overwrite replaces nothing else: "
+            "move it elsewhere, or choose another --out"
+        )
+
+
+def _strays(folder: Path, files: set[str]) -> Iterator[Path]:
+    """Paths in the folder that are neither among these files nor above one of them."""
+    expected = files | {above.as_posix() for name in files for above in Path(name).parents}
     for path in sorted(folder.rglob("*")):
-        if path.relative_to(folder).as_posix() not in listed:
+        if path.relative_to(folder).as_posix() not in expected:
             yield path
 
 

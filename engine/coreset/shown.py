@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,8 @@ from torch import Tensor
 from ..errors import CoresetError
 from ..labels.stored import SoftLabels
 from .coreset import Coreset
-from .manifest import doped_files, patch_files
+from .manifest import DOPED, PATCHES, image_files
 
-VIEW_COLUMNS = ("sample", "epoch", "variant")
 _LABELLED = {
     "rded": "the sample's mosaic, of it and the r² - 1 patches beside it",
     "upsample": "it, enlarged",
@@ -70,7 +70,7 @@ def stored_images(coreset: Coreset, labels: SoftLabels | None) -> Iterator[Store
     """
     if labels is not None:
         _check_labels(coreset, labels)
-    own, real = _samples_of_a_class(coreset)
+    own, real = coreset.samples_per_class, _doped_samples(coreset)
     patches, doped = coreset.manifest["classes"][0]["patches"], coreset.doped_per_class
     epochs, variants = 0 if labels is None else labels.epochs, coreset.settings.get("variants", 0)
     views = [
@@ -79,7 +79,10 @@ def stored_images(coreset: Coreset, labels: SoftLabels | None) -> Iterator[Store
     ]
     for entry in coreset.manifest["classes"]:
         offset_3 = np.array([entry["index"] * (own + real), 0, 0], np.int32)
-        files = patch_files(entry["id"], patches) + doped_files(entry["id"], doped)
+        files = [
+            *image_files(PATCHES, entry["id"], patches),
+            *image_files(DOPED, entry["id"], doped),
+        ]
         for number, (file, views_A3) in enumerate(zip(files, views, strict=True)):
             is_doped = number >= patches
             yield StoredImage(
@@ -93,15 +96,18 @@ def stored_images(coreset: Coreset, labels: SoftLabels | None) -> Iterator[Store
             )
 
 
-def told_of_labels(coreset: Coreset) -> str:
-    """For people: what a row of an image's labels answers."""
+def describe_views(coreset: Coreset) -> dict[str, Any]:
+    """For people: the meaning of an image's label rows."""
     doped = " Of a doped image it is of the image itself." if coreset.doped_per_class else ""
-    return (
-        "Row a of an image's labels is the teacher's answer to the view (sample, epoch, variant) = "
-        "views[a]: a crop, perhaps mirrored, with a part of another image pasted in where "
-        "labels.settings.views.cutmix is true, and not the stored image as it is. "
-        f"The view is of {_labelled(coreset)}.{doped}"
-    )
+    return {
+        "columns": ("sample", "epoch", "variant"),
+        "meaning": (
+            "Row a of an image's labels is the teacher's answer to the view (sample, epoch, "
+            "variant) = views[a]: a crop, perhaps mirrored, with a part of another image pasted in "
+            "where labels.settings.views.cutmix is true, and not the stored image as it is. "
+            f"The view is of {_labelled(coreset)}.{doped}"
+        ),
+    }
 
 
 def _labelled(coreset: Coreset) -> str:
@@ -116,11 +122,9 @@ def _labelled(coreset: Coreset) -> str:
     return _LABELLED.get(settings["method"], "an image that is made of it")
 
 
-def _samples_of_a_class(coreset: Coreset) -> tuple[int, int]:
-    """J for its patches, and for its doped images."""
-    settings, patches = coreset.settings, coreset.manifest["classes"][0]["patches"]
-    real = settings["doping"]["samples_per_class"] if coreset.doped_per_class else 0
-    return settings.get("samples_per_class", patches), real
+def _doped_samples(coreset: Coreset) -> int:
+    """J for the doped images of a class."""
+    return coreset.settings["doping"]["samples_per_class"] if coreset.doped_per_class else 0
 
 
 def _views(epochs: int, *, each: int, images: int, variants: int, first: int) -> list[np.ndarray]:
@@ -142,7 +146,8 @@ def _check_labels(coreset: Coreset, labels: SoftLabels) -> None:
             f"{coreset.folder}: its labels belong to images that the model made from the prompt "
             f"alone (--start noise), not to stored ones: {without}"
         )
-    expected = len(coreset.class_ids) * sum(_samples_of_a_class(coreset))
+    each = coreset.samples_per_class + _doped_samples(coreset)
+    expected = len(coreset.class_ids) * each
     if labels.samples != expected:
         raise CoresetError(
             f"stored labels: expected {expected} samples, as many as the coreset shows in an "

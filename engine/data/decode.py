@@ -52,15 +52,6 @@ class CropRequest:
 
 
 @dataclass(frozen=True)
-class Crops:
-    """The crops of the files ``index_B``, and the boxes they were cut from."""
-
-    pixels_BPHWC: torch.Tensor
-    index_B: np.ndarray
-    boxes_BP4: np.ndarray
-
-
-@dataclass(frozen=True)
 class _InFlight:
     """A batch submitted to DALI: files index_B, which end before ``end`` in the order."""
 
@@ -74,8 +65,8 @@ def decode_crops(
     order: np.ndarray,
     request: CropRequest,
     on_undecodable: Callable[[int, str], None],
-) -> Iterator[Crops]:
-    """Yield the crops of the files ``order`` (int64 indices), in that order.
+) -> Iterator[tuple[torch.Tensor, np.ndarray, np.ndarray]]:
+    """Yield pixels_BPHWC, index_B and boxes_BP4 of the files ``order`` (int64), in that order.
 
     ``read(index)`` returns a file's bytes, uint8 [n]. ``on_undecodable(index, reason)`` is called
     for each undecodable file: it raises to refuse the file, or returns to skip it.
@@ -92,9 +83,9 @@ def decode_crops(
         delivered = 0
         in_flight: deque[_InFlight] = deque()
         try:
-            for end, crops in _decode(read, pending, request, in_flight, report):
-                delivered = end
-                yield crops
+            for pixels_BPHWC, batch in _decode(read, pending, request, in_flight, report):
+                delivered = batch.end
+                yield pixels_BPHWC, batch.index_B, batch.boxes_BP4
             return
         except RuntimeError:
             known = len(reported)
@@ -113,8 +104,8 @@ def _decode(
     request: CropRequest,
     in_flight: deque[_InFlight],
     report: Callable[[int, str], None],
-) -> Iterator[tuple[int, Crops]]:
-    """Run one pipeline; yield (end in the order, crops) of every batch.
+) -> Iterator[tuple[torch.Tensor, _InFlight]]:
+    """Run one pipeline; yield the crops of every batch.
 
     ``in_flight`` holds the batches submitted to DALI but not yielded yet. Raises RuntimeError, as
     DALI does, for a batch with an undecodable file.
@@ -142,10 +133,6 @@ def _decode(
     pipeline = (_crop_pipeline if on_gpu else _image_pipeline)(source(), request)
     waiting: deque[Callable[[], torch.Tensor]] = deque()
 
-    def finish() -> tuple[int, Crops]:
-        pixels_BPHWC, batch = waiting.popleft()(), in_flight.popleft()
-        return batch.end, Crops(pixels_BPHWC, batch.index_B, batch.boxes_BP4)
-
     with single_threaded_workers(_resizers(request), "crop") as pool:
         for decoded in _outputs(pipeline):
             batch = in_flight[len(waiting)]
@@ -153,9 +140,9 @@ def _decode(
                 _gpu_tensor(decoded) if on_gpu else _resize(pool, decoded, batch, request)
             )
             if len(waiting) > 1:  # One batch is resized while DALI decodes the next ones.
-                yield finish()
+                yield waiting.popleft()(), in_flight.popleft()
         if waiting:
-            yield finish()
+            yield waiting.popleft()(), in_flight.popleft()
 
 
 def _decoders(request: CropRequest) -> int:

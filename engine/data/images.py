@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .decode import CropRequest
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_SUFFIXES = ", ".join(SUFFIXES)
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
 STANDARD_RESIZE_RATIO = 8 / 7
 """Validation resizes the shorter side to size_px * 8/7 (256 for 224), then crops the centre."""
@@ -85,7 +86,8 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
     classes or a class holds no images.
     """
     folder = _split_folder(require_data_folder(root), split)
-    class_ids = tuple(sorted(e.name for e in os.scandir(folder) if _is_visible_folder(e)))
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    class_ids = tuple(sorted(entry.name for entry in entries if entry.is_dir()))
     if not class_ids:
         raise InputError(
             f"{folder}: no class folders; expected {folder}/<class>/<image>, one folder per class"
@@ -97,12 +99,12 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
         paths += found
         counts.append(len(found))
     if not paths:
-        raise InputError(f"{folder}: no images in it; expected files ending in {_suffixes()}")
+        raise InputError(f"{folder}: no images in it; expected files ending in {_SUFFIXES}")
     empty = [class_id for class_id, count in zip(class_ids, counts, strict=True) if not count]
     if empty:
         raise InputError(
             f"{folder}: no images in class folder {_some(empty)}; add images "
-            f"({_suffixes()}) or remove the folder"
+            f"({_SUFFIXES}) or remove the folder"
         )
     labels = np.repeat(np.arange(len(class_ids), dtype=np.int64), counts)
     return ImageSet(folder, split, class_ids, tuple(paths), labels)
@@ -162,21 +164,16 @@ def center_boxes(resize_ratio: float, size_px: int) -> BoxFn:
     return boxes
 
 
+@dataclass(frozen=True)
 class CropStream:
     """Passes over ``order``; each ``iter`` starts one. ``stream_crops`` creates it."""
 
-    def __init__(
-        self,
-        images: ImageSet,
-        order: np.ndarray,
-        request: CropRequest,
-        *,
-        skip_corrupt: bool,
-    ) -> None:
-        self.images, self.order, self.request = images, order, request
-        self.skip_corrupt = skip_corrupt
-        self.skipped: list[int] = []
-        """Indices of the undecodable files that the pass has skipped so far."""
+    images: ImageSet
+    order: np.ndarray
+    request: CropRequest
+    skip_corrupt: bool
+    skipped: list[int] = field(default_factory=list)
+    """Indices of the undecodable files that the pass has skipped so far."""
 
     def __iter__(self) -> Iterator[CropBatch]:
         import torch
@@ -184,12 +181,13 @@ class CropStream:
         from .decode import decode_crops
 
         self.skipped.clear()
-        for crops in decode_crops(self._read, self.order, self.request, self._leave_out):
+        crops = decode_crops(self._read, self.order, self.request, self._leave_out)
+        for pixels_BPHWC, index_B, boxes_BP4 in crops:
             yield CropBatch(
-                pixels_BPHWC=crops.pixels_BPHWC,
-                labels_B=torch.from_numpy(self.images.labels[crops.index_B]),
-                index_B=torch.from_numpy(crops.index_B),
-                boxes_BP4=torch.from_numpy(crops.boxes_BP4.astype(np.int64)),
+                pixels_BPHWC=pixels_BPHWC,
+                labels_B=torch.from_numpy(self.images.labels[index_B]),
+                index_B=torch.from_numpy(index_B),
+                boxes_BP4=torch.from_numpy(boxes_BP4.astype(np.int64)),
             )
 
     def _read(self, index: int) -> np.ndarray:
@@ -226,16 +224,11 @@ def stream_crops(
     "cpu" or "cuda[:n]", which decodes and resizes there; its pixels differ slightly from the CPU's.
     ``threads`` defaults to the cores that this process may use.
 
-    Raises InputError when the device is missing. While streaming, an undecodable file raises
-    CorruptImageError, or with ``skip_corrupt`` is skipped and appended to ``skipped``.
+    While streaming, an undecodable file raises CorruptImageError, or with ``skip_corrupt`` is
+    skipped and appended to ``skipped``.
     """
     from .decode import CropRequest
 
-    if min(crops, size_px, batch) < 1:
-        raise ValueError(
-            f"expected crops, size_px and batch of at least 1, got {crops}, {size_px}, {batch}"
-        )
-    _check_device(device)
     request = CropRequest(
         boxes=lambda index_B, heights_B, widths_B: boxes(index_B, heights_B, widths_B, epoch),
         crops=crops,
@@ -244,41 +237,28 @@ def stream_crops(
         device=device,
         threads=threads or len(os.sched_getaffinity(0)),
     )
-    return CropStream(images, np.asarray(order, dtype=np.int64), request, skip_corrupt=skip_corrupt)
+    return CropStream(images, np.asarray(order, dtype=np.int64), request, skip_corrupt)
 
 
 def stream_center(
     images: ImageSet,
     *,
     size_px: int,
-    resize_ratio: float = STANDARD_RESIZE_RATIO,
     batch: int = 64,
     device: str = "cpu",
-    threads: int | None = None,
     skip_corrupt: bool = False,
 ) -> CropStream:
     """The validation crop of every image, in order: see ``center_boxes``. P = 1."""
     return stream_crops(
         images,
         np.arange(len(images)),
-        center_boxes(resize_ratio, size_px),
+        center_boxes(STANDARD_RESIZE_RATIO, size_px),
         crops=1,
         size_px=size_px,
         batch=batch,
         device=device,
-        threads=threads,
         skip_corrupt=skip_corrupt,
     )
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise InputError(f"device {device}: expected cpu or cuda[:n]")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device}: no CUDA device is visible here; use cpu")
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -296,10 +276,6 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def _is_visible_folder(entry: os.DirEntry) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
-
-
 def _image_files(folder: Path, prefix: str) -> Iterator[str]:
     """Image files at any depth below the folder, as prefix + relative path."""
     for entry in os.scandir(folder):
@@ -309,10 +285,6 @@ def _image_files(folder: Path, prefix: str) -> Iterator[str]:
             yield from _image_files(folder / entry.name, f"{prefix}{entry.name}/")
         elif entry.name.lower().endswith(SUFFIXES):
             yield prefix + entry.name
-
-
-def _suffixes() -> str:
-    return ", ".join(SUFFIXES)
 
 
 def _some(names: list[str], limit: int = 5) -> str:

@@ -1,4 +1,4 @@
-"""What the user calls the classes, and prompts for them. Torch-free.
+"""Names of the classes, and prompts for them. Torch-free.
 
 A file of names or prompts is a JSON object {id: text}, or lines "id text" (a tab, or else the first
 space, separates them): texts go to classes by id, never by order.
@@ -50,10 +50,10 @@ def imagenet_names() -> dict[str, str]:
 
 
 def read_prompts(path: Path | None, class_ids: Sequence[str]) -> dict[str, str]:
-    """Classes' own prompts, by id, in the order of `class_ids`; none without a file.
+    """Classes' own prompts by id, in the order of `class_ids`; empty without a file.
 
-    A class that the file leaves out has none. Raises as _read_texts does, and ValueError for a
-    class that is given twice or is not among `class_ids`.
+    A file may omit classes. Raises as _read_texts does, and ValueError for a class that is given
+    twice or is not among `class_ids`.
     """
     if path is None:
         return {}
@@ -78,10 +78,10 @@ def require_text_file(option: str, path: Path) -> None:
 
 
 def _read_texts(option: str, path: Path, what: str) -> list[tuple[str, str]]:
-    """The (id, text) pairs of `path`, in its order; an id may come twice.
+    """The (id, text) pairs of `path`, in its order; an id may occur twice.
 
-    `option` and `what` ("name") are for the message: FileNotFoundError for no file, ValueError for
-    other than UTF-8, JSON that cannot be read, a line without a text, or a text that is none.
+    Raises FileNotFoundError without a file, ValueError for text that is not UTF-8, invalid JSON, a
+    line without a text, or an empty text; messages name `option` and `what` ("name").
     """
     require_text_file(option, path)
     try:

@@ -18,7 +18,8 @@ Legend: B images, F features, R rows kept, n parts, C h w of a latent.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,14 +30,6 @@ from ...kernels.noise import Draw, uniform
 WIDTHS = (256, 512, 1024, 2048)
 FEATURES = WIDTHS[-1]
 COLUMNS = 256  # features sorted at a time; the rest of the memory holds the result
-
-
-@dataclass(frozen=True)
-class _Layer:
-    weight: Tensor
-    bias: Tensor
-    stride: int
-    groups: int
 
 
 class LatentFeatures:
@@ -52,22 +45,21 @@ class LatentFeatures:
         device: torch.device,
     ) -> None:
         channels, side = latent_CHW[0], min(latent_CHW[1:])
-        self._layers: list[_Layer] = []
+        self._layers: list[Callable[[Tensor], Tensor]] = []
         for number, width in enumerate(WIDTHS):
             halves = number > 0 and side >= 4
             kernel, grouped = (4 if halves else 3), (groups if number else 1)
             shape = (width, channels // grouped, kernel, kernel)
-            numbers = _weights(shape, seed, class_index, number, device)
-            self._layers.append(_Layer(*numbers, stride=2 if halves else 1, groups=grouped))
+            weight, bias = _weights(shape, seed, class_index, number, device)
+            options = {"stride": 2 if halves else 1, "padding": 1, "groups": grouped}
+            self._layers.append(partial(conv2d, weight=weight, bias=bias, **options))
             channels, side = width, side // 2 if halves else side
 
     def __call__(self, latents_BCHW: Tensor) -> Tensor:
         """fp32 [B, F]; differentiable in the latents, fp32 [B, C, h, w]."""
         x = latents_BCHW
         for layer in self._layers:
-            x = leaky_relu(
-                conv2d(x, layer.weight, layer.bias, layer.stride, padding=1, groups=layer.groups)
-            )
+            x = leaky_relu(layer(x))
         return x.mean((2, 3))
 
 
@@ -111,7 +103,7 @@ def _means_of_parts(values_FR: Tensor, mass_FR: Tensor, bins: int) -> Tensor:
 
 
 class Pivots:
-    """Bin means of a stream of feature rows, in memory for 2·R rows whatever its length.
+    """Bin means of a stream of feature rows, in the memory of 2·R rows for any length.
 
     When the buffer's R rows are full, they join R earlier values per feature, of equal weight, and
     are reduced to R bin means. Up to 2·R rows in all, the result is exact. Beyond, with M rows, the

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...export.config import EngineSpec
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -44,11 +46,12 @@ def fitting_batch(samples: int, most: int = 32) -> int:
 
 
 def plan_batches(
-    samples: np.ndarray, labels_N: np.ndarray, *, prompts: int, images_per_prompt: int
+    samples: np.ndarray, labels_N: np.ndarray, spec: EngineSpec
 ) -> Iterator[BatchPlan]:
     """Arrange `samples` (int64, any order, repeats allowed) by class into full batches."""
     if not len(samples):
         return
+    prompts, images_per_prompt = spec.prompts, spec.images_per_prompt
     order = np.argsort(labels_N[samples], kind="stable")
     group_samples, group_targets = [], []
     for members in np.split(order, np.flatnonzero(np.diff(labels_N[samples][order])) + 1):

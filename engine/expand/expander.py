@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -32,12 +32,13 @@ from ..config import ExpandConfig
 from .backends import Backend, open_backend, resolve_device
 from .batches import BatchPlan, images_per_prompt, plan_batches
 from .mixup import mixup_quantiles
-from .naming import UPSAMPLING, describe_source
+from .naming import describe_source
 from .prompt_bank import open_prompt_bank
 from .prompts import encode_prompts
 from .schedule import make_schedule
 
 VARIED = {"steps", "rho", "mixup", "mixup_weight", "start", "seed"}
+"""Settings that need no other networks or engine."""
 
 
 class Expander:
@@ -57,12 +58,12 @@ class Expander:
         labels_N: Tensor | np.ndarray,
         prompts_K: Sequence[str],
     ) -> None:
-        self.model, self.config = model, config
-        self._labels_N = np.asarray(labels_N, dtype=np.int64)
+        self.model, self._labels_N = model, np.asarray(labels_N, dtype=np.int64)
+        self._moments: Tensor | None = None
+        device = resolve_device(config.device)
+        self._device = torch.device(device)
+        self._configure(config)
         self._check_coreset(patches_NHWC, prompts_K)
-        self.schedule = make_schedule(
-            model.scheduler_config(), steps=config.steps, rho=config.rho, start=config.start
-        )
         self._counts_K = np.bincount(self._labels_N, minlength=len(prompts_K))
         self._firsts_K = np.cumsum(self._counts_K) - self._counts_K
         self.spec = EngineSpec(
@@ -72,19 +73,16 @@ class Expander:
             or images_per_prompt(config.batch, self._counts_K),
             precision=config.precision,
             vae_precision=config.vae_precision,
-            device=resolve_device(config.device),
+            device=device,
         )
-        self._device = torch.device(self.spec.device)
-        text = encode_prompts(
-            model, prompts_K, device=self.spec.device, dtype=DTYPES[config.precision]
-        )
+        text = encode_prompts(model, prompts_K, device=device, dtype=DTYPES[config.precision])
         parts = load_parts(
             model,
             precision=config.precision,
             vae_precision=config.vae_precision,
-            device=self.spec.device,
+            device=device,
         )
-        self._latent_CHW = self._latent_shape(parts)
+        self.latent_CHW = self._latent_shape(parts)
         self.prompt_bank = open_prompt_bank(
             parts,
             text,
@@ -102,11 +100,20 @@ class Expander:
         )
         del parts, text
         gc.collect()
-        self._timesteps_1 = self._as_tensors(self.schedule.timesteps)
-        self._quantiles_Q = self._mixup_quantiles(config)
-        self._moments: Tensor | None = None
         if patches_NHWC is not None and config.start == "image":
             self._moments = self.encode(patches_NHWC)
+
+    def _configure(self, config: ExpandConfig) -> None:
+        """Set what depends on the fields in `VARIED`."""
+        self.config = config
+        self.schedule = make_schedule(
+            self.model.scheduler_config(), steps=config.steps, rho=config.rho, start=config.start
+        )
+        self._timesteps_1 = [
+            torch.tensor([timestep], device=self._device) for timestep in self.schedule.timesteps
+        ]
+        quantiles_Q = mixup_quantiles(config.mixup_weight)
+        self._quantiles_Q = None if quantiles_Q is None else quantiles_Q.to(self._device)
         self._bank_epoch: tuple[int, Tensor] | None = None
 
     def _check_coreset(self, patches_NHWC: Tensor | None, prompts_K: Sequence[str]) -> None:
@@ -122,20 +129,8 @@ class Expander:
             if self.config.start == "image":
                 raise ValueError("start 'image' needs patches; use start 'noise' without them")
             return
-        shape = tuple(patches_NHWC.shape)
-        if patches_NHWC.dtype != torch.uint8 or len(shape) != 4 or shape[3] != 3:
-            raise ValueError(
-                f"patches must be uint8 [N, H, W, 3], got {patches_NHWC.dtype} {shape}"
-            )
-        if shape[0] != len(labels):
-            raise ValueError(f"{shape[0]} patches but {len(labels)} labels")
-
-    def _as_tensors(self, timesteps: Sequence[float]) -> list[Tensor]:
-        return [torch.tensor([t], dtype=torch.float32, device=self._device) for t in timesteps]
-
-    def _mixup_quantiles(self, config: ExpandConfig) -> Tensor | None:
-        quantiles_Q = mixup_quantiles(config.mixup_weight)
-        return None if quantiles_Q is None else quantiles_Q.to(self._device)
+        if len(patches_NHWC) != len(labels):
+            raise ValueError(f"{len(patches_NHWC)} patches but {len(labels)} labels")
 
     def _latent_shape(self, parts: ModelParts) -> tuple[int, int, int]:
         vae_config: Any = parts.vae.config
@@ -152,17 +147,12 @@ class Expander:
     def encode(self, patches_NHWC: Tensor) -> Tensor:
         """Moments of patches (uint8, any size), fp32 [N, 2C, h, w]; with posterior "mean" only the
         means, [N, C, h, w]."""
-        channels = self._latent_CHW[0]
+        channels = self.latent_CHW[0]
         kept = channels if self.config.posterior == "mean" else 2 * channels
-        moments = torch.empty(len(patches_NHWC), kept, *self._latent_CHW[1:], device=self._device)
+        moments = torch.empty(len(patches_NHWC), kept, *self.latent_CHW[1:], device=self._device)
         for first in range(0, len(patches_NHWC), self.spec.batch):
             rows = torch.arange(first, first + self.spec.batch).clamp_(max=len(patches_NHWC) - 1)
-            images_BCHW = upsample_patches(
-                patches_NHWC[rows].to(self._device),
-                self.config.size_px,
-                mode=UPSAMPLING,
-                dtype=torch.float32,
-            )
+            images_BCHW = upsample_patches(patches_NHWC[rows].to(self._device), self.config.size_px)
             encoded = self.backend.encode_moments(images_BCHW)[:, :kept]
             count = min(self.spec.batch, len(patches_NHWC) - first)
             moments[first : first + count] = encoded[:count]
@@ -175,43 +165,52 @@ class Expander:
         "noise" it is one row of zeros for all samples.
         """
         if self._moments is None:
-            return torch.zeros(1, *self._latent_CHW, device=self._device)
+            return torch.zeros(1, *self.latent_CHW, device=self._device)
         if self.config.posterior == "mean":
             return self._moments
         if self._bank_epoch is None or self._bank_epoch[0] != epoch:
             mean, std = self._moments.chunk(2, dim=1)
             samples_N = torch.arange(len(mean), device=self._device)
-            noise = normal(self.config.seed, Draw.POSTERIOR, samples_N, epoch, self._latent_CHW)
+            noise = normal(self.config.seed, Draw.POSTERIOR, samples_N, epoch, self.latent_CHW)
             self._bank_epoch = (epoch, mean + std * noise)
         return self._bank_epoch[1]
 
     @torch.no_grad()
-    def expand(
-        self, samples: Tensor | np.ndarray | Sequence[int], epoch: int, out: Tensor | None = None
-    ) -> Tensor:
+    def expand(self, samples: Tensor | np.ndarray | Sequence[int], epoch: int) -> Tensor:
         """Images of `samples` (rows of the coreset, any order, repeats allowed) at `epoch`.
 
-        Returns fp32 [len(samples), 3, H, W] in [-1, 1] in the requested order, in `out` if given.
-        Raises ValueError when samples or `out` do not fit, or, unless `nan_gate` is off, when the
-        networks overflow to NaN.
+        Returns fp32 [len(samples), 3, H, W] in [-1, 1] in the requested order. Raises ValueError
+        when a sample does not exist, when a batch does not fit into memory, or, unless `nan_gate`
+        is off, when the networks overflow to NaN.
         """
         rows = np.asarray(samples, dtype=np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self._labels_N)):
             raise ValueError(
                 f"samples must lie in [0, {len(self._labels_N)}), got {rows.min()} to {rows.max()}"
             )
-        shape = (len(rows), 3, self.config.size_px, self.config.size_px)
-        if out is None:
-            out = torch.empty(shape, dtype=torch.float32, device=self._device)
-        elif tuple(out.shape) != shape or out.dtype != torch.float32:
-            raise ValueError(f"out must be fp32 {shape}, got {out.dtype} {tuple(out.shape)}")
-        for plan in self._plans(rows):
-            images_BCHW = self.within_memory(partial(self._expand_batch, plan, epoch))
+        size_px = self.config.size_px
+        images = torch.empty(len(rows), 3, size_px, size_px, device=self._device)
+        self.in_batches(partial(self._expand_batch, epoch), rows, self._labels_N, images)
+        self.require_numbers(images)
+        return images
+
+    def in_batches(
+        self,
+        call: Callable[[BatchPlan], Tensor],
+        rows: np.ndarray,
+        labels_N: np.ndarray,
+        out: Tensor,
+    ) -> Tensor:
+        """Fill `out` with what `call` makes of `rows`, one full batch at a time, and return it.
+
+        `labels_N` holds the class of every row number. Raises ValueError, saying what to do, when
+        the networks run out of memory.
+        """
+        for plan in plan_batches(rows, labels_N, self.spec):
             slots = np.flatnonzero(plan.targets_B >= 0)
-            targets = torch.from_numpy(plan.targets_B[slots]).to(out.device)
-            kept = images_BCHW[torch.from_numpy(slots).to(self._device)]
-            out[targets] = kept.to(out.device)
-        self.require_numbers(out)
+            targets = torch.from_numpy(plan.targets_B[slots]).to(self._device)
+            made = self._within_memory(call, plan)
+            out[targets] = made[torch.from_numpy(slots).to(self._device)]
         return out
 
     def require_numbers(self, images: Tensor) -> None:
@@ -224,10 +223,9 @@ class Expander:
                 "fp32, --precision bf16 or fp32, or weights that are not damaged"
             )
 
-    def within_memory(self, call: Callable[[], Tensor]) -> Tensor:
-        """Call the networks. Raises ValueError, saying what to do, when they run out of memory."""
+    def _within_memory(self, call: Callable[[BatchPlan], Tensor], plan: BatchPlan) -> Tensor:
         try:
-            return call()
+            return call(plan)
         except torch.OutOfMemoryError:
             pass  # raise below, when the frames that hold tensors are gone
         raise ValueError(
@@ -241,21 +239,14 @@ class Expander:
         `expand` of some of these sets, one after the other, repeats their calls slot for slot: so
         ranks can share the samples and get the same bits.
         """
-        plans = self._plans(np.asarray(samples, dtype=np.int64))
+        rows = np.asarray(samples, dtype=np.int64)
+        plans = plan_batches(rows, self._labels_N, self.spec)
         return [plan.targets_B[plan.targets_B >= 0] for plan in plans]
 
-    def _plans(self, rows: np.ndarray) -> Iterator[BatchPlan]:
-        return plan_batches(
-            rows,
-            self._labels_N,
-            prompts=self.spec.prompts,
-            images_per_prompt=self.spec.images_per_prompt,
-        )
-
-    def _expand_batch(self, plan: BatchPlan, epoch: int) -> Tensor:
-        schedule, seed = self.schedule, self.config.seed
+    def _expand_batch(self, epoch: int, plan: BatchPlan) -> Tensor:
+        schedule = self.schedule
         samples_B = torch.from_numpy(plan.samples_B).to(self._device)
-        added_GD, kv_GP = self.prompts_of(plan.classes_G)
+        added_GD, kv_GP = self.prompt_bank.of(plan.classes_G)
         state_BCHW, x_BCHW = self._start(plan, samples_B, epoch)
         for step in range(schedule.evals):
             eps_BCHW = self.backend.denoise(x_BCHW, self._timesteps_1[step], added_GD, kv_GP)
@@ -268,15 +259,11 @@ class Expander:
                 sigma_down=schedule.sigmas_down[step],
                 sigma_up=schedule.sigmas_up[step],
                 next_scale=1.0 if last else schedule.model_scales[step + 1],
-                seed=seed,
+                seed=self.config.seed,
                 step=step,
                 epoch=epoch,
             )
         return self.backend.decode(state_BCHW)
-
-    def prompts_of(self, classes_G: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Added embeddings, keys and values of the prompts of a call, on the device."""
-        return self.prompt_bank.of(classes_G)
 
     def _start(self, plan: BatchPlan, samples_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """First state and model input."""
@@ -297,7 +284,7 @@ class Expander:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What names the images, and what made them, for a manifest."""
+        """The fields that name the images, with batch, device and backend: plain JSON."""
         return {
             **describe_source(self.model, self.config),
             "batch": self.spec.batch,
@@ -308,7 +295,7 @@ class Expander:
         }
 
     def varied(self, **changes: Any) -> Expander:
-        """An Expander of the same patches and networks with other settings, of those in `VARIED`.
+        """An Expander that shares patches and networks, with other values of fields in `VARIED`.
 
         Costs nothing; closing either closes both. Raises ValueError for any other field.
         """
@@ -316,17 +303,11 @@ class Expander:
         if wrong:
             raise ValueError(f"cannot vary {sorted(wrong)[0]} of an Expander: make a new one")
         other = copy.copy(self)
-        other.config = config = dataclasses.replace(self.config, **changes)
-        other.schedule = make_schedule(
-            self.model.scheduler_config(), steps=config.steps, rho=config.rho, start=config.start
-        )
-        other._timesteps_1 = self._as_tensors(other.schedule.timesteps)
-        other._quantiles_Q = self._mixup_quantiles(config)
-        if config.start == "noise":
+        other._configure(dataclasses.replace(self.config, **changes))
+        if other.config.start == "noise":
             other._moments = None
         elif self._moments is None:
             raise ValueError("this Expander has no patches: make a new one for start 'image'")
-        other._bank_epoch = None
         return other
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Quantiles of the mixup weight gamma, which turn a uniform draw into gamma (kernels/latents.py).
 
-A number of Beta(a, a) is gamma = 1 / (1 + e^-s), where s has the density
+A draw from Beta(a, a) is gamma = 1 / (1 + e^-s), where s has the density
 
     f(s) = c (2 cosh(s / 2))^(-2 a)
 

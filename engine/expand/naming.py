@@ -1,12 +1,14 @@
-"""The fields that name the images of a model, as manifests hold them: written here and read here.
+"""The name of a generated image: all settings that decide its pixels, written and read here.
 
-`_named` has every field. Three views of it are written, each without what its neighbours say:
+A generated image is a function of its class's patches and prompt, of these fields, and of (sample,
+epoch). Manifests record the fields, so that a student elsewhere renders the very images that the
+teacher labelled. Three functions write them, each without what is recorded beside them:
 
-    a source's description      who asks for labels of it compares all of it
-    `model` of a manifest       beside the coreset's settings, with the prompts
-    `generator` in settings     the same for images that were made once, and are stored
+    describe_source      labels.settings.source: compared field by field before labels are used
+    describe_model       model: with the prompts; size and seed are in the coreset's settings
+    describe_generator   settings.generator: the model of images that are stored, not rendered
 
-`named_model`, `prompts_of` and `expand_config` read them back.
+`named_model`, `prompts_of` and `expand_config` read `model` back.
 """
 
 from __future__ import annotations
@@ -21,22 +23,18 @@ from ..errors import CoresetError
 from .prompts import class_prompts
 from .schedule import make_schedule
 
-UPSAMPLING = "bicubic"
 WHERE_THE_MODEL_LIES = ("model", "revision", "vae")
-"""Fields of a source that may differ: the model's identity is its weights_sha256."""
+"""Fields of a source that may differ: weights_sha256 identifies the model."""
 PRECISIONS = ("precision", "vae_precision")
 AGAIN = "make the coreset and its labels again with this version of patchbloom"
-_BESIDE_THE_SETTINGS = ("timesteps", "upsampling", "size_px", "seed")
-_NO_PART_IN_STORED_IMAGES = ("rho", "mixup", "mixup_weight", "posterior", "weights_bytes")
-_CONFIGURED = (
-    *("start", "steps", "rho", "mixup", "posterior", "conditioning_px"),
-    *PRECISIONS,
-)
-"""Fields of ExpandConfig that every manifest has."""
+CONFIGURED = ("start", "steps", "rho", "mixup", "posterior", "conditioning_px", *PRECISIONS)
+"""Fields of ExpandConfig that `model` of every manifest has."""
+RECORDED_BESIDE_THE_MODEL = ("timesteps", "upsampling", "size_px", "seed")
+UNUSED_BY_STORED_IMAGES = ("rho", "mixup", "mixup_weight", "posterior", "weights_bytes")
 
 
-def _named(model: ModelSource, config: ExpandConfig, **prompts: Any) -> dict[str, Any]:
-    """All fields; plain JSON without paths."""
+def _all_fields(model: ModelSource, config: ExpandConfig, **prompts: Any) -> dict[str, Any]:
+    """Every field, as plain JSON without paths."""
     scheduler = model.scheduler_config()
     schedule = make_schedule(scheduler, steps=config.steps, rho=config.rho, start=config.start)
     return {
@@ -55,7 +53,7 @@ def _named(model: ModelSource, config: ExpandConfig, **prompts: Any) -> dict[str
         "sigmas": list(schedule.sigmas),
         **describe_mixup(config),
         "posterior": config.posterior,
-        "upsampling": UPSAMPLING,
+        "upsampling": "bicubic",
         "size_px": config.size_px,
         "conditioning_px": config.conditioning_px or config.size_px,
         "seed": config.seed,
@@ -65,9 +63,9 @@ def _named(model: ModelSource, config: ExpandConfig, **prompts: Any) -> dict[str
 
 
 def describe_mixup(config: ExpandConfig) -> dict[str, Any]:
-    """`mixup`, and `mixup_weight` in one spelling.
+    """`mixup`, and `mixup_weight` in its one spelling ("0.5", "beta:0.2").
 
-    A uniform weight is left out, so that coresets made before there was a choice keep their names.
+    A uniform weight is not written: coresets from before this setting keep their hashes.
     """
     mixup = config.mixup and config.start == "image"
     law, value = parse_mixup_weight(config.mixup_weight)
@@ -78,31 +76,31 @@ def describe_mixup(config: ExpandConfig) -> dict[str, Any]:
 
 
 def describe_source(model: ModelSource, config: ExpandConfig) -> dict[str, Any]:
-    """The fields that name the images of a source; labels are of these."""
-    named = _named(model, config)
-    return {"model": named.pop("name"), **_without(named, "weights_bytes")}
+    """Source of the images that labels belong to: all fields but prompts and `weights_bytes`."""
+    fields = _all_fields(model, config)
+    return {"model": fields.pop("name"), **_without(fields, "weights_bytes")}
 
 
 def describe_model(
     model: ModelSource, config: ExpandConfig, prompt: str, own_prompts: Mapping[str, str]
 ) -> dict[str, Any]:
-    """`model` of a manifest: `prompt` is the template, `own_prompts` those of classes by id."""
+    """`model` of a manifest. `prompt` is the template; `own_prompts` replace it, by class id."""
     prompts = {"prompt": prompt, **({"prompts": own_prompts} if own_prompts else {})}
-    return _without(_named(model, config, **prompts), *_BESIDE_THE_SETTINGS)
+    return _without(_all_fields(model, config, **prompts), *RECORDED_BESIDE_THE_MODEL)
 
 
 def describe_generator(
     model: ModelSource, config: ExpandConfig, prompt: str, own_prompts: Mapping[str, str]
 ) -> dict[str, Any]:
     """`generator` in a manifest's settings."""
-    described = describe_model(model, config, prompt, own_prompts)
-    return {**_without(described, *_NO_PART_IN_STORED_IMAGES), "generate_size": config.size_px}
+    fields = describe_model(model, config, prompt, own_prompts)
+    return {**_without(fields, *UNUSED_BY_STORED_IMAGES), "generate_size": config.size_px}
 
 
 def named_model(coreset: Coreset) -> dict[str, Any]:
-    """The manifest's model; CoresetError for one that does not name the images."""
+    """`model` of the manifest. Raises CoresetError when it lacks a field that names the images."""
     named = coreset.manifest["model"] or {}
-    required = ("name", "weights_sha256", "prompt", *_CONFIGURED)
+    required = ("name", "weights_sha256", "prompt", *CONFIGURED)
     missing = [field for field in required if field not in named]
     if missing:
         raise CoresetError(
@@ -120,18 +118,20 @@ def prompts_of(coreset: Coreset) -> tuple[str, ...]:
 
 
 def expand_config(
-    named: Mapping[str, Any], *, size_px: int, seed: int, **here: Any
+    named: Mapping[str, Any], *, size_px: int, seed: int, **machine: Any
 ) -> ExpandConfig:
-    """The settings that a manifest's `model` or `generator` names; `here` are the machine's own.
+    """The settings that `named` records, with `size_px` and `seed` from the coreset's settings.
 
-    `size_px` and `seed` are those of the coreset's settings. What is not named has no part in the
-    images, or its default.
+    `machine` says where and how it runs, and may replace recorded fields. Fields that are absent or
+    null keep their defaults: they have no effect on these images.
     """
-    fields = (*_CONFIGURED, "mixup_weight")
-    told = {field: named[field] for field in fields if named.get(field) is not None}
-    sizes = {"size_px": named.get("generate_size", size_px), "seed": seed}
-    return ExpandConfig(**{**sizes, **told, **here})
+    recorded = {
+        field: named[field]
+        for field in (*CONFIGURED, "mixup_weight")
+        if named.get(field) is not None
+    }
+    return ExpandConfig(**{**recorded, "size_px": size_px, "seed": seed, **machine})
 
 
-def _without(named: dict[str, Any], *fields: str) -> dict[str, Any]:
-    return {field: value for field, value in named.items() if field not in fields}
+def _without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}

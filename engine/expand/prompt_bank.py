@@ -42,8 +42,7 @@ BANK_SHARE = 0.4
 class PromptBank:
     """Rows of K prompts, `capacity` of them on the device. Threads and CUDA streams may share it.
 
-    Takes over `text`, and frees it if all rows are kept. Raises ValueError when `capacity` is below
-    one prompt.
+    Takes over `text`, and frees it if all rows are kept.
     """
 
     def __init__(
@@ -54,8 +53,6 @@ class PromptBank:
         conditioning_px: int,
         capacity: int,
     ) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity: expected 1 prompt or more, got {capacity}")
         prompts, self.tokens = text.text_KLD.shape[:2]
         self.capacity = min(capacity, prompts)
         self._device, dtype = parts.unet.device, parts.unet.dtype

@@ -22,7 +22,13 @@ def run_coreset_command(
         case CoresetInfo():
             result = _info(open_coreset(command.folder, verify=False))
         case CoresetVerify():
-            result = _verify(open_coreset(command.folder))
+            coreset = open_coreset(command.folder)
+            result = {
+                "coreset": str(coreset.folder),
+                "content_sha256": coreset.content_sha256,
+                "files": len(coreset.manifest["files"]),
+                "verified": True,
+            }
         case CoresetShow():
             result = _show(open_coreset(command.folder), command.out, command.patches_per_class)
         case CoresetExport():
@@ -55,15 +61,6 @@ def _info(coreset: Coreset) -> dict[str, Any]:
         "recognised_by_the_teacher": None if labels is None else round(labels.recognised(0), 2),
         **{key: manifest[key] for key in described},
         "provenance": provenance,
-    }
-
-
-def _verify(coreset: Coreset) -> dict[str, Any]:
-    return {
-        "coreset": str(coreset.folder),
-        "content_sha256": coreset.content_sha256,
-        "files": len(coreset.manifest["files"]),
-        "verified": True,
     }
 
 

@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ...kernels.mosaic import mosaic
-from ..coreset.coreset import Coreset
+from ..coreset.coreset import Coreset, write_png
 from ..data.names import imagenet_names
 from ..errors import CoresetError
 
@@ -62,9 +61,8 @@ def write_dd_ranking(coreset: Coreset, dataset: str | None, folder: Path) -> dic
     for number in range(len(classes)):
         (folder / "images" / f"{number:05d}").mkdir(parents=True)
         for each in range(ipc):
-            picture = Image.fromarray(images_NHWC[number * ipc + each].numpy())
             path = folder / "images" / f"{number:05d}" / f"{each:06d}.png"
-            picture.save(path, "PNG", compress_level=9)
+            write_png(path, images_NHWC[number * ipc + each].numpy())
     torch.save(_normalised(images_NHWC, dataset), folder / "images.pt")
     torch.save(torch.arange(len(classes)).repeat_interleave(ipc), folder / "labels.pt")
     return {

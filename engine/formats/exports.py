@@ -19,7 +19,6 @@ times as large. The same coreset gives the same bytes, and an export is complete
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +26,8 @@ from typing import Any
 
 from ...export.durable import full_disk_explained, replacing, write_durably
 from ..coreset.coreset import Coreset
-from ..coreset.manifest import file_entry, spelled
-from ..coreset.shown import VIEW_COLUMNS, stored_images, told_of_labels
+from ..coreset.manifest import file_entry, require_replaceable, spelled
+from ..coreset.shown import describe_views, stored_images
 from ..errors import CoresetError
 from ..labels.stored import SoftLabels
 from ..options import ExportFormat
@@ -37,7 +36,6 @@ from .parquet import write_parquet
 from .webdataset import write_shards
 
 SCHEMA, MARK = "patchbloom.export/2", "export.json"
-OF_ANY_VERSION = "patchbloom.export/"
 HOLDS_LABELS = ("webdataset", "parquet")
 
 
@@ -60,7 +58,11 @@ def export_coreset(
     Unavailable without pyarrow, for `parquet`; OSError, one clear line, on a full disk.
     """
     out = out.expanduser()
-    _check_target(coreset, out, overwrite)
+    if out.resolve().is_relative_to(coreset.folder.resolve()):
+        raise CoresetError(f"--out {out} lies in the coreset, which holds its own files only")
+    if coreset.folder.resolve().is_relative_to(out.resolve()):
+        raise CoresetError(f"--out {out} holds the coreset itself: choose another --out")
+    require_replaceable(out, overwrite, "an export", MARK, "patchbloom.export/")
     stored = coreset.soft_labels() if labels and to in HOLDS_LABELS else None
     writers: dict[ExportFormat, Callable[[Path], dict[str, Any]]] = {
         "imagefolder": lambda folder: _write_image_folder(coreset, folder),
@@ -71,8 +73,7 @@ def export_coreset(
     needed = _needed_bytes(coreset, to, stored)
     with full_disk_explained(out, needed), replacing(out, overwrite) as partial:
         summary = {**_counts(coreset), **writers[to](partial)}
-        _write_mark(coreset, to, stored, partial, summary)
-    files = json.loads((out / MARK).read_bytes())["files"]
+        files = _write_mark(coreset, to, stored, partial, summary)
     return {
         "format": to,
         "export": str(out),
@@ -103,7 +104,8 @@ def _write_mark(
     stored: SoftLabels | None,
     folder: Path,
     summary: dict[str, Any],
-) -> None:
+) -> dict[str, dict[str, Any]]:
+    """Write `export.json`; returns the size and hash of each other file."""
     manifest = coreset.manifest
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     described = {
@@ -114,14 +116,11 @@ def _write_mark(
         "classes": manifest["classes"],
         "settings": coreset.settings,
         "labels": None if stored is None else manifest["labels"] | {"parts": stored.parts},
-        "views": None if stored is None else _describe_views(coreset),
+        "views": None if stored is None else describe_views(coreset),
         "files": {path.relative_to(folder).as_posix(): file_entry(path) for path in paths},
     }
     write_durably(folder / MARK, spelled(described))
-
-
-def _describe_views(coreset: Coreset) -> dict[str, Any]:
-    return {"columns": VIEW_COLUMNS, "meaning": told_of_labels(coreset)}
+    return described["files"]
 
 
 def _needed_bytes(coreset: Coreset, to: ExportFormat, labels: SoftLabels | None) -> int:
@@ -135,36 +134,3 @@ def _needed_bytes(coreset: Coreset, to: ExportFormat, labels: SoftLabels | None)
     mosaics = len(coreset.labels_N) // settings["factor"] ** 2
     images = mosaics + _counts(coreset)["doped_images"]
     return images_bytes + images * 3 * 4 * settings["image_size_px"] ** 2
-
-
-def _check_target(coreset: Coreset, out: Path, overwrite: bool) -> None:
-    """Refuse to write over anything but an export, and over that without `overwrite`."""
-    if out.resolve().is_relative_to(coreset.folder.resolve()):
-        raise CoresetError(f"--out {out} lies in the coreset, which holds its own files only")
-    if coreset.folder.resolve().is_relative_to(out.resolve()):
-        raise CoresetError(f"--out {out} holds the coreset itself: choose another --out")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise CoresetError(f"--out {out} exists and is not a folder: choose another --out")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise CoresetError(
-            f"--out {out} is not empty: choose another --out, or --overwrite to replace an export"
-        )
-    files = _exported_files(out)
-    for path in sorted(out.rglob("*")):
-        if path.is_file() and path.relative_to(out).as_posix() not in files:
-            raise CoresetError(
-                f"{path} is not part of an export, and --overwrite replaces nothing else: "
-                "move it elsewhere, or choose another --out"
-            )
-
-
-def _exported_files(out: Path) -> set[str]:
-    """Files of the export in `out`; empty if there is none."""
-    try:
-        mark = json.loads((out / MARK).read_bytes())
-        ours = mark["schema"].startswith(OF_ANY_VERSION)
-        return {MARK, *mark["files"]} if ours else set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return set()

@@ -1,16 +1,17 @@
-"""Principal components of a teacher's answers, and the codes of eight bits that stand for them.
+"""Principal components of a teacher's answers, and the 8-bit codes that stand for the answers.
 
-An answer is its logits l less their mean over the classes, which no softmax sees. Of fitted ones,
+An answer is its logits l less their mean over the classes, which no softmax sees. The answers that
+a basis is fitted to give
 
     m          their mean                                                       [K]
     v_j, c_j   the directions of largest variance, orthonormal, and (l - m) · v_j
     s_j        HEADROOM · the largest |c_j| / 127
 
-A basis is m and the k rows s_j v_j; the code of an answer is round(c_j / s_j), kept within ±127,
-and it says l' = m + sum_j code_j s_j v_j. The error is what lies outside the k directions, and at
+A basis is m and the k rows s_j v_j. The code of an answer is round(c_j / s_j), clamped to ±127,
+and decodes to l' = m + sum_j code_j s_j v_j. The error is the part outside the k directions, and at
 most s_j / 2 in each of them. With k = K - 1 nothing lies outside. (Pearson 1901, Hotelling 1933.)
 
-Legend: M fitted answers, B coded ones, R of them at a time, K classes, k components.
+Legend: M fitted answers, B coded ones, R rows at a time, K classes, k components.
 """
 
 from __future__ import annotations
@@ -20,32 +21,32 @@ from torch import Tensor
 
 MOST_CODE = 127
 HEADROOM = 1.25
-"""An answer may lie so much farther from the mean than any fitted one before it is clipped."""
+"""Clipping starts at this multiple of the fitted answers' largest distance from the mean."""
 ANSWERS_PER_COMPONENT = 32
 TESTED = 8
-"""One answer in so many is kept out of the fit, to tell what the basis keeps of it."""
+"""One answer in this many is held out of the fit, to measure the basis on it."""
 ROWS = 512
-"""Answers at a time in fp64: at 21,841 classes 90 MB."""
+"""Answers processed at a time in fp64: 90 MB at 21,841 classes."""
 
 
 def fitted_answers(k: int) -> int:
-    """How many answers a basis of k components is fitted to, where there are as many."""
+    """Number of answers to fit a basis of k components to, as far as there are as many."""
     return k * ANSWERS_PER_COMPONENT
 
 
 def spread_out(rows: Tensor, most: int) -> Tensor:
-    """So many of the rows, evenly spread over their order; all where they are fewer."""
+    """At most `most` of the rows, evenly spread over their order."""
     count = min(most, len(rows))
     return rows[torch.arange(count) * len(rows) // max(count, 1)]
 
 
 def fit_basis(logits_MK: Tensor, k: int) -> Tensor:
-    """The mean and k scaled principal components of some answers: fp32 [1 + k, K], on the CPU.
+    """The mean and k scaled principal components of finite logits: fp32 [1 + k, K], on the CPU.
 
-    Of finite logits. By the smaller of the two products of the answers with themselves, [M, M] or
-    [K, K], in fp64: components that hold less than 1e-12 of the variance are zeros, and so are
-    those that the answers do not have. The same on one machine at one number of threads; a
-    component's largest number is positive.
+    Uses the smaller of the two products of the answers with themselves, [M, M] or [K, K], in fp64.
+    Components with less than 1e-12 of the variance, and those beyond the rank of the answers, are
+    zeros. Deterministic on one machine at one number of threads; a component's largest number is
+    positive.
     """
     data_MK = _centred(logits_MK)
     mean_K = data_MK.mean(0)
@@ -61,7 +62,7 @@ def fit_basis(logits_MK: Tensor, k: int) -> Tensor:
 
 
 def fit_and_test(logits_MK: Tensor, k: int) -> tuple[Tensor, str]:
-    """A basis, and what it keeps of answers that it was not fitted to; "" where these are few."""
+    """A basis, and a report on answers that it was not fitted to; "" when there are none."""
     tested_M = torch.arange(1, 1 + len(logits_MK)) % TESTED == 0
     basis = fit_basis(logits_MK[~tested_M], k)
     if not bool(tested_M.any()):
@@ -74,7 +75,7 @@ def fit_and_test(logits_MK: Tensor, k: int) -> tuple[Tensor, str]:
 
 
 def _directions(data_MK: Tensor, k: int) -> Tensor:
-    """Orthonormal, the largest variance first: [J, K], J at most k."""
+    """Orthonormal directions, largest variance first: [J, K], J at most k."""
     answers, classes = data_MK.shape
     product = data_MK @ data_MK.T if answers < classes else data_MK.T @ data_MK
     variances, vectors = torch.linalg.eigh(product)
@@ -85,9 +86,9 @@ def _directions(data_MK: Tensor, k: int) -> Tensor:
 
 
 def share_kept(logits_BK: Tensor, basis: Tensor) -> float:
-    """Of the variance of some answers around the basis's mean, what their codes keep, 0 to 1.
+    """Share of the answers' variance around the basis's mean that their codes keep, at most 1.
 
-    What is clipped counts as lost; less than 0 where the codes say less than the mean alone.
+    Clipping counts as loss; the share is negative when the codes are worse than the mean alone.
     """
     data_BK = _centred(logits_BK)
     decoded_BK = decode_in_basis(encode_in_basis(logits_BK, basis), basis).double()
@@ -98,7 +99,7 @@ def share_kept(logits_BK: Tensor, basis: Tensor) -> float:
 def encode_in_basis(logits_BK: Tensor, basis: Tensor) -> Tensor:
     """The codes of finite logits: int8 [B, k] in -127..127, on the CPU.
 
-    In fp64, so that what a library does with a batch turns no code.
+    Computed in fp64, so that no code depends on how a library handles a batch.
     """
     mean_K, rows_kK = basis[0].double(), basis[1:].double()
     squared_k = rows_kK.square().sum(1)
@@ -111,9 +112,9 @@ def encode_in_basis(logits_BK: Tensor, basis: Tensor) -> Tensor:
 
 
 def decode_in_basis(codes_Bk: Tensor, basis: Tensor) -> Tensor:
-    """The logits that codes say, less their mean over the classes: fp16 [B, K], on their device.
+    """Logits of codes, with mean 0 over the classes: fp16 [B, K], on the codes' device.
 
-    In fp64 too: a row has the same bits in a batch of any size. Beyond fp16 it is fp16's largest.
+    Computed in fp64: a row has the same bits in a batch of any size. Clamped to fp16's range.
     """
     basis = basis.to(codes_Bk.device, torch.float64)
     most = torch.finfo(torch.float16).max

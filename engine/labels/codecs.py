@@ -1,4 +1,4 @@
-"""The label codecs, and the parts that they put into labels.safetensors. Torch-free at import.
+"""Label codecs: how a teacher's answers are kept in labels.safetensors. Torch-free at import.
 
     dense   logits         fp16  [E, N, K]
     topk    probabilities  fp16  [E, N, k]
@@ -8,22 +8,78 @@
 
 A manifest may also say `none`: nothing is stored, and the teacher answers online.
 
-Legend: E epochs, N samples, K classes, k kept probabilities or components, B rows.
+Two codecs are equal when they keep the same of every answer. Each has
+    name, option      as --codec and manifests spell it, and the option that gives k, if any
+    k                 numbers kept per answer; None: one per class
+    keeps_logits      whether it decodes to logits; else to probabilities at the stored temperature
+    chosen            the codec with its option as given, or with the default; ValueError in the
+                      words of the options when it cannot keep answers about that many classes
+    check             the same check of a codec that a file names; raises CoresetError
+    parts             the parts of the file in order, each with the shape of one answer or shared
+    fit               fits the basis that all answers share to some logits [M, K], and says how good
+                      it is; None for a codec without a basis
+    encode, decode    logits → rows of the parts on the CPU (CoresetError for a logit that is not
+                      finite in fp16); rows → targets, on their device
+
+Legend: E epochs, N samples, K classes, k kept probabilities or components, B rows, M answers that a
+basis is fitted to.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from ..errors import CoresetError
-from .codec import MOST_CLASSES, Codec, Part, SoftTargets, as_fp16, checked_finite
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+MOST_CLASSES = 32256
+"""Limit of any label file: as an int16 index, this number stands for a missing class."""
 COMPONENTS, MOST_COMPONENTS = 40, 256
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a label file."""
+
+    name: str
+    kind: str
+    """The dtype as safetensors names it: F32, F16, I16 or I8."""
+    shape: tuple[int, ...]
+    missing: float = math.nan
+    """Value in a recording where an answer is missing; no answer contains it."""
+    of_answers: bool = True
+    """Whether each answer has a row; else all answers share the part."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of its last dimension, which is one answer unless the part is shared."""
+        return int(self.kind[1:]) // 8 * self.shape[-1]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole part."""
+        return math.prod(self.shape[:-1]) * self.row_bytes
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """Labels of B pictures as the loss reads them, without a dense [B, K] of top-k ones."""
+
+    labels: Tensor
+    """fp16: logits [B, K], or the k largest probabilities [B, k] at the labels' temperature."""
+    classes: Tensor | None = None
+    """int16 [B, k] beside probabilities; None beside logits."""
+
+    def rows(self, rows_B: Tensor) -> SoftTargets:
+        """The labels of some of the pictures."""
+        classes = None if self.classes is None else self.classes[rows_B]
+        return SoftTargets(self.labels[rows_B], classes)
 
 
 @dataclass(frozen=True)
@@ -57,7 +113,7 @@ class Dense:
 class TopK:
     """The k largest probabilities at the manifest's temperature, and their classes, largest first.
 
-    What is left of the mass is spread evenly over the other K - k classes.
+    The rest of the mass is spread evenly over the other K - k classes.
     """
 
     k: int = 10
@@ -149,18 +205,33 @@ class Pca:
         return SoftTargets(decode_in_basis(parts_B[0], basis))
 
 
+Codec = Dense | TopK | Pca
 CodecName = Literal["dense", "topk", "pca"]
 DEFAULT_CODEC: CodecName = "dense"
 CODECS = {kind.name: kind for kind in (Dense, TopK, Pca)}
 
 
-def kept_by_option(codec: Codec | None) -> dict[str, int | None]:
-    """k of a codec by the option that gives it; None for every other codec's option."""
-    return {
-        kind.option: codec.k if codec and codec.option == kind.option else None
-        for kind in CODECS.values()
-        if kind.option
-    }
+@dataclass(frozen=True)
+class Encoding:
+    """A codec with all that it needs to encode and decode."""
+
+    codec: Codec
+    temperature: float
+    """Softmax temperature of kept probabilities; logits are kept without it."""
+    basis: Tensor | None = None
+
+    def encode(self, logits_BK: Tensor) -> list[Tensor]:
+        """Rows of the parts, on the CPU; CoresetError for a logit that is not finite in fp16."""
+        return self.codec.encode(logits_BK, self.temperature, self.basis)
+
+    def decode(self, parts_B: Sequence[Tensor], device: torch.device | None = None) -> SoftTargets:
+        """Targets for a student, on a device. Default: the CPU."""
+        return self.codec.decode([part.to(device) for part in parts_B], self.basis)
+
+
+def describe_codec(codec: Codec) -> dict[str, Any]:
+    """The codec's entries in a manifest."""
+    return {"codec": codec.name} | ({} if codec.k is None else {"k": codec.k})
 
 
 def described_codec(described: Mapping[str, Any]) -> Codec:
@@ -170,6 +241,21 @@ def described_codec(described: Mapping[str, Any]) -> Codec:
         known = ", ".join(CODECS)
         raise CoresetError(f"label codec: expected {known} or none, got {name!r}")
     return CODECS[name](described["k"]) if "k" in described else CODECS[name]()
+
+
+def codec_options(codec: Codec) -> dict[str, Any]:
+    """The options of `train` that select this codec."""
+    own = {} if codec.option is None else {f"--{codec.option.replace('_', '-')}": codec.k}
+    return {"--codec": codec.name} | own
+
+
+def kept_by_option(codec: Codec | None) -> dict[str, int | None]:
+    """k of a codec by the option that gives it; None for every other codec's option."""
+    return {
+        kind.option: codec.k if codec and codec.option == kind.option else None
+        for kind in CODECS.values()
+        if kind.option
+    }
 
 
 def encode_topk(logits_NK: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -189,3 +275,18 @@ def decode_topk(probabilities_Bk: Tensor, classes_Bk: Tensor, classes: int) -> T
     rest = (1.0 - kept.sum(1, keepdim=True)).clamp_min(0.0) / (classes - kept.shape[1])
     full_BK = rest.expand(-1, classes).scatter(1, classes_Bk.long(), kept)
     return full_BK / full_BK.sum(1, keepdim=True)
+
+
+def as_fp16(logits: Tensor) -> Tensor:
+    """Logits rounded to fp16, on the CPU; CoresetError for one that is not finite there."""
+    return checked_finite(logits.half().cpu().contiguous())
+
+
+def checked_finite(logits: Tensor) -> Tensor:
+    """The same logits; CoresetError for one that is not finite."""
+    if not bool(logits.isfinite().all()):
+        raise CoresetError(
+            "teacher logits: expected finite values within fp16 (65504), got NaN or infinity: "
+            "check the teacher's weights and normalisation"
+        )
+    return logits

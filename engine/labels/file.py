@@ -1,9 +1,9 @@
-"""Soft labels on the disk: one file of fixed parts, written epoch by epoch and memory-mapped.
+"""Soft labels on disk: one file of fixed parts, written epoch by epoch and memory-mapped.
 
-The codec says which parts. `labels.safetensors` is safetensors' header and then the parts; a
+The codec decides the parts. `labels.safetensors` is safetensors' header followed by the parts; a
 recording, which a teacher fills answer by answer, is the parts alone. At 1000 classes and ipc 50
-dense labels are 112 GiB: nothing here holds more of a file in memory than the rows of one epoch
-that it is given or asked for.
+dense labels are 112 GiB: no function here holds more in memory than the requested rows of one
+epoch.
 
 Legend: E epochs, N samples, B rows.
 """
@@ -24,16 +24,16 @@ import numpy as np
 import torch
 
 from ..errors import CoresetError
-from .codec import MOST_CLASSES, Codec, Part, describe_codec, require_basis
+from .codecs import MOST_CLASSES, Codec, Part, describe_codec
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "I16": np.int16, "I8": np.int8}
 _FILL_BYTES = 2**21
-_BLOCK_PAGES = 32  # 128 KiB, what the kernel reads ahead at one call at the least
+_BLOCK_PAGES = 32  # 128 KiB, the least that the kernel reads ahead per call
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelLayout:
-    """What a label file holds; CoresetError for labels that no such file can hold."""
+    """Content of a label file; CoresetError for labels that no such file can hold."""
 
     codec: Codec
     epochs: int
@@ -47,7 +47,7 @@ class LabelLayout:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """In the order of the file, which is that of safetensors' own writer."""
+        """Parts in the order of the file, which is that of safetensors' own writer."""
         rows = (self.epochs, self.samples)
         return tuple(
             replace(part, shape=(*rows, *part.shape)) if part.of_answers else part
@@ -60,12 +60,12 @@ class LabelLayout:
         return sum(part.bytes for part in self.parts)
 
     def describe(self) -> dict[str, Any]:
-        """The manifest's words for it."""
+        """The layout's entries in a manifest."""
         sizes = {"epochs": self.epochs, "samples": self.samples, "classes": self.classes}
         return describe_codec(self.codec) | sizes
 
     def header(self) -> bytes:
-        """What stands before the parts in a safetensors file."""
+        """The bytes before the parts in a safetensors file."""
         entries, begin = {}, 0
         for part in self.parts:
             offsets = [begin, begin + part.bytes]
@@ -82,12 +82,11 @@ def write_label_file(
     epoch_parts: Callable[[int], Sequence[np.ndarray]],
     shared: np.ndarray | None = None,
 ) -> None:
-    """Write `labels.safetensors`, the answers of one epoch after the other, each part [N, *].
+    """Write `labels.safetensors` durably, one epoch of answers after the other, each part [N, *].
 
-    `shared` is the basis of a codec that has one. Byte for byte what safetensors' `save_file` makes
-    of the whole tensors; on the disk when this returns. OSError on a full disk.
+    `shared` is the basis of a codec that has one. The bytes equal those that safetensors'
+    `save_file` writes for the whole tensors. OSError on a full disk.
     """
-    require_basis(layout.codec, shared)
     with path.open("wb") as stream:
         stream.write(layout.header())
         if shared is not None:
@@ -104,7 +103,7 @@ def write_label_file(
 
 
 def fill_with_missing(path: Path, layout: LabelLayout) -> None:
-    """Make `path` a recording without one answer, durably: every number is its part's `missing`."""
+    """Make `path` an empty recording, durably: every number is its part's `missing`."""
     with path.open("wb") as stream:
         for part in layout.parts:
             kind = np.dtype(_DTYPES[part.kind])
@@ -118,10 +117,10 @@ def fill_with_missing(path: Path, layout: LabelLayout) -> None:
 class MappedParts:
     """The parts of a label file or a recording, memory-mapped.
 
-    `answers` has those of answers, [E, N, *], in the file's order; `basis` is that of a codec that
-    has one, else None. CoresetError, when it is opened, for a file that is not of this layout or
-    was cut short. Of a recording (`recording=True`) they can be written to; what is written
-    survives the process, and the machine after `flush`.
+    `answers` holds the parts with a row per answer, [E, N, *], in the file's order; `basis` is the
+    shared part, or None. Opening raises CoresetError for a file of another layout or one that was
+    cut short. The parts of a recording (`recording=True`) are writable; written answers survive a
+    killed process, and after `flush` a crash of the machine.
     """
 
     def __init__(self, path: Path, layout: LabelLayout, *, recording: bool = False) -> None:
@@ -144,12 +143,12 @@ class MappedParts:
             begin += part.bytes
 
     def read_ahead(self, epoch: int, rows_B: np.ndarray) -> None:
-        """Ask the kernel for rows that are wanted soon, and return at once.
+        """Tell the kernel which rows are needed soon, and return at once.
 
         madvise(WILLNEED) on the pages of these rows: the kernel reads them into its page cache
-        while a pool is rendered. A reading thread would do the same with a buffer and an end of its
-        own to look after. A call covers at most 128 KiB, of which the kernel may read no more.
-        1024 rows of 1000 classes, scattered, cold: 70 to 160 ms unasked, 2 to 8 ms asked for.
+        while a pool is rendered, without a reading thread and its buffer. A call covers at most
+        128 KiB, because the kernel may read no more. Reading 1024 scattered rows of 1000 classes
+        from a cold disk: 70 to 160 ms without read-ahead, 2 to 8 ms with it.
         """
         for begin, part in self._placed:
             first_B = begin + (epoch * part.shape[1] + rows_B.astype(np.int64)) * part.row_bytes
@@ -161,9 +160,9 @@ class MappedParts:
                 self._mapped.madvise(mmap.MADV_WILLNEED, int(block[0]) * mmap.PAGESIZE, length)
 
     def some_missing(self, epoch: int, rows_B: np.ndarray | slice = slice(None)) -> bool:
-        """Whether a recording lacks one of an epoch's answers, even if only in part.
+        """Whether any of an epoch's answers is missing from a recording, wholly or in part.
 
-        A killed process may have left a row half written.
+        A killed process may leave a row half written.
         """
         return any(
             # A maximum is NaN where one number is, and needs no [B, K] of its own.
@@ -175,28 +174,28 @@ class MappedParts:
         )
 
     def flush(self) -> None:
-        """Bring to the disk what was written."""
+        """Write all changes to the disk."""
         self._mapped.flush()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedBlock:
-    """What a recording holds, on its way into a coreset as it is: memory-mapped, never copied."""
+    """A finished recording as `attach_labels` takes it: memory-mapped, never copied."""
 
     recording: MappedParts
     temperature: float
-    """That of the student's loss, and of probabilities when they were encoded."""
+    """Temperature of the student's loss, and of encoded probabilities."""
     settings: dict[str, Any]
-    """What else decides these labels, for the manifest."""
+    """Everything else that decides these labels, for the manifest."""
 
     @property
     def layout(self) -> LabelLayout:
-        """Of the recording and of the label file."""
+        """Layout of the recording and of the label file."""
         return self.recording.layout
 
     @property
     def basis(self) -> np.ndarray | None:
-        """Of the recorded codes, if they have one."""
+        """Basis of the recorded codes, if they have one."""
         return self.recording.basis
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
@@ -214,7 +213,7 @@ class RecordedBlock:
 
 
 def _checked_header(path: Path, layout: LabelLayout) -> int:
-    """Where the parts begin."""
+    """Offset of the first part."""
     expected = layout.header()
     with path.open("rb") as stream:
         if stream.read(len(expected)) != expected:

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from ..errors import CoresetError
-from .codec import Encoding, SoftTargets
-from .codecs import decode_topk, described_codec
+from .codecs import Encoding, SoftTargets, decode_topk, described_codec
 from .file import LabelLayout, MappedParts
 
 
 class SoftLabels:
-    """Labels of a coreset, memory-mapped: the rows asked for are in memory, and no others.
+    """Labels of a coreset, memory-mapped: only requested rows are in memory.
 
-    At 1000 classes and ipc 50 a dense epoch is 370 MB. CoresetError, when it is opened, for a file
-    that was cut short or is not what the manifest says.
+    At 1000 classes and ipc 50 a dense epoch is 370 MB. Opening raises CoresetError for a file that
+    was cut short or does not match the manifest.
     """
 
     def __init__(self, path: Path, described: dict[str, Any]) -> None:
@@ -40,23 +39,14 @@ class SoftLabels:
         basis = self._file.basis
         basis = None if basis is None else torch.from_numpy(basis.copy())
         self.encoding = Encoding(self.codec, self.temperature, basis)
-        """How these labels were made of a teacher's logits."""
-
-    def logits(self, epoch: int, samples_B: Sequence[int] | Tensor) -> Tensor:
-        """fp32 logits [B, K]; CoresetError for a codec that keeps none."""
-        if not self.codec.keeps_logits:
-            raise CoresetError(
-                f"codec {self.codec.name} keeps probabilities, not logits: call probabilities(), "
-                "or label the coreset again with codec pca or dense"
-            )
-        return self.targets(epoch, samples_B).labels.float()
+        """How these labels were encoded from a teacher's logits."""
 
     def probabilities(self, epoch: int, samples_B: Sequence[int] | Tensor) -> Tensor:
         """fp32 probabilities [B, K] at the stored temperature."""
         return self.as_probabilities(self.targets(epoch, samples_B))
 
     def as_probabilities(self, targets_B: SoftTargets) -> Tensor:
-        """What targets of this codec mean, fp32 [B, K] at the stored temperature."""
+        """Targets of this codec as fp32 probabilities [B, K] at the stored temperature."""
         if targets_B.classes is None:
             return (targets_B.labels.float() / self.temperature).softmax(1)
         return decode_topk(targets_B.labels, targets_B.classes, self.classes)
@@ -64,7 +54,7 @@ class SoftLabels:
     def targets(
         self, epoch: int, samples_B: Sequence[int] | Tensor, device: torch.device | None = None
     ) -> SoftTargets:
-        """What a student learns from, on a device. Default: the CPU."""
+        """Targets for a student, on a device. Default: the CPU."""
         if not 0 <= epoch < self.epochs:
             raise CoresetError(
                 f"labels: expected an epoch in 0..{self.epochs - 1}, got {epoch}: "
@@ -75,7 +65,7 @@ class SoftLabels:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What is known of an answer: logits, or probabilities and classes."""
+        """Names of an answer's parts: logits, or probabilities and classes."""
         return ("logits",) if self.codec.keeps_logits else ("probabilities", "classes")
 
     @property
@@ -86,16 +76,16 @@ class SoftLabels:
         return sum(part.row_bytes for part in self._file.layout.parts if part.of_answers)
 
     def answers(self, epochs_A: np.ndarray, samples_A: np.ndarray) -> dict[str, np.ndarray]:
-        """Those to A views by part: [A, K], top-k ones [A, k]."""
+        """Answers to A views by part: [A, K], or [A, k] for top-k labels."""
         targets_A = self._decoded([array[epochs_A, samples_A] for array in self._file.answers])
         known = [part.numpy() for part in (targets_A.labels, targets_A.classes) if part is not None]
         return dict(zip(self.parts, known, strict=True))
 
     def recognised(self, epoch: int) -> float:
-        """Percent of an epoch's views that the teacher takes for the class they were made for.
+        """Percent of an epoch's views whose largest answer is the class of their sample.
 
-        A row's largest answer is held against its class: samples are by class, as many of each.
-        Views that CutMix pasted another class into are among them.
+        Samples are sorted by class, equally many of each. Views that CutMix pasted another class
+        into count too.
         """
         each, hits = self.samples // self.classes, 0
         for label in range(self.classes):
@@ -106,7 +96,7 @@ class SoftLabels:
         return 100 * hits / self.samples
 
     def read_ahead(self, epoch: int, samples_B: Sequence[int] | Tensor) -> None:
-        """Have rows that are asked for soon read from the disk meanwhile; returns at once."""
+        """Read rows that are needed soon from the disk in the background; returns at once."""
         self._file.read_ahead(epoch, np.asarray(samples_B))
 
     def _decoded(

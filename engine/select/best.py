@@ -88,10 +88,6 @@ class BestPatches:
                 tensor_KN[label, : len(order)] = tensor_KN[label, order]
             heap.clear()
 
-    def empty(self) -> BestPatches:
-        """An empty one of the same sizes."""
-        return BestPatches(len(self._heaps), self.per_class, self.row, self.rows_KN.dtype)
-
 
 def best_of_all(best: BestPatches, peers: Peers) -> BestPatches:
     """The best patches of all ranks, the same on every rank.
@@ -106,7 +102,7 @@ def best_of_all(best: BestPatches, peers: Peers) -> BestPatches:
     rows_M = peers.all_gather_rows(best.rows_KN[slots])
     losses_M = peers.all_gather_rows(best.losses_KN[slots])
     boxes_M4 = peers.all_gather_rows(best.boxes_KN4[slots])
-    merged = best.empty()
+    merged = BestPatches(len(best.counts()), best.per_class, best.row, best.rows_KN.dtype)
     for row, (label, key, index) in enumerate(named):
         merged.offer(label, key, index, rows_M[row], float(losses_M[row]), boxes_M4[row])
     return merged

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -41,14 +41,6 @@ class Diversity:
     """D: number of the teacher's features."""
     candidates: int = 4
     """Candidates per kept patch, as far as a class has images."""
-
-    def __post_init__(self) -> None:
-        if self.choice not in get_args(DiverseChoice):
-            raise ValueError(
-                f"choice {self.choice!r}: expected one of {', '.join(get_args(DiverseChoice))}"
-            )
-        if self.candidates < 1:
-            raise ValueError(f"candidates: expected at least 1, got {self.candidates}")
 
 
 class Chosen(NamedTuple):
@@ -121,7 +113,7 @@ def cut_again(
     def boxes(index_B: np.ndarray, _: np.ndarray, __: np.ndarray, ___: int) -> np.ndarray:
         return np.stack([chosen[index].box_4 for index in index_B.tolist()])[:, None]
 
-    classes = 1 + max(each.label for each in chosen.values())
+    classes = len(chosen) // per_class
     best = BestPatches(classes, per_class, (patch_px, patch_px, 3))
     for crops in stream(share_of(np.array(sorted(chosen)), batch, peers), boxes):
         for b, index in enumerate(crops.index_B.tolist()):

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,22 +30,6 @@ Scoring = Literal["pad", "resize", "native"]
 Answer = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 TeacherFn = Callable[[torch.Tensor], Answer]
 """uint8 [B, H, W, 3] in the scoring's size → logits [B, K], or (logits, fp32 features [B, D])."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of the patches of B images."""
-
-    losses_BP: np.ndarray
-    """float64, in nats; NaN without a teacher."""
-    features_BPD: torch.Tensor | None = None
-    """fp32; None if the teacher returns none."""
-
-    def features(self) -> torch.Tensor:
-        """`features_BPD`. Raises ValueError when there are none."""
-        if self.features_BPD is None:
-            raise ValueError("diversity: expected a teacher that gives features, got logits alone")
-        return self.features_BPD
 
 
 def cross_entropy(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> np.ndarray:
@@ -74,18 +57,22 @@ class PatchScorer:
         canvas_rgb: Sequence[int],
         scoring: Scoring = "pad",
     ) -> None:
-        if scoring not in get_args(Scoring):
-            raise ValueError(f"scoring {scoring!r}: expected one of {', '.join(get_args(Scoring))}")
         self.teacher, self.classes, self.scoring = teacher, classes, scoring
         self.rgb = torch.tensor(canvas_rgb, dtype=torch.uint8)
         self.canvases, self.image_size_px = canvases, image_size_px
         self.canvas_NHWC: torch.Tensor | None = None
 
-    def __call__(self, pixels_BPHWC: torch.Tensor, labels_B: torch.Tensor) -> Scores:
-        """Raises InputError when the teacher has other classes or a loss is not finite."""
+    def __call__(
+        self, pixels_BPHWC: torch.Tensor, labels_B: torch.Tensor
+    ) -> tuple[np.ndarray, torch.Tensor | None]:
+        """Losses, float64 [B, P] in nats, and fp32 features [B, P, D] if the teacher returns them.
+
+        The losses are NaN without a teacher. Raises InputError when the teacher has other classes
+        or a loss is not finite.
+        """
         images, crops, patch_px = pixels_BPHWC.shape[:3]
         if self.teacher is None:
-            return Scores(np.full((images, crops), np.nan))
+            return np.full((images, crops), np.nan), None
         side_px = patch_px if self.scoring == "native" else self.image_size_px
         if self.canvas_NHWC is None:
             shape = (self.canvases, side_px, side_px, 3)
@@ -110,8 +97,8 @@ class PatchScorer:
             raise InputError("teacher: expected finite losses, got NaN or infinity; retrain it")
         if features is not None:
             features = features[:used].reshape(images, crops, -1)
-        return Scores(losses.reshape(images, crops), features)
+        return losses.reshape(images, crops), features
 
     def _enlarged(self, patches_NHWC: torch.Tensor) -> torch.Tensor:
         """uint8 [N, H, W, 3] of the image size, bicubic, as method upsample shows them."""
-        return to_pixels(upsample_patches(patches_NHWC, self.image_size_px, mode="bicubic"))
+        return to_pixels(upsample_patches(patches_NHWC, self.image_size_px))

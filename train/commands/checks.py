@@ -1,7 +1,7 @@
-"""What a run needs: what cannot work is told before anything is trained.
+"""Checks before anything trains: sizes, networks, images per class, the compiler.
 
-A check raises ValueError, or Unavailable for what the machine lacks: one line that names the
-option, what was found and a way out.
+Each raises ValueError, or Unavailable for what the machine lacks: one line that names the option,
+what was found and a way out.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ...engine.data.images import ImageSet
 from ...export.machine import cxx_compiler
-from ...export.models import ModelSource, Unavailable
-from ..config import naming_option
+from ...export.models import Unavailable
+from ..config import TORCHVISION, naming_option
 from ..methods.registry import METHODS
 from ..networks import build_network
+from ..plan import Plan
+from ..teacher.teacher import torchvision_columns
 
 
 def check_compiler() -> None:
-    """Unavailable when torch.compile has nothing to compile with."""
+    """Raises Unavailable when torch.compile finds no C++ compiler."""
     if cxx_compiler() is None:
         raise Unavailable(
             "--student-compile needs a C++ compiler, and there is none here: install g++, or leave "
@@ -29,10 +30,9 @@ def check_compiler() -> None:
 def check_network(
     option: str, name: str, classes: int, size_px: int, *, shown_px: int | None = None
 ) -> None:
-    """Build it and run it without memory: what cannot work is told before anything is trained.
+    """Build the network for images of `size_px`, and run it on the meta device.
 
-    It is built for images of `size_px`, and shown some of `shown_px`, the same when left out.
-    ValueError, naming `option`.
+    `shown_px`: side of the images it sees; default: `size_px`. Raises ValueError, naming `option`.
     """
     shown_px = shown_px or size_px
     with naming_option(option, name), torch.device("meta"):
@@ -48,40 +48,43 @@ def check_network(
         ) from None
 
 
-def check_rendered(
-    model: ModelSource, methods: tuple[str, ...], image_size: int, generate_size: int
-) -> None:
-    """ValueError for a size that the model cannot make."""
-    sizes_px = {"--image-size": image_size, "--generate-size": generate_size}
-    for option in filter(None, (METHODS[method].sized_by for method in methods)):
-        size_px = sizes_px[option]
-        if size_px % model.vae_factor():
-            raise ValueError(
-                f"{option} {size_px}: expected a multiple of {model.vae_factor()}, by which "
-                f"the VAE of {model.name} makes images smaller"
-            )
-
-
-def check_factor(factor: int, image_size: int) -> None:
-    """ValueError for patches that would not be a whole number of pixels wide."""
-    if image_size % factor:
+def check_plan(plan: Plan) -> None:
+    """Raises ValueError for sizes, images or networks that do not fit, Unavailable for a missing
+    compiler."""
+    for method in plan.methods:
+        option = METHODS[method].sized_by
+        if option is not None and plan.model is not None:
+            size_px, factor = plan.use[method].size_px, plan.model.vae_factor()
+            if size_px % factor:
+                raise ValueError(
+                    f"{option} {size_px}: expected a multiple of {factor}, by which the VAE of "
+                    f"{plan.model.name} makes images smaller"
+                )
+    if plan.image_size % plan.factor:
         raise ValueError(
-            f"--factor {factor}: expected a divisor of the image size, {image_size} px: "
+            f"--factor {plan.factor}: expected a divisor of the image size, {plan.image_size} px: "
             "patches are image size / factor wide"
         )
+    check_images_per_class(plan)
+    if plan.student.compile:
+        check_compiler()
+    source, network, classes = plan.teacher_source, plan.teacher.network, len(plan.class_names)
+    if source is not None and source.startswith(TORCHVISION):
+        torchvision_columns(source, plan.train.class_ids)
+    check_network("--teacher", network, classes, plan.image_size)
+    check_network("--student", plan.student.network, classes, plan.image_size)
+    if plan.scoring == "native" and source is None:
+        check_network("--teacher", network, classes, plan.image_size, shown_px=plan.patch_px)
 
 
-def check_images_per_class(
-    train: ImageSet, methods: tuple[str, ...], *, ipc: int, factor: int, doped: int
-) -> None:
-    """ValueError when a class has fewer images than a method takes, or than the `doped` that --dope
-    adds."""
-    counts = np.bincount(train.labels, minlength=len(train.class_ids))
+def check_images_per_class(plan: Plan) -> None:
+    """Raises ValueError when a class has fewer images than a method or --dope takes."""
+    counts = np.bincount(plan.train.labels, minlength=len(plan.class_names))
     fewest = int(counts.argmin())
-    found = f"class {train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
-    for takes in filter(None, (METHODS[method].takes for method in methods)):
-        needed, wanted = takes(ipc, factor)
+    found = f"class {plan.train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
+    for takes in filter(None, (METHODS[method].takes for method in plan.methods)):
+        needed, wanted = takes(plan.ipc, plan.factor)
         if counts[fewest] < needed:
             raise ValueError(f"{found}{wanted}, or more images")
-    if counts[fewest] < doped:
-        raise ValueError(f"{found}--dope {doped} asks for more: give a smaller one")
+    if counts[fewest] < plan.dope:
+        raise ValueError(f"{found}--dope {plan.dope} asks for more: give a smaller one")

@@ -1,12 +1,13 @@
 """Doping: add to a coreset the real images that a network trained on it is least sure of.
 
-    margin = p(the teacher's class) - the largest other p,     p: the network's; it and the teacher
-                                                               see the image as in validation
-    the N images of lowest margin per class are stored whole beside the patches; ties by position
+    margin = p(the teacher's class) - the largest other p
+
+p are the network's probabilities; it and the teacher see the image as in validation. The images of
+lowest margin in each class are stored whole beside the patches; ties are broken by position.
 
 A student that already knows an image learns little from it; where the margin is low or negative,
 the coreset lacks information. After DsCo (arXiv 2603.27987), where 500 real images join 100
-generated ones per class. It applies to the coreset of every method.
+generated ones per class. Doping works for the coreset of every method.
 
 Legend: M training images, B per batch, K classes, S image size in pixels.
 """
@@ -14,6 +15,7 @@ Legend: M training images, B per batch, K classes, S image size in pixels.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.coreset.coreset import Coreset, write_coreset
+from ...engine.coreset.manifest import DOPED
 from ...engine.data.images import STANDARD_RESIZE_RATIO, ImageSet, center_boxes, stream_crops
 from ...engine.peers import share_of
-from ..config import StudentConfig, doping_seed
+from ...export.durable import json_sha256
+from ..config import doping_seed
 from ..labels.targets import OnlineLabels
 from ..methods.open import open_source
 from ..methods.stored import read_whole
 from ..networks import build_network
 from ..plan import Plan
 from ..run.checkpoint import read_tensors
-from ..run.folder import RunFolder
+from ..run.folder import RunFolder, StageResult
 from ..run.progress import Report
 from ..run.world import ALONE, World
 from ..students.loop import train_students
@@ -49,68 +53,56 @@ def dope(
     coreset: Coreset,
     folder: Path,
     provenance: dict[str, Any],
-) -> Coreset | None:
+) -> StageResult:
     """Train a network on `coreset`, and write it to `folder` with --dope real images per class.
 
     All ranks of the run's world call it, and share the margins. Rank 0 trains alone, because the
-    network's bits name the coreset; it writes the coreset and returns it, other ranks return None.
-    Raises the errors of train_students.
+    network's bits name the coreset, and writes; the other ranks' result is empty. Raises the errors
+    of train_students.
     """
-    world, config = run.world, _doping_student(plan)
-    path = world.once(
-        lambda: _trained(plan, config, run.folder / "students", report, teacher, coreset)
-    )
+    # With soft labels, so that both --targets dope with the same images.
+    temperature = plan.recipe.student.temperature
+    config = replace(plan.student, targets="soft", temperature=temperature)
+    seed = doping_seed(plan.seed)
+
+    def train() -> str:
+        with open_source(plan, coreset) as source:
+            (trained,) = train_students(
+                source,
+                OnlineLabels(teacher, config.temperature),
+                config,
+                seeds=[seed],
+                val_set=None,
+                folder=run.folder / "students",
+                report=report,
+                name=f"{coreset.settings['method']}-doping",
+            )
+        return str(trained.path)
+
+    weights = read_tensors(Path(run.world.once(train)))[0]
     network = build_network(config.network, len(coreset.class_ids), config.size_px)
-    network.load_state_dict(read_tensors(Path(path))[0])
+    network.load_state_dict(weights)
     network.to(teacher.device).eval()
     margins_M = all_margins(
-        network, teacher, plan.train, size_px=plan.image_size, report=report, world=world
+        network, teacher, plan.train, size_px=plan.image_size, report=report, world=run.world
     )
-    if not world.leads:
-        return None
-    return write_doped(
+    if not run.world.leads:
+        return StageResult({})
+    doped = write_doped(
         coreset,
         folder,
         plan.train,
         margins_M,
         per_class=plan.dope,
         views=plan.factor**2,
-        made_with={
-            "student": config.recipe(),
-            "epochs": config.epochs,
-            "seed": doping_seed(plan.seed),
-        },
+        made_with={"student": config.recipe(), "epochs": config.epochs, "seed": seed},
         device=plan.device,
         provenance=provenance,
     )
-
-
-def _doping_student(plan: Plan) -> StudentConfig:
-    """The run's student with soft labels, so that both --targets dope with the same images."""
-    return replace(plan.student, targets="soft", temperature=plan.recipe.student.temperature)
-
-
-def _trained(
-    plan: Plan,
-    config: StudentConfig,
-    folder: Path,
-    report: Report,
-    teacher: Teacher,
-    coreset: Coreset,
-) -> str:
-    """Train one extra student; returns its weights file."""
-    with open_source(plan, coreset) as source:
-        (result,) = train_students(
-            source,
-            OnlineLabels(teacher, config.temperature),
-            config,
-            seeds=[doping_seed(plan.seed)],
-            val_set=None,
-            folder=folder,
-            report=report,
-            name=f"{coreset.settings['method']}-doping",
-        )
-    return str(result.path)
+    images = {k: v for k, v in doped.manifest["files"].items() if k.startswith(f"{DOPED}/")}
+    return StageResult(
+        {"doped_sha256": json_sha256(images)}, [doped.folder / name for name in images]
+    )
 
 
 def margins_of(probabilities_BK: Tensor, classes_B: Tensor) -> Tensor:
@@ -130,7 +122,7 @@ def all_margins(
     report: Report,
     world: World = ALONE,
 ) -> np.ndarray:
-    """The margin of every image, fp32 [M]; `network` is in eval mode, on the teacher's device.
+    """The margin of every image, fp32 [M]; `network` must be in eval mode on the teacher's device.
 
     The ranks of `world` share the images.
     """
@@ -154,16 +146,15 @@ def all_margins(
         scored += zip(crops.index_B.tolist(), margins_B.tolist(), strict=True)
         report.progress("doping", len(scored), len(own), "images")
     margins_M = np.empty(len(images), np.float32)
-    for of_rank in world.all_gather(scored):
-        for index, margin in of_rank:
-            margins_M[index] = margin
+    for index, margin in chain.from_iterable(world.all_gather(scored)):
+        margins_M[index] = margin
     return margins_M
 
 
 def lowest_margins(margins_M: np.ndarray, labels_M: np.ndarray, per_class: int) -> np.ndarray:
     """Positions of the `per_class` lowest margins of each class, class after class, lowest first.
 
-    Among equal margins the first counts as lower. Every class has at least `per_class` images.
+    Among equal margins the first counts as lower. Every class must have `per_class` images.
     """
     order_M = np.lexsort((margins_M, labels_M))
     firsts_K = np.searchsorted(labels_M[order_M], np.unique(labels_M))
@@ -184,7 +175,7 @@ def write_doped(
 ) -> Coreset:
     """Write `coreset` again, with the real images of lowest margin and without labels.
 
-    An epoch shows each of them `views` times. `made_with` describes how the network was trained.
+    An epoch shows each real image `views` times. `made_with` describes the network's training.
     """
     chosen = lowest_margins(margins_M, images.labels, per_class)
     doping = {"images_per_class": per_class, "samples_per_class": per_class * views, **made_with}
@@ -196,7 +187,6 @@ def write_doped(
     return write_coreset(
         folder,
         patches_NHWC=coreset.patches(),
-        labels_N=coreset.labels_N,
         class_ids=coreset.class_ids,
         class_names=coreset.class_names,
         settings={**coreset.settings, "doping": doping},

@@ -1,63 +1,87 @@
 """A run's stages, and what decides each: teacher, a coreset per method, its labels, its students.
 
-All ranks of a world share the scoring of patches, the making and the rendering of images, the
-labels, the students and the accuracy of a teacher that was brought along; rank 0 alone trains a
-teacher, or a network for doping, whose bits name a coreset, and writes.
+All ranks of a world share the scoring of patches, the making and rendering of images, the labels,
+the students, and the accuracy of a provided teacher. Rank 0 alone writes, and it alone trains a
+teacher or a doping network, because their bits name a coreset.
 
-RUN/teacher/, RUN/coreset…/ (coresets.py), RUN/students/METHOD-seedS.safetensors, RUN/pictures/.
+    RUN/teacher/
+    RUN/coreset/           of the primary method: the first that renders by a model, else the first
+    RUN/coreset-METHOD/    of each other method
+    RUN/coreset…-doped/    with --dope, beside each of these: the one that students train on
+    RUN/students/METHOD-seedS.safetensors
+    RUN/pictures/
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from ...engine.coreset.coreset import Coreset, open_coreset
-from ...engine.coreset.manifest import DOPED
+from ...engine.coreset.coreset import Coreset, open_coreset, write_coreset
 from ...export.durable import json_sha256
 from ..config import CHANGES_NO_RESULT
 from ..labels.keep import RunLabels, label_settings
-from ..methods.open import open_source, own_part
+from ..methods.method import Made, Making
+from ..methods.open import open_source
 from ..methods.patches import selection_settings
 from ..methods.registry import METHODS
-from ..methods.source import Expansions, ImageSource
+from ..methods.source import ImageSource
 from ..plan import Plan
-from ..report.pictures import expansion_sheet, one_sample_per_class, rendered_sheet, write_picture
+from ..report.pictures import draw_coreset, draw_images
 from ..report.summary import REAL, provenance
-from ..run.folder import RunFolder, StageResult, settings_by_option
+from ..run.folder import RunFolder, StageResult
 from ..run.progress import Report
+from ..run.settings import settings_by_option
 from ..students.loop import train_students
-from ..teacher.brought import measure, name_of
-from ..teacher.teacher import Teacher, load_teacher
-from ..teacher.training import TEACHER, train_teacher, training_losses
-from .coresets import RunCoresets
+from ..teacher.teacher import Teacher, load_teacher, teacher_id
+from ..teacher.training import TEACHER, measure, train_teacher, training_losses
 from .doping import dope
 
 
 class Distillation:
-    """One run: what was planned, the folder it fills, and who is told."""
+    """One run: its plan, its folder, and its report; `line` is the command."""
 
     def __init__(self, plan: Plan, run: RunFolder, report: Report, line: str) -> None:
         self.plan, self.run, self.report, self.line = plan, run, report, line
-        self._coresets = RunCoresets(plan, run)
+        self._verified: set[Path] = set()
+
+    def _folder(self, method: str) -> Path:
+        """Folder of the coreset that the method's students train on."""
+        folder = self._undoped_folder(method)
+        return folder.with_name(f"{folder.name}-doped") if self.plan.dope else folder
+
+    def _undoped_folder(self, method: str) -> Path:
+        """Folder of the coreset that the method itself makes."""
+        methods = self.plan.methods
+        primary = next((m for m in methods if METHODS[m].model == "rendered"), methods[0])
+        return self.run.folder / ("coreset" if method == primary else f"coreset-{method}")
+
+    def _open(self, method: str) -> Coreset:
+        """The coreset in `_folder(method)`. Raises CoresetError as open_coreset does.
+
+        Rank 0 verifies each coreset once: labels of a thousand classes take minutes to read.
+        """
+        folder = self._folder(method)
+        verify = self.run.world.leads and folder not in self._verified
+        self._verified.add(folder)
+        return open_coreset(folder, verify=verify)
 
     def teacher_stage(self) -> dict[str, Any]:
         """Train or load the teacher; returns its description."""
         plan = self.plan
-        config = {
-            "--data": plan.data_sha256,
-            **settings_by_option("teacher", asdict(plan.teacher)),
-        }
-        if plan.teacher_source is not None:
-            config["--teacher"] = name_of(plan.teacher_source)
-        together = plan.teacher_source is not None
-        return self.run.stage("teacher", config, self._make_teacher, together=together)
+        config = {"--data": plan.data_sha256, **settings_by_option("teacher", asdict(plan.teacher))}
+        provided = plan.teacher_source
+        if provided is not None:
+            config["--teacher"] = teacher_id(provided)
+        return self.run.stage("teacher", config, self._make_teacher, together=provided is not None)
 
     def _make_teacher(self) -> StageResult:
         plan, folder = self.plan, self.run.folder / "teacher"
         if plan.teacher_source is not None:
-            self.run.world.in_turn(lambda: self.teacher)  # a download, maybe
+            self.run.world.in_turn(lambda: self.teacher)  # may download it
             accuracy = measure(self.teacher, plan.val, self.run.world, self.report)
             return StageResult({**self.teacher.describe(), "accuracy": accuracy})
         teacher = train_teacher(plan.train, plan.val, plan.teacher, folder, self.report)
@@ -91,58 +115,96 @@ class Distillation:
         return self.run.stage("coreset", config, self._make_coresets, together=True)
 
     def _make_coresets(self) -> StageResult:
-        described = {k: v for k, v in self.teacher_stage().items() if k != "losses"}
-        return self._coresets.make(
-            self.report, teacher=lambda: self.teacher, described=described, line=self.line
+        """Raises ValueError for too small a budget, networks that overflow, or a teacher that
+        cannot take patches."""
+        plan, run = self.plan, self.run
+        parts = {method: run.folder / f"{method}.partial" for method in plan.methods}
+        making = Making(
+            plan=plan, world=run.world, report=self.report, teacher=lambda: self.teacher
+        )
+        made = {method: METHODS[method].make(making, part) for method, part in parts.items()}
+        if not run.world.leads:
+            return StageResult({})
+        result: dict[str, Any] = {}
+        outputs: list[Path] = []
+        for method, each in made.items():
+            coreset = self._write_coreset(method, each)
+            patches = {k: v for k, v in coreset.manifest["files"].items() if k.endswith(".png")}
+            outputs += [coreset.folder / file for file in patches]
+            result[method] = {
+                "patches_sha256": json_sha256(patches),
+                "evals": 0 if each.model is None else each.model["evals"],
+                **each.told,
+            }
+        draw_coreset(run.folder, open_coreset(run.folder / "coreset", verify=False))
+        for part in parts.values():
+            shutil.rmtree(part, ignore_errors=True)
+        return StageResult(result, outputs)
+
+    def _write_coreset(self, method: str, made: Made) -> Coreset:
+        plan = self.plan
+        return write_coreset(
+            self._undoped_folder(method),
+            patches_NHWC=made.images_NHWC,
+            class_ids=plan.train.class_ids,
+            class_names=plan.class_names,
+            settings={
+                "method": method,
+                "seed": plan.seed,
+                "image_size_px": plan.image_size,
+                "data_sha256": plan.data_sha256,
+                **made.settings,
+            },
+            model=made.model,
+            teacher={k: v for k, v in self.teacher_stage().items() if k != "losses"},
+            provenance={**provenance(self.line, plan.device), **made.provenance},
+            overwrite=True,  # replaces what a killed run left
         )
 
     def doping_stage(self, method: str) -> dict[str, Any]:
-        """Train a network on a method's coreset, and write the coreset with the real images that it
-        is least sure of."""
+        """Write a method's coreset again with the real images that a network trained on it is
+        least sure of."""
         return self.run.stage(
             f"doping-{method}",
             {**self._undoped_settings(method), "--dope": self.plan.dope},
-            lambda: self._dope(method),
+            lambda: dope(
+                *(self.plan, self.run, self.report, self.teacher),
+                coreset=open_coreset(self._undoped_folder(method)),
+                folder=self._folder(method),
+                provenance=provenance(self.line, self.plan.device),
+            ),
             together=True,
         )
-
-    def _dope(self, method: str) -> StageResult:
-        doped = dope(
-            self.plan,
-            self.run,
-            self.report,
-            self.teacher,
-            coreset=open_coreset(self._coresets.undoped_folder(method)),
-            folder=self._coresets.folder(method),
-            provenance=provenance(self.line, self.plan.device),
-        )
-        if doped is None:
-            return StageResult({})
-        images = {k: v for k, v in doped.manifest["files"].items() if k.startswith(f"{DOPED}/")}
-        named = {"doped_sha256": json_sha256(images)}
-        return StageResult(named, [doped.folder / name for name in images])
 
     def coresets(self) -> dict[str, Any]:
-        """{method: what its coreset holds, its size and its name}, labels included."""
-        return {
-            method: {**result, **self._coresets.describe(method)}
-            for method, result in self.coreset_stage().items()
-        }
+        """{method: the coreset stage's result, and the coreset's folder, hash and sizes in bytes}.
+
+        Sizes and hash include the stored labels.
+        """
+        described = {}
+        for method, result in self.coreset_stage().items():
+            coreset = open_coreset(self._folder(method))
+            described[method] = {
+                **result,
+                "folder": coreset.folder.name,
+                "content_sha256": coreset.content_sha256,
+                "bytes": coreset.bytes(),
+            }
+        return described
 
     def labels_stage(self, method: str) -> dict[str, Any]:
-        """Store the teacher's answers to every view of every epoch, and train nobody."""
+        """Store the teacher's labels for every view of every epoch, without training a student."""
+        settings = self._student_settings(method)
         return self.run.stage(
-            f"labels-{method}",
-            self._student_settings(method),
-            lambda: self._make_labels(method),
-            together=True,
+            f"labels-{method}", settings, lambda: self._make_labels(method), together=True
         )
 
     def _make_labels(self, method: str) -> StageResult:
-        coreset = self._coresets.open(method)
+        coreset = self._open(method)
         with open_source(self.plan, coreset, self.run.world) as source:
-            self._labels(method, source, coreset).store()
-        return StageResult({"content_sha256": self._coresets.open(method).content_sha256})
+            labels = self._labels(method, source, coreset)
+            labels.keep(labels.choose())
+        return StageResult({"content_sha256": self._open(method).content_sha256})
 
     def _labels(self, method: str, source: ImageSource, coreset: Coreset | None) -> RunLabels:
         return RunLabels(
@@ -156,28 +218,25 @@ class Distillation:
         )
 
     def student_stage(self, method: str) -> dict[str, Any]:
-        """Train the students of a method, or `real` ones; returns their accuracies and losses."""
+        """Train the students of a method, or of `real`; returns accuracies, losses and so on."""
+        settings = self._student_settings(method) | {"--seeds": list(self.plan.student_seeds)}
         return self.run.stage(
-            f"student-{method}",
-            {**self._student_settings(method), "--seeds": list(self.plan.student_seeds)},
-            lambda: self._make_students(method),
-            together=True,
+            f"student-{method}", settings, lambda: self._make_students(method), together=True
         )
 
     def _student_settings(self, method: str) -> dict[str, Any]:
-        """All that decides labels and students of a method."""
+        """Everything that decides the labels and students of a method."""
         settings = self._undoped_settings(method)
         if self.plan.dope:
             settings["--dope"] = self.plan.dope
-            if method != REAL:
-                settings |= self.doping_stage(method)
         if method == REAL:
             return settings
-        return settings | label_settings(self.plan)
+        doping = self.doping_stage(method) if self.plan.dope else {}
+        return settings | doping | label_settings(self.plan)
 
     def _undoped_settings(self, method: str) -> dict[str, Any]:
-        """All that decides what a student of a method's own coreset learns; of labels, who makes
-        them."""
+        """Everything that decides what students of a method's undoped coreset learn, except how
+        labels are kept."""
         plan = self.plan
         student = {k: v for k, v in asdict(plan.student).items() if k not in CHANGES_NO_RESULT}
         settings = {
@@ -191,11 +250,11 @@ class Distillation:
         return settings | METHODS[method].rendering(plan)
 
     def _make_students(self, method: str) -> StageResult:
-        plan, folder = self.plan, self.run.folder / "students"
-        coreset = None if method == REAL else self._coresets.open(method)
+        plan = self.plan
+        coreset = None if method == REAL else self._open(method)
         with open_source(plan, coreset, self.run.world) as source:
             if self.run.world.leads:
-                self._draw(method, own_part(source), coreset)
+                draw_images(self.run.folder, method, source, coreset)
             run_labels = self._labels(method, source, coreset)
             labels = run_labels.choose()
             results = train_students(
@@ -204,7 +263,7 @@ class Distillation:
                 plan.student,
                 seeds=plan.student_seeds,
                 val_set=plan.val,
-                folder=folder,
+                folder=self.run.folder / "students",
                 report=self.report,
                 name=method,
                 world=self.run.world,
@@ -212,16 +271,9 @@ class Distillation:
             run_labels.keep(labels)
         described = {
             "accuracies": [result.accuracy for result in results],
-            "losses": [list(result.losses) for result in results],
+            "losses": [result.losses for result in results],
             "seeds": [result.seed for result in results],
             "images_per_s": results[0].images_per_s,
             "render": source.describe(),
         }
         return StageResult(described, [result.path for result in results])
-
-    def _draw(self, method: str, source: ImageSource, coreset: Coreset | None) -> None:
-        samples = one_sample_per_class(source.labels_N)
-        write_picture(self.run.folder, f"rendered-{method}", rendered_sheet(source, samples))
-        if coreset is not None and isinstance(source, Expansions):
-            sheet = expansion_sheet(source.expander, coreset.patches(), samples)
-            write_picture(self.run.folder, "expansions", sheet)

@@ -1,156 +1,190 @@
-"""Options → plan: data and model are opened, what was left out is chosen and said, all checked."""
+"""Options → plan: opens data and model, fills in what was not given, and checks that all fits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ...engine.config import ExpandConfig
-from ...engine.data.images import ImageSet, check_same_classes, open_image_set
+from ...engine.data.images import check_same_classes, open_image_set
 from ...engine.data.names import display_names, read_prompts
 from ...engine.expand.backends import require_backend, resolve_device
+from ...engine.expand.prompts import unseen_classes
+from ...engine.labels.file import LabelLayout
 from ...export.config import DeviceName, Precision
 from ...export.models import ModelSource, find_model
 from ..batching import engine_batch_for, grouping, together_in_engine
-from ..config import RECIPES, TORCHVISION, Recipe, StudentConfig, TeacherConfig, usual_precision
+from ..config import (
+    RECIPES,
+    TORCHVISION,
+    Recipe,
+    RecipeName,
+    StudentConfig,
+    TeacherConfig,
+    usual_precision,
+)
 from ..data.folder import data_folder, images_sha256
 from ..methods.dace import DACE
 from ..methods.registry import METHODS
 from ..options import RunOptions
 from ..plan import Plan
 from ..run.progress import Report
-from ..teacher.teacher import torchvision_columns
-from .announcement import announce
-from .checks import (
-    check_compiler,
-    check_factor,
-    check_images_per_class,
-    check_network,
-    check_rendered,
-)
+from .checks import check_plan
 
-SMALL_MODEL_PX = 128  # models up to this size are toys: the `small` recipe fits them
+SMALL_PX = 128
+"""Models up to this size make images of this size only, and the recipe `small` fits them."""
+LARGE_LABELS_GIB = 1.0  # announced before the run, per method
 
 
 def make_plan(options: RunOptions, report: Report) -> Plan:
-    """Open the data, find the model, choose what was left out, and say what was chosen.
+    """Open the data, find the model, choose what was not given, and report the choices.
 
     Raises ValueError or OSError, one clear line each, for what does not fit together.
     """
-    given = _open(options, report)
-    classes, each = len(given.train.class_ids), (options.ipc + options.dope) * given.factor**2
-    codec = options.label_codec(classes)
-    check_images_per_class(
-        given.train,
-        options.methods,
-        ipc=options.ipc,
-        factor=given.factor,
-        doped=options.dope,
-    )
-    by_recipe = given.recipe.student_for(
-        ipc=options.ipc, factor=given.factor, classes=classes, network=options.student
-    )
-    group = grouping(classes, each, by_recipe)
-    if options.student_compile:
-        check_compiler()
-    teacher_source, teacher_network = _choose_teacher(options.teacher, given.recipe)
-    if teacher_source is not None and teacher_source.startswith(TORCHVISION):
-        torchvision_columns(teacher_source, given.train.class_ids)
-    _check_networks(options, given, teacher_source, teacher_network, by_recipe.network)
-    expand = _expand_config(options, given, by_recipe, each, group)
+    chosen = _Choices(options, report)
+    expand = chosen.expand()
     plan = Plan(
         methods=options.methods,
         data_name=options.data.rstrip("/").rsplit("/", 1)[-1],
-        train=given.train,
-        val=given.val,
-        data_sha256=images_sha256(given.train, given.val),
-        class_names=given.class_names,
-        device=given.device,
+        train=chosen.train,
+        val=chosen.val,
+        data_sha256=images_sha256(chosen.train, chosen.val),
+        class_names=chosen.class_names,
+        device=chosen.device,
         seed=options.seed,
         seeds=options.seeds,
-        recipe=given.recipe,
+        recipe=chosen.recipe,
         ipc=options.ipc,
-        factor=given.factor,
+        factor=chosen.factor,
         dope=options.dope,
-        scoring=options.scoring or given.recipe.scoring,
+        scoring=options.scoring or chosen.recipe.scoring,
         select=options.select,
         candidates=options.candidates,
-        teacher=_teacher_config(options, given, teacher_network),
-        teacher_source=teacher_source,
-        student=_student_config(options, given, by_recipe, group),
+        teacher=chosen.teacher(),
+        teacher_source=chosen.teacher_source,
+        student=chosen.student(),
         labels=options.labels,
-        codec=codec,
-        model=given.model,
+        codec=options.label_codec(chosen.classes),
+        model=chosen.model,
         prompt=options.prompt,
-        own_prompts=given.own_prompts,
+        own_prompts=chosen.own_prompts,
         expand=expand,
         refresh=options.refresh,
         variants=options.variants,
         budget_seconds=options.budget_seconds,
         dsco=options.dsco,
-        use=_uses(options, given, expand),
+        use=chosen.uses(expand),
     )
-    announce(plan, report)
+    check_plan(plan)
+    _announce(plan, report)
     return plan
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Given:
-    """What the options name, opened, and the sizes that follow from it."""
+class _Choices:
+    """What the options name, opened, and the settings that follow from it."""
 
-    device: DeviceName
-    precision: Precision
-    """Of the model."""
-    train: ImageSet
-    val: ImageSet
-    class_names: tuple[str, ...]
-    own_prompts: dict[str, str]
-    model: ModelSource | None
-    recipe: Recipe
-    image_size: int
-    """In px, as the others."""
-    factor: int
+    def __init__(self, options: RunOptions, report: Report) -> None:
+        self.options = options
+        self.device: DeviceName = resolve_device(options.device)
+        default: Precision = "fp16" if self.device == "cuda" else "fp32"
+        self.precision: Precision = options.precision or default
+        runs_a_model = any(METHODS[method].model for method in options.methods)
+        if runs_a_model:
+            require_backend(options.backend, self.precision, self.device)
+        data = data_folder(options.data, options.shapes_per_class, report)
+        self.train, self.val = open_image_set(data, "train"), open_image_set(data, "val")
+        check_same_classes(self.train, self.val)
+        ids = self.train.class_ids
+        self.classes = len(ids)
+        self.class_names = display_names(ids, options.class_names)
+        self.own_prompts = read_prompts(options.prompts, ids)
+        self.model = _choose_model(options, self.device, report) if runs_a_model else None
+        self.recipe = _choose_recipe(options, self.device, self.model, report)
+        self.image_size = options.image_size or self._native_px() or self.recipe.image_size
+        self.factor = options.factor or self.recipe.factor_for(self.image_size)
+        self.teacher_source, self.teacher_network = _choose_teacher(options.teacher, self.recipe)
+        self.by_recipe = self.recipe.student_for(
+            ipc=options.ipc, factor=self.factor, classes=self.classes, network=options.student
+        )
+        each = (options.ipc + options.dope) * self.factor**2
+        self.samples = self.classes * each
+        self.group = grouping(self.classes, each, self.by_recipe)
+
+    def _native_px(self) -> int | None:
+        """The model's own size under the recipe `small`, whose models make no other well."""
+        if self.model is None or self.recipe.name != "small":
+            return None
+        native = self.model.trained_px()
+        return native if native <= SMALL_PX else None
+
+    def teacher(self) -> TeacherConfig:
+        """How a teacher is trained here."""
+        return replace(
+            self.recipe.teacher,
+            network=self.teacher_network,
+            size_px=self.image_size,
+            epochs=self.options.teacher_epochs or self.recipe.teacher.epochs,
+            seed=self.options.seed,
+            device=self.device,
+        )
+
+    def student(self) -> StudentConfig:
+        """How students are trained: the recipe, as the options change it."""
+        options, recipe = self.options, self.by_recipe
+        return replace(
+            recipe.at(options.student_precision or usual_precision(self.device)),
+            size_px=self.image_size,
+            epochs=options.epochs or recipe.epochs,
+            batch=options.batch or recipe.batch,
+            group=self.group or 1,
+            learning_rate=options.learning_rate or recipe.learning_rate,
+            cutmix=recipe.cutmix if options.cutmix is None else options.cutmix == "on",
+            compile=options.student_compile,
+            targets=options.targets,
+            temperature=1.0 if options.targets == "hard" else recipe.temperature,
+            accumulate=options.accumulate,
+            overlap=options.overlap == "on",
+            seed=options.seed,
+            device=self.device,
+        )
+
+    def expand(self) -> ExpandConfig:
+        """How patches are expanded."""
+        options = self.options
+        batch = options.engine_batch or engine_batch_for(
+            self.samples, self.by_recipe, options.refresh
+        )
+        return ExpandConfig(
+            size_px=self.image_size,
+            steps=options.steps or DACE.steps,
+            rho=options.rho,
+            mixup=options.mixup,
+            mixup_weight=options.mixup_weight,
+            start=options.start,
+            seed=options.seed,
+            precision=self.precision,
+            vae_precision=options.vae_precision,
+            batch=batch,
+            backend=options.backend,
+            device=self.device,
+            images_per_prompt=together_in_engine(self.group, batch, options.refresh),
+            bundles=options.bundles and options.bundles.expanduser(),
+        )
+
+    def uses(self, expand: ExpandConfig) -> dict[str, ExpandConfig]:
+        """How each method that runs the model uses it: on patches, or once on noise alone."""
+        uses: dict[str, ExpandConfig] = {}
+        for method in (METHODS[name] for name in self.options.methods):
+            if method.model == "rendered":
+                uses[method.name] = expand
+            elif method.model == "made" and self.model is not None:
+                own = method.use(self.options, self.model.trained_px(), self.classes)
+                steps = self.options.steps or method.steps
+                uses[method.name] = replace(expand, start="noise", mixup=False, steps=steps, **own)
+        return uses
 
 
-def _open(options: RunOptions, report: Report) -> _Given:
-    device = resolve_device(options.device)
-    precision = options.precision or ("fp16" if device == "cuda" else "fp32")
-    if _runs_a_model(options):
-        require_backend(options.backend, precision, device)
-    data = data_folder(options.data, options.shapes_per_class, report)
-    train, val = open_image_set(data, "train"), open_image_set(data, "val")
-    check_same_classes(train, val)
-    class_names = display_names(train.class_ids, options.class_names)
-    own_prompts = read_prompts(options.prompts, train.class_ids)
-    model = _choose_model(options, device, report)
-    recipe = _choose_recipe(options, device, model, report)
-    image_size = options.image_size or _native_px(model, recipe) or recipe.image_size
-    factor = options.factor or recipe.factor_for(image_size)
-    if model is not None:
-        generate_size = options.generate_size or model.trained_px()
-        check_rendered(model, options.methods, image_size, generate_size)
-    check_factor(factor, image_size)
-    return _Given(
-        device=device,
-        precision=precision,
-        train=train,
-        val=val,
-        class_names=class_names,
-        own_prompts=own_prompts,
-        model=model,
-        recipe=recipe,
-        image_size=image_size,
-        factor=factor,
-    )
-
-
-def _runs_a_model(options: RunOptions) -> bool:
-    return any(METHODS[method].model for method in options.methods)
-
-
-def _choose_model(options: RunOptions, device: str, report: Report) -> ModelSource | None:
-    if not _runs_a_model(options):
-        return None
+def _choose_model(options: RunOptions, device: str, report: Report) -> ModelSource:
     name = options.model
     if name is None:
         small = options.data == "shapes" or device == "cpu"
@@ -163,27 +197,24 @@ def _choose_model(options: RunOptions, device: str, report: Report) -> ModelSour
 def _choose_recipe(
     options: RunOptions, device: str, model: ModelSource | None, report: Report
 ) -> Recipe:
-    if options.recipe is not None:
-        return RECIPES[options.recipe]
-    native = model.trained_px() if model is not None else None
-    if native is None:  # the recipe that dace would have had on the same data
+    if model is None:  # as dace would choose on the same data
         small = options.data == "shapes" or device == "cpu"
     else:
-        small = native <= SMALL_MODEL_PX
+        small = model.trained_px() <= SMALL_PX
+    return recipe_or_default(options.recipe, small, report)
+
+
+def recipe_or_default(name: RecipeName | None, small: bool, report: Report) -> Recipe:
+    """The named recipe. Default: `small` or `dace`, which is then reported."""
+    if name is not None:
+        return RECIPES[name]
     recipe = RECIPES["small" if small else "dace"]
     report.say(f"recipe: {recipe.name} ({recipe.about})")
     return recipe
 
 
-def _native_px(model: ModelSource | None, recipe: Recipe) -> int | None:
-    """The model's own size under the recipe `small`, whose models make nothing else well."""
-    if model is None or recipe.name != "small" or model.trained_px() > SMALL_MODEL_PX:
-        return None
-    return model.trained_px()
-
-
 def _choose_teacher(given: str | None, recipe: Recipe) -> tuple[str | None, str]:
-    """What to load, if anything, and the network that is trained, or that a state dict is of."""
+    """The teacher to load, None to train one, and its network: for a file, if a state dict."""
     network = recipe.teacher.network
     if given is None:
         return None, network
@@ -192,86 +223,39 @@ def _choose_teacher(given: str | None, recipe: Recipe) -> tuple[str | None, str]
     return None, given
 
 
-def _check_networks(
-    options: RunOptions, given: _Given, teacher_source: str | None, teacher: str, student: str
-) -> None:
-    """Of a teacher that is brought along, `teacher` is what its file may be a state dict of."""
-    classes, size_px = len(given.train.class_ids), given.image_size
-    for option, network in (("--teacher", teacher), ("--student", student)):
-        check_network(option, network, classes, size_px)
-    scoring = options.scoring or given.recipe.scoring
-    if scoring == "native" and teacher_source is None:
-        check_network("--teacher", teacher, classes, size_px, shown_px=size_px // given.factor)
-
-
-def _teacher_config(options: RunOptions, given: _Given, network: str) -> TeacherConfig:
-    recipe = given.recipe.teacher
-    return replace(
-        recipe,
-        network=network,
-        size_px=given.image_size,
-        epochs=options.teacher_epochs or recipe.epochs,
-        seed=options.seed,
-        device=given.device,
+def _announce(plan: Plan, report: Report) -> None:
+    """Report the amount of data, large labels, prompts, and classes that the model has not seen."""
+    classes = len(plan.class_names)
+    report.say(
+        f"data: {len(plan.train)} training and {len(plan.val)} validation images of "
+        f"{classes} classes; {plan.image_size} px, patches of {plan.patch_px} px"
     )
-
-
-def _student_config(
-    options: RunOptions, given: _Given, recipe: StudentConfig, group: int | None
-) -> StudentConfig:
-    return replace(
-        recipe.at(options.student_precision or usual_precision(given.device)),
-        size_px=given.image_size,
-        epochs=options.epochs or recipe.epochs,
-        batch=options.batch or recipe.batch,
-        group=group or 1,
-        learning_rate=options.learning_rate or recipe.learning_rate,
-        cutmix=recipe.cutmix if options.cutmix is None else options.cutmix == "on",
-        compile=options.student_compile,
-        targets=options.targets,
-        temperature=1.0 if options.targets == "hard" else recipe.temperature,
-        accumulate=options.accumulate,
-        overlap=options.overlap == "on",
-        seed=options.seed,
-        device=given.device,
+    samples = classes * (plan.samples_per_class + plan.doped_samples_per_class)
+    layout = LabelLayout(
+        codec=plan.codec, epochs=plan.student.epochs, samples=samples, classes=classes
     )
-
-
-def _expand_config(
-    options: RunOptions, given: _Given, student: StudentConfig, each: int, group: int | None
-) -> ExpandConfig:
-    """`each`: images of a class that a student sees in an epoch."""
-    samples = len(given.train.class_ids) * each
-    batch = options.engine_batch or engine_batch_for(samples, student, options.refresh)
-    return ExpandConfig(
-        size_px=given.image_size,
-        steps=options.steps or DACE.steps,
-        rho=options.rho,
-        mixup=options.mixup,
-        mixup_weight=options.mixup_weight,
-        start=options.start,
-        seed=options.seed,
-        precision=given.precision,
-        vae_precision=options.vae_precision,
-        batch=batch,
-        backend=options.backend,
-        device=given.device,
-        images_per_prompt=together_in_engine(group, batch, options.refresh),
-        bundles=options.bundles and options.bundles.expanduser(),
-    )
-
-
-def _uses(options: RunOptions, given: _Given, expand: ExpandConfig) -> dict[str, ExpandConfig]:
-    """How each method uses the model: on patches, or once, on noise alone."""
-    if given.model is None:
-        return {}
-    size_px, classes = given.model.trained_px(), len(given.train.class_ids)
-    uses: dict[str, ExpandConfig] = {}
-    for method in (METHODS[name] for name in options.methods):
-        if method.model == "rendered":
-            uses[method.name] = expand
-        elif method.model == "made":
-            from_noise = replace(expand, start="noise", mixup=False)
-            own = method.use(options, size_px, classes)
-            uses[method.name] = replace(from_noise, steps=options.steps or method.steps, **own)
-    return uses
+    labels_gib = layout.bytes / 2**30
+    stores = plan.labels != "online" and plan.student.targets == "soft"
+    if labels_gib >= LARGE_LABELS_GIB and stores:
+        smaller = plan.codec.k is None and classes > 1
+        report.say(
+            f"labels: {plan.codec.name}, {labels_gib:.1f} GiB for each method, and as much again "
+            f"on the disk while they are put into the coreset; "
+            f"{'--codec pca keeps less, ' if smaller else ''}--labels online keeps none"
+        )
+    if plan.model is None:
+        return
+    if plan.own_prompts:
+        report.say(
+            f"prompts: {len(plan.own_prompts)} of {classes} classes have their own, the others "
+            f"{plan.prompt!r}"
+        )
+    for announced in (METHODS[method].announced for method in plan.methods):
+        if announced is not None:
+            report.say(announced(plan))
+    unseen = unseen_classes(plan.model, plan.class_names)
+    if unseen:
+        report.say(
+            f"warning: {plan.model.name} has never seen {len(unseen)} of the classes, "
+            f"first {unseen[0]!r}: its images of them may not help; `train prior` makes a model"
+        )

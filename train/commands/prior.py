@@ -1,6 +1,6 @@
-"""`train prior`: an image folder in, a model folder for --model out.
+"""`train prior`: image folder → model folder for --model.
 
-All training images lie in memory as uint8 while it runs: at most MOST_GIB.
+It keeps all training images in memory as uint8: at most MOST_GIB.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..data.folder import data_folder, images_sha256
 from ..options import TrainPrior
 from ..prior.training import PriorTraining
 from ..run.folder import RunError
-from ..run.progress import Record, Report
+from ..run.progress import Report
 from ..teacher.teacher import load_teacher
 
 MOST_GIB = 4.0
@@ -32,8 +32,8 @@ WORK, SETTINGS, CARD = ".work", "settings.json", "model_card.json"
 
 
 def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
-    """Train the model and return what it became; `line` is the command for its card."""
-    with Record() as report:
+    """Train the model and describe it; `line` is the command for its card."""
+    with Report() as report:
         images = open_image_set(
             data_folder(command.data, command.shapes_per_class, report), "train"
         )
@@ -47,13 +47,13 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
         with full_disk_explained(command.out, _needed_bytes(command.prior)):
             _check_out(command, settings)
             pixels_NHWC, labels_N, skipped = _load(images, command, report)
-            _begin(command, settings)
+            _start(command, settings)
             training = PriorTraining(
                 *(command.prior, pixels_NHWC, labels_N, names, command.out),
                 report=report.say,
                 device=device,
             )
-            folder = training.run(data=_said_name(command), command=line, teacher=teacher)
+            folder = training.run(data=_data_name(command), command=line, teacher=teacher)
     source = ModelSource(folder.name, folder, folder / "vae")
     return {
         "model": str(folder),
@@ -71,8 +71,8 @@ def _needed_bytes(config: PriorConfig) -> int:
     return unet + VAE_BYTES * config.vae_width**2 // default.vae_width**2
 
 
-def _said_name(command: TrainPrior) -> str:
-    """The data as the card names it: no path of this machine."""
+def _data_name(command: TrainPrior) -> str:
+    """Name of the data for the card, without a path of this machine."""
     if command.data == "shapes":
         return f"shapes, {command.shapes_per_class} images per class"
     return Path(command.data).expanduser().resolve().name
@@ -90,7 +90,7 @@ def _check_memory(images: ImageSet, size_px: int) -> None:
 
 
 def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
-    """RunError unless the folder is free, or holds what the command may go on with or replace."""
+    """Raises RunError unless the folder is empty, or --resume or --overwrite applies to it."""
     out, record = command.out, command.out / WORK / SETTINGS
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} exists and is not a folder: choose another --out")
@@ -109,7 +109,15 @@ def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
             f"--out {out} holds a model without the training that --resume would go on with (no "
             f"{WORK}/{SETTINGS}): give --overwrite to replace it, or choose another --out"
         )
-    _check_settings(out, json.loads(record.read_text()), settings)
+    # An older version lacks newer options.
+    before = {**PriorConfig().as_dict(), **json.loads(record.read_text())}
+    unsaid = {"data": "other images in --data", "classes": "other --class-names"}
+    for key, was, now in differences(before, settings):
+        option = f"--{key.replace('_', '-')} {was}, now {now}"
+        raise RunError(
+            f"{out} was begun with {unsaid.get(key, option)}: "
+            "give the same options to --resume, or choose another --out"
+        )
     if any(record.parent.glob("*.pt")):
         raise RunError(
             f"{out} was begun by an older version, whose checkpoints ({WORK}/*.pt) are not read: "
@@ -117,22 +125,11 @@ def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
         )
 
 
-def _check_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    before = {**PriorConfig().as_dict(), **before}  # an option that it did not have yet
-    unsaid = {"data": "other images in --data", "classes": "other --class-names"}
-    for key, was, asked in differences(before, now):
-        option = f"--{key.replace('_', '-')} {was}, now {asked}"
-        raise RunError(
-            f"{out} was begun with {unsaid.get(key, option)}: "
-            "give the same options to --resume, or choose another --out"
-        )
-
-
-def _begin(command: TrainPrior, settings: dict[str, Any]) -> None:
-    """Write down what is trained. A model to be overwritten stays until the new one is whole."""
+def _start(command: TrainPrior, settings: dict[str, Any]) -> None:
+    """Write the settings. A model to be overwritten stays until the new one is complete."""
     record = command.out / WORK / SETTINGS
     if command.overwrite and record.parent.is_dir():
-        record.unlink(missing_ok=True)  # first: what else is left cannot be resumed then
+        record.unlink(missing_ok=True)  # first, so that a partly removed training is not resumed
         shutil.rmtree(record.parent)
     record.parent.mkdir(parents=True, exist_ok=True)
     replace_json(record, settings)
@@ -143,7 +140,7 @@ def _load(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """All images, centre-cropped: uint8 [N, H, W, 3], their classes, and how many were skipped.
 
-    InputError for a class that --skip-corrupt leaves without an image.
+    Raises InputError when --skip-corrupt leaves a class without an image.
     """
     size_px = command.prior.image_size
     stream = stream_center(images, size_px=size_px, skip_corrupt=command.skip_corrupt)

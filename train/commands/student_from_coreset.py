@@ -6,31 +6,41 @@ This needs neither the original images nor the teacher; --data adds a validation
 accuracy on. Students learn the stored labels, or with hard targets the classes, which every coreset
 has. With the same seeds, and the same engine on the same kind of device, they equal the students of
 the coreset's own run: bit for bit on a CPU.
+
+The manifest of a coreset with labels holds the recipe of its own students, which applies to hard
+targets too. Without labels the manifest gives the size and number of images, and a named recipe
+gives the rest as `train --targets hard` does: the same options give the same students, except for
+--refresh, which only labels record.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from ...engine.coreset.coreset import Coreset, open_coreset
 from ...engine.data.images import ImageSet, open_image_set
 from ...engine.expand.backends import resolve_device
+from ...export.config import DeviceName
 from ...export.durable import full_disk_explained
-from ..config import CHANGES_NO_RESULT, StudentConfig, Targets, student_seeds
+from ..batching import grouping
+from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds, usual_precision
 from ..coreset_options import StudentElsewhere
 from ..data.folder import data_folder, images_sha256
 from ..labels.hard import HardLabels
+from ..methods.stored import doped_samples
 from ..report.summary import mean_and_std, provenance, rounded
-from ..run.folder import RunFolder, StageResult, check_out, settings_by_option
-from ..run.progress import Record, Report
+from ..run.folder import RunFolder, StageResult, check_out
+from ..run.progress import Report
+from ..run.settings import settings_by_option
 from ..students.from_manifest import fitting_labels, open_recorded_source, student_config
 from ..students.loop import train_students
 from .checks import check_compiler, check_network
-from .hard_recipe import hard_config
+from .planning import SMALL_PX, recipe_or_default
 
 STAGE = "student"
+SAME = ("epochs", "batch", "learning_rate", "final_lr_fraction", "weight_decay", "accumulate")
+"""Options that are fields of StudentConfig under the same name."""
 NEEDED_BYTES = 64 * 2**20  # for the run's small files; writing weights checks its own need
 
 
@@ -40,14 +50,27 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
     Raises ValueError or OSError, one clear line, for a manifest that lacks information, labels of
     other views, a model with other weights, or a machine that lacks what was requested.
     """
-    with Record(options.out) as report:
-        _require_apart(options.coreset, options.out)
-        check_out(options.out, resume=True, overwrite=options.overwrite)
-        if not options.overwrite:
-            _require_own(options.out)
+    with Report(options.out) as report:
+        _check_folders(options)
         coreset = open_coreset(options.coreset.expanduser())
         config = _student_config(coreset, options, report)
-        val = _validation(options, report)
+        seed = coreset.settings["seed"] if options.seed is None else options.seed
+        seeds = student_seeds(seed, options.seeds)
+        if options.data is None:
+            report.say("accuracy: not measured, there is no --data")
+            val = None
+        else:
+            data = data_folder(options.data, options.shapes_per_class, report)
+            val = open_image_set(data, "val")
+        student = {k: v for k, v in asdict(config).items() if k not in CHANGES_NO_RESULT}
+        settings = {
+            "--coreset": coreset.content_sha256,
+            "validation images": None if val is None else images_sha256(val),
+            "--seeds": list(seeds),
+            "--precision": options.precision,
+            "--vae-precision": options.vae_precision,
+            **settings_by_option("student", student),
+        }
         with (
             full_disk_explained(options.out, NEEDED_BYTES),
             RunFolder(options.out, report, overwrite=options.overwrite) as run,
@@ -55,8 +78,8 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
             report.open_log()
             students = run.stage(
                 STAGE,
-                _settings(coreset, options, config, val),
-                lambda: _train(coreset, options, config, val, run, report, line),
+                settings,
+                lambda: _train(coreset, options, config, seeds, val, report, line),
             )
     accuracies = students["accuracies"]
     return {
@@ -70,16 +93,14 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
     }
 
 
-def _require_apart(coreset: Path, out: Path) -> None:
-    """Raises ValueError if --coreset lies in --out, which --overwrite would empty."""
-    if coreset.expanduser().resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"--coreset {coreset} lies in --out {out}: choose another --out")
-
-
-def _require_own(out: Path) -> None:
-    """Raises ValueError for another run's folder, whose students have the same file names."""
+def _check_folders(options: StudentElsewhere) -> None:
+    """Raises ValueError for an --out that holds the coreset or something else than such a run."""
+    out = options.out
+    if options.coreset.expanduser().resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--coreset {options.coreset} lies in --out {out}: choose another --out")
+    check_out(out, resume=True, overwrite=options.overwrite)
     others = sorted({path.stem for path in (out / "stages").glob("*.json")} - {STAGE})
-    if others:
+    if others and not options.overwrite:  # its students have the same file names
         raise ValueError(
             f"--out {out} holds a run with the stage {others[0]}, and this command keeps students "
             "of its own: choose another --out"
@@ -87,82 +108,97 @@ def _require_own(out: Path) -> None:
 
 
 def _student_config(coreset: Coreset, options: StudentElsewhere, report: Report) -> StudentConfig:
+    """The recipe of the students.
+
+    Raises ValueError for an option that contradicts the manifest; CoresetError for a manifest with
+    labels but without a recipe.
+    """
     if options.student_compile:
         check_compiler()
     device = resolve_device(options.device)
-    changes = {
+    given = {
+        **{name: getattr(options, name) for name in SAME},
         "network": options.student,
-        "epochs": options.epochs,
-        "batch": options.batch,
-        "learning_rate": options.learning_rate,
-        "final_lr_fraction": options.final_lr_fraction,
-        "weight_decay": options.weight_decay,
         "precision": options.student_precision,
         "compile": options.student_compile,
-        "accumulate": options.accumulate,
         "overlap": options.overlap == "on",
     }
-    if _targets(coreset, options, report) == "hard":
-        config = hard_config(coreset, options, report, device=device, **changes)
-    else:
+    changes = {name: value for name, value in given.items() if value is not None}
+    hard, has_labels = options.targets == "hard", coreset.soft_labels() is not None
+    if options.targets is None and not has_labels:
+        report.say("targets: hard, the classes alone, as the coreset holds no soft labels")
+        hard = True
+    if not hard:
         config = student_config(coreset, device=device, **changes)
-        _refuse_what_hard_targets_take(options)
+        reason = "the stored labels belong to the manifest's recipe and views"
+        _refuse(options, ("recipe", "factor", "cutmix"), reason, ", or give --targets hard")
+    elif has_labels:
+        reason = (
+            f"the manifest of {coreset.folder} holds the recipe of its students, and single "
+            "options change it"
+        )
+        _refuse(options, ("recipe", "factor"), reason)
+        config = student_config(coreset, device=device)
+    else:
+        config = _without_labels(coreset, options, report, device)
+    if hard:
+        if options.cutmix is not None:
+            changes["cutmix"] = options.cutmix == "on"
+        if "precision" in changes:
+            config = config.at(changes.pop("precision"))
+        config = replace(config, targets="hard", temperature=1.0, **changes)
     check_network("--student", config.network, len(coreset.class_ids), config.size_px)
     return config
 
 
-def _targets(coreset: Coreset, options: StudentElsewhere, report: Report) -> Targets:
-    if options.targets is not None:
-        return options.targets
-    if coreset.soft_labels() is not None:
-        return "soft"
-    report.say("targets: hard, the classes alone, as the coreset holds no soft labels")
-    return "hard"
-
-
-def _refuse_what_hard_targets_take(options: StudentElsewhere) -> None:
-    for name in ("recipe", "factor", "cutmix"):
+def _refuse(
+    options: StudentElsewhere, names: tuple[str, ...], reason: str, way_out: str = ""
+) -> None:
+    for name in names:
         value = getattr(options, name)
         if value is not None:
-            raise ValueError(
-                f"--{name} {value}: the stored labels belong to the manifest's recipe and views: "
-                "leave it out, or give --targets hard"
-            )
+            raise ValueError(f"--{name} {value}: {reason}: leave it out{way_out}")
 
 
-def _validation(options: StudentElsewhere, report: Report) -> ImageSet | None:
-    if options.data is None:
-        report.say("accuracy: not measured, there is no --data")
-        return None
-    return open_image_set(data_folder(options.data, options.shapes_per_class, report), "val")
-
-
-def _settings(
-    coreset: Coreset, options: StudentElsewhere, config: StudentConfig, val: ImageSet | None
-) -> dict[str, Any]:
-    """Everything that decides the students and their reported results."""
-    student = {k: v for k, v in asdict(config).items() if k not in CHANGES_NO_RESULT}
-    return {
-        "--coreset": coreset.content_sha256,
-        "validation images": None if val is None else images_sha256(val),
-        "--seeds": list(_seeds(coreset, options)),
-        "--precision": options.precision,
-        "--vae-precision": options.vae_precision,
-        **settings_by_option("student", student),
-    }
-
-
-def _seeds(coreset: Coreset, options: StudentElsewhere) -> tuple[int, ...]:
-    seed = coreset.settings["seed"] if options.seed is None else options.seed
-    return student_seeds(seed, options.seeds)
+def _without_labels(
+    coreset: Coreset, options: StudentElsewhere, report: Report, device: DeviceName
+) -> StudentConfig:
+    """The named recipe, filled in as the run of this coreset would."""
+    settings, classes = coreset.settings, len(coreset.class_ids)
+    size_px = settings["image_size_px"]
+    recipe = recipe_or_default(options.recipe, size_px <= SMALL_PX, report)
+    if "samples_per_class" in settings:  # views of whole images
+        factor = options.factor or recipe.factor_for(size_px)
+    elif options.factor in (None, settings["factor"]):
+        factor = settings["factor"]
+    else:
+        raise ValueError(
+            f"--factor {options.factor}: the patches of {coreset.folder} have factor "
+            f"{settings['factor']}: leave it out"
+        )
+    each = settings.get("samples_per_class", settings["ipc"] * settings["factor"] ** 2)
+    ipc, rest = divmod(each, factor**2)
+    if rest:
+        raise ValueError(
+            f"--factor {factor}: expected one whose square divides {each}, the images of a class "
+            f"that students of {coreset.folder} see in an epoch: give the --factor of its run"
+        )
+    student = recipe.student_for(ipc=ipc, factor=factor, classes=classes, network=options.student)
+    return replace(
+        student.at(usual_precision(device)),
+        size_px=size_px,
+        group=grouping(classes, each + doped_samples(coreset), student) or 1,
+        seed=settings["seed"],
+        device=device,
+    )
 
 
 def _train(
     coreset: Coreset,
     options: StudentElsewhere,
     config: StudentConfig,
+    seeds: tuple[int, ...],
     val: ImageSet | None,
-    run: RunFolder,
     report: Report,
     line: str,
 ) -> StageResult:
@@ -175,15 +211,15 @@ def _train(
             source,
             labels,
             config,
-            seeds=_seeds(coreset, options),
+            seeds=seeds,
             val_set=val,
-            folder=run.folder / "students",
+            folder=options.out / "students",
             report=report,
             name=coreset.settings["method"],
         )
     described = {
         "accuracies": None if val is None else [result.accuracy for result in results],
-        "losses": [list(result.losses) for result in results],
+        "losses": [result.losses for result in results],
         "seeds": [result.seed for result in results],
         "render": source.describe(),
         "provenance": provenance(line, config.device),

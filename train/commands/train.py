@@ -1,58 +1,63 @@
-"""The run: teacher → coresets → labels → students → report, each a stage that resumes."""
+"""`train` and its stages: teacher → coresets → labels → students → report; each stage resumes."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...engine.console import print_table
-from ...export.durable import full_disk_explained, replace_file, replace_json
+from ...engine.data.images import ImageSet, check_no_class_emptied, stream_center
+from ...export.durable import full_disk_explained, replace_json
+from ..data.folder import images_sha256
 from ..options import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from ..plan import Plan
-from ..report.page import PICTURES, SUMMARY, accuracy_rows, write_report
-from ..report.pictures import curves
+from ..report.page import SUMMARY, accuracy_rows, write_report
+from ..report.pictures import draw_curves
 from ..report.summary import REAL, make_summary, provenance, rounded
-from ..run.folder import RunFolder, StageResult, check_out
-from ..run.progress import Record, Silence
+from ..run.folder import RunError, RunFolder, StageResult, check_out
+from ..run.progress import Report
 from ..run.world import open_world
-from .damaged import leave_out_damaged
+from .checks import check_images_per_class
 from .pipeline import Distillation
 from .planning import make_plan
 
 CONFIG, ENVIRONMENT = "config.json", "environment.json"
-NEEDED_BYTES = 64 * 2**20  # of a run's small files; labels and weights say their own need
+NEEDED_BYTES = 64 * 2**20  # for a run's small files; writing labels or weights checks its own need
+LEARNED = {"soft": "KL to the teacher", "hard": "cross-entropy, less that of CutMix's mixture"}
 
 
 def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
-    """Do what one command asks for; `line` is that command, for the provenance.
+    """Run the stages of one command; `line` is that command, for the provenance.
 
-    A sub-command goes on in its run folder; `train` does so when told to --resume. Returns the
+    A sub-command resumes the run in its folder; `train` does so only with --resume. Returns the
     command's result, plain JSON. Raises ValueError or OSError, one clear line, for bad input.
     """
-    goes_on = options.resume or not (isinstance(options, Train) or options.overwrite)
+    resumes = options.resume or not (isinstance(options, Train) or options.overwrite)
     with (
         open_world(options.device) as world,
-        Record(options.out) if world.leads else Silence() as report,
+        Report(options.out if world.leads else None) as report,
     ):
-        world.once(lambda: check_out(options.out, resume=goes_on, overwrite=options.overwrite))
+        world.once(lambda: check_out(options.out, resume=resumes, overwrite=options.overwrite))
         plan = world.in_turn(lambda: make_plan(options, report))
         with (
             full_disk_explained(options.out, NEEDED_BYTES),
             RunFolder(options.out, report, world, overwrite=options.overwrite) as run,
         ):
-            if isinstance(report, Record):
+            if world.leads:
                 _write_settings(run.folder, options, plan, line)
                 report.open_log()
             skipped: dict[str, int] = {}
             if options.skip_corrupt:
-                plan, skipped = leave_out_damaged(plan, run, report)
+                plan, skipped = _omit_damaged(plan, run, report)
             return _run(Distillation(plan, run, report, line), options, skipped)
 
 
 def _write_settings(folder: Path, options: RunOptions, plan: Plan, line: str) -> None:
-    """What was asked for and filled in, at first, and where each session ran: for people.
+    """Write, for people, the first session's options and configs, and where each session ran.
 
     A resumed run has the same settings, or its stages refuse it.
     """
@@ -63,6 +68,52 @@ def _write_settings(folder: Path, options: RunOptions, plan: Plan, line: str) ->
     path = folder / ENVIRONMENT
     sessions = json.loads(path.read_bytes()) if path.is_file() else []
     replace_json(path, [*sessions, provenance(line, plan.device)], default=str)
+
+
+def _omit_damaged(plan: Plan, run: RunFolder, report: Report) -> tuple[Plan, dict[str, int]]:
+    """--skip-corrupt: the plan without images that cannot be decoded, and their number per split.
+
+    A stage of its own decodes every file once, so later stages see valid images only. Raises
+    InputError when a class has none left, ValueError when it has too few, RunError for a run that
+    was started with images that are now omitted.
+    """
+
+    def find() -> StageResult:
+        return StageResult({s.split: _damaged(s, plan, report) for s in (plan.train, plan.val)})
+
+    found = run.stage("data", {"--data": plan.data_sha256}, find)
+    train, val = (_without(images, found[images.split]) for images in (plan.train, plan.val))
+    remaining = replace(plan, train=train, val=val, data_sha256=images_sha256(train, val))
+    check_images_per_class(remaining)
+    for name in ("teacher", "coreset") if any(found.values()) else ():
+        record = run.read(name)
+        if record is not None and record["config"]["--data"] == plan.data_sha256:
+            raise RunError(
+                f"the {name} stage of {run.folder} was run with images that --skip-corrupt leaves "
+                "out: start again with --overwrite, or choose another --out"
+            )
+    return remaining, {split: len(paths) for split, paths in found.items()}
+
+
+def _damaged(images: ImageSet, plan: Plan, report: Report) -> list[str]:
+    stream = stream_center(images, size_px=plan.image_size, device=plan.device, skip_corrupt=True)
+    done = 0
+    for batch in stream:
+        done += len(batch.labels_B)
+        report.progress(f"decode {images.split}", done, len(images), "images")
+    paths = sorted(images.paths[index] for index in stream.skipped)
+    for path in paths:
+        report.say(f"skipped, it cannot be decoded: {images.root / path}")
+    return paths
+
+
+def _without(images: ImageSet, paths: list[str]) -> ImageSet:
+    omitted = set(paths)
+    kept = np.array([path not in omitted for path in images.paths])
+    labels = images.labels[kept]
+    check_no_class_emptied(images, labels)
+    whole = tuple(path for path in images.paths if path not in omitted)
+    return replace(images, paths=whole, labels=labels)
 
 
 def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dict[str, Any]:
@@ -87,7 +138,7 @@ def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dic
 
 
 def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]) -> dict[str, Any]:
-    """The last stage: summary.json, curves, report.html; returns what people look for first."""
+    """The last stage: summary.json, curves, report.html; returns the most important numbers."""
     folder = job.run.folder
 
     def work() -> StageResult:
@@ -100,17 +151,11 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
             seconds=job.run.seconds(),
             skipped=skipped,
         )
-        losses = {name: list(enumerate(_mean_losses(result))) for name, result in students.items()}
-        learned = {
-            "soft": "KL to the teacher",
-            "hard": "cross-entropy, less that of CutMix's mixture",
-        }
-        panels = {f"students: {learned[job.plan.student.targets]}": losses}
+        losses = {name: np.mean(result["losses"], 0) for name, result in students.items()}
+        panels = {f"students: {LEARNED[job.plan.student.targets]}": losses}
         if summary["teacher"].get("losses"):
-            teacher = list(enumerate(summary["teacher"]["losses"]))
-            panels["teacher: cross-entropy"] = {"teacher": teacher}
-        (folder / PICTURES).mkdir(exist_ok=True)
-        replace_file(folder / PICTURES / "curves.png", curves(panels))
+            panels["teacher: cross-entropy"] = {"teacher": summary["teacher"]["losses"]}
+        draw_curves(folder, panels)
         replace_json(folder / SUMMARY, summary)
         write_report(folder)
         return StageResult(summary)
@@ -123,8 +168,3 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
         "report": str(folder / "report.html"),
         **{key: summary[key] for key in (*first, "content_sha256", "skipped_images")},
     }
-
-
-def _mean_losses(result: dict[str, Any]) -> list[float]:
-    """Of every epoch, over the students."""
-    return [sum(losses) / len(losses) for losses in zip(*result["losses"], strict=True)]

@@ -6,14 +6,15 @@ For some (sample, epoch): render the image and its view again, run the teacher, 
     control   the same, with `stored` from another sample of the same class: a drift this large
               makes labels no better than their class
 
-The teacher's logits pass through the labels' codec first, as they did then, so on the machine that
-made the labels the drift is 0, whatever the codec loses. Another teacher's logits skip codec pca,
+The teacher's logits pass through the labels' codec first, as they did then, so the drift is 0 on
+the machine that made the labels, whatever the codec loses. Another teacher's logits skip codec pca,
 whose basis fits the first teacher: its drift includes that codec's loss.
 
 With CutMix a view needs its partner's image too. Only the compared images and their partners are
 rendered; the rest of a pool stays black and unused.
 
-Legend: P samples per pool, S of them compared, K classes, H W image size.
+Legend: P samples per pool, S of them compared, N samples and M compared in all, K
+classes, H W image size.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ from ..labels.views import cutmix_of, make_views, pools
 from ..methods.open import own_part
 from ..methods.source import Expansions, ImageSource
 from ..report.summary import rounded
-from ..run.progress import Record, Report
+from ..run.progress import Report
 from ..students.from_manifest import (
     fitting_labels,
     load_recorded_teacher,
@@ -61,11 +61,18 @@ def verify_labels(options: TrainVerify) -> dict[str, Any]:
     description of their views, another teacher, a model with other weights, or a machine that lacks
     what was requested.
     """
-    with Record() as report:
+    with Report() as report:
         coreset = open_coreset(options.coreset.expanduser())
         config = view_config(coreset, device=resolve_device(options.device))
         stored = require_soft_labels(coreset)
-        teacher = _load_teacher(coreset, stored, options, config)
+        teacher = load_recorded_teacher(coreset, options.teacher, config.device)
+        then = stored.settings.get("teacher")
+        if teacher.sha256 != then and not options.other_teacher:
+            raise ValueError(
+                f"--teacher {options.teacher}: expected the teacher that made the labels, sha256 "
+                f"{str(then)[:16]}…, got {teacher.sha256[:16]}…: give that one, or --other-teacher "
+                "to compare with this one"
+            )
         by_model = coreset.manifest["model"] is not None
         backends = options.backend if by_model else options.backend[:1]
         drifts = [
@@ -76,25 +83,11 @@ def verify_labels(options: TrainVerify) -> dict[str, Any]:
         "coreset": coreset.content_sha256,
         "method": coreset.settings["method"],
         "teacher": teacher.sha256,
-        "same_teacher": teacher.sha256 == stored.settings.get("teacher"),
+        "same_teacher": teacher.sha256 == then,
         "codec": stored.codec.name,
         "temperature": stored.temperature,
         "drift": rounded(drifts),
     }
-
-
-def _load_teacher(
-    coreset: Coreset, stored: SoftLabels, options: TrainVerify, config: StudentConfig
-) -> Teacher:
-    teacher = load_recorded_teacher(coreset, options.teacher, config.device)
-    then = stored.settings.get("teacher")
-    if teacher.sha256 != then and not options.other_teacher:
-        raise ValueError(
-            f"--teacher {options.teacher}: expected the teacher that made the labels, sha256 "
-            f"{str(then)[:16]}…, got {teacher.sha256[:16]}…: give that one, or --other-teacher to "
-            "compare with this one"
-        )
-    return teacher
 
 
 def _drift(
@@ -107,72 +100,46 @@ def _drift(
 ) -> dict[str, Any]:
     """The drift of one backend; `rendered` counts the images made, partners included."""
     began = time.monotonic()
-    compared: list[_Compared] = []
+    parts: list[Tensor] = []
+    rendered = done = 0
     with open_recorded_source(coreset, options, backend, config) as source:
         stored = fitting_labels(coreset, source, config, options).stored
         pairs = list(chosen_pairs(config, source.labels_N, options.samples, options.seed))
         total = sum(len(rows_S) for *_, rows_S in pairs)
-        for pool in pairs:
-            compared.append(_compare(source, stored, config, teacher, *pool))
-            done = sum(len(each.kl_S) for each in compared)
+        for samples_P, epoch, rows_S in pairs:
+            views_SCHW, images = _views(source, config, samples_P, epoch, rows_S)
+            now_SK = _coded(teacher.logits(views_SCHW), stored, teacher)
+            parts.append(_compare(stored, source.labels_N, samples_P[rows_S], epoch, now_SK))
+            rendered, done = rendered + images, done + len(rows_S)
             report.progress(f"verify, {backend}", done, total, "samples")
-        made_by = _made_by(source)
-    alone = any(bool(each.control_S.isnan().any()) for each in compared)
+        own = own_part(source)
+        made_by = own.expander.describe() if isinstance(own, Expansions) else {}
+    kl_M, agrees_M, control_M = torch.cat(parts, 1)
     return {
-        **made_by,
+        **{key: made_by.get(key) for key in ("backend", "precision", "vae_precision")},
         "samples": total,
-        "epochs": len(compared),
-        "rendered": sum(each.rendered for each in compared),
-        "kl": _spread(torch.cat([each.kl_S for each in compared])),
-        "top1_agreement": float(torch.cat([each.agrees_S for each in compared]).double().mean()),
-        "control_kl": None if alone else _spread(torch.cat([each.control_S for each in compared])),
+        "epochs": len(pairs),
+        "rendered": rendered,
+        "kl": _spread(kl_M),
+        "top1_agreement": float(agrees_M.mean()),
+        "control_kl": None if bool(control_M.isnan().any()) else _spread(control_M),
         "seconds": time.monotonic() - began,
     }
 
 
-def _made_by(source: ImageSource) -> dict[str, Any]:
-    """Backend and precisions of the model; None where there is no model."""
-    keys = ("backend", "precision", "vae_precision")
-    source = own_part(source)
-    if not isinstance(source, Expansions):
-        return dict.fromkeys(keys)
-    described = source.expander.describe()
-    return {key: described[key] for key in keys}
-
-
-@dataclass(frozen=True)
-class _Compared:
-    """Comparison of some samples of one epoch."""
-
-    kl_S: Tensor
-    agrees_S: Tensor
-    """Whether the top-1 class is the same; bool."""
-    control_S: Tensor
-    """NaN for a sample that is alone in its class."""
-    rendered: int
-
-
 def _compare(
-    source: ImageSource,
-    stored: SoftLabels,
-    config: StudentConfig,
-    teacher: Teacher,
-    samples_P: Tensor,
-    epoch: int,
-    rows_S: Tensor,
-) -> _Compared:
-    views_SCHW, rendered = _views(source, config, samples_P, epoch, rows_S)
-    samples_S = samples_P[rows_S]
-    now_SK = _coded(teacher.logits(views_SCHW), stored, teacher)
+    stored: SoftLabels, labels_N: Tensor, samples_S: Tensor, epoch: int, now_SK: Tensor
+) -> Tensor:
+    """Drift, whether the top-1 class agrees (0 or 1), and control: fp64 [3, S].
+
+    The control is NaN for a sample that is alone in its class.
+    """
     then_SK = stored.probabilities(epoch, samples_S)
-    others_S = _others_of_the_class(source.labels_N)[samples_S]
+    agrees_S = then_SK.argmax(1) == now_SK.argmax(1)
+    others_S = _others_of_the_class(labels_N)[samples_S]
     control_S = kl(stored.probabilities(epoch, others_S), now_SK)
-    return _Compared(
-        kl(then_SK, now_SK),
-        then_SK.argmax(1) == now_SK.argmax(1),
-        control_S.masked_fill(others_S == samples_S, math.nan),
-        rendered,
-    )
+    control_S = control_S.masked_fill(others_S == samples_S, math.nan)
+    return torch.stack([kl(then_SK, now_SK), agrees_S.double(), control_S])
 
 
 def chosen_pairs(
@@ -186,8 +153,8 @@ def chosen_pairs(
     draw = np.random.default_rng(seed)
     each = math.ceil(count / min(EPOCHS_LOOKED_AT, config.epochs))
     for epoch in draw.permutation(config.epochs).tolist():
-        of_epoch = pools(config, labels_N, epoch)
-        samples_P = of_epoch[draw.integers(len(of_epoch))]
+        epoch_pools = pools(config, labels_N, epoch)
+        samples_P = epoch_pools[draw.integers(len(epoch_pools))]
         wanted = min(each, count, len(samples_P))
         rows_S = np.sort(draw.choice(len(samples_P), wanted, replace=False))
         count -= wanted
@@ -229,13 +196,9 @@ def kl(p_SK: Tensor, q_SK: Tensor) -> Tensor:
     return (p * (p.log() - q.log())).sum(1).clamp_min(0.0)
 
 
-def _spread(values_S: Tensor) -> dict[str, float]:
-    return {
-        "mean": float(values_S.mean()),
-        "p50": float(values_S.quantile(0.5)),
-        "p95": float(values_S.quantile(0.95)),
-        "max": float(values_S.max()),
-    }
+def _spread(values_M: Tensor) -> dict[str, float]:
+    p50, p95, most = values_M.quantile(values_M.new_tensor([0.5, 0.95, 1.0])).tolist()
+    return {"mean": float(values_M.mean()), "p50": p50, "p95": p95, "max": most}
 
 
 def _others_of_the_class(labels_N: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The generated data set `shapes`: ten classes of textured shapes, as an ImageFolder of JPEGs.
 
-Every image is a pure function of (seed, split, class, number). A scene is: a two-colour background
-with slow texture and clutter, one object of the class with pose and a class-typical texture, an
+Every image is a pure function of (seed, split, class, number). A scene has a two-colour background
+with slow texture and clutter, one object of the class with a pose and a class-typical texture, an
 optional outline, occluders, a lighting gradient and sensor noise. Colours lean towards a
 class-typical hue but do not give the class away; the texture and the outline of the object do.
 
@@ -11,7 +11,6 @@ Coordinates: the canvas spans [-1, 1] in x and y, y downwards. A signed distance
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -21,33 +20,20 @@ from PIL import Image
 
 from ...export.durable import replacing
 
-CLASS_NAMES = (
-    "disc",
-    "ring",
-    "square",
-    "triangle",
-    "star",
-    "cross",
-    "crescent",
-    "bars",
-    "heart",
-    "zigzag",
-)
 SIZE_PX = 64
 GENERATOR_VERSION = 1
 SPLITS = {"train": 0, "val": 1}
 JPEG_QUALITY = 95
 
 Array = np.ndarray
-_EDGE_PER_UNIT = (
-    24.0  # a signed distance times this is coverage: about 1.3 px of anti-aliasing at 64 px
-)
+_EDGE_PER_UNIT = 24.0
+"""Coverage per signed distance: about 1.3 px of anti-aliasing at 64 px."""
 _axis = ((np.arange(SIZE_PX) + 0.5) / SIZE_PX * 2 - 1).astype(np.float32)
 _X, _Y = np.meshgrid(_axis, _axis)
 
 
 def _polygon(points: list[tuple[float, float]]) -> Callable[[Array, Array, float], Array]:
-    """Return the signed distance function of a closed polygon (even-odd rule)."""
+    """The signed distance function of a closed polygon (even-odd rule)."""
 
     def distance(u: Array, v: Array, _variant: float) -> Array:
         nearest = np.full(u.shape, np.inf, np.float32)
@@ -56,8 +42,7 @@ def _polygon(points: list[tuple[float, float]]) -> Callable[[Array, Array, float
             ex, ey, wu, wv = bx - ax, by - ay, u - ax, v - ay
             along = np.clip((wu * ex + wv * ey) / (ex * ex + ey * ey), 0, 1)
             nearest = np.minimum(nearest, (wu - ex * along) ** 2 + (wv - ey * along) ** 2)
-            crosses = ((v >= ay) != (v >= by)) & ((ex * wv > ey * wu) == (by > ay))
-            inside ^= crosses
+            inside ^= ((v >= ay) != (v >= by)) & ((ex * wv > ey * wu) == (by > ay))
         return np.where(inside, -1, 1) * np.sqrt(nearest)
 
     return distance
@@ -116,6 +101,7 @@ OUTLINES: dict[str, Callable[[Array, Array, float], Array]] = {
     "heart": _polygon(_heart_points()),
     "zigzag": _polygon(_ZIGZAG),
 }
+CLASS_NAMES = tuple(OUTLINES)
 
 
 def _hard_wave(x: Array) -> Array:
@@ -157,9 +143,8 @@ def _texture(rng: np.random.Generator, name: str, u: Array, v: Array) -> Array:
             return np.full_like(u, 0.9)
         case "heart":  # blotches
             return np.clip(_value_noise(rng, 9) * 2.4 - 0.7, 0, 1)
-        case "zigzag":  # vertical stripes
+        case _:  # zigzag: vertical stripes
             return _hard_wave(u * 11 * k + phase)
-    raise ValueError(f"unknown shape {name!r}: expected one of {', '.join(CLASS_NAMES)}")
 
 
 def _hsv(hue: float, saturation: float, value: float) -> Array:
@@ -198,7 +183,7 @@ def _rotated(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
 
 
 def _paint_scraps(rng: np.random.Generator, canvas: Array, count: int, reach: float) -> Array:
-    """Paint `count` small dots, bars and tiles: clutter behind the object, occluders before it."""
+    """Paint `count` small dots, bars and tiles: clutter behind the object, occluders in front."""
     for _ in range(count):
         x, y = rng.uniform(-reach, reach, 2)
         u, v = _rotated(_X - x, _Y - y, rng.uniform(0, np.pi))
@@ -223,8 +208,9 @@ def _background(rng: np.random.Generator, hue: float) -> Array:
     return near * (1 - mix) + far * mix
 
 
-def draw(class_index: int, rng: np.random.Generator) -> Array:
-    """Draw one image of a class: uint8 [64, 64, 3]."""
+def image(seed: int, split: str, class_index: int, number: int) -> Array:
+    """Image `number` of a class and split: uint8 [64, 64, 3], the same on every machine."""
+    rng = np.random.default_rng([seed, SPLITS[split], class_index, number])
     name, hue = CLASS_NAMES[class_index], class_index / len(CLASS_NAMES)
     canvas = _background(rng, hue * 3 + 0.35)
     canvas = _paint_scraps(rng, canvas, int(rng.integers(0, 4)), reach=1.0)
@@ -249,12 +235,6 @@ def draw(class_index: int, rng: np.random.Generator) -> Array:
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def image(seed: int, split: str, class_index: int, number: int) -> Array:
-    """Return image `number` of a class and split: uint8 [64, 64, 3], the same on every machine."""
-    rng = np.random.default_rng([seed, SPLITS[split], class_index, number])
-    return draw(class_index, rng)
-
-
 def _write_class(folder: Path, seed: int, split: str, class_index: int, count: int) -> None:
     target = folder / split / CLASS_NAMES[class_index]
     target.mkdir(parents=True)
@@ -266,9 +246,9 @@ def _write_class(folder: Path, seed: int, split: str, class_index: int, count: i
 def write_shapes(
     folder: Path, *, seed: int = 0, train_per_class: int = 1000, val_per_class: int = 200
 ) -> Path:
-    """Write the set as `folder/{train,val}/<class>/*.jpg` unless it is there; return `folder`.
+    """Write the set as `folder/{train,val}/<class>/*.jpg` unless it exists; returns `folder`.
 
-    The folder is there whole or not at all. Raises FileExistsError when it holds something else.
+    Writes the whole folder or nothing. Raises FileExistsError when it holds something else.
     """
     recipe = {
         "generator_version": GENERATOR_VERSION,
@@ -287,14 +267,14 @@ def write_shapes(
     counts = {"train": train_per_class, "val": val_per_class}
     try:
         with replacing(folder, overwrite=False) as building:
-            with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+            with ProcessPoolExecutor() as pool:
                 jobs = [
                     pool.submit(_write_class, building, seed, split, index, count)
                     for split, count in counts.items()
                     for index in range(len(CLASS_NAMES))
                 ]
-                for job in jobs:
-                    job.result()
+            for job in jobs:
+                job.result()
             (building / card.name).write_text(json.dumps(recipe, indent=2) + "\n")
     except FileExistsError:  # another process finished first: its copy is the same
         if not card.is_file():

@@ -1,14 +1,13 @@
-"""Hard labels: the class of every view and no teacher, for the hard-label accuracy of a set.
+"""Hard labels: the class of every view, without a teacher, for a set's hard-label accuracy.
 
-With CutMix a view shows two classes, each as large as its area (Yun et al. 2019, eq. 1):
+With CutMix a view shows two classes, weighted by their areas (Yun et al. 2019, eq. 1):
 
     target = w · onehot(class of the partner) + (1 - w) · onehot(own class),
     w = area of the pasted box, clipped to the image, / area of the image
 
-They come in the form of stored dense labels, as fp16 logits log(target), so that students learn
-from them as they do from a teacher's. The loss, KL(target || student) at T = 1, is the
-cross-entropy less that of the target with itself: the same gradient, and where nothing is mixed
-the same number.
+They have the form of stored dense labels, fp16 logits log(target), so that students learn from
+them as from a teacher's. The loss, KL(target || student) at T = 1, is the cross-entropy minus the
+target's own entropy: the same gradient, and without mixing the same number.
 
 Legend: P samples of a pool, K classes.
 """
@@ -20,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...engine.labels.codec import SoftTargets
+from ...engine.labels.codecs import SoftTargets
 from ..config import StudentConfig
 from ..methods.source import ImageSource
 from .views import cutmix_of
 
 NOT_SHOWN = -6e4
-"""Logit of a class that is not in a view: within fp16, and exactly 0 after softmax in fp32."""
+"""Logit of a class that a view does not show: within fp16, and exactly 0 after softmax in fp32."""
 
 
 class HardLabels:
-    """Labels that follow from the classes of a source's samples and from CutMix's boxes."""
+    """Labels from the classes of a source's samples and from CutMix's boxes."""
 
     def __init__(self, source: ImageSource, config: StudentConfig) -> None:
         self.config = config
@@ -43,22 +42,14 @@ class HardLabels:
         shares_PK.scatter_(1, own_P1, 1.0)
         if self.config.cutmix:
             partners_P, boxes_P4 = cutmix_of(samples_P, epoch, self.config)
-            pasted_P1 = shown_share(boxes_P4, self.config.size_px)[:, None]
+            first_P2 = boxes_P4[:, :2].clamp(0, self.config.size_px)
+            last_P2 = (boxes_P4[:, :2] + boxes_P4[:, 2:]).clamp(0, self.config.size_px)
+            pasted_P1 = (last_P2 - first_P2).prod(1, keepdim=True) / self.config.size_px**2
             shares_PK *= 1 - pasted_P1
             shares_PK.scatter_add_(1, own_P1[partners_P], pasted_P1)
         logits_PK = shares_PK.log().clamp_min(NOT_SHOWN)
         return SoftTargets(logits_PK.to(views_PCHW.device, torch.float16))
 
-    def flush(self) -> None:
-        pass
-
     def describe(self) -> dict[str, Any]:
-        """They depend on nothing but the samples' classes and the views."""
+        """They depend on the samples' classes and the views alone."""
         return {"targets": "hard"}
-
-
-def shown_share(boxes_P4: Tensor, size_px: int) -> Tensor:
-    """Share of a square image that boxes (top, left, height, width) show in it: fp32 [P]."""
-    first_P2 = boxes_P4[:, :2].clamp(0, size_px)
-    last_P2 = (boxes_P4[:, :2] + boxes_P4[:, 2:]).clamp(0, size_px)
-    return (last_P2 - first_P2).prod(1) / size_px**2

@@ -1,16 +1,16 @@
-"""Soft labels: the teacher's answers to what the students see.
+"""Soft labels: the teacher's answers to the views that students see.
 
-online   the teacher answers while the students train; nothing is kept
-record   the same, and its answers are kept as the codec has them, for the coreset
+online   the teacher answers while the students train; nothing is stored
+record   the same, and the answers are stored for the coreset, encoded by its codec
 stored   read from the coreset; no teacher is needed
 
-The teacher's logits are rounded to fp16 first. A student learns from an answer as it is kept: so it
-is the same, bit for bit on the CPU, whether its labels were recorded beside it or read from where
-they are stored, with any codec; and from online labels it is the one of dense labels.
+The teacher's logits are first rounded to fp16. A student learns from an answer as the codec stores
+it, so recorded and stored labels give the same student, bit for bit on the CPU, with any codec;
+online labels give the student of dense ones.
 
 Top-k labels p' of dense ones p: ||p' - p||_1 <= 2 r + 2^-10 + k 2^-24, where r is the mass of the
-classes that are left out (which is spread evenly; the rest of the bound is fp16). The gradient of
-the loss by a student's logits, (q - p) / T, differs by a T-th of that.
+omitted classes, spread evenly; the other terms are fp16's. The gradient of the loss by a student's
+logits, (q - p) / T, differs by 1/T of that.
 
 Legend: E epochs, N samples, K classes, k kept probabilities or components, P samples of a pool.
 """
@@ -18,13 +18,13 @@ Legend: E epochs, N samples, K classes, k kept probabilities or components, P sa
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import pairwise
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ...engine.errors import CoresetError
-from ...engine.labels.codec import Codec, SoftTargets, as_fp16, describe_codec
+from ...engine.labels.codecs import Codec, SoftTargets, as_fp16, describe_codec
 from ...engine.labels.stored import SoftLabels
 from ...export.durable import differences
 from ..config import StudentConfig
@@ -36,43 +36,36 @@ from .views import describe_views, pools
 
 
 class Labels(Protocol):
-    """Targets of a pool's views."""
+    """Targets for the views of a pool."""
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
-        """On the views' device, at the config's temperature."""
-        ...
-
-    def flush(self) -> None:
-        """Bring to the disk what was recorded so far."""
+        """Targets on the views' device, at the config's temperature."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What decides the targets, beside the views; plain JSON."""
+        """Everything besides the views that decides the targets; plain JSON."""
         ...
 
 
 class OnlineLabels:
-    """The teacher, asked every time. `views_PCHW` are normalised as views.make_views does."""
+    """The teacher's answers, computed every time, to views normalised as by views.make_views."""
 
     def __init__(self, teacher: Teacher, temperature: float, world: World = ALONE) -> None:
         self.teacher, self.temperature, self._world = teacher, temperature, world.producing
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
-        """CoresetError for an answer that is NaN, or beyond fp16."""
+        """Raises CoresetError for an answer that is NaN or beyond fp16."""
         logits_PK = as_fp16(answer_pool(self.teacher, views_PCHW, self._world))
         return SoftTargets(logits_PK.to(views_PCHW.device))
-
-    def flush(self) -> None:
-        pass
 
     def describe(self) -> dict[str, Any]:
         return {"teacher": self.teacher.sha256, "temperature": self.temperature, "codec": "none"}
 
 
 class StoredLabels:
-    """Labels of a coreset. Refused when they were made for other views than these.
+    """A coreset's labels. Raises CoresetError when they were made for other images or views.
 
-    `but_for`: what of the source's description may be another than it was then.
+    `but_for`: keys of the source's description that may differ.
     """
 
     def __init__(
@@ -83,52 +76,47 @@ class StoredLabels:
         *,
         but_for: Collection[str] = (),
     ) -> None:
-        self.stored, self.config = stored, config
-        wanted = label_settings(source, config)
+        wanted = labelled_views(source, config)
         then = stored.settings.get("source", {})
         wanted["source"] |= {key: then[key] for key in but_for if key in then}
         _require_fit(stored, wanted, source, config)
-        self.temperature, self._labels_N = config.temperature, source.labels_N
-        self._epoch, self._pools = -1, list[Tensor]()
-        self._pool_of_N = torch.empty(stored.samples, dtype=torch.int64)
+        self.stored, self._config, self._labels_N = stored, config, source.labels_N
+        self._epoch = -1
+        self._following: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        """(epoch, samples) of the pool after the one with this (epoch, first sample)."""
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
-        """While these are learnt from, the next pool's are read from the disk."""
+        """The next pool's labels are read from the disk while students learn from these."""
         targets_P = self.stored.targets(epoch, samples_P, views_PCHW.device)
-        self._read_next(int(samples_P[0]), epoch)
+        if epoch != self._epoch:
+            self._epoch, self._following = epoch, self._pools_after(epoch)
+        following = self._following.get((epoch, int(samples_P[0])))
+        if following is not None:
+            self.stored.read_ahead(*following)
         return targets_P
 
-    def _read_next(self, sample: int, epoch: int) -> None:
-        """Read the pool after the one with this sample ahead, of the next epoch after the last."""
-        if epoch != self._epoch:
-            self._epoch, self._pools = epoch, self._pools_of(epoch)
-            for number, samples_P in enumerate(self._pools):
-                self._pool_of_N[samples_P] = number
-        following = int(self._pool_of_N[sample]) + 1
-        if following < len(self._pools):
-            self.stored.read_ahead(epoch, self._pools[following])
-        elif epoch + 1 < self.stored.epochs:
-            self.stored.read_ahead(epoch + 1, self._pools_of(epoch + 1)[0])
-
-    def _pools_of(self, epoch: int) -> list[Tensor]:
-        return pools(self.config, self._labels_N, epoch)
-
-    def flush(self) -> None:
-        pass
+    def _pools_after(self, epoch: int) -> dict[tuple[int, int], tuple[int, Tensor]]:
+        """The pool after each pool of this epoch and the next."""
+        order = [
+            (each, samples_P)
+            for each in range(epoch, min(epoch + 2, self.stored.epochs))
+            for samples_P in pools(self._config, self._labels_N, each)
+        ]
+        return {(each, int(samples_P[0])): after for (each, samples_P), after in pairwise(order)}
 
     def describe(self) -> dict[str, Any]:
-        """The same as of the RecordedLabels that they came from."""
+        """The same as the RecordedLabels that they came from."""
         teacher = self.stored.settings.get("teacher")
-        return describe_kept(teacher, self.temperature, self.stored.codec)
+        return describe_stored(teacher, self._config.temperature, self.stored.codec)
 
 
-def describe_kept(teacher: str | None, temperature: float, codec: Codec) -> dict[str, Any]:
-    """What decides the targets that are kept, beside the views."""
+def describe_stored(teacher: str | None, temperature: float, codec: Codec) -> dict[str, Any]:
+    """Everything besides the views that decides stored targets."""
     return {"teacher": teacher, "temperature": temperature, **describe_codec(codec)}
 
 
-def label_settings(source: ImageSource, config: StudentConfig) -> dict[str, Any]:
-    """What stored labels belong to: the images and the views of them."""
+def labelled_views(source: ImageSource, config: StudentConfig) -> dict[str, Any]:
+    """The images and views that stored labels belong to."""
     return {"source": source.describe(), "views": describe_views(config)}
 
 

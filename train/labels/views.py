@@ -1,11 +1,11 @@
-"""What a student sees of (sample, epoch): crop, flip and CutMix, pure functions of the seed.
+"""The view of a (sample, epoch) that students see: crop, flip and CutMix, functions of the seed.
 
-The engine wants several images of one prompt together, a student wants mixed classes. So samples of
-a class stay together in groups; the groups of an epoch are permuted (Draw.ORDER) and cut into
-pools; and each student permutes the samples of a pool once more. A view is a random resized crop of
-the sample's image, half of them mirrored; with CutMix a box of a partner's view is pasted in. The
-partner is a sample of the same pool. So the teacher's answer to a view holds for every student,
-whatever its own seed, and can be stored.
+The engine is faster with several images of one prompt together; a student needs mixed classes. So
+samples of a class stay together in groups, an epoch permutes the groups (Draw.ORDER) and cuts them
+into pools, and each student permutes the samples of a pool again. A view is a random resized crop
+of the sample's image, mirrored in half of the cases; with CutMix a box of a partner's view is
+pasted in. The partner is a sample of the same pool. The teacher's answer to a view is therefore the
+same for every student, whatever its own seed, and can be stored.
 
 CutMix (Yun et al. 2019, as RDED uses it, but drawn per sample and not per batch), u = Draw.CUTMIX:
 
@@ -17,14 +17,13 @@ Shapes: N samples in all, P samples of a pool, H = W = size_px.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...engine.select.patches import RandomResizedCrops
+from ...engine.data.boxes import RandomResizedCrops
 from ...kernels.noise import Draw, uniform
 from ...kernels.student_input import student_input
 from ..config import StudentConfig, pool_size
@@ -35,27 +34,15 @@ def pools(config: StudentConfig, labels_N: Tensor, epoch: int) -> list[Tensor]:
     """The pools of an epoch: int64 sample numbers, each sample once.
 
     `labels_N` are the classes of all samples, ascending. Groups of `config.group` samples of one
-    class, the last of a class perhaps smaller, are not torn apart but where a pool ends.
+    class, the last of a class perhaps smaller, are split only where a pool ends.
     """
-    samples_N = torch.arange(len(labels_N))
-    u_N2 = uniform(config.seed, Draw.ORDER, samples_N, epoch, 2)
-    within_N = _by(u_N2[:, 0], labels_N)
+    u_N2 = uniform(config.seed, Draw.ORDER, torch.arange(len(labels_N)), epoch, 2)
+    within_N = torch.from_numpy(np.lexsort((u_N2[:, 0].numpy(), labels_N.numpy())))
     counts = torch.bincount(labels_N).tolist()
     groups = [g for members in within_N.split(counts) for g in members.split(config.group)]
     first_G = torch.stack([group[0] for group in groups])
     order_G = torch.argsort(u_N2[first_G, 1 if config.group > 1 else 0], stable=True)
     return list(torch.cat([groups[index] for index in order_G.tolist()]).split(pool_size(config)))
-
-
-def _by(u_N: Tensor, labels_N: Tensor) -> Tensor:
-    """Samples in ascending order of class, and of u within a class."""
-    order_N = torch.argsort(u_N, stable=True)
-    return order_N[torch.argsort(labels_N[order_N], stable=True)]
-
-
-def view_dtype(config: StudentConfig) -> torch.dtype:
-    """What `config.views` names."""
-    return torch.float32 if config.views == "fp32" else torch.float16
 
 
 def make_views(
@@ -67,7 +54,7 @@ def make_views(
 ) -> Tensor:
     """Images of a whole pool, in [-1, 1], to normalised inputs [P, 3, size_px, size_px].
 
-    The result is `view_dtype`, channels_last, on the images' device.
+    The result has the precision `config.views`, channels_last, on the images' device.
     """
     device = images_PCHW.device
     count, _, height, width = images_PCHW.shape
@@ -92,14 +79,14 @@ def make_views(
         normalisation.mean,
         normalisation.std,
         cutmix=cutmix,
-        dtype=view_dtype(config),
+        dtype=torch.float32 if config.views == "fp32" else torch.float16,
     )
 
 
 def cutmix_of(samples_P: Tensor, epoch: int, config: StudentConfig) -> tuple[Tensor, Tensor]:
-    """Each sample's partner (its position in the pool), and the box it shows in, unclipped.
+    """Each sample's partner (its position in the pool) and the box that shows it, unclipped.
 
-    Both int64, [P] and (top, left, height, width) [P, 4].
+    Both int64: [P] and (top, left, height, width) [P, 4].
     """
     size_px = config.size_px
     u_P4 = uniform(config.seed, Draw.CUTMIX, samples_P, epoch, 4)
@@ -111,7 +98,7 @@ def cutmix_of(samples_P: Tensor, epoch: int, config: StudentConfig) -> tuple[Ten
 
 
 def describe_views(config: StudentConfig) -> dict[str, Any]:
-    """All that decides the view of an image, and so its label: part of stored labels' settings."""
+    """Everything that decides the view of an image, and so its label; part of stored labels."""
     described: dict[str, Any] = {
         "seed": config.seed,
         "size_px": config.size_px,
@@ -126,9 +113,3 @@ def describe_views(config: StudentConfig) -> dict[str, Any]:
     if config.views != "fp32":
         described["views"] = config.views
     return described
-
-
-def learning_rate(config: StudentConfig, epoch: int) -> float:
-    """Rate of an epoch: a cosine from `learning_rate` towards `final_lr_fraction` of it."""
-    angle = math.acos(2 * config.final_lr_fraction - 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(angle * epoch / config.epochs))

@@ -1,12 +1,11 @@
-"""Method dace: the diffusion model's expansion of the teacher's choice of patches."""
+"""Method dace: patches that the teacher chose, expanded by the diffusion model in every epoch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..run.folder import settings_by_option
-from .method import Method, later
-from .upsample import takes_patches
+from ..run.settings import settings_by_option
+from .method import Method, later, takes_patches
 
 if TYPE_CHECKING:
     from ..plan import Plan

@@ -1,11 +1,13 @@
-"""Method dsco: images made once, whose noise is optimised (optimised.py)."""
+"""Method dsco: images made once, from optimised noise (optimised.py)."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..batching import class_batch
+from ...engine.expand.batches import fitting_batch
+from ..batching import LARGE_ENGINE_BATCH
+from ..run.settings import settings_by_option
 from .method import Method, later
 
 if TYPE_CHECKING:
@@ -21,15 +23,24 @@ def _check(options: Any) -> None:
 
 
 def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:
+    if options.ipc > LARGE_ENGINE_BATCH:
+        batch = fitting_batch(options.ipc)
+    else:  # whole classes
+        batch = options.ipc * fitting_batch(classes, LARGE_ENGINE_BATCH // options.ipc)
     return {
         "size_px": trained_px,
-        "batch": options.engine_batch or class_batch(classes, options.ipc),
+        "batch": options.engine_batch or batch,
         "images_per_prompt": None,
     }
 
 
-def _options(plan: Plan) -> dict[str, Any]:
-    return asdict(plan.dsco)
+def dsco_settings(plan: Plan) -> dict[str, Any]:
+    """What decides the images, by option, for a stage's config: plain JSON."""
+    options = {
+        f"--dsco.{name.replace('_', '-')}": value for name, value in asdict(plan.dsco).items()
+    }
+    shared = {"--ipc": plan.ipc, "--seed": plan.seed, "--data": plan.data_sha256}
+    return {**options, **shared, **settings_by_option("dsco", plan.describe_generator("dsco"))}
 
 
 DSCO = Method(
@@ -38,8 +49,8 @@ DSCO = Method(
     steps=5,
     check=_check,
     use=_use,
-    settings=later("optimised.dsco_settings"),
+    settings=dsco_settings,
     make=later("optimised.optimise_images"),
     open=later("stored.open_stored"),
-    options=_options,
+    options=lambda plan: asdict(plan.dsco),
 )

@@ -1,12 +1,12 @@
-"""Method herding: real images, kept whole, whose mean follows their class's in the teacher's eyes.
+"""Method herding: whole real images whose mean feature follows the mean of their class.
 
-After Welling's herding (ICML 2009), as Rebuffi et al. choose exemplars (iCaRL, CVPR 2017): of the
-teacher's features x_i, whose mean over the class is m, the k-th image chosen is
+Welling's herding (ICML 2009), as Rebuffi et al. choose exemplars (iCaRL, CVPR 2017). With the
+teacher's features x_i of a class and their mean m, the k-th chosen image is
 
-    argmin_i | k · m - s - x_i |        s the sum of the features before it; no image twice
+    argmin_i | k · m - s - x_i |        s: sum of the features chosen before; no image twice
 
-Features are those that --select looks at, and all of them are held: 0.5 GB for 256 thousand images
-and a ResNet-18. Legend: M images of a rank's share, C of a class, D features.
+The features are those that --select compares. All of them are held in memory: 0.5 GB for 256
+thousand images and a ResNet-18. Legend: M images of a rank's share, C of a class, D features.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .method import Made, Making, Method, later
 
 
 def herd(features_CD: np.ndarray, count: int) -> list[int]:
-    """Positions of the images chosen, in that order; of equal ones the first."""
+    """Positions of the chosen images, in order of choice; ties go to the first."""
     features_CD = features_CD.astype(np.float64)
     mean_D, missing_D = features_CD.mean(0), 0.0
     chosen: list[int] = []
@@ -33,33 +33,24 @@ def herd(features_CD: np.ndarray, count: int) -> list[int]:
 
 
 def herded(making: Making) -> np.ndarray:
-    """Positions of the chosen training images, class after class; the ranks share the features."""
+    """Positions of the chosen training images, class after class; ranks share the features."""
     import torch
 
-    from ...engine.data.images import STANDARD_RESIZE_RATIO, center_boxes, stream_crops
     from ...engine.peers import share_of
     from ..teacher.evaluation import FORWARD_BATCH
-    from ..teacher.patch_teacher import PatchTeacher
+    from .source import stream_whole
 
     plan, world = making.plan, making.world
-    teacher = PatchTeacher(making.teacher(), native=False)
-    batch = FORWARD_BATCH[teacher.teacher.device.type]
+    teacher = making.teacher()
+    batch = FORWARD_BATCH[teacher.device.type]
     own = share_of(np.arange(len(plan.train)), batch, world)
-    stream = stream_crops(
-        plan.train,
-        own,
-        center_boxes(STANDARD_RESIZE_RATIO, plan.image_size),
-        crops=1,
-        size_px=plan.image_size,
-        batch=batch,
-        device=plan.device,
-        threads=world.threads,
-    )
-    features_MD = torch.empty(len(own), teacher.width)
+    features_MD = torch.empty(len(own), teacher.classifier.in_features)
     done = 0
-    for crops in stream:
+    for pixels_BHWC, _ in stream_whole(
+        plan.train, own, plan.image_size, plan.device, batch=batch, threads=world.threads
+    ):
         with torch.inference_mode():
-            _, features_BD = teacher(crops.pixels_BPHWC[:, 0])
+            _, features_BD = teacher.logits_and_features(pixels_BHWC)
         features_MD[done : done + len(features_BD)] = features_BD.cpu()
         done += len(features_BD)
         making.report.progress("herding", done, len(own), "images")
@@ -68,29 +59,24 @@ def herded(making: Making) -> np.ndarray:
         here = torch.from_numpy(plan.train.labels[own] == label)
         at_C = world.all_gather_rows(torch.from_numpy(own)[here])
         features_CD = world.all_gather_rows(features_MD[here])
-        order = at_C.argsort()
-        at_C, features_CD = at_C[order].numpy(), features_CD[order].numpy()
-        chosen.append(at_C[herd(features_CD, plan.ipc)])
+        order_C = at_C.argsort()
+        picks = herd(features_CD[order_C].numpy(), plan.ipc)
+        chosen.append(at_C[order_C].numpy()[picks])
     return np.concatenate(chosen)
 
 
 def _make(making: Making, _: Path) -> Made:
     import torch
 
-    from .stored import read_whole
+    from .stored import read_whole, whole_settings
 
     plan, chosen = making.plan, herded(making)
-    whole_NHWC = torch.empty(0)
+    images_NHWC = torch.empty(0)
     if making.world.leads:
-        whole_NHWC = read_whole(plan.train, chosen, plan.image_size, plan.device)
+        images_NHWC = read_whole(plan.train, chosen, plan.image_size, plan.device)
     return Made(
-        images_NHWC=whole_NHWC,
-        settings={
-            "factor": 1,
-            "patch_px": plan.image_size,
-            "ipc": plan.ipc,
-            "samples_per_class": plan.samples_per_class,
-        },
+        images_NHWC=images_NHWC,
+        settings=whole_settings(plan),
         provenance={"images": [plan.train.paths[index] for index in chosen]},
     )
 

@@ -1,7 +1,8 @@
-"""What a method is: the facts that options and plan ask for, and what makes and shows its coreset.
+"""A method: facts for options and plan, a function that makes its coreset, one that opens it.
 
-A method is a module beside this one, named as the method is, and a line of registry.py. Modules of
-methods load no torch before they are asked for more than facts, so that --help is quick.
+Each method is a module of this folder with the method's name, and an entry in registry.py; see
+herding.py for a whole one. These modules import torch inside functions only, or name a function of
+another module with `later`, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ if TYPE_CHECKING:
     from ..run.progress import Report
     from ..run.world import World
     from ..teacher.teacher import Teacher
-    from .source import DealtSource, Machine
+    from .source import ImageSource, Machine
 
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """What all methods of a run make their coresets with."""
+    """What a run gives to every method that makes a coreset."""
 
     plan: Plan
     world: World
-    """Its ranks make every coreset together; rank 0 alone writes."""
+    """All its ranks make every coreset together; rank 0 alone writes."""
     report: Report
     teacher: Callable[[], Teacher]
-    """Loads it, the first time that it is asked."""
+    """Loads the teacher on the first call."""
     selections: dict[str, PatchSelection] = field(default_factory=dict)
-    """Patches by kind of choice: methods of one kind share them."""
+    """Patches by kind of choice, shared by the methods of that kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,59 +45,69 @@ class Made:
     """A coreset before rank 0 writes it."""
 
     images_NHWC: Tensor
-    """Patches or whole images, uint8, class after class, equally many of each."""
+    """uint8 patches or whole images, class after class, equally many per class; used on rank 0."""
     settings: dict[str, Any]
-    """The method's own, in the manifest: `factor`, `patch_px` and `ipc` among them."""
+    """The method's settings in the manifest, with `factor`, `patch_px` and `ipc`."""
     model: dict[str, Any] | None = None
-    """Of the manifest, where images are rendered by it."""
+    """`model` in the manifest. None: students' images need no model."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    """Facts for the manifest that do not name the content."""
     told: dict[str, Any] = field(default_factory=dict)
-    """For the stage's result."""
+    """Facts for the stage's result."""
 
 
 def later(name: str) -> Callable[..., Any]:
-    """The function `module.function` of this folder, imported when it is called."""
+    """The function `module.function` of this folder, imported on its first call."""
 
-    def call(*given: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         module, function = name.split(".")
-        return getattr(import_module(f".{module}", __package__), function)(*given)
+        return getattr(import_module(f".{module}", __package__), function)(*arguments)
 
     return call
 
 
-def _nothing(_: Plan) -> dict[str, Any]:
-    return {}
+def takes_patches(ipc: int, factor: int) -> tuple[int, str]:
+    """`Method.takes` of methods that cut one patch from each image."""
+    needed = ipc * factor**2
+    return needed, (
+        f"ipc · factor² = {needed} patches are wanted, one of each image: give a smaller --ipc or "
+        "--factor"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to make a coreset and to show it to students."""
+    """One way to make a coreset and to show it to students. `name`, `make` and `open` are required.
+
+    RunOptions are typed as Any here, because options.py imports the methods.
+    """
 
     name: str
-    takes: Callable[[int, int], tuple[int, str]] | None = None
-    """Images of a class that it takes of the data, by ipc and factor, and what for."""
-    model: Literal["made", "rendered"] | None = None
-    """When it runs a diffusion model: once, as its coreset is made, or as images are rendered."""
-    steps: int = 0
-    """Default: scheduler steps of the model."""
-    sized_by: Literal["--image-size", "--generate-size"] | None = None
-    """The option that says how large the model's images are."""
-    check: Callable[[Any], None] = lambda _: None
-    """ValueError for RunOptions that do not suit it."""
-    use: Callable[[Any, int, int], dict[str, Any]] = lambda *_: {}
-    """How it uses a model that makes images once: fields of ExpandConfig that follow from
-    RunOptions, the size in px that the model was trained at, and the number of classes."""
-    settings: Callable[[Plan], dict[str, Any]] = _nothing
-    """What decides its coreset beside the settings of all, for a stage's config: plain JSON."""
-    rendering: Callable[[Plan], dict[str, Any]] = _nothing
-    """What decides its students' images beside the coreset, for a stage's config: plain JSON."""
     make: Callable[[Making, Path], Made]
-    """All ranks call it; what it keeps in the folder meanwhile is removed when all is written."""
-    open: Callable[[Coreset, Machine], AbstractContextManager[DealtSource]]
+    """All ranks call it. It may keep unfinished work in the folder, which is removed at the end."""
+    open: Callable[[Coreset, Machine], AbstractContextManager[ImageSource]]
     """The images of its coreset."""
+    takes: Callable[[int, int], tuple[int, str]] | None = None
+    """(ipc, factor) → training images needed per class, and the error for a class that has fewer.
+    None: needs none."""
+    check: Callable[[Any], None] = lambda _: None
+    """Raises ValueError for RunOptions that do not suit the method."""
+    model: Literal["made", "rendered"] | None = None
+    """When the diffusion model runs: once, to make the coreset, or whenever images are rendered."""
+    steps: int = 0
+    """Default scheduler steps of the model."""
+    sized_by: Literal["--image-size", "--generate-size"] | None = None
+    """The option that sets the size of the model's images."""
+    use: Callable[[Any, int, int], dict[str, Any]] = lambda *_: {}
+    """With model="made": (RunOptions, the model's own size in px, number of classes) → fields of
+    ExpandConfig."""
+    settings: Callable[[Plan], dict[str, Any]] = lambda _: {}
+    """What decides its coreset, beyond what all methods share: plain JSON for a stage's config."""
+    rendering: Callable[[Plan], dict[str, Any]] = lambda _: {}
+    """What decides its students' images, beyond the coreset: plain JSON for a stage's config."""
     options: Callable[[Plan], dict[str, Any]] | None = None
-    """Options of its own, for the summary."""
+    """Its own options, for the summary."""
     announced: Callable[[Plan], str] | None = None
-    """A line that is said before the run."""
+    """A line logged before the run."""
     noted: Callable[[Plan, Mapping[str, Any]], str] | None = None
-    """A line of the report, from the result of the coreset stage."""
+    """A note in the report, from the coreset stage's result."""

@@ -1,6 +1,7 @@
-"""Patches of the data, chosen once: the coresets of dace, rded, random and upsample.
+"""Coresets of patches, chosen once: methods dace, rded, random and upsample.
 
-A kind of choice is `random`, without a teacher, or one of --select; methods of one kind share it.
+The kind of choice is `random`, without a teacher, or a value of --select; methods of one kind share
+its patches.
 """
 
 from __future__ import annotations
@@ -12,27 +13,27 @@ from typing import Any
 from ...engine.select.patches import PatchSelection, select_patches
 from ..plan import Plan
 from ..teacher.normalisation import IMAGENET
-from ..teacher.patch_teacher import patch_teacher
+from ..teacher.teacher import patch_teacher
 from .method import Made, Making
 
 
 def make_random(making: Making, _: Path) -> Made:
-    """Patches that no teacher chose."""
+    """Random patches, without a teacher."""
     return _made(making, "random")
 
 
 def make_scored(making: Making, _: Path) -> Made:
-    """Patches that --select chooses. Raises as patch_teacher and select_patches do."""
+    """Patches that --select chooses. Raises the errors of patch_teacher and select_patches."""
     return _made(making, making.plan.select)
 
 
 def make_expanded(making: Making, _: Path) -> Made:
-    """The same, to be expanded by the model."""
+    """The patches of `make_scored`, for the model to expand."""
     return _made(making, making.plan.select, model=making.plan.describe_model("dace"))
 
 
 def _made(making: Making, kind: str, model: dict[str, Any] | None = None) -> Made:
-    """A coreset of this kind of choice, which is made once."""
+    """A coreset of patches of this kind, which are selected once per run."""
     if kind not in making.selections:
         making.selections[kind] = _select(making, kind)
     plan, selection = making.plan, making.selections[kind]
@@ -52,13 +53,13 @@ def _made(making: Making, kind: str, model: dict[str, Any] | None = None) -> Mad
         model=model,
         provenance={
             "patches": _origins(selection, plan.train.paths),
-            "skipped_images": list(selection.skipped),
+            "skipped_images": [],
         },
     )
 
 
 def _select(making: Making, kind: str) -> PatchSelection:
-    """Choose the patches of every class; the ranks share the scoring."""
+    """Choose the patches of every class; ranks share the scoring."""
     plan, world, report = making.plan, making.world, making.report
     teacher = None if kind == "random" else making.teacher()
     asked, diversity = None, None
@@ -69,13 +70,12 @@ def _select(making: Making, kind: str) -> PatchSelection:
     return select_patches(
         plan.train,
         asked,
-        ipc=plan.ipc,
-        factor=plan.factor,
+        per_class=plan.samples_per_class,
+        patch_px=plan.patch_px,
         image_size_px=plan.image_size,
         crops=plan.recipe.crops,
         pool_per_class=plan.recipe.pool_per_class,
         seed=plan.seed,
-        method="random" if kind == "random" else "lowest-loss",
         diversity=diversity,
         scoring=plan.scoring,
         device=plan.device,
@@ -87,7 +87,7 @@ def _select(making: Making, kind: str) -> PatchSelection:
 
 
 def selection_settings(plan: Plan) -> dict[str, Any]:
-    """All that decides which patches are chosen, for the stage's config: plain JSON, by option."""
+    """What decides which patches are chosen, by option, for the stage's config: plain JSON."""
     return {
         "--seed": plan.seed,
         "--ipc": plan.ipc,
@@ -102,7 +102,7 @@ def selection_settings(plan: Plan) -> dict[str, Any]:
 
 
 def _origins(selection: PatchSelection, paths: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Of every patch, in sample order: its image, where it was cut, and the teacher's loss."""
+    """Per patch, in sample order: its image, its box, and the teacher's loss."""
     rows = zip(
         selection.source_index_N.tolist(),
         selection.boxes_N4.tolist(),

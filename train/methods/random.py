@@ -1,9 +1,8 @@
-"""Method random: patches that no teacher chose, enlarged."""
+"""Method random: random patches, enlarged; no teacher chooses them."""
 
 from __future__ import annotations
 
-from .method import Method, later
-from .upsample import takes_patches
+from .method import Method, later, takes_patches
 
 RANDOM = Method(
     name="random",

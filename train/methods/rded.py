@@ -1,9 +1,8 @@
-"""Method rded: mosaics of r² neighbouring patches of the teacher's choice, in a fresh order."""
+"""Method rded: mosaics of r² neighbouring patches that the teacher chose, shuffled every epoch."""
 
 from __future__ import annotations
 
-from .method import Method, later
-from .upsample import takes_patches
+from .method import Method, later, takes_patches
 
 RDED = Method(
     name="rded",

@@ -1,4 +1,4 @@
-"""All methods by name, in the order in which they are told of."""
+"""All methods by name, in the order in which help and messages list them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METHODS = {method.name: method for method in (DACE, RDED, RANDOM, UPSAMPLE, T2I,
 
 
 def method_of(coreset: Coreset) -> Method:
-    """The method that made a coreset; CoresetError when there is none of its name."""
+    """The method that made a coreset; CoresetError when its name is unknown."""
     name = coreset.settings["method"]
     if name not in METHODS:
         raise CoresetError(

@@ -1,17 +1,18 @@
-"""Where the images of an epoch come from: one image per (sample, epoch) and method.
+"""Sources of an epoch's images: one image per (sample, epoch).
 
-RealImages are fresh images of the training split: the ceiling, no distillation. The other sources
-are of methods, whose modules say what they show.
+`RealImages` shows fresh images of the training split: the ceiling, without distillation. The other
+sources belong to methods, and stored.py has the source of whole images. All methods render equally
+many samples of each class per epoch (Plan.samples_per_class), so all give students the same number
+of steps.
 
-Every method renders ipc·r² samples of each class per epoch, so that all give a student the same
-number of steps. Legend: N samples in all, P samples asked for, r factor, p patch side.
+Legend: N samples in all, P requested samples, r factor, p patch side, S image side in pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,7 +38,7 @@ from ..run.world import World
 
 
 class ImageSource(Protocol):
-    """Images by (sample, epoch): a pure function, whatever else is rendered and in which order."""
+    """Images as a pure function of (sample, epoch): order and batching change nothing."""
 
     @property
     def samples(self) -> int:
@@ -55,22 +56,11 @@ class ImageSource(Protocol):
         ...
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
-        """fp32 [P, 3, H, W] in [-1, 1], on the source's device, in the order asked for."""
+        """fp32 [P, 3, S, S] in [-1, 1], on the source's device, in the requested order."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """`method`, and all else that names the images; plain JSON without paths."""
-        ...
-
-
-class DealtSource(ImageSource, Protocol):
-    """A source whose work can be dealt to several processes."""
-
-    def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
-        """Positions in `samples_P`, int64, of the samples that one call of an engine renders.
-
-        Whole calls, rendered alone in this order, are the same calls.
-        """
+        """`method` and everything else that names the images; plain JSON without paths."""
         ...
 
 
@@ -81,13 +71,14 @@ class Machine:
     device: str
     world: World
     model: ModelSource | None = None
+    """None where the method renders without a model."""
     expand: ExpandConfig | None = None
-    """How `model` is used."""
+    """How `model` runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expansions:
-    """Method dace."""
+    """Images that the diffusion model makes of patches (dace) or of noise (t2i's rounds)."""
 
     expander: Expander
     labels_N: Tensor
@@ -100,9 +91,6 @@ class Expansions:
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
         return self.expander.expand(samples_P, epoch)
 
-    def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
-        return [torch.from_numpy(at) for at in self.expander.calls(samples_P)]
-
     def describe(self) -> dict[str, Any]:
         expander = self.expander
         return {"method": "dace", **describe_source(expander.model, expander.config)}
@@ -111,19 +99,19 @@ class Expansions:
 @contextmanager
 def open_expander(
     model: ModelSource | None,
-    config: ExpandConfig,
+    config: ExpandConfig | None,
     world: World,
     *,
     patches_NHWC: Tensor | None = None,
     labels_N: Tensor,
     prompts_K: Sequence[str],
 ) -> Iterator[Expander]:
-    """An Expander on every rank, rank 0's first: it builds the engine that the others find.
+    """An Expander on every rank; rank 0 opens first and builds the engine that the others load.
 
-    Frees the model at the end. ValueError without a model, or as the Expander has it.
+    Frees the model at the end. Raises ValueError without a model, and what Expander raises.
     """
-    if model is None:
-        raise ValueError("expected a model, got none")
+    if model is None or config is None:
+        raise ValueError("expected a model and how it runs, got none")
     expander = world.in_turn(
         lambda: Expander(
             model, config, patches_NHWC=patches_NHWC, labels_N=labels_N, prompts_K=prompts_K
@@ -137,9 +125,7 @@ def open_expander(
 
 @contextmanager
 def open_expansions(coreset: Coreset, machine: Machine) -> Iterator[Expansions]:
-    """The coreset's patches, expanded by the machine's model. Frees it at the end."""
-    if machine.expand is None:
-        raise ValueError("method dace: expected how to use its model, got nothing")
+    """The coreset's patches, expanded by the machine's model. Frees the model at the end."""
     with open_expander(
         machine.model,
         machine.expand,
@@ -153,7 +139,7 @@ def open_expansions(coreset: Coreset, machine: Machine) -> Iterator[Expansions]:
 
 @dataclass(frozen=True, kw_only=True)
 class UpsampledPatches:
-    """Methods upsample and random, which differ in how the patches were chosen."""
+    """Enlarged patches: methods upsample and random, which differ in the choice of patches."""
 
     method: str
     patches_NHWC: Tensor
@@ -168,10 +154,7 @@ class UpsampledPatches:
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
         patches_PHWC = self.patches_NHWC[samples_P.to(self.patches_NHWC.device)]
-        return upsample_patches(patches_PHWC, self.size_px, mode="bicubic")
-
-    def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
-        return one_by_one(samples_P)
+        return upsample_patches(patches_PHWC, self.size_px)
 
     def describe(self) -> dict[str, Any]:
         return {"method": self.method, "size_px": self.size_px, "upsampling": "bicubic"}
@@ -192,7 +175,7 @@ def open_enlarged(coreset: Coreset, machine: Machine) -> AbstractContextManager[
 
 @dataclass(frozen=True, kw_only=True)
 class Mosaics:
-    """Method rded. Samples s with one s // r² share their r² patches; each has its own order."""
+    """Method rded. Samples s with equal s // r² show the same r² patches, each in its own order."""
 
     patches_NHWC: Tensor
     """uint8 [N, p, p, 3], on the device to render on; r² neighbours are of one class."""
@@ -214,9 +197,6 @@ class Mosaics:
         canvas_PHWC = mosaic(self.patches_NHWC, rows_PT, self.factor)
         return to_unit(canvas_PHWC)
 
-    def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
-        return one_by_one(samples_P)
-
     def describe(self) -> dict[str, Any]:
         size_px = self.factor * self.patches_NHWC.shape[1]
         return {"method": "rded", "factor": self.factor, "seed": self.seed, "size_px": size_px}
@@ -235,12 +215,9 @@ def open_mosaics(coreset: Coreset, machine: Machine) -> AbstractContextManager[M
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RealImages:
-    """The ceiling: for every (sample, epoch) another image of the class, from all of the split.
-
-    A file is decoded, cut and resized as validation does it. Images are drawn with replacement.
-    """
+    """The ceiling: every (sample, epoch) shows an image of the class, drawn with replacement."""
 
     images: ImageSet
     labels_N: Tensor
@@ -248,13 +225,7 @@ class RealImages:
     seed: int
     device: str = "cpu"
     threads: int | None = None
-    """Of the decoder; None: all cores."""
-    _first_K: np.ndarray = field(init=False, repr=False)
-    _count_K: np.ndarray = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._count_K = np.bincount(self.images.labels, minlength=len(self.class_ids))
-        self._first_K = np.cumsum(self._count_K) - self._count_K
+    """Threads of the decoder. Default: one per core."""
 
     @property
     def class_ids(self) -> tuple[str, ...]:
@@ -265,38 +236,53 @@ class RealImages:
         return len(self.labels_N)
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
-        stream = stream_crops(
+        batches = stream_whole(
             self.images,
             self.drawn(samples_P.numpy(), epoch),
-            center_boxes(STANDARD_RESIZE_RATIO, self.size_px),
-            crops=1,
-            size_px=self.size_px,
+            self.size_px,
+            self.device,
             batch=min(64, len(samples_P)),
-            device=self.device,
             threads=self.threads,
         )
-        return to_unit(torch.cat([crops.pixels_BPHWC[:, 0] for crops in stream]))
-
-    def calls(self, samples_P: Tensor) -> Sequence[Tensor]:
-        return one_by_one(samples_P)
+        return to_unit(torch.cat([pixels_BSSC for pixels_BSSC, _ in batches]))
 
     def drawn(self, samples: np.ndarray, epoch: int) -> np.ndarray:
-        """Which image of the split each sample is at `epoch`: indices of `images.paths`."""
+        """The image that each sample shows at `epoch`: indices of `images.paths`."""
         u_P = uniform_numpy(self.seed, Draw.CEILING, samples, epoch, 1)[:, 0]
         classes_P = self.labels_N.numpy()[samples]
-        within_P = np.floor(u_P.astype(np.float64) * self._count_K[classes_P]).astype(np.int64)
-        return self._first_K[classes_P] + within_P
+        first_P = np.searchsorted(self.images.labels, classes_P)
+        count_P = np.searchsorted(self.images.labels, classes_P, "right") - first_P
+        return first_P + np.floor(u_P.astype(np.float64) * count_P).astype(np.int64)
 
     def describe(self) -> dict[str, Any]:
         described = {"method": "real", "images": len(self.images)}
         return {**described, "seed": self.seed, "size_px": self.size_px}
 
 
-def one_by_one(samples_P: Tensor) -> Sequence[Tensor]:
-    """`ImageSource.calls` where no engine renders: an image has no neighbours."""
-    return torch.arange(len(samples_P)).split(1)
+def stream_whole(
+    images: ImageSet,
+    positions: np.ndarray,
+    size_px: int,
+    device: str,
+    *,
+    batch: int = 64,
+    threads: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images as validation sees them: uint8 [B, S, S, 3] on `device`, and their positions."""
+    stream = stream_crops(
+        images,
+        positions,
+        center_boxes(STANDARD_RESIZE_RATIO, size_px),
+        crops=1,
+        size_px=size_px,
+        batch=batch,
+        device=device,
+        threads=threads,
+    )
+    for crops in stream:
+        yield crops.pixels_BPHWC[:, 0], crops.index_B
 
 
 def render_all(source: ImageSource, epoch: int, samples: Sequence[int] | Tensor) -> Tensor:
-    """Any samples' images on the CPU, for pictures: fp32 [len(samples), 3, H, W] in [-1, 1]."""
+    """Images of any samples on the CPU, for pictures: fp32 [len(samples), 3, S, S] in [-1, 1]."""
     return source.render(torch.as_tensor(samples, dtype=torch.int64), epoch).cpu()

@@ -1,4 +1,4 @@
-"""Method t2i: images generated once of noise and a prompt (rounds.py), and variants of them."""
+"""Method t2i: images generated once from noise and a prompt (rounds.py), and their variants."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...engine.expand.batches import fitting_batch
+from ..run.settings import settings_by_option
 from .method import Method, later
 
 if TYPE_CHECKING:
@@ -36,6 +37,22 @@ def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:
     }
 
 
+def round_settings(plan: Plan) -> dict[str, Any]:
+    """What decides the images of a round."""
+    shared = {"--seed": plan.seed, "--image-size": plan.image_size}
+    return {**shared, "classes": list(plan.class_names), **_generator_settings(plan)}
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """What decides which images are generated, and how many, for the stage's config."""
+    kept = {"--budget-seconds": plan.budget_seconds, "--variants": plan.variants}
+    return {**kept, **_generator_settings(plan)}
+
+
+def _generator_settings(plan: Plan) -> dict[str, Any]:
+    return settings_by_option("t2i", plan.describe_generator("t2i"))
+
+
 def _options(plan: Plan) -> dict[str, Any]:
     use = plan.use["t2i"]
     return {
@@ -48,9 +65,8 @@ def _options(plan: Plan) -> dict[str, Any]:
 
 def _announced(plan: Plan) -> str:
     use = plan.use["t2i"]
-    fitting = f"as many as fit into {plan.budget_seconds or 0:g} s"
-    count = fitting if plan.generated is None else str(plan.generated)
-    shown = f", each and {plan.variants} variants" if plan.variants else ""
+    count = plan.generated or f"as many as fit into {plan.budget_seconds:g} s"
+    shown = f", each with {plan.variants} variants" if plan.variants else ""
     return (
         f"t2i: images per class: {count}, made at {use.size_px} px in {use.steps} "
         f"step(s), kept at {plan.image_size} px{shown}"
@@ -73,7 +89,7 @@ T2I = Method(
     sized_by="--generate-size",
     check=_check,
     use=_use,
-    settings=later("rounds.generation_settings"),
+    settings=_settings,
     make=later("rounds.make_generated"),
     open=later("stored.open_stored"),
     options=_options,

@@ -1,18 +1,8 @@
-"""Method upsample: patches of the teacher's choice, enlarged: what dace adds noise to."""
+"""Method upsample: patches that the teacher chose, enlarged; dace's images without the model."""
 
 from __future__ import annotations
 
-from .method import Method, later
-
-
-def takes_patches(ipc: int, factor: int) -> tuple[int, str]:
-    """One image for each patch."""
-    needed = ipc * factor**2
-    return needed, (
-        f"ipc · factor² = {needed} patches are wanted, one of each image: give a smaller --ipc or "
-        "--factor"
-    )
-
+from .method import Method, later, takes_patches
 
 UPSAMPLE = Method(
     name="upsample",

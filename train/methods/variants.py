@@ -1,16 +1,16 @@
-"""Post data augmentation of generated images: variants of an image, drawn anew in every epoch.
+"""Post data augmentation of generated images: random variants, new in every epoch.
 
-After generative dataset distillation (Su et al. 2024, arXiv 2408.08610), in this order, on 8 bits:
+From generative dataset distillation (Su et al. 2024, arXiv 2408.08610), in this order, on 8 bits:
 
     mirror         with p = 0.8, left to right
     upturn         with p = 0.8, top to bottom
     tones          with p = 0.5, x ← clamp(contrast · x + brightness), x in [0, 1],
                    contrast in 1 ± 0.2, brightness in ± 0.2
-    rotate         with p = 0.8, by an angle in ± 60°, bilinear, what lies outside is reflected
+    rotate         with p = 0.8, by an angle in ± 60°, bilinear, reflected at the borders
     gamma          with p = 0.5, x ← x^gamma, gamma in 1 ± 0.2
 
-The paper has the probabilities and the angle; the other ranges and the reflection, which it leaves
-open, are albumentations' defaults of its time. All are uniform, and of u = Draw.AUGMENTATION: a
+The paper gives the probabilities and the angle. It leaves the other ranges and the border open;
+they are albumentations' defaults of that time. All values are uniform, from Draw.AUGMENTATION: a
 variant is a pure function of (seed, sample, epoch).
 
 Legend: P images, H W size in pixels.
@@ -36,25 +36,25 @@ _LEVELS = torch.arange(256, dtype=torch.float64) / 255
 
 @dataclass(frozen=True, kw_only=True)
 class Variants:
-    """What is done to each of P images; on the CPU. Numbers are fp64: a rounding that followed the
-    place in a batch would not survive the 8 bits of a pixel."""
+    """Parameters of the variants of P images, on the CPU. fp64, so that vectorised rounding, which
+    depends on the place in a batch, changes no 8-bit pixel."""
 
     mirrored_P: Tensor
     """bool."""
     upturned_P: Tensor
     """bool."""
     contrast_P: Tensor
-    """In [0.8, 1.2]; 1 where tones stay."""
+    """In [0.8, 1.2]; 1: unchanged."""
     brightness_P: Tensor
-    """In [-0.2, 0.2] of the whole range; 0 where tones stay."""
+    """In [-0.2, 0.2] of the whole range; 0: unchanged."""
     angle_P: Tensor
-    """Degrees in [-60, 60]; 0 where nothing is rotated."""
+    """Degrees in [-60, 60]; 0: unchanged."""
     gamma_P: Tensor
-    """In [0.8, 1.2]; 1 where there is none."""
+    """In [0.8, 1.2]; 1: unchanged."""
 
 
 def draw_variants(seed: int, samples_P: Tensor, epoch: int) -> Variants:
-    """The variants of samples (int64 [P], CPU) at `epoch`."""
+    """Variants of samples (int64 [P], CPU) at `epoch`."""
     u_9P = uniform(seed, Draw.AUGMENTATION, samples_P, epoch, _DRAWN).double().T
     spread_9P = 2 * u_9P - 1  # in (-1, 1)
     toned_P, rotated_P, bent_P = u_9P[2] < TONES_P, u_9P[5] < ROTATE_P, u_9P[7] < GAMMA_P
@@ -69,7 +69,7 @@ def draw_variants(seed: int, samples_P: Tensor, epoch: int) -> Variants:
 
 
 def augment(images_PHWC: Tensor, variants: Variants) -> Tensor:
-    """A variant of each image: uint8 [P, H, W, 3] → the same, on its device; H and W 2 or more."""
+    """Apply the variants: uint8 [P, H, W, 3] → the same shape and device; H and W at least 2."""
     device = images_PHWC.device
     mirrored_P, upturned_P, rotated_P = (
         flag_P.to(device)[:, None, None, None]
@@ -84,13 +84,13 @@ def augment(images_PHWC: Tensor, variants: Variants) -> Tensor:
 
 
 def _looked_up(images_PHWC: Tensor, tones_P256: Tensor) -> Tensor:
-    """Every level of an image replaced by its tone, in [0, 1] once clamped."""
+    """Replace each of the 256 levels by its tone, clamped to [0, 1]."""
     table_P256 = tones_P256.clamp(0, 1).mul(255).round().to(images_PHWC.device, torch.uint8)
     return table_P256.gather(1, images_PHWC.flatten(1).long()).view_as(images_PHWC)
 
 
 def _rotated(images_PHWC: Tensor, angle_P: Tensor) -> Tensor:
-    """Turned about the centre, mirrored at the outermost pixels' centres."""
+    """Rotate about the centre; reflect at the centres of the outermost pixels."""
     device = images_PHWC.device
     height, width = images_PHWC.shape[1:3]
     radians_P11 = angle_P.deg2rad()[:, None, None]

@@ -1,6 +1,6 @@
-"""One phase of a prior's training: a loop of pure steps that can be stopped anywhere and goes on.
+"""One phase of a prior's training: a loop of pure steps that can be stopped and resumed anywhere.
 
-Every step draws from a CPU generator seeded by (seed, phase, step), so a resumed run takes the same
+Each step draws from a CPU generator seeded by (seed, phase, step), so a resumed run takes the same
 steps as an uninterrupted one, on any device. A phase ends at the first loss that is not finite.
 """
 
@@ -16,11 +16,11 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..networks import set_learning_rate
 from ..run.checkpoint import read_tensors, restore_training, training_state, write_tensors
-from ..teacher.optimisation import set_learning_rate
 
 CHECKPOINT_EVERY_S = 120.0
-REPORT_EVERY = 100  # steps
+REPORT_EVERY, WARMUP = 100, 200  # steps
 AVERAGE = "average."
 M = TypeVar("M", bound=nn.Module)
 LossOf = Callable[[M, torch.Generator], Tensor]
@@ -28,17 +28,17 @@ LossOf = Callable[[M, torch.Generator], Tensor]
 
 
 class Phase(Generic[M]):
-    """One training loop: module, average and optimiser, the steps done and the losses seen."""
+    """One training loop: module, average, optimiser, steps done and losses."""
 
     def __init__(
         self, name: str, module: M, steps: int, learning_rate: float, checkpoint: Path
     ) -> None:
-        """Goes on from `checkpoint` when there is one."""
+        """Resumes from `checkpoint` when there is one."""
         self.name, self.module, self.steps = name, module, steps
         self.learning_rate, self.checkpoint = learning_rate, checkpoint
         self.done, self.seconds = 0, 0.0
         self.losses: list[tuple[int, float]] = []
-        """(steps done, mean loss since the entry before)."""
+        """(steps done, mean loss since the previous entry)."""
         self.average = copy.deepcopy(module).eval().requires_grad_(False)
         module.train()
         self.trained = [p for p in module.parameters() if p.requires_grad]
@@ -120,14 +120,14 @@ class Phase(Generic[M]):
 
 
 def step_generator(seed: int, phase: str, step: int) -> torch.Generator:
-    """The random stream of one step: a function of its name, not of what ran before."""
+    """The random stream of one step; independent of earlier steps."""
     words = f"{seed}/{phase}/{step}".encode()
     return torch.Generator().manual_seed(int.from_bytes(words, "big") % (2**63 - 25))
 
 
-def _learning_rate_scale(step: int, steps: int, warmup: int = 200) -> float:
+def _learning_rate_scale(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to 2 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    if step < WARMUP:
+        return (step + 1) / WARMUP
+    progress = (step - WARMUP) / max(1, steps - WARMUP)
     return 0.02 + 0.49 * (1 + math.cos(math.pi * progress))

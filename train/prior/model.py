@@ -1,9 +1,9 @@
-"""The parts of a small SDXL-shaped model, fresh, and how they are written as a diffusers folder.
+"""New parts of a small SDXL-shaped model, and its folder in diffusers' layout.
 
-The layout is the one that `StableDiffusionXLImg2ImgPipeline.from_pretrained` loads: vae, unet,
-text_encoder, text_encoder_2, tokenizer, tokenizer_2, scheduler, model_index.json. The two text
-encoders are tiny, random and frozen: they give every prompt its own embedding, which is all that a
-model of some dozen prompts needs; the UNet learns what the embeddings mean.
+`StableDiffusionXLImg2ImgPipeline.from_pretrained` loads the folder: vae, unet, text_encoder,
+text_encoder_2, tokenizer, tokenizer_2, scheduler, model_index.json. The two text encoders are tiny,
+random and frozen: they give every prompt its own embedding, which is enough for a few dozen
+prompts; the UNet learns what the embeddings mean.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ POSTERIOR_STD = 0.05  # of the VAE's posterior, in units of its (unit-variance) 
 
 @dataclass
 class ModelParts:
-    """The modules of one model; `scaling_factor` lives in `vae.config`."""
+    """A model's modules, named as the pipeline names them; `scaling_factor` is in `vae.config`."""
 
     vae: AutoencoderKL
     unet: UNet2DConditionModel
@@ -51,36 +51,16 @@ class ModelParts:
 
 
 def byte_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer without merges: one token per byte, so every prompt has a spelling."""
+    """A CLIP tokenizer without merges: one token per byte, so it can encode every prompt."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = [chr(b) for b in printable]
-    characters += [
-        chr(256 + n) for n in range(256 - len(printable))
-    ]  # CLIP's byte-to-character map
+    others = range(256, 512 - len(printable))  # CLIP's byte-to-character map
+    characters = [chr(code) for code in (*printable, *others)]
     tokens = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: number for number, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
-
-
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    ends: Any = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        **ends,
-    )
 
 
 def new_parts(
@@ -90,15 +70,27 @@ def new_parts(
     unet_channels: tuple[int, int, int] = (32, 64, 128),
     vae_channels: tuple[int, ...] = (16, 32, 64),
 ) -> ModelParts:
-    """Build freshly initialised parts for images of `size_px` (a multiple of 4 · 2^levels).
+    """Initialise parts for images of `size_px` (a multiple of 4 · 2^levels).
 
     The VAE's factor is 2^(len(vae_channels) - 1). Initialisation draws from torch's global
     generator: seed it first.
     """
     tokenizer = byte_tokenizer(tokenizer_folder)
-    text = _text_config(tokenizer)
+    ends = {
+        f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")
+    }
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        **ends,
+    )
     factor = 2 ** (len(vae_channels) - 1)
-    # as dictionaries: diffusers annotates its tuples as tuples of one
+    # Dictionaries, because diffusers annotates its tuples as tuples of one.
     vae_settings: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * len(vae_channels),
         "up_block_types": ("UpDecoderBlock2D",) * len(vae_channels),
@@ -147,33 +139,27 @@ def new_parts(
     )
 
 
-def save_parts(parts: ModelParts, folder: Path, *, half: bool = True) -> None:
-    """Write the parts in diffusers' SDXL layout; UNet and VAE as fp16 safetensors when `half`.
+def save_parts(parts: ModelParts, folder: Path) -> None:
+    """Write the parts in diffusers' SDXL layout; UNet and VAE as fp16 safetensors.
 
-    The text encoders stay fp32: transformers loads what it finds, diffusers loads fp32 unless told
-    otherwise, and a pipeline opened without a dtype must not mix the two.
+    The text encoders stay fp32: transformers loads the stored type, diffusers loads fp32 by
+    default, and a pipeline opened without a dtype must not mix the two.
     """
     pipeline = StableDiffusionXLImg2ImgPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        text_encoder_2=parts.text_encoder_2,
-        tokenizer=parts.tokenizer,
-        tokenizer_2=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=parts.scheduler,  # pyright: ignore[reportArgumentType]
-        add_watermarker=False,
+        **vars(parts), tokenizer_2=parts.tokenizer, add_watermarker=False
     )
-    dtype = parts.unet.dtype
-    _cast(parts.unet, parts.vae, dtype=torch.float16 if half else dtype)
+    for module in (parts.unet, parts.vae):
+        nn.Module.to(module, torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    _cast(parts.unet, parts.vae, dtype=dtype)
+    for module in (parts.unet, parts.vae):
+        nn.Module.to(module, torch.float32)
 
 
 def move_model(built: Path, folder: Path) -> None:
-    """Move all that is in `built` into `folder`, over what has the same name; `built` is gone then.
+    """Move everything in `built` into `folder`, over entries of the same name; remove `built`.
 
-    unet/ goes first and comes last: a folder without it does not open, so a process killed on the
-    way leaves no mixture of two models that does.
+    unet/ goes first and comes last: a folder without it does not open, so a process that is killed
+    half-way leaves no usable mixture of two models.
     """
     items = sorted(built.iterdir(), key=lambda item: item.name == "unet")
     for item in (items[-1], *items[:-1]):
@@ -182,11 +168,6 @@ def move_model(built: Path, folder: Path) -> None:
     for item in items:
         item.replace(folder / item.name)
     built.rmdir()
-
-
-def _cast(*modules: nn.Module, dtype: torch.dtype) -> None:
-    for module in modules:
-        module.to(dtype)
 
 
 @torch.no_grad()

@@ -2,21 +2,22 @@
 
 The result is a folder that diffusers, and everything here that takes `--model`, opens like
 SDXL-Turbo: four evals, no guidance. Beside the weights it holds `model_card.json` (command, seed,
-data, losses, times, class names, reconstruction error) and `samples.png`. All of the work can be
-stopped at any point and goes on from the last checkpoint in `OUT/.work`.
+data, losses, times, class names, reconstruction error) and `samples.png`. The training can be
+stopped at any point and resumes from the last checkpoint in `OUT/.work`.
 
-With a teacher the card also says what share of real images, of their reconstructions, of samples
-that start from images and of samples from noise it takes for their class: where a class is lost
-first tells which phase loses it.
+With a teacher the card also reports the share of real images, of their reconstructions, of samples
+that start from images and of samples from noise that the teacher recognises: where a class is first
+lost tells which phase loses it.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,6 +35,7 @@ from ..teacher.teacher import Teacher
 from .loop import LossOf, M, Phase
 from .losses import (
     Conditioning,
+    Denoising,
     LatentBank,
     denoiser_loss,
     few_step_loss,
@@ -44,16 +46,10 @@ from .losses import (
     sigma_table,
     vae_loss,
 )
-from .model import ModelParts, move_model, new_parts, prompt_embeddings, save_parts
+from .model import move_model, new_parts, prompt_embeddings, save_parts
 
 PROMPT = "A photo of a {name}"
-HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] as it is
-
-
-def latent_means(vae: AutoencoderKL, images_BCHW: Tensor) -> Tensor:
-    """The posterior's means of images in [-1, 1], unscaled."""
-    posterior: Any = vae.encode(images_BCHW, return_dict=False)[0]
-    return posterior.mean
+HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] unchanged
 
 
 class PriorTraining:
@@ -66,20 +62,16 @@ class PriorTraining:
         labels_N: Tensor,
         class_names: Sequence[str],
         out: Path,
-        report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
-        device: str = "cpu",
+        report: Callable[[str], None],
+        device: str,
     ) -> None:
-        if pixels_NHWC.shape[1:] != (config.image_size, config.image_size, 3):
-            raise ValueError(
-                f"expected images of {config.image_size} px, got {tuple(pixels_NHWC.shape[1:])}"
-            )
         self.config, self.out, self.report = config, out, report
         self.work = out / ".work"
         self.pixels_NHWC, self.labels_N = pixels_NHWC, labels_N
         self.class_names = tuple(class_names)
         torch.manual_seed(config.seed)
         width, vae_width = config.width, config.vae_width
-        self.parts: ModelParts = new_parts(
+        self.parts = new_parts(
             config.image_size,
             self.work / "tokenizer",
             unet_channels=(width, 2 * width, 4 * width),
@@ -93,20 +85,13 @@ class PriorTraining:
         for module in (self.parts.vae, self.parts.unet):
             nn.Module.to(module, device)
         self.phases: dict[str, dict[str, Any]] = {}
-        """What the card says of each that has ended."""
+        """The card's entry for each finished phase."""
 
-    def _run(
-        self,
-        name: str,
-        module: M,
-        steps: int,
-        learning_rate: float,
-        loss_of: LossOf[M],
-    ) -> M:
+    def _run(self, name: str, module: M, steps: int, learning_rate: float, loss_of: LossOf[M]) -> M:
         phase = Phase(name, module, steps, learning_rate, self.work / f"{name}.safetensors")
         average = phase.run(loss_of, seed=self.config.seed, report=self.report)
-        told = {"steps": steps, "seconds": round(phase.seconds, 1), "losses": phase.losses}
-        self.phases[name] = told
+        seconds = round(phase.seconds, 1)
+        self.phases[name] = {"steps": steps, "seconds": seconds, "losses": phase.losses}
         return average
 
     def _images(self, rows: Tensor | slice) -> Tensor:
@@ -126,20 +111,17 @@ class PriorTraining:
             return vae_loss(vae, images, generator)
 
         vae = self._run("vae", self.parts.vae, self.config.vae_steps, 1e-3, loss_of)
-        fix_posterior_width(vae)  # the optimiser's weight decay must not move it
-        vae.register_to_config(scaling_factor=1 / self._latent_std(vae))
-        self.parts.vae = vae.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def _latent_std(self, vae: AutoencoderKL) -> float:
+        fix_posterior_width(vae)  # undo the weight decay
+        self.parts.vae = vae
         rows = torch.arange(0, len(self.pixels_NHWC), max(1, len(self.pixels_NHWC) // 1024))
-        means = [latent_means(vae, self._images(part)) for part in rows.split(128)]
-        return float(torch.cat(means).std())
+        latents = torch.cat([self._encode(self._images(part)) for part in rows.split(128)])
+        vae.register_to_config(scaling_factor=1 / float(latents.std()))
 
     @torch.no_grad()
     def _encode(self, images_BCHW: Tensor) -> Tensor:
-        mean = latent_means(self.parts.vae, images_BCHW)
-        return mean * self.parts.vae.config["scaling_factor"]
+        """The posterior's means of images in [-1, 1], scaled."""
+        posterior: Any = self.parts.vae.encode(images_BCHW, return_dict=False)[0]
+        return posterior.mean * self.parts.vae.config["scaling_factor"]
 
     @torch.no_grad()
     def decode(self, latents_B4hw: Tensor) -> Tensor:
@@ -151,13 +133,13 @@ class PriorTraining:
     def encode_bank(self) -> LatentBank:
         """Encode each image, its mirror image and `crops` square crops of 30–100 % area.
 
-        A crop's micro-conditioning is SDXL's: its size before enlarging, its corner after.
+        A crop's micro-conditioning is SDXL's: its size before it is enlarged, its corner after.
         """
         size, seed = self.config.image_size, self.config.seed
         latents, labels, time_ids = [], [], []
         for rows in torch.arange(len(self.labels_N)).split(256):
             images = self._images(rows)
-            whole = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32)
+            whole = torch.tensor([size, size, 0.0, 0.0, size, size])
             for view in (images, images.flip(-1)):
                 latents.append(self._encode(view))
                 time_ids.append(whole.repeat(len(rows), 1))
@@ -165,15 +147,9 @@ class PriorTraining:
                 u = uniform(seed, Draw.PRIOR, rows, crop, 4)
                 side = size * (0.3 + 0.7 * u[:, 0]).sqrt()
                 corner = u[:, 1:3] * (size - side)[:, None]
-                boxes = torch.cat([corner, side[:, None], side[:, None]], dim=1)
-                view = student_input(
-                    images,
-                    boxes.to(self.device),
-                    (u[:, 3] < 0.5).to(self.device),
-                    size,
-                    HALF_UNIT,
-                    HALF_UNIT,
-                )
+                boxes = torch.cat([corner, side[:, None], side[:, None]], dim=1).to(self.device)
+                flips = (u[:, 3] < 0.5).to(self.device)
+                view = student_input(images, boxes, flips, size, HALF_UNIT, HALF_UNIT)
                 latents.append(self._encode(view.contiguous()))
                 enlarged = size / side[:, None]
                 target = torch.full((len(rows), 2), float(size))
@@ -185,59 +161,29 @@ class PriorTraining:
 
     def train_denoiser(self, bank: LatentBank) -> None:
         """Phases 2, 3 and 4; leaves the few-step UNet in `parts`."""
-        config, batch = self.config, self.config.unet_batch
-        shared: dict[str, Any] = {
-            "bank": bank,
-            "conditioning": self.conditioning,
-            "sigmas": self.sigmas,
-            "half": config.precision == "bf16",
-        }
+        config, parts = self.config, self.parts
+        half = config.precision == "bf16"
+        task = Denoising(bank, self.conditioning, self.sigmas, config.unet_batch, half)
 
-        unet = self._run(
-            "denoiser",
-            self.parts.unet,
-            config.unet_steps,
-            8e-4,
-            lambda unet, generator: denoiser_loss(unet, **shared, batch=batch, generator=generator),
-        )
-        student = self._trainable_copy(unet)
-        guided = self._run(
-            "guidance",
-            student,
-            config.guidance_steps,
-            4e-4,
-            lambda module, generator: guidance_loss(
-                module, unet, **shared, guidance=config.guidance, batch=batch, generator=generator
-            ),
-        )
-        visited = sampled_steps(self.parts.scheduler, config.steps, self.device)
-        self.parts.unet = self._run(
-            "few_step",
-            self._trainable_copy(guided),
-            config.few_step_steps,
-            4e-4,
-            lambda module, generator: few_step_loss(
-                module,
-                guided,
-                **shared,
-                visited=visited,
-                substeps=config.substeps,
-                batch=batch,
-                generator=generator,
-            ),
-        )
+        def distil(
+            name: str, teacher: UNet2DConditionModel, steps: int, loss: Callable[..., Tensor]
+        ) -> UNet2DConditionModel:
+            student = copy.deepcopy(teacher).requires_grad_(True)
+            return self._run(name, student, steps, 4e-4, partial(loss, task=task, teacher=teacher))
 
-    @staticmethod
-    def _trainable_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-        copy: Any = UNet2DConditionModel.from_config(unet.config)
-        copy.load_state_dict(unet.state_dict())
-        return copy.to(unet.device)
+        loss = partial(denoiser_loss, task=task)
+        unet = self._run("denoiser", parts.unet, config.unet_steps, 8e-4, loss)
+        loss = partial(guidance_loss, guidance=config.guidance)
+        guided = distil("guidance", unet, config.guidance_steps, loss)
+        visited = sampled_steps(parts.scheduler, config.steps, self.device)
+        loss = partial(few_step_loss, visited=visited, substeps=config.substeps)
+        parts.unet = distil("few_step", guided, config.few_step_steps, loss)
 
     @torch.no_grad()
     def sample_sheet(self, count: int = 6) -> Image.Image:
-        """Per class a row: 2 reconstructions, `count` samples from real images, as many from noise.
+        """One row per class: 2 reconstructions, `count` samples from images, `count` from noise.
 
-        Real ones come from the first `count` images of the class, repeated where it has fewer.
+        The real images are the first `count` of the class, repeated where it has fewer.
         """
         rows = []
         for label in range(len(self.class_names)):
@@ -260,20 +206,21 @@ class PriorTraining:
         return images, real, sampled
 
     @torch.no_grad()
-    def recognised(self, teacher: Teacher, count: int = 50) -> dict[str, Any]:
-        """What share of `count` images of each class, and of what is made of them, it recognises.
+    def recognised(self, teacher: Teacher) -> dict[str, Any]:
+        """Shares that the teacher recognises, in percent, by class and their mean.
 
-        Percent, by class and their mean: real training images, their reconstructions, samples with
-        all steps but the first, samples from noise.
+        At most 50 per class of each: real training images, their reconstructions, samples from them
+        with all steps but the first, samples from noise.
         """
+        count = max(1, min(50, 500 // len(self.class_names)))
         shares: dict[str, list[float]] = {}
         for label in range(len(self.class_names)):
             images, real, sampled = self._samples(label, count)
             made = self.decode(torch.cat([real, sampled])).split(count)
             names = ("real", "reconstructed", "from_images", "from_noise")
             for name, part in zip(names, (images, *made), strict=True):
-                answers = teacher.logits_from_uint8(to_pixels(part)).argmax(1)
-                share = (answers == label).float().mean().item()
+                classes = teacher.logits_from_uint8(to_pixels(part)).argmax(1)
+                share = (classes == label).float().mean().item()
                 shares.setdefault(name, []).append(round(100 * share, 1))
         return {
             "teacher": teacher.describe(),
@@ -293,7 +240,7 @@ class PriorTraining:
         return float(-10 * torch.log10(torch.stack(error).mean() / 4))
 
     def card(self, data: str, command: str) -> dict:
-        """The model card: everything needed to make these weights again, and how they did."""
+        """The model card: everything needed to make these weights again, and their quality."""
         return {
             "made_by": command,
             "data": data,
@@ -310,10 +257,9 @@ class PriorTraining:
         }
 
     def run(self, *, data: str, command: str, teacher: Teacher | None = None) -> Path:
-        """Run all phases, then write the model folder, over the model there; return it.
+        """Run all phases, then replace the model in the folder; return the folder.
 
-        `teacher` is asked at the end what it recognises. ValueError when a phase diverges: what is
-        in the folder then stays.
+        ValueError when a phase diverges; the folder then keeps its old model.
         """
         began = time.monotonic()
         self.train_vae()
@@ -326,11 +272,10 @@ class PriorTraining:
         self.sample_sheet().save(building / "samples.png")
         card = self.card(data, command)
         if teacher is not None:
-            count = max(1, min(50, 500 // len(self.class_names)))
-            card["recognised"] = self.recognised(teacher, count)
+            card["recognised"] = self.recognised(teacher)
             means = ((k, v["mean"]) for k, v in card["recognised"]["percent"].items())
-            told = ", ".join(f"{name.replace('_', ' ')} {mean:g} %" for name, mean in means)
-            self.report(f"the teacher recognises: {told}")
+            shares = ", ".join(f"{name.replace('_', ' ')} {mean:g} %" for name, mean in means)
+            self.report(f"the teacher recognises: {shares}")
         card["seconds_of_this_session"] = round(time.monotonic() - began, 1)
         text = json.dumps(card, indent=1, allow_nan=False) + "\n"
         (building / "model_card.json").write_text(text)

@@ -1,4 +1,4 @@
-"""RUN/report.html: one self-contained page: page.html, filled from a run's summary and pictures."""
+"""RUN/report.html, one self-contained page: page.html filled from a run's summary and pictures."""
 
 from __future__ import annotations
 
@@ -23,19 +23,16 @@ RENDERED = "rendered-*.png"  # one per method
 
 
 def write_report(run: Path) -> dict[str, Any]:
-    """Write the report of a finished run; FileNotFoundError when there is no summary in it."""
+    """Write the report of a finished run. Raises FileNotFoundError if it has no summary.
+
+    Every value of the summary is escaped.
+    """
     path = run / SUMMARY
     if not path.is_file():
         raise FileNotFoundError(
             f"{run} has no {SUMMARY}: give the folder of a finished run, or finish it with --resume"
         )
-    page = render(json.loads(path.read_text()), run / PICTURES).encode()
-    replace_file(run / REPORT, page)
-    return {"report": str(run / REPORT), "bytes": len(page)}
-
-
-def render(summary: Mapping[str, Any], pictures: Path) -> str:
-    """The page; every value of the summary is escaped."""
+    summary = json.loads(path.read_text())
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -44,34 +41,40 @@ def render(summary: Mapping[str, Any], pictures: Path) -> str:
     )
     environment.filters["plain"] = _plain
     teacher = {key: value for key, value in summary["teacher"].items() if key != "losses"}
-    return environment.get_template("page.html").render(
-        {**summary, "teacher": teacher},
-        methods=_method_rows(summary),
-        figures=_figures(pictures),
-        sizes=[
-            (method, *(_amount(sizes.get(kind)) for kind in SIZES))
-            for method, sizes in summary["bytes"].items()
-        ],
-        stage_seconds=[(stage, f"{taken:.1f}") for stage, taken in summary["seconds"].items()],
+    page = (
+        environment.get_template("page.html")
+        .render(
+            {**summary, "teacher": teacher},
+            methods=_method_rows(summary),
+            figures=_figures(run / PICTURES),
+            sizes=[
+                (method, *(_amount(sizes.get(kind)) for kind in SIZES))
+                for method, sizes in summary["bytes"].items()
+            ],
+            stage_seconds=[(stage, f"{taken:.1f}") for stage, taken in summary["seconds"].items()],
+        )
+        .encode()
     )
+    replace_file(run / REPORT, page)
+    return {"report": str(run / REPORT), "bytes": len(page)}
 
 
 def accuracy_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """method, mean ± std, share of the ceiling; the ceiling and the teacher last."""
+    """Method, mean ± std, share of the ceiling; the ceiling and the teacher come last."""
     shares = summary["share_of_ceiling"]
     rows = [
-        (method, mean_and_std(value), f"{shares[method]:.0f} %" if method in shares else "-")
+        (method, _plus_minus(value), f"{shares[method]:.0f} %" if method in shares else "-")
         for method, value in summary["accuracy"].items()
     ]
     if summary["ceiling"] is not None:
-        rows.append(("fresh real images (ceiling)", mean_and_std(summary["ceiling"]), "100 %"))
+        rows.append(("fresh real images (ceiling)", _plus_minus(summary["ceiling"]), "100 %"))
     if summary["teacher"].get("accuracy") is not None:
         rows.append(("teacher", f"{summary['teacher']['accuracy']:.1f}", "-"))
     return rows
 
 
-def mean_and_std(value: Sequence[float | None]) -> str:
-    """`40.6 ± 1.9`; the mean alone when there was one student."""
+def _plus_minus(value: Sequence[float | None]) -> str:
+    """`40.6 ± 1.9`, or the mean alone for a single student."""
     mean, std = value
     return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
@@ -92,16 +95,15 @@ def _amount(size_bytes: int | None) -> str:
 
 def _figures(folder: Path) -> list[tuple[str, str, str]]:
     """Name, caption and base64 of each picture."""
-    figures = []
     captions = dict(CAPTIONS)
     for path in sorted(folder.glob(RENDERED)):
         method = path.stem.removeprefix("rendered-")
         captions[path.name] = f"{method}: what its students see of the same samples, three epochs."
-    for name, caption in captions.items():
-        if (folder / name).is_file():
-            inlined = base64.b64encode((folder / name).read_bytes()).decode()
-            figures.append((name, caption, inlined))
-    return figures
+    return [
+        (name, caption, base64.b64encode((folder / name).read_bytes()).decode())
+        for name, caption in captions.items()
+        if (folder / name).is_file()
+    ]
 
 
 def _plain(value: Any) -> str:

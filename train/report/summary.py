@@ -1,13 +1,13 @@
-"""RUN/summary.json: every number of a run, and where it comes from."""
+"""RUN/summary.json: every number of a run, and its provenance."""
 
 from __future__ import annotations
 
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +32,10 @@ _VERSIONS = (
 )
 
 
-def mean_and_std(accuracies: Sequence[float]) -> list[float | None]:
-    """Mean and sample standard deviation, to 0.01; no deviation (None) of a single student."""
+def mean_and_std(accuracies: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (None for a single student), rounded to 0.01."""
     std = round(statistics.stdev(accuracies), 2) if len(accuracies) > 1 else None
-    return [round(statistics.fmean(accuracies), 2), std]
+    return round(statistics.fmean(accuracies), 2), std
 
 
 def rounded(value: Any) -> Any:
@@ -57,7 +57,7 @@ def make_summary(
     seconds: Mapping[str, float],
     skipped: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The summary. `students`: results of the student stages by method, `real` among them.
+    """The summary. `students`: results of the student stages by method, `real` included.
 
     Floats are rounded: percent to 0.01, shares, rates and seconds to 0.1, others to six digits.
     """
@@ -66,11 +66,7 @@ def make_summary(
     ceiling = mean_and_std(students[REAL]["accuracies"]) if REAL in students else None
     shares = {}
     if ceiling is not None and ceiling[0]:
-        shares = {
-            m: round(100 * value[0] / ceiling[0], 1)
-            for m, value in accuracy.items()
-            if value[0] is not None
-        }
+        shares = {m: round(100 * mean / ceiling[0], 1) for m, (mean, _) in accuracy.items()}
     return {
         "schema": SCHEMA,
         "accuracy": accuracy,
@@ -86,25 +82,21 @@ def make_summary(
         "skipped_images": dict(skipped),
         "students": rounded(students),
         "teacher": rounded(teacher),
-        "data": _data(plan),
+        "data": {
+            "name": plan.data_name,
+            "sha256": plan.data_sha256,
+            "classes": len(plan.class_names),
+            "training_images": len(plan.train),
+            "validation_images": len(plan.val),
+        },
         "settings": _settings(plan),
         "notes": _notes(plan, coresets),
         "provenance": provenance(command, plan.device),
     }
 
 
-def _data(plan: Plan) -> dict[str, Any]:
-    return {
-        "name": plan.data_name,
-        "sha256": plan.data_sha256,
-        "classes": len(plan.class_names),
-        "training_images": len(plan.train),
-        "validation_images": len(plan.val),
-    }
-
-
 def _settings(plan: Plan) -> dict[str, Any]:
-    """What decided the result; None where an option plays no part."""
+    """The settings behind the result; None where an option plays no part."""
     student, expand = plan.student, plan.expand
     each = plan.samples_per_class + plan.doped_samples_per_class
     samples = len(plan.class_names) * each
@@ -120,7 +112,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "factor": plan.factor,
         "patch_px": plan.patch_px,
         "image_size": plan.image_size,
-        "model": plan.model.name if plan.model is not None else None,
+        "model": plan.model and plan.model.name,
         "steps": expand.steps,
         "prompt": plan.prompt,
         "prompts": plan.own_prompts or None,
@@ -151,27 +143,21 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 
 def provenance(command: str, device: str) -> dict[str, Any]:
-    """Who made it, with what: nothing of it names the content."""
+    """Who made something, where and with what; it never decides a content hash."""
     return {
         "command": command,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "world_size": read_launch().size,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in _VERSIONS}},
     }
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in _VERSIONS}
-
-
 def _processor() -> str:
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -181,16 +167,16 @@ def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "epoch, never of the best."
     ]
     for method, made in coresets.items():
-        told = METHODS[method].noted
-        if told is not None:
-            notes.append(told(plan, made))
+        noted = METHODS[method].noted
+        if noted is not None:
+            notes.append(noted(plan, made))
     if plan.dope:
         notes.append(
             f"Every coreset was doped with {plan.dope} real images per class, and the ceiling "
             "has as many steps."
         )
-    seen = seen_classes(plan.model.folder) if plan.model is not None else None
-    if plan.model is not None and seen is not None:
+    if plan.model is not None:
+        seen = seen_classes(plan.model.folder) or ()
         known = sum(name in seen for name in plan.class_names)
         by_model = " and ".join(m for m in plan.methods if METHODS[m].model)
         if known:

@@ -1,7 +1,7 @@
-"""Where a training stands, as one safetensors file that is there whole or not at all.
+"""The state of a training as one safetensors file, written atomically.
 
-The file's metadata holds the config that decides the result; another one is refused, and the
-message names what differs. Nothing is ever unpickled.
+The file's metadata holds the config that decides the result; a different config is refused by
+naming the difference. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CheckpointError(ValueError):
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, Any]) -> None:
     """Write `tensors` and plain JSON `metadata` to `path` atomically; OSError on a full disk."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One key: safetensors writes several in random order, and equal content shall be equal bytes.
+    # One key: safetensors writes several in random order, and equal content must give equal bytes.
     data = save(kept, {METADATA: json.dumps(metadata, sort_keys=True)})
     path.parent.mkdir(parents=True, exist_ok=True)
     with full_disk_explained(path, len(data)):
@@ -38,30 +38,15 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, Any]) -> Non
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """What `write_tensors` wrote; CheckpointError for a file that is damaged."""
+    """Tensors and metadata of a file; CheckpointError when it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise _damaged(path, error) from None
-
-
-def read_metadata(path: Path, *, whole: bool = False) -> dict[str, Any]:
-    """The metadata of what `write_tensors` wrote; `whole` also reads every tensor once."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys() if whole else ():
-                file.get_tensor(name)
-            return json.loads((file.metadata() or {}).get(METADATA, "{}"))
-    except (SafetensorError, ValueError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is no weights file of ours, or is damaged ({error}): remove or replace it"
-    )
+        raise CheckpointError(
+            f"{path} is no weights file of ours, or is damaged ({error}): remove or replace it"
+        ) from None
 
 
 class Checkpoints:
@@ -75,18 +60,19 @@ class Checkpoints:
         return sorted(self.folder.glob(f"{glob.escape(self.name)}.checkpoint-[0-9]*.safetensors"))
 
     def write(self, tensors: Tensors, metadata: dict[str, Any]) -> None:
-        """One more; then those are removed that are too many. OSError on a full disk."""
-        number = self._number(self.paths()[-1]) + 1 if self.paths() else 0
+        """Write the next checkpoint, then remove the oldest surplus. OSError on a full disk."""
+        before = self.paths()
+        number = int(before[-1].stem.rsplit("-", 1)[1]) + 1 if before else 0
         path = self.folder / f"{self.name}.checkpoint-{number:06d}.safetensors"
         write_tensors(path, tensors, {**metadata, "versions": _versions()})
         for old in self.paths()[: -self.kept]:
             old.unlink()
 
     def newest(self, say: Callable[[str], None]) -> Path | None:
-        """The last that can be read; damaged ones are removed, and that is said."""
+        """The newest readable checkpoint; damaged ones are removed with a warning."""
         for path in reversed(self.paths()):
             try:
-                metadata = read_metadata(path, whole=True)
+                metadata = read_tensors(path)[1]
             except CheckpointError as error:
                 say(f"warning: {error}; it is removed, and the one before, if any, goes on")
                 path.unlink()
@@ -100,32 +86,28 @@ class Checkpoints:
         return None
 
     def remove(self) -> None:
-        """All of them, when the training is done, and what a killed process left of one."""
+        """Remove all checkpoints and partial files."""
         partial = self.folder.glob(f"{glob.escape(self.name)}.checkpoint-*.partial")
         for path in (*self.paths(), *partial):
             path.unlink()
 
-    @staticmethod
-    def _number(path: Path) -> int:
-        return int(path.stem.rsplit("-", 1)[1])
-
 
 def _versions() -> dict[str, str]:
-    """What the last digits of a training depend on."""
+    """Versions that the last digits of a training depend on."""
     return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 
 
 def require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """CheckpointError, naming the first key that differs, unless both configs are the same."""
-    for key, was, asked in differences(before, now):
+    """Raises CheckpointError for the first key that differs between the configs."""
+    for key, was, requested in differences(before, now):
         raise CheckpointError(
-            f"{path} was begun with {key} = {was}, now it is {asked}: "
+            f"{path} was begun with {key} = {was}, now it is {requested}: "
             "give the same options to resume, or begin anew in another folder"
         )
 
 
 def training_state(network: nn.Module, optimizer: torch.optim.Optimizer, prefix: str) -> Tensors:
-    """Weights, buffers and the optimiser's moments, as tensors whose names begin with `prefix`."""
+    """Weights, buffers and the optimiser's moments; `prefix` begins every name."""
     tensors = {f"{prefix}net.{name}": value for name, value in network.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
@@ -136,7 +118,7 @@ def training_state(network: nn.Module, optimizer: torch.optim.Optimizer, prefix:
 def restore_training(
     network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors, prefix: str
 ) -> None:
-    """Put back what `training_state` took.
+    """Restore what `training_state` returned.
 
     Moments get the memory layout of their parameter: the fused optimiser pairs the two by address,
     and a file keeps no layout.

@@ -1,15 +1,15 @@
-"""A run folder and its stages: what is done, with which settings, and what it left on the disk.
+"""A run folder and its stages: their settings, results and output files.
 
-    run.json               marks the folder as ours
+    run.json               marks a run folder
     stages/<stage>.json    {"config", "state": "begun" | "done", "seconds", "result", "outputs"}
 
-Rank 0 alone reads and writes the folder; the ranks that follow take its decisions. A stage is rank
-0's alone, and the others wait for its result, or all ranks work together. A folder that rank 0
-cannot use, or a stage that it refuses, is its error; the others end with it (world.py).
+Only rank 0 reads and writes the folder; the other ranks follow its decisions. Rank 0 runs a stage
+alone while the others wait for its result, or all ranks run it together. Rank 0 raises the error
+for an unusable folder or a refused stage; the others end with it (world.py).
 
-A stage's file is written when it begins and when it ends or is stopped, each time whole or not at
-all. A stage that is done is taken over after its outputs were compared with their hashes; one that
-was only begun runs again and picks up its own checkpoints. Another config than before is refused.
+A stage's file is written atomically when the stage begins, and when it ends or is stopped. The
+result of a finished stage is reused if its outputs match their hashes; an unfinished stage runs
+again and resumes from its own checkpoints. A changed config is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,57 +28,11 @@ from filelock import BaseFileLock
 
 from ...export.durable import differences, file_sha256, json_sha256, replace_json, take_lock
 from .progress import Report
+from .settings import LEFT_OUT
 from .world import ALONE, World
 
 SCHEMA = "patchbloom.run/1"
 MARK, STAGES = "run.json", "stages"
-OPTION_OF = {
-    "teacher.network": "--teacher",
-    "teacher.epochs": "--teacher-epochs",
-    "teacher.size_px": "--image-size",
-    "teacher.seed": "--seed",
-    "teacher.device": "--device",
-    "student.network": "--student",
-    "student.epochs": "--epochs",
-    "student.batch": "--batch",
-    "student.learning_rate": "--learning-rate",
-    "student.final_lr_fraction": "--final-lr-fraction",
-    "student.cutmix": "--cutmix",
-    "student.weight_decay": "--weight-decay",
-    "student.views": "--student-precision",
-    "student.precision": "--student-precision",
-    "student.compile": "--student-compile",
-    "student.targets": "--targets",
-    "student.size_px": "--image-size",
-    "student.seed": "--seed",
-    "student.device": "--device",
-    "dsco.name": "--model",
-    "dsco.prompt": "--prompt",
-    "dsco.prompts": "--prompts",
-    "dsco.steps": "--steps",
-    "dsco.precision": "--precision",
-    "dsco.vae_precision": "--vae-precision",
-    "model.name": "--model",
-    "model.prompt": "--prompt",
-    "model.prompts": "--prompts",
-    "model.start": "--start",
-    "model.steps": "--steps",
-    "model.rho": "--rho",
-    "model.mixup": "--mixup",
-    "model.mixup_weight": "--mixup-weight",
-    "model.precision": "--precision",
-    "model.vae_precision": "--vae-precision",
-    "t2i.name": "--model",
-    "t2i.prompt": "--prompt",
-    "t2i.prompts": "--prompts",
-    "t2i.steps": "t2i's --steps",
-    "t2i.generate_size": "--generate-size",
-    "t2i.precision": "--precision",
-    "t2i.vae_precision": "--vae-precision",
-}
-"""Settings that an option decides; the others follow from --recipe and from these."""
-LEFT_OUT = {"--mixup-weight": "uniform"}
-"""What a setting is where a config leaves it out (naming.describe_mixup)."""
 _OURS = re.compile(
     r"(run|config|environment|summary)\.json|log\.jsonl|report\.html|stages|teacher|students|"
     r"pictures|tensorboard|"
@@ -87,16 +41,16 @@ _OURS = re.compile(
 
 
 class RunError(ValueError):
-    """A run folder that cannot be used as asked: expected, found, what to do."""
+    """A run folder that cannot be used: expected, found, what to do."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage hands on, and the files that must still be there, unchanged, after a resume."""
+    """A stage's result, and its files, which must be unchanged on a resume."""
 
     result: dict[str, Any]
     """Plain JSON."""
-    outputs: Iterable[Path] = field(default_factory=tuple)
+    outputs: Iterable[Path] = ()
 
 
 class RunFolder(AbstractContextManager["RunFolder"]):
@@ -105,7 +59,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def __init__(
         self, folder: Path, report: Report, world: World = ALONE, *, overwrite: bool = False
     ) -> None:
-        """Lock it, then, with `overwrite`, empty it: never under a process that works in it."""
+        """Lock the folder, then empty it with `overwrite`; never while another process uses it."""
         self.folder, self.world, self._report = folder, world, report
         self._results: dict[str, dict[str, Any]] = {}
         self._lock = self._prepare(overwrite) if world.leads else None
@@ -118,10 +72,13 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         try:
             lock = take_lock(mark)
         except TimeoutError:
-            told = f"another process works in {self.folder}: wait for it, or end it"
-            raise RunError(told) from None
-        if overwrite:
-            _remove_all_but_the_mark(self.folder)
+            raise RunError(
+                f"another process works in {self.folder}: wait for it, or end it"
+            ) from None
+        if overwrite:  # the mark stays, so that a killed removal can be repeated
+            for entry in self.folder.iterdir():
+                if entry.name != MARK:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         (self.folder / STAGES).mkdir(exist_ok=True)
         return lock
 
@@ -138,13 +95,13 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         again: bool = False,
         together: bool = False,
     ) -> dict[str, Any]:
-        """The result of stage `name`, on every rank: from its file if it is done, else of `work`.
+        """The result of stage `name`, on every rank: from its file if it is done, else from `work`.
 
-        Rank 0 does the work alone, and must not ask anything of the world: the others wait for its
-        end. With `together` all ranks do it. `config` is plain JSON, holds all that decides the
-        result, and no path. Its keys are options ("--rho") where there is one, because they appear
-        in the message of a refusal. Raises RunError when the stage was begun with another config
-        (with `again` it is then done again) or its outputs changed.
+        Rank 0 works alone, and `work` must not call the world: the others wait for its end. With
+        `together` all ranks work. `config` is plain JSON that holds everything that decides the
+        result, and no path. Its keys are options ("--rho") where possible, because they appear in
+        error messages. Raises RunError when the stage was begun with another config (with `again`
+        it runs again instead) or its outputs changed.
         """
         if name not in self._results:
             config = json.loads(json.dumps(config))
@@ -160,7 +117,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         return self._results[name]
 
     def _done(self, name: str, config: dict[str, Any], again: bool) -> dict[str, Any] | None:
-        """The result in a stage's file, None when the stage is to be run; RunError: see `stage`."""
+        """The result in a stage's file; None when the stage has to run. Raises as `stage` does."""
         record = self.read(name)
         if record is None or (again and record["config"] != config):
             return None
@@ -174,15 +131,15 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def _run(
         self, name: str, config: dict[str, Any], work: Callable[[], StageResult]
     ) -> dict[str, Any]:
-        """Do the work and write its stage's file, with the seconds of earlier sessions added."""
+        """Run the stage and write its file; `seconds` includes earlier sessions."""
         record, began = self.read(name) or {}, time.monotonic()
         if record.get("config") != config:
             record = {}
 
         def write(state: str, **more: Any) -> None:
             seconds = round(record.get("seconds", 0.0) + time.monotonic() - began, 3)
-            told = {"config": config, "state": state, "seconds": seconds, **more}
-            replace_json(self._file(name), told)
+            entry = {"config": config, "state": state, "seconds": seconds, **more}
+            replace_json(self._file(name), entry)
 
         write("begun")
         try:
@@ -205,67 +162,56 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         return result
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """The file of a stage; None when it never began, and on the ranks that follow."""
+        """The content of a stage's file. None: it never began, or this is not rank 0."""
         path = self._file(name)
         return json.loads(path.read_bytes()) if self.world.leads and path.is_file() else None
 
     def seconds(self) -> dict[str, float]:
-        """Wall-clock seconds of each stage that is done, in the order in which they ended.
+        """Wall-clock seconds of each finished stage, in the order in which they ended.
 
-        A stage that was stopped and resumed has those of all its sessions, except for sessions that
-        were killed before they could write.
+        Includes all sessions of a resumed stage, except those that were killed before they wrote.
         """
         files = sorted((self.folder / STAGES).glob("*.json"), key=lambda path: path.stat().st_mtime)
         records = {path.stem: json.loads(path.read_bytes()) for path in files}
-        return {
-            name: record["seconds"] for name, record in records.items() if record["state"] == "done"
-        }
+        return {name: each["seconds"] for name, each in records.items() if each["state"] == "done"}
 
     def _file(self, name: str) -> Path:
         return self.folder / STAGES / f"{name}.json"
 
     def _check_config(self, name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
         both = before.keys() & now.keys()
-        # What both have comes first: a setting that is there for one choice only follows from it.
+        # Keys of both come first: a key of only one config exists because of another choice.
         for key, _, _ in sorted(differences(before, now), key=lambda each: each[0] not in both):
             if key == "--data":
                 raise RunError(
                     f"the images have changed since the {name} stage of {self.folder} was run: "
                     "give the same data to --resume, or start again with --overwrite"
                 )
-            was, asked = (settings.get(key, LEFT_OUT.get(key)) for settings in (before, now))
+            was, requested = (settings.get(key, LEFT_OUT.get(key)) for settings in (before, now))
             raise RunError(
                 f"the {name} stage of {self.folder} was run with {key} = {was}, "
-                f"now asked for {asked}: give the same options to --resume, "
+                f"now asked for {requested}: give the same options to --resume, "
                 "another --out, or --overwrite"
             )
 
     def _check_outputs(self, name: str, outputs: dict[str, str]) -> None:
         for relative, sha256 in outputs.items():
             path = self.folder / relative
-            if not path.is_file():
-                found = "it is missing"
-            elif file_sha256(path) != sha256:
-                found = "it was changed"
-            else:
+            if path.is_file() and file_sha256(path) == sha256:
                 continue
+            found = "it was changed" if path.is_file() else "it is missing"
             raise RunError(
                 f"{path} is not as the {name} stage left it ({found}): restore it, "
                 "or start again with --overwrite"
             )
 
 
-def settings_by_option(part: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings under the option that decides them, or else under `part.name`."""
-    return {OPTION_OF.get(f"{part}.{name}", f"{part}.{name}"): v for name, v in settings.items()}
-
-
 def check_out(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that is not empty, unless a run of ours is to be resumed or replaced."""
+    """Raises RunError unless the folder is empty, or holds a run to resume or to overwrite."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RunError(f"--out {folder} exists and is not a folder: choose another --out")
     names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-    if names in ([], [f"{MARK}.partial"]):  # the second: killed in its first millisecond
+    if names in ([], [f"{MARK}.partial"]):  # the second: a run killed at its start
         return
     foreign = [name for name in names if not _OURS.fullmatch(name)]
     if foreign or not _is_run(folder / MARK):
@@ -283,10 +229,3 @@ def _is_run(mark: Path) -> bool:
         return json.loads(mark.read_bytes())["schema"] == SCHEMA
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _remove_all_but_the_mark(folder: Path) -> None:
-    """Remove the run that `check_out` found there; the mark stays, so a stopped removal goes on."""
-    for entry in folder.iterdir():
-        if entry.name != MARK:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

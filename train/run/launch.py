@@ -49,11 +49,9 @@ class Launch:
 
 def read_launch() -> Launch:
     """Read the launch from torchrun's environment variables."""
-    names = {
-        "rank": "RANK",
-        "size": "WORLD_SIZE",
-        "local_rank": "LOCAL_RANK",
-        "local_size": "LOCAL_WORLD_SIZE",
-    }
-    given = {key: os.environ[name] for key, name in names.items() if name in os.environ}
-    return Launch(**{key: int(value) for key, value in given.items()})
+    return Launch(
+        rank=int(os.environ.get("RANK", 0)),
+        size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )

@@ -1,6 +1,6 @@
 """Reports of a running command: progress on stderr, scalars for TensorBoard, lines of JSON.
 
-Standard output is reserved for the one JSON object that ends every command. On a terminal progress
+Standard output is reserved for the one JSON object that ends every command. On a terminal, progress
 is a bar with rate and time left; in a log it is a line every few seconds. Torch-free.
 """
 
@@ -11,7 +11,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -23,40 +23,8 @@ LOG = "log.jsonl"
 LINE_EVERY_S = 10.0  # between two lines of progress in a log
 
 
-class Report(Protocol):
-    """Where trainings and renderings report their progress."""
-
-    def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
-        """`done` of `total` units ("epochs", "images") of `what` are finished; call it often."""
-        ...
-
-    def scalar(self, tag: str, step: int, value: float) -> None:
-        """A point of a curve, e.g. ("student/dace/loss", epoch, 1.3)."""
-        ...
-
-    def say(self, line: str) -> None:
-        """One line for the user: a choice that was made, a warning."""
-        ...
-
-
-class Silence(AbstractContextManager["Silence"]):
-    """The Report of a process that prints nothing, because another one reports."""
-
-    def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
-        pass
-
-    def scalar(self, tag: str, step: int, value: float) -> None:
-        pass
-
-    def say(self, line: str) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class Record(AbstractContextManager["Record"]):
-    """The Report of a command: stderr and, when given a folder, FOLDER/tensorboard and log.jsonl.
+class Report(AbstractContextManager["Report"]):
+    """Reports to stderr and, when given a folder, to FOLDER/tensorboard and FOLDER/log.jsonl.
 
     The log has one line per message and per scalar: {"time": seconds since 1970, "said": …} or
     {"time": …, "tag": …, "step": …, "value": …}.
@@ -67,10 +35,12 @@ class Record(AbstractContextManager["Record"]):
         self._bar: tuple[str, Progress, TaskID] | None = None
         self._began: dict[str, tuple[float, float]] = {}
         self._line_due: dict[str, float] = {}
-        self._folder, self._writer = folder, None
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
         self._unwritten, self._log_is_open = "", False
 
     def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
+        """`done` of `total` units ("epochs", "images") of `what` are finished; call it often."""
         now = time.monotonic()
         if what not in self._began or done < self._began[what][1]:
             self._began[what] = (now, done)
@@ -89,7 +59,7 @@ class Record(AbstractContextManager["Record"]):
             del self._began[what]
 
     def _pace(self, what: str, done: float, total: float, unit: str, now: float) -> str:
-        """Rate in this session, and the time left at that rate."""
+        """Rate in this session and the time left."""
         began, before = self._began[what]
         seconds, made = now - began, done - before
         if seconds <= 0 or made <= 0:
@@ -118,19 +88,18 @@ class Record(AbstractContextManager["Record"]):
             self._bar = None
 
     def scalar(self, tag: str, step: int, value: float) -> None:
-        if self._folder is not None:
-            self._open_writer(self._folder).add_scalar(tag, value, step)
-            self._write({"tag": tag, "step": step, "value": value})
-
-    def _open_writer(self, folder: Path) -> SummaryWriter:
+        """A point of a curve, e.g. ("student/dace/loss", epoch, 1.3)."""
+        if self._folder is None:
+            return
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
-        return self._writer
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"))
+        self._writer.add_scalar(tag, value, step)
+        self._write({"tag": tag, "step": step, "value": value})
 
     def open_log(self) -> None:
-        """Write to the log from now on, earlier lines first. Call it once the folder is ours."""
+        """Start to write the log, earlier lines first. Call it once the folder is locked."""
         self._log_is_open = True
         self._write_lines()
 
@@ -146,6 +115,7 @@ class Record(AbstractContextManager["Record"]):
             self._unwritten = ""
 
     def say(self, line: str) -> None:
+        """One line for the user: a choice that was made, a warning."""
         self._write({"said": line})
         if self._bar is None:
             print(line, file=sys.stderr, flush=True)

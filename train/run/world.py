@@ -37,12 +37,12 @@ FAILED, REPORTED = "patchbloom/failed", "patchbloom/told"
 
 
 class OtherRankError(OSError):
-    """A process of the world is gone, and the work cannot continue without it."""
+    """Another process of the world has ended; the work cannot continue without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Peers (engine/peers.py), and what else a command needs: one rank leads, the others follow.
+    """Peers (engine/peers.py) of a command: rank 0 leads, the others follow.
 
     All ranks call every method, in the same order. Raises OtherRankError when one of them is gone.
     """
@@ -55,7 +55,7 @@ class World:
     tensors: dist.ProcessGroup | None = None
     """The group for tensors on this device; None in a world of one, and in `producing`."""
     beside: World | None = None
-    """The same ranks in groups of their own, see `producing`."""
+    """The same ranks in separate groups, see `producing`."""
 
     @property
     def rank(self) -> int:
@@ -72,12 +72,12 @@ class World:
 
     @property
     def producing(self) -> World:
-        """For the thread beside the main one: in one group the calls of two threads would mix."""
+        """The world for the rendering thread: calls of two threads in one group would mix."""
         return self.beside or self
 
     @property
     def threads(self) -> int:
-        """CPU cores for this process, 1 or more: its share of those usable on this machine."""
+        """CPU cores for this process: its share of the machine's usable ones, at least 1."""
         return max(1, len(os.sched_getaffinity(0)) // self.launch.local_size)
 
     def barrier(self) -> None:
@@ -131,23 +131,17 @@ class World:
     def all_gather_rows(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, rank after rank, on their own device.
 
-        Their number may differ; a rank without rows passes an empty tensor of any shape and type.
+        Ranks may have different numbers of rows; a rank without rows passes any empty tensor.
         """
         if self.size == 1:
             return rows
-        described = [
-            _Rows(shape, dtype, device)
-            for shape, dtype, device in self.all_gather(
-                (tuple(rows.shape), rows.dtype, rows.device.type)
-            )
-        ]
+        of_ranks = self.all_gather(_Rows(tuple(rows.shape), rows.dtype, rows.device.type))
+        on_gpu = any(each.device == "cuda" for each in of_ranks)
         with _loss_explained():
-            on_gpu = any(each.device == "cuda" for each in described)
-            group = self.tensors if on_gpu and self.tensors is not None else self.values
-            return _gather_bytes(rows, described, group)
+            return _gather_bytes(rows, of_ranks, (on_gpu and self.tensors) or self.values)
 
     def send(self, tensors: Iterable[Tensor]) -> None:
-        """Copy rank 0's content into the tensors of all ranks; they lie on the world's device."""
+        """Copy rank 0's content into the tensors of all ranks, on the world's device."""
         if self.size == 1:
             return
         with _loss_explained():

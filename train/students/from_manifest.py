@@ -1,18 +1,17 @@
-"""What a coreset's manifest records of images, views, labels and students, put to use again.
+"""Students, views and images of a coreset, rebuilt from its manifest alone.
 
-    settings, model             which images: method, seed, sizes; weights, steps, rho, mixup, …
-    labels.settings.source      the same, as the labels were made for it: compared, key by key
+    settings, model             the images: method, seed, sizes; weights, steps, rho, mixup, …
+    labels.settings.source      the images that were labelled; compared with these, key by key
     labels.settings.views       crops, flips, CutMix and its pools
     labels.settings.student     the recipe: network, batch, learning rate, …
     labels                      epochs, temperature, codec
 
-A manifest that lacks what is asked for is refused: an answer to another view is no label.
+A manifest that lacks a requested part is refused: a label belongs to one view of one image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ...engine.config import ExpandConfig
@@ -42,7 +41,7 @@ from ..teacher.teacher import Teacher, load_teacher
 
 
 def require_soft_labels(coreset: Coreset) -> SoftLabels:
-    """The stored labels; CoresetError when there are none."""
+    """The stored labels. Raises CoresetError when there are none."""
     stored = coreset.soft_labels()
     if stored is None:
         raise CoresetError(
@@ -54,22 +53,22 @@ def require_soft_labels(coreset: Coreset) -> SoftLabels:
 
 
 def view_config(coreset: Coreset, *, device: DeviceName) -> StudentConfig:
-    """The views that the stored labels are of, in their pools, for any network and batch.
+    """The views and pools of the stored labels, for any network and batch.
 
-    CoresetError when the manifest does not say what the views are.
+    Raises CoresetError when the manifest does not describe the views.
     """
     labels = require_soft_labels(coreset)
     views = _views(coreset, labels)
     recipe = labels.settings.get("student", {})
-    # The recorded pool is of whole batches already: any is, of batches of 1.
+    # batch 1: the recorded pool is kept as it is, already rounded down to whole batches.
     return _config(coreset, labels, {**recipe, **views, "batch": 1, "device": device})
 
 
 def student_config(coreset: Coreset, *, device: DeviceName, **changes: Any) -> StudentConfig:
-    """The recipe of the coreset's own students with `changes`; those of None change nothing.
+    """The recipe of the coreset's own students with `changes`; None changes nothing.
 
-    CoresetError for a manifest without a recipe, ValueError for more epochs than have labels or a
-    batch that would change the pools among which CutMix draws partners.
+    Raises CoresetError for a manifest without a recipe; ValueError for more epochs than have
+    labels, or for a batch that would change the pools from which CutMix draws partners.
     """
     labels = require_soft_labels(coreset)
     views = _views(coreset, labels)
@@ -116,9 +115,9 @@ def _config(coreset: Coreset, labels: SoftLabels, settings: dict[str, Any]) -> S
 def fitting_labels(
     coreset: Coreset, source: ImageSource, config: StudentConfig, options: RenderOptions
 ) -> StoredLabels:
-    """The stored labels; CoresetError unless they are of these images and views.
+    """The stored labels. Raises CoresetError unless they belong to these images and views.
 
-    A precision that was asked for may differ from the one that they were made in.
+    A precision requested in `options` may differ from that of the labelled images.
     """
     asked = PRECISIONS if options.precision or options.vae_precision else ()
     return StoredLabels(
@@ -127,9 +126,9 @@ def fitting_labels(
 
 
 def load_recorded_teacher(coreset: Coreset, spec: str, device: DeviceName) -> Teacher:
-    """The teacher that `spec` names, of the architecture and size in the manifest.
+    """The teacher that `spec` names, with the architecture and image size in the manifest.
 
-    Raises as teacher.load_teacher does. It may be another one than the labels are of.
+    Need not be the teacher that made the labels. Raises the errors of teacher.load_teacher.
     """
     named = coreset.manifest["teacher"] or {}
     return load_teacher(
@@ -141,20 +140,19 @@ def load_recorded_teacher(coreset: Coreset, spec: str, device: DeviceName) -> Te
     )
 
 
-@contextmanager
 def open_recorded_source(
     coreset: Coreset, options: RenderOptions, backend: BackendName, config: StudentConfig
-) -> Iterator[ImageSource]:
-    """The images that the manifest names. Frees the model at the end.
+) -> AbstractContextManager[ImageSource]:
+    """The images that the manifest names; leaving the context frees the model.
 
-    ModelError: no model of that name, or other weights. Unavailable: what this machine lacks.
+    Raises ModelError when there is no model of that name or it has other weights, Unavailable when
+    this machine lacks something.
     """
     device = resolve_device(options.device)
     if method_of(coreset).model != "rendered":
-        with open_coreset_source(coreset, Machine(device=device, world=ALONE)) as source:
-            yield source
-        return
-    expand = _expand_config(coreset, options, backend, config, device)
+        return open_coreset_source(coreset, Machine(device=device, world=ALONE))
+    refresh = _recorded_refresh(coreset)
+    expand = _expand_config(coreset, options, backend, config, refresh)
     try:
         require_backend(backend, expand.precision, device)
     except Unavailable as error:
@@ -164,8 +162,7 @@ def open_recorded_source(
         ) from None
     model = _recorded_model(coreset, options.model)
     machine = Machine(device=device, world=ALONE, model=model, expand=expand)
-    with open_coreset_source(coreset, machine, _recorded_refresh(coreset)) as source:
-        yield source
+    return open_coreset_source(coreset, machine, refresh)
 
 
 def _recorded_refresh(coreset: Coreset) -> float:
@@ -199,11 +196,10 @@ def _expand_config(
     options: RenderOptions,
     backend: BackendName,
     config: StudentConfig,
-    device: DeviceName,
+    refresh: float,
 ) -> ExpandConfig:
     named = named_model(coreset)
     samples = len(coreset.labels_N) + len(coreset.class_ids) * doped_samples(coreset)
-    refresh = _recorded_refresh(coreset)
     batch = options.engine_batch or engine_batch_for(samples, config, refresh)
     group = None if samples <= pool_size(config) else config.group
     recorded_vae = named["vae_precision"] if options.precision is None else "auto"
@@ -216,6 +212,6 @@ def _expand_config(
         batch=batch,
         images_per_prompt=together_in_engine(group, batch, refresh),
         backend=backend,
-        device=device,
+        device=resolve_device(options.device),
         bundles=options.bundles and options.bundles.expanduser(),
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -25,16 +25,15 @@ import torch
 
 from ...engine.data.threads import single_threaded_workers
 from ...engine.expand.backends import resolve_device
-from ..config import StudentConfig, pool_size
+from ..config import StudentConfig
 from ..labels.targets import Labels
-from ..labels.views import learning_rate
 from ..methods.source import ImageSource
 from ..run.checkpoint import CheckpointError, Checkpoints, Tensors, read_tensors, require_same
 from ..run.interrupts import Interrupts
 from ..run.progress import Report
 from ..run.world import World
 from .ring import Ring
-from .slots import Pool, PoolSlot, fill_slot, pools_from
+from .slots import Pool, PoolSlot, fill_slot, pools_from, pools_per_epoch
 from .student import Student
 
 CHECKPOINT_S = 600.0
@@ -47,7 +46,7 @@ slot is filled while the other is used."""
 
 
 class Lockstep:
-    """All students of one method, and their progress."""
+    """All students of one method."""
 
     def __init__(
         self,
@@ -67,9 +66,12 @@ class Lockstep:
         classes = len(source.class_ids)
         self.students = [Student(seed, config, classes, self.device, world) for seed in seeds]
         self.images_per_s: float | None = None
-        """Mean of the epochs that ended here; None before the first."""
+        """Mean of the epochs that ended in this session; None before the first."""
+        self._interrupts, self._stopped = Interrupts(), False
         self._restore()
-        self._saved = (self._epoch(), time.monotonic())
+        self._began = self._logged = now = time.monotonic()
+        self._saved = (self._epoch(), now)
+        self._ended, self._waited_s = 0, 0.0
 
     def run(self, name: str) -> None:
         """Train from where the students are to the last epoch, writing checkpoints.
@@ -77,42 +79,37 @@ class Lockstep:
         Raises KeyboardInterrupt or Terminated after a signal, once the checkpoint is written:
         within a batch, though with several ranks not while they wait for a pool.
         """
-        pace = _Pace(self.source.samples)
-        with (
-            Interrupts() as interrupts,
-            self._workers() as workers,
-            self._ring(interrupts) as ring,
-            ring.consuming(),
-        ):
-            stopping = _Agreement(interrupts, self.world)
+        with self._interrupts, self._workers() as workers, self._ring() as ring, ring.consuming():
             # Ranks may take different numbers of pools at a time, so they agree once per pool.
-            while not stopping.agreed and (taken := ring.take()):
+            while not self._stopped and (taken := ring.take()):
                 # Threads balance better over several pools; ranks synchronise at every one.
                 for together in [taken] if workers is not None else [[each] for each in taken]:
-                    self._learn(together, workers, stopping)
-                    if stopping():
+                    self._learn(together, workers)
+                    if self._stopping():
                         break
-                    self._log(together, name, pace, ring)
+                    self._log(together, name, ring)
                     if self.world.any(self._is_due()):
                         self._save()
-            if stopping():
+            if self._stopping():
                 self._save()
-        if stopping():
-            interrupts.stop()
+        if self._stopping():
+            self._interrupts.stop()
 
-    def _ring(self, interrupts: Interrupts) -> Ring[PoolSlot, Pool]:
+    def _stopping(self) -> bool:
+        """Whether any rank received a signal; until one has, all ranks call it together."""
+        self._stopped = self._stopped or self.world.any(self._interrupts())
+        return self._stopped
+
+    def _ring(self) -> Ring[PoolSlot, Pool]:
         source, labels, config = self.source, self.labels, self.config
-        slots = [
-            PoolSlot(config, source.samples, self.device) for _ in range(SLOTS[self.device.type])
-        ]
         return Ring(
-            slots,
+            [PoolSlot() for _ in range(SLOTS[self.device.type])],
             lambda slot, pool: fill_slot(slot, pool, source, labels, config),
             pools_from(config, source.labels_N, min(student.pool for student in self.students)),
             device=self.device,
             overlap=config.overlap,
             # A rank that stopped waiting by itself would diverge from the others.
-            interrupted=interrupts if self.world.size == 1 else lambda: False,
+            interrupted=self._interrupts if self.world.size == 1 else lambda: False,
             alone=self.world.size == 1,
         )
 
@@ -127,57 +124,50 @@ class Lockstep:
             yield workers
 
     def _learn(
-        self,
-        taken: Sequence[tuple[Pool, PoolSlot]],
-        workers: ThreadPoolExecutor | None,
-        stopping: Callable[[], bool],
+        self, taken: Sequence[tuple[Pool, PoolSlot]], workers: ThreadPoolExecutor | None
     ) -> None:
         """Train every student on these pools, in order; returns when all have learned them.
 
         Calls start first in, first out, and a student's call waits for its previous one.
         """
-        calls: list[Future[None]] = []
-        before: Sequence[Future[None] | None] = [None] * len(self.students)
+        latest: list[Future[None] | None] = [None] * len(self.students)
         for pool, slot in taken:
-            given: dict[str, Any] = {
-                "rate": learning_rate(self.config, pool.epoch),
-                "samples": self.source.samples,
-                "interrupted": stopping,
-            }
-            if workers is None:
-                for student in self.students:
-                    student.train_pool(pool, slot, previous=None, **given)
-                continue
-            before = [
-                workers.submit(student.train_pool, pool, slot, previous=previous, **given)
-                for student, previous in zip(self.students, before, strict=True)
-            ]
-            calls += before
-        for call in calls:
-            call.result()
+            rate = learning_rate(self.config, pool.epoch)
+            shared = pool, slot, rate, self.source.samples, self._stopping
+            for number, student in enumerate(self.students):
+                if workers is None:
+                    student.train_pool(*shared)
+                else:
+                    latest[number] = workers.submit(student.train_pool, *shared, latest[number])
+        for call in latest:
+            if call is not None:
+                call.result()
 
     def _epoch(self) -> int:
         """The epoch that all students have reached."""
         return min(len(student.losses) for student in self.students)
 
     def _log(
-        self,
-        learned: Sequence[tuple[Pool, PoolSlot]],
-        name: str,
-        pace: _Pace,
-        ring: Ring[PoolSlot, Pool],
+        self, learned: Sequence[tuple[Pool, PoolSlot]], name: str, ring: Ring[PoolSlot, Pool]
     ) -> None:
         """Report the progress, and the epochs that ended with these pools."""
         last, _ = learned[-1]
+        samples = self.source.samples
         if not last.ends_epoch:
-            each = -(-self.source.samples // pool_size(self.config))
-            done = round((last.index + 1) / each, 2)
+            done = round((last.index + 1) / pools_per_epoch(self.config, samples), 2)
             self.report.progress(name, done, self.config.epochs, "epochs")
         ended = [pool.epoch for pool, _ in learned if pool.ends_epoch]
         if not ended:
             return
-        rates = pace.of(len(ended), ring.waited_s())
-        self.images_per_s = pace.images_per_s()
+        waited_s, now = ring.waited_s(), time.monotonic()  # in this order: it waits for the GPU
+        seconds = (now - self._logged) / len(ended)
+        rates = {
+            "seconds": seconds,
+            "images_per_s": samples / seconds,
+            "waited_s": (waited_s - self._waited_s) / len(ended),
+        }
+        self._logged, self._waited_s, self._ended = now, waited_s, self._ended + len(ended)
+        self.images_per_s = self._ended * samples / (now - self._began)
         for epoch in ended:
             losses = [student.losses[epoch] for student in self.students]
             loss = sum(losses) / len(losses)
@@ -201,7 +191,6 @@ class Lockstep:
         return now // every > epoch // every or time.monotonic() - saved_s >= CHECKPOINT_S
 
     def _save(self) -> None:
-        self.labels.flush()
         tensors: Tensors = {}
         reached: dict[str, Any] = {}
         for student in self.students:
@@ -228,38 +217,7 @@ class Lockstep:
             student.restore(tensors, metadata["students"][str(student.seed)])
 
 
-class _Agreement:
-    """Whether to stop: true on all ranks once any rank has received a signal."""
-
-    def __init__(self, interrupts: Interrupts, world: World) -> None:
-        self._interrupts, self._world, self.agreed = interrupts, world, False
-
-    def __call__(self) -> bool:
-        """Called by all ranks at the same places, until it returns true."""
-        self.agreed = self.agreed or self._world.any(self._interrupts())
-        return self.agreed
-
-
-class _Pace:
-    """Seconds, images per second and waiting time per epoch."""
-
-    def __init__(self, samples: int) -> None:
-        self._samples, self._began, self._waited_s = samples, time.monotonic(), 0.0
-        self._epochs, self._seconds = 0, 0.0
-
-    def of(self, epochs: int, waited_s: float) -> dict[str, float]:
-        """Mean over the epochs that end now; `waited_s` counts from the start of training."""
-        now = time.monotonic()
-        seconds = max(now - self._began, 1e-9) / epochs
-        rates = {
-            "seconds": seconds,
-            "images_per_s": self._samples / seconds,
-            "waited_s": (waited_s - self._waited_s) / epochs,
-        }
-        self._began, self._waited_s = now, waited_s
-        self._epochs, self._seconds = self._epochs + epochs, self._seconds + seconds * epochs
-        return rates
-
-    def images_per_s(self) -> float:
-        """The mean of all epochs so far."""
-        return self._epochs * self._samples / self._seconds
+def learning_rate(config: StudentConfig, epoch: int) -> float:
+    """Rate of an epoch: a cosine from `learning_rate` towards `final_lr_fraction` of it."""
+    angle = math.acos(2 * config.final_lr_fraction - 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(angle * epoch / config.epochs))

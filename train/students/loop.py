@@ -13,12 +13,7 @@ from ..config import CHANGES_NO_RESULT, StudentConfig
 from ..labels.targets import Labels
 from ..labels.views import describe_views
 from ..methods.source import ImageSource
-from ..run.checkpoint import (
-    Checkpoints,
-    read_metadata,
-    require_same,
-    write_tensors,
-)
+from ..run.checkpoint import Checkpoints, read_tensors, require_same, write_tensors
 from ..run.progress import Report
 from ..run.world import ALONE, World
 from ..teacher.evaluation import accuracies
@@ -39,7 +34,7 @@ class StudentResult:
     path: Path
     """Its weights: safetensors."""
     images_per_s: float | None
-    """Rendered and learned from, by all students together; None when they were trained before."""
+    """Images rendered and learned per second; None when the students were trained earlier."""
 
 
 def train_students(
@@ -56,14 +51,12 @@ def train_students(
 ) -> list[StudentResult]:
     """Train one student per seed; `folder` gets NAME-seedS.safetensors for each.
 
-    Checkpoints lie beside them meanwhile: a killed training resumes with the same result (bitwise
-    on the CPU). Without `val_set` no accuracy is measured. Raises CheckpointError for a checkpoint
-    of another config, ValueError for a loss that is not finite, a batch that does not fit into
-    memory, or a validation set with other classes. All ranks of `world` call this with the same
-    `folder`; only rank 0 writes to it.
+    Checkpoints are written beside them: a killed training resumes with the same result (bitwise on
+    the CPU). Without `val_set` no accuracy is measured. Raises CheckpointError for a checkpoint of
+    another config, ValueError for a loss that is not finite, a batch that does not fit into memory,
+    or a validation set with other classes. All ranks of `world` call this with the same `folder`;
+    only rank 0 writes to it.
     """
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds: expected one or more different seeds, got {list(seeds)}")
     if val_set is not None and tuple(val_set.class_ids) != tuple(source.class_ids):
         raise ValueError(
             f"validation: expected the coreset's {len(source.class_ids)} classes "
@@ -80,7 +73,7 @@ def train_students(
     networks = [student.network for student in training.students]
     scores: list[float] | list[None] = [None] * len(networks)
     if val_set is not None:
-        for network in networks:  # every rank has its own BatchNorm buffers: keep rank 0's
+        for network in networks:  # BatchNorm buffers differ between ranks: take rank 0's
             world.send(network.buffers())
         scores = accuracies(
             networks,
@@ -112,7 +105,7 @@ def _finished(
     """Results from the students' files; raises CheckpointError for one of another config."""
 
     def read() -> list[dict[str, Any]]:
-        found = [read_metadata(path) for path in paths]
+        found = [read_tensors(path)[1] for path in paths]
         for path, metadata in zip(paths, found, strict=True):
             require_same(path, metadata.get("config", {}), identity)
         return found

@@ -3,7 +3,7 @@
     producer   thread, its own CUDA stream    wait(drained) → fill → record(filled)
     consumer   caller, a stream that the GPU prefers    wait(filled) → use → record(drained)
 
-The caller allocates the slots once (as in FFCV). Streams synchronise through events: on a GPU no
+Slots go round between the two sides (as in FFCV). Streams synchronise through events: on a GPU no
 host waits for the other side's kernels, and the producer waits for its own only where it reads a
 result (the NaN gate, labels to store). On a CPU the two threads synchronise through a condition
 alone. The producer is at most as many items ahead as there are slots. Items keep the iterable's
@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Condition, Thread
 from typing import Generic, TypeVar
 
@@ -38,8 +38,8 @@ class _Place(Generic[Slot]):
     """A slot and the events of its last use; events are None without separate streams."""
 
     slot: Slot
-    filled: torch.cuda.Event | None = field(default=None)
-    drained: torch.cuda.Event | None = field(default=None)
+    filled: torch.cuda.Event | None = None
+    drained: torch.cuda.Event | None = None
 
 
 class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
@@ -67,7 +67,7 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
         streams = overlap and device.type == "cuda"
         self._fill, self._items, self._interrupted = fill, iter(items), interrupted
         self._alone = alone
-        self._free = deque(_Place(slot, *_events(streams)) for slot in slots)
+        self._free = deque(_Place(slot) for slot in slots)
         self._filled: deque[tuple[Item, _Place[Slot]]] = deque()
         self._taken: list[_Place[Slot]] = []
         self._changed = Condition()
@@ -83,6 +83,8 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
             )
             for stream in self._streams:
                 stream.wait_stream(torch.cuda.current_stream(device))
+            for place in self._free:
+                place.filled, place.drained = torch.cuda.Event(), torch.cuda.Event()
         self._thread: Thread | None = None
         if overlap:
             threads = torch.get_num_threads()
@@ -136,24 +138,16 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
         self._waits.clear()
         return self._stalled_s
 
-    def close(self) -> None:
-        """End the producer and wait for it; safe to call twice."""
-        self._stop()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if kind is not None and not self._alone:
+            return
         if self._thread is not None:
             self._thread.join()
         if self._streams is not None:
             self._streams[0].synchronize()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or self._alone:
-            self.close()
-        else:
-            self._stop()
-
-    def _stop(self) -> None:
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
 
     def _release(self) -> None:
         """Return the consumer's slots to the producer."""
@@ -227,8 +221,3 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
         with self._changed:
             self._filled.append((item, place))
             self._changed.notify_all()
-
-
-def _events(wanted: bool) -> tuple[torch.cuda.Event, torch.cuda.Event] | tuple[None, None]:
-    """(filled, drained)."""
-    return (torch.cuda.Event(), torch.cuda.Event()) if wanted else (None, None)

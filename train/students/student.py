@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ...engine.labels.codec import SoftTargets
 from ...kernels.softlabel import softlabel
 from ..config import StudentConfig
-from ..networks import autocast, build_network, draws_in_training
+from ..networks import adamw, autocast, build_network, draws_in_training, set_learning_rate
 from ..run.checkpoint import Tensors, restore_training, training_state
 from ..run.world import ALONE, World
-from ..teacher.optimisation import adamw, set_learning_rate
 from .slots import Pool, PoolSlot
 
 RANK_STRIDE = 2654435761  # 2^32 over the golden ratio: far from the seeds of other students
@@ -62,9 +60,9 @@ class Student:
         self.optimizer = adamw(self.network, config.learning_rate, config.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.pool = 0
-        """The pool that it is at: the number of pools it has learned."""
+        """Number of pools learned, which is the index of the current one."""
         self.batch = 0
-        """Batches of that pool that it has learned."""
+        """Number of batches learned in the current pool."""
         self.losses: list[float] = []
         """Mean KL divergence of each finished epoch."""
         self.draws = draws_in_training(self.network)
@@ -78,17 +76,16 @@ class Student:
         self,
         pool: Pool,
         slot: PoolSlot,
-        *,
         rate: float,
         samples: int,
-        previous: Future[None] | None,
         interrupted: Callable[[], bool],
+        previous: Future[None] | None = None,
     ) -> None:
         """Learn from a pool in batches of near-equal size, at most `config.batch`.
 
-        Continues after the last batch learned, and skips a pool that is done, or not reached
-        because of an interrupt. `previous` is this student's call for the previous pool, which has
-        to end first; `samples` counts those of a whole epoch.
+        Continues after the last batch learned. Skips a pool that is done, or whose predecessor an
+        interrupt left unfinished. `samples` is the number per epoch; `previous` is this student's
+        call for the previous pool, which must end first.
         """
         if previous is not None:
             previous.result()
@@ -100,12 +97,12 @@ class Student:
         order_P = torch.randperm(len(slot.views_PCHW), generator=self._order).to(self.device)
         batches = order_P.tensor_split(math.ceil(len(order_P) / self.config.batch))
         if self.draws:
-            _set_default_rng(self.device, self._dropout)
+            _default_generator(self.device).set_state(self._dropout)
         while self.batch < len(batches) and not interrupted():
             self._epoch_loss += self._step(slot, batches[self.batch])
             self.batch += 1
         if self.draws:
-            self._dropout = _default_rng(self.device)
+            self._dropout = _default_generator(self.device).get_state()
         if self.batch < len(batches):
             self._order.set_state(before)
             return
@@ -130,7 +127,7 @@ class Student:
         """The step; returns this rank's part of the loss.
 
         DistributedDataParallel averages gradients that should be summed, hence the factor. A rank
-        for which a small batch has no image takes one with weight 0.
+        that gets no image of a small batch takes one with weight 0.
         """
         own_B = rows_B.tensor_split(self._world.size)[self._world.rank]
         weight = self._world.size / len(rows_B) if len(own_B) else 0.0
@@ -154,16 +151,14 @@ class Student:
         return self._model.no_sync()
 
     def _loss(self, model: nn.Module, slot: PoolSlot, rows_B: Tensor) -> Tensor:
-        """KL(labels || model) of some views, summed."""
+        """KL(labels || model), summed over some views."""
         if self.config.compile:
             torch.compiler.cudagraph_mark_step_begin()
-        # Rows of NHWC: indexing NCHW would lose channels_last.
-        inputs_BCHW = slot.views_PCHW.permute(0, 2, 3, 1)[rows_B].permute(0, 3, 1, 2)
+        inputs_BCHW, targets_B = slot.rows(rows_B)
         if self.config.precision == "fp32":
             inputs_BCHW = inputs_BCHW.float()
         with autocast(self.device, self.config.precision):
             scores_BK = model(inputs_BCHW)
-        targets_B: SoftTargets = slot.targets_P.rows(rows_B)
         labels, classes = targets_B.labels, targets_B.classes
         return softlabel(scores_BK, labels, classes, temperature=self.config.temperature).sum()
 
@@ -194,9 +189,9 @@ class Student:
         return f"{fail} {self.config.network} learns, nor does one: use a smaller --student"
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
-        """Everything that a checkpoint must hold: tensors under names of this student, and JSON.
+        """Everything that a checkpoint must hold: tensors, named after this student, and JSON.
 
-        All ranks call it, and never during training.
+        All ranks call it, between batches.
         """
         prefix = f"{self.seed}."
         tensors = training_state(self.network, self.optimizer, prefix)
@@ -222,12 +217,8 @@ class Student:
         self.scaler.load_state_dict(reached["scaler"])
 
 
-def _default_rng(device: torch.device) -> Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
-
-
-def _set_default_rng(device: torch.device, state: Tensor) -> None:
+def _default_generator(device: torch.device) -> torch.Generator:
+    """The generator that dropout draws from."""
     if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state, device)
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device()]

@@ -33,15 +33,15 @@ def accuracies(
 ) -> list[float]:
     """Top-1 accuracy of each network in percent (0-100); resize 8/7 and centre crop.
 
-    A network is a module, which is left in eval mode, or any function from normalised images
-    [B, 3, size_px, size_px] to logits [B, K]; its passes run under autocast at `precision`. Files
+    Each of the M networks is a module, which is left in eval mode, or any function from normalised
+    images [B, 3, size_px, size_px] to logits [B, K]; it runs under autocast at `precision`. Files
     that cannot be decoded are refused. The ranks of `world` share the images, batch by batch, and
     all return the same result.
     """
     for network in networks:
         if isinstance(network, nn.Module):
             network.eval()
-    right = torch.zeros(len(networks), dtype=torch.int64)
+    right_M = torch.zeros(len(networks), dtype=torch.int64)
     batch = FORWARD_BATCH[device.type]
     stream = stream_crops(
         images,
@@ -56,11 +56,7 @@ def accuracies(
     for crops in stream:
         inputs_BCHW = normalisation.of_uint8(crops.pixels_BPHWC[:, 0])
         with autocast(device, precision):
-            predictions = [network(inputs_BCHW).argmax(1).cpu() for network in networks]
-        right += torch.stack([_matches(classes_B, crops.labels_B) for classes_B in predictions])
-    of_ranks = zip(*world.all_gather(right.tolist()), strict=True)
+            classes_MB = torch.stack([network(inputs_BCHW).argmax(1).cpu() for network in networks])
+        right_M += (classes_MB == crops.labels_B).sum(1)
+    of_ranks = zip(*world.all_gather(right_M.tolist()), strict=True)
     return [100.0 * sum(counts) / len(images) for counts in of_ranks]
-
-
-def _matches(classes_B: Tensor, labels_B: Tensor) -> Tensor:
-    return (classes_B == labels_B).sum()

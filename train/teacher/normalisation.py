@@ -48,4 +48,4 @@ class Normalisation:
 
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Normalisation of everything that is trained here, and of RDED."""
+"""Normalisation of every network that is trained here, and of RDED's."""

@@ -1,10 +1,10 @@
 """The teacher: a frozen classifier of the real images, trained here or provided.
 
-Legend: B images, K classes, H W image size; inputs are normalised floats, logits fp32.
+Legend: B, N images, K classes, D features, H W image size; inputs are normalised floats.
 
-On disk it is one safetensors file: its state dict, and as metadata the architecture (a name in
-networks.py), class ids in order, image size, normalisation and accuracy. teacher/training.py
-writes it.
+On disk it is one safetensors file: the state dict, with metadata: architecture (a name in
+networks.py), class ids in order, image size, normalisation, accuracy. teacher/training.py writes
+it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import urllib.error
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from torch.nn.functional import interpolate
 
 from ...engine.data.names import imagenet_names
 from ...engine.expand.backends import resolve_device
-from ..config import TORCHVISION, teacher_file
-from ..networks import build_network
+from ...engine.select.diversity import Diversity
+from ...engine.select.scores import TeacherFn
+from ...export.durable import file_sha256
+from ..config import TORCHVISION, Choice, Scoring, teacher_file
+from ..networks import build_network, torchvision_name
 from ..run.checkpoint import CheckpointError, Tensors, read_tensors, write_tensors
 from .evaluation import FORWARD_BATCH
 from .normalisation import IMAGENET, Normalisation
@@ -80,6 +84,34 @@ class Teacher:
         own = self.normalisation
         return torch.cat([self.logits(own.of_uint8(part), own, native=native) for part in parts])
 
+    @cached_property
+    def classifier(self) -> nn.Linear:
+        """The last linear layer, whose inputs are the features: 512 numbers in a ResNet-18.
+
+        Raises ValueError for a network without one.
+        """
+        layers = [layer for layer in self.network.modules() if isinstance(layer, nn.Linear)]
+        if not layers:
+            raise ValueError(
+                f"--select: {self.architecture} has no linear layer whose inputs are its "
+                "features: give --select lowest-loss, or another teacher"
+            )
+        return layers[-1]
+
+    def logits_and_features(
+        self, images_NHWC: Tensor, *, native: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """fp32 [N, K] and [N, D] for uint8 images [N, H, W, 3]; `native` as in `logits`."""
+        features: list[Tensor] = []
+        hook = self.classifier.register_forward_pre_hook(
+            lambda _, inputs: features.append(inputs[0].float().flatten(1))
+        )
+        try:
+            logits_NK = self.logits_from_uint8(images_NHWC, native=native)
+        finally:
+            hook.remove()
+        return logits_NK, torch.cat(features)
+
     def describe(self) -> dict[str, Any]:
         """Its description in a manifest."""
         return {
@@ -94,8 +126,6 @@ class Teacher:
 
     def save(self, path: Path, **more: Any) -> None:
         """Write the file that `load_teacher` reads; `more` is added to its metadata."""
-        if self.columns is not None:
-            raise ValueError(f"{self.architecture} is torchvision's own: there is nothing to save")
         metadata = {
             "schema": SCHEMA,
             "architecture": self.architecture,
@@ -108,6 +138,12 @@ class Teacher:
         write_tensors(path, self.network.state_dict(), metadata)
 
 
+def teacher_id(source: str) -> str:
+    """torchvision:NAME unchanged; the content hash of a file."""
+    path = Path(source).expanduser()
+    return f"sha256:{file_sha256(path)}" if path.is_file() else source
+
+
 def weights_sha256(state: Tensors) -> str:
     """SHA-256 over names, types, shapes and bytes of a state dict, sorted by name."""
     digest = hashlib.sha256()
@@ -116,6 +152,38 @@ def weights_sha256(state: Tensors) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def patch_teacher(
+    teacher: Teacher, choice: Choice, scoring: Scoring, patch_px: int, candidates: int
+) -> tuple[TeacherFn, Diversity | None]:
+    """Teacher function and diversity for engine.select.patches.select_patches.
+
+    The diversity is None for lowest loss. Raises ValueError for a network that cannot take patches
+    of `patch_px` unchanged, or has no features.
+    """
+    native = scoring == "native"
+    if native:
+        _require_size(teacher, patch_px)
+    if choice == "lowest-loss":
+        return partial(teacher.logits_from_uint8, native=native), None
+    features = teacher.classifier.in_features
+    diversity = Diversity(choice=choice, features=features, candidates=candidates)
+    return partial(teacher.logits_and_features, native=native), diversity
+
+
+def _require_size(teacher: Teacher, size_px: int) -> None:
+    black_NHWC = torch.zeros(1, size_px, size_px, 3, dtype=torch.uint8)
+    try:
+        teacher.logits_from_uint8(black_NHWC, native=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["it is made for one size"])[0]
+        raise ValueError(
+            f"--scoring native: {teacher.architecture} cannot take patches of {size_px} px as they "
+            f"are ({reason}): give --scoring pad or resize, or a teacher that pools globally"
+        ) from None
 
 
 def load_teacher(
@@ -128,10 +196,10 @@ def load_teacher(
 ) -> Teacher:
     """The teacher that `--teacher` names, for the data set's classes in their order.
 
-    spec: a file that `train teacher` wrote; a state dict saved by torch (read with weights_only),
-    whose architecture is `network`, trained at `size_px` with ImageNet's normalisation on the
-    classes in the order of their folder names; or torchvision:NAME, trained on ImageNet-1k: the
-    data set's class ids must be WordNet ids among its 1000.
+    `spec` is a file that `train teacher` wrote; a state dict saved by torch (read with
+    weights_only) of the architecture `network`, trained at `size_px` with ImageNet's normalisation
+    on the classes in the order of their folder names; or torchvision:NAME, trained on ImageNet-1k:
+    the class ids must be among its 1000 WordNet ids.
 
     Raises CheckpointError for classes or weights that do not fit, FileNotFoundError for a missing
     file.
@@ -162,9 +230,7 @@ def _own_teacher(path: Path, class_ids: Sequence[str], device: str) -> Teacher:
         architecture=metadata["architecture"],
         class_ids=class_ids,
         size_px=metadata["size_px"],
-        normalisation=Normalisation(
-            tuple(metadata["normalisation"]["mean"]), tuple(metadata["normalisation"]["std"])
-        ),
+        normalisation=Normalisation(**{k: tuple(v) for k, v in metadata["normalisation"].items()}),
         accuracy=metadata["accuracy"],
         device=device,
     )
@@ -223,11 +289,7 @@ def torchvision_columns(spec: str, class_ids: Sequence[str]) -> list[int]:
 
     Raises ValueError for an unknown name, CheckpointError for classes that are not ImageNet-1k's.
     """
-    import torchvision
-
-    known = torchvision.models.list_models(module=torchvision.models)
-    if spec.removeprefix(TORCHVISION) not in known:
-        raise ValueError(f"teacher {spec} is unknown: expected one of {', '.join(sorted(known))}")
+    torchvision_name(spec, "teacher")
     position = {class_id: index for index, class_id in enumerate(imagenet_names())}
     strangers = [class_id for class_id in class_ids if class_id not in position]
     if strangers:
@@ -257,7 +319,6 @@ def _torchvision_teacher(spec: str, class_ids: Sequence[str], device: str) -> Te
         class_ids=class_ids,
         size_px=transforms.crop_size[0],
         normalisation=Normalisation(tuple(transforms.mean), tuple(transforms.std)),
-        accuracy=None,
         columns=columns,
         device=device,
     )

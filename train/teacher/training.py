@@ -1,4 +1,4 @@
-"""Train a teacher on the whole training split.
+"""Train a teacher on the whole training split, and measure one.
 
 AdamW, linear warm-up and cosine to 0 per step, random resized crops and flips. Order, crops and
 flips are pure functions of (seed, image, epoch): a training that is killed and resumed ends with
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ...engine.data.boxes import RandomResizedCrops
 from ...engine.data.images import ImageSet, check_same_classes, stream_crops
 from ...engine.expand.backends import resolve_device
-from ...engine.select.patches import RandomResizedCrops
 from ...kernels.noise import Draw, uniform_numpy
 from ..config import TeacherConfig, teacher_start
-from ..networks import build_network
+from ..networks import adamw, build_network, set_learning_rate
 from ..run.checkpoint import (
     read_tensors,
     require_same,
@@ -33,9 +33,9 @@ from ..run.checkpoint import (
     write_tensors,
 )
 from ..run.progress import Report
+from ..run.world import ALONE, World
 from .evaluation import accuracies
 from .normalisation import IMAGENET
-from .optimisation import adamw, set_learning_rate
 from .teacher import Teacher, load_teacher
 
 TEACHER, CHECKPOINT = "teacher.safetensors", "checkpoint.safetensors"
@@ -66,21 +66,33 @@ def train_teacher(
         report.scalar("teacher/loss", epoch, training.losses[-1])
         if epoch + 1 < config.epochs:
             training.save(epoch + 1)
-    size_px, device = config.size_px, training.device
-    (accuracy,) = accuracies([training.network], val_set, size_px=size_px, device=device)
     teacher = Teacher(
         training.network,
         architecture=config.network,
         class_ids=train_set.class_ids,
-        size_px=size_px,
-        accuracy=accuracy,
-        device=device,
+        size_px=config.size_px,
+        device=training.device,
     )
+    teacher.accuracy = measure(teacher, val_set, ALONE, report)
+    report.scalar("teacher/accuracy", config.epochs, teacher.accuracy)
     teacher.save(final, config=identity, losses=training.losses)
     training.checkpoint.unlink(missing_ok=True)
-    report.scalar("teacher/accuracy", config.epochs, accuracy)
-    report.say(f"teacher: {accuracy:.1f} % of {len(val_set)} validation images")
     return teacher
+
+
+def measure(teacher: Teacher, val: ImageSet, world: World, report: Report) -> float:
+    """Validation accuracy of `teacher` in percent; the ranks of `world` share the images."""
+    own = teacher.normalisation
+    (accuracy,) = accuracies(
+        [lambda inputs_BCHW: teacher.logits(inputs_BCHW, own)],
+        val,
+        size_px=teacher.size_px,
+        device=teacher.device,
+        normalisation=own,
+        world=world,
+    )
+    report.say(f"teacher: {accuracy:.1f} % of {len(val)} validation images")
+    return accuracy
 
 
 def training_losses(folder: Path) -> list[float]:
@@ -99,14 +111,11 @@ class _TeacherTraining:
     """The network, its optimiser, and the epoch it has reached."""
 
     def __init__(
-        self,
-        images: ImageSet,
-        config: TeacherConfig,
-        checkpoint: Path,
-        identity: dict[str, Any],
+        self, images: ImageSet, config: TeacherConfig, checkpoint: Path, identity: dict[str, Any]
     ) -> None:
         self.images, self.config, self.checkpoint = images, config, checkpoint
         self.identity = identity
+        self.steps = max(1, len(images) // config.batch)
         self.device = torch.device(resolve_device(config.device))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(teacher_start(config.seed))
@@ -129,7 +138,7 @@ class _TeacherTraining:
 
     def train_epoch(self, epoch: int, report: Report) -> float:
         """One pass over the images in a new order; returns the mean loss."""
-        config, steps = self.config, self._steps()
+        config, steps = self.config, self.steps
         self.network.train()
         total = torch.zeros((), device=self.device)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -137,10 +146,14 @@ class _TeacherTraining:
             for step, (inputs_BCHW, labels_B) in enumerate(self._batches(epoch)):
                 rate = _learning_rate(config, epoch + step / steps, 1 / steps)
                 set_learning_rate(self.optimizer, rate)
-                total += self._step(inputs_BCHW, labels_B)
-                done = epoch * steps + step + 1
-                images, last = done * config.batch, config.epochs * steps * config.batch
-                report.progress("teacher", images, last, "images")
+                logits_BK = self.network(inputs_BCHW)
+                loss = cross_entropy(logits_BK, labels_B, label_smoothing=config.label_smoothing)
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                total += loss.detach()
+                done, last = epoch * steps + step + 1, config.epochs * steps
+                report.progress("teacher", done * config.batch, last * config.batch, "images")
         mean = float(total) / steps
         if not math.isfinite(mean):
             raise ValueError(
@@ -149,50 +162,32 @@ class _TeacherTraining:
             )
         return mean
 
-    def _step(self, inputs_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-        logits_BK = self.network(inputs_BCHW)
-        smoothing = self.config.label_smoothing
-        loss = cross_entropy(logits_BK, labels_B, label_smoothing=smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
-    def _steps(self) -> int:
-        return max(1, len(self.images) // self.config.batch)
-
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole batches in a seeded order; the remainder is skipped in this epoch."""
-        seed, batch = self.config.seed, self.config.batch
-        index_N = np.arange(len(self.images))
-        order_N = np.argsort(
-            uniform_numpy(seed, Draw.ORDER, index_N, epoch, 1)[:, 0], kind="stable"
-        )
+        config, seed = self.config, self.config.seed
+        u_N = uniform_numpy(seed, Draw.ORDER, np.arange(len(self.images)), epoch, 1)[:, 0]
         stream = stream_crops(
             self.images,
-            order_N[: self._steps() * batch],
-            RandomResizedCrops(
-                crops=1, seed=seed, draw=Draw.TEACHER_CROP, scale=self.config.crop_scale
-            ),
+            np.argsort(u_N, kind="stable")[: self.steps * config.batch],
+            RandomResizedCrops(crops=1, seed=seed, draw=Draw.TEACHER_CROP, scale=config.crop_scale),
             crops=1,
-            size_px=self.config.size_px,
-            batch=batch,
+            size_px=config.size_px,
+            batch=config.batch,
             device=str(self.device),
             epoch=epoch,
         )
         for crops in stream:
             inputs_BCHW = IMAGENET.of_uint8(crops.pixels_BPHWC[:, 0])
-            if self.config.flip:
+            if config.flip:
                 u_B1 = uniform_numpy(seed, Draw.FLIP, crops.index_B.numpy(), epoch, 1)
-                flips_B = torch.from_numpy(u_B1[:, 0] < 0.5).to(self.device)
-                flipped = inputs_BCHW.flip(3)
-                inputs_BCHW = torch.where(flips_B[:, None, None, None], flipped, inputs_BCHW)
+                flips_B111 = torch.from_numpy(u_B1[:, :, None, None] < 0.5).to(self.device)
+                inputs_BCHW = torch.where(flips_B111, inputs_BCHW.flip(3), inputs_BCHW)
             layout = torch.channels_last
             yield inputs_BCHW.contiguous(memory_format=layout), crops.labels_B.to(self.device)
 
 
 def _learning_rate(config: TeacherConfig, epoch: float, least: float) -> float:
-    """Linear over `warmup_epochs` (from `least` epochs, so never 0), then cosine to 0."""
+    """Linear over `warmup_epochs` (starting at `least` epochs, so never 0), then cosine to 0."""
     warmup = min(config.warmup_epochs, config.epochs / 2)
     if epoch < warmup:
         return config.learning_rate * (epoch + least) / (warmup + least)
