@@ -3,13 +3,14 @@
     <bundles>/sdxl-tiny-ort-cpu-fp32-64px-4x8-<key>/
         manifest.json   key, sha256 and size of every file, parity, and a hash over all of that
         *.onnx, …       the backend's files
-    .<name>.lock        exists while a process builds or removes the bundle
+    .<name>.lock        held while a process builds or removes the bundle
     .<name>.partial     a build in progress
     .<name>.removed     a deletion in progress
 
 The folder's name ends in a hash of the key (bundle_key.py); a bundle with another key is never
 loaded. A build takes the lock of its key: a second one waits, and reuses the first one's bundle. A
-killed process leaves only hidden files and no lock; the next build, list or remove deletes them.
+killed process leaves only hidden files, with a free lock; the next build, list or remove deletes
+them.
 Every byte is verified when a bundle is opened.
 """
 

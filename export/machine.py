@@ -77,7 +77,8 @@ def free_host_bytes() -> int:
         if (limit := (group / "memory.max").read_text().strip()) != "max":
             used = int((group / "memory.current").read_text())
             # This file cache counts as used, but is freed on demand.
-            counts = dict(line.split() for line in (group / "memory.stat").open())
+            lines = (group / "memory.stat").read_text().splitlines()
+            counts = dict(line.split() for line in lines)
             free = min(free, int(limit) - used + int(counts.get("inactive_file", 0)))
     except (OSError, ValueError):
         pass  # no container limit
