@@ -1,16 +1,17 @@
-"""A built engine on disk: a folder with a manifest, there whole or not at all.
+"""A built engine on disk: a folder with a manifest, complete or absent.
 
     <bundles>/sdxl-tiny-ort-cpu-fp32-64px-4x8-<key>/
         manifest.json   key, sha256 and size of every file, parity, and a hash over all of that
-        *.onnx, …       what the backend made
-    .<name>.lock        held by who builds or removes the bundle; gone when nobody does
-    .<name>.partial     what is being built
-    .<name>.removed     what is being deleted
+        *.onnx, …       the backend's files
+    .<name>.lock        held while a process builds or removes the bundle
+    .<name>.partial     a build in progress
+    .<name>.removed     a deletion in progress
 
-The folder's name ends in a hash of the key (bundle_key.py); a bundle of another key is never
-loaded. Builds of one key take a lock: the second waits and reuses. A process that was killed leaves
-hidden files only, whose lock is free; the next build, list or remove clears them away. Every byte
-is verified when a bundle is opened.
+The folder's name ends in a hash of the key (bundle_key.py); a bundle with another key is never
+loaded. A build takes the lock of its key: a second one waits, and reuses the first one's bundle. A
+killed process leaves only hidden files, with a free lock; the next build, list or remove deletes
+them.
+Every byte is verified when a bundle is opened.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,19 +32,19 @@ from typing import Any
 from filelock import BaseFileLock
 
 from .bundle_key import BUNDLE_NAME, build_command, bundle_name, why_not
-from .durable import json_sha256, take_lock, write_durably
+from .durable import json_sha256, sync, take_lock, write_durably
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 Say = Callable[[str], None]
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_BYTES = 1 << 20  # below this, a build that failed in whatever way failed for want of space
+_FULL_BYTES = 1 << 20  # with less free disk space than this, any failed build is due to the disk
 _CHUNK_BYTES = 1 << 24
-_PATIENCE_S = 2.0  # of hashing in silence; SDXL-Turbo's 5 GB take 3 to 10 s
+_PATIENCE_S = 2.0  # between two progress lines; SDXL-Turbo's 5 GB take 3 to 10 s
 
 
 class BundleError(OSError):
-    """A bundle is damaged, does not fit, or could not be built; the message says what to do."""
+    """A bundle is damaged, does not match, or could not be built; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -52,70 +54,70 @@ class Bundle:
     folder: Path
     manifest: dict[str, Any]
     built: bool = False
-    """Whether this call built it, rather than found it."""
-
-    def file(self, name: str) -> Path:
-        """Path of one of its files."""
-        return self.folder / name
+    """Whether this call built it."""
 
     @property
     def key(self) -> dict[str, Any]:
-        """All that it depends on."""
+        """Everything that it depends on."""
         return self.manifest["key"]
 
     @property
     def size_bytes(self) -> int:
-        """Size of all files but the manifest."""
+        """Size of all files except the manifest."""
         return sum(entry["bytes"] for entry in self.manifest["files"].values())
 
 
 def default_bundles_folder() -> Path:
-    """$XDG_CACHE_HOME/patchbloom/bundles, or the same below ~/.cache."""
+    """$XDG_CACHE_HOME/patchbloom/bundles. Default for XDG_CACHE_HOME: ~/.cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "patchbloom" / "bundles"
 
 
-def _silent(line: str) -> None:
-    pass
+def say(line: str) -> None:
+    """Print a line of progress on stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def find_or_build(
     bundles: Path,
     key: Mapping[str, Any],
     build: Callable[[Path], dict[str, Any]],
-    say: Say = _silent,
     model: str | None = None,
 ) -> Bundle:
-    """Open the bundle of `key`, building it first when there is none; `say` is told why, and the
-    command that builds the same, in which the model is `model`.
+    """Open the bundle with this key, or build it and print the command that builds the same engine
+    from `model`.
 
-    `build` fills an empty folder and returns its report (parity, seconds); what it raises passes
-    through, and nothing of a failed build stays. BundleError: damaged, or the disk is full.
+    `build` fills an empty folder and returns its report (parity, seconds). Its exceptions pass
+    through, and a failed build leaves nothing. Raises BundleError for a damaged bundle or a full
+    disk.
     """
     folder = bundles / bundle_name(key)
     if folder.exists():
-        return open_bundle(folder, key, say)
-    with _place_faults_told(bundles):
+        return open_bundle(folder, key)
+    try:
         bundles.mkdir(parents=True, exist_ok=True)
         try:
             lock = take_lock(_hidden(folder, "lock"))
         except TimeoutError:
             say("another process is building this engine: waiting for it")
             lock = take_lock(_hidden(folder, "lock"), wait=True)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise BundleError(
+            f"no engine can be stored in {bundles} ({reason}): choose another folder with --bundles"
+        ) from error
     with _held(folder, lock):
         remove_leftovers(bundles)
         if folder.exists():
-            return open_bundle(folder, key, say)
+            return open_bundle(folder, key)
         nearest = nearest_bundle(bundles, key)
         say(f"no engine for these settings yet{f'; {nearest}' if nearest else ''}")
         say(f"building it, as `{build_command(key, model)}` does")
-        return _build(folder, key, build, say)
+        return _build(folder, key, build)
 
 
-def _build(
-    folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]], say: Say
-) -> Bundle:
-    """Fill a hidden folder, write its manifest last, rename. Call with the lock held."""
+def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> Bundle:
+    """Fill a hidden folder, write its manifest last, then rename it. The caller holds the lock."""
     partial = _hidden(folder, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -123,35 +125,26 @@ def _build(
         report = build(partial)
         manifest = {"schema": SCHEMA, "key": dict(key), "report": report, "files": {}}
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        hashing = _Hashing(folder.name, sum(path.stat().st_size for path in files), say)
-        for path in files:
-            _sync(path)
-            manifest["files"][path.relative_to(partial).as_posix()] = {
-                "sha256": hashing.sha256(path),
-                "bytes": path.stat().st_size,
-            }
+        for path, sha256 in zip(files, _hash_files(folder.name, files), strict=True):
+            sync(path)  # a full disk may show only now
+            name, size_bytes = path.relative_to(partial).as_posix(), path.stat().st_size
+            manifest["files"][name] = {"sha256": sha256, "bytes": size_bytes}
         manifest["content_sha256"] = json_sha256(manifest)
         write_durably(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         os.rename(partial, folder)
     except BaseException as error:
-        told = _space_fault(folder.parent, error)
+        full_disk = _full_disk_error(folder.parent, error)
         shutil.rmtree(partial, ignore_errors=True)
-        if told is not None:
-            raise told from error
+        if full_disk is not None:
+            raise full_disk from error
         raise
     return Bundle(folder, manifest, built=True)
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file is on the disk: only then is it known to have had room there."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def _full_disk_error(bundles: Path, error: BaseException) -> BundleError | None:
+    """The error to raise when a full disk caused `error`; None for another cause.
 
-
-def _space_fault(bundles: Path, error: BaseException) -> BundleError | None:
-    """The one line for a disk that is full, or was when `error` came; None for another fault.
-
-    Libraries in C++ tell of a full disk in their own ways: then the disk itself is asked.
+    C++ libraries report a full disk in their own ways, so this also checks the disk itself.
     """
     reason = None
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
@@ -172,21 +165,10 @@ def _space_fault(bundles: Path, error: BaseException) -> BundleError | None:
     )
 
 
-@contextmanager
-def _place_faults_told(bundles: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise BundleError(
-            f"no engine can be stored in {bundles} ({reason}): choose another folder with --bundles"
-        ) from error
+def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
+    """Read a bundle; verify every byte, and its key if one is given.
 
-
-def open_bundle(folder: Path, key: Mapping[str, Any] | None = None, say: Say = _silent) -> Bundle:
-    """Read a bundle and verify every byte of it, and that its key is `key` when one is given.
-
-    BundleError names the file or the field that is not as it should be.
+    Raises BundleError, which names the file or field that is wrong.
     """
     remedy = f"remove it with `engine remove {folder.name}`, and it is built again"
     manifest = read_manifest(folder)
@@ -201,19 +183,22 @@ def open_bundle(folder: Path, key: Mapping[str, Any] | None = None, say: Say = _
             raise BundleError(
                 f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {remedy}"
             )
-    if key is not None:
-        check_key(folder, manifest["key"], key)
-    hashing = _Hashing(folder.name, sum(sizes.values()), say)
-    for path, entry in zip(sizes, manifest["files"].values(), strict=True):
-        if hashing.sha256(path) != entry["sha256"]:
+    if key is not None and (differences := why_not(manifest["key"], key)):
+        raise BundleError(
+            f"{folder} was built for {', '.join(differences)}: `{build_command(key)}` builds the "
+            "right one"
+        )
+    hashes = _hash_files(folder.name, list(sizes))
+    for path, sha256, entry in zip(sizes, hashes, manifest["files"].values(), strict=True):
+        if sha256 != entry["sha256"]:
             raise BundleError(f"{path} was changed after the build: {remedy}")
     return Bundle(folder, manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A bundle's manifest, verified against its own hash; the files themselves are not read.
+    """Read a bundle's manifest and verify its hash; read no other file.
 
-    BundleError: there is none, or it was changed.
+    Raises BundleError when it is missing or was changed.
     """
     remedy = f"remove it with `engine remove {folder.name}`, and it is built again"
     try:
@@ -229,18 +214,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return {**manifest, "content_sha256": recorded}
 
 
-def check_key(folder: Path, found: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
-    """BundleError unless the keys are the same: the fields that differ, and the right command."""
-    differences = why_not(found, needed)
-    if differences:
-        raise BundleError(
-            f"{folder} was built for {', '.join(differences)}: `{build_command(needed)}` builds "
-            "the right one"
-        )
-
-
 def find_bundles(bundles: Path) -> list[Path]:
-    """Folders of stored bundles, damaged ones too, sorted by name."""
+    """Folders of stored bundles, including damaged ones, sorted by name."""
     if not bundles.is_dir():
         return []
     return sorted(
@@ -249,14 +224,12 @@ def find_bundles(bundles: Path) -> list[Path]:
 
 
 def named_bundle(bundles: Path, name: str) -> Path:
-    """The bundle of this name or unique beginning of a name.
+    """The bundle with this name or unique prefix.
 
-    BundleError: none or several, and which there are.
+    Raises BundleError, which lists the candidates, when none or several match.
     """
     stored = {folder.name: folder for folder in find_bundles(bundles)}
-    matches = [each for each in stored if each == name] or [
-        each for each in stored if each.startswith(name)
-    ]
+    matches = [name] if name in stored else [each for each in stored if each.startswith(name)]
     if len(matches) == 1:
         return stored[matches[0]]
     if matches:
@@ -266,13 +239,13 @@ def named_bundle(bundles: Path, name: str) -> Path:
 
 
 def nearest_bundle(bundles: Path, key: Mapping[str, Any]) -> str | None:
-    """The stored bundle of this model and backend that differs in the fewest fields, and how."""
+    """Name the stored bundle of this model and backend that differs least, and its differences."""
     candidates = []
     for folder in find_bundles(bundles):
         try:
             found = read_manifest(folder)["key"]
         except BundleError:
-            continue  # told when it is asked for
+            continue  # opening it reports the damage
         if all(found.get(field) == key[field] for field in ("model", "backend")):
             candidates.append((why_not(found, key), folder.name))
     if not candidates:
@@ -282,7 +255,7 @@ def nearest_bundle(bundles: Path, key: Mapping[str, Any]) -> str | None:
 
 
 def remove_bundle(folder: Path) -> int:
-    """Delete a bundle; returns the bytes freed. A process that has it open keeps what it mapped."""
+    """Delete a bundle; return the bytes freed. Processes that have it open keep their mappings."""
     with _held(folder, take_lock(_hidden(folder, "lock"), wait=True)):
         if not folder.exists():
             return 0  # another process was faster
@@ -295,9 +268,9 @@ def remove_bundle(folder: Path) -> int:
 
 
 def remove_leftovers(bundles: Path) -> int:
-    """Remove what killed processes left hidden here; returns the bytes freed.
+    """Delete hidden files of killed processes; return the bytes freed.
 
-    Keeps what a running process holds and what may not be deleted here (another user's).
+    Skips files whose lock is held, and those that may not be deleted here (another user's).
     """
     names = set()
     for path in bundles.iterdir() if bundles.is_dir() else ():
@@ -305,37 +278,28 @@ def remove_leftovers(bundles: Path) -> int:
         if state in ("partial", "removed", "lock") and BUNDLE_NAME.fullmatch(name):
             names.add(name)
     freed = 0
-    for name in sorted(names):
-        with suppress(OSError):
-            freed += _remove_leftovers_of(bundles / name)
-    return freed
-
-
-def _remove_leftovers_of(folder: Path) -> int:
-    """TimeoutError: a living process holds the lock."""
-    freed = 0
-    with _held(folder, take_lock(_hidden(folder, "lock"))):
-        for state in ("partial", "removed"):
-            left = _hidden(folder, state)
-            if left.exists():
-                freed += bytes_of(left)
-                shutil.rmtree(left)
+    for folder in sorted(bundles / name for name in names):
+        with suppress(OSError), _held(folder, take_lock(_hidden(folder, "lock"))):
+            for left in (_hidden(folder, "partial"), _hidden(folder, "removed")):
+                if left.exists():
+                    freed += bytes_of(left)
+                    shutil.rmtree(left)
     return freed
 
 
 def bytes_of(folder: Path) -> int:
-    """Size of all files in it."""
+    """Size of all files in the folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _hidden(folder: Path, state: str) -> Path:
-    """Path of a bundle's lock, partial or removed."""
+    """Path of a bundle's hidden lock file, or of its `partial` or `removed` folder."""
     return folder.with_name(f".{folder.name}.{state}")
 
 
 @contextmanager
 def _held(folder: Path, lock: BaseFileLock) -> Iterator[None]:
-    """Let go of the lock at the end, and leave no file of it."""
+    """Delete and release the lock at the end."""
     try:
         yield
     finally:
@@ -343,21 +307,18 @@ def _held(folder: Path, lock: BaseFileLock) -> Iterator[None]:
         lock.release()
 
 
-class _Hashing:
-    """sha256 of a bundle's files, one after another, with a word when it takes long."""
-
-    def __init__(self, name: str, total_bytes: int, say: Say) -> None:
-        self._name, self._total_bytes, self._say = name, total_bytes, say
-        self._done_bytes, self._said_s = 0, time.monotonic()
-
-    def sha256(self, path: Path) -> str:
+def _hash_files(name: str, paths: Sequence[Path]) -> Iterator[str]:
+    """sha256 of each of the bundle's files; reports progress when it takes long."""
+    total_bytes = sum(path.stat().st_size for path in paths)
+    done_bytes, said_s = 0, time.monotonic()
+    for path in paths:
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
-                self._done_bytes += len(chunk)
-                if time.monotonic() - self._said_s > _PATIENCE_S:
-                    self._said_s = time.monotonic()
-                    percent = 100 * self._done_bytes // self._total_bytes
-                    self._say(f"hashing {self._name}: {percent} % of {self._total_bytes:,} bytes")
-        return digest.hexdigest()
+                done_bytes += len(chunk)
+                if time.monotonic() - said_s > _PATIENCE_S:
+                    said_s = time.monotonic()
+                    percent = 100 * done_bytes // total_bytes
+                    say(f"hashing {name}: {percent} % of {total_bytes:,} bytes")
+        yield digest.hexdigest()

@@ -1,8 +1,9 @@
-"""The key of a bundle: all that a built engine depends on, and what it says to people.
+"""The key of a bundle, with its name, its command line, and the differences between two keys.
 
-A key is plain JSON (engines.engine_key makes it): backend, model, hashes of the weights and of our
-exporting code, library and driver versions, GPU name and SM count, flags, and the fields of
-EngineSpec. Graphs that were only exported are of backend "onnx"; `exported_for` is whose they are.
+A key is plain JSON, made by engines.engine_key: everything that a built engine depends on. It holds
+backend, model, hashes of the weights and of our exporting code, library and driver versions, GPU
+name and SM count, flags, and the fields of EngineSpec. Graphs that were only exported have the
+backend "onnx", and `exported_for` names the backend that they are for.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 from .durable import json_sha256
 
 BUNDLE_NAME = re.compile(r"[^.].*-\d+px-\d+x\d+-[0-9a-f]{12}")
-"""Names that bundle_name makes; folders with other names are not ours to list or remove."""
+"""Names that bundle_name makes; other folders are neither listed nor removed."""
 GRAPHS_ONLY = "onnx"
 
 
 def bundle_name(key: Mapping[str, Any]) -> str:
     """A readable folder name that ends in a hash of the whole key."""
     readable = [key[field] for field in ("model", "backend", "device", "precision")]
-    # The name of a local folder, shortened, without characters that hide it or that a path refuses.
+    # The name of a local folder, made short, visible and safe for a path.
     readable[0] = re.sub(r"[^\w.-]+", "-", readable[0])[:64].strip(".-") or "model"
     if key["weights"] == "random":
         readable[0] += "-random"
@@ -31,12 +32,12 @@ def bundle_name(key: Mapping[str, Any]) -> str:
 
 
 def batch_shape(key: Mapping[str, Any]) -> str:
-    """G prompts x n images, as "4x8"."""
+    """G prompts × n images, as "4x8"."""
     return f"{key['batch'] // key['images_per_prompt']}x{key['images_per_prompt']}"
 
 
 def build_command(key: Mapping[str, Any], model: str | None = None) -> str:
-    """The command line that builds the engine of a key; `model`: the folder, when it is one."""
+    """The command line that builds a key's engine; `model`: its folder, if it is a local one."""
     backend = key.get("exported_for", key["backend"])
     command = f"engine build --model {shlex.quote(model or key['model'])} --backend {backend}"
     if key["weights"] == "random":

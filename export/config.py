@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 Precision = Literal["fp32", "fp16", "bf16"]
 VaePrecision = Literal["auto", "fp16", "bf16", "fp32"]
@@ -48,21 +48,8 @@ class EngineSpec:
                 f"images_per_prompt must divide the batch of {self.batch}, "
                 f"got {self.images_per_prompt}"
             )
-        if self.min_batch is not None:
-            self._check_range(self.min_batch)
-        for field, choices in (
-            ("precision", get_args(Precision)),
-            ("vae_precision", get_args(VaePrecision)),
-            ("opset", get_args(OnnxOpset)),
-        ):
-            if getattr(self, field) not in choices:
-                raise ValueError(
-                    f"{field} must be one of {', '.join(map(str, choices))}, "
-                    f"got {getattr(self, field)!r}"
-                )
-
-    def _check_range(self, least: int) -> None:
-        if not 1 <= least < self.batch or least % self.images_per_prompt:
+        least = self.min_batch
+        if least is not None and (not 1 <= least < self.batch or least % self.images_per_prompt):
             raise ValueError(
                 f"min_batch must be a multiple of images_per_prompt, {self.images_per_prompt}, "
                 f"below the batch of {self.batch}, got {least}"
@@ -77,7 +64,3 @@ class EngineSpec:
     def min_prompts(self) -> int:
         """Fewest prompts per batch: `prompts`, unless the engine has a range of batches."""
         return (self.min_batch or self.batch) // self.images_per_prompt
-
-    def as_dict(self) -> dict[str, int | str | None]:
-        """The fields, for keys and manifests."""
-        return asdict(self)

@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all, their hashes, and locks on them.
+"""Atomic writes of files and folders, their hashes, and locks on them.
 
-A file or folder is written under a temporary name beside its place, and renamed last. A killed
-process leaves only that temporary one, which the next write to the same place removes.
+A file or folder is written under a temporary name beside its target, and renamed last. A killed
+process leaves only the temporary one, which the next write to the same target removes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from filelock import BaseFileLock, FileLock
 
 @contextmanager
 def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well.
+    """Yield a temporary folder beside `folder`, and move it there when the block succeeds.
 
-    FileExistsError when another process filled `folder` meanwhile; what it wrote stays.
+    Raises FileExistsError, and keeps `folder`, when another process filled it meanwhile.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +37,16 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         if overwrite and folder.exists():
             os.rename(folder, replaced)
-        _rename_into_place(partial, folder)
-        _sync_folder(folder.parent)
+        try:
+            os.rename(partial, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise FileExistsError(
+                f"{folder} was free at first and is not now: another process wrote it; "
+                "use what it wrote, or choose another --out"
+            ) from error
+        sync(folder.parent)
     except BaseException:
         if replaced.exists() and not folder.exists():
             os.rename(replaced, folder)
@@ -48,30 +56,18 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(replaced)
 
 
-def _rename_into_place(partial: Path, folder: Path) -> None:
-    try:
-        os.rename(partial, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        raise FileExistsError(
-            f"{folder} was free at first and is not now: another process wrote it; "
-            "use what it wrote, or choose another --out"
-        ) from error
-
-
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what a killed process of this machine left while writing this folder."""
+    """Remove temporary folders that killed processes on this machine left for this folder."""
     for state in ("partial", "replaced"):
         prefix = f".{folder.name}.{state}-{socket.gethostname()}-"
         for path in folder.parent.iterdir():
             pid = path.name.removeprefix(prefix)
             if path.name.startswith(prefix) and pid.isdigit() and not _is_other_alive(int(pid)):
-                shutil.rmtree(path, ignore_errors=True)  # another writer may be at it too
+                shutil.rmtree(path, ignore_errors=True)  # another writer may remove it too
 
 
 def _is_other_alive(pid: int) -> bool:
-    """Whether another process has this id; our own id on a leftover was a dead namesake's."""
+    """Whether another process has this id; a leftover with our own id is from a dead process."""
     if pid == os.getpid():
         return False
     try:
@@ -85,7 +81,7 @@ def _is_other_alive(pid: int) -> bool:
 
 @contextmanager
 def full_disk_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
-    """Turn a full disk or quota into one line that says where and how much is needed."""
+    """Turn a full disk or quota into one line that names the folder and the space it needs."""
     try:
         yield
     except OSError as error:
@@ -99,38 +95,37 @@ def full_disk_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write `path` and wait until it is on the disk."""
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    path.write_bytes(data)
+    sync(path)
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; the file there takes its place when the block ends well."""
+    """Yield a temporary path beside `path`; move its file there when the block succeeds."""
     staged = path.with_name(f"{path.name}.partial")
     try:
         yield staged
         os.replace(staged, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all."""
+    """Write `path` atomically."""
     with replacing_file(path) as staged:
         write_durably(staged, data)
 
 
 def replace_json(path: Path, value: Any, default: Callable[[Any], Any] | None = None) -> None:
-    """Write `value` as indented JSON, whole or not at all; `default` as in json.dumps."""
+    """Write `value` atomically as indented JSON; `default` as in json.dumps."""
     replace_file(path, (json.dumps(value, indent=1, default=default) + "\n").encode())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -138,23 +133,23 @@ def _sync_folder(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, read in a streaming way."""
+    """SHA-256 of a file's content, read in chunks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def json_sha256(value: Any) -> str:
-    """SHA-256 of the one JSON spelling of `value`: sorted keys, no spaces, ASCII."""
+    """SHA-256 of the canonical JSON of `value`: sorted keys, no spaces, ASCII."""
     return hashlib.sha256(
         json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
     ).hexdigest()
 
 
 def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock:
-    """Lock the file `path`, which is created if need be and never written to.
+    """Lock the file `path`, which is created if missing and never written to.
 
-    `release` frees it, and so does the death of the process. A holder may remove the file first:
-    those who wait then lock a new one. TimeoutError: another holder has it, and we do not wait.
+    `release` or the end of the process frees it. A holder may delete the file before release:
+    waiting processes then lock a new one. Raises TimeoutError when it is held and `wait` is false.
     """
     lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     lock.acquire(blocking=wait)
@@ -164,7 +159,7 @@ def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, before, now) where two configs differ, by name; `before` was read from JSON."""
+    """(setting, before, now) where two configs differ, sorted; `before` was read from JSON."""
     now = json.loads(json.dumps(now))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

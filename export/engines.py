@@ -11,8 +11,9 @@ import gc
 import hashlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
@@ -22,12 +23,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from .bundle import Bundle, BundleError, Say, find_or_build
+from .bundle import Bundle, BundleError, Say, find_or_build, say
 from .bundle_key import GRAPHS_ONLY
 from .config import DEFAULT_OPSET, BackendName, EngineSpec, Precision
-from .graphs import GRAPHS, Graph, make_graphs
+from .graphs import Graph, make_graphs
 from .machine import PeakGpuMemory, gpu_identity, peak_host_bytes
 from .models import (
+    TOKENS,
     ModelParts,
     ModelSource,
     Unavailable,
@@ -35,7 +37,7 @@ from .models import (
     resolve_vae_precision,
     weights_sha256,
 )
-from .parity import Reference, check_parity, make_reference
+from .parity import Reference, check_parity, make_references
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate|can't allocate", re.IGNORECASE)
 _ONNX_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
@@ -100,50 +102,47 @@ def exporter(backend: BackendName) -> Exporter:
 
 
 def engine_key(
-    backend: BackendName, model: ModelSource, spec: EngineSpec, *, tokens: int
+    backend: BackendName,
+    model: ModelSource,
+    spec: EngineSpec,
+    *,
+    tokens: int = TOKENS,
+    export_only: bool = False,
 ) -> dict[str, Any]:
-    """Everything that an engine depends on; weights, code and versions determine its graphs."""
-    return {**_model_key(model, spec, tokens), **machine_key(backend, spec)}
+    """Everything that an engine depends on; weights, code and versions determine its graphs.
 
-
-def _model_key(model: ModelSource, spec: EngineSpec, tokens: int) -> dict[str, Any]:
-    """The part of a key for model and shapes; `auto` is resolved, so both name one engine."""
+    `auto` is resolved, so it shares the engine of the precision that it stands for.
+    """
     return {
         "model": model.name,
         "weights": model.weights,
         "weights_sha256": weights_sha256(model),
         "tokens": tokens,
-        **spec.as_dict(),
+        **asdict(spec),
         "vae_precision": resolve_vae_precision(model, spec.precision, spec.vae_precision),
+        **machine_key(backend, spec, export_only=export_only),
     }
 
 
-def machine_key(backend: BackendName, spec: EngineSpec) -> dict[str, Any]:
-    """The part of a key that depends on this machine and this code, not on the model."""
-    return {
-        "backend": backend,
-        "exporter_sha256": _code_sha256(backend),
-        "libraries": exporter(backend).libraries(),
-        "flags": exporter(backend).flags(spec),
-        **gpu_identity(spec.device),
-    }
-
-
-def graphs_key(
-    backend: BackendName, model: ModelSource, spec: EngineSpec, *, tokens: int
+def machine_key(
+    backend: BackendName, spec: EngineSpec, *, export_only: bool = False
 ) -> dict[str, Any]:
-    """The key of ONNX graphs alone, which depend on no runtime and no GPU."""
-    return {**_model_key(model, spec, tokens), **graphs_machine_key(backend, spec)}
+    """The part of a key that depends on this machine and this code, not on the model.
 
-
-def graphs_machine_key(backend: BackendName, spec: EngineSpec) -> dict[str, Any]:
-    """`machine_key` for ONNX graphs alone."""
+    ONNX graphs alone depend on no runtime and no GPU.
+    """
+    if export_only:
+        named = {"backend": GRAPHS_ONLY, "exported_for": backend}
+        libraries, gpu = {name: version(name) for name in _ONNX_LIBRARIES}, {}
+    else:
+        named = {"backend": backend}
+        libraries, gpu = exporter(backend).libraries(), gpu_identity(spec.device)
     return {
-        "backend": GRAPHS_ONLY,
-        "exported_for": backend,
+        **named,
         "exporter_sha256": _code_sha256(backend),
-        "libraries": {name: version(name) for name in _ONNX_LIBRARIES},
+        "libraries": libraries,
         "flags": exporter(backend).flags(spec),
+        **gpu,
     }
 
 
@@ -154,8 +153,16 @@ def _code_sha256(backend: BackendName) -> str:
     return code.hexdigest()
 
 
-def require_engine(backend: BackendName, model: ModelSource, spec: EngineSpec) -> None:
+def require_engine(
+    backend: BackendName, model: ModelSource, spec: EngineSpec, *, export_only: bool = False
+) -> None:
     """Raise Unavailable when a requirement is missing or the backend cannot build this engine."""
+    if export_only:
+        if backend == "inductor":
+            raise Unavailable(
+                "the inductor backend is not made from ONNX graphs: export for --backend ort or trt"
+            )
+        return
     vae_precision = resolve_vae_precision(model, spec.precision, spec.vae_precision)
     exporter(backend).require(spec.precision, spec.device)
     try:
@@ -171,16 +178,8 @@ def require_engine(backend: BackendName, model: ModelSource, spec: EngineSpec) -
         )
 
 
-def require_graphs(backend: BackendName) -> None:
-    """Raise Unavailable unless the backend starts from ONNX graphs."""
-    if backend not in ("ort", "trt"):
-        raise Unavailable(
-            f"the {backend} backend is not made from ONNX graphs: export for --backend ort or trt"
-        )
-
-
 @contextmanager
-def _full_memory_told() -> Iterator[None]:
+def _explain_full_memory() -> Iterator[None]:
     """Turn any library's out-of-memory error into Unavailable, which says what to do."""
     try:
         yield
@@ -200,111 +199,79 @@ def open_engine(
     parts: ModelParts,
     spec: EngineSpec,
     *,
-    tokens: int,
+    tokens: int = TOKENS,
     bundles: Path,
-    say: Say,
+    export_only: bool = False,
 ) -> Bundle:
     """Find the bundle for these settings, or build it; frees the parts.
 
-    Raises Unavailable when a requirement is missing; BundleError for a damaged bundle, an engine
-    that does not match torch, or a full disk.
+    `export_only` stops at checked ONNX graphs and runs nothing: even a full-size model needs
+    neither a GPU nor its runtime. Raises Unavailable when a requirement is missing; BundleError for
+    a damaged bundle, weights that are NaN or infinite, an engine that does not match torch, or a
+    full disk.
     """
-    require_engine(backend, model, spec)
+    require_engine(backend, model, spec, export_only=export_only)
     compiler = exporter(backend)
-    key = engine_key(backend, model, spec, tokens=tokens)
 
+    @_explain_full_memory()
     def build(folder: Path) -> dict[str, Any]:
-        started, references = time.perf_counter(), []
-        for graph in make_graphs(parts, spec, tokens=tokens):
-            say(f"exporting the {graph.name}")
-            references.append(make_reference(graph))
-            compiler.export_graph(graph, folder, spec)
-        del graph
-        free_parts(parts)
-        exported_s = time.perf_counter() - started
-        report = compiler.compile_graphs(folder, spec, say)
-        parity = _measure(compiler.open_sessions(folder, spec), references)
-        return {**report, "parity": parity, **_provenance(model, started, exported_s)}
+        started, references = time.perf_counter(), {}
+        if export_only:
+            _check_weights(parts)
+        with PeakGpuMemory(spec.device) as gpu:
+            for graph in make_graphs(parts, spec, tokens=tokens):
+                say(f"exporting the {graph.name}")
+                if not export_only:
+                    references |= make_references(graph)
+                compiler.export_graph(graph, folder, spec)
+            del graph
+            free_parts(parts)
+            exported_s, report = time.perf_counter() - started, {}
+            if not export_only:
+                report = compiler.compile_graphs(folder, spec, say)
+                report["parity"] = _measure(compiler.open_sessions(folder, spec), references)
+        report |= {
+            "model": model_reference(model),
+            "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "export_seconds": round(exported_s, 1),
+            "seconds": round(time.perf_counter() - started, 1),
+            "peak_host_bytes": peak_host_bytes(),
+        }
+        return report if export_only else report | {"peak_gpu_bytes": gpu.bytes}
 
-    def watched_build(folder: Path) -> dict[str, Any]:
-        with PeakGpuMemory(spec.device) as gpu, _full_memory_told():
-            report = build(folder)
-        return report | {"peak_gpu_bytes": gpu.bytes}
-
-    bundle = find_or_build(bundles, key, watched_build, say, model_reference(model))
+    key = engine_key(backend, model, spec, tokens=tokens, export_only=export_only)
+    bundle = find_or_build(bundles, key, build, model_reference(model))
     free_parts(parts)
     return bundle
 
 
-def export_graphs(
-    backend: BackendName,
-    model: ModelSource,
-    parts: ModelParts,
-    spec: EngineSpec,
-    *,
-    tokens: int,
-    bundles: Path,
-    say: Say,
-) -> Bundle:
-    """Write and check the ONNX graphs that an engine is compiled from; frees the parts.
-
-    Nothing is run: even a full-size model needs neither a GPU nor its runtime. Raises Unavailable
-    unless the backend starts from ONNX graphs; BundleError for weights that are NaN or infinite, a
-    damaged bundle or a full disk.
-    """
-    require_graphs(backend)
-
-    def build(folder: Path) -> dict[str, Any]:
-        started = time.perf_counter()
-        _check_weights(parts)
-        for graph in make_graphs(parts, spec, tokens=tokens):
-            say(f"exporting the {graph.name}")
-            exporter(backend).export_graph(graph, folder, spec)
-        return _provenance(model, started, time.perf_counter() - started)
-
-    key = graphs_key(backend, model, spec, tokens=tokens)
-    bundle = find_or_build(bundles, key, build, say, model_reference(model))
-    free_parts(parts)
-    return bundle
-
-
-def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec, say: Say) -> dict[str, Any]:
+@_explain_full_memory()
+def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[str, Any]:
     """Measure an opened bundle's parity with torch again; frees the parts.
 
     Raises BundleError beyond the tolerance, or for NaN or infinity.
     """
-    with _full_memory_told():
-        references = []
-        for graph in make_graphs(parts, spec, tokens=bundle.key["tokens"]):
-            say(f"running torch's {graph.name}")
-            references.append(make_reference(graph))
-        del graph
-        free_parts(parts)
-        return _measure(open_sessions(bundle, spec), references)
+    references = {}
+    for graph in make_graphs(parts, spec, tokens=bundle.key["tokens"]):
+        say(f"running torch's {graph.name}")
+        references |= make_references(graph)
+    del graph
+    free_parts(parts)
+    return _measure(open_sessions(bundle, spec), references)
 
 
-def _measure(sessions: dict[str, Session], references: list[Reference]) -> dict[str, Any]:
-    """Parity of each graph, at both ends of a range of batches; closes the sessions."""
+def _measure(
+    sessions: Mapping[str, Session], references: Mapping[str, Reference]
+) -> dict[str, Any]:
+    """Parity with each reference; closes the sessions."""
     try:
         return {
-            name: check_parity(held, sessions[reference.graph].run)
-            for reference in references
-            for name, held in reference.batches().items()
+            name: check_parity(reference, sessions[reference.graph].run)
+            for name, reference in references.items()
         }
     finally:
         for session in sessions.values():
             session.close()
-
-
-def _provenance(model: ModelSource, started: float, exported_s: float) -> dict[str, Any]:
-    """A bundle's report besides its parity; not part of the key."""
-    return {
-        "model": model_reference(model),
-        "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "export_seconds": round(exported_s, 1),
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_host_bytes": peak_host_bytes(),
-    }
 
 
 def _check_weights(parts: ModelParts) -> None:
@@ -328,6 +295,4 @@ def free_parts(parts: ModelParts) -> None:
 
 def open_sessions(bundle: Bundle, spec: EngineSpec) -> dict[str, Session]:
     """Sessions of a bundle's three graphs."""
-    sessions = exporter(bundle.manifest["key"]["backend"]).open_sessions(bundle.folder, spec)
-    assert sessions.keys() == set(GRAPHS)
-    return sessions
+    return exporter(bundle.key["backend"]).open_sessions(bundle.folder, spec)

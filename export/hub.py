@@ -7,16 +7,17 @@ against the hub's listing. Nothing is unpickled; no remote code runs.
 from __future__ import annotations
 
 import hashlib
-import sys
-from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from .bundle import say
 
 MODEL_ID = "stabilityai/sdxl-turbo"
 MODEL_REVISION = "71153311d3dbb46851df1931d3ca6e939de83304"
 VAE_ID = "madebyollin/sdxl-vae-fp16-fix"
 VAE_REVISION = "207b116dae70ace3637169f1ddd2434b91b3a8cd"
+TOKENIZER_FILES = ("merges.txt", "tokenizer_config.json", "vocab.json")
+"""Without tokenizer_config.json, transformers silently pads prompts differently."""
 MODEL_FILES = (
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -24,16 +25,13 @@ MODEL_FILES = (
     "text_encoder/model.fp16.safetensors",
     "text_encoder_2/config.json",
     "text_encoder_2/model.fp16.safetensors",
-    "tokenizer/*.json",
-    "tokenizer/*.txt",
-    "tokenizer_2/*.json",
-    "tokenizer_2/*.txt",
+    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    *(f"tokenizer_2/{name}" for name in TOKENIZER_FILES),
     "unet/config.json",
     "unet/diffusion_pytorch_model.fp16.safetensors",
 )
-TOKENIZER_FILES = ("merges.txt", "tokenizer_config.json", "vocab.json")
-"""Without tokenizer_config.json, transformers silently pads prompts differently."""
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+OPTIONAL_FILES = ("tokenizer/special_tokens_map.json", "tokenizer_2/special_tokens_map.json")
 LICENCE_NOTE = (
     "SDXL-Turbo is Stability AI's, under its non-commercial research licence: "
     f"read https://huggingface.co/{MODEL_ID}/blob/{MODEL_REVISION}/LICENSE.md before you use it. "
@@ -45,23 +43,13 @@ class DownloadError(OSError):
     """The hub could not be reached, or a download stopped; files already received are kept."""
 
 
-@dataclass(frozen=True)
-class TurboFolders:
-    """Snapshots of the model and its VAE."""
-
-    model: Path
-    vae: Path
-    revision: str = MODEL_REVISION
-    vae_name: str = f"{VAE_ID}@{VAE_REVISION}"
-
-
-def fetch_sdxl_turbo() -> TurboFolders:
-    """Return SDXL-Turbo's folders from the hub's cache, or download about 7 GB.
+def fetch_sdxl_turbo() -> tuple[Path, Path]:
+    """The folders of SDXL-Turbo and its VAE in the hub's cache, after a download of 7 GB if needed.
 
     A stopped download resumes. Raises DownloadError, whose message says what to do instead.
     """
     model = _snapshot(MODEL_ID, MODEL_REVISION, MODEL_FILES)
-    return TurboFolders(model, _snapshot(VAE_ID, VAE_REVISION, VAE_FILES))
+    return model, _snapshot(VAE_ID, VAE_REVISION, VAE_FILES)
 
 
 def is_sdxl_turbo_cached() -> bool:
@@ -72,41 +60,35 @@ def is_sdxl_turbo_cached() -> bool:
     )
 
 
-def _cached(repository: str, revision: str, patterns: tuple[str, ...]) -> Path | None:
+def _cached(repository: str, revision: str, names: tuple[str, ...]) -> Path | None:
     """The snapshot in the hub's cache, if it is complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # Without the patterns, files that we never download count as missing.
-        folder = Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=list(patterns),
-                local_files_only=True,
-            )
+        # Without the names, files that we never download count as missing.
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=list(names), local_files_only=True
         )
     except LocalEntryNotFoundError:
         return None
-    return folder if _is_complete(folder, patterns) else None
+    return Path(folder) if _is_complete(Path(folder), names) else None
 
 
-def _snapshot(repository: str, revision: str, patterns: tuple[str, ...]) -> Path:
+def _snapshot(repository: str, revision: str, names: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
-    cached = _cached(repository, revision, patterns)
-    if cached is not None:
+    if cached := _cached(repository, revision, names):
         return cached
     try:
-        files = _listing(repository, revision, patterns)
+        files = _listing(repository, revision, names)
         size_gb = sum(entry.size for entry in files) / 1e9
         if repository == MODEL_ID:
-            _say(LICENCE_NOTE)
-        _say(f"downloading {size_gb:.2f} GB of {repository}, revision {revision[:8]}")
-        names = [entry.path for entry in files]
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=names))
-        _say(f"comparing {len(files)} files with the hub's sizes and hashes")
+            say(LICENCE_NOTE)
+        say(f"downloading {size_gb:.2f} GB of {repository}, revision {revision[:8]}")
+        paths = [entry.path for entry in files]
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=paths))
+        say(f"comparing {len(files)} files with the hub's sizes and hashes")
         for entry in files:
             _check(folder / entry.path, entry)
     except Exception as error:
@@ -130,7 +112,7 @@ def _remedy() -> str:
     )
 
 
-def _listing(repository: str, revision: str, patterns: tuple[str, ...]) -> list[Any]:
+def _listing(repository: str, revision: str, names: tuple[str, ...]) -> list[Any]:
     """The hub's entry for each file: path, size, git's hash, and sha256 for large files.
 
     Raises OSError when the hub lacks a required file.
@@ -139,28 +121,17 @@ def _listing(repository: str, revision: str, patterns: tuple[str, ...]) -> list[
     from huggingface_hub.hf_api import RepoFile
 
     tree = HfApi().list_repo_tree(repository, revision=revision, recursive=True)
-    files = [
-        entry
-        for entry in tree
-        if isinstance(entry, RepoFile) and any(fnmatch(entry.path, each) for each in patterns)
-    ]
-    lacking = sorted(set(_names(patterns)) - {entry.path for entry in files})
+    wanted = {*names, *OPTIONAL_FILES}
+    files = [entry for entry in tree if isinstance(entry, RepoFile) and entry.path in wanted]
+    lacking = sorted(set(names) - {entry.path for entry in files})
     if lacking:
         raise OSError(f"the hub has no {', '.join(lacking)} at revision {revision}")
     return files
 
 
-def _names(patterns: tuple[str, ...]) -> list[str]:
-    """The required files."""
-    names = [pattern for pattern in patterns if "*" not in pattern]
-    for folder in {pattern.split("/")[0] for pattern in patterns if "*" in pattern}:
-        names += [f"{folder}/{name}" for name in TOKENIZER_FILES]
-    return names
-
-
-def _is_complete(folder: Path, patterns: tuple[str, ...]) -> bool:
+def _is_complete(folder: Path, names: tuple[str, ...]) -> bool:
     """Whether a cached snapshot has every file; a dangling link is not a file."""
-    return all((folder / name).is_file() for name in _names(patterns))
+    return all((folder / name).is_file() for name in names)
 
 
 def _check(path: Path, entry: Any) -> None:
@@ -182,7 +153,3 @@ def _check(path: Path, entry: Any) -> None:
             f"{entry.path} arrived with {size_bytes} bytes and {digest.name} {digest.hexdigest()}, "
             f"the hub says {entry.size} and {expected}"
         )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

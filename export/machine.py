@@ -1,4 +1,4 @@
-"""This machine's GPU, driver, compiler and memory, for keys, refusals and reports."""
+"""This machine's GPU, driver, compiler, memory and disk, for keys, refusals and reports."""
 
 from __future__ import annotations
 
@@ -44,16 +44,14 @@ def driver_version() -> str | None:
 
 def cxx_compiler() -> str | None:
     """Path of the C++ compiler that Inductor calls; None without one."""
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    return None
+    names = (os.environ.get("CXX", ""), "g++", "clang++")
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def cpu_instructions() -> list[str]:
     """This CPU's instruction sets, by the kernel's names; empty if it lists none.
 
-    Omits other listed features, which change with kernel and hypervisor.
+    It omits other listed features, which change with kernel and hypervisor.
     """
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, features = line.partition(":")
@@ -70,23 +68,29 @@ def gpu_memory_bytes() -> tuple[int, int]:
 
 
 def free_host_bytes() -> int:
-    """Memory that a process can still take: the system's estimate plus swap, or what a container's
-    limit leaves, if that is less."""
+    """Memory that a process can still allocate: the system's estimate plus swap, or the rest of a
+    container's limit if that is less."""
     fields = _kilobytes(Path("/proc/meminfo"))
     free = 1024 * (fields["MemAvailable"] + fields.get("SwapFree", 0))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    group = Path("/sys/fs/cgroup")
     try:
-        if (maximum := limit.read_text().strip()) != "max":
-            free = min(free, int(maximum) - int(used.read_text()) + _file_cache_bytes())
+        if (limit := (group / "memory.max").read_text().strip()) != "max":
+            used = int((group / "memory.current").read_text())
+            # This file cache counts as used, but is freed on demand.
+            lines = (group / "memory.stat").read_text().splitlines()
+            counts = dict(line.split() for line in lines)
+            free = min(free, int(limit) - used + int(counts.get("inactive_file", 0)))
     except (OSError, ValueError):
         pass  # no container limit
     return free
 
 
-def _file_cache_bytes() -> int:
-    """The container's inactive file cache: counted as used, but freed on demand."""
-    lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+def free_disk_bytes(folder: Path) -> int:
+    """Free disk space at the folder, or at its nearest parent that exists."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def peak_host_bytes() -> int:

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,24 +20,30 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from .config import Precision, VaePrecision, Weights
 from .durable import file_sha256
-from .hub import fetch_sdxl_turbo
+from .hub import MODEL_REVISION, VAE_ID, VAE_REVISION, fetch_sdxl_turbo
 
 TINY_FOLDER = Path(__file__).parent / "sdxl_tiny"
 TURBO_CONFIGURATION = Path(__file__).parent / "sdxl_turbo"
 """SDXL-Turbo's published architecture, with the configuration of its fp16-fix VAE."""
 TOKENS = 77  # per CLIP prompt
-NAMES = ("sdxl-turbo", "sdxl-tiny")
+_SHIPPED = {"sdxl-turbo": TURBO_CONFIGURATION, "sdxl-tiny": TINY_FOLDER}
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
 PRECISIONS: dict[torch.dtype, Precision] = {dtype: precision for precision, dtype in DTYPES.items()}
-_DIFFUSERS_WEIGHTS, _TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
+_WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+"""Stem of each part's weight files."""
 
 
 class ModelError(ValueError):
-    """The requested model does not exist, is incomplete, or is of another kind."""
+    """The requested model does not exist, is incomplete, or has another layout."""
 
 
 class Unavailable(OSError):  # noqa: N818 - reads as the message does
@@ -103,23 +106,17 @@ def find_model(name_or_folder: str | Path, weights: Weights = "pretrained") -> M
     `hub.fetch_sdxl_turbo` does.
     """
     name = str(name_or_folder)
-    if name == "sdxl-turbo" and weights == "random":
-        source = ModelSource(name, TURBO_CONFIGURATION, TURBO_CONFIGURATION / "vae")
-    elif name == "sdxl-turbo":
-        folders = fetch_sdxl_turbo()
-        source = ModelSource(
-            name, folders.model, folders.vae, folders.revision, vae_name=folders.vae_name
-        )
-    elif name == "sdxl-tiny":
-        source = ModelSource(name, TINY_FOLDER, TINY_FOLDER / "vae")
+    if name == "sdxl-turbo" and weights == "pretrained":
+        model, vae = fetch_sdxl_turbo()
+        source = ModelSource(name, model, vae, MODEL_REVISION, f"{VAE_ID}@{VAE_REVISION}")
     else:
-        folder = Path(name_or_folder).expanduser()
+        folder = _SHIPPED.get(name) or Path(name).expanduser().resolve()
         if not folder.is_dir():
             raise ModelError(
-                f"unknown model {name!r}: it is neither a folder nor one of {', '.join(NAMES)}"
+                f"unknown model {name!r}: it is neither a folder nor one of {', '.join(_SHIPPED)}"
             )
-        source = ModelSource(folder.resolve().name, folder.resolve(), folder.resolve() / "vae")
-    source = replace(source, weights=weights)
+        shown = name if name in _SHIPPED else folder.name
+        source = ModelSource(shown, folder, folder / "vae", weights=weights)
     _check_parts(source)
     return source
 
@@ -134,22 +131,17 @@ def _check_parts(source: ModelSource) -> None:
                 "expected what StableDiffusionXLImg2ImgPipeline.save_pretrained writes"
             )
     if source.weights == "pretrained":
-        for part in _weights_by_part():
+        for part in _WEIGHTS:
             _weight_files(source, part)
 
 
 def _needed_parts(source: ModelSource) -> tuple[str, ...]:
-    return tuple(_weights_by_part()) if source.weights == "pretrained" else ("unet", "vae")
-
-
-def _weights_by_part() -> dict[str, str]:
-    parts = {"unet": _DIFFUSERS_WEIGHTS, "vae": _DIFFUSERS_WEIGHTS}
-    return parts | {"text_encoder": _TRANSFORMERS_WEIGHTS, "text_encoder_2": _TRANSFORMERS_WEIGHTS}
+    return tuple(_WEIGHTS) if source.weights == "pretrained" else ("unet", "vae")
 
 
 def _weight_files(source: ModelSource, part: str) -> tuple[str | None, list[Path]]:
     """(variant to load: None or "fp16", weight files) of one part."""
-    stem, folder = _weights_by_part()[part], source.part(part)
+    stem, folder = _WEIGHTS[part], source.part(part)
     plain = sorted([*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-0*.safetensors")])
     half = sorted(folder.glob(f"{stem}.fp16*.safetensors"))
     if not plain and not half:
@@ -193,7 +185,7 @@ def load_parts(
     return ModelParts(unet, vae)
 
 
-def _random(kind: type, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
+def _random(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
     """The part's architecture with torch's own initialisation, seeded; none on "meta".
 
     Created directly on its device and in its dtype: both networks of SDXL-Turbo in fp16 take 45 s
@@ -204,22 +196,16 @@ def _random(kind: type, source: ModelSource, part: str, dtype: torch.dtype, devi
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)
         try:
-            module = kind(**_arguments(source, part))
+            module = kind.from_config(_read_json(source.part(part) / "config.json"))
         finally:
             torch.set_default_dtype(before)
     return module.eval().requires_grad_(False)
 
 
-def _arguments(source: ModelSource, part: str) -> dict[str, Any]:
-    config = _read_json(source.part(part) / "config.json")
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def _load(kind: type, source: ModelSource, part: str, device: str, **options: Any) -> Any:
+def _load(kind: Any, source: ModelSource, part: str, device: str, **options: Any) -> Any:
     """`kind.from_pretrained`, safetensors only, in eval mode, without gradients."""
     variant, _ = _weight_files(source, part)
-    loader: Any = kind
-    module = loader.from_pretrained(
+    module = kind.from_pretrained(
         source.part(part), variant=variant, use_safetensors=True, **options
     )
     return module.to(device).eval().requires_grad_(False)
@@ -227,8 +213,8 @@ def _load(kind: type, source: ModelSource, part: str, device: str, **options: An
 
 def model_reference(source: ModelSource) -> str:
     """The `--model` value that finds the model again, from any working directory."""
-    embedded = source.folder in (TINY_FOLDER, TURBO_CONFIGURATION)
-    return source.name if embedded or source.revision else str(source.folder)
+    shipped = source.folder in _SHIPPED.values()
+    return source.name if shipped or source.revision else str(source.folder)
 
 
 def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[Any, Any]:
@@ -237,26 +223,18 @@ def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[A
     Always fp32: a prompt is encoded once, and its rounding would affect every image.
     """
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers.utils import logging
 
     kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
     tokenizer_folder = source.folder / part.replace("text_encoder", "tokenizer")
-    with _quiet_transformers():
-        encoder = _load(kind, source, part, device, dtype=torch.float32)
-    return CLIPTokenizer.from_pretrained(tokenizer_folder), encoder
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide the progress bar that transformers shows for every weight file."""
-    from transformers.utils import logging
-
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # there is one for every weight file
     try:
-        yield
+        encoder = _load(kind, source, part, device, dtype=torch.float32)
     finally:
         if shown:
             logging.enable_progress_bar()
+    return CLIPTokenizer.from_pretrained(tokenizer_folder), encoder
 
 
 def weights_sha256(source: ModelSource) -> str:
@@ -269,9 +247,11 @@ def weights_sha256(source: ModelSource) -> str:
         for part in _needed_parts(source):
             digest.update((source.part(part) / "config.json").read_bytes())
         return digest.hexdigest()
-    for part in sorted(_weights_by_part()):
+    for part in sorted(_WEIGHTS):
         for path in [source.part(part) / "config.json", *_weight_files(source, part)[1]]:
-            digest.update(f"{part}/{path.name} {_file_sha256(path)}\n".encode())
+            status = path.stat()
+            sha256 = _hash_once(path.resolve(), status.st_size, status.st_mtime_ns)
+            digest.update(f"{part}/{path.name} {sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -279,19 +259,14 @@ def weights_bytes(source: ModelSource) -> int:
     """Bytes on disk of all weights, which expanding a coreset also needs; 0 for random weights."""
     if source.weights == "random":
         return 0
-    parts = _weights_by_part()
-    return sum(path.stat().st_size for part in parts for path in _weight_files(source, part)[1])
-
-
-def _file_sha256(path: Path) -> str:
-    status = os.stat(path)
-    return _hash_once(str(path.resolve()), status.st_size, status.st_mtime_ns)
+    files = [path for part in _WEIGHTS for path in _weight_files(source, part)[1]]
+    return sum(path.stat().st_size for path in files)
 
 
 @lru_cache(maxsize=256)
-def _hash_once(path: str, size_bytes: int, mtime_ns: int) -> str:
+def _hash_once(path: Path, size_bytes: int, mtime_ns: int) -> str:
     """Hash a file once per process; size and time in the cache key detect a changed file."""
-    return file_sha256(Path(path))
+    return file_sha256(path)
 
 
 def seen_classes(folder: Path) -> tuple[str, ...] | None:

@@ -1,4 +1,4 @@
-"""The parity gate: torch's output for random inputs, and how far an engine may differ from it.
+"""The parity gate: torch's output for random inputs, and an engine's greatest allowed difference.
 
 An engine passes when it yields no NaN or infinity, and its max abs error is at most its precision's
 PARITY_TOLERANCE times the largest value (or 1, if that is larger).
@@ -33,17 +33,6 @@ class Reference:
     """Precision of the graph: the VAE's may differ from the UNet's."""
     inputs: list[Tensor]
     expected: Tensor
-    fewest: tuple[tuple[int, ...], int] | None = None
-    """(rows of each input, rows of the output) in the smallest batch of a range."""
-
-    def batches(self) -> dict[str, Reference]:
-        """By name: this reference, and its first rows as the smallest batch of a range."""
-        if self.fewest is None:
-            return {self.graph: self}
-        rows, answers = self.fewest
-        inputs = [value[:count] for value, count in zip(self.inputs, rows, strict=True)]
-        smallest = replace(self, inputs=inputs, expected=self.expected[:answers], fewest=None)
-        return {self.graph: self, f"{self.graph}, smallest batch": smallest}
 
 
 @contextmanager
@@ -69,15 +58,19 @@ def make_reference(graph: Graph) -> Reference:
             f"torch's own {graph.name} makes NaN or infinite values in {precision}: check its "
             f"weights, or use {_remedy(graph.name)}"
         )
-    return Reference(graph.name, precision, inputs, expected, _fewest_rows(graph))
+    return Reference(graph.name, precision, inputs, expected)
 
 
-def _fewest_rows(graph: Graph) -> tuple[tuple[int, ...], int] | None:
+def make_references(graph: Graph) -> dict[str, Reference]:
+    """By name: the graph's reference and, for a range of batches, one of its smallest batch."""
+    whole = make_reference(graph)
     if graph.min_prompts is None:
-        return None
-    prompts = graph.min_prompts
-    rows = tuple(port.per_prompt * prompts or port.shape[0] for port in graph.inputs)
-    return rows, graph.output.per_prompt * prompts
+        return {graph.name: whole}
+    ports, values = (*graph.inputs, graph.output), (*whole.inputs, whole.expected)
+    rows = [port.per_prompt * graph.min_prompts or port.shape[0] for port in ports]
+    *inputs, expected = (value[:count] for value, count in zip(values, rows, strict=True))
+    smallest = replace(whole, inputs=inputs, expected=expected)
+    return {graph.name: whole, f"{graph.name}, smallest batch": smallest}
 
 
 def _remedy(graph: str) -> str:

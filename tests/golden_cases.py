@@ -35,7 +35,7 @@ from patchbloom.engine.labels.file import LabelLayout
 from patchbloom.export.bundle import find_bundles, open_bundle
 from patchbloom.export.bundle_key import build_command, bundle_name
 from patchbloom.export.config import BackendName, EngineSpec
-from patchbloom.export.engines import engine_key, exporter, graphs_key
+from patchbloom.export.engines import engine_key, exporter
 from patchbloom.export.models import find_model
 from patchbloom.train.cli import main as train_main
 from patchbloom.train.commands.planning import make_plan
@@ -348,7 +348,10 @@ def engines() -> dict[str, Any]:
     keys = {
         **{f"{each}, fp32": engine_key(each, model, cpu, tokens=77) for each in COMPILED},
         **{f"{each}, ranged": engine_key(each, model, ranged, tokens=77) for each in COMPILED},
-        **{f"{each}, graphs": graphs_key(each, model, ranged, tokens=77) for each in COMPILED[:2]},
+        **{
+            f"{each}, graphs": engine_key(each, model, ranged, tokens=77, export_only=True)
+            for each in COMPILED[:2]
+        },
     }
     keys = {name: masked_key(key) for name, key in keys.items()}
     with elsewhere() as folder:

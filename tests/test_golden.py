@@ -164,10 +164,7 @@ def test_the_engine_is_found_by_its_key_and_is_still_right(engine: Bundle) -> No
     parts = load_parts(
         model, precision=spec.precision, vae_precision=spec.vae_precision, device=spec.device
     )
-    assert (
-        verify_engine(found, parts, spec, print).keys()
-        == engine.manifest["report"]["parity"].keys()
-    )
+    assert verify_engine(found, parts, spec).keys() == engine.manifest["report"]["parity"].keys()
 
 
 @pytest.mark.parametrize(
@@ -180,6 +177,6 @@ def test_the_engine_of_another_key_is_refused(engine: Bundle, field: str, value:
 
 
 def test_a_changed_engine_is_refused(engine: Bundle) -> None:
-    shutil.copy(engine.file("encoder.onnx"), engine.file("decoder.onnx"))
+    shutil.copy(engine.folder / "encoder.onnx", engine.folder / "decoder.onnx")
     with pytest.raises(BundleError, match=r"decoder\.onnx has"):
         open_bundle(engine.folder)

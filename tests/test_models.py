@@ -108,7 +108,7 @@ class Hub(ThreadingHTTPServer):
         self.cut, self.ranges = False, []
         self.files = {
             hub.MODEL_ID: dict.fromkeys(
-                [*hub._names(hub.MODEL_FILES), "tokenizer/special_tokens_map.json"], b"{}"
+                [*hub.MODEL_FILES, "tokenizer/special_tokens_map.json"], b"{}"
             ),
             hub.VAE_ID: {name: name.encode() for name in hub.VAE_FILES},
         }
@@ -198,7 +198,7 @@ def fetch(server: Hub, home: Path, **environment: str) -> subprocess.CompletedPr
     script = (
         "from patchbloom.export.hub import DownloadError, fetch_sdxl_turbo\n"
         "try:\n"
-        "    print(fetch_sdxl_turbo().model)\n"
+        "    print(fetch_sdxl_turbo()[0])\n"
         "except DownloadError as error:\n"
         "    raise SystemExit(str(error))\n"
     )
@@ -244,7 +244,7 @@ def test_an_interrupted_download_says_so_and_goes_on(server: Hub, tmp_path: Path
     "missing", ["tokenizer_2/tokenizer_config.json", "unet/config.json", "dangling"]
 )
 def test_a_cache_that_lacks_a_file_is_not_complete(tmp_path: Path, missing: str):
-    for name in hub._names(hub.MODEL_FILES):
+    for name in hub.MODEL_FILES:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...export.bundle import Bundle, BundleError, Say, open_bundle
+from ...export.bundle import Bundle, BundleError, open_bundle, say
 from ...export.bundle_key import GRAPHS_ONLY, build_command, bundle_name
 from ...export.config import BackendName, EngineSpec
-from ...export.engines import (
-    engine_key,
-    export_graphs,
-    graphs_key,
-    open_engine,
-    require_engine,
-    require_graphs,
-    verify_engine,
-)
+from ...export.engines import engine_key, open_engine, require_engine, verify_engine
 from ...export.models import (
-    TOKENS,
     ModelError,
+    ModelParts,
     ModelSource,
     Unavailable,
     find_model,
@@ -34,32 +25,38 @@ from .catalogue import misfit, spec_of
 from .needs import check_room, engine_needs
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuildPlan:
-    """A fully resolved build."""
-
-    model: ModelSource
-    backend: BackendName
-    spec: EngineSpec
-    export_only: bool
-
-
-def build_engine(command: EngineBuild, bundles: Path, say: Say) -> dict[str, Any]:
+def build_engine(command: EngineBuild, bundles: Path) -> dict[str, Any]:
     """Build the requested engine, or find it stored; return its description.
 
     Raises Unavailable when a library, a GPU, memory or disk space is missing; ValueError when
     options do not fit the model; BundleError for NaN weights or an engine that differs from torch.
     """
-    plan = plan_build(command, say)
-    key_of = graphs_key if plan.export_only else engine_key
-    key = key_of(plan.backend, plan.model, plan.spec, tokens=TOKENS)
+    backend, model, spec = _plan(command)
+    export_only = command.export_only
+    key = engine_key(backend, model, spec, export_only=export_only)
     folder = bundles / bundle_name(key)
-    bundle = open_bundle(folder, key, say) if folder.exists() else _build(plan, bundles, say)
+    if folder.exists():
+        bundle = open_bundle(folder, key)
+    else:
+        needs = engine_needs(model, spec, backend, export_only=export_only)
+        check_room(needs, spec, bundles)
+        say(f"loading {model.name} ({needs.parameters()} parameters, {spec.precision})")
+        parts = _load_parts(model, spec)
+        bundle = open_engine(backend, model, parts, spec, bundles=bundles, export_only=export_only)
     return describe(bundle) | {"built": bundle.built}
 
 
-def plan_build(command: EngineBuild, say: Say) -> BuildPlan:
-    """Resolve the options and report defaults that were chosen; refuse what cannot work here."""
+def _load_parts(model: ModelSource, spec: EngineSpec) -> ModelParts:
+    return load_parts(
+        model,
+        precision=spec.precision,
+        vae_precision=spec.vae_precision,
+        device=spec.device,
+    )
+
+
+def _plan(command: EngineBuild) -> tuple[BackendName, ModelSource, EngineSpec]:
+    """Resolve the options and report chosen defaults; refuse a build that cannot work here."""
     device = resolve_device(command.device)
     half = command.export_only or device == "cuda"
     precision = command.precision or ("fp16" if half else "fp32")
@@ -94,15 +91,12 @@ def plan_build(command: EngineBuild, say: Say) -> BuildPlan:
             "the eager backend is torch itself and has nothing to build: choose --backend ort, "
             "inductor or trt"
         )
-    if command.export_only:
-        require_graphs(backend)
-    else:
-        require_engine(backend, model, spec)
-    return BuildPlan(model=model, backend=backend, spec=spec, export_only=command.export_only)
+    require_engine(backend, model, spec, export_only=command.export_only)
+    return backend, model, spec
 
 
 def _choose_built(spec: EngineSpec) -> BackendName:
-    """Resolve `auto` for a build: as for a run, but the first compiled backend instead of eager."""
+    """Resolve `auto` for a build: as for a run, but with a compiled backend instead of eager."""
     backend = choose_backend(spec)
     order: tuple[BackendName, ...] = ("trt", "inductor", "ort")
     for each in order if backend == "eager" else ():
@@ -114,23 +108,8 @@ def _choose_built(spec: EngineSpec) -> BackendName:
     return backend
 
 
-def _build(plan: BuildPlan, bundles: Path, say: Say) -> Bundle:
-    spec = plan.spec
-    needs = engine_needs(plan.model, spec, plan.backend, export_only=plan.export_only)
-    check_room(needs, spec, bundles)
-    say(f"loading {plan.model.name} ({needs.parameters()} parameters, {spec.precision})")
-    parts = load_parts(
-        plan.model,
-        precision=spec.precision,
-        vae_precision=spec.vae_precision,
-        device=spec.device,
-    )
-    make: Callable[..., Bundle] = export_graphs if plan.export_only else open_engine
-    return make(plan.backend, plan.model, parts, spec, tokens=TOKENS, bundles=bundles, say=say)
-
-
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """A build's report on its engine, without the hashes."""
+    """A build's report on its engine, without hashes."""
     shown = ("model", "weights", "backend", "device", "gpu", "precision", "vae_precision")
     shapes = ("size_px", "batch", "min_batch", "images_per_prompt", "opset")
     return {
@@ -143,7 +122,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def verify_engines(
-    folders: Sequence[Path], say: Say, show: Callable[[dict[str, Any]], None]
+    folders: Sequence[Path], show: Callable[[dict[str, Any]], None]
 ) -> list[dict[str, Any]]:
     """Verify each engine and `show` its result at once.
 
@@ -153,7 +132,7 @@ def verify_engines(
     for folder in folders:
         say(f"verifying {folder.name}")
         try:
-            results.append(verify_stored(folder, say))
+            results.append(_verify_stored(folder))
             show(results[-1])
         except (ValueError, OSError) as error:
             faults.append(f"{folder.name}: {error}")
@@ -163,59 +142,45 @@ def verify_engines(
     return results
 
 
-def verify_stored(folder: Path, say: Say) -> dict[str, Any]:
+def _verify_stored(folder: Path) -> dict[str, Any]:
     """Verify every byte of a stored engine, then measure its parity with torch again.
 
     Raises BundleError, which says what is wrong or why it cannot run here. Graphs that were only
     exported have no parity.
     """
-    bundle = open_bundle(folder, say=say)
-    result: dict[str, Any] = {
+    bundle = open_bundle(folder)
+    return {
         "engine": folder.name,
         "files": len(bundle.manifest["files"]),
         "bytes": bundle.size_bytes,
-        "parity": None,
+        "parity": _measure_parity(bundle) if bundle.key["backend"] != GRAPHS_ONLY else None,
     }
-    if bundle.key["backend"] != GRAPHS_ONLY:
-        result["parity"] = _parity_anew(bundle, say)
-    return result
 
 
-def _parity_anew(bundle: Bundle, say: Say) -> dict[str, Any]:
-    differences = misfit(bundle.key)
-    if differences:
+def _measure_parity(bundle: Bundle) -> dict[str, Any]:
+    """Measure an engine's parity with torch again.
+
+    Raises BundleError when it does not fit this machine, or its model is gone or has changed.
+    """
+    key, name = bundle.key, bundle.manifest["report"]["model"]
+    rebuild = build_command(key, name)
+    if differences := misfit(key):
         raise BundleError(
             f"its bytes are right, but it does not fit this machine: {', '.join(differences)}; "
-            f"`{_rebuild(bundle)}` builds one that does"
+            f"`{rebuild}` builds one that does"
         )
-    spec = spec_of(bundle.key)
-    parts = load_parts(
-        _model_of(bundle),
-        precision=spec.precision,
-        vae_precision=spec.vae_precision,
-        device=spec.device,
-    )
-    return verify_engine(bundle, parts, spec, say)
-
-
-def _model_of(bundle: Bundle) -> ModelSource:
-    """The bundle's model. Raises BundleError when it is gone or its weights have changed."""
-    name = bundle.manifest["report"]["model"]
     try:
-        model = find_model(name, bundle.key["weights"])
+        model = find_model(name, key["weights"])
     except (ModelError, Unavailable) as error:
         raise BundleError(
             f"its bytes are right, but the model that it was built from is gone: {error}"
         ) from error
-    before, now = bundle.key["weights_sha256"], weights_sha256(model)
+    before, now = key["weights_sha256"], weights_sha256(model)
     if now != before:
         raise BundleError(
             f"its bytes are right, but the weights in {model.folder} have changed since it was "
-            f"built (sha256 {before[:12]} then, {now[:12]} now): `{_rebuild(bundle)}` builds an "
-            "engine from the new ones"
+            f"built (sha256 {before[:12]} then, {now[:12]} now): `{rebuild}` builds an engine from "
+            "the new ones"
         )
-    return model
-
-
-def _rebuild(bundle: Bundle) -> str:
-    return build_command(bundle.key, bundle.manifest["report"]["model"])
+    spec = spec_of(key)
+    return verify_engine(bundle, _load_parts(model, spec), spec)

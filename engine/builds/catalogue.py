@@ -26,15 +26,14 @@ from ...export.config import EngineSpec
 def list_engines(bundles: Path) -> dict[str, Any]:
     """All stored engines, including damaged ones; `misfit` is empty for one that fits.
 
-    Reads only manifests. Removes what killed processes left.
+    Reads only manifests. Removes leftovers of killed processes.
     """
     freed = remove_leftovers(bundles)
     engines = [_row(folder) for folder in find_bundles(bundles)]
-    total_bytes = sum(engine["bytes"] for engine in engines)
     return {
         "bundles": str(bundles),
         "engines": engines,
-        "bytes": total_bytes,
+        "bytes": sum(engine["bytes"] for engine in engines),
         "leftovers_removed_bytes": freed,
     }
 
@@ -57,18 +56,18 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def spec_of(key: Mapping[str, Any]) -> EngineSpec:
-    """The spec that a key holds."""
+    """The spec in a key."""
     return EngineSpec(**{field.name: key[field.name] for field in fields(EngineSpec)})
 
 
 def misfit(key: Mapping[str, Any]) -> list[str]:
     """Why a stored engine does not fit this machine and this code; empty when it does.
 
-    The model's weights are not compared: that would take reading them.
+    It does not compare the model's weights, which would have to be read.
     """
     import torch
 
-    from ...export.engines import exporter, graphs_machine_key, machine_key
+    from ...export.engines import exporter, machine_key
     from ...export.models import Unavailable
 
     graphs_only = key["backend"] == GRAPHS_ONLY
@@ -76,11 +75,10 @@ def misfit(key: Mapping[str, Any]) -> list[str]:
         spec = spec_of(key)
         if spec.device == "cuda" and not graphs_only and not torch.cuda.is_available():
             return [f"gpu {key['gpu']} (here none)"]
-        if graphs_only:
-            here = graphs_machine_key(key["exported_for"], spec)
-        else:
-            exporter(key["backend"]).require(spec.precision, spec.device)
-            here = machine_key(key["backend"], spec)
+        backend = key["exported_for" if graphs_only else "backend"]
+        if not graphs_only:
+            exporter(backend).require(spec.precision, spec.device)
+        here = machine_key(backend, spec, export_only=graphs_only)
     except Unavailable as error:
         return [str(error)]
     except (KeyError, TypeError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 from typing import Any
 
 from ...export.bundle import default_bundles_folder, find_bundles, named_bundle
@@ -15,45 +15,38 @@ from ..options import (
     EngineRemove,
     EngineVerify,
 )
+from .catalogue import engine_info, list_engines, remove_engines
+from .doctor import check_any_works, examine, show_examination
 
 EngineCommand = EngineBuild | EngineVerify | EngineList | EngineInfo | EngineRemove | EngineDoctor
 
 
 def run_engine_command(command: EngineCommand) -> dict[str, Any]:
     """Run the command, and print its result unless only JSON is requested."""
-    if isinstance(command, EngineDoctor):
-        return _doctor(command)  # it also works when torch does not load
-    if isinstance(command, EngineVerify):
-        return _verify(command)
     bundles = (command.bundles or default_bundles_folder()).expanduser()
     match command:
         case EngineBuild():
-            from .build import build_engine
+            from .build import build_engine  # torch
 
-            result, show = build_engine(command, bundles, _say), _show_build
+            result, show = build_engine(command, bundles), _show_build
+        case EngineVerify():
+            return _verify(command, bundles)
         case EngineList():
-            from .catalogue import list_engines
-
             result, show = list_engines(bundles), _show_list
         case EngineInfo():
-            from .catalogue import engine_info
-
             result, show = engine_info(bundles, command.name), print_fields
         case EngineRemove():
-            from .catalogue import remove_engines
-
             result, show = remove_engines(bundles, command.names, command.all), _show_removed
+        case EngineDoctor():
+            result, show = examine(bundles), show_examination
     if not command.json:
         show(result)
+    if isinstance(command, EngineDoctor):
+        check_any_works(result)
     return result
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _verify(command: EngineVerify) -> dict[str, Any]:
-    bundles = (command.bundles or default_bundles_folder()).expanduser()
+def _verify(command: EngineVerify, bundles: Path) -> dict[str, Any]:
     if command.names in ((), ("all",)):
         folders = find_bundles(bundles)
     else:
@@ -68,19 +61,8 @@ def _verify(command: EngineVerify) -> dict[str, Any]:
     if folders:
         from .build import verify_engines  # torch
 
-        verified = verify_engines(folders, _say, show)
+        verified = verify_engines(folders, show)
     return {"bundles": str(bundles), "verified": verified}
-
-
-def _doctor(command: EngineDoctor) -> dict[str, Any]:
-    from .doctor import check_any_works, examine, show_examination
-
-    bundles = (command.bundles or default_bundles_folder()).expanduser()
-    found = examine(bundles)
-    if not command.json:
-        show_examination(found)
-    check_any_works(found)
-    return found
 
 
 def _show_build(result: dict[str, Any]) -> None:
@@ -109,15 +91,13 @@ def _show_parity(parity: dict[str, dict[str, float]] | None) -> None:
 def _show_list(result: dict[str, Any]) -> None:
     rows = [["engine", "model", "backend", "on", "precision", "px", "batch", "MB", "built", "fits"]]
     for engine in result["engines"]:
-        if "damaged" in engine:
-            fields = [""] * 6
-        else:
-            on, px = engine["gpu"] or engine["device"], str(engine["size_px"])
-            fields = [engine["model"], engine["backend"], on, engine["precision"], px]
-            fields.append(engine["batch"])
+        on = engine.get("gpu") or engine.get("device", "")
+        first = [engine.get(name, "") for name in ("model", "backend")]
+        shape = [str(engine.get(name, "")) for name in ("precision", "size_px", "batch")]
         built = (engine.get("built_at") or "")[:16].replace("T", " ")
         fits = f"no: {', '.join(engine['misfit'])}" if engine["misfit"] else "yes"
-        rows.append([engine["engine"], *fields, f"{engine['bytes'] / 1e6:.1f}", built, fits])
+        size_mb = f"{engine['bytes'] / 1e6:.1f}"
+        rows.append([engine["engine"], *first, on, *shape, size_mb, built, fits])
     if len(rows) > 1:
         print_table(rows)
     count = len(rows) - 1

@@ -7,13 +7,21 @@ does not load.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 from ...export.config import EngineSpec, Precision
-from ...export.machine import cxx_compiler, driver_version, free_host_bytes, gpu_memory_bytes
+from ...export.hub import is_sdxl_turbo_cached
+from ...export.machine import (
+    cxx_compiler,
+    driver_version,
+    free_disk_bytes,
+    free_host_bytes,
+    gpu_memory_bytes,
+)
 from ..console import print_table
 
 PROJECT = "patchbloom"
@@ -37,19 +45,19 @@ FORMULA = (
 def examine(bundles: Path) -> dict[str, Any]:
     """All findings, as plain JSON."""
     libraries = _libraries()
-    loads = _load_fault(libraries)
-    gpu = None if loads else _gpu()
+    fault = _load_fault(libraries)
+    gpu = None if fault else _gpu()
     return {
-        "backends": [_backend(name, device, loads) for name, device in BACKENDS],
+        "backends": [_backend(name, device, fault) for name, device in BACKENDS],
         "libraries": libraries,
         "gpu": gpu,
         "driver": driver_version(),
         "host": {"cores": os.cpu_count(), "free_memory_bytes": free_host_bytes()},
         "cxx": cxx_compiler(),
-        "sdxl_turbo_cached": None if loads else _turbo_is_cached(),
+        "sdxl_turbo_cached": None if fault else is_sdxl_turbo_cached(),
         "bundles": str(bundles),
-        "free_disk_bytes": None if loads else _free_disk(bundles),
-        "needs": [] if loads else [_needs(model, px, gpu) for model, px in EXAMPLES],
+        "free_disk_bytes": None if fault else free_disk_bytes(bundles),
+        "needs": [] if fault else [_needs(model, px, gpu) for model, px in EXAMPLES],
     }
 
 
@@ -66,11 +74,14 @@ def _libraries() -> list[dict[str, Any]]:
     found = []
     for line in requires(PROJECT) or []:
         requirement = Requirement(line)
-        extra = next((e for e in ("", "trt") if _applies(requirement.marker, e)), None)
+        marker = requirement.marker
+        extras = (e for e in ("", "trt") if marker is None or marker.evaluate({"extra": e}))
+        extra = next(extras, None)
         if extra is None:
             continue
         installed = _installed(requirement.name)
         right = installed is not None and requirement.specifier.contains(installed, True)
+        install = f"pip install '{requirement.name}{requirement.specifier}'"
         found.append(
             {
                 "name": requirement.name,
@@ -78,16 +89,10 @@ def _libraries() -> list[dict[str, Any]]:
                 "installed": installed,
                 "right": right,
                 "only_for": extra or None,
-                "mend": None
-                if right
-                else f"pip install '{requirement.name}{requirement.specifier}'",
+                "mend": None if right else install,
             }
         )
     return found
-
-
-def _applies(marker: Any, extra: str) -> bool:
-    return marker is None or marker.evaluate({"extra": extra})
 
 
 def _installed(name: str) -> str | None:
@@ -105,19 +110,15 @@ def _load_fault(libraries: list[dict[str, Any]]) -> str | None:
         try:
             import_module(name)
         except (ImportError, OSError) as error:
-            mends = [library["mend"] for library in libraries if library["name"] == name]
-            remedy = mends[0] if mends and mends[0] else f"pip install --force-reinstall {name}"
+            mends = {library["name"]: library["mend"] for library in libraries}
+            remedy = mends.get(name) or f"pip install --force-reinstall {name}"
             return f"{name} does not load ({' '.join(str(error).split())}): {remedy}"
     return None
 
 
-def _backend(name: Any, device: str, loads: str | None) -> dict[str, Any]:
-    return {
-        "backend": name,
-        "device": device,
-        "works": (missing := loads or _missing(name, device)) is None,
-        "missing": missing,
-    }
+def _backend(name: Any, device: str, fault: str | None) -> dict[str, Any]:
+    missing = fault or _missing(name, device)
+    return {"backend": name, "device": device, "works": missing is None, "missing": missing}
 
 
 def _missing(name: Any, device: Any) -> str | None:
@@ -151,27 +152,13 @@ def _gpu() -> dict[str, Any] | None:
     }
 
 
-def _turbo_is_cached() -> bool:
-    from ...export.hub import is_sdxl_turbo_cached
-
-    return is_sdxl_turbo_cached()
-
-
-def _free_disk(bundles: Path) -> int:
-    from .needs import free_disk_bytes
-
-    return free_disk_bytes(bundles)
-
-
 def _needs(name: str, size_px: int, gpu: dict[str, Any] | None) -> dict[str, Any]:
     from ...export.models import find_model
     from .needs import engine_needs
 
-    spec = EngineSpec(
-        size_px=size_px,
-        precision="fp16" if gpu else "fp32",
-        device="cuda" if gpu else "cpu",
-    )
+    spec = EngineSpec(size_px=size_px)
+    if gpu:
+        spec = replace(spec, precision="fp16", device="cuda")
     model = find_model(name, "random")
     run, build = (engine_needs(model, spec, backend) for backend in ("eager", "ort"))
     free_bytes = gpu["free_bytes"] if gpu else free_host_bytes()

@@ -3,7 +3,7 @@
     weights   parameters × bytes of their precision
     layer     batch × channels × px² × bytes: the VAE's largest feature map, which at SDXL's sizes
               dwarfs the UNet's
-    memory    HELD · weights + LAYERS · layer: an estimate
+    memory    k · weights + LAYERS · layer, k = 1 to run eagerly, 2 to build: an estimate
     disk      weights, once
 
 A build is refused only when it cannot succeed: `least_bytes` is the weights once and one layer,
@@ -12,20 +12,17 @@ which torch holds while it computes the outputs that the engine is compared with
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...export.config import BackendName, EngineSpec
-from ...export.machine import free_host_bytes, gpu_memory_bytes
+from ...export.machine import free_disk_bytes, free_host_bytes, gpu_memory_bytes
 from ...export.models import ModelSource, Unavailable, load_parts
 
-HELD: dict[BackendName, int] = {"eager": 1, "ort": 2, "inductor": 2, "trt": 2}
-"""Copies of the weights at the peak: as written, and as compiled."""
 LAYERS = 3  # a resnet's input, intermediate and output
 GRAPHS_SHARE = 0.8
-"""Share of the weights that is certainly in the graphs: K and V of the prompts are computed
-outside, 13 % of SDXL-Turbo's UNet."""
+"""Least share of the weights in the graphs: the prompts' K and V are computed outside, 13 % of
+SDXL-Turbo's UNet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +33,13 @@ class Needs:
     vae_parameters: int
     weights_bytes: int
     layer_bytes: int
-    held: int
-    """Copies of the weights in memory, see HELD."""
-
-    @property
-    def memory_bytes(self) -> int:
-        """Estimated peak, of GPU memory on cuda, of host memory on the CPU."""
-        return self.held * self.weights_bytes + LAYERS * self.layer_bytes
+    memory_bytes: int
+    """Estimated peak: GPU memory on cuda, host memory on the CPU."""
 
     @property
     def least_bytes(self) -> int:
         """Memory without which it cannot be built."""
         return self.weights_bytes + self.layer_bytes
-
-    @property
-    def least_disk_bytes(self) -> int:
-        """Disk space without which it cannot be stored."""
-        return int(GRAPHS_SHARE * self.weights_bytes)
 
     def parameters(self) -> str:
         """UNet + VAE parameters, for display."""
@@ -75,13 +62,17 @@ def engine_needs(
     counts = [sum(each.numel() for each in part.parameters()) for part in (parts.unet, parts.vae)]
     unet_bytes, vae_bytes = parts.unet.dtype.itemsize, parts.vae.dtype.itemsize
     channels = list(parts.vae.config["block_out_channels"])
+    weights_bytes = counts[0] * unet_bytes + counts[1] * vae_bytes
     layer_bytes = spec.batch * max(channels[:2]) * spec.size_px**2 * vae_bytes
+    if export_only:
+        layer_bytes = 0
+    copies = 1 if export_only or backend == "eager" else 2  # as written, and as compiled
     return Needs(
         unet_parameters=counts[0],
         vae_parameters=counts[1],
-        weights_bytes=counts[0] * unet_bytes + counts[1] * vae_bytes,
-        layer_bytes=0 if export_only else layer_bytes,
-        held=1 if export_only else HELD[backend],
+        weights_bytes=weights_bytes,
+        layer_bytes=layer_bytes,
+        memory_bytes=copies * weights_bytes + LAYERS * layer_bytes,
     )
 
 
@@ -100,21 +91,13 @@ def check_room(needs: Needs, spec: EngineSpec, bundles: Path) -> None:
             f"this build loads {_gb(needs.weights_bytes)} of weights through the host's memory, "
             f"{_gb(free_host_bytes())} are free: end what else runs there"
         )
-    free = free_disk_bytes(bundles)
-    if free < needs.least_disk_bytes:
+    free, disk_bytes = free_disk_bytes(bundles), int(GRAPHS_SHARE * needs.weights_bytes)
+    if free < disk_bytes:
         raise Unavailable(
-            f"this engine needs at least {_gb(needs.least_disk_bytes)} in {bundles}, {_gb(free)} "
+            f"this engine needs at least {_gb(disk_bytes)} in {bundles}, {_gb(free)} "
             "are free there: remove engines with `engine remove`, or choose another folder with "
             "--bundles"
         )
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """Free disk space where the folder is, or would be."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def _gb(size_bytes: int) -> str:

@@ -6,14 +6,13 @@ Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ...export.bundle import Bundle
+from ...export.bundle import Bundle, say
 from ...export.config import BackendName, DeviceName, EngineSpec, Precision
 from ...export.engines import exporter, open_engine, open_sessions
 from ...export.machine import cxx_compiler
@@ -167,18 +166,14 @@ def open_backend(
     """
     if name == "auto":
         name = choose_backend(spec)
-        _say(f"backend: {name} on {spec.device}")
+        say(f"backend: {name} on {spec.device}")
     if name == "eager":
         return EagerBackend(parts, spec, tokens=tokens)
-    bundle = open_engine(name, model, parts, spec, tokens=tokens, bundles=bundles, say=_say)
+    bundle = open_engine(name, model, parts, spec, tokens=tokens, bundles=bundles)
     if bundle.built:
         seconds, size_mb = bundle.manifest["report"]["seconds"], bundle.size_bytes / 1e6
-        _say(f"built {bundle.folder} ({size_mb:.0f} MB) in {seconds:.0f} s")
+        say(f"built {bundle.folder} ({size_mb:.0f} MB) in {seconds:.0f} s")
     return CompiledBackend(bundle, spec)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def require_backend(name: BackendName, precision: Precision, device: str) -> None:
