@@ -356,7 +356,7 @@ def engines() -> dict[str, Any]:
         unpack("engine", folder)
         (bundle,) = find_bundles(folder / "bundles")
         info = _engine("info", bundle.name, "--bundles", "bundles", "--json")
-        del info["misfit"]  # library versions there and here
+        del info["misfit"]  # depends on the library versions here
         opened = open_bundle(Path("bundles") / bundle.name)
         backend = CompiledBackend(opened, spec_of(opened.key))
         said = {"info": info, "describe": describe(opened), "backend": backend.describe()}

@@ -59,7 +59,7 @@ def test_the_gate_sees_late_images(device: str, pools: int) -> None:
 
 
 class Slow(Noise):
-    """The first call takes 2 s, as compilation does; later ones 0.1 s."""
+    """The first call is slow (2 s), as with compilation; later ones take 0.1 s."""
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
         time.sleep(0.1 if self.calls else 2.0)
