@@ -1,4 +1,4 @@
-"""Shared by tests of the command `train`: its outcome, small data and models, quick options."""
+"""For tests of `train`: a command's outcome, small data and models, quick options."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def runner(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def write_small_model(folder: Path) -> None:
-    """Write a model of 32 px, with seeded random weights, to `folder`/model."""
+    """Write a 32 px model with seeded random weights to `folder`/model."""
     torch.manual_seed(0)
     channels: dict[str, Any] = {"unet_channels": (16, 32, 64), "vae_channels": (8, 16, 16)}
     save_parts(new_parts(32, folder / "tokenizer", **channels), folder / "model")

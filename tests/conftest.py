@@ -1,4 +1,4 @@
-"""Options and markers: tests that a machine cannot run are skipped, or fail if required."""
+"""Options and markers: unsupported tests are skipped; --require-gpu fails if no GPU test ran."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-# Set before torch is loaded: test processes run side by side, one thread each.
+# Before torch loads: test processes run in parallel, one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _GPU_TESTS_RUN = pytest.StashKey[int]()
@@ -63,7 +63,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 @pytest.fixture
 def data_dir(pytestconfig: pytest.Config) -> Path:
-    """The real data set of --data-dir, with train/ and val/."""
+    """The data set of --data-dir, with train/ and val/."""
     return pytestconfig.getoption("--data-dir")
 
 

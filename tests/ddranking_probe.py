@@ -1,8 +1,8 @@
-"""An export as DD-Ranking itself opens it: python ddranking_probe.py EXPORT, with it on the path.
+"""Train on an export with DD-Ranking's own code: python ddranking_probe.py EXPORT.
 
-Its own hard-label evaluation, both ways that it takes images: a tensor, and a folder. The set that
-it would download to validate on is the export's own images. The last line is JSON: the subsets of
-ImageNet as it numbers them, and the accuracy of each way, in percent.
+DD-Ranking must be on PYTHONPATH. Runs its hard-label evaluation on each of its inputs, a tensor and
+a folder, with the export's own images in place of the validation set that it would download. The
+last line is JSON: its subsets of ImageNet, and the accuracy of each input, in percent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(export: Path) -> None:
     images_N3HW = torch.load(export / "images.pt", map_location="cpu")
     labels_N = torch.load(export / "labels.pt", map_location="cpu")
     steps = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    metric = object.__new__(LabelRobustScoreHard)  # its own __init__ downloads
+    metric = object.__new__(LabelRobustScoreHard)  # __init__ downloads data
     vars(metric).update(
         use_dist=False,
         rank=0,

@@ -1,8 +1,8 @@
-"""What tests/golden holds, made anew: each golden JSON file has a function here that computes it.
+"""Computes the JSON files of tests/golden, one function per file.
 
-Golden files are what the first version with this test wrote. `python tests/golden_cases.py` writes
-the JSON files anew, which is right only after a change of a format that is meant; the archives are
-left alone (golden_fixtures.py). What follows from the machine is replaced in both by what it is.
+The files are what the first version with this test wrote. `python tests/golden_cases.py` rewrites
+them: only after an intended change of a format. It leaves the archives alone (golden_fixtures.py).
+Placeholders replace machine-dependent values, in the files and here.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "hard": ("--method", "random", "--targets", "hard", "--cutmix", "on", "--no-ceiling"),
 }
-"""Whole runs, by the name of their folder."""
+"""Whole runs by folder name."""
 STOPPED: dict[str, tuple[str, ...]] = {
     "stopped": (
         *("--method", "upsample", "--cutmix", "on", "--no-ceiling", "--overlap", "off"),
@@ -88,12 +88,12 @@ STOPPED: dict[str, tuple[str, ...]] = {
     ),
     "stopped-teacher": ("--method", "random", "--no-ceiling", "--teacher-epochs", "3"),
 }
-"""Runs that were stopped in the middle of their students, or of their teacher."""
+"""Runs interrupted while they trained students, or the teacher."""
 CORESETS = (
     *("dense/coreset", "topk/coreset", "pca/coreset", "hard/coreset"),
     *("all/coreset-t2i-doped", "all/coreset-dsco", "all/coreset-upsample-doped"),
 )
-"""Of these runs: one per codec, one without labels, whole images, and schema 1 and 2."""
+"""Their coresets: one per codec, two without labels, whole images, schemas 1 and 2."""
 ENGINE = ("--backend", "ort", "--device", "cpu", "--size", "32", "--batch", "2")
 STAGES: dict[str, tuple[str, ...]] = {
     **RUNS,
@@ -114,7 +114,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "of DACE": ("--method", "dace", "--recipe", "dace", "--student-precision", "bf16"),
     "named": ("--method", "random", "--class-names", "names.json", "--accumulate", "2"),
 }
-"""Options whose stages' settings are frozen, without running them."""
+"""Options whose stage settings are frozen; nothing is run."""
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _RATE = re.compile(r"at [\d.]+ images/s")
@@ -127,30 +127,29 @@ _EXACT_HASHES = {
     *("weights_sha256", "model.weights_sha256", "t2i.weights_sha256", "dsco.weights_sha256"),
     *("--data", "data_sha256", "--coreset", "classes", "files"),
 }
-"""Keys of hashes that no trained weights and no encoder of PNG has a part in."""
+"""Keys of hashes that depend on neither trained weights nor a PNG encoder."""
 
 
 def frozen(name: str) -> Any:
-    """The golden file of this name."""
     return json.loads((GOLDEN / f"{name}.json").read_bytes())
 
 
 def unpack(archive: str, folder: Path) -> None:
-    """The files of a golden archive, and the data that they are of, into `folder`."""
+    """Unpack a golden archive and the commands' data into `folder`."""
     with tarfile.open(GOLDEN / f"{archive}.tar.xz") as tar:
         tar.extractall(folder, filter="data")
     put_data(folder)
 
 
 def put_data(folder: Path) -> None:
-    """What the golden commands are given: images, prompts, and names of classes."""
+    """Write the commands' images, prompts and class names to `folder`."""
     shutil.copytree(GOLDEN / "data", folder / "data")
     for name in ("prompts.json", "names.json"):
         shutil.copy(GOLDEN / name, folder)
 
 
 def masked(value: Any, *path: str) -> Any:
-    """`value` with what follows from the machine replaced by what it is."""
+    """`value` with placeholders for everything machine-dependent."""
     key = path[-1] if path else ""
     if isinstance(value, dict):
         return {k: masked(v, *path, k) for k, v in _without_machine(value).items()}
@@ -172,7 +171,7 @@ def masked(value: Any, *path: str) -> Any:
 
 
 def _without_machine(value: dict[str, Any]) -> dict[str, Any]:
-    """A provenance without what names the machine, its libraries and the time."""
+    """Mask the machine, library versions and time of a provenance."""
     if not isinstance(value.get("versions"), dict):
         return value
     hidden = {key: "MACHINE" for key in ("time", "device", "threads") if key in value}
@@ -180,14 +179,14 @@ def _without_machine(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_size_of_png(path: tuple[str, ...]) -> bool:
-    """Of a file in a manifest, or of what a summary adds up of them."""
+    """Whether it is the size of a PNG in a manifest, or a summary's sum of such sizes."""
     if path[-1] == "bytes":
         return path[-2].endswith(".png")
     return path[0] == "bytes" and path[-1] not in ("labels", "generator")
 
 
 def header(path: Path) -> dict[str, Any]:
-    """Names, types, shapes and places of a safetensors file; and its metadata, masked."""
+    """Tensor names, dtypes, shapes and offsets of a safetensors file; its metadata, masked."""
     with path.open("rb") as stream:
         told = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
     metadata = {k: masked(json.loads(v)) for k, v in told.pop("__metadata__", {}).items()}
@@ -208,7 +207,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def names(folder: Path) -> list[str]:
-    """Of all files of a run folder."""
+    """Sorted relative paths of a run's files; TensorBoard's get one fixed name."""
     relative = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     return sorted(
         "tensorboard/EVENTS" if path.parts[0] == "tensorboard" else path.as_posix()
@@ -223,7 +222,7 @@ def told_scalars(folder: Path) -> list[list[Any]]:
 
 
 def run_all() -> None:
-    """Every run of RUNS, in the current folder, which gets the data."""
+    """Write the data to the current folder and run RUNS there."""
     put_data(Path())
     for name, options in RUNS.items():
         assert train_main([*SMALL, "--out", name, *options]) == 0
@@ -231,20 +230,20 @@ def run_all() -> None:
 
 @contextmanager
 def elsewhere() -> Iterator[Path]:
-    """An empty current folder."""
+    """Change into an empty temporary folder."""
     with TemporaryDirectory() as folder, chdir(folder):
         yield Path(folder)
 
 
 def runs() -> dict[str, Any]:
-    """What whole runs leave behind."""
+    """Files and scalars of every run in RUNS."""
     with elsewhere():
         run_all()
         return {name: run_of(Path(name)) for name in RUNS}
 
 
 def run_of(folder: Path) -> dict[str, Any]:
-    """What one run left behind."""
+    """Files and scalars of one run."""
     return {
         "names": names(folder),
         "contents": contents(folder),
@@ -253,14 +252,13 @@ def run_of(folder: Path) -> dict[str, Any]:
 
 
 def stages() -> dict[str, Any]:
-    """The settings of every stage, for many options; nothing is trained."""
+    """Stage settings for all STAGES; nothing is trained."""
     with elsewhere():
         put_data(Path())
         return {name: _stages_of(options) for name, options in STAGES.items()}
 
 
 def _stages_of(options: tuple[str, ...]) -> dict[str, Any]:
-    """Of one command."""
     asked: dict[str, Any] = {}
 
     def stage(self: RunFolder, name: str, config: Any, work: Any, **_: bool) -> Any:
@@ -277,7 +275,7 @@ def _stages_of(options: tuple[str, ...]) -> dict[str, Any]:
 
 
 def prior() -> dict[str, Any]:
-    """What `train prior` writes down before it trains."""
+    """Settings that `train prior` writes before it trains."""
 
     def stop(training: Any, **_: Any) -> None:
         raise KeyboardInterrupt
@@ -291,7 +289,7 @@ def prior() -> dict[str, Any]:
 
 
 def coresets() -> dict[str, Any]:
-    """What the golden coresets hold: what `engine` says of them, and their labels."""
+    """Output of `engine coreset` for the golden coresets, and their labels."""
     with elsewhere() as folder:
         unpack("runs", folder)
         return {name: _coreset(name) for name in CORESETS}
@@ -314,7 +312,7 @@ def _coreset(name: str) -> dict[str, Any]:
 
 
 def _engine(*arguments: str) -> dict[str, Any]:
-    """The result of `engine …`."""
+    """JSON result of `engine …`."""
     told = StringIO()
     with redirect_stdout(told):
         assert engine_main(list(arguments)) == 0
@@ -322,7 +320,7 @@ def _engine(*arguments: str) -> dict[str, Any]:
 
 
 def students_elsewhere() -> dict[str, Any]:
-    """What students of the golden coresets alone leave behind."""
+    """Files and scalars of students trained from each golden coreset folder alone."""
     with elsewhere() as folder:
         unpack("runs", folder)
         return {name: _students(name, f"students-{n}") for n, name in enumerate(CORESETS)}
@@ -339,7 +337,7 @@ _UNLABELLED = ("hard/coreset", "all/coreset-dsco")
 
 
 def engines() -> dict[str, Any]:
-    """Keys of engines, their names and commands, and what the golden one says."""
+    """Engine keys, names and build commands, and the golden engine's info."""
     model, cpu = find_model("sdxl-tiny"), EngineSpec(size_px=64)
     ranged = EngineSpec(
         size_px=32, batch=8, min_batch=4, images_per_prompt=2, precision="fp16", opset=23
@@ -358,7 +356,7 @@ def engines() -> dict[str, Any]:
         unpack("engine", folder)
         (bundle,) = find_bundles(folder / "bundles")
         info = _engine("info", bundle.name, "--bundles", "bundles", "--json")
-        del info["misfit"]  # between the versions there and here
+        del info["misfit"]  # depends on the library versions here
         opened = open_bundle(Path("bundles") / bundle.name)
         backend = CompiledBackend(opened, spec_of(opened.key))
         said = {"info": info, "describe": describe(opened), "backend": backend.describe()}
@@ -377,7 +375,7 @@ COMPILED: tuple[BackendName, ...] = ("ort", "trt", "inductor")
 
 
 def masked_key(key: dict[str, Any]) -> dict[str, Any]:
-    """An engine's key without hashes of code and CPU, and versions of libraries."""
+    """An engine's key with code and CPU hashes and library versions masked."""
     libraries = dict.fromkeys(key.get("libraries", {}), "VERSION")
     flags = dict(key["flags"])
     for name in flags.keys() & {"cpu_instructions_sha256", "triton"}:
@@ -393,7 +391,7 @@ CONFIG = StudentConfig(
 
 
 def teacher() -> Teacher:
-    """All of its weights are 1/8."""
+    """Every floating-point tensor is 1/8."""
     network = build_network("convnet-d3-w4", len(IDS), 32)
     for value in network.state_dict().values():
         value.fill_(1 / 8 if value.is_floating_point() else 0)
@@ -409,7 +407,7 @@ def _patches() -> dict[str, Any]:
 
 
 def describes() -> dict[str, Any]:
-    """What everything says of itself that is written into a file."""
+    """All descriptions that are written into files."""
     with elsewhere():
         put_data(Path())
         said = {"sources": _sources(), "labels": _labels(), "teacher": teacher().describe()}
@@ -437,7 +435,7 @@ def _sources() -> dict[str, Any]:
 
 
 def _expansions() -> dict[str, Any]:
-    """Of the shipped model, eager; versions of libraries are masked."""
+    """Expansions of the shipped model, eager; library versions masked."""
     config = ExpandConfig(size_px=32, steps=2, rho=0.5, batch=2, backend="eager", device="cpu")
     expander = Expander(find_model("sdxl-tiny"), config, prompts_K=IDS, **_patches())
     source = Expansions(expander=expander, labels_N=_patches()["labels_N"], class_ids=IDS)
@@ -505,7 +503,7 @@ def _mixup() -> dict[str, Any]:
 
 
 def _model() -> dict[str, Any]:
-    """As a manifest has it, of a plan with every method that runs a model."""
+    """The manifest's model entry of each method that runs a model."""
     asked = TrainStudent(
         data="data",
         out=Path("run"),
@@ -532,11 +530,10 @@ FILES: dict[str, Callable[[], Any]] = {
     "elsewhere": students_elsewhere,
     "engines": engines,
 }
-"""The golden JSON files, by name."""
+"""The golden JSON files by name."""
 
 
 def write(name: str) -> None:
-    """Write one anew."""
     text = json.dumps(FILES[name](), indent=1, sort_keys=True, ensure_ascii=False)
     (GOLDEN / f"{name}.json").write_text(text + "\n")
 

@@ -1,7 +1,7 @@
 """Writes the archives of tests/golden: whole and stopped runs, and an engine with its model.
 
-They are what an earlier version wrote, which this one has to read: this script is run again only
-when a format changes in a way that refuses what was there (`python tests/golden_fixtures.py`).
+An earlier version wrote them and this one must read them: rerun `python tests/golden_fixtures.py`
+only after a format change that refuses the old ones.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from patchbloom.train.prior.model import new_parts, save_parts
 from patchbloom.train.run.progress import Report
 
 NOT_KEPT = ("tensorboard", "pictures", "report.html")
-"""Of a run folder: names the host, or is drawn of the rest."""
+"""Parts of a run folder that name the host or derive from the rest."""
 PLACE = Path("/tmp/patchbloom-golden")
-"""Where the engine's model lies, which the engine's manifest names."""
+"""Folder of the engine's model, which the engine's manifest names."""
 
 
 def write_runs() -> None:
-    """All runs, whole and stopped."""
     with elsewhere():
         run_all()
         for name, options in STOPPED.items():
@@ -51,15 +50,15 @@ def write_runs() -> None:
 
 
 def _stop(self: Report, tag: str, step: int, value: float) -> None:
-    """Ctrl-C after two epochs of students, or, of a teacher that has three, of the teacher."""
+    """Ctrl-C at the loss of the second epoch, of students or of a three-epoch teacher."""
     if (tag, step) in (("upsample/loss", 1), ("teacher/loss", 1)):
         os.kill(os.getpid(), signal.SIGINT)
 
 
 def write_engine() -> None:
-    """A model with few different weights, so that it packs well, and its engine.
+    """Write a model of few distinct weights, so that it compresses well, and its engine.
 
-    ONNX files name the sources that they come from: packages were imported through links in /tmp.
+    ONNX files name their source files, so packages were imported through links in /tmp.
     """
     shutil.rmtree(PLACE, ignore_errors=True)
     torch.manual_seed(0)
@@ -76,7 +75,7 @@ def write_engine() -> None:
 
 
 def _pack(archive: str, *folders: str) -> None:
-    """Folders of the current one, without owners."""
+    """Pack folders of the current folder, without owners."""
 
     def without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
         member.uid = member.gid = 0

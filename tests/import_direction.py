@@ -1,9 +1,9 @@
 """Imports go left only: kernels → export → engine → train. `make check` runs this file.
 
-The same holds inside `engine` and `train`, for the names in LAYERS, and modules never import each
-other in a cycle. Inside the four folders imports are relative. `kernels` is a leaf: it imports only
-torch, triton, numpy and the standard library. None of the six folders has an `__init__.py`: a
-top-level package `kernels` would shadow Hugging Face's of that name, which transformers imports.
+LAYERS orders the inside of `engine` and `train` the same way; modules never import each other in a
+cycle. Imports inside the four folders are relative. `kernels` imports only torch, triton, numpy and
+the standard library. None of the six folders has an `__init__.py`: a top-level package `kernels`
+would shadow Hugging Face's, which transformers imports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAYERS = {
         *("commands", "loader", "cli"),
     ),
 }
-"""The entries of a room, lowest first: each imports itself and those before it."""
+"""A folder's entries, lowest first: each imports only itself and earlier ones."""
 FOLDERS = (*ROOMS, "tests", "bench")
 KERNELS_MAY_IMPORT = frozenset({"torch", "triton", "numpy", *sys.stdlib_module_names})
 

@@ -1,6 +1,6 @@
-"""How a file's cases reach the kernels: on poisoned memory, in Triton's interpreter or on a GPU.
+"""Runs a file's cases on poisoned memory, in Triton's interpreter or on a GPU.
 
-The interpreter is chosen before ``import triton``, so a file whose cases run in it is also the
+The interpreter must be chosen before ``import triton``, so a file with such cases is also the
 program that runs them: its ``__main__`` calls ``interpret``.
 """
 
@@ -21,7 +21,7 @@ Case = Callable[[str], None]
 
 
 def run_case(case: Case, device: str) -> None:
-    """One case, on memory poisoned by torch's own debugging switch."""
+    """Run one case on memory that torch's own debugging switch poisons."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN or the maximum
     try:
@@ -44,7 +44,7 @@ def interpret(cases: Mapping[str, Case]) -> None:
 
 
 def interpreted_by(program: str) -> dict[str, str | None]:
-    """What ``interpret`` says in a process of its own, in which Triton interprets."""
+    """Results of ``interpret`` in a subprocess with TRITON_INTERPRET=1."""
     process = subprocess.run(
         [sys.executable, str(Path(program))],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -1,4 +1,4 @@
-"""Codecs by name, and soft labels made of logits, for tests that need no teacher."""
+"""Codecs by name, and soft labels from given logits, for tests without a teacher."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from patchbloom.engine.labels.file import LabelLayout
 
 
 def codec_of(name: str, k: int) -> Codec:
-    """A codec, with k where it has one."""
+    """The named codec; dense ignores k."""
     return described_codec({"codec": name} | ({} if name == "dense" else {"k": k}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelBlock:
-    """Logits [E, N, K] on their way into a coreset, kept by any codec; none without logits."""
+    """Labels to attach to a coreset: logits [E, N, K] in any codec; None: no labels."""
 
     codec: str
     logits: torch.Tensor | None = None
@@ -66,13 +66,13 @@ class LabelBlock:
 
 
 def write_labelled(folder: Path, labels: LabelBlock | None, **given: Any) -> Coreset:
-    """A coreset with these labels, if any."""
+    """Write a coreset, with labels if given."""
     coreset = write_coreset(folder, **given)
     return coreset if labels is None else attach_labels(folder, labels)  # pyright: ignore[reportArgumentType]
 
 
 def label_online(folder: Path) -> None:
-    """Make the manifest say that no labels are stored, as earlier versions wrote it."""
+    """Remove the stored labels as earlier versions did: codec none in the manifest."""
     manifest = open_coreset(folder).manifest
     described = {"codec": "none", "temperature": 20.0, "settings": {}}
     files = {name: entry for name, entry in manifest["files"].items() if name != LABELS}

@@ -1,6 +1,6 @@
-"""Runs in separate processes that tests kill: starting, finishing, and the files they leave.
+"""Start, kill and finish runs in separate processes, and read their files.
 
-They are forked from a server that has imported torch once.
+A fork server imports torch once for all of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Start = Callable[..., BaseProcess]
 
 
 def starter() -> Start:
-    """A function that starts `train ...` in its own process, with one thread to share cores."""
+    """A function that starts `train ...` in its own single-threaded process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["patchbloom.train.commands.train"])
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def write_inputs(folder: Path) -> tuple[str, ...]:
-    """Write data and a model with random weights, both of 32 px; the options that name them."""
+    """Write data and a 32 px model with random weights; return the options that name them."""
     write_shapes(folder / "data", train_per_class=5, val_per_class=2)
     write_small_model(folder)
     return ("--data", str(folder / "data"), "--model", str(folder / "model"))
@@ -70,7 +70,7 @@ def finish(process: BaseProcess) -> None:
 def kill_when(
     process: BaseProcess, is_there: Callable[[], bool], number: int = signal.SIGKILL
 ) -> None:
-    """Send a signal as soon as the condition holds, which must be while the process runs."""
+    """Send a signal as soon as the condition holds; the process must still be running."""
     deadline = time.monotonic() + STARTED_WITHIN_S
     while not is_there():
         assert process.is_alive(), "it ended before it could be killed"
@@ -92,7 +92,7 @@ def sha256(path: Path) -> str:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """Everything in a run that must not depend on how often it was stopped."""
+    """Everything that must not depend on how often the run was stopped."""
     summary = json.loads((out / "summary.json").read_text())
     students = sorted((out / "students").iterdir())
     return {

@@ -1,4 +1,4 @@
-"""Networks of SDXL's kinds of layers and the fewest of each, for tests of what is made of them."""
+"""The smallest networks with SDXL's kinds of layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test data of the soft-label loss: the same in every process, on every device."""
+"""Test data of the soft-label loss, equal in every process and on every device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from patchbloom.kernels.noise import normal_reference
 from patchbloom.kernels.softlabel import softlabel, target_reference
 
 ROWS = torch.tensor([[0, 3], [2, 2], [1, 0]])
-"""Two rows, the same row twice, and two rows at a weight of one."""
+"""Two rows, one row twice, and two rows with a weight of one."""
 WEIGHTS = torch.tensor([0.3, 0.6, 1.0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """Arguments of ``softlabel`` for three pictures."""
+    """Arguments of ``softlabel`` for three images."""
 
     student: torch.Tensor
     labels: torch.Tensor
@@ -25,7 +25,7 @@ class Given:
     weight: torch.Tensor | None
 
     def loss(self, student_BK: torch.Tensor) -> torch.Tensor:
-        """The public operation, for these logits."""
+        """``softlabel`` of these logits."""
         return softlabel(
             student_BK,
             self.labels,
@@ -54,9 +54,9 @@ class Given:
 
 
 def given(classes: int, kept: int, temperature: float, mixed: bool, *, scale: float = 3.0) -> Given:
-    """Normal logits times ``scale``; the ``kept`` largest of each label row, all of it at 0.
+    """Normal logits times ``scale``; labels keep the ``kept`` largest per row (0: all).
 
-    Label rows 0 and 3 (mixed in picture 0) keep some classes in common, and some not.
+    Label rows 0 and 3, mixed in image 0, share some of their kept classes.
     """
     logits = normal_reference(77, 0, torch.arange(8), 0, (classes,)) * scale
     student, teacher = logits[:3].contiguous(), logits[3:7].contiguous()

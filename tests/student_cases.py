@@ -1,4 +1,4 @@
-"""Shared by tests of students and their labels: small sets, sources, teachers, a Report."""
+"""For tests of students and labels: small sets, sources, teachers, a Report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Sets = tuple[ImageSet, ImageSet]
 
 
 class Silent:
-    """A Report that interrupts training when a student reports `stop_after` epochs."""
+    """A Report that interrupts training after `stop_after` epochs of a student."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.losses: list[float] = []
@@ -52,7 +52,7 @@ class Silent:
 
 
 def new_sets(root: Path) -> Sets:
-    """Write four training and two validation images of each of the ten classes."""
+    """Write four training and two validation images per class; ten classes."""
     write_shapes(root, train_per_class=4, val_per_class=2)
     return open_image_set(root, "train"), open_image_set(root, "val")
 

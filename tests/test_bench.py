@@ -1,4 +1,4 @@
-"""The benchmarks' own code: rates, rows on disk, and the loader's benchmark on a few files."""
+"""Rates, stored rows, and bench_score.py and bench_labels.py on a few images."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_bench_score(tmp_path: Path):
     assert row["images"] == 10
     difference = row["difference_from_pillow"]
     assert difference["max"] <= 2
-    assert difference["mirrored_mean"] > 10  # of noise
+    assert difference["mirrored_mean"] > 10  # noise images
     alone = {half: row["teacher_spread"][half]["p50"] for half in ("loader", "teacher")}
     assert row["teacher_images"] == 6
     assert row["bottleneck"] == min(alone, key=alone.__getitem__)

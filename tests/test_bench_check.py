@@ -1,4 +1,4 @@
-"""bench/check.py: a slower row is found, noise and other machines are not taken for one."""
+"""bench/check.py finds slower rows, and mistakes neither noise nor another machine for one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run(
 
 
 def verdicts(printed: str) -> dict[str, tuple[str, str]]:
-    """Ratio and verdict by figure."""
+    """(ratio, verdict) per figure."""
     found = {}
     for line in printed.splitlines():
         name, _, rest = line.strip().partition(" ")
@@ -77,7 +77,7 @@ def verdicts(printed: str) -> dict[str, tuple[str, str]]:
         ((84.0, 86.0, 88.0), 5, ("0.86", "slower"), 1),
         ((114.0, 116.0, 118.0), 5, ("1.16", "faster"), 0),
         ((70.0, 86.0, 99.0), 5, ("0.86", "same"), 0),  # the intervals overlap
-        ((88.0, 91.0, 94.0), 5, ("0.91", "same"), 0),  # the wider ones do
+        ((88.0, 91.0, 94.0), 5, ("0.91", "same"), 0),  # the widened ones overlap
         ((95.9, 96.0, 96.1), 5, ("0.96", "same"), 0),  # beyond noise, within the floor
     ],
 )
@@ -98,7 +98,7 @@ def test_the_rule(
 
 
 def test_equal_rounds_are_hardly_ever_called_slower() -> None:
-    """5 rounds of one speed on either side; of the noises the one that such rules trip over."""
+    """5 rounds per side, equal speed, 10 % noise and dips to 0.8: the noise that misleads most."""
     rng = np.random.default_rng(0)
     rounds = (1 + 0.1 * rng.standard_normal((2, 20_000, 5))) * np.where(
         rng.random((2, 20_000, 5)) < 0.25, 0.8, 1.0

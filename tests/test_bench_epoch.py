@@ -1,4 +1,4 @@
-"""bench/bench_epoch.py: no time without a gate that sees a wrong image."""
+"""bench/bench_epoch.py reports no time unless its gate can see a wrong image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = StudentConfig(
 
 
 class Noise:
-    """Images drawn by sample and epoch; after `whole` calls, those of the sample before."""
+    """Random images per (sample, epoch); after `whole` calls, those of the previous sample."""
 
     samples, class_ids = 40, tuple("abcdefghij")
     labels_N = torch.arange(10).repeat_interleave(4)
@@ -45,13 +45,13 @@ def test_the_gate_holds_for_what_is_rendered_as_it_should_be() -> None:
     found = bench_epoch.check_overlap(source, CONFIG, "cpu", batch=8)
     assert found["overlapped"] == 0
     assert found["other_images"] > 1e-3
-    assert source.calls == 10 + 10 + 1  # 5 pools, twice, for 4 slots; the control's images at once
+    assert source.calls == 10 + 10 + 1  # 5 pools × 2 epochs each; the control renders once
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(("device", "pools"), [("cpu", 10), ("cuda", 4)])
 def test_the_gate_sees_late_images(device: str, pools: int) -> None:
-    """By the rule of either device: the last pool of the second student."""
+    """Only the last pool of the overlapped student is late; each device's rule sees it."""
     source = Noise(whole=2 * pools - 1)
     with pytest.raises(RuntimeError, match=r"overlap changed the student: .* no time is reported"):
         bench_epoch.check_overlap(source, CONFIG, device, batch=8)
@@ -59,7 +59,7 @@ def test_the_gate_sees_late_images(device: str, pools: int) -> None:
 
 
 class Slow(Noise):
-    """What comes first takes long, as what compiles does; then every call takes as long."""
+    """The first call is slow (2 s), as with compilation; later ones take 0.1 s."""
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
         time.sleep(0.1 if self.calls else 2.0)
@@ -67,7 +67,7 @@ class Slow(Noise):
 
 
 def test_what_comes_first_is_not_in_the_times() -> None:
-    """One time a run, of an epoch on average, though without overlap its epochs come together."""
+    """Each run and round gives one time, the average of its epochs; no warm-up in it."""
     source = Slow()
     runs = bench_epoch.make_runs(("serial", "overlapped", "generate"), source)
     taken = bench_epoch.time_runs(runs, replace(CONFIG, epochs=3), rounds=2)

@@ -1,4 +1,4 @@
-"""bench_expand.py: who is compared with whom."""
+"""bench_expand.py: which peers each backend is compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times end when the device is done, peaks are a peer's own, and a row names the GPU."""
+"""Timing waits for the device, memory peaks are per peer, and a row names the GPU."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def test_peak_memory_is_what_a_peer_holds_and_needs(device: str) -> None:
     def floats(mib: int) -> torch.Tensor:
         return torch.ones(mib * MIB // 4, device=device)
 
-    floats(300)  # of another peer, and free again
+    floats(300)  # another peer's, freed
     watch = peak_memory.MemoryWatch(device)
     held = floats(64)
-    floats(400)  # while it is opened, and not in a pass
+    floats(400)  # while opening, outside the pass
     found = watch.peak_of(lambda: floats(96).sum() + held.sum())
     assert all(size > 150 * MIB for size in found.values()), found
     limit = 190 * MIB
@@ -46,7 +46,7 @@ def test_a_peak_that_cannot_be_counted_anew_is_not_known(
 
 @pytest.mark.gpu
 def test_a_pass_ends_when_all_streams_do() -> None:
-    cycles = 10**8  # 50 ms and more
+    cycles = 10**8  # at least 50 ms
     side = torch.cuda.Stream()
 
     def on(stream: torch.cuda.Stream) -> None:
@@ -66,5 +66,5 @@ def test_a_row_names_the_gpu() -> None:
     assert row["sm_count"] > 0
     assert row["cuda"]
     assert set(measure.GPU_QUERIES) < set(row)
-    if row["driver"] is not None:  # Where nvidia-smi is.
+    if row["driver"] is not None:  # nvidia-smi is installed
         assert 0 < row["clock_sm_mhz"] <= row["clock_sm_max_mhz"]

@@ -1,4 +1,4 @@
-"""bench/pictures.py: which errors pass the gate of expansion, and which stop it."""
+"""Errors that the gate of expansion in bench/pictures.py accepts and refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands beside a rate: the arithmetic of an image, and what the device reaches."""
+"""Figures shown beside a rate: FLOPs per image, and the limits measured on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/README.md has the tables of the results, and nothing else in it is touched."""
+"""bench/tables.py writes the tables of bench/README.md and changes nothing else in it."""
 
 from __future__ import annotations
 
@@ -110,11 +110,11 @@ def test_backends_in_processes_of_their_own_are_one_table(tmp_path: Path) -> Non
     ]
     assert (
         "| ort | fp32 | 50 (49–51) | 5.00 (4.00–6.00) | 5.00 (4.00–6.00) | 2e-06 |" in lines
-    )  # other weights: another table
+    )  # other weights, so another table
 
 
 def test_precisions_are_told_apart(tmp_path: Path) -> None:
-    """A row of a GPU: ours in bf16 over diffusers in fp16, in bf16, and with its VAE in fp32."""
+    """A GPU's row: bf16 against diffusers in fp16, in bf16, and with an fp32 VAE."""
     names = ("diffusers", "diffusers-upcast", "diffusers-bf16", "eager-bf16")
     row = expand_row(0.0, sm_count=132) | {
         "spread": {name: spread(10) for name in names},

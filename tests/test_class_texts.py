@@ -1,4 +1,4 @@
-"""`train` with a file of prompts or names for its classes: what is doubled, unknown or missing."""
+"""Files of --prompts and --class-names: duplicate, unknown and missing entries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("--prompts", None, "no such file"),
         ("--class-names", None, "no such file"),
-        # A class without a prompt of its own, and a name of no class, are nothing to refuse.
+        # Accepted: a class without its own prompt, and a name of no class.
         ("--prompts", "star a star\n", "unknown model 'nowhere'"),
         ("--class-names", ALL + "moon a moon\n", "unknown model 'nowhere'"),
     ],

@@ -1,4 +1,4 @@
-"""`train` as a user meets it: its options, its help, one clear line for what cannot be used."""
+"""`train` on the command line: options, help, one-line errors."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def names(kind: type) -> list[str]:
 
 
 def test_the_options_are_frozen() -> None:
-    """An option added, renamed or removed changes what scripts say: then change it here."""
+    """Scripts rely on the options: when one is added, renamed or removed, change it here."""
     assert names(RunOptions) == RUN_OPTIONS
     for name in ("teacher", "coreset", "labels", "student"):
         assert names(STAGES[name]) == RUN_OPTIONS

@@ -1,4 +1,4 @@
-"""Guards what `train` says of the images that it is given: too few, damaged, of other classes."""
+"""Errors of `train` about its images: too few, damaged, of other classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from patchbloom.train.prior.model import new_parts, save_parts
 
 @pytest.fixture
 def data(shapes: Path, tmp_path: Path) -> Path:
-    """A copy of the set, to be damaged."""
+    """A copy of the set, to damage."""
     return Path(shutil.copytree(shapes, tmp_path / "data"))
 
 
@@ -80,7 +80,7 @@ def test_more_doping_than_a_class_has_images(train: Command, shapes: Path, tmp_p
 
 
 def test_a_class_of_one_image(train: Command, data: Path, tmp_path: Path) -> None:
-    """It is enough for one patch, also where dace would mix it with another of its class."""
+    """Enough for one patch, even for dace, which mixes images of a class."""
     for path in sorted((data / "train" / "star").iterdir())[1:]:
         path.unlink()
     save_parts(new_parts(32, tmp_path / "tokenizer"), tmp_path / "model")

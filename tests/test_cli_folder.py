@@ -1,4 +1,4 @@
-"""Guards the run folder: whose it is, what a resume refuses, full disks, files that changed."""
+"""The run folder: its owner, refused resumes, full disks, changed files."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_full_disk(train: Command, shapes: Path, small_disk: Path) -> None:
 def test_a_disk_that_is_full_at_any_moment_and_resumed(
     train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
 ) -> None:
-    """As the small disk, at every writer and for every user: the kernel's error, then --resume."""
+    """ENOSPC raised in each writer, without a mount; then --resume."""
     out = tmp_path / "run"
 
     def refuse(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Guards what `train` chooses, says and refuses before it trains: model, networks, machine."""
+"""Choices, messages and refusals of `train` before training: model, networks, machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from patchbloom.train.run.progress import Report
 def test_generated_images_have_one_recipe_with_and_without_a_model(
     tmp_path: Path,
 ) -> None:
-    """Methods are compared across commands too: random alone, on a GPU, beside dace."""
+    """Methods are compared across commands: random alone trains as beside dace, also on a GPU."""
     options = RunOptions(data="shapes", out=tmp_path, method=("random",))
     for device in ("cpu", "cuda"):
         with Report() as record:
@@ -32,7 +32,7 @@ def test_generated_images_have_one_recipe_with_and_without_a_model(
 def test_engines_are_built_where_bundles_says(
     train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The way out that the message of a full cache offers."""
+    """The message of a full cache suggests --bundles."""
     monkeypatch.setattr(run, "_run", lambda job, *_: {"bundles": str(job.plan.expand.bundles)})
     options = ("--model", "sdxl-tiny", "--bundles", tmp_path / "engines")
     result = train("--data", shapes, "--out", tmp_path / "run", *options).result
@@ -130,7 +130,7 @@ def test_large_labels_are_told_before_the_run(
     assert "coreset; --codec pca keeps less, --labels online keeps none" in err
     pca = ("--codec", "pca", "--epochs", "5000000", "--overwrite")
     err = train(*options, *SMALL, *pca).err
-    assert "labels: pca, 1.7 GiB for each method" in err  # nine components of ten classes
+    assert "labels: pca, 1.7 GiB for each method" in err  # nine components, ten classes
     assert "coreset; --labels online keeps none" in err
     topk = ("--codec", "topk", "--top-k", "2", "--epochs", "5000000", "--overwrite")
     assert "labels: topk, 1.5 GiB for each method" in train(*options, *SMALL, *topk).err

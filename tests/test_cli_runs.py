@@ -1,4 +1,4 @@
-"""Guards what a command leaves: the main job, and coresets, labels, teacher and prior alone."""
+"""Output of each command: the main job, and coresets, labels, teacher and prior alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 
 def floats(value: Any) -> list[float]:
-    """All of them in plain JSON."""
+    """All floats in plain JSON."""
     if isinstance(value, dict | list):
         entries = value.values() if isinstance(value, dict) else value
         return [number for entry in entries for number in floats(entry)]
@@ -34,7 +34,7 @@ def test_the_main_job_leaves_numbers_pictures_and_one_page(
     assert list(result["accuracy"]) == list(result["images_per_s"]) == ["random", "rded"]
     for mean, std in [*result["accuracy"].values(), result["ceiling"]]:
         assert 0 <= mean <= 100
-        assert std is None  # of one student
+        assert std is None  # one student
     assert result["bytes"]["rded"]["with_labels"] > result["bytes"]["rded"]["without_labels"] > 0
     stages = ["teacher", "coreset", "student-random", "student-rded", "student-real"]
     assert list(result["seconds"]) == stages
@@ -106,7 +106,7 @@ def test_a_teacher_that_is_brought_along_is_measured_like_one_that_is_trained(
     train: Command, shapes: Path, tmp_path: Path
 ) -> None:
     options = ("--data", shapes, "--method", "random", *SMALL)
-    network = ("--teacher", "convnet-d4-w24to96")  # the recipe's, which a state dict is taken for
+    network = ("--teacher", "convnet-d4-w24to96")  # the recipe's, assumed for a bare state dict
     trained = train("teacher", *options, *network, "--out", tmp_path / "a").result["teacher"]
     torch.save(load_file(tmp_path / "a" / "teacher" / "teacher.safetensors"), tmp_path / "w.pth")
     train("coreset", *options, "--teacher", tmp_path / "w.pth", "--out", tmp_path / "b").result  # noqa: B018

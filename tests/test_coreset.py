@@ -1,4 +1,4 @@
-"""Guards the coreset artefact: what is written is what is read, whole, named and unchanged."""
+"""The coreset folder: read as written, whole or absent; every change is found and named."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_stray_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_stray_class_folder_is_refused(tmp_path: Path) -> None:
-    """An empty one already shifts the class indices of an ImageFolder."""
+    """Even an empty one shifts the class indices of an ImageFolder."""
     folder = tmp_path / "c"
     _write(folder)
     (folder / "patches" / "aardvark").mkdir()
@@ -190,7 +190,7 @@ def test_labels_of_other_classes_are_refused(tmp_path: Path) -> None:
 def test_overwrite_replaces_a_coreset_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     folder.mkdir()
-    old = _write(folder)  # an empty folder is free
+    old = _write(folder)  # an empty folder may be used
     with pytest.raises(CoresetError, match="not empty: choose another --out, or --overwrite"):
         _write(folder)
     new = _write(folder, settings={**SETTINGS, "seed": 4}, overwrite=True)
@@ -325,7 +325,7 @@ print(json.dumps(outcomes))
 
 
 def test_a_killed_write_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
-    """Kill -9 before each step in turn: what opens is whole, and the next run completes it."""
+    """Kill -9 before each step: whatever opens is whole, and the next run completes it."""
     run = subprocess.run(
         [sys.executable, "-c", KILLED_WRITES, tmp_path],
         **{"cwd": Path(__file__).parent, "capture_output": True, "text": True},
@@ -368,7 +368,7 @@ def test_dense_labels_keep_fp16_logits(tmp_path: Path) -> None:
     files = [path for path in (tmp_path / "c").rglob("*") if path.is_file()]
     manifest = next(path for path in files if path.name == "manifest.json")
     without = json.loads(manifest.read_text()) | {"provenance": {}}
-    saved = manifest.stat().st_size - len(spelled(without))  # of no use to a student
+    saved = manifest.stat().st_size - len(spelled(without))  # provenance, useless to a student
     assert saved > 0
     assert sizes["with_labels"] == sum(path.stat().st_size for path in files) - saved
     assert sizes["with_generator"] == sizes["with_labels"] + 1000

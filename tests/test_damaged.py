@@ -1,4 +1,4 @@
-"""One file that cannot be decoded among a thousand JPEGs: refused by name, or left out."""
+"""One undecodable file among a thousand JPEGs: refused by name, or left out on request."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ OPTIONS = (
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run `train STAGE ...` in this process; all of it where the stage is empty."""
+    """Run `train STAGE ...` in this process; an empty STAGE is the whole job."""
     run = runner(capsys)
     return lambda stage, *more: run(*([stage] if stage else []), *OPTIONS, *more)
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/: 999 JPEGs of 32 px, and none at BAD; run/: the coresets of these."""
+    """data/: 999 JPEGs of 32 px, none at BAD; run/: their coresets."""
     folder, rng = tmp_path_factory.mktemp("given"), np.random.default_rng(0)
     for split, each in (("train", EACH), ("val", 2)):
         for label in range(CLASSES):
@@ -49,7 +49,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["cut", "text"])
 def thousand(request: pytest.FixtureRequest, others: Path, tmp_path: Path) -> Path:
-    """The 999 and one that was cut short, or is no image at all."""
+    """The 999 and, at BAD, a truncated JPEG or a text."""
     data = tmp_path / "data"
     shutil.copytree(others / "data", data)
     whole = (data / "train" / BAD).with_name("040.jpg").read_bytes()
@@ -95,7 +95,7 @@ def test_a_run_that_stopped_at_it_starts_again_without_it(
 
 @pytest.mark.parametrize("thousand", ["text"], indirect=True)
 def test_scoring_stops_at_it(train: Command, others: Path, thousand: Path, tmp_path: Path) -> None:
-    """A teacher that was brought along has seen no training image before patches are scored."""
+    """With a provided teacher, no training image is decoded before patches are scored."""
     out, teacher = tmp_path / "run", others / "run" / "teacher" / "teacher.safetensors"
     given = ("coreset", "--data", thousand, "--out", out, "--teacher", teacher)
     assert f"cannot decode {thousand / 'train' / BAD}: " in train(*given).error
@@ -114,7 +114,7 @@ def test_a_teacher_of_images_that_are_left_out_later_is_not_taken_over(
 ) -> None:
     data, run = (shutil.copytree(others / name, tmp_path / name) for name in ("data", "run"))
     path = data / "train" / "c4" / "040.jpg"
-    path.write_bytes(bytes(path.stat().st_size))  # names and sizes are what a run knows them by
+    path.write_bytes(bytes(path.stat().st_size))  # a run knows files by name and size
     error = train("coreset", "--data", data, "--out", run, "--skip-corrupt").error
     assert f"the teacher stage of {run} {REFUSED}" in error
     assert names(run) == names(others / "run")

@@ -1,4 +1,4 @@
-"""`train --method dsco --dsco.data-free` as a user meets it: no training image is looked at."""
+"""`train --method dsco --dsco.data-free` reads no training image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FREE = ("--dsco.data-free", "--dsco.templates", "3")
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """A model with random weights, a teacher, and a set without one whole training image."""
+    """Options: a random-weight model, a teacher, and a set with undecodable training images."""
     folder = tmp_path_factory.mktemp("given")
     write_small_model(folder)
     write_shapes(folder / "data", train_per_class=4, val_per_class=2)
@@ -39,7 +39,7 @@ def train(given: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> Command
 
 
 def test_images_are_made_of_no_real_one(train: Command, tmp_path: Path) -> None:
-    """Of every class as many as are asked for, and others than are not optimised."""
+    """As many per class as requested, and different from unoptimised ones."""
 
     def made(name: str, *more: str) -> Coreset:
         result = train("--out", tmp_path / name, *FREE, *more).result

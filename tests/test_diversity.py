@@ -1,4 +1,4 @@
-"""The diverse choice, features of every network, native scoring, and ties."""
+"""Diverse selection, features of every network, native scoring, and ties."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from test_patches import select_together, tensors
 from torch import nn
 
 CHOICES: tuple[DiverseChoice, ...] = ("facility-location", "k-center")
-COPIES, KINDS = 8, 7  # images of a class: near-duplicates, and such that differ
+COPIES, KINDS = 8, 7  # images per class: near-duplicates, distinct ones
 OPTIONS: dict[str, Any] = {
     **{"per_class": 4, "patch_px": 8, "image_size_px": 16, "crops": 2, "seed": 5, "batch": 4},
     "scoring": "native",
@@ -42,7 +42,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
 
 
 def teacher(patches_NHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Surest of the purest red and blue; its features are the mean colour."""
+    """Most confident on pure red and blue; its features are the mean colour."""
     colours = patches_NHWC.float().mean((1, 2))
     margin = (colours[:, 0] - colours[:, 2]) / 32
     return torch.stack([margin, -margin], 1), colours
@@ -53,7 +53,7 @@ def select(images: ImageSet, **options: Any) -> PatchSelection:
 
 
 def copies_in(images: ImageSet, chosen: PatchSelection) -> list[int]:
-    """Of each class, how many of the near-duplicates were chosen."""
+    """Near-duplicates chosen, per class."""
     numbers = [int(Path(images.paths[n]).stem) for n in chosen.source_index_N.tolist()]
     return [sum(number < COPIES for number in numbers[first : first + 4]) for first in (0, 4)]
 
@@ -91,14 +91,14 @@ def test_what_is_chosen_is_cut_again_as_it_was_scored(
 def test_peers_choose_what_one_process_chooses(images: ImageSet, choice: DiverseChoice) -> None:
     options = {**OPTIONS, "diversity": Diversity(choice=choice, features=3)}
     reference = tensors(select(images, diversity=options["diversity"]))
-    for size in (2, 3, 10):  # of 8 batches: some of ten peers have none
+    for size in (2, 3, 10):  # 8 batches: some of ten peers get none
         for chosen in select_together(size, images, teacher, **options):
             for name, tensor in tensors(chosen).items():
                 assert torch.equal(tensor, reference[name]), name
 
 
 def slow_choice(features: np.ndarray, count: int, choice: DiverseChoice) -> list[int]:
-    """By the definitions, one candidate after the other."""
+    """Greedy choice by definition, one candidate at a time."""
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     chosen: list[int] = []
     for _ in range(count):
@@ -110,7 +110,7 @@ def slow_choice(features: np.ndarray, count: int, choice: DiverseChoice) -> list
             elif chosen:
                 value = min(1 - float(unit[j] @ unit[c]) for c in chosen)
             else:
-                value = -float(j)  # the first is the one of lowest loss
+                value = -float(j)  # the first has the lowest loss
             if value > worth + 1e-9:
                 best, worth = j, value
         chosen.append(best)

@@ -1,4 +1,4 @@
-"""Doping: the margins are what they are called, the lowest are taken, and students see them."""
+"""Doping: margins are right, the lowest images are taken, and students see them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 SIZE = 8
 GREENS = {"leaf": (200, 120, 160, 90), "wine": (10, 140, 60, 110)}
-"""Of images whose red is 100 and whose blue is 0: how green they are."""
+"""Green of each image; red is 100, blue 0."""
 
 
 class Colour(nn.Module):
@@ -63,7 +63,7 @@ def test_the_lowest_of_every_class_are_taken_the_first_of_equal_ones() -> None:
 
 
 def test_known_margins(images: ImageSet) -> None:
-    """A student that is as sure as an image is green or red, whichever the teacher sees."""
+    """Margin of two classes: tanh(sharpness · |green − red| / 2), colours in [0, 1]."""
     teacher = Teacher(Colour(1.0), architecture="colour", class_ids=images.class_ids, size_px=SIZE)
     margins = all_margins(Colour(5.0), teacher, images, size_px=SIZE, report=Report())
     greens = np.array([*GREENS["leaf"], *GREENS["wine"]])
@@ -91,7 +91,7 @@ def coreset(images: ImageSet, tmp_path: Path) -> Coreset:
 
 
 def doped(coreset: Coreset, images: ImageSet, folder: Path) -> Coreset:
-    """With the greenest image but one of each class, shown twice an epoch."""
+    """Doped with the second image of each class, shown twice an epoch."""
     margins = np.array([1, 0, 1, 1, 1, 0, 1, 1], np.float32)
     options: dict[str, Any] = {"per_class": 1, "views": 2, "device": "cpu"}
     return write_doped(
@@ -120,7 +120,7 @@ def test_a_doped_coreset_shows_both(coreset: Coreset, images: ImageSet, tmp_path
     green = ((shown[:, 1, 0, 0] + 1) * 127.5).round().int().tolist()
     assert red == [100, 0, 100, 2, 1, 100, 3, 100, 1]
     assert [green[row] for row in (0, 2, 5, 7)] == [140, 120, 120, 140]
-    for rows in ([2, 5], [1, 3]):  # of one kind alone
+    for rows in ([2, 5], [1, 3]):  # one kind alone
         assert torch.equal(source.render(asked[rows], 0), shown[rows])
     assert torch.equal(own.render(torch.arange(4), 1), to_unit(coreset.patches()[[0, 1, 0, 1]]))
 

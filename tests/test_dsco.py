@@ -1,4 +1,4 @@
-"""Method dsco: the loss, the pivots, the sampling, and what a run makes of them."""
+"""Method dsco: losses, pivots, sampling, and whole runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ OPTIONS = (
     *("--epochs", "2", "--seeds", "1", "--seed", "3", "--steps", "3", "--no-ceiling"),
     *("--dsco.iterations", "2", "--engine-batch", "4"),
 )
-GROUPS = 3  # 10 classes, 4 of which fill a batch
+GROUPS = 3  # 10 classes, 4 per batch
 
 
 def some(*shape: int, seed: int = 0) -> Tensor:
@@ -112,7 +112,7 @@ def streamed(values: np.ndarray, rows: int, batch: int) -> Pivots:
 
 
 def means_of_parts(values: np.ndarray, borders: np.ndarray) -> np.ndarray:
-    """Of the sorted columns, between borders in [0, 1]; each value is repeated, to be split."""
+    """Means of sorted columns between borders in [0, 1]; repeats allow parts of a value."""
     fine = np.repeat(np.sort(values, axis=0), 120, axis=0)
     at = np.rint(borders * len(fine)).astype(int)
     return np.stack([fine[first:end].mean(0) for first, end in itertools.pairwise(at)])
@@ -120,7 +120,7 @@ def means_of_parts(values: np.ndarray, borders: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("bins", "batch"), [(1, 60), (4, 7), (10, 33), (80, 1)])
 def test_pivots_of_a_stream_are_those_of_the_whole_set(bins: int, batch: int) -> None:
-    """Up to twice the rows that are kept; also more bins than images, which split values."""
+    """Exact up to twice the kept rows, even with more bins than images, which split values."""
     values = some(60, 5).numpy() ** 3
     expected = means_of_parts(values, np.arange(bins + 1) / bins)
     actual = streamed(values, 30, batch).means(bins).numpy()
@@ -177,7 +177,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Watched:
-    """A backend that notes its calls, and refuses to be part of a gradient."""
+    """A backend that counts its denoiser calls and refuses gradients."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.denoised = backend, 0
@@ -209,7 +209,7 @@ def optimiser(model: Path, batch: int = 4, **options: Any) -> NoiseOptimiser:
 
 
 def real(class_index: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ten images of a class, in two batches."""
+    """Ten images of a class in two batches."""
     numbers = torch.arange(10) + 10 * class_index
     pixels = normal(1, 0, numbers, 0, (32, 32, 3)).mul(60).add(100 + 20 * class_index)
     images = pixels.clamp(0, 255).to(torch.uint8)
@@ -219,14 +219,14 @@ def real(class_index: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("data_free", [False, True])
 def test_the_noise_is_optimised_and_nothing_else(model: Path, data_free: bool) -> None:
-    """Every loss falls, the denoiser is run once a step, and the same seed makes the same."""
+    """Every loss falls, the denoiser runs once a step, and equal seeds give equal images."""
     making, done = optimiser(model, data_free=data_free), list[float]()
     groups = making.groups()
     assert [list(group) for group in groups] == [[0, 1], [2]]
     made = [making.make(group, None if data_free else real, done.append) for group in groups]
-    quarters = [0.25 * part for part in range(1, 7)]  # a match, two steps and the pictures
+    quarters = [0.25 * part for part in range(1, 7)]  # per class: match, two steps, decoding
     assert done == [*quarters, *quarters[:3]]
-    templates = 3 * 2 if data_free else 0  # classes, and calls of 4 of 6 for each of 2 steps
+    templates = 3 * 2 if data_free else 0  # classes × calls (6 templates, batches of 4)
     assert making._expander.backend.denoised == 2 * 3 + templates * 2
     images = torch.cat([each.images_MCHW for each in made])
     assert images.shape == (CLASSES * IPC, 3, 32, 32)
@@ -265,7 +265,7 @@ def given(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, .
 
 @pytest.fixture(scope="module")
 def finished(given: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of dsco and random, doped."""
+    """A finished run of dsco and random with --dope 1."""
     out = tmp_path_factory.mktemp("run") / "run"
     assert cli.main([*given, "--out", str(out), "--method", "dsco", "random", "--dope", "1"]) == 0
     return out
@@ -360,7 +360,6 @@ def test_a_killed_run_goes_on_where_it_was(
 def test_two_processes_make_the_same(
     finished: Path, given: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Coresets, the doped ones with their labels."""
     names = ("coreset", "coreset-doped", "coreset-random-doped")
     command = [
         *(str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"),

@@ -1,4 +1,4 @@
-"""Guards what a coreset folder alone does: the run's own students elsewhere, and `train verify`."""
+"""A coreset folder alone trains the run's own students; `train verify` finds label drift."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(capsys: pytest.CaptureFixture[str]) -> Train:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/, model/ with random weights, and run/: a finished run of all methods."""
+    """data/, model/ with random weights, and run/, a finished run of METHODS."""
     folder = tmp_path_factory.mktemp("given")
     write_shapes(folder / "data", train_per_class=5, val_per_class=2)
     write_small_model(folder)
@@ -56,7 +56,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def elsewhere(given: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """A coreset of the run, alone in another folder."""
+    """Copies a coreset of the run to another folder."""
 
     def copied(method: str) -> Path:
         name = "coreset" if method == "dace" else f"coreset-{method}"
@@ -66,7 +66,7 @@ def elsewhere(given: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 def _relabelled(folder: Path, codec: CodecName = "dense", **changed: Any) -> Coreset:
-    """The coreset with other settings of its labels in the manifest; None takes one away."""
+    """Rewrite the labels with changed settings; None removes one."""
     coreset = open_coreset(folder)
     stored = coreset.soft_labels()
     assert stored is not None
@@ -181,7 +181,7 @@ def test_labels_that_a_coreset_has_not_are_refused(train: Train, given: Path, el
 def test_labels_have_not_drifted_where_they_were_made(
     train: Train, given: Path, elsewhere, method: str
 ) -> None:
-    """Views of CutMix with few images rendered are those of the whole pool."""
+    """CutMix views from few rendered images equal those from the whole pool."""
     teacher = given / "run" / "teacher" / "teacher.safetensors"
     options = ("--coreset", elsewhere(method), "--teacher", teacher, "--samples", "20")
     model = ("--model", given / "model", "--backend", "eager") if method == "dace" else ()
@@ -191,7 +191,7 @@ def test_labels_have_not_drifted_where_they_were_made(
     assert measured["backend"] == ("eager" if method == "dace" else None)
     assert (measured["samples"], measured["epochs"]) == (20, 3)
     assert 20 < measured["rendered"] <= 40
-    # An engine's other batch rounds otherwise, and fp16 logits may fall to another neighbour.
+    # dace renders in other batches, which may round fp16 logits to a neighbouring value.
     assert measured["kl"]["max"] <= 1e-6 * (method == "dace")
     assert measured["top1_agreement"] >= 0.95
     assert measured["control_kl"]["p50"] > 10 * measured["kl"]["max"]
@@ -214,7 +214,7 @@ def test_labels_of_other_codecs_have_not_drifted_either(
 def test_a_drift_is_told_and_another_teacher_is_refused(
     train: Train, given: Path, elsewhere, tmp_path: Path, codec: CodecName
 ) -> None:
-    """Its answers are taken whole, not as far as the first teacher's components reach."""
+    """The other teacher's answers count whole, not projected on the first one's components."""
     folder, path = elsewhere("upsample"), given / "run" / "teacher" / "teacher.safetensors"
     _relabelled(folder, codec)
     other = load_teacher(str(path), open_coreset(folder).class_ids)
@@ -236,14 +236,14 @@ def test_a_drift_is_told_and_another_teacher_is_refused(
     result = train("verify", *options, "--other-teacher")
     assert not result["same_teacher"]
     (measured,) = result["drift"]
-    assert measured["samples"] == 120  # all there are
+    assert measured["samples"] == 120  # all of them
     expected_S = _divergences(open_coreset(folder), other)
     assert measured["kl"]["mean"] == pytest.approx(float(expected_S.mean()), rel=1e-3)
     assert measured["kl"]["max"] == pytest.approx(float(expected_S.max()), rel=1e-3)
 
 
 def _divergences(coreset: Coreset, teacher: Teacher) -> torch.Tensor:
-    """KL(stored || now) of every pair of an upsampled coreset, from whole pools."""
+    """KL(stored || now) of every (sample, epoch) of an upsampled coreset, from whole pools."""
     stored = coreset.soft_labels()
     assert stored is not None
     views = stored.settings["views"]

@@ -1,4 +1,4 @@
-"""`engine` as a user meets it: engines built, verified, listed and removed; one line per fault."""
+"""`engine` on the command line: build, verify, list, remove; one line per error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUILD = ("--backend", "ort", "--device", "cpu", "--batch", "4", "--images-per-pr
 
 @dataclass
 class Outcome:
-    """What one command left behind."""
+    """Exit code and output of one command."""
 
     code: int
     out: str
@@ -34,13 +34,13 @@ class Outcome:
 
     @property
     def json(self) -> dict[str, Any]:
-        """The last line of stdout, of a command that went well."""
+        """The last line of stdout; the command must have succeeded."""
         assert self.code == 0, self.err
         return json.loads(self.out.splitlines()[-1])
 
     @property
     def error(self) -> str:
-        """The last line of stderr, which must be the only line that reports the error."""
+        """The last line of stderr, which must be the only error line."""
         assert self.code == 2, self.err
         lines = [line for line in self.err.splitlines() if line.startswith("engine: error: ")]
         assert [self.err.splitlines()[-1]] == lines
@@ -49,7 +49,7 @@ class Outcome:
 
 @pytest.fixture
 def engine(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Outcome]:
-    """Runs one command on the engines of this test's own folder."""
+    """Runs one command on this test's own engines."""
 
     def run(command: str, *arguments: str) -> Outcome:
         capfd.readouterr()
@@ -190,7 +190,7 @@ def test_what_is_not_there_is_named(engine: Callable[..., Outcome], model: Path)
 
 
 def test_graphs_alone(engine: Callable[..., Outcome], model: Path):
-    """fp16 as a GPU's engine has it; nothing is run, and no engine is made of it."""
+    """fp16, as for a GPU; no graph is run and no engine is built."""
     built = build(engine, model, "--export-only")
     assert (built.json["backend"], built.json["precision"]) == ("onnx", "fp16")
     assert "nothing was run" in built.out

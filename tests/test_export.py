@@ -1,4 +1,4 @@
-"""ONNX graphs and bundles: right, whole, and never taken for another."""
+"""ONNX graphs and bundles: right, whole, and never mistaken for another."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_ort_computes_on_the_stream_and_device_it_is_given():
 
 @pytest.mark.gpu
 def test_ort_waits_for_its_inputs(tmp_path: Path):
-    """Inputs that torch's stream fills late, behind long products, are read once filled."""
+    """Inputs that torch's stream fills late, after long matmuls, are read once filled."""
     spec = EngineSpec(size_px=32, batch=4, images_per_prompt=2, device="cuda")
     parts = small_parts(tmp_path / "spelling")
     parts = ModelParts(parts.unet.cuda(), parts.vae.cuda())
@@ -121,7 +121,7 @@ def test_ort_on_the_cpu_is_fp32_only(precision: Any):
 
 
 def test_a_key_does_not_ask_how_onnxruntime_was_installed(monkeypatch: pytest.MonkeyPatch):
-    """onnxruntime-gpu, which a GPU needs, brings the same module under another name."""
+    """onnxruntime-gpu installs the same module under another package name."""
     installed = to_ort.version
 
     def version(name: str) -> str:

@@ -1,4 +1,4 @@
-"""`engine coreset export`: opened again by the libraries that it is for, whole, and equal bytes."""
+"""`engine coreset export`: readable by the libraries it targets, whole, reproducible bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LABELS = np.repeat(np.arange(10), EACH)
 
 
 def new_coreset(folder: Path, **changed: Any) -> Coreset:
-    """ImageWoof's ten classes: DD-Ranking numbers them in an order of its own."""
+    """ImageWoof's ten classes, which DD-Ranking numbers in its own order."""
     settings = {
         "method": "rded",
         "seed": 3,
@@ -181,7 +181,7 @@ def test_hugging_face_datasets_opens_parquet(
 def test_groups_of_rows_are_of_decoded_labels(
     coreset: Coreset, pca: Coreset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that no more of them is in memory at once than of dense ones."""
+    """A row group of pca labels takes no more memory than one of dense labels."""
     import pyarrow.parquet
 
     monkeypatch.setattr("patchbloom.engine.formats.parquet.GROUP_BYTES", 3 * EPOCHS * 10 * 2)
@@ -194,7 +194,7 @@ def test_groups_of_rows_are_of_decoded_labels(
 
 
 def test_dd_ranking_is_given_what_it_documents(coreset: Coreset, tmp_path: Path) -> None:
-    """Its own steps: torch.load of images.pt, an ImageFolder of image_path, its class numbers."""
+    """DD-Ranking's own steps: torch.load of images.pt, an ImageFolder, its class numbers."""
     told = export(coreset, "ddranking", tmp_path / "out")
     images = torch.load(tmp_path / "out" / "images.pt", map_location="cpu", weights_only=True)
     labels = torch.load(tmp_path / "out" / "labels.pt", map_location="cpu", weights_only=True)
@@ -210,15 +210,15 @@ def test_dd_ranking_is_given_what_it_documents(coreset: Coreset, tmp_path: Path)
     first = WOOF.index(tuple(IMAGENET)[193]) * EACH  # the class that DD-Ranking calls 0
     with Image.open(tmp_path / "out" / "images" / "00000" / "000001.png") as picture:
         canvas = np.array(picture)
-    tiles = PATCHES[first + 4 : first + 8]  # of the second image
+    tiles = PATCHES[first + 4 : first + 8]  # the second image
     np.testing.assert_array_equal(canvas[:8, :8], tiles[0])
     np.testing.assert_array_equal(canvas[8:, :8], tiles[2])
 
 
 def test_dd_ranking_trains_on_an_export(coreset: Coreset, tmp_path: Path) -> None:
-    """Its own hard-label evaluation, of the tensor and of the folder, in a process of its own.
+    """DD-Ranking's hard-label evaluation of the tensor and of the folder, in a subprocess.
 
-    Both are validated on the tensor: the folder's classes are those of the labels.
+    Both are validated on the tensor, so the folder's classes must equal the labels.
     """
     if not DD_RANKING.is_dir():
         missing = f"DD-Ranking is not in {DD_RANKING}: run make setup"
@@ -253,7 +253,7 @@ def test_equal_coresets_make_equal_bytes_and_no_pickle(
     assert {name: entry["sha256"] for name, entry in told["files"].items()} == found
     pickled = [path.name for path in (tmp_path / "a").rglob("*") if zipfile.is_zipfile(path)]
     assert sorted(pickled) == (["images.pt", "labels.pt"] if to == "ddranking" else [])
-    for name in pickled:  # of tensors alone
+    for name in pickled:  # only tensors are pickled
         with zipfile.ZipFile(tmp_path / "a" / name) as archive:
             stream = io.BytesIO(archive.read(f"{name.removesuffix('.pt')}/data.pkl"))
         named = [

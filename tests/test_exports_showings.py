@@ -1,4 +1,4 @@
-"""Exports of coresets whose images are shown more than once, or beside real ones, opened again."""
+"""Exports of coresets with variants, mosaics or doped images, read back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torchvision.datasets import ImageFolder
 EPOCHS, SIZE_PX = 3, 16
 CLASSES = tuple(imagenet_names())[:3]
 OWN_COLOURS, DOPED_COLOUR = (0, 1), 2
-"""The brightest channel of each image of a class: no variant changes which it is."""
+"""Brightest channel of each image of a class; variants keep it."""
 
 
 def coloured(channels: list[int], size_px: int) -> torch.Tensor:
@@ -36,7 +36,7 @@ def coloured(channels: list[int], size_px: int) -> torch.Tensor:
 
 
 def written(folder: Path, classes: tuple[str, ...] = CLASSES, **changed: Any) -> Coreset:
-    """t2i: two images of a class and a variant of each, three samples; and a doped one, in two."""
+    """t2i, per class: two images, a variant of each, three samples; a doped image, two samples."""
     settings = {"method": "t2i", "seed": 5, "image_size_px": SIZE_PX, "factor": 1, "ipc": 4}
     settings |= {"patch_px": SIZE_PX, "generated": 2, "variants": 1, "samples_per_class": 3}
     given = {
@@ -58,7 +58,7 @@ def logits(each: int, classes: int = len(CLASSES)) -> torch.Tensor:
 
 
 def rded(folder: Path, image_size_px: int = SIZE_PX) -> Coreset:
-    """Two mosaics of a class, and two doped images, shown in four samples."""
+    """rded, per class: two mosaics, and two doped images in four samples."""
     doping = {"images_per_class": 2, "samples_per_class": 4}
     settings = {"method": "rded", "seed": 5, "factor": 2, "patch_px": SIZE_PX // 2, "ipc": 2}
     return written(
@@ -71,7 +71,7 @@ def rded(folder: Path, image_size_px: int = SIZE_PX) -> Coreset:
 
 
 def opened(out: Path, to: str, cache: Path) -> list[dict[str, Any]]:
-    """The rows as the library that the format is for reads them."""
+    """Rows as read by the library that the format targets."""
     if to == "webdataset":
         import webdataset
 
@@ -96,7 +96,7 @@ def opened(out: Path, to: str, cache: Path) -> list[dict[str, Any]]:
 def test_an_image_has_the_labels_of_what_students_saw_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any
 ) -> None:
-    """Held against the pictures that the training itself shows for each sample and epoch."""
+    """Compared with the images that training renders for each sample and epoch."""
     monkeypatch.setattr("patchbloom.engine.formats.parquet.GROUP_ROWS", 4)
     coreset = written(tmp_path / "coreset")
     stored = torch.cat(
@@ -110,8 +110,8 @@ def test_an_image_has_the_labels_of_what_students_saw_of_it(
                 key = int(source.labels_N[sample]), int(image_CHW.mean((1, 2)).argmax())
                 varied = not np.array_equal(image_CHW.permute(1, 2, 0), stored[key])
                 seen.setdefault(key, {})[sample, epoch] = varied
-    assert len({len(views) for views in seen.values()}) > 1  # not all have as many labels
-    assert sum(sum(views.values()) for views in seen.values()) == 12  # four of a class
+    assert len({len(views) for views in seen.values()}) > 1  # label counts differ
+    assert sum(sum(views.values()) for views in seen.values()) == 12  # four per class
 
     told = export_coreset(coreset, to, tmp_path / "out")
     assert (told["images"], told["doped_images"]) == (9, 3)
@@ -131,7 +131,7 @@ def test_an_image_has_the_labels_of_what_students_saw_of_it(
 
 
 def test_patches_of_a_doped_coreset_keep_their_own_labels(tmp_path: Path) -> None:
-    """Of 12 samples of a class the first 8 are its patches, the last 4 show its 2 real images."""
+    """Per class, samples 0–7 are its patches, 8–11 show its 2 real images."""
     export_coreset(rded(tmp_path / "coreset"), "parquet", tmp_path / "out")
     rows = opened(tmp_path / "out", "parquet", tmp_path / "cache")
     assert [row["image"].shape[0] for row in rows] == ([8] * 8 + [16] * 2) * 3
@@ -160,8 +160,8 @@ def test_doped_images_are_in_every_format(tmp_path: Path) -> None:
 def test_dd_ranking_gets_doped_images_after_those_of_their_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """Of t2i as many images as are stored, whatever its IPC counts."""
-    monkeypatch.setitem(SUBSETS, "ImageNette", (1, 2, 0))  # in an order of its own
+    """t2i exports as many images as are stored, whatever its IPC."""
+    monkeypatch.setitem(SUBSETS, "ImageNette", (1, 2, 0))  # its own order
     make, made, real = (written, 2, 1) if method == "t2i" else (rded, 2, 2)
     coreset = make(tmp_path / "coreset")
     told = export_coreset(coreset, "ddranking", tmp_path / "out", dataset="ImageNette")

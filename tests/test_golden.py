@@ -1,7 +1,7 @@
-"""Holds what is written against what an earlier version wrote, and reads what that one left.
+"""Compares output with an earlier version's, and reads that version's files.
 
-tests/golden has it: JSON files that golden_cases.py computes anew, and archives of runs and of an
-engine that golden_fixtures.py once wrote.
+tests/golden holds JSON files, which golden_cases.py recomputes, and archives of runs and of an
+engine, which golden_fixtures.py wrote once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from patchbloom.export.models import find_model, load_parts
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every golden run, made anew."""
+    """Every golden run, run again."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -50,13 +50,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The golden runs, in the current folder."""
+    """The golden runs in the current folder."""
     unpack("runs", tmp_path)
     monkeypatch.chdir(tmp_path)
 
 
 def plain(value: Any) -> Any:
-    """As it is read from JSON."""
+    """`value` as read back from JSON."""
     return json.loads(json.dumps(value))
 
 
@@ -91,7 +91,7 @@ def test_the_golden_runs_are_those_of_the_golden_files() -> None:
 
 
 def test_coresets_hold_what_they_held() -> None:
-    """Their names, all that is told of them, and their labels, for students and for a loader."""
+    """Output of `engine coreset`, and labels as students and a loader read them."""
     now, before = coresets(), frozen("coresets")
     for name, said in before.items():
         stored, read = said.pop("probabilities", []), now[name].pop("probabilities", [])
@@ -139,14 +139,14 @@ def test_a_stopped_teacher_goes_on_from_its_checkpoint(train: Command) -> None:
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Bundle:
-    """The golden engine; beside its folder of engines lies its model."""
+    """The golden engine in bundles/, beside its model."""
     unpack("engine", tmp_path)
     (folder,) = (tmp_path / "bundles").iterdir()
     return open_bundle(folder)
 
 
 def _key_here(engine: Bundle) -> dict[str, Any]:
-    """The engine's key as it is made here; code and versions are those that it was built with."""
+    """The engine's key computed here, with the code hash and library versions of its build."""
     model = find_model(engine.folder.parent.parent / "model")
     key = engine_key("ort", model, spec_of(engine.key), tokens=77)
     return {**key, **{name: engine.key[name] for name in ("exporter_sha256", "libraries")}}

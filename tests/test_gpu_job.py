@@ -1,6 +1,6 @@
-"""``--require-gpu``: a GPU job in which no GPU test ran has failed, whatever else passed.
+"""``--require-gpu`` fails a job in which no GPU test ran, whatever else passed.
 
-Runs pytest on a folder of its own with our conftest.py and a torch that says whether CUDA is here.
+Runs pytest in its own folder with our conftest.py and a fake torch that has CUDA or not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: its rehearsal, and its runner on stages that hang, fail or lack."""
+"""`make gpu` without a GPU: rehearsal; runner on stages that hang, fail or lack a library."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_one_bad_stage_does_not_lose_the_others(
         "exit status 1: OSError: lost; until then dali 12.5 images/s",
     )
     assert found["finds"][0] == "ok"
-    assert str(ROOT) not in found["finds"][1]  # but through links, wherever it is installed
+    assert str(ROOT) not in found["finds"][1]  # imported through links, not from ROOT
     assert found["rows"] == ("ok", "dali 12.5 images/s")
     first, line = (tmp_path / "a-card" / "score.jsonl").read_text().splitlines()
     assert json.loads(first)["partial"]
@@ -146,7 +146,7 @@ def sleeper(name: str, program: str, limit_s: float = 60) -> Any:
 def test_the_quick_form_ends_in_time_whatever_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Deaths count: the last stage that hangs does so in what is left before them."""
+    """Time to kill counts: the second hanging stage gets only the time left before it."""
     monkeypatch.setitem(gpu.TOTAL_S, "quick", 12.0)
     for name, seconds in {"TRACEBACK_S": 1.5, "DEATH_S": 1.5, "REPORT_S": 1.0}.items():
         monkeypatch.setattr(gpu, name, seconds)
@@ -173,7 +173,7 @@ def test_the_quick_form_ends_in_time_whatever_hangs(
 def test_a_process_that_does_not_die_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a driver's call: neither signal arrives."""
+    """As in a driver call: no signal arrives."""
     monkeypatch.setattr(gpu, "TRACEBACK_S", 0.2)
     monkeypatch.setattr(gpu, "DEATH_S", 0.2)
     monkeypatch.setattr(gpu.os, "killpg", lambda *_: None)
@@ -206,7 +206,7 @@ def test_it_can_be_stopped(sent: signal.Signals, tmp_path: Path) -> None:
         ],
         stdout=subprocess.PIPE,
         text=True,
-        # A shell without job control ignores SIGINT for what it starts in the background.
+        # A shell without job control starts background processes with SIGINT ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         log = tmp_path / "tests-overlap.log"
@@ -222,7 +222,7 @@ def test_it_can_be_stopped(sent: signal.Signals, tmp_path: Path) -> None:
 
 
 def test_the_table_is_complete(tmp_path: Path) -> None:
-    """Every GPU test is in it, and the quick form ends in time whatever hangs."""
+    """Every GPU test is listed, and the quick form ends in time whatever hangs."""
     files = {
         f"tests/{path.name}"
         for path in Path(__file__).parent.glob("test_*.py")
@@ -244,7 +244,7 @@ def test_the_table_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["quick", "full"])
 def test_options_of_the_gpu_forms_are_known(tmp_path: Path, form: str) -> None:
-    """The rehearsal has others: here each benchmark reads those that it is given on a GPU."""
+    """The rehearsal's options differ, so each benchmark parses its GPU options here."""
     for stage in gpu.make_stages(form, None, tmp_path):
         program, *words = stage.words
         if stage.prints_row:

@@ -1,4 +1,4 @@
-"""Students of a coreset folder that learn its classes: those of `train --targets hard`."""
+"""Hard-target students of a coreset folder equal those of `train --targets hard`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Train = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str]) -> Train:
-    """Run `train student ...`; what cli_cases.Outcome tells, and under "told" what it said."""
+    """Run `train student ...`: its result or error; its stderr under "told"."""
     run = runner(capsys)
 
     def student(*arguments: str | Path) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def train(capsys: pytest.CaptureFixture[str]) -> Train:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/, model/, hard/: a run with hard targets, and soft/: rded's coreset with labels."""
+    """data/, model/, hard/ (a run with hard targets), soft/ (rded's coreset with labels)."""
     folder = tmp_path_factory.mktemp("given")
     write_shapes(folder / "data", train_per_class=5, val_per_class=2)
     write_small_model(folder)
@@ -75,7 +75,7 @@ def test_a_coreset_without_labels_gives_the_students_of_hard_targets(
     assert open_coreset(coreset).soft_labels() is None
     own = {
         "dace": ("--model", given / "model", "--backend", "eager"),
-        "t2i": ("--factor", "2"),  # its images are whole: the views of them are not
+        "t2i": ("--factor", "2"),  # whole images: the views' factor is not stored
     }
     options = ("--coreset", coreset, "--out", out, *RECIPE, *own.get(method, ()))
     result = train(*options, "--data", given / "data")
@@ -89,7 +89,7 @@ def test_a_coreset_without_labels_gives_the_students_of_hard_targets(
 def test_a_coreset_with_labels_may_be_learnt_without_them(
     train: Train, given: Path, tmp_path: Path
 ) -> None:
-    """The manifest holds the recipe; classes have no last epoch, and no pool of partners."""
+    """The recipe is the manifest's; without labels any epochs, batch and cutmix are allowed."""
     coreset, out = given / "soft" / "coreset", tmp_path / "out"
     seeds = ("--coreset", coreset, "--out", out, "--seeds", "2")
     train(*seeds, "--targets", "hard")

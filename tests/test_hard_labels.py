@@ -1,4 +1,4 @@
-"""Hard labels: cross-entropy on the classes, mixed by area; a run without a teacher's answers."""
+"""Hard labels: cross-entropy on classes mixed by area; students that need no teacher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLES = torch.tensor([3, 39, 17, 0, 21, 8, 30, 12])
 
 
 def loss_of(config: StudentConfig, epoch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of a made-up student, its loss [P], and the targets that it is expected to have."""
+    """Logits of a random student, its loss [P], and its targets."""
     views = torch.empty(len(SAMPLES), 3, 1, 1)
     labels = HardLabels(mosaics(), config).targets(SAMPLES, epoch, views).labels
     logits = torch.randn(len(SAMPLES), 10, generator=torch.manual_seed(2)).requires_grad_()
@@ -41,7 +41,7 @@ def test_without_cutmix_the_loss_is_cross_entropy() -> None:
 
 
 def test_with_cutmix_classes_are_mixed_by_the_area_that_is_seen() -> None:
-    """The shares are counted in views of flat colours, one per sample."""
+    """Each sample is one flat colour, so shares are counted in pixels."""
     config = replace(HARD, flip=False, crop_scale=(1.0, 1.0))
     mixed = 0
     for epoch in range(6):
@@ -73,7 +73,7 @@ Train = Callable[..., tuple[int, Any, str]]
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Train:
-    """Run `train ...` on generated images: its exit code, its result, and what it said."""
+    """Run `train ...` on generated images: exit code, result, stderr."""
     options = (
         *("--data", "shapes", "--shapes-per-class", "5", "--method", "rded", "random"),
         *("--recipe", "rded", "--factor", "1", "--image-size", "32", "--epochs", "2"),

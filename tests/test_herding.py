@@ -1,4 +1,4 @@
-"""Method herding: the choice is the greedy one, of the teacher's features, at any world size."""
+"""Method herding: the greedy choice on the teacher's features, at any world size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from student_cases import Sets, Silent, new_sets, untrained_teacher
 
 
 def directly(features_CD: np.ndarray, count: int) -> list[int]:
-    """Every mean that another image would give is computed, and the nearest taken."""
+    """Greedy by definition: try each further image, take the one with the nearest mean."""
     rows = features_CD.astype(np.float64)
     chosen: list[int] = []
     for _ in range(count):
@@ -58,7 +58,7 @@ def making(sets: Sets, teacher: Teacher, world: Any) -> Making:
 
 
 class Rank:
-    """A process of a world, as a thread."""
+    """A rank of a world, run as a thread."""
 
     def __init__(self, rank: int, met: list[Any], meeting: Barrier) -> None:
         self.rank, self.size, self.threads = rank, len(met), 1
@@ -76,7 +76,7 @@ class Rank:
 def test_every_rank_chooses_what_one_process_chooses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setitem(FORWARD_BATCH, "cpu", 7)  # of 40 images: six batches
+    monkeypatch.setitem(FORWARD_BATCH, "cpu", 7)  # 40 images: six batches
     sets, meeting = new_sets(tmp_path / "s"), Barrier(size, timeout=60)
     met: list[Any] = [None] * size
     ranks = [

@@ -1,4 +1,4 @@
-"""Image sets and their decoder: what is listed, what is refused, and that pixels are right."""
+"""Image sets and their decoder: listing, refusals, and correct pixels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RNG = np.random.default_rng(7)
 
 
 def picture(height: int, width: int) -> Image.Image:
-    """Random blocks of colour: edges to be resampled, and JPEG does little harm to them."""
+    """Random colour blocks: edges for resampling, and little loss in JPEG."""
     blocks = RNG.integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
     pixels = np.kron(blocks, np.ones((8, 8, 1), np.uint8))
     return Image.fromarray(pixels[:height, :width])
@@ -50,7 +50,7 @@ def rotated_exif(orientation: int) -> Image.Exif:
 
 
 def write_set(folder: Path, files: dict[str, bytes]) -> ImageSet:
-    """An ImageFolder of the files given as {"class/name": content}."""
+    """Write {"class/name": content} as an ImageFolder."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -67,7 +67,7 @@ def some_boxes(index_B: np.ndarray, heights_B, widths_B, epoch: int) -> np.ndarr
 
 
 def by_index(stream: CropStream) -> dict[int, CropBatch]:
-    """Every image's own row of its batch."""
+    """Each image's row of its batch, by index."""
     rows = {}
     for batch in stream:
         for b, index in enumerate(batch.index_B.tolist()):
@@ -90,7 +90,7 @@ def pillow_crops(path: Path, boxes_P4: torch.Tensor, size_px: int) -> np.ndarray
 
 @pytest.fixture(scope="module")
 def odd_set(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
-    """One file of every kind that real sets hold, in two classes."""
+    """One file of every kind found in real sets, in two classes."""
     colour, wide = picture(48, 48), picture(40, 72)
     files = {
         "a/grey.jpg": encoded(colour.convert("L")),
@@ -181,7 +181,7 @@ def test_different_classes_are_named(tmp_path: Path):
 
 
 def test_every_kind_of_file_is_decoded_as_pillow_does(odd_set: ImageSet):
-    """Decoded bits are Pillow's; the resampling differs from it by rounding only."""
+    """Decoded bits equal Pillow's; resampling differs by rounding only."""
     stream = stream_crops(odd_set, np.arange(len(odd_set)), some_boxes, crops=3, size_px=24)
     rows = by_index(stream)
     assert sorted(rows) == list(range(len(odd_set)))
@@ -226,7 +226,7 @@ def test_pixels_depend_on_neither_batch_threads_nor_order(
 
 
 def test_the_crop_graph_of_the_gpu_agrees(even_set: ImageSet, monkeypatch: pytest.MonkeyPatch):
-    """The graph that runs on a GPU, run by DALI's CPU operators, against the CPU path."""
+    """The GPU's graph, run by DALI's CPU operators, against the CPU path."""
     request = decode.CropRequest(
         boxes=lambda *sizes: some_boxes(*sizes, 0),
         crops=3,
@@ -268,7 +268,7 @@ def test_cuda_is_the_current_device(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.gpu
 def test_gpu_decoding(even_set: ImageSet):
-    """Close to the CPU's pixels; the same at any batch size."""
+    """Close to the CPU's pixels; equal at any batch size."""
     order = np.arange(len(even_set))
     cpu = by_index(stream_crops(even_set, order, some_boxes, crops=3, size_px=16))
     options = {"crops": 3, "size_px": 16, "device": "cuda"}
@@ -343,7 +343,7 @@ def test_damaged_files_are_skipped_and_nothing_else(tmp_path: Path, batch: int):
         damaged[name] = DAMAGE[kind](jpegs[name])
     images = write_set(tmp_path / "damaged", damaged)
     stream = stream_center(images, size_px=16, batch=batch, skip_corrupt=True)
-    for _ in range(2):  # A second pass starts anew.
+    for _ in range(2):  # a second pass starts over
         order = list(itertools.chain(*(result.index_B.tolist() for result in stream)))
         assert order == [n for n in range(20) if n not in (0, 3, 4, 19)]
         assert sorted(stream.skipped) == [0, 3, 4, 19]
@@ -395,7 +395,7 @@ def test_a_pass_may_be_left_early(even_set: ImageSet):
 
 
 def test_memory_is_flat(even_set: ImageSet):
-    """Resident memory after 1,000 images and after 5,000 differs by less than 16 MB."""
+    """Resident memory grows by less than 16 MB between image 1,000 and image 4,000."""
     resident = []
     order = np.resize(np.arange(len(even_set)), 5000)
     stream = stream_crops(even_set, order, some_boxes, crops=3, size_px=32, batch=50, threads=1)

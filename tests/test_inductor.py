@@ -1,4 +1,4 @@
-"""AOTInductor packages: torch's equal, for one batch, on the machine they were compiled for."""
+"""AOTInductor packages equal torch, for one batch, on the machine that compiled them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from small_networks import new_parts
     ("precision", "name"), [("fp32", "denoiser"), ("fp32", "decoder"), ("bf16", "denoiser")]
 )
 def test_a_package_equals_torch(tmp_path: Path, precision: Precision, name: str):
-    """With the weights as they were: those of the module may change afterwards."""
+    """A package holds its own weights: the module's are zeroed before it runs."""
     spec = EngineSpec(size_px=32, batch=4, images_per_prompt=2, precision=precision)
     graphs = make_graphs(new_parts(precision), spec, tokens=77)
     graph = next(graph for graph in graphs if graph.name == name)

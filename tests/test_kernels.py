@@ -1,6 +1,6 @@
-"""The operations' formulas, in their torch and numpy references, on the CPU.
+"""Formulas of the kernels: their torch and numpy references, on the CPU.
 
-The Triton kernels are held against these references in ``test_kernels_triton.py``.
+``test_kernels_triton.py`` compares the Triton kernels with these references.
 """
 
 import math
@@ -65,7 +65,7 @@ def test_nine_rounds_fail_the_known_answers(array):
 
 
 def test_draws_are_frozen():
-    """Their values are in every stored artefact."""
+    """Stored artefacts depend on these values."""
     assert {draw.name: draw.value for draw in Draw} == {
         "START": 0, "POSTERIOR": 1, "MIXUP_PARTNER": 2, "MIXUP_WEIGHT": 3, "SCORING_CROP": 4,
         "STUDENT_CROP": 5, "FLIP": 6, "CUTMIX": 7, "ORDER": 8, "PATCH_SHUFFLE": 9,
@@ -93,7 +93,7 @@ def test_torch_and_numpy_agree():
 
 
 def test_normals_follow_box_muller():
-    """Against float64 from the same words, and in the documented lane order."""
+    """Compare with float64 from the same words, in the documented lane order."""
     words = philox_reference(9, np.arange(1000), Draw.PRIOR, np.array([[4]]), 2)
     u0, u1, u2, u3 = (unit_numpy(word[0]).astype(np.float64) for word in words)
     radius, angle = np.sqrt(-2 * np.log(u0)), 2 * np.pi * u1
@@ -176,7 +176,7 @@ def test_start_state_without_mixup_is_image_plus_noise():
 
 
 def test_start_state_writes_either_layout():
-    """channels_last changes where the model input lies and no number; ``out`` brings its own."""
+    """channels_last changes the model input's strides, not its values; ``out`` sets its own."""
     bank, rows = torch.randn(6, 4, 3, 5), torch.tensor([5, 0, 2])
     whole = torch.zeros_like(rows), torch.full_like(rows, 6)
     settings = {"seed": 3, "epoch": 4, "sigma": 2.5, "mixup": True, "model_scale": 0.25}
@@ -197,7 +197,7 @@ def test_start_state_writes_either_layout():
 
 
 def test_mixup_stays_in_the_class_and_is_uniform():
-    """A bank whose latent is its row number, with no noise, shows partner and weight."""
+    """Without noise, a bank whose latents are row numbers reveals partner and weight."""
     batch, count = 4000, 7
     bank = torch.stack((torch.arange(30.0), torch.ones(30)), dim=1)[:, :, None, None]
     bank = torch.cat((bank, bank**2), dim=1)
@@ -249,7 +249,7 @@ def test_mixup_in_a_class_of_one_changes_nothing():
 
 
 def test_sampler_takes_the_steps_of_diffusers(monkeypatch):
-    """A whole schedule with SDXL-Turbo's settings and our noise in both."""
+    """A whole schedule of SDXL-Turbo, with our noise in both."""
     from diffusers.schedulers import scheduling_euler_ancestral_discrete as theirs
 
     scheduler = theirs.EulerAncestralDiscreteScheduler(
@@ -360,7 +360,7 @@ def test_student_input_is_torchvision(size_px):
 PASTED = [
     [0, 0, 24, 24], [3, 5, 7, 2], [-4, 20, 9, 30], [23, 23, 1, 1], [5, 5, 0, 9], [30, 0, 4, 4],
 ]  # fmt: skip
-"""(top, left, height, width) in 24 x 24 px: all, some, over two edges, a corner, none, none."""
+"""(top, left, height, width) in 24 x 24 px: all, inside, over two edges, corner, empty, outside."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

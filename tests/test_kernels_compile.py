@@ -1,8 +1,8 @@
-"""Every Triton kernel compiles for sm_80, sm_86 and sm_90 and spills nothing; no GPU needed.
+"""Every Triton kernel compiles for sm_80, sm_86 and sm_90 without spills; needs no GPU.
 
-Compilation runs in a process of its own, because ``TRITON_INTERPRET`` or a GPU driver would change
-what Triton does: this file is also that program (``python tests/test_kernels_compile.py 90``). Its
-cuobjdump, from Triton's wheel, reads registers, stack and shared memory out of the cubin.
+Compilation runs in its own process, because ``TRITON_INTERPRET`` or a GPU driver changes what
+Triton does: this file is also that program (``python tests/test_kernels_compile.py 90``).
+cuobjdump, from Triton's wheel, reads registers, stack and shared memory from the cubin.
 """
 
 import json
@@ -87,11 +87,11 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mosaic, half": (mosaic_kernel, {**MOSAIC, **HALF_PIXELS}),
 }
 ALIGNED = ("count", "numel", "pixels")
-"""Sizes that are multiples of 16 in use: the launcher tells Triton, and stores become vectors."""
+"""Sizes that are multiples of 16 in use: Triton then vectorises the stores."""
 
 
 def resources(kernel: Any, arguments: dict[str, Any], capability: int, **options: int) -> dict:
-    """Registers, stack and local bytes (a spill shows as stack), shared bytes of one kernel."""
+    """Compile one kernel; return its registers and its stack (spills), local and shared bytes."""
     signature = {
         name: arguments[name] if isinstance(arguments[name], str) else "constexpr"
         for name in kernel.arg_names
@@ -114,7 +114,7 @@ def resources(kernel: Any, arguments: dict[str, Any], capability: int, **options
 
 
 def compile_all(capability: int) -> None:
-    """Print {kernel: resources} as one JSON line, with a starved kernel as the negative control."""
+    """Print {kernel: resources} as one JSON line; a starved kernel is the negative control."""
     report = {
         name: resources(kernel, arguments, capability)
         for name, (kernel, arguments) in KERNELS.items()
@@ -124,7 +124,7 @@ def compile_all(capability: int) -> None:
 
 
 def check_no_spills(program: str, capability: int, cache: Path, names: Iterable[str]) -> None:
-    """Let a file's ``compile_all`` speak in a process of its own, and hold it to zero spills."""
+    """Run a file's ``compile_all`` in a new process; assert that nothing spills."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     process = subprocess.run(
         [sys.executable, program, str(capability)],

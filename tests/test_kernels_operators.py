@@ -1,7 +1,7 @@
-"""The operations as torch operators: what their fakes promise, and torch.compile's view of them.
+"""The kernels as torch operators: their fake implementations, and torch.compile.
 
-``fullgraph=True`` raises at a graph break, so a compiled case proves that Dynamo sees through the
-checks of the public function as well.
+``fullgraph=True`` raises at a graph break, so a compiled case proves that Dynamo also traces the
+public function's checks.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def _operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     images, *named = _views()
     ours = images.requires_grad_(), *named
     patches = torch.randint(0, 256, (2, 5, 5, 3), dtype=torch.uint8)
-    state, eps = state.clone(), eps.clone()  # not views: the checker would test those as well
+    state, eps = state.clone(), eps.clone()  # not views: opcheck would test those too
     start = (*outs, bank, *_whole_bank(), -5, 1, 2.5, True, 0.25, torch.tensor([0.0, 0.4, 1.0]))
     step = (*outs, state.clone(), eps, SAMPLES, 2.0, 1.0, 0.5, 0.3, -5, 2, 1)
     return {
@@ -98,7 +98,7 @@ def _operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 @pytest.mark.parametrize("name", _operators())
 def test_operators_keep_their_promises(name: str) -> None:
-    """Schema, fake, autograd registration, and the traced backward, by torch's own checker."""
+    """opcheck tests the schema, fake, autograd registration and traced backward."""
     operator, arguments = _operators()[name]
     torch.library.opcheck(operator, arguments)
 
@@ -107,7 +107,7 @@ Data = tuple[torch.Tensor, ...]
 
 
 def _samples(epoch: int, bank: torch.Tensor, *named: torch.Tensor) -> Data:
-    """Noise, start and steps; the step in place too."""
+    """Noise, start states and both steps, the table step in place."""
     rows, table = named[:4], named[4:]
     sigmas = {"sigma": 2.0, "sigma_down": 1.0, "sigma_up": 0.5, "next_scale": 0.3}
     names = {"seed": SEED, "epoch": epoch}
@@ -138,7 +138,7 @@ def test_compile_sees_one_graph(run: Callable[..., Data], backend: str) -> None:
     data = of_samples if run is _samples else (*_views(), *_mosaic())
     torch.compiler.reset()
     compiled = torch.compile(run, fullgraph=True, backend=backend)
-    for number in (0, 3, 4):  # the second number recompiles, with a symbol in its place
+    for number in (0, 3, 4):  # the second number recompiles with a symbolic int
         for actual, expected in zip(compiled(number, *data), run(number, *data), strict=True):
             assert torch.equal(actual, expected)
             assert actual.stride() == expected.stride()
@@ -164,7 +164,7 @@ def test_compile_sees_the_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("result", [0, 1])
 def test_a_step_passes_gradients_to_state_and_eps(result: int, dtype: torch.dtype) -> None:
-    """Of either result alone: the other's gradient is then absent."""
+    """Backward from one result alone: the other's gradient is None."""
     state, eps = _latents()
     weights, tolerance = torch.randn(3, 4, 3, 5), 1e-6 if dtype == torch.float32 else 2e-3
     sigmas = {"sigma": 2.0, "sigma_down": 0.5, "sigma_up": 0.5, "next_scale": 0.3}

@@ -1,7 +1,7 @@
-"""Are the numbers of ``kernels/noise.py`` normal and unrelated? Over 10^7 of them, on the CPU.
+"""10^7 numbers of ``kernels/noise.py`` are normal and uncorrelated, on the CPU.
 
-Every bound is five standard errors, or p < 0.001, of a fixed seed: nothing here is up to chance. A
-Philox cut to two rounds must fail the same checks.
+Every bound is five standard errors, or p < 0.001, at a fixed seed, so no result is random. A Philox
+cut to two rounds must fail the same checks.
 """
 
 import math
@@ -21,9 +21,9 @@ def _normals(*, seed: int = 5, draw: int = 100, first: int = 0, epoch: int = 6) 
 
 
 def _neighbours(axis: str, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers and those one step away: in a sample by element, else by another part of the name.
+    """Numbers and their neighbours: some elements away in a sample, or one step along `axis`.
 
-    Lanes of a Philox counter are 1 (cos, sin), 2 and 3 elements apart, counters 4.
+    Lanes of a Philox counter are 1 (cos, sin), 2 and 3 elements apart; counters are 4 apart.
     """
     lags = {"element": 1, "pair": 2, "lane": 3, "group": 4}
     if axis in lags:
@@ -33,7 +33,7 @@ def _neighbours(axis: str, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def _correlations(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
-    """Of the numbers and of their squares, in standard errors."""
+    """Correlations of the numbers and of their squares, in standard errors."""
     root = math.sqrt(first.numel())
     plain = (first * second).mean().item() * root
     squares = ((first**2 - 1) * (second**2 - 1)).mean().item() / 2 * root
@@ -41,7 +41,7 @@ def _correlations(first: torch.Tensor, second: torch.Tensor) -> tuple[float, flo
 
 
 def _moments(values: torch.Tensor) -> list[float]:
-    """The first four, each as standard errors from the normal's."""
+    """Deviations of the first four moments from the normal's, in standard errors."""
     moments, root, power = [], math.sqrt(values.numel()), torch.ones((), dtype=torch.float64)
     for moment, variance in ((0, 1), (1, 2), (0, 15), (3, 96)):
         power = power * values.double()
@@ -82,7 +82,7 @@ def test_neighbours_in_every_part_of_the_name_are_uncorrelated(
 
 
 def test_two_rounds_of_philox_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks can see bad noise: of two rounds, samples or elements are related."""
+    """The checks detect bad noise: elements of a sample are correlated, or moments wrong."""
     monkeypatch.setattr(noise, "philox_reference", partial(philox_reference, rounds=2))
     weak = _normals(draw=Draw.START, epoch=0)
     worst = [max(map(abs, _correlations(*_neighbours(axis, weak)))) for axis in NEIGHBOURS[:4]]

@@ -1,9 +1,9 @@
 """The Triton kernels against their references: in Triton's interpreter, and on a GPU if any.
 
-Each case calls the public launchers on a device and compares with the reference on the CPU.
-Uninitialised memory is filled with NaN (255 in uint8) first, so that a number that was not written
-shows. The interpreter is chosen before ``import triton``, so the cases run in a process of their
-own: this file is also that program (``TRITON_INTERPRET=1 python tests/test_kernels_triton.py``).
+Each case calls the public launchers on a device and compares with the reference on the CPU. Fresh
+memory is filled with NaN (255 in uint8), so that unwritten numbers show. The interpreter is chosen
+before ``import triton``, so the cases run in their own process: this file is also that program
+(``TRITON_INTERPRET=1 python tests/test_kernels_triton.py``).
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ def draws(count: int, *shape: int) -> torch.Tensor:
 
 @triton.jit
 def words_kernel(words_ptr, units_ptr, name_ptr, ROUNDS: tl.constexpr):
-    """The four Philox words, and their u, of the counter and key in name_ptr[0:6]."""
+    """Store the four Philox words, and their uniforms, of the counter and key in name_ptr[0:6]."""
     c0 = tl.load(name_ptr + tl.arange(0, 1))
     c1, c2, c3 = tl.load(name_ptr + 1), tl.load(name_ptr + 2), tl.load(name_ptr + 3)
     key_0, key_1 = tl.load(name_ptr + 4), tl.load(name_ptr + 5)
@@ -72,13 +72,13 @@ def words_kernel(words_ptr, units_ptr, name_ptr, ROUNDS: tl.constexpr):
 
 @triton.jit
 def units_kernel(units_ptr, words_ptr, COUNT: tl.constexpr):
-    """u of given words."""
+    """Store the uniforms of given words."""
     lane = tl.arange(0, COUNT)
     tl.store(units_ptr + lane, unit_of(tl.load(words_ptr + lane).to(tl.uint32)))
 
 
 def check_known_answers(device: str, rounds: int) -> None:
-    """Random123's vectors for Philox 4x32-10, through the device code, with ``rounds`` rounds."""
+    """Check ``rounds`` rounds on the device against Random123's vectors for Philox 4x32-10."""
     known = [
         ("00000000 00000000 00000000 00000000 00000000 00000000",
          "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -104,7 +104,6 @@ def philox_known_answers(device: str) -> None:
 
 @case
 def nine_rounds_fail_the_known_answers(device: str) -> None:
-    """A deliberately wrong kernel must not pass."""
     with pytest.raises(AssertionError):
         check_known_answers(device, 9)
 
@@ -179,7 +178,7 @@ def start_states(device: str) -> None:
 
 @case
 def mixup_weights_are_the_reference_bit_for_bit(device: str) -> None:
-    """Of a bank of 1 and 0, the class of row 0 being row 1, and no noise: the state is gamma."""
+    """With bank (1, 0), where row 1 is row 0's class, and no noise, the state is gamma."""
     bank = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1)
     samples = torch.cat((SAMPLES, torch.arange(100, 160)))
     zeros = torch.zeros_like(samples)
@@ -219,7 +218,7 @@ def euler_steps(device: str) -> None:
 
 
 def schedule() -> tuple[torch.Tensor, list[dict[str, float]]]:
-    """Three steps, the last without noise: as a table on the CPU and as scalars."""
+    """Three steps, the last without noise, as a CPU table and as scalars."""
     columns = [14.6, 3.1, 0.7], [2.2, 0.3, 0.0], [2.184, 0.632, 0.0], [0.307, 0.819, 1.0]
     names = ("sigma", "sigma_down", "sigma_up", "next_scale")
     rows = zip(*columns, strict=True)
@@ -248,7 +247,7 @@ def table_steps_are_the_scalar_steps_bit_for_bit(device: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("whole", [True, False], ids=["all steps", "one step"])
 def test_one_graph_steps_through_a_schedule_at_any_epoch(whole: bool) -> None:
-    """Captured once, with all steps or with one that is replayed; no network: eps = input / 3."""
+    """One capture, of all steps or of one to replay; eps = input / 3 replaces a network."""
     table, scalars = schedule()
     start = draws(5, 4, 16, 16).cuda()
     samples, steps = SAMPLES.cuda(), torch.arange(len(scalars), device="cuda")
@@ -265,7 +264,7 @@ def test_one_graph_steps_through_a_schedule_at_any_epoch(whole: bool) -> None:
             advance(number)
         step.add_(1)
 
-    capture()  # compiles the kernel, which a capture must not
+    capture()  # compiles the kernel, which a capture cannot
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         capture()
@@ -310,7 +309,7 @@ def student_inputs(device: str) -> None:
         close(actual, expected, rtol=0.0, atol=1e-3)
         half = student_input(ours[0].half(), *ours[1:], size, *moments, dtype=torch.float16)
         close(half, expected, rtol=1e-3, atol=1e-2)
-        # Pasted: all, some, over two edges, none; to the bit what the partner's view shows.
+        # Boxes: all, inside, over two edges, empty. Pasted pixels equal the partner's bit for bit.
         boxes_4 = torch.tensor([[0, 0, 24, 24], [2, 3, 4, 2], [-4, 5, 9, 30], [5, 5, 0, 9]])
         partners = torch.tensor([3, 0, 1, 2])
         inside = torch.zeros(4, 1, size, size, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Guards codec pca's basis: what it keeps, what it leaves out, and that its codes are stable."""
+"""Codec pca's basis: the variance it keeps, its error, and codes that no batch size changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from patchbloom.engine.labels.basis import (
 
 
 def answers(count: int, classes: int, rank: int, seed: int = 0, scale: float = 5.0) -> torch.Tensor:
-    """fp16 logits [count, classes] that vary along `rank` directions, ever less, around a mean."""
+    """fp16 logits [count, classes]: a mean plus `rank` directions of decreasing variance."""
     draw = torch.Generator().manual_seed(seed)
     weights = scale * torch.randn(count, rank, generator=draw) / torch.arange(1, rank + 1)
     directions = torch.linalg.qr(torch.randn(classes, rank, generator=draw)).Q.T
@@ -40,7 +40,7 @@ def centred(logits: torch.Tensor) -> torch.Tensor:
 def test_all_components_give_an_answer_back(
     classes: int, scale: float, offset: float, seed: int
 ) -> None:
-    """But for a number added to all of its logits, and half a step in each component."""
+    """Up to a constant added to all logits, and half a quantisation step per component."""
     logits = answers(50, classes, classes - 1, seed, scale) + offset
     basis = fit_basis(logits, classes - 1)
     codes = encode_in_basis(logits, basis)

@@ -1,4 +1,4 @@
-"""Guards soft labels: however they come and are kept, the student is the same and none is lost."""
+"""Soft labels: recorded, resumed or stored, they train the same student, and none is lost."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from student_cases import (
 
 EVERY = torch.arange(40)
 KEPT = 3
-"""Of the ten classes: probabilities, or components."""
+"""Probabilities or components kept per answer, of ten classes."""
 BYTES = {"dense": 4 * 40 * 10 * 2, "topk": 4 * 40 * KEPT * 4, "pca": 4 * 40 * KEPT + 4 * 10 * 4}
 
 
@@ -73,13 +73,13 @@ def source(sets: Sets) -> UpsampledPatches:
 
 @pytest.fixture(scope="module")
 def teacher(sets: Sets) -> Teacher:
-    """Peaked, as trained ones are: three of ten classes leave 4 % of an answer out on average."""
+    """Peaked like a trained one: three of ten classes miss 4 % of an answer on average."""
     return untrained_teacher(sets, sharpness=2000.0)
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Students that were trained while their labels were made, and where those are stored."""
+    """Students trained while their labels were recorded, and the coreset that stores these."""
 
     config: StudentConfig
     codec: CodecName
@@ -142,7 +142,7 @@ def equal(one: SoftLabels, other: SoftLabels) -> bool:
 def record(
     recorded: Recorded, source: UpsampledPatches, teacher: Teacher, path: Path, report=None
 ) -> RecordedLabels:
-    """Labels of the same views, made without students."""
+    """Record labels of the same views, without students."""
     report, config = report or Silent(), recorded.config
     labels = RecordedLabels(
         teacher, source, config, path, report, codec=codec_of(recorded.codec, KEPT)
@@ -176,7 +176,7 @@ def test_online_labels_give_the_students_of_dense_ones_and_nearly_those_of_other
     pairs = list(zip(recorded.results, online, strict=True))
     assert all(same(one, other) for one, other in pairs) == (recorded.codec == "dense")
     for one, other in pairs:
-        # Top-3 leaves 4 % of the mass out, 3 of 9 components what varies least.
+        # Top-3 drops 4 % of the mass; 3 of 9 components drop the least variance.
         rel = 0.1 if recorded.codec == "pca" else 0.05
         assert one.losses == pytest.approx(other.losses, rel=rel)
 
@@ -204,7 +204,7 @@ def test_topk_answers_and_gradients_are_within_the_stated_bound(scale: float, k:
         gradients.append(leaf_NK.grad.double())
     moved_N = (gradients[0] - gradients[1]).abs().sum(1)
     assert bool((moved_N <= bound_N / temperature + 1e-6).all())
-    assert scale < 1 or float((moved_N * temperature / bound_N).max()) > 0.1  # no idle bound
+    assert scale < 1 or float((moved_N * temperature / bound_N).max()) > 0.1  # bound is not loose
 
 
 def test_online_targets_are_the_teachers_answers(teacher) -> None:
@@ -224,7 +224,7 @@ def test_labels_can_be_made_without_students(
 
 
 class Counted(UpsampledPatches):
-    """Tells in `rendered` which epochs were asked for."""
+    """Logs the rendered epochs in `rendered`."""
 
     rendered: list[int] = []  # noqa: RUF012
 
@@ -270,7 +270,7 @@ def test_a_killed_training_resumes_with_the_labels_it_had(
 
 @pytest.mark.parametrize("codec", ["topk", "pca"])
 def test_answers_survive_a_kill_9(source, teacher, tmp_path: Path, codec: CodecName) -> None:
-    """Of two pools one is answered and one half copied when the process ends."""
+    """One pool is stored and one answer half written when the process dies."""
 
     class Ready:
         sha256, class_ids = teacher.sha256, teacher.class_ids
@@ -293,12 +293,12 @@ def test_answers_survive_a_kill_9(source, teacher, tmp_path: Path, codec: CodecN
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     labels = recording()
     assert labels.have([EVERY[:16]], 1)[0]
-    assert not labels.have([EVERY[20:21]], 1)[0]  # probabilities without their classes, some codes
+    assert not labels.have([EVERY[20:21]], 1)[0]  # classes (topk) or some codes (pca) are missing
     assert not any(labels.have([EVERY[n : n + 1]], e)[0] for n in range(16) for e in (0, 2, 3))
 
 
 def test_a_basis_is_fitted_once_and_survives_a_kill_9(source, teacher, tmp_path: Path) -> None:
-    """The codes of a recording that goes on are in the basis of those that are there."""
+    """A resumed recording keeps the basis of the codes that it holds."""
     path = tmp_path / "labels.partial"
     child = os.fork()
     if child == 0:
@@ -311,7 +311,7 @@ def test_a_basis_is_fitted_once_and_survives_a_kill_9(source, teacher, tmp_path:
     assert path.read_bytes() == begun
     path.write_bytes(begun[:100] + np.float32(np.nan).tobytes() + begun[104:])
     RecordedLabels(teacher, counted(source), CONFIG, path, Silent(), codec=Pca(KEPT))
-    assert Counted.rendered == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # 96 answers, 40 an epoch, 16 a pool
+    assert Counted.rendered == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # 96 answers: 3 epochs, 3 pools each
     assert path.read_bytes() == begun
 
 
@@ -391,7 +391,7 @@ def test_a_label_file_is_what_safetensors_writes(codec: CodecName, tmp_path: Pat
 
 
 def test_recorded_labels_are_stored_without_a_copy_in_memory(tmp_path: Path) -> None:
-    """64 MiB through a process that may not allocate 16."""
+    """64 MB of labels, in a process that may allocate only 16 MiB."""
     layout = LabelLayout(codec=Dense(), epochs=32, samples=100_000, classes=10)
     fill_with_missing(tmp_path / "recording", layout)
     recording = MappedParts(tmp_path / "recording", layout, recording=True)
@@ -426,7 +426,7 @@ def test_the_next_pool_is_read_ahead(recorded: Recorded, source, monkeypatch) ->
     stored.read_ahead(3, EVERY)
 
 
-@pytest.mark.parametrize("classes", [3, 700, 5000])  # rows in a page, in one or two, in several
+@pytest.mark.parametrize("classes", [3, 700, 5000])  # many rows a page; 1-2 pages a row; several
 def test_reading_ahead_covers_the_rows_and_little_else(tmp_path: Path, classes: int) -> None:
     layout = LabelLayout(codec=Dense(), epochs=2, samples=500, classes=classes)
     write_label_file(tmp_path / "l", layout, lambda _: [np.zeros((500, classes), np.float16)])

@@ -1,4 +1,4 @@
-"""Guards the house: import direction, no `__init__.py`, and a `--help` that loads no torch."""
+"""Import direction, no `__init__.py`, and a `--help` that loads no torch."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_what_goes_left_is_no_breach(tmp_path: Path, file: str, text: str) -> No
 
 
 def run_counting_imports(command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command; the last line of its stdout names the heavy modules that it imported."""
+    """Run a command; its last line of stdout lists the heavy modules that it imported."""
     program, *arguments = command.split()
     script = (
         "import sys\n"

@@ -1,6 +1,6 @@
-"""Guards ExpandedLoader: views and labels of the coreset, in any loop, resumable, and no threads.
+"""ExpandedLoader: the coreset's views and labels, in any loop, resumable, leaving no threads.
 
-A pool of this coreset holds 16 of its 42 samples: batches of 12 reach over its ends.
+A pool holds 16 of the 42 samples, so batches of 12 span pools.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from patchbloom.train.teacher.teacher import Teacher
 from torch.nn.functional import cross_entropy
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-IDS = tuple("abcdefghijklmnopqrstu")  # 21: the fewest classes of which top-10 labels are kept
+IDS = tuple("abcdefghijklmnopqrstu")  # 21: the fewest classes that allow top-10 labels
 SAMPLES, EPOCHS, BATCH = 42, 3, 12
 CONFIG = StudentConfig(
     network="convnet-d3-w8",
@@ -187,7 +187,7 @@ def test_leaving_early_and_closing_leave_no_thread(loader) -> None:
         assert _producers()
         break
     assert not _producers()
-    _epoch(loader)  # the next epoch is on its way
+    _epoch(loader)  # the next epoch is already being rendered
     assert _producers()
     begun = iter(loader)
     next(begun)
@@ -201,7 +201,7 @@ def test_leaving_early_and_closing_leave_no_thread(loader) -> None:
 
 
 def test_a_loader_that_nobody_closes_lets_the_program_end(coreset) -> None:
-    """The next epoch is being rendered, or waits in its slots."""
+    """At exit the next epoch is being rendered, or waits in its slots."""
     code = (
         "import sys\n"
         "from patchbloom.train.loader import ExpandedLoader\n"
@@ -225,7 +225,7 @@ def test_an_error_of_the_producer_comes_with_its_traceback(loader, monkeypatch) 
     got: list[tuple[torch.Tensor, ...]] = []
     with pytest.raises(OSError, match="the disk is gone") as error:
         got.extend(loader)
-    assert len(got) == 2  # 24 of the 32 samples before it: the others wait for a full batch
+    assert len(got) == 2  # 24 of the 32 samples before it; 8 wait for a full batch
     assert "damaged" in [frame.name for frame in traceback.extract_tb(error.value.__traceback__)]
     assert not _producers()
     monkeypatch.undo()
@@ -250,7 +250,7 @@ def test_rendering_is_ahead_by_so_many_pools_and_no_more(coreset, monkeypatch, a
             time.sleep(0.01)
         time.sleep(0.1)
         assert len(rendered) == 1 + ahead
-        for _ in range(3):  # the rest of the first pool, and the second, of two batches each
+        for _ in range(3):  # the rest of the first pool, and the second: two batches each
             next(begun)
         time.sleep(0.1)
         assert len(rendered) <= 2 + ahead
@@ -276,7 +276,7 @@ def test_labels_of_a_teacher_and_of_other_kinds(coreset, teacher) -> None:
         ((again, asked),) = _epoch(loader)
         assert torch.equal(images, again)
         assert torch.equal(probabilities, asked)
-        loader.set_epoch(1000)  # a teacher answers in any
+        loader.set_epoch(1000)  # a teacher answers in any epoch
         next(iter(loader))
     with ExpandedLoader(coreset, **options, labels="logits") as loader:
         ((_, logits),) = _epoch(loader)
@@ -377,7 +377,7 @@ def test_the_readmes_example_trains(coreset, tmp_path: Path, monkeypatch) -> Non
 
 
 def test_a_lightning_trainer_fits_from_it(loader, tmp_path: Path) -> None:
-    import pytorch_lightning as lightning  # seconds
+    import pytorch_lightning as lightning  # takes seconds
 
     class Student(lightning.LightningModule):
         def __init__(self) -> None:

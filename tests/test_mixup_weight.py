@@ -1,4 +1,4 @@
-"""The mixup weight that a user asks for: what it may be, and that the drawn numbers follow it."""
+"""--mixup-weight: the accepted values, and the distribution of the drawn weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DRAWS = 200_000
 
 
 def drawn(weight: str) -> torch.Tensor:
-    """Gammas, ascending: a patch of ones mixed with the zeros that are its class, without noise."""
+    """Gammas, ascending: a latent of one mixed with the zero that is its class, without noise."""
     samples = torch.arange(DRAWS)
     zeros, ones = torch.zeros_like(samples), torch.ones_like(samples)
     state, _ = start_state(
@@ -45,7 +45,7 @@ def test_closed_forms_and_symmetry_hold() -> None:
         assert np.all(np.diff(quantiles) >= 0)
         np.testing.assert_allclose(quantiles, 1 - quantiles[::-1], rtol=0, atol=1e-15)
         left, right = quantiles[:-1] - 0.5, quantiles[1:] - 0.5
-        variance = np.mean(left**2 + left * right + right**2) / 3  # of straight lines between
+        variance = np.mean(left**2 + left * right + right**2) / 3  # linear between knots
         assert variance * 4 * (2 * a + 1) == pytest.approx(1, abs=1e-4)
 
 
@@ -67,7 +67,7 @@ def test_drawn_weights_follow_torchs_beta() -> None:
     torch.manual_seed(1)
     ours, a = drawn("beta:0.2"), torch.tensor(0.2, dtype=torch.float64)
     theirs = torch.distributions.Beta(a, a).sample((DRAWS,)).sort().values
-    # The lower half: of the upper, fp32 rounds one in thirty to 1.
+    # Only the lower half: in the upper, fp32 rounds one in thirty to 1.
     low, others = ours[ours < 0.5], theirs[theirs < 0.5]
     below = torch.searchsorted(others, low).double() / len(others)
     assert distance(low, below) < 1.95 * math.sqrt(2)

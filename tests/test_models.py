@@ -1,4 +1,4 @@
-"""Models by name and folder: what is refused, and SDXL-Turbo's download from a hub that fails."""
+"""Models by name and folder: refusals, and the download of SDXL-Turbo from a failing hub."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ UNET_BYTES, CUT_BYTES = 24_000_000, 15_000_000  # huggingface_hub keeps whole ch
 
 
 class Hub(ThreadingHTTPServer):
-    """A hub with both repositories, filled with small files; the UNet's transfer can be cut.
+    """A fake hub with both repositories; it can cut the UNet's transfer.
 
-    `listed` has what it says of a file in place of the truth.
+    `listed` overrides the listing's entry of a file.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Hub(ThreadingHTTPServer):
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """The few answers of the hub's API that a download asks for."""
+    """The part of the hub's API that a download uses."""
 
     server: Hub
     protocol_version = "HTTP/1.1"
@@ -250,7 +250,7 @@ def test_a_cache_that_lacks_a_file_is_not_complete(tmp_path: Path, missing: str)
         path.touch()
     assert hub._is_complete(tmp_path, hub.MODEL_FILES)
     weights = tmp_path / "unet/diffusion_pytorch_model.fp16.safetensors"
-    if missing == "dangling":  # what is left of a file whose sha256 was wrong
+    if missing == "dangling":  # left by a file with a wrong sha256
         weights.unlink()
         weights.symlink_to(tmp_path / "blob")
     else:

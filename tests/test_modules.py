@@ -1,4 +1,4 @@
-"""Export modules against diffusers' networks: equal at any width, cheaper at full size."""
+"""Export modules equal diffusers' networks at any width, and cost less at full size."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def small_parts(folder: Path) -> ModelParts:
 
 
 def configuration(part: str) -> dict[str, Any]:
-    """SDXL-Turbo's own."""
+    """Config of a part of SDXL-Turbo."""
     config = json.loads((TURBO_CONFIGURATION / part / "config.json").read_text())
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def predictions(unet: Any, prompts: int, images: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise of prompts × images by the stock UNet, by ours, and by ours with prompts swapped."""
+    """Noise for prompts × images: the stock UNet's, ours, and ours with swapped prompts."""
     config, generator = unet.config, torch.Generator().manual_seed(1)
     pooled_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     text = torch.randn(prompts, 77, config.cross_attention_dim, generator=generator)
@@ -58,7 +58,7 @@ def predictions(unet: Any, prompts: int, images: int) -> tuple[Tensor, Tensor, T
 @torch.no_grad()
 @pytest.mark.parametrize(("prompts", "images"), [(3, 2), (1, 3), (35, 2)])
 def test_the_grouped_denoiser_is_the_stock_unet(tmp_path: Path, prompts: int, images: int):
-    """35 × 2 images are past the batch of 64 at which diffusers' upsampler takes another way."""
+    """35 × 2 images exceed the batch of 64 at which diffusers' upsampler branches."""
     stock, ours, swapped = predictions(small_parts(tmp_path).unet, prompts, images)
     torch.testing.assert_close(ours, stock, rtol=TOLERANCE, atol=TOLERANCE)
     assert prompts == 1 or float((swapped - ours).abs().max()) > 1e-3
@@ -66,7 +66,7 @@ def test_the_grouped_denoiser_is_the_stock_unet(tmp_path: Path, prompts: int, im
 
 @torch.no_grad()
 def test_the_denoiser_is_the_stock_unet_at_sdxls_widths():
-    """First and last width of SDXL-Turbo, its heads and text; one layer where it has up to ten."""
+    """SDXL-Turbo's first and last width, heads and text; one layer where it has up to ten."""
     thin = {
         "block_out_channels": (320, 1280),
         "attention_head_dim": (5, 20),
@@ -112,7 +112,7 @@ def test_the_upsampler_is_the_stock_one():
 
 @torch.no_grad()
 def test_full_size_parameters_shapes_and_flops():
-    """SDXL-Turbo's own configuration at 224 px, on the meta device: no weights, no arithmetic."""
+    """SDXL-Turbo's configuration at 224 px, on the meta device: no weights, no arithmetic."""
     parts = load_parts(find_model("sdxl-turbo", weights="random"), precision="fp16", device="meta")
     unet, batch, prompts = parts.unet, 4, 2
     assert sum(p.numel() for p in unet.parameters()) / 1e9 == pytest.approx(2.567, abs=5e-4)
@@ -130,7 +130,7 @@ def test_full_size_parameters_shapes_and_flops():
     of_unet = sum(p.nbytes for p in projector.parameters()) / sum(
         p.nbytes for p in unet.parameters()
     )
-    assert of_unet == pytest.approx(0.13, abs=0.005)  # what stays where not all K and V are kept
+    assert of_unet == pytest.approx(0.13, abs=0.005)  # stays loaded unless all K and V are kept
     added, keys_values = projector(
         torch.empty(prompts, 77, 2048, **half),
         torch.empty(prompts, 1280, **half),

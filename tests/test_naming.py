@@ -1,4 +1,4 @@
-"""What a manifest says of a model gives back the settings that it was written of."""
+"""A manifest's entry for a model restores the settings that it was written from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_manifest_gives_back_the_settings(name: str) -> None:
     named = describe_model(MODEL, config, "a {name}", {})
     read = expand_config(named, **ROLES)  # type: ignore[arg-type]
     assert describe_source(MODEL, read) == describe_source(MODEL, config)
-    spelled = {"mixup_weight", "conditioning_px", "vae_precision"}  # in one way, or filled in
+    spelled = {"mixup_weight", "conditioning_px", "vae_precision"}  # normalised or filled in
     for field in {each.name for each in fields(ExpandConfig)} - spelled:
         assert getattr(read, field) == getattr(config, field), field
 

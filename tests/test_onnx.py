@@ -1,4 +1,4 @@
-"""ONNX graphs: what was specified, of either opset, in fp16, over a range of batches."""
+"""ONNX graphs: as specified, in either opset, in fp16, over a range of batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def operators(path: Path) -> set[str]:
 def test_either_opset_runs_and_equals_torch(
     parts: ModelParts, tmp_path: Path, name: str, opset: Any
 ):
-    """export_onnx itself runs onnx.checker, and compares names, shapes, types and opset."""
+    """export_onnx itself runs onnx.checker and checks names, shapes, types and opset."""
     graph = graphs_of(parts, batch=4, images_per_prompt=2)[name]
     path = tmp_path / "graph.onnx"
     export_onnx(graph, path, opset=opset, native_group_norm=False)
@@ -64,7 +64,7 @@ def test_half_precision_weights_stay_so(tmp_path: Path):
 
 @pytest.mark.parametrize(("n", "least"), [(2, 2), (1, 3)])
 def test_a_range_of_batches(parts: ModelParts, tmp_path: Path, n: int, least: int):
-    """From the smallest batch to 70: past the 64 images at which diffusers' upsampler branches."""
+    """From the smallest batch to 70, past the 64 images at which diffusers' upsampler branches."""
     batches = {"images_per_prompt": n, "batch": 70}
     ranged = graphs_of(parts, **batches, min_batch=least)
     for name, graph in ranged.items():

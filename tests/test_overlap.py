@@ -1,4 +1,4 @@
-"""Guards the ring: order, bounds, errors and ends, with and without overlap; and CUDA's events."""
+"""The ring: order, bounds, errors and shutdown, with and without overlap; CUDA events."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_items_come_in_order_each_in_a_slot_that_nobody_else_has(overlap, slots)
     with Ring([[] for _ in range(slots)], write, range(20), device=CPU, overlap=overlap) as ring:
         while taken := ring.take():
             assert 1 <= len(taken) <= slots
-            time.sleep(0.001)  # the producer may run, and must not touch these
+            time.sleep(0.001)  # the producer may run but must not touch these
             assert all(slot == [item] for item, slot in taken)
             seen += [item for item, _ in taken]
     assert seen == list(range(20))
@@ -54,7 +54,7 @@ def test_the_producer_works_while_the_consumer_does() -> None:
     met = threading.Barrier(2, timeout=20)
     with Ring([0, 1], lambda _, item: item and met.wait(), range(2), device=CPU) as ring:
         assert [item for item, _ in ring.take()] == [0]
-        met.wait()  # only a producer that fills item 1 meanwhile comes here too
+        met.wait()  # passes only while the producer fills item 1
         assert [item for item, _ in ring.take()] == [1]
         assert not ring.take()
 
@@ -117,7 +117,7 @@ def test_an_interrupted_consumer_does_not_wait(overlap: bool) -> None:
         if not overlap:
             return True
         if asked.is_set():
-            release.set()  # only after the consumer has asked: it did not wait for the slot
+            release.set()  # only once the consumer polls: it did not wait for the slot
             return True
         return False
 
@@ -160,7 +160,7 @@ def test_a_ring_without_slots_is_refused() -> None:
 @pytest.mark.gpu
 @both
 def test_streams_wait_for_each_other_on_a_gpu(overlap: bool) -> None:
-    """Long kernels on both sides: without the events either would see the other's old numbers."""
+    """Long kernels on both sides: without events each would read the other's stale numbers."""
     device = torch.device("cuda")
     weights = torch.randn(2048, 2048, device=device)
 

@@ -1,4 +1,4 @@
-"""Guards what is shipped: sdist and wheel hold the package and its data, and nothing else."""
+"""sdist and wheel: the files they hold, and that an installed wheel runs from any folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def _package_files() -> set[str]:
-    """What a wheel must hold: every module, and every data file beside one."""
+    """Files that a wheel must hold: every module, and every data file beside one."""
     return {
         f"patchbloom/{path.relative_to(ROOT).as_posix()}"
         for room in ROOMS
@@ -95,7 +95,7 @@ def test_an_installed_wheel_finds_its_data_from_another_folder(
 def test_a_fresh_installation_runs_the_demo(
     built: tuple[Path, Path], tmp_path: Path, kind: str
 ) -> None:
-    """Non-editable, in an environment of its own, from another directory."""
+    """Non-editable, in a new environment, from another directory."""
     package = built[0] if kind == "sdist" else built[1]
     _run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
@@ -110,8 +110,8 @@ def test_a_fresh_installation_runs_the_demo(
 
 
 def _demo_command() -> list[str]:
-    """The command of `make demo`, with the folder `out`."""
-    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # set where this runs under `make test`
+    """The command of `make demo`, with `out` as its folder."""
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # set under `make test`
     environment = {name: value for name, value in os.environ.items() if name not in outer}
     dry_run = ("make", "--dry-run", "--always-make", "DEMO_OUT=out", "demo")
     printed = _run(*dry_run, cwd=ROOT, env=environment)

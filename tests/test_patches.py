@@ -1,4 +1,4 @@
-"""Crop boxes, scores and the choice of patches, each against a slow and obvious version."""
+"""Crop boxes, scores and patch selection, each against a slow and obvious version."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
-    """36 images of random colour blocks, 24 to 57 px, in three classes; no two alike."""
+    """36 distinct images of random colour blocks, 24 to 57 px wide, in three classes."""
     folder, rng = tmp_path_factory.mktemp("set"), np.random.default_rng(3)
     for label in range(CLASSES):
         (folder / f"c{label}").mkdir()
@@ -51,7 +51,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
 
 @pytest.fixture(scope="module")
 def teacher() -> Callable[[torch.Tensor], torch.Tensor]:
-    """A fixed random linear net on the canvas."""
+    """Fixed random linear network on the canvas."""
     weights = torch.randn(SIZE_PX * SIZE_PX * 3, CLASSES, generator=torch.manual_seed(1)) / 500
     return lambda canvas_NHWC: canvas_NHWC.flatten(1).float() @ weights
 
@@ -63,7 +63,7 @@ def select(images: ImageSet, teacher, **options) -> PatchSelection:
 
 
 def select_together(ranks: int, images: ImageSet, teacher, **options) -> list[PatchSelection]:
-    """What each of `ranks` peers chooses; they are threads of this process."""
+    """Selections of `ranks` peers, which are threads of this process."""
     values: list[Any] = [None] * ranks
     meeting = Barrier(ranks, timeout=60)
 
@@ -98,7 +98,7 @@ def tensors(selection: PatchSelection) -> dict[str, torch.Tensor]:
 
 
 def slow_box(u_T4: np.ndarray, height: int, width: int, scale, ratio) -> tuple[int, ...]:
-    """torchvision's RandomResizedCrop.get_params, its random numbers replaced by ours."""
+    """torchvision's RandomResizedCrop.get_params with our random numbers."""
     for area_u, ratio_u, top_u, left_u in u_T4.astype(float).tolist():
         target = height * width * (scale[0] + (scale[1] - scale[0]) * area_u)
         low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -157,7 +157,7 @@ def test_boxes_have_the_distribution_of_torchvision():
     )
     crops = RandomResizedCrops(crops=1, seed=0, draw=Draw.STUDENT_CROP)
     boxes = crops(np.arange(n), np.full(n, height), np.full(n, width), 0)[:, 0]
-    # Four standard errors of a difference of two means of n.
+    # Four standard errors of the difference of two means of n.
     bound = 4 * expected.std(axis=0) * math.sqrt(2 / n)
     assert (np.abs(boxes.mean(axis=0) - expected.mean(axis=0)) < bound).all()
     assert boxes.std(axis=0) == pytest.approx(expected.std(axis=0), rel=0.1)
@@ -232,7 +232,7 @@ def test_the_teacher_sees_patches_enlarged(images: ImageSet):
     assert (seen[0].float() - expected).abs().max() <= 0.51  # rounded
 
 
-# The choice
+# Selection
 
 
 def test_best_patches_are_the_lowest_of_a_stream():
@@ -291,7 +291,7 @@ def test_the_choice_does_not_depend_on_batch_or_threads(images: ImageSet, teache
     reference = tensors(select(images, asked))
     for options in ({"batch": 1}, {"batch": 64, "threads": 3}, {"batch": 5, "threads": 1}):
         for name, tensor in tensors(select(images, asked, **options)).items():
-            if name == "losses_N":  # a matrix product of another shape may round otherwise
+            if name == "losses_N":  # a matrix product of another shape may round differently
                 assert tensor == pytest.approx(reference[name], rel=1e-4, nan_ok=True)
             else:
                 assert torch.equal(tensor, reference[name]), name
@@ -303,7 +303,7 @@ def test_the_choice_does_not_depend_on_batch_or_threads(images: ImageSet, teache
 def test_peers_choose_what_one_process_chooses(images: ImageSet, teacher, scored: bool):
     asked, options = teacher if scored else None, {"batch": 4, "per_class": 8}
     reference = tensors(select(images, asked, **options))
-    for size in (2, 3, 10):  # of 9 batches, or 6: some of ten peers have none
+    for size in (2, 3, 10):  # 9 batches, or 6: some of ten peers get none
         for chosen in select_together(size, images, asked, **options):
             for name, tensor in tensors(chosen).items():
                 assert tensor.equal(reference[name]) or (not scored and tensor.isnan().all()), name

@@ -1,4 +1,4 @@
-"""`train prior`: its folder opens as SDXL, its maths is the sampler's, and a stop loses nothing."""
+"""`train prior`: its folder opens as SDXL, its maths is the sampler's, a stop loses nothing."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_card_says_what_a_teacher_recognises(trained: Path, tmp_path: Path) 
 
     teacher = Teacher(SumOfRed(), architecture="red", class_ids=["disc", "ring"], size_px=32)
     shutil.copytree(trained, tmp_path / "model")
-    training = _training(tmp_path / "model")  # which is finished: nothing is trained
+    training = _training(tmp_path / "model")  # already finished: nothing is trained
     training.pixels_NHWC[:7, ..., 0], training.pixels_NHWC[7:, ..., 0] = 250, 240
     training.run(data="noise", command="train prior", teacher=teacher)
     assert _weights(tmp_path / "model") == _weights(trained)
@@ -138,7 +138,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 
 
 def _without_gradient(loss: torch.Tensor) -> torch.Tensor:
-    """Itself, with a gradient that is NaN."""
+    """The same loss with a NaN gradient."""
     return loss + (loss * 0).sqrt()
 
 
@@ -201,7 +201,7 @@ def test_a_gpu_trains_it(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*Disabling autocast")
 def test_every_loss_stays_on_the_device_of_its_bank(tmp_path: Path) -> None:
-    """Tensors without data that say they are a GPU's: one left on the CPU is refused."""
+    """Fake CUDA tensors without data: one left on the CPU raises."""
     parts = new_parts(32, tmp_path, unet_channels=(16, 32, 64), vae_channels=(8, 16, 32))
     steps = prior_phases.sampled_steps(parts.scheduler, 5)
     fake = FakeTensorMode()
@@ -234,7 +234,7 @@ def test_every_loss_stays_on_the_device_of_its_bank(tmp_path: Path) -> None:
 
 
 def test_sampled_steps_are_the_schedulers_own() -> None:
-    """One Euler-ancestral step of diffusers with a known epsilon lands on our sigma_down."""
+    """Every Euler-ancestral step of diffusers with a known epsilon lands on our sigma_down."""
     scheduler = EulerAncestralDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,

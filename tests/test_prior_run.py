@@ -1,4 +1,4 @@
-"""`train prior`'s folder: what may be gone on with or replaced, and a kill at any call."""
+"""`train prior`'s folder: what may be resumed or replaced, and a kill at any call."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from PIL import Image
 
 
 class BegunError(Exception):
-    """The training itself, which no test here is about."""
+    """Raised in place of the training, which no test here runs."""
 
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainPrior:
-    """Of three images in two classes; its training ends as soon as it begins."""
+    """Command on three images in two classes; its training ends as soon as it begins."""
 
     def begin(training: Any, **_: Any) -> None:
         raise BegunError
@@ -57,7 +57,7 @@ def _refused(command: TrainPrior, kind: type[ValueError], **changes: Any) -> str
 
 
 def _write_model(folder: Path, text: str) -> None:
-    """All files that a model needs to open, each with `text` in it."""
+    """Write the files of a model, each containing `text`."""
     stems = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model")
     stems |= dict.fromkeys(("text_encoder", "text_encoder_2"), "model")
     names = [
@@ -131,7 +131,7 @@ def test_a_class_without_an_image_that_opens_is_refused_before_training(
     error = _refused(command, InputError, skip_corrupt=True)
     assert f"{only.parent}: not one image in it can be decoded: add images or remove" in error
     shutil.copy(tmp_path / "data" / "disc" / "a.png", only.parent / "b.png")
-    _begin(command, skip_corrupt=True)  # nothing was left behind that is in its way
+    _begin(command, skip_corrupt=True)  # the refusal left nothing in the way
 
 
 @pytest.mark.parametrize(
@@ -148,11 +148,11 @@ def test_what_would_fail_late_is_refused_early(name: str, value: Any) -> None:
 
 
 class KilledError(Exception):
-    """In place of a call that would have removed or moved something."""
+    """Raised instead of a call that removes or moves something."""
 
 
 def _move_killed_at(last: int, built: Path, out: Path) -> bool:
-    """Whether a move_model that may make only `last` - 1 such calls needed more."""
+    """Kill move_model at the `last`-th such call; return False when it makes fewer."""
     calls = 0
 
     def counted(real: Callable) -> Callable:

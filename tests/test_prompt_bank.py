@@ -1,4 +1,4 @@
-"""The bank of prompts: the same bits with any room, at any order, in two threads; few are held."""
+"""The prompt bank: same bits at any capacity, in any order, from two threads; few prompts kept."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 @dataclass
 class Banks:
-    """Banks of the same prompts."""
+    """Opens banks of the same prompts."""
 
     parts: ModelParts
     text: TextEmbeddings
@@ -65,13 +65,13 @@ on_every_device = pytest.mark.parametrize(
 
 
 def asked_at_random(calls: int) -> list[np.ndarray]:
-    """Calls of 8 groups, with repeats within and between them."""
+    """Calls for 8 prompts, with repeats within and between calls."""
     rng = np.random.default_rng(0)
     return [rng.choice(rng.permutation(PROMPTS)[:7], 8) for _ in range(calls)]
 
 
 def count_projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the size of every group of prompts that is projected."""
+    """A list that logs the size of every projected group of prompts."""
     projected: list[int] = []
     project = PromptProjector.forward
 
@@ -98,7 +98,7 @@ def test_the_same_bits_with_any_room(banks: Banks, monkeypatch: pytest.MonkeyPat
             expected = whole.of(classes_G)
             for found, right in zip(few.of(classes_G), expected, strict=True):
                 assert torch.equal(found, right)
-        assert len(projected) - before > PROMPTS / GROUP  # prompts were dropped, and came again
+        assert len(projected) - before > PROMPTS / GROUP  # prompts were dropped and projected again
     assert set(projected) == {GROUP}
     added_GD, kv_GP = whole.of(np.arange(PROMPTS))
     assert len(added_GD.unique(dim=0)) == len(kv_GP.unique(dim=0)) == PROMPTS
@@ -106,7 +106,7 @@ def test_the_same_bits_with_any_room(banks: Banks, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("banks", [("cpu", "fp32")], indirect=True)
 def test_a_cycle_finds_the_share_that_fits(banks: Banks):
-    """Least recently used would find none of them."""
+    """Least recently used would find none."""
     bank, found, seen = banks.open(30), 0, []
     for _ in range(5):
         for each in range(PROMPTS):
@@ -183,7 +183,7 @@ def test_budgets(banks: Banks, capsys: pytest.CaptureFixture[str]):
 
 
 def test_prompts_are_encoded_in_chunks(model: ModelSource, monkeypatch: pytest.MonkeyPatch):
-    """Whatever their number, an encoder sees few of them at a time, and is gone afterwards."""
+    """An encoder sees at most CHUNK of them at a time."""
     load, seen = prompts_module.load_text_encoder, []
 
     def load_watched(*given: Any, **options: Any) -> tuple[Any, Any]:
@@ -205,7 +205,7 @@ def test_prompts_are_encoded_in_chunks(model: ModelSource, monkeypatch: pytest.M
 def test_a_coreset_of_two_thousand_classes(
     model: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Written, opened, expanded with room for 64 prompts: the images of room for all of them."""
+    """With room for 64 prompts, it expands to the same images as with room for all."""
     classes, room = 2000, 64
     ids = [f"c{index:05}" for index in range(classes)]
     write_coreset(
@@ -253,5 +253,5 @@ def test_a_coreset_of_two_thousand_classes(
     projected.clear()
     few, found = images(room * row_bytes)
     assert few.kept_bytes <= (room + 1) * row_bytes
-    assert len(projected) == len(samples) / GROUP  # what was asked for, and no other prompt
+    assert len(projected) == len(samples) / GROUP  # only the requested prompts
     assert torch.equal(found, expected)

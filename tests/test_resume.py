@@ -1,4 +1,4 @@
-"""kill -9 in every stage, then --resume: the result is that of a run that nobody stopped."""
+"""kill -9 in every stage, then --resume: the result is that of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 def reference(
     start: Start, given: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What an uninterrupted run leaves."""
+    """Outcome of an uninterrupted run."""
     out = tmp_path_factory.mktemp("reference") / "run"
     finish(start(*given, *OPTIONS, "--out", out))
     return outcome(out)
@@ -108,7 +108,7 @@ def test_signals_end_with_a_checkpoint_and_their_code(
 def test_killed_at_random_instants_and_resumed(
     start: Start, given: tuple[str, ...], reference: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Fifty runs, each killed once, anywhere between its first and its last moment."""
+    """Fifty runs, each killed once, anywhere between start and end."""
     began = time.monotonic()
     finish(start(*given, *OPTIONS, "--out", tmp_path / "timed"))
     whole_s, instants = time.monotonic() - began, random.Random(0)
@@ -171,7 +171,7 @@ def test_seconds_are_those_of_all_sessions_that_could_write(tmp_path: Path) -> N
 
 
 def test_a_report_is_made_again_of_more_students_and_other_stages_refuse(tmp_path: Path) -> None:
-    """A finished run may be resumed with the ceiling that was left out at first."""
+    """So a finished run may be resumed with the ceiling that it lacked at first."""
     with Report() as record:
         for number in (1, 2, 2):
             with RunFolder(tmp_path, record) as run:

@@ -1,4 +1,4 @@
-"""How cost grows: scoring holds no image, and bench_scale's arithmetic and rows."""
+"""Growth of cost: scoring keeps no image in memory; bench_scale's arithmetic and rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def write_photos(folder: Path, count: int, side_px: int) -> Path:
-    """Smooth noise, so that a file is some 5 KB and its pixels forty times as much."""
+    """Write smooth noise: a file is some 5 KB, and its pixels forty times as much."""
     rng = np.random.default_rng(0)
     for number in range(count):
         path = folder / "train" / "ab"[number % 2] / f"{number}.jpg"
@@ -34,7 +34,7 @@ def write_photos(folder: Path, count: int, side_px: int) -> Path:
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
-    """Scoring of so many images, in a process of its own."""
+    """Scores a number of images in a new process."""
     data = write_photos(tmp_path_factory.mktemp("photos"), 300, 256)
     asked = {
         "data": str(data),
@@ -61,7 +61,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str
 
 @pytest.mark.slow
 def test_scoring_holds_no_image(scored):
-    """2100 more are 413 MB of pixels and 129 MB of crops; peaks of equal runs lie within 50 MB."""
+    """2100 more are 413 MB of pixels and 129 MB of crops; peaks of equal runs differ by < 50 MB."""
     few, many = scored(300), scored(2400)
     assert (few["listings"], many["listings"]) == (1, 8)
     assert abs(many["peak_bytes"] - few["peak_bytes"]) < 80e6
@@ -73,7 +73,7 @@ def rows_of(printed: str) -> dict[str, dict[str, Any]]:
 
 
 def test_bench_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Two parts in children."""
+    """Two parts, in child processes."""
     options = bench_scale.Options(
         parts=("coreset", "scoring"),
         data=write_photos(tmp_path / "photos", 12, 40),
@@ -116,7 +116,7 @@ def scored_points(*peaks: float) -> list[dict[str, float]]:
         {
             "images": 1000 * n,
             "items": 1000 * n,
-            "rounds_s": [9.0 + 200.0 * n] * 3,  # of which 9 to start
+            "rounds_s": [9.0 + 200.0 * n] * 3,  # 9 of them to start
             "peak_bytes": peak,
             "peak_gpu_bytes": 0,
         }
@@ -161,7 +161,7 @@ def test_ranks_are_asked_for_what_their_row_says(monkeypatch: pytest.MonkeyPatch
 def test_a_failed_part_loses_no_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Not the parts before and after it, and not the points before its failure."""
+    """Keeps the parts before and after it, and the points before its failure."""
     expanded = {"batch": 1, "images_per_s": {"p50": 5.0}, "evals": 4, "peak_bytes": 1}
 
     def points(_: Any, part: str, __: str) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The scoreboard: its cells, a board that is killed and goes on, and the page made of rows."""
+"""The scoreboard: its cells, a killed board that resumes, and the page made from rows."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_cells_are_shared_and_say_what_they_are(data: Path) -> None:
     assert lines["ablation", "IPC 1", "rho 0.4"].cell.words[-3:] == ("--rho", "0.4", "--no-mixup")
     assert lines["ablation", "IPC 1", "text only"].cell.words[-2:] == ("--start", "noise")
     assert board.size(lines["patches", "rded", "r = 1 (32 px)"].cell).samples == 10
-    assert board.left_out() == (3, 4)  # 32 px are no multiple of 3; a class has 5 images
+    assert board.left_out() == (3, 4)  # 32 px is no multiple of 3; a class has 5 images
 
     elsewhere = lines["students", "dace", "alexnet"].cell
     assert elsewhere.base == dace.cell
@@ -158,7 +158,7 @@ def test_rows_of_other_teachers_or_images_are_refused(data: Path, tmp_path: Path
         return scoreboard.read_rows(board, cells)
 
     assert read().keys() == {base.name, other.name}
-    assert read(data=None, content_sha256=None)  # a row of before does not tell
+    assert read(data=None, content_sha256=None)  # older rows lack these
     for changes, told in (
         ({"teacher": {"sha256": "others"}}, f"the teacher's weights of cell {base.name} .weights"),
         ({"data": {"validation_sha256": "x"}}, "the validation images of what is given now"),
@@ -193,7 +193,7 @@ def test_rows_of_a_model_that_was_trained_again_are_refused(data: Path, tmp_path
     with pytest.raises(ValueError, match=told):
         scoreboard.check_alike(board, cells, rows)
     shutil.rmtree(prior)
-    scoreboard.check_alike(board, cells, rows)  # the folder is needed by cells, not by rows
+    scoreboard.check_alike(board, cells, rows)  # cells need the folder, rows do not
     rows[first.name] = {"model": {**made, "sha256": "other"}}
     with pytest.raises(ValueError, match=f"the weights of --model of cell {first.name} .other"):
         scoreboard.check_alike(board, cells, rows)
@@ -245,7 +245,7 @@ def test_a_killed_board_goes_on(
         board = board_of(data, out, record=False, json=True, **{**given, **changes})
         return scoreboard.main(board.options, DOPED)
 
-    assert go_on(ipc=(1, 99)) == 1  # the cells of 99 images per class fail, and the other is done
+    assert go_on(ipc=(1, 99)) == 1  # cells of 99 images per class fail; the other is done
     board = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(board["failed"]) == ["random-ipc99-ceiling", "upsample-ipc99"]
     assert "has 5 training images" in board["failed"]["upsample-ipc99"]

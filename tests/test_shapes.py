@@ -1,4 +1,4 @@
-"""The generated set: the same pictures everywhere, learnable, written whole or not at all."""
+"""The generated set: reproducible images, plausible outlines, idempotent writing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_an_image_is_a_function_of_its_name() -> None:
 
 
 def test_the_outlines_are_where_they_should_be() -> None:
-    """Signed distances are negative inside: each object covers a plausible part of its square."""
+    """Signed distances are negative inside: each object covers a plausible share of its square."""
     axis = ((np.arange(64) + 0.5) / 32 - 1).astype(np.float32)
     u, v = np.meshgrid(axis, axis)
     covered = {name: float((f(u, v, 0.0) < 0).mean()) for name, f in shapes.OUTLINES.items()}

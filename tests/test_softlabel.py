@@ -1,6 +1,6 @@
-"""The soft-label loss on the CPU: its formula against torch in fp64, its gradient, its refusals.
+"""The soft-label loss on the CPU: formula and gradient against torch in fp64, and refusals.
 
-The Triton kernels are held against the same references in ``test_softlabel_triton.py``.
+``test_softlabel_triton.py`` compares the Triton kernels with the same references.
 """
 
 import pytest
@@ -16,7 +16,7 @@ SIZES = ((1, 0), (2, 0), (2, 1), (5, 2), (1000, 10), (1001, 499), (21841, 64))
 
 
 def exact_targets(case: Given) -> torch.Tensor:
-    """fp64 [B, K], built from the definition, one picture and one class at a time where coded."""
+    """fp64 [B, K] from the definition; coded labels go one image and one class at a time."""
     rows = []
     classes = case.student.shape[1]
     for row in range(len(case.labels)):
@@ -79,7 +79,7 @@ def test_half_logits_get_a_half_gradient(dtype, kept) -> None:
 
 
 def test_the_mean_is_the_students_loss() -> None:
-    """Student._step: kl_div(log_softmax(logits / T), softmax(teacher / T)), batchmean, no T^2."""
+    """kl_div(log_softmax(logits / T), softmax(teacher / T)), batchmean, no T^2."""
     case = given(1000, 0, 20.0, False)
     logits = case.student.clone().requires_grad_()
     scores = log_softmax(logits / 20.0, dim=1)
@@ -172,7 +172,7 @@ def test_torch_compile_sees_through(kept, mixed) -> None:
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("kept", [0, 3])
 def test_the_registration_holds_to_torchs_rules(kept, mixed) -> None:
-    """Schema, fake implementation, autograd and AOT dispatch, by torch's own checks."""
+    """opcheck tests schema, fake implementation, autograd and AOT dispatch."""
     case = given(11, kept, 4.0, mixed)
     names = (case.labels, case.classes, case.rows, case.weight, 4.0)
     student = case.student.clone().requires_grad_()

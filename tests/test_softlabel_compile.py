@@ -1,6 +1,6 @@
-"""The soft-label kernels compile for sm_80, sm_86 and sm_90 and spill nothing; no GPU needed.
+"""The soft-label kernels compile for sm_80, sm_86 and sm_90 without spills; needs no GPU.
 
-As test_kernels_compile.py, and with its `resources`: this file is also the program that compiles
+Like test_kernels_compile.py, whose `resources` it uses, this file is also the program that compiles
 (``python tests/test_softlabel_compile.py 90``).
 """
 
@@ -49,7 +49,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def compile_all(capability: int) -> None:
-    """Print {kernel: resources} as one JSON line, with a starved kernel as the negative control."""
+    """Print {kernel: resources} as one JSON line; a starved kernel is the negative control."""
     report, starved = {}, {}
     for name, (kernel, arguments) in kernels().items():
         given = {key: value for key, value in arguments.items() if key != "num_warps"}

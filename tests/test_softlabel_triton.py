@@ -1,8 +1,8 @@
 """The soft-label kernels against their references: in Triton's interpreter, and on a GPU if any.
 
-As test_kernels_triton.py: each case runs the public operation and its backward pass on a device, on
-poisoned memory, and compares with the reference on the CPU. This file is also the program that the
-interpreter runs (``TRITON_INTERPRET=1 python tests/test_softlabel_triton.py``).
+Like test_kernels_triton.py: each case runs the public operation and its backward pass on a device,
+on poisoned memory, and compares with the reference on the CPU. This file is also the program that
+the interpreter runs (``TRITON_INTERPRET=1 python tests/test_softlabel_triton.py``).
 """
 
 from dataclasses import replace
@@ -27,9 +27,9 @@ def case(function: Case) -> Case:
 
 
 def check(device: str, case: Given, dtype: torch.dtype = torch.float32) -> None:
-    """Loss and gradient of the kernels and of the reference, on the same (rounded) logits.
+    """Compare loss and gradient of kernels and reference, on the same (rounded) logits.
 
-    The bounds are relative to the largest entry: a target near the student leaves differences.
+    The gradient's bound is relative to its largest entry: near the target, entries cancel.
     """
     student = case.student.to(dtype)
     target = case.target()
@@ -123,7 +123,7 @@ def large_logits(device: str) -> None:
 
 @case
 def equal_logits_cost_nothing(device: str) -> None:
-    """A student that equals the teacher, but for an offset that softmax does not see."""
+    """The student equals the teacher up to an offset, which softmax ignores."""
     labels = given(1001, 0, 0.5, False).labels
     student = (labels.float() + 8192.0).to(device).requires_grad_()
     loss = softlabel(student, labels.to(device), temperature=0.5)
@@ -135,7 +135,7 @@ def equal_logits_cost_nothing(device: str) -> None:
 
 @case
 def gradients_of_a_sum(device: str) -> None:
-    """sum() hands an expanded gradient, one number of stride 0, to the kernel."""
+    """sum() passes the kernel an expanded gradient: one number with stride 0."""
     for kept in (0, 10):
         case = given(1001, kept, 4.0, True)
         ours = case.student.to(device, copy=True).requires_grad_()
@@ -196,7 +196,7 @@ def test_bf16_logits_on_the_gpu(kept: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kept", [0, 12])
 def test_no_dense_target_is_ever_on_the_gpu(kept: int) -> None:
-    """Forward and backward allocate the gradient and, beside it, less than a tenth of [B, K]."""
+    """Forward and backward allocate the gradient and less than a tenth of [B, K] more."""
     case = given(21841, kept, 4.0, True).to("cuda")
     assert case.rows is not None
     assert case.weight is not None

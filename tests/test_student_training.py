@@ -1,4 +1,4 @@
-"""Guards the loop: overlapped, interrupted, without disk or memory, in half: what it promises."""
+"""The training loop: overlap, signals, a full disk, too little memory, half precision."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CLASS_IDS = tuple("abcdefghij")
 
 
 class Told:
-    """A Report that remembers, and calls `at_epoch` when an epoch is told."""
+    """A Report that keeps lines and scalars, and calls `at_epoch` on progress."""
 
     def __init__(self, at_epoch: Callable[[int], None] = lambda _: None) -> None:
         self.lines: list[str] = []
@@ -92,7 +92,7 @@ def largest_difference(one: list[StudentResult], other: list[StudentResult]) -> 
 
 @pytest.fixture(scope="module")
 def whole(source, labels, tmp_path_factory: pytest.TempPathFactory) -> list[StudentResult]:
-    """Trained in one go, overlapped."""
+    """Students trained without interruption, overlapped."""
     return train(source, labels, tmp_path_factory.mktemp("whole"))
 
 
@@ -119,7 +119,7 @@ def test_an_epoch_tells_its_loss_rate_and_wait(source, labels, tmp_path: Path) -
 def test_a_signal_stops_within_a_batch_and_loses_none(
     whole, source, labels, tmp_path: Path, monkeypatch, number: int, raised: type
 ) -> None:
-    """The signal comes in the middle of a pool, from a student's own step."""
+    """The signal arrives in the middle of a pool, in a student's step."""
     steps, learn = [], student_module.Student._learn
 
     def counted(self, *given):
@@ -201,7 +201,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
 
 
 def test_a_split_batch_has_the_gradient_of_the_whole(whole, source, labels, tmp_path) -> None:
-    """To rounding, for a net without BatchNorm; AdamW makes steps of what is 1e-7 in a gradient."""
+    """Up to rounding, without BatchNorm; AdamW turns 1e-7 in a gradient into whole steps."""
     split = train(source, labels, tmp_path, replace(CONFIG, accumulate=3))
     assert 0 < largest_difference(whole, split) < 2e-3
     for one, other in zip(whole, split, strict=True):
@@ -280,7 +280,7 @@ def test_a_loss_of_nan_leaves_the_checkpoint_before(
         return loss(self, model, slot, rows_B) * (math.nan if len(calls) > 24 else 1.0)
 
     monkeypatch.setattr(student_module.Student, "_loss", ends_in_nan)
-    monkeypatch.setattr(lockstep, "CHECKPOINT_S", 0.0)  # one at every pool
+    monkeypatch.setattr(lockstep, "CHECKPOINT_S", 0.0)  # checkpoint at every pool
     with pytest.raises(ValueError, match="loss is nan in epoch 2: give a lower --learning-rate"):
         train(source, labels, tmp_path, config)
     for path in Checkpoints(tmp_path, "student", 2).paths():

@@ -1,4 +1,4 @@
-"""Guards the students: what they see and are told; that neither time nor company matters."""
+"""Students: their views and rates; neither threads, other students nor a kill changes them."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_groups_of_a_class_stay_together_and_are_new_at_every_epoch() -> None:
         pairs_G2 = order_N.view(-1, 2)
         assert torch.equal(LABELS_N[pairs_G2[:, 0]], LABELS_N[pairs_G2[:, 1]])
         pairs |= {tuple(sorted(pair)) for pair in pairs_G2.tolist()}
-    assert len(pairs) == 10 * 6  # of 4 samples of a class, every two meet
+    assert len(pairs) == 10 * 6  # every two of a class's 4 samples meet
 
 
 def test_pools_go_on_from_any_of_them() -> None:
@@ -112,7 +112,7 @@ def test_pools_go_on_from_any_of_them() -> None:
 
 @pytest.mark.parametrize(("classes", "each"), [(10, 4), (10, 200), (1000, 200)])
 def test_a_pool_is_rendered_without_waste(classes: int, each: int) -> None:
-    """The last engine batch of a pool may be padded, and no other."""
+    """Only the last engine batch of a pool may be padded."""
     student = RECIPES["dace"].student_for(ipc=50, factor=2, classes=classes)
     labels_N = np.repeat(np.arange(classes), each)
     batch = fitting_batch(len(labels_N)) if classes * each == 40 else LARGE_ENGINE_BATCH
@@ -154,7 +154,7 @@ def test_half_of_the_views_are_mirrored_and_nothing_else() -> None:
 
 def test_cutmix_pastes_one_box_of_a_partner_of_the_pool() -> None:
     count, size_px = 256, 32
-    values = torch.linspace(-1, 1, count)  # every image is one colour: who shows where is visible
+    values = torch.linspace(-1, 1, count)  # one colour per image shows what is pasted where
     images = values[:, None, None, None].expand(count, 3, size_px, size_px).contiguous()
     views = make_views(images, torch.arange(count), 0, CONFIG, AS_IT_IS)
     shares = []
@@ -272,7 +272,7 @@ def test_an_image_does_not_depend_on_what_else_is_rendered(sets, source, method:
 
 @pytest.fixture(scope="module")
 def online(sets, source, teacher, tmp_path_factory):
-    """Students that nobody stopped, each beside another, in as many threads as there are."""
+    """Uninterrupted students, trained side by side with the default number of threads."""
     folder, labels = tmp_path_factory.mktemp("online"), OnlineLabels(teacher, CONFIG.temperature)
     return labels, train(source, labels, sets, folder), folder
 
@@ -350,7 +350,7 @@ def test_dropout_is_resumed_too(sets, source, teacher, tmp_path: Path) -> None:
     whole = train(source, labels, sets, tmp_path / "whole", config)
     with pytest.raises(KeyboardInterrupt):
         train(source, labels, sets, tmp_path / "killed", config, report=Silent(2))
-    torch.rand(7)  # the default generator is somewhere else after a restart
+    torch.rand(7)  # after a restart the default generator has another state
     resumed = train(source, labels, sets, tmp_path / "killed", config)
     assert all(same(one, two) for one, two in zip(whole, resumed, strict=True))
 

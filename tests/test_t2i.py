@@ -1,4 +1,4 @@
-"""Method t2i: prompts by class id, images that are generated once, their variants, their number."""
+"""Method t2i: prompts by class id, images generated once, their variants and their number."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Train = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Options that name data and a model of random weights, both of 32 px."""
+    """Options with data and a model of random weights, both of 32 px."""
     return write_inputs(tmp_path_factory.mktemp("given"))
 
 
@@ -67,14 +67,14 @@ def train(capsys: pytest.CaptureFixture[str], given: tuple[str, ...]) -> Train:
 
 @pytest.fixture(scope="module")
 def whole(given: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of t2i: one generated image per class, four variants of it, two epochs."""
+    """A finished run: one generated image per class, four variants of it, two epochs."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert cli.main([*given, *SHORT, *PDA, "--out", str(out)]) == 0
     return out
 
 
 def pngs(coreset: Coreset) -> dict[str, str]:
-    """{patch: hash of its bytes}."""
+    """{patch: sha256}."""
     files = coreset.manifest["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".png")}
 
@@ -153,7 +153,7 @@ def test_variants_have_the_published_frequencies_and_ranges() -> None:
 
 
 def test_a_variant_is_what_the_formulas_say() -> None:
-    """Each part alone, on an image whose sides differ, against pixel-by-pixel arithmetic."""
+    """Each part alone, on an image that is not square, against arithmetic per pixel."""
     image_HWC = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
 
     def varied(**changed: Any) -> np.ndarray:
@@ -174,7 +174,7 @@ def test_a_variant_is_what_the_formulas_say() -> None:
 
 
 def _sampled(image_HWC: np.ndarray, y: int, x: int, angle: float) -> np.ndarray:
-    """Bilinear, about the centre; indices outside are reflected at the outermost pixels."""
+    """Pixel of the image rotated about its centre: bilinear, reflected at the outermost pixels."""
     last = np.array(image_HWC.shape[:2]) - 1
     dy, dx = (y, x) - last / 2
     down = math.cos(angle) * dy - math.sin(angle) * dx
@@ -189,7 +189,7 @@ def _sampled(image_HWC: np.ndarray, y: int, x: int, angle: float) -> np.ndarray:
 
 
 def source(images: int, variants: int, shown: int, size_px: int = 10) -> StoredImages:
-    """Two classes of `images` different images, `shown` samples of each in an epoch."""
+    """Two classes of `images` different images, with `shown` samples per class and epoch."""
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (2 * images, size_px, size_px, 3), generator=generator)
     return StoredImages(
@@ -209,7 +209,7 @@ def source(images: int, variants: int, shown: int, size_px: int = 10) -> StoredI
 def test_generated_times_augmented_is_shown_evenly(
     images: int, variants: int, shown: int, epochs: int
 ) -> None:
-    """Over the epochs in which it comes out even, of 1 + variants showings one is the image."""
+    """One of 1 + variants showings is the image itself, over as many epochs as make this even."""
     shows = source(images, variants, shown)
     assert shows.samples == len(shows.labels_N) == 2 * shown
     originals = [i.numpy().tobytes() for i in shows.images_NHWC]
@@ -227,7 +227,7 @@ def test_generated_times_augmented_is_shown_evenly(
     each = epochs * shown // (images * (1 + variants))
     assert each * images * (1 + variants) == epochs * shown
     assert set(seen.values()) == {each}
-    assert len(others) == 2 * (epochs * shown - each * images)  # no variant comes twice
+    assert len(others) == 2 * (epochs * shown - each * images)  # no variant repeats
 
 
 def test_a_variant_is_a_function_of_seed_sample_and_epoch() -> None:
@@ -250,7 +250,7 @@ def _killed() -> float:
 
 
 class Clocked:
-    """Ten classes; every call takes the next of these seconds, on a clock of its own."""
+    """Ten classes; every call takes the next of `seconds`, on a fake clock."""
 
     samples = 10
 
@@ -276,7 +276,7 @@ def making(count: int | None, budget_s: float | None) -> Making:
 @pytest.mark.parametrize(
     ("seconds", "budget_s", "made"),
     [
-        ((3, 1, 1, 1, 1, 1, 1, 9), 6.5, 4),  # a slow first round, a warm-up, is no measure
+        ((3, 1, 1, 1, 1, 1, 1, 9), 6.5, 4),  # a slow first round (warm-up) predicts nothing
         ((1, 1, 1, 9), 3.0, 3),
         ((2, 2, 2, 9), 2.0, 1),
         ((1, 1, 1, 3, 9), 8.0, 4),
@@ -426,7 +426,7 @@ def test_a_stopped_generation_resumes_and_a_finished_one_is_not_paid_again(
 def test_a_prompt_of_its_own_changes_its_class_alone(
     train: Train, given: tuple[str, ...], whole: Path, tmp_path: Path
 ) -> None:
-    """Of t2i's stored images, and of those that dace makes of its manifest."""
+    """In t2i's stored images, and in those that dace renders from its manifest."""
     (tmp_path / "prompts").write_text('{"ring": "blue {name}s, many of them"}')
     options = ("coreset", *SHORT, "--teacher", whole / "teacher" / "teacher.safetensors")
     both = ("--method", "dace", "t2i", "--out", tmp_path / "run", "--prompts", tmp_path / "prompts")

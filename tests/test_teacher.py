@@ -1,4 +1,4 @@
-"""Guards networks by name, and teachers: trained, resumed, brought along, or refused."""
+"""Networks by name, and teachers: trained, resumed, loaded or refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ IDS = ("a", "b", "c")
 
 
 class Silent:
-    """A Report that keeps the curves, and stops the training in step `stop_at`."""
+    """A Report that keeps the curves and stops the training at step `stop_at`."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.curves: dict[str, list[float]] = {}

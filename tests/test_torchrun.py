@@ -1,9 +1,8 @@
-"""torchrun with 1, 2 and 3 processes: one result, one voice, and an end that loses nothing.
+"""torchrun with 1, 2 and 3 processes: one result, one log, and a crash that loses nothing.
 
-Every process is a real one, on the CPU with gloo. What several of them share is compared bit for
-bit, at one thread each and one engine batch. The students, without BatchNorm, are compared to
-ROUNDING: the ranks' gradients are summed in another order, and AdamW makes whole steps of gradients
-that are next to nothing.
+The processes are real, on the CPU with gloo. Shared work is compared bit for bit, at one thread
+each and one engine batch. Students, without BatchNorm, are compared up to ROUNDING: the ranks'
+gradients are summed in another order, and AdamW makes whole steps of gradients near zero.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from patchbloom.train.run.launch import Launch
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 PROBE = Path(__file__).with_name("torchrun_probe.py")
-IMAGES = 15  # of a class: 150 are three batches of the scorer, one for each of three ranks
+IMAGES = 15  # per class: 150 are three batches of the scorer, one for each of three ranks
 OPTIONS = (
     *("--model", "sdxl-tiny", "--method", "dace", "random", "t2i", "--backend", "eager"),
     *("--recipe", "rded", "--factor", "2", "--image-size", "32", "--steps", "2", "--rho", "0.5"),
-    # 40 samples: five calls of the engine, and two forward passes of the teacher
+    # 40 samples: five engine calls and two forward passes of the teacher
     *("--engine-batch", "8", "--epochs", "4", "--teacher", "convnet-d3-w8"),
     *("--teacher-epochs", "1", "--student", "convnet-d3-w8-in", "--batch", "9", "--no-ceiling"),
 )
-ROUNDING = 5e-4  # of a weight, after 20 steps that move it by up to 1e-3 each
+ROUNDING = 5e-4  # per weight, after 20 steps of up to 1e-3 each
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process makes."""
+    """Results of one process."""
     return trained(1, data, tmp_path_factory.mktemp("alone"))
 
 
@@ -68,7 +67,7 @@ def torchrun(size: int, *arguments: str | Path, **more: str) -> subprocess.Compl
 
 
 def trained(size: int, data: Path, folder: Path) -> dict[str, Any]:
-    """Run `train student` in a world of `size`: coresets, what the ranks shared, and students."""
+    """Run `train student` in a world of `size`; return its coresets, students and shared work."""
     notes, out = folder / "notes", folder / "run"
     arguments = ("student", "--data", data, "--out", out, *OPTIONS, "--seeds", "2")
     run = torchrun(size, PROBE, notes, "-", *arguments)
@@ -100,7 +99,7 @@ def errors(stderr: str) -> list[str]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_world_of_any_size_makes_the_same(size: int, data: Path, alone, tmp_path: Path) -> None:
-    """Coresets with their labels, expansions, the teacher's answers, its accuracy, and students."""
+    """Labelled coresets, expansions, the teacher's answers and accuracy, and students."""
     assert alone["shared"].keys() == {"dace", "random", "t2i"}
     assert alone["names"]["dace"] != alone["names"]["random"]
     together = trained(size, data, tmp_path)
@@ -117,7 +116,7 @@ def test_a_world_of_any_size_makes_the_same(size: int, data: Path, alone, tmp_pa
 @pytest.mark.parametrize(
     ("choice", "sizes"),
     [
-        # 40 patches are cut again, one batch: rank 1 has none. 80 are two, one for each.
+        # 40 patches are cut again, in one batch: rank 1 gets none. 80 are two, one for each.
         ("facility-location", ("--ipc", "1", "--candidates", "3")),
         ("k-center", ("--ipc", "2", "--candidates", "2")),
     ],
@@ -159,9 +158,9 @@ def test_a_killed_rank_ends_the_run_and_nothing_is_lost(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """torchrun starts the world anew, which goes on and is killed again; then one process ends it.
+    """torchrun restarts the world, which resumes and is killed again; then one process finishes.
 
-    It has two epochs of labels when it is killed first, and all those of dace the second time.
+    The first kill leaves two epochs of dace's labels, the second all of them.
     """
     notes, out = tmp_path / "notes", tmp_path / "run"
     arguments = ("labels", "--data", str(data), "--out", str(out), *OPTIONS, "--resume")
@@ -170,7 +169,7 @@ def test_a_killed_rank_ends_the_run_and_nothing_is_lost(
     assert time.time() - float((notes / "killed").read_text()) < 20
     assert "SIGKILL" in run.stderr
     assert run.stderr.count("Traceback") <= 1, run.stderr  # torchrun's own
-    assert len(errors(run.stderr)) <= 2  # of each start none, or that of rank 0 if it noticed
+    assert len(errors(run.stderr)) <= 2  # at most one per start, rank 0's if it noticed
     done = {path.stem: path.read_bytes() for path in (out / "stages").iterdir()}
     assert json.loads(done["labels-random"])["state"] == "begun"
     assert open_coreset(out / "coreset-random").soft_labels() is None
@@ -184,7 +183,7 @@ def test_a_killed_rank_ends_the_run_and_nothing_is_lost(
 
     monkeypatch.setattr(labels, "answer_pool", counted)
     assert cli.main(arguments) == 0
-    assert asked == [40] * 8  # of random, which the third pool of the second start began, and t2i
+    assert asked == [40] * 8  # random, whose first pool was the third of the second start, and t2i
     output = capsys.readouterr()
     assert names_in(out) == alone["names"]
     assert "labels-dace: done before" in output.err
@@ -201,7 +200,7 @@ def test_an_error_of_all_is_told_once(data: Path, tmp_path: Path) -> None:
 
 
 def test_an_error_of_one_is_told_by_it(data: Path, teacher: Path, tmp_path: Path) -> None:
-    """A damaged file in the second batch that is scored, which is rank 1's."""
+    """A damaged file in the second scored batch, which is rank 1's."""
     damaged = shutil.copytree(data, tmp_path / "data")
     path = sorted((damaged / "train").iterdir())[6] / "00003.jpg"
     path.write_bytes(path.read_bytes()[:100])

@@ -1,7 +1,7 @@
-"""Our TensorRT code against the real bindings of both majors that it is for, without TensorRT.
+"""Our TensorRT code against the real bindings of both supported majors, without TensorRT.
 
-The bindings' attributes, enums and signatures are real (trt_standins.py), what TensorRT does is
-played (trt_cases.py). No engine is built: that needs the library and a GPU.
+The bindings' attributes, enums and signatures are real (trt_standins.py); what TensorRT does is
+faked (trt_cases.py). No engine is built: that needs the library and a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VERSIONS = ("10.16.1.11", "11.4.0.106")
 
 
 def runnable(folder: Path) -> str | None:
-    """What keeps the cases from being run on these bindings."""
+    """Why the cases cannot run on these bindings. None: they can."""
     if not (folder / "tensorrt_bindings").is_dir():
         return f"the bindings of TensorRT {folder.name} are not in {folder}: run make setup"
     if shutil.which("cc") is None:
@@ -35,7 +35,7 @@ def runnable(folder: Path) -> str | None:
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """The cases on each version, side by side: 10 s of each are imports and writing graphs."""
+    """The cases on each version, in parallel: 10 s of each are imports and writing graphs."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     running = {}
     for version in VERSIONS:

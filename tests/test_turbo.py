@@ -1,4 +1,4 @@
-"""The Expander against diffusers' own pipeline, and the claims on which images depend on what."""
+"""The Expander against diffusers' pipeline, and what its images depend on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LABELS_N = np.repeat(np.arange(3), 4)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
-    """A model of sdxl-tiny's shape, smaller, with random weights that prompts do move."""
+    """Like sdxl-tiny but smaller, with random weights scaled so that prompts matter."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     parts = new_parts(32, folder / "spelling", unet_channels=(16, 32, 64), vae_channels=(8, 16, 32))
@@ -63,7 +63,7 @@ def patches() -> Tensor:
 def expander(
     model: ModelSource, patches: Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Expander]:
-    """Make an Expander; equal settings give the same one again."""
+    """Makes Expanders; equal settings return the same one."""
     made: dict[tuple, Expander] = {}
     bundles = tmp_path_factory.mktemp("bundles")
 
@@ -86,7 +86,7 @@ def expander(
 
 @pytest.fixture(scope="module")
 def diffusers_images(model: ModelSource) -> Callable[..., Tensor]:
-    """Images of diffusers' img2img pipeline for latents, with the noise of `samples`."""
+    """Images of diffusers' img2img pipeline from latents, with our noise of `samples`."""
     pipeline = peer.open_pipeline(model.folder)
 
     def make(samples: Tensor, latents: Tensor, *, steps: int, rho: float) -> Tensor:
@@ -362,7 +362,7 @@ def test_description_names_the_images(expander, model):
 
 
 def test_what_does_not_change_is_computed_once(expander, model, patches, monkeypatch):
-    """Text encoders are gone before a UNet is loaded; nothing is encoded again to expand."""
+    """Text encoders are freed before the UNet is loaded; expanding encodes nothing again."""
     alive: list[weakref.ref] = []
     load_encoder, load_networks = prompts_module.load_text_encoder, turbo_module.load_parts
 
@@ -392,7 +392,7 @@ def test_what_does_not_change_is_computed_once(expander, model, patches, monkeyp
     monkeypatch.setattr(ours.backend, "denoise", lambda *a: (calls.append(a), denoise(*a))[1])
     ours.expand(range(12), 0)
     assert len(calls) == 2 * 4  # two batches of 8 hold 12 samples; 4 evaluations each
-    assert calls[0][3].shape[0] == 2  # keys and values of 2 prompts for 8 images, not of 8
+    assert calls[0][3].shape[0] == 2  # keys and values of 2 prompts for 8 images
 
 
 def test_bench_reports_no_speed_without_the_same_pictures(model, tmp_path):

@@ -1,4 +1,4 @@
-"""Worker threads compute alone, and nobody else's number of threads changes."""
+"""Workers compute on one thread each; other threads keep their number of threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +16,7 @@ def _two_threads():
 
 
 def _threads_at_work() -> int:
-    torch.ones(64, 64) @ torch.ones(64, 64)  # The first operator of a thread asks for the number.
+    torch.ones(64, 64) @ torch.ones(64, 64)  # A thread's first operator reads the number.
     return torch.get_num_threads()
 
 

@@ -1,8 +1,8 @@
-"""`train` in the processes of a torchrun, watched: python torchrun_probe.py NOTES KILLED ARGUMENTS…
+"""Watch `train` under torchrun: python torchrun_probe.py NOTES KILLED ARGUMENTS…
 
-NOTES/METHOD.json gets what every rank has of the work that is shared: hashes of images and answers,
-and an accuracy. With KILLED a rank, and not "-", that rank is killed (SIGKILL) while it labels its
-third pool, and NOTES/killed holds the time.
+KILLED "-": NOTES/METHOD.json gets every rank's results of shared work: hashes of images and
+answers, and an accuracy. KILLED a rank: that rank is killed (SIGKILL) while it labels its third
+pool, and NOTES/killed holds the time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def sha256(values: torch.Tensor) -> str:
 
 
 def watch(notes: Path, data: str) -> None:
-    """After the students of a method, make more of what the ranks share."""
+    """After a method's students, repeat the shared work and write every rank's results."""
 
     def trained(source, kept, config, *, world, **rest):
         results = _train(source, kept, config, world=world, **rest)
@@ -65,7 +65,7 @@ def watch(notes: Path, data: str) -> None:
 
 
 def fall_behind() -> None:
-    """Fill every other slot late: ranks then take pools in groups of other sizes."""
+    """Fill every other slot late: ranks then take pools in groups of different sizes."""
     fill = lockstep.fill_slot
 
     def late(slot, pool, *rest) -> None:

@@ -1,8 +1,8 @@
 """Our TensorRT code against stand-ins of one version; test_trt_contract.py runs it for each.
 
-Not collected by itself: two versions of the bindings cannot live in one process. ONNX Runtime plays
-TensorRT: it runs the graph that the plan was made of, on the addresses that a context was given,
-so that parity and shapes are real. torch's streams and CUDA graphs are played on the CPU.
+Not collected by itself: one process cannot load two versions of the bindings. ONNX Runtime plays
+TensorRT: it runs the plan's graph on the addresses that the context was given, so parity and shapes
+are real. torch's streams and CUDA graphs are faked on the CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trt_standins import Standin, load_bindings, standin_module
 ACTIVATION_BYTES = {"encoder": 4096, "denoiser": 12288, "decoder": 8192}
 OWN_STREAM, DEFAULT_STREAM, CALLERS_STREAM = 11, 0, 22
 HAPPENED: list[str] = []
-"""On the GPU, in this order."""
+"""Events on the GPU, in order."""
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def bindings(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
 
 
 class FakeTensorRT:
-    """Plays the parts of the classes that we drive, and keeps what it was told."""
+    """Fakes the TensorRT classes that we use, and records their calls."""
 
     def __init__(self, trt: ModuleType) -> None:
         self.trt = trt
@@ -138,7 +138,7 @@ class FakeTensorRT:
         self.ranges[name] = tuple(tuple(size) for size in sizes)
 
     def build(self, network: Standin, config: Standin) -> bytes | None:
-        # The real one is C++ for minutes: no signal handler runs in a thread that it holds.
+        # The real one stays in C++ for minutes: its thread runs no signal handler meanwhile.
         assert threading.current_thread() is not threading.main_thread()
         monitor = config._set["progress_monitor"]
         assert isinstance(monitor, self.trt.IProgressMonitor)
@@ -219,13 +219,13 @@ class FakeTensorRT:
 
 
 def _array(address: int, shape: Any) -> np.ndarray:
-    """The fp32 numbers at an address."""
+    """View of the fp32 numbers at an address."""
     count = int(np.prod(shape))
     return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
 
 
 class FakeStream(SimpleNamespace):
-    """Of torch.cuda."""
+    """Fakes torch.cuda.Stream."""
 
     def __init__(self, cuda_stream: int = OWN_STREAM) -> None:
         super().__init__(cuda_stream=cuda_stream)
@@ -239,7 +239,7 @@ class FakeStream(SimpleNamespace):
 
 
 class FakeGraph:
-    """A CUDA graph: what a context was told to run while it was recorded is run again."""
+    """Fakes torch.cuda.CUDAGraph: a replay repeats the recorded run."""
 
     def __init__(self) -> None:
         self.replays = 0
@@ -283,7 +283,7 @@ def tensorrt(bindings: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 class Denoiser(nn.Module):
-    """The borders of a denoiser, for two images per prompt, around one convolution."""
+    """One convolution with a denoiser's inputs and output, for two images per prompt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ class Denoiser(nn.Module):
 
 
 def new_graphs(spec: EngineSpec) -> tuple[Graph, ...]:
-    """Graphs that are quickly written: what TensorRT is told does not depend on their insides."""
+    """Graphs that are quick to write: what TensorRT gets does not depend on their layers."""
     torch.manual_seed(0)
     batch, prompts, fp32 = spec.batch, spec.prompts, torch.float32
     images = Port("images", (batch, 3, 32, 32), fp32, 2)
@@ -317,7 +317,7 @@ def new_graphs(spec: EngineSpec) -> tuple[Graph, ...]:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Folder, spec and torch's answers of graphs that were written for TensorRT; made once."""
+    """Folder, spec and torch's references of graphs exported for TensorRT; cached."""
     from patchbloom.export import to_tensorrt
 
     made: dict[tuple, tuple[Path, EngineSpec, list[Reference]]] = {}
@@ -364,7 +364,7 @@ def test_a_static_batch(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
     assert tensorrt.profiles == 0
     sessions = to_tensorrt.open_sessions(folder, spec)
     assert tensorrt.refitted == [told for name in GRAPHS for told in (name, "applied")]
-    # One memory for all, of the size that the hungriest needs.
+    # One shared memory, of the largest size that a graph needs.
     assert len({address for address, _ in tensorrt.memory}) == 1
     assert {size for _, size in tensorrt.memory} == {max(ACTIVATION_BYTES.values())}
     for reference in references:
@@ -373,7 +373,7 @@ def test_a_static_batch(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
         first, *rest = reference.inputs
         with pytest.raises(ValueError, match=r"must be \[16, .*the engine's shape, got \[15, "):
             session.run(first[:15], *rest)
-        # Buffers are made once: the next answer lies where the last one did.
+        # Buffers are allocated once: the next answer has the last one's address.
         answer = session.run(*reference.inputs)
         assert session.run(first.double(), *rest).data_ptr() == answer.data_ptr()
     assert set(tensorrt.streams) == {OWN_STREAM}
@@ -488,7 +488,7 @@ def test_an_interrupt_ends_the_build(tensorrt: FakeTensorRT, exported: Callable[
 def test_progress_is_told(
     tensorrt: FakeTensorRT, exported: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
-    trt_build = importlib.import_module("patchbloom.export.trt_build")  # of this test
+    trt_build = importlib.import_module("patchbloom.export.trt_build")  # reimported in every test
     monkeypatch.setattr(trt_build, "_PATIENCE_S", 0.0)
     said: list[str] = []
     compiled(exported, said, batch=4, images_per_prompt=2)
@@ -498,7 +498,7 @@ def test_progress_is_told(
 
 
 def test_stand_ins_have_what_is_real_and_no_more(tensorrt: FakeTensorRT):
-    """The harness itself: what TensorRT does not have must fail."""
+    """The harness itself: what TensorRT lacks must fail."""
     trt = sys.modules["tensorrt"]
     builder = trt.Builder(_log(trt))
     config = builder.create_builder_config()

@@ -1,11 +1,11 @@
 """TensorRT without TensorRT: the real Python bindings over empty libraries, and stand-ins.
 
-The bindings' extension loads where three shared objects with the right names hold nine functions
-that do nothing. That gives the real enums, the real ILogger and IProgressMonitor, and of every
-other class the real attributes and signatures. A Standin has exactly those: an attribute that is
-not there, a property that cannot be set, a wrong number, name or type of arguments fails.
+The bindings' extension loads if three shared objects with the right names hold nine functions that
+do nothing. This provides the real enums, ILogger and IProgressMonitor, and the real attributes and
+signatures of every other class. A Standin has exactly these: an unknown attribute, setting a
+read-only property, or a wrong number, name or type of arguments fails.
 
-What a call does is played by the tests. No engine is built here.
+The tests play what a call does. No engine is built here.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ SYMBOLS = (
     "initLibNvInferPlugins",
 )
 REAL_CLASSES = ("ILogger", "IProgressMonitor")
-"""Of which ours are derived."""
+"""Base classes of ours."""
 
 
 def load_bindings(bindings: Path, libraries: Path) -> ModuleType:
-    """Import `tensorrt_bindings` of a folder over empty libraries, compiled into another."""
+    """Import `tensorrt_bindings` from `bindings` over empty libraries built in `libraries`."""
     major = bindings.name.split(".")[0]
     source = libraries / "empty.c"
     source.write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS))
@@ -54,7 +54,7 @@ def load_bindings(bindings: Path, libraries: Path) -> ModuleType:
 
 @dataclass(frozen=True)
 class Parameter:
-    """Of a method, as the bindings' own text has it."""
+    """A method's parameter, as the bindings' docstring gives it."""
 
     name: str
     kind: str
@@ -62,14 +62,14 @@ class Parameter:
 
 
 def signatures(method: Any) -> list[list[Parameter]]:
-    """The overloads of a method, without self, from the text that pybind11 writes."""
+    """The overloads of a method, without self, from pybind11's docstring."""
     name = method.__name__
     found = re.findall(rf"^\s*(?:\d+\. )?{name}\((self: .*)\) -> ", method.__doc__, re.MULTILINE)
     return [[_parameter(text) for text in _split(line)[1:]] for line in found]
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that no bracket encloses."""
+    """Split at commas outside brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "[(<") - (letter in "])>")
@@ -87,9 +87,9 @@ def _parameter(text: str) -> Parameter:
 
 
 class Standin:
-    """One object of a real class; `plays` does what its methods do, and holds its properties.
+    """Stands in for an object of a real class.
 
-    Parts: a function per method, a value per property; what is not played may not be called.
+    `plays` has a function per method and a value per property; using another raises AssertionError.
     """
 
     def __init__(self, trt: ModuleType, real: type, plays: Mapping[str, Any]) -> None:
@@ -114,7 +114,7 @@ class Standin:
 
 
 def checked(trt: ModuleType, method: Any, play: Callable[..., Any]) -> Callable[..., Any]:
-    """`play`, behind the real method's signature. TypeError: a call that the real one refuses."""
+    """`play` behind the real method's signature; raises TypeError when the real one would."""
     overloads = signatures(method)
     assert overloads, f"{method.__name__}: no signature in {method.__doc__!r}"
 
@@ -155,16 +155,16 @@ def _is_a(trt: ModuleType, kind: str, value: Any) -> bool:
         return isinstance(value, _PLAIN[kind])
     real = getattr(trt, kind.rpartition(".")[2])
     if kind.endswith(".Dims"):
-        return isinstance(value, (real, tuple, list))  # which pybind11 turns into it
+        return isinstance(value, (real, tuple, list))  # pybind11 converts them
     return isinstance(value, real) or (isinstance(value, Standin) and vars(value)["_real"] is real)
 
 
 def standin_module(trt: ModuleType, parts: Mapping[str, Callable[..., Any]]) -> ModuleType:
-    """A module `tensorrt`: real enums and bases, and makers of the classes that `parts` plays."""
+    """A module `tensorrt`: real enums and base classes; `parts` construct the other classes."""
     module = ModuleType("tensorrt")
 
-    def __getattr__(name: str) -> Any:  # noqa: N807 - how modules answer
-        real = getattr(trt, name)  # AttributeError, as of the real one
+    def __getattr__(name: str) -> Any:  # noqa: N807 - the module's own
+        real = getattr(trt, name)  # AttributeError, as the real one raises
         if not isinstance(real, type) or name in REAL_CLASSES or hasattr(real, "__members__"):
             return real
         if name not in parts:
