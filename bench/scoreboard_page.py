@@ -25,7 +25,7 @@ from scoreboard_cells import Line
 
 Row = Mapping[str, Any]
 Accuracy = Sequence[Any]
-OF_WHAT = "which are of students of one coreset and one teacher, not of several of these"
+OF_WHAT = "over students of one coreset and one teacher only"
 CLEAR_GAPS = {2: 4.31, 3: 2.27, 4: 1.74, 5: 1.46}
 CLEAR_GAP_OF_MORE = 1.29  # for 6 students; more students would need less
 HEADS = {
@@ -34,7 +34,7 @@ HEADS = {
     "patches": "Patch size (DACE, Figure 5 and Table 3)",
     "students": "Other students, the same coreset (DACE, Tables 5 and 6)",
     "codecs": "Label codecs",
-    "gain": "What the gain comes from",
+    "gain": "Sources of the gain",
 }
 DIFFERENCES = (
     ("the teacher's choice of patches", "upsample", "random"),

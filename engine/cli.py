@@ -35,7 +35,8 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 2 unusable input, 130 interrupted)."""
+    """Run one command; returns the exit code (0 done, 2 unusable input, 130 interrupted, 143
+    terminated)."""
     app, coreset = SubcommandApp(), SubcommandApp()
     for name, kind in COMMANDS.items():
         under, _, name_there = name.rpartition(" ")

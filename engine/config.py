@@ -72,9 +72,9 @@ class ExpandConfig:
     batch: int = 32
     """Images per engine call."""
     images_per_prompt: int | None = None
-    """n of a batch of G prompts × n images; None: the largest that pads no whole epoch."""
+    """n of a batch of G prompts × n images; None: the largest n that pads no whole epoch."""
     backend: BackendName = "auto"
-    """Backend that runs the networks; `auto` takes the fastest that works here and says which."""
+    """Backend that runs the networks; `auto` chooses one for this machine and reports it."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
     bundles: Path | None = None

@@ -1,4 +1,4 @@
-"""Errors that several rooms raise. Torch-free."""
+"""Errors that several folders raise. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports go left only: kernels → export → engine → train. `make check` runs this file.
+"""Checks that train imports engine, export and kernels, never the reverse. `make check` runs it.
 
 LAYERS orders the inside of `engine` and `train` the same way; modules never import each other in a
 cycle. Imports inside the four folders are relative. `kernels` imports only torch, triton, numpy and

@@ -153,7 +153,7 @@ def test_a_recording_cut_short_under_finished_students_is_made_again(
     os.truncate(recording, 100)
     told = train(*given, "--out", tmp_path / "cut")
     assert told.result["students"]["random"]["losses"]
-    assert f"labels: {recording} was cut short or is of other labels: begun anew" in told.err
+    assert f"labels: {recording} is truncated or holds other labels: starting over" in told.err
     stored = [tmp_path / out / "coreset" / "labels.safetensors" for out in ("whole", "cut")]
     assert stored[0].read_bytes() == stored[1].read_bytes()
 

@@ -86,6 +86,8 @@ def test_a_run_that_stopped_at_it_starts_again_without_it(
     outcome = train("coreset", *given, "--skip-corrupt", "--overwrite")
     assert outcome.result["skipped_images"] == {"train": 1, "val": 0}
     assert outcome.err.count(f"skipped, it cannot be decoded: {bad}") == 1
+    manifest = json.loads((out / "coreset" / "manifest.json").read_text())
+    assert manifest["provenance"]["skipped_images"] == [BAD]
     assert names(out) == names(others / "run")
     result = train("", *given, "--skip-corrupt", "--resume").result
     assert result["skipped_images"] == {"train": 1, "val": 0}

@@ -347,7 +347,7 @@ def test_a_recording_that_does_not_fit_is_begun_anew_and_told(
     config = replace(config, seed=8) if damage == "other views" else config
     codec: CodecName = "topk" if damage == "other codec" else "dense"
     labels = RecordedLabels(teacher, source, config, path, report, codec=codec_of(codec, KEPT))
-    assert report.said == [f"labels: {path} was cut short or is of other labels: begun anew"]
+    assert report.said == [f"labels: {path} is truncated or holds other labels: starting over"]
     assert not any(labels.have([EVERY[n : n + 1]], 0)[0] for n in range(40))
 
 

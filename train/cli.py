@@ -25,7 +25,8 @@ from .run.launch import read_launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 2 unusable input, 130 interrupted)."""
+    """Run one command; returns the exit code (0 done, 2 unusable input, 130 interrupted, 143
+    terminated)."""
     # OpenMP reads it when it is loaded. With other work on the same cores, a training step of two
     # threads takes 1300 ms when waiting threads spin, and 160 ms when they sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

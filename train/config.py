@@ -75,7 +75,7 @@ def check_seed(seed: int) -> None:
 
 
 def student_seeds(seed: int, count: int) -> tuple[int, ...]:
-    """Seeds of `count` students, at most MOST_STUDENTS; no other network of any run has one."""
+    """Seeds of `count` students, at most MOST_STUDENTS; no other network of any run has them."""
     return tuple(_STARTS * seed + k for k in range(count))
 
 
@@ -195,14 +195,15 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """How students are trained on expansions: AdamW, KL to the teacher at a temperature."""
+    """How students are trained on expansions: AdamW, KL to the teacher at a temperature,
+    or cross-entropy with hard targets."""
 
     network: str = "resnet18"
     """A name for networks.build_network."""
     size_px: int = 224
     """Side of its input images."""
     epochs: int = 300
-    """Each epoch renders every sample of the coreset once."""
+    """Every epoch shows every sample of the coreset once."""
     batch: int = 10
     """Views per optimiser step; the same for every method."""
     learning_rate: float = 1e-3
@@ -284,7 +285,7 @@ _OUTSIDE_RECIPE = {
 
 
 def pool_size(config: StudentConfig) -> int:
-    """Samples of a full pool: `config.pool` rounded down to whole batches, to add no step."""
+    """Samples of a full pool: `config.pool` rounded down, so no partial batch adds a step."""
     return max(config.pool // config.batch, 1) * config.batch
 
 

@@ -64,7 +64,7 @@ class LoaderOptions(RenderOptions):
     ahead: int = 1
     """Pools rendered ahead of the one in use; each takes the memory of its views and labels."""
     backend: BackendName = "auto"
-    """Backend that runs the model; `auto` takes the fastest that works here and says which."""
+    """Backend that runs the model; `auto` chooses one for this machine and reports it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +93,7 @@ class StudentElsewhere(RenderOptions):
     shapes_per_class: int = 1000
     """Training images per class of --data shapes, as in the coreset's run."""
     backend: BackendName = "auto"
-    """Backend that runs the model; `auto` takes the fastest that works here and says which."""
+    """Backend that runs the model; `auto` chooses one for this machine and reports it."""
     targets: Targets | None = None
     """Training targets: `soft`, the stored labels; or `hard`, the class alone (cross-entropy, mixed
     by area under CutMix). Default: soft where labels are stored."""

@@ -32,7 +32,7 @@ from .coreset_options import StudentElsewhere, TrainVerify
 from .methods.registry import METHODS
 
 LEAST_REFRESH = 0.001
-METHOD_HELP = f"One or several of {', '.join(METHODS)}; they share teacher, patches and recipe."
+METHOD_HELP = f"One or several of {', '.join(METHODS)}; they share teacher, recipe and steps."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class RunOptions:
     """sdxl-turbo, sdxl-tiny, or a folder in diffusers' SDXL layout. Default: sdxl-turbo where there
     is a CUDA device, sdxl-tiny elsewhere and for --data shapes."""
     backend: BackendName = "auto"
-    """Backend that runs the model; `auto` takes the fastest that works here and says which."""
+    """Backend that runs the model; `auto` chooses one for this machine and reports it."""
     method: Annotated[tuple[str, ...], arg(help=METHOD_HELP)] = ("dace",)
     ipc: int = 1
     """Images per class. A coreset holds ipc · factor² patches per class; for t2i, ipc / (1 +
@@ -56,7 +56,8 @@ class RunOptions:
     """r: the side of a patch is 1/r of the image's. Default: the recipe's: 2, or 1 in `rded` for
     images of 64 px or less."""
     image_size: int | None = None
-    """Side of rendered images and of the networks' inputs, in px. Default: the recipe's."""
+    """Side of rendered images and of the networks' inputs, in px. Default: the model's own size in
+    recipe `small`, otherwise the recipe's."""
     steps: int | None = None
     """Scheduler steps; dace evaluates the UNet int(steps · rho) times per image. Default: 5 for
     dace and dsco, 1 for t2i, which allows 4 at most."""
@@ -99,7 +100,7 @@ class RunOptions:
     """How the teacher sees a patch that it scores: `pad` to the image size, as in RDED; `resize` to
     it; or `native`, unchanged, for a network that takes any size. Default: the recipe's."""
     select: Choice = "lowest-loss"
-    """How patches are chosen, in all methods but random: by lowest loss, as in RDED, or without
+    """How dace, rded and upsample choose patches: by lowest loss, as in RDED, or without
     near-duplicates among more candidates."""
     candidates: int = 4
     """Candidates per chosen patch, unless --select is lowest-loss."""
@@ -153,8 +154,8 @@ class RunOptions:
     dsco: DscoConfig = field(default_factory=DscoConfig)
     """How method dsco optimises the noise of its images."""
     dope: int = 0
-    """Real images per class to add to every coreset: those that a student of the coreset is least
-    sure of. They are stored whole and shown factor² times per epoch."""
+    """Real images per class to add to every coreset: those that a network trained on the
+    coreset is least sure of. They are stored whole and shown factor² times per epoch."""
     ceiling: bool = True
     """Also train students on fresh real images, the ceiling for all methods."""
     class_names: Path | None = None

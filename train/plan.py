@@ -34,6 +34,8 @@ class Plan:
     val: ImageSet
     data_sha256: str
     """Hash of the names and sizes of all images of both splits."""
+    damaged: tuple[str, ...]
+    """Training images that --skip-corrupt has left out."""
     class_names: tuple[str, ...]
     device: str
     seed: int

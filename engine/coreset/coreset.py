@@ -8,8 +8,9 @@
 Legend: N samples (patches), H and W patch size in pixels, C = 3, K classes, r factor, D doped
 images, S image size in pixels.
 A sample is a row in class-sorted order: class 0's ipc·r² patches, then class 1's, and so on. The
-exceptions are methods t2i and dsco: their patches are whole images (r = 1), `generated` per class,
-and their samples are `samples_per_class` showings of these (for t2i also of their variants).
+exceptions are methods t2i, dsco and herding: their patches are whole images (r = 1), for t2i
+`generated` per class, otherwise ipc, and their samples are `samples_per_class` showings of these
+(for t2i also of their variants).
 
 A coreset is written under a temporary name beside its target and renamed last, so an interrupted
 write leaves nothing that looks finished. Nothing is ever unpickled. The same pixels and Pillow

@@ -28,7 +28,7 @@ from .coreset import Coreset
 from .manifest import DOPED, PATCHES, image_files
 
 _LABELLED = {
-    "rded": "the sample's mosaic, of it and the r² - 1 patches beside it",
+    "rded": "the mosaic of this patch and its r² - 1 neighbours",
     "upsample": "it, enlarged",
     "random": "it, enlarged",
 }
@@ -98,7 +98,7 @@ def stored_images(coreset: Coreset, labels: SoftLabels | None) -> Iterator[Store
 
 def describe_views(coreset: Coreset) -> dict[str, Any]:
     """For people: the meaning of an image's label rows."""
-    doped = " Of a doped image it is of the image itself." if coreset.doped_per_class else ""
+    doped = " A view of a doped image shows the image itself." if coreset.doped_per_class else ""
     return {
         "columns": ("sample", "epoch", "variant"),
         "meaning": (
@@ -116,7 +116,7 @@ def _labelled(coreset: Coreset) -> str:
     if coreset.manifest["model"] is not None:
         return "its expansion, in which mixup, where there is any, mixes another patch of its class"
     if "variants" in settings:
-        return "it, where the variant is 0, else of an augmented variant of it"
+        return "the image itself for variant 0, otherwise an augmented variant of it"
     if "samples_per_class" in settings:
         return "it"
     return _LABELLED.get(settings["method"], "an image that is made of it")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_CLASSES = 32256
-"""Limit of any label file: as an int16 index, this number stands for a missing class."""
+"""Limit of any label file: this number marks a missing class in an int16 index."""
 COMPONENTS, MOST_COMPONENTS = 40, 256
 
 
@@ -69,7 +69,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """Labels of B pictures as the loss reads them, without a dense [B, K] of top-k ones."""
+    """Labels of B pictures as the loss reads them; top-k labels are not expanded to [B, K]."""
 
     labels: Tensor
     """fp16: logits [B, K], or the k largest probabilities [B, k] at the labels' temperature."""

@@ -70,7 +70,7 @@ class SoftLabels:
 
     @property
     def answer_bytes(self) -> int:
-        """Size of an answer as `answers` returns it; codecs that decode to logits store fewer."""
+        """Bytes of an answer as `answers` returns it; pca stores fewer."""
         if self.codec.keeps_logits:
             return 2 * self.classes
         return sum(part.row_bytes for part in self._file.layout.parts if part.of_answers)

@@ -32,7 +32,7 @@ from ..run.progress import Report
 from .checks import check_plan
 
 SMALL_PX = 128
-"""Models up to this size make images of this size only, and the recipe `small` fits them."""
+"""A model trained at this size or below makes good images only at its own size."""
 LARGE_LABELS_GIB = 1.0  # announced before the run, per method
 
 
@@ -49,6 +49,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         train=chosen.train,
         val=chosen.val,
         data_sha256=images_sha256(chosen.train, chosen.val),
+        damaged=(),
         class_names=chosen.class_names,
         device=chosen.device,
         seed=options.seed,
@@ -111,7 +112,7 @@ class _Choices:
         self.group = grouping(self.classes, each, self.by_recipe)
 
     def _native_px(self) -> int | None:
-        """The model's own size under the recipe `small`, whose models make no other well."""
+        """The model's own size under the recipe `small`: its models work only at that size."""
         if self.model is None or self.recipe.name != "small":
             return None
         native = self.model.trained_px()
@@ -214,7 +215,7 @@ def recipe_or_default(name: RecipeName | None, small: bool, report: Report) -> R
 
 
 def _choose_teacher(given: str | None, recipe: Recipe) -> tuple[str | None, str]:
-    """The teacher to load, None to train one, and its network: for a file, if a state dict."""
+    """The teacher to load, None to train one, and its network, which a bare state dict needs."""
     network = recipe.teacher.network
     if given is None:
         return None, network

@@ -27,7 +27,7 @@ from .planning import make_plan
 
 CONFIG, ENVIRONMENT = "config.json", "environment.json"
 NEEDED_BYTES = 64 * 2**20  # for a run's small files; writing labels or weights checks its own need
-LEARNED = {"soft": "KL to the teacher", "hard": "cross-entropy, less that of CutMix's mixture"}
+LEARNED = {"soft": "KL to the teacher", "hard": "cross-entropy minus the target's entropy"}
 
 
 def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
@@ -83,7 +83,13 @@ def _omit_damaged(plan: Plan, run: RunFolder, report: Report) -> tuple[Plan, dic
 
     found = run.stage("data", {"--data": plan.data_sha256}, find)
     train, val = (_without(images, found[images.split]) for images in (plan.train, plan.val))
-    remaining = replace(plan, train=train, val=val, data_sha256=images_sha256(train, val))
+    remaining = replace(
+        plan,
+        train=train,
+        val=val,
+        data_sha256=images_sha256(train, val),
+        damaged=tuple(found["train"]),
+    )
     check_images_per_class(remaining)
     for name in ("teacher", "coreset") if any(found.values()) else ():
         record = run.read(name)

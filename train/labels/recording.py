@@ -75,7 +75,7 @@ class RecordedLabels:
         whole = path.is_file() and path.stat().st_size == size
         if not (whole and description.is_file() and description.read_bytes() == described):
             if path.is_file():
-                report.say(f"labels: {path} was cut short or is of other labels: begun anew")
+                report.say(f"labels: {path} is truncated or holds other labels: starting over")
             discard_recorded(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             with full_disk_explained(path, size), replacing_file(path) as staged:

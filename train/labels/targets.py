@@ -48,7 +48,7 @@ class Labels(Protocol):
 
 
 class OnlineLabels:
-    """The teacher's answers, computed every time, to views normalised as by views.make_views."""
+    """The teacher's answers, computed every time, for views normalised by `views.make_views`."""
 
     def __init__(self, teacher: Teacher, temperature: float, world: World = ALONE) -> None:
         self.teacher, self.temperature, self._world = teacher, temperature, world.producing
@@ -86,7 +86,7 @@ class StoredLabels:
         """(epoch, samples) of the pool after the one with this (epoch, first sample)."""
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
-        """The next pool's labels are read from the disk while students learn from these."""
+        """Targets of this pool; a thread reads the next pool's meanwhile."""
         targets_P = self.stored.targets(epoch, samples_P, views_PCHW.device)
         if epoch != self._epoch:
             self._epoch, self._following = epoch, self._pools_after(epoch)

@@ -53,7 +53,7 @@ def _made(making: Making, kind: str, model: dict[str, Any] | None = None) -> Mad
         model=model,
         provenance={
             "patches": _origins(selection, plan.train.paths),
-            "skipped_images": [],
+            "skipped_images": list(plan.damaged),
         },
     )
 
