@@ -46,10 +46,10 @@ from patchbloom.train.labels.targets import OnlineLabels
 from patchbloom.train.labels.views import describe_views
 from patchbloom.train.loader import ExpandedLoader
 from patchbloom.train.methods.open import Doped, Refreshed
-from patchbloom.train.methods.rounds import describe_rounds
-from patchbloom.train.methods.shared import SharedImages
+from patchbloom.train.methods.pools import SharedImages
 from patchbloom.train.methods.source import Expansions, Mosaics, RealImages, UpsampledPatches
-from patchbloom.train.methods.stored import StoredImages
+from patchbloom.train.methods.t2i_coreset import describe_rounds
+from patchbloom.train.methods.whole_images import StoredImages
 from patchbloom.train.networks import build_network
 from patchbloom.train.options import TrainStudent
 from patchbloom.train.prior.training import PriorTraining

@@ -14,7 +14,7 @@ from patchbloom.engine.data.images import ImageSet, open_image_set, to_unit
 from patchbloom.engine.errors import CoresetError
 from patchbloom.train.commands.doping import all_margins, lowest_margins, margins_of, write_doped
 from patchbloom.train.methods.open import with_doped
-from patchbloom.train.methods.stored import StoredImages
+from patchbloom.train.methods.whole_images import StoredImages
 from patchbloom.train.run.progress import Report
 from patchbloom.train.teacher.normalisation import IMAGENET
 from patchbloom.train.teacher.teacher import Teacher

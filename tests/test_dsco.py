@@ -35,7 +35,7 @@ from patchbloom.kernels.noise import normal
 from patchbloom.train import cli
 from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.methods.stored import read_whole
+from patchbloom.train.methods.whole_images import read_whole
 from safetensors.torch import load_file
 from torch import Tensor
 

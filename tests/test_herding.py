@@ -16,7 +16,7 @@ from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.data.images import open_image_set
 from patchbloom.train.methods.herding import herd, herded
 from patchbloom.train.methods.method import Making
-from patchbloom.train.methods.stored import read_whole
+from patchbloom.train.methods.whole_images import read_whole
 from patchbloom.train.run.world import ALONE
 from patchbloom.train.teacher.evaluation import FORWARD_BATCH
 from patchbloom.train.teacher.teacher import Teacher, load_teacher

@@ -24,11 +24,11 @@ from patchbloom.train import cli
 from patchbloom.train.commands import pipeline
 from patchbloom.train.coreset_options import RenderOptions
 from patchbloom.train.loader import ExpandedLoader
-from patchbloom.train.methods import rounds as generated
+from patchbloom.train.methods import t2i_coreset as generated
 from patchbloom.train.methods.method import Making
-from patchbloom.train.methods.rounds import generate_rounds
-from patchbloom.train.methods.stored import StoredImages
+from patchbloom.train.methods.t2i_coreset import generate_rounds
 from patchbloom.train.methods.variants import Variants, augment, draw_variants
+from patchbloom.train.methods.whole_images import StoredImages
 from patchbloom.train.run.world import ALONE
 from patchbloom.train.students.from_manifest import open_recorded_source
 from run_processes import write_inputs

@@ -22,7 +22,7 @@ from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.train import cli
 from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.labels import recording as labels
-from patchbloom.train.methods.shared import answer_pool
+from patchbloom.train.methods.pools import answer_pool
 from patchbloom.train.run import world
 from patchbloom.train.run.checkpoint import read_tensors
 from patchbloom.train.run.launch import Launch

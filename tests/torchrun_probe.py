@@ -21,7 +21,7 @@ from patchbloom.train import cli
 from patchbloom.train.commands import pipeline as distil
 from patchbloom.train.labels import recording as labels
 from patchbloom.train.labels.views import make_views
-from patchbloom.train.methods.shared import answer_pool
+from patchbloom.train.methods.pools import answer_pool
 from patchbloom.train.students import lockstep
 from patchbloom.train.teacher.evaluation import accuracies
 

@@ -31,7 +31,7 @@ from ...export.durable import json_sha256
 from ..config import doping_seed
 from ..labels.targets import OnlineLabels
 from ..methods.open import open_source
-from ..methods.stored import read_whole
+from ..methods.whole_images import read_whole
 from ..networks import build_network
 from ..plan import Plan
 from ..run.checkpoint import read_tensors

@@ -23,7 +23,7 @@ from typing import Any
 from ...engine.coreset.coreset import Coreset, open_coreset, write_coreset
 from ...export.durable import json_sha256
 from ..config import CHANGES_NO_RESULT
-from ..labels.keep import RunLabels, label_settings
+from ..labels.run_labels import RunLabels, label_settings
 from ..methods.method import Made, Making
 from ..methods.open import open_source
 from ..methods.patches import selection_settings

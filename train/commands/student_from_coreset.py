@@ -28,7 +28,7 @@ from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds, usual_prec
 from ..coreset_options import StudentElsewhere
 from ..data.folder import data_folder, images_sha256
 from ..labels.hard import HardLabels
-from ..methods.stored import doped_samples
+from ..methods.whole_images import doped_samples
 from ..report.summary import mean_and_std, provenance, rounded
 from ..run.folder import RunFolder, StageResult, check_out
 from ..run.progress import Report

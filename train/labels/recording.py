@@ -21,7 +21,7 @@ from ...engine.labels.codecs import Codec, Encoding, SoftTargets, as_fp16
 from ...engine.labels.file import LabelLayout, MappedParts, RecordedBlock, fill_with_missing
 from ...export.durable import full_disk_explained, replace_file, replacing_file
 from ..config import StudentConfig, pool_size
-from ..methods.shared import answer_pool
+from ..methods.pools import answer_pool
 from ..methods.source import ImageSource
 from ..run.progress import Report
 from ..run.world import ALONE, World

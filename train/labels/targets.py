@@ -28,7 +28,7 @@ from ...engine.labels.codecs import Codec, SoftTargets, as_fp16, describe_codec
 from ...engine.labels.stored import SoftLabels
 from ...export.durable import differences
 from ..config import StudentConfig
-from ..methods.shared import answer_pool
+from ..methods.pools import answer_pool
 from ..methods.source import ImageSource
 from ..run.world import ALONE, World
 from ..teacher.teacher import Teacher

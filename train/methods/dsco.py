@@ -1,4 +1,4 @@
-"""Method dsco: images made once, from optimised noise (optimised.py)."""
+"""Method dsco: images made once, from optimised noise (dsco_coreset.py)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DSCO = Method(
     check=_check,
     use=_use,
     settings=dsco_settings,
-    make=later("optimised.optimise_images"),
-    open=later("stored.open_stored"),
+    make=later("dsco_coreset.optimise_images"),
+    open=later("whole_images.open_stored"),
     options=lambda plan: asdict(plan.dsco),
 )

@@ -68,7 +68,7 @@ def herded(making: Making) -> np.ndarray:
 def _make(making: Making, _: Path) -> Made:
     import torch
 
-    from .stored import read_whole, whole_settings
+    from .whole_images import read_whole, whole_settings
 
     plan, chosen = making.plan, herded(making)
     images_NHWC = torch.empty(0)
@@ -85,4 +85,4 @@ def _takes(ipc: int, _: int) -> tuple[int, str]:
     return ipc, f"--ipc = {ipc} whole images are wanted: give a smaller one"
 
 
-HERDING = Method(name="herding", takes=_takes, make=_make, open=later("stored.open_stored"))
+HERDING = Method(name="herding", takes=_takes, make=_make, open=later("whole_images.open_stored"))

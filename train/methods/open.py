@@ -1,6 +1,6 @@
 """Open the images of a coreset as its students see them: shared by ranks, refreshed, doped.
 
-    SharedImages    every rank renders a part (shared.py)
+    SharedImages    every rank renders a part (pools.py)
     Refreshed       --refresh: a share of the images is rendered anew per epoch
     Doped           --dope: real images follow the method's own in every class
 
@@ -22,10 +22,10 @@ from ...engine.data.images import to_pixels, to_unit
 from ...kernels.noise import Draw, uniform
 from ..plan import Plan
 from ..run.world import ALONE, World
+from .pools import SharedImages
 from .registry import method_of
-from .shared import SharedImages
 from .source import ImageSource, Machine, RealImages
-from .stored import StoredImages, doped_samples
+from .whole_images import StoredImages, doped_samples
 
 FINEST = 1000  # a share is rounded to a fraction with at most this denominator
 

@@ -1,9 +1,9 @@
 """Sources of an epoch's images: one image per (sample, epoch).
 
 `RealImages` shows fresh images of the training split: the ceiling, without distillation. The other
-sources belong to methods, and stored.py has the source of whole images. All methods render equally
-many samples of each class per epoch (Plan.samples_per_class), so all give students the same number
-of steps.
+sources belong to methods; whole_images.py has that of whole images. All methods render equally many
+samples of each class per epoch (Plan.samples_per_class), so all give students the same number of
+steps.
 
 Legend: N samples in all, P requested samples, r factor, p patch side, S image side in pixels.
 """

@@ -1,4 +1,4 @@
-"""Method t2i: images generated once from noise and a prompt (rounds.py), and their variants."""
+"""Method t2i: images generated once from a prompt (t2i_coreset.py), and their variants."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ T2I = Method(
     check=_check,
     use=_use,
     settings=_settings,
-    make=later("rounds.make_generated"),
-    open=later("stored.open_stored"),
+    make=later("t2i_coreset.make_generated"),
+    open=later("whole_images.open_stored"),
     options=_options,
     announced=_announced,
     noted=_noted,

@@ -35,7 +35,7 @@ from ..labels.targets import StoredLabels
 from ..methods.open import open_coreset_source
 from ..methods.registry import method_of
 from ..methods.source import ImageSource, Machine
-from ..methods.stored import doped_samples
+from ..methods.whole_images import doped_samples
 from ..run.world import ALONE
 from ..teacher.teacher import Teacher, load_teacher
 

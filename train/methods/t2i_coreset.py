@@ -29,10 +29,10 @@ from torch import Tensor
 from ..plan import Plan
 from ..run.checkpoint import read_tensors, write_tensors
 from .method import Made, Making
-from .shared import SharedImages
+from .pools import SharedImages
 from .source import Expansions, ImageSource, open_expander
-from .stored import as_stored, whole_settings
 from .t2i import round_settings
+from .whole_images import as_stored, whole_settings
 
 
 def make_generated(making: Making, folder: Path) -> Made:

@@ -25,7 +25,7 @@ from ..run.checkpoint import read_tensors, write_tensors
 from .dsco import dsco_settings
 from .method import Made, Making
 from .source import open_expander, stream_whole
-from .stored import as_stored, whole_settings
+from .whole_images import as_stored, whole_settings
 
 
 def optimise_images(making: Making, folder: Path) -> Made:
