@@ -14,7 +14,7 @@ import pytest
 from cli_cases import SMALL, Command
 from patchbloom.engine.coreset import coreset
 from patchbloom.export import durable
-from patchbloom.train.labels import keep as run_labels
+from patchbloom.train.labels import run_labels
 from patchbloom.train.run.folder import RunError, RunFolder
 from patchbloom.train.run.progress import Report
 
