@@ -257,7 +257,8 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[s
         references |= make_references(graph)
     del graph
     free_parts(parts)
-    return _measure(open_sessions(bundle, spec), references)
+    sessions = exporter(bundle.key["backend"]).open_sessions(bundle.folder, spec)
+    return _measure(sessions, references)
 
 
 def _measure(
@@ -291,8 +292,3 @@ def free_parts(parts: ModelParts) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def open_sessions(bundle: Bundle, spec: EngineSpec) -> dict[str, Session]:
-    """Sessions of a bundle's three graphs."""
-    return exporter(bundle.key["backend"]).open_sessions(bundle.folder, spec)

@@ -20,6 +20,13 @@ def fitting_batch(samples: int, most: int = 32) -> int:
     return divisor if divisor == samples or 2 * divisor >= most else most
 
 
+def whole_class_batch(ipc: int, classes: int) -> int:
+    """Engine batch of whole classes with `ipc` images each, or of a part of a larger class."""
+    if ipc > LARGE_ENGINE_BATCH:
+        return fitting_batch(ipc)
+    return ipc * fitting_batch(classes, LARGE_ENGINE_BATCH // ipc)
+
+
 def engine_batch_for(samples: int, student: StudentConfig, refresh: float = 1.0) -> int:
     """Default images per call of the model, for `samples` per epoch."""
     if refresh < 1:

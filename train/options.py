@@ -237,6 +237,12 @@ class RunOptions:
                 f"--budget-seconds {self.budget_seconds:g}: expected a number of seconds, more "
                 "than 0"
             )
+        each = 1 + self.variants
+        if "t2i" in self.methods and self.budget_seconds is None and self.ipc % each:
+            raise ValueError(
+                f"--ipc {self.ipc}: expected a multiple of {each}, each generated "
+                f"image and its {self.variants} --variants: give another --ipc or --variants"
+            )
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -106,9 +106,9 @@ class Plan:
         return self.ipc * self.factor**2
 
     @property
-    def doped_samples_per_class(self) -> int:
-        """Samples of a class per epoch that show doping's real images."""
-        return self.dope * self.factor**2
+    def samples(self) -> int:
+        """All samples per epoch, with those that show doping's real images."""
+        return len(self.class_names) * (self.ipc + self.dope) * self.factor**2
 
     @property
     def image_size(self) -> int:

@@ -94,6 +94,11 @@ class Coreset:
         return self.settings.get("samples_per_class", self.manifest["classes"][0][PATCHES])
 
     @property
+    def doped_samples_per_class(self) -> int:
+        """Samples that a class shows per epoch of its doped images."""
+        return self.settings["doping"]["samples_per_class"] if self.doped_per_class else 0
+
+    @property
     def doped_per_class(self) -> int:
         """Real images that doping added to each class; 0 without doping."""
         return self.manifest["classes"][0].get(DOPED, 0)

@@ -70,7 +70,7 @@ def stored_images(coreset: Coreset, labels: SoftLabels | None) -> Iterator[Store
     """
     if labels is not None:
         _check_labels(coreset, labels)
-    own, real = coreset.samples_per_class, _doped_samples(coreset)
+    own, real = coreset.samples_per_class, coreset.doped_samples_per_class
     patches, doped = coreset.manifest["classes"][0]["patches"], coreset.doped_per_class
     epochs, variants = 0 if labels is None else labels.epochs, coreset.settings.get("variants", 0)
     views = [
@@ -122,11 +122,6 @@ def _labelled(coreset: Coreset) -> str:
     return _LABELLED.get(settings["method"], "an image that is made of it")
 
 
-def _doped_samples(coreset: Coreset) -> int:
-    """J for the doped images of a class."""
-    return coreset.settings["doping"]["samples_per_class"] if coreset.doped_per_class else 0
-
-
 def _views(epochs: int, *, each: int, images: int, variants: int, first: int) -> list[np.ndarray]:
     """Views of each image of a class, int32 [A, 3]; sample numbers start at `first`."""
     if not images:
@@ -146,7 +141,7 @@ def _check_labels(coreset: Coreset, labels: SoftLabels) -> None:
             f"{coreset.folder}: its labels belong to images that the model made from the prompt "
             f"alone (--start noise), not to stored ones: {without}"
         )
-    each = coreset.samples_per_class + _doped_samples(coreset)
+    each = coreset.samples_per_class + coreset.doped_samples_per_class
     expected = len(coreset.class_ids) * each
     if labels.samples != expected:
         raise CoresetError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...export.bundle import Bundle, say
 from ...export.config import BackendName, DeviceName, EngineSpec, Precision
-from ...export.engines import exporter, open_engine, open_sessions
+from ...export.engines import exporter, open_engine
 from ...export.machine import cxx_compiler
 from ...export.models import ModelParts, ModelSource, Unavailable
 from ...export.modules import Denoiser, LatentDecoder, LatentEncoder
@@ -96,7 +96,8 @@ class CompiledBackend:
 
     def __init__(self, bundle: Bundle, spec: EngineSpec) -> None:
         self.name, self.spec = bundle.manifest["key"]["backend"], spec
-        self._bundle, self._sessions = bundle, open_sessions(bundle, spec)
+        self._bundle = bundle
+        self._sessions = exporter(self.name).open_sessions(bundle.folder, spec)
 
     def encode_moments(self, images_BCHW: Tensor) -> Tensor:
         return self._sessions["encoder"].run(images_BCHW).float()

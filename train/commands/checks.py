@@ -82,9 +82,15 @@ def check_images_per_class(plan: Plan) -> None:
     counts = np.bincount(plan.train.labels, minlength=len(plan.class_names))
     fewest = int(counts.argmin())
     found = f"class {plan.train.class_ids[fewest]!r} has {counts[fewest]} training images, but "
-    for takes in filter(None, (METHODS[method].takes for method in plan.methods)):
-        needed, wanted = takes(plan.ipc, plan.factor)
-        if counts[fewest] < needed:
-            raise ValueError(f"{found}{wanted}, or more images")
+    takes = {METHODS[method].takes for method in plan.methods}
+    if "patches" in takes and counts[fewest] < (needed := plan.samples_per_class):
+        raise ValueError(
+            f"{found}ipc · factor² = {needed} patches are wanted, one of each image: give a "
+            "smaller --ipc or --factor, or more images"
+        )
+    if "images" in takes and counts[fewest] < plan.ipc:
+        raise ValueError(
+            f"{found}--ipc = {plan.ipc} whole images are wanted: give a smaller one, or more images"
+        )
     if counts[fewest] < plan.dope:
         raise ValueError(f"{found}--dope {plan.dope} asks for more: give a smaller one")

@@ -231,9 +231,8 @@ def _announce(plan: Plan, report: Report) -> None:
         f"data: {len(plan.train)} training and {len(plan.val)} validation images of "
         f"{classes} classes; {plan.image_size} px, patches of {plan.patch_px} px"
     )
-    samples = classes * (plan.samples_per_class + plan.doped_samples_per_class)
     layout = LabelLayout(
-        codec=plan.codec, epochs=plan.student.epochs, samples=samples, classes=classes
+        codec=plan.codec, epochs=plan.student.epochs, samples=plan.samples, classes=classes
     )
     labels_gib = layout.bytes / 2**30
     stores = plan.labels != "online" and plan.student.targets == "soft"

@@ -28,7 +28,6 @@ from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds, usual_prec
 from ..coreset_options import StudentElsewhere
 from ..data.folder import data_folder, images_sha256
 from ..labels.hard import HardLabels
-from ..methods.whole_images import doped_samples
 from ..report.summary import mean_and_std, provenance, rounded
 from ..run.folder import RunFolder, StageResult, check_out
 from ..run.progress import Report
@@ -176,7 +175,7 @@ def _without_labels(
             f"--factor {options.factor}: the patches of {coreset.folder} have factor "
             f"{settings['factor']}: leave it out"
         )
-    each = settings.get("samples_per_class", settings["ipc"] * settings["factor"] ** 2)
+    each = coreset.samples_per_class
     ipc, rest = divmod(each, factor**2)
     if rest:
         raise ValueError(
@@ -187,7 +186,7 @@ def _without_labels(
     return replace(
         student.at(usual_precision(device)),
         size_px=size_px,
-        group=grouping(classes, each + doped_samples(coreset), student) or 1,
+        group=grouping(classes, each + coreset.doped_samples_per_class, student) or 1,
         seed=settings["seed"],
         device=device,
     )

@@ -35,9 +35,9 @@ from ...engine.labels.stored import SoftLabels
 from ...export.config import BackendName
 from ..config import StudentConfig
 from ..coreset_options import TrainVerify
-from ..labels.views import cutmix_of, make_views, pools
+from ..labels.views import pools, render_some_views
 from ..methods.open import own_part
-from ..methods.source import Expansions, ImageSource
+from ..methods.source import Expansions
 from ..report.summary import rounded
 from ..run.progress import Report
 from ..students.from_manifest import (
@@ -107,7 +107,7 @@ def _drift(
         pairs = list(chosen_pairs(config, source.labels_N, options.samples, options.seed))
         total = sum(len(rows_S) for *_, rows_S in pairs)
         for samples_P, epoch, rows_S in pairs:
-            views_SCHW, images = _views(source, config, samples_P, epoch, rows_S)
+            views_SCHW, images = render_some_views(source, samples_P, epoch, config, rows_S)
             now_SK = _coded(teacher.logits(views_SCHW), stored, teacher)
             parts.append(_compare(stored, source.labels_N, samples_P[rows_S], epoch, now_SK))
             rendered, done = rendered + images, done + len(rows_S)
@@ -161,21 +161,6 @@ def chosen_pairs(
         yield samples_P, epoch, torch.from_numpy(rows_S)
         if not count:
             return
-
-
-def _views(
-    source: ImageSource, config: StudentConfig, samples_P: Tensor, epoch: int, rows_S: Tensor
-) -> tuple[Tensor, int]:
-    """Views of some rows of a pool, normalised [S, 3, H, W], and how many images were rendered."""
-    needed = rows_S
-    if config.cutmix:
-        partners_P, _ = cutmix_of(samples_P, epoch, config)
-        needed = torch.cat([rows_S, partners_P[rows_S]]).unique()
-    made = source.render(samples_P[needed], epoch)
-    images_PCHW = made.new_full((len(samples_P), *made.shape[1:]), -1.0)
-    images_PCHW[needed.to(made.device)] = made
-    views_PCHW = make_views(images_PCHW, samples_P, epoch, config)
-    return views_PCHW[rows_S.to(made.device)], len(needed)
 
 
 def _coded(logits_SK: Tensor, stored: SoftLabels, teacher: Teacher) -> Tensor:

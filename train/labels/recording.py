@@ -27,7 +27,7 @@ from ..run.progress import Report
 from ..run.world import ALONE, World
 from ..teacher.teacher import Teacher
 from .targets import describe_stored, labelled_views
-from .views import make_views, pools
+from .views import pools, render_views
 
 
 class RecordedLabels:
@@ -113,7 +113,7 @@ class RecordedLabels:
         for epoch in range(min(rounds, config.epochs)):
             for first in range(chunks):
                 samples_P = samples_S[first::chunks].contiguous()
-                views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)
+                views_PCHW = render_views(source, samples_P, epoch, config)
                 logits_PK = answer_pool(self.teacher, views_PCHW, self._world)
                 if self._recording is not None:
                     answers.append(as_fp16(logits_PK))
@@ -178,6 +178,6 @@ def record_labels(
         every = pools(config, source.labels_N, epoch)
         for samples_P, done in zip(every, labels.have(every, epoch), strict=True):
             if not done:
-                views_PCHW = make_views(source.render(samples_P, epoch), samples_P, epoch, config)
+                views_PCHW = render_views(source, samples_P, epoch, config)
                 labels.targets(samples_P, epoch, views_PCHW)
     report.progress("labels", config.epochs, config.epochs, "epochs")

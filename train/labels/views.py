@@ -17,7 +17,7 @@ Shapes: N samples in all, P samples of a pool, H = W = size_px.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from ...kernels.noise import Draw, uniform
 from ...kernels.student_input import student_input
 from ..config import StudentConfig, pool_size
 from ..teacher.normalisation import IMAGENET, Normalisation
+
+if TYPE_CHECKING:
+    from ..methods.source import ImageSource
 
 
 def pools(config: StudentConfig, labels_N: Tensor, epoch: int) -> list[Tensor]:
@@ -43,6 +46,29 @@ def pools(config: StudentConfig, labels_N: Tensor, epoch: int) -> list[Tensor]:
     first_G = torch.stack([group[0] for group in groups])
     order_G = torch.argsort(u_N2[first_G, 1 if config.group > 1 else 0], stable=True)
     return list(torch.cat([groups[index] for index in order_G.tolist()]).split(pool_size(config)))
+
+
+def render_views(
+    source: ImageSource, samples_P: Tensor, epoch: int, config: StudentConfig
+) -> Tensor:
+    """Render a pool and make its views: `make_views` of its images."""
+    return make_views(source.render(samples_P, epoch), samples_P, epoch, config)
+
+
+def render_some_views(
+    source: ImageSource, samples_P: Tensor, epoch: int, config: StudentConfig, rows_S: Tensor
+) -> tuple[Tensor, int]:
+    """Views [S, …] of some rows of a pool, and how many images were rendered for them: with CutMix
+    also those whose boxes they show."""
+    needed = rows_S
+    if config.cutmix:
+        partners_P, _ = cutmix_of(samples_P, epoch, config)
+        needed = torch.cat([rows_S, partners_P[rows_S]]).unique()
+    made = source.render(samples_P[needed], epoch)
+    images_PCHW = made.new_full((len(samples_P), *made.shape[1:]), -1.0)
+    images_PCHW[needed.to(made.device)] = made
+    views_PCHW = make_views(images_PCHW, samples_P, epoch, config)
+    return views_PCHW[rows_S.to(made.device)], len(needed)
 
 
 def make_views(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..run.settings import settings_by_option
-from .method import Method, later, takes_patches
+from .method import Method, later
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -30,7 +30,7 @@ def _rendering(plan: Plan) -> dict[str, Any]:
 
 DACE = Method(
     name="dace",
-    takes=takes_patches,
+    takes="patches",
     model="rendered",
     steps=5,
     sized_by="--image-size",

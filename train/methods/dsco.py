@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..batching import LARGE_ENGINE_BATCH, fitting_batch
+from ..batching import whole_class_batch
 from ..run.settings import settings_by_option
 from .method import Method, later
 
@@ -22,13 +22,9 @@ def _check(options: Any) -> None:
 
 
 def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:
-    if options.ipc > LARGE_ENGINE_BATCH:
-        batch = fitting_batch(options.ipc)
-    else:  # whole classes
-        batch = options.ipc * fitting_batch(classes, LARGE_ENGINE_BATCH // options.ipc)
     return {
         "size_px": trained_px,
-        "batch": options.engine_batch or batch,
+        "batch": options.engine_batch or whole_class_batch(options.ipc, classes),
         "images_per_prompt": None,
     }
 

@@ -51,7 +51,7 @@ def optimise_images(making: Making, folder: Path) -> Made:
     images_NSSC = world.all_gather_rows(_together([part["images"] for part in own]))
     losses_KS2 = world.all_gather_rows(_together([part["losses"] for part in own]))
     order_K = torch.tensor([k for groups in dealt for group in groups for k in group]).argsort()
-    by_class = images_NSSC.unflatten(0, (classes, plan.ipc))
+    by_class = images_NSSC.unflatten(0, (classes, -1))
     return Made(
         images_NHWC=by_class[order_K].flatten(0, 1),
         settings={

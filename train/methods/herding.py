@@ -81,8 +81,4 @@ def _make(making: Making, _: Path) -> Made:
     )
 
 
-def _takes(ipc: int, _: int) -> tuple[int, str]:
-    return ipc, f"--ipc = {ipc} whole images are wanted: give a smaller one"
-
-
-HERDING = Method(name="herding", takes=_takes, make=_make, open=later("whole_images.open_stored"))
+HERDING = Method(name="herding", takes="images", make=_make, open=later("whole_images.open_stored"))

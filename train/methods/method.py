@@ -66,15 +66,6 @@ def later(name: str) -> Callable[..., Any]:
     return call
 
 
-def takes_patches(ipc: int, factor: int) -> tuple[int, str]:
-    """`Method.takes` of methods that cut one patch from each image."""
-    needed = ipc * factor**2
-    return needed, (
-        f"ipc · factor² = {needed} patches are wanted, one of each image: give a smaller --ipc or "
-        "--factor"
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One way to make a coreset and to show it to students. `name`, `make` and `open` are required.
@@ -87,9 +78,8 @@ class Method:
     """All ranks call it. It may keep unfinished work in the folder, which is removed at the end."""
     open: Callable[[Coreset, Machine], AbstractContextManager[ImageSource]]
     """The images of its coreset."""
-    takes: Callable[[int, int], tuple[int, str]] | None = None
-    """(ipc, factor) → training images needed per class, and the error for a class that has fewer.
-    None: needs none."""
+    takes: Literal["patches", "images"] | None = None
+    """Cut from the training images: one patch from each, or ipc of them whole. None: neither."""
     check: Callable[[Any], None] = lambda _: None
     """Raises ValueError for RunOptions that do not suit the method."""
     model: Literal["made", "rendered"] | None = None

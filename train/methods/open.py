@@ -25,7 +25,7 @@ from ..run.world import ALONE, World
 from .pools import SharedImages
 from .registry import method_of
 from .source import ImageSource, Machine, RealImages
-from .whole_images import StoredImages, doped_samples
+from .whole_images import StoredImages
 
 FINEST = 1000  # a share is rounded to a fraction with at most this denominator
 
@@ -38,10 +38,10 @@ def open_source(plan: Plan, coreset: Coreset | None, world: World = ALONE) -> It
     share the rendering, so all request the same images in the same order.
     """
     if coreset is None:
-        samples = plan.samples_per_class + plan.doped_samples_per_class
+        classes = len(plan.class_names)
         own = RealImages(
             images=plan.train,
-            labels_N=torch.arange(len(plan.class_names)).repeat_interleave(samples),
+            labels_N=torch.arange(classes).repeat_interleave(plan.samples // classes),
             size_px=plan.image_size,
             seed=plan.seed,
             device=plan.device,
@@ -173,6 +173,6 @@ def with_doped(source: ImageSource, coreset: Coreset, device: str) -> ImageSourc
         method="doped",
         images_NHWC=coreset.doped().to(device),
         class_ids=coreset.class_ids,
-        samples_per_class=doped_samples(coreset),
+        samples_per_class=coreset.doped_samples_per_class,
     )
     return Doped(source, real)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .method import Method, later, takes_patches
+from .method import Method, later
 
 RANDOM = Method(
     name="random",
-    takes=takes_patches,
+    takes="patches",
     make=later("patches.make_random"),
     open=later("source.open_enlarged"),
 )

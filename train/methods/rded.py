@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .method import Method, later, takes_patches
+from .method import Method, later
 
 RDED = Method(
     name="rded",
-    takes=takes_patches,
+    takes="patches",
     make=later("patches.make_scored"),
     open=later("source.open_mosaics"),
 )

@@ -21,12 +21,6 @@ def _check(options: Any) -> None:
             f"--steps {options.steps}: expected {MOST_STEPS} at most for t2i: leave it out "
             "for 1, or give the methods runs of their own"
         )
-    each = 1 + options.variants
-    if options.budget_seconds is None and options.ipc % each:
-        raise ValueError(
-            f"--ipc {options.ipc}: expected a multiple of {each}, each generated "
-            f"image and its {options.variants} --variants: give another --ipc or --variants"
-        )
 
 
 def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:

@@ -76,11 +76,6 @@ class StoredImages:
         return described | varied
 
 
-def doped_samples(coreset: Coreset) -> int:
-    """Samples per class and epoch that show doping's real images."""
-    return coreset.settings["doping"]["samples_per_class"] if coreset.doped_per_class else 0
-
-
 def read_whole(images: ImageSet, positions: np.ndarray, size_px: int, device: str) -> Tensor:
     """These images as validation sees them: uint8 [len(positions), S, S, 3] on the CPU."""
     batches = stream_whole(images, positions, size_px, device)

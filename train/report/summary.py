@@ -98,8 +98,6 @@ def make_summary(
 def _settings(plan: Plan) -> dict[str, Any]:
     """The settings behind the result; None where an option plays no part."""
     student, expand = plan.student, plan.expand
-    each = plan.samples_per_class + plan.doped_samples_per_class
-    samples = len(plan.class_names) * each
     from_image = expand.start == "image"
     mixup = expand.mixup and from_image
     soft = student.targets == "soft"
@@ -134,7 +132,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "student": student.network,
         "epochs": student.epochs,
         "batch": student.batch,
-        "student_steps": student.epochs * -(-samples // student.batch),
+        "student_steps": student.epochs * -(-plan.samples // student.batch),
         "temperature": student.temperature,
         "cutmix": student.cutmix,
         "seed": plan.seed,

@@ -35,7 +35,6 @@ from ..labels.targets import StoredLabels
 from ..methods.open import open_coreset_source
 from ..methods.registry import method_of
 from ..methods.source import ImageSource, Machine
-from ..methods.whole_images import doped_samples
 from ..run.world import ALONE
 from ..teacher.teacher import Teacher, load_teacher
 
@@ -199,7 +198,7 @@ def _expand_config(
     refresh: float,
 ) -> ExpandConfig:
     named = named_model(coreset)
-    samples = len(coreset.labels_N) + len(coreset.class_ids) * doped_samples(coreset)
+    samples = len(coreset.labels_N) + len(coreset.class_ids) * coreset.doped_samples_per_class
     batch = options.engine_batch or engine_batch_for(samples, config, refresh)
     group = None if samples <= pool_size(config) else config.group
     recorded_vae = named["vae_precision"] if options.precision is None else "auto"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...engine.labels.codecs import SoftTargets
 from ..config import StudentConfig, pool_size
 from ..labels.targets import Labels
-from ..labels.views import make_views, pools
+from ..labels.views import pools, render_views
 from ..methods.source import ImageSource
 
 
@@ -64,6 +64,5 @@ def fill_slot(
     slot: PoolSlot, pool: Pool, source: ImageSource, labels: Labels, config: StudentConfig
 ) -> None:
     """Render a pool, make its views, and label them."""
-    images_PCHW = source.render(pool.samples_P, pool.epoch)
-    slot.views_PCHW = make_views(images_PCHW, pool.samples_P, pool.epoch, config)
+    slot.views_PCHW = render_views(source, pool.samples_P, pool.epoch, config)
     slot.targets_P = labels.targets(pool.samples_P, pool.epoch, slot.views_PCHW)
