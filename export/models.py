@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from .config import Precision, VaePrecision, Weights
 from .durable import file_sha256
@@ -139,17 +143,44 @@ def _needed_parts(source: ModelSource) -> tuple[str, ...]:
     return tuple(_WEIGHTS) if source.weights == "pretrained" else ("unet", "vae")
 
 
-def _weight_files(source: ModelSource, part: str) -> tuple[str | None, list[Path]]:
-    """(variant to load: None or "fp16", weight files) of one part."""
+def _weight_files(source: ModelSource, part: str) -> list[Path]:
+    """The files that hold one part's weights: one, or an index and its shards.
+
+    They are the ones that are hashed and the ones that are loaded. A file may be a link, as in the
+    hub's cache: its content is hashed. Raises ModelError when there are none or too many.
+    """
     stem, folder = _WEIGHTS[part], source.part(part)
-    plain = sorted([*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-0*.safetensors")])
-    half = sorted(folder.glob(f"{stem}.fp16*.safetensors"))
-    if not plain and not half:
-        raise ModelError(
-            f"{folder} holds no weights: expected {stem}.safetensors "
-            "(pickled .bin weights are refused; convert them to safetensors)"
-        )
-    return (None, plain) if plain else ("fp16", half)
+    for variant in ("", ".fp16"):
+        file = folder / f"{stem}{variant}.safetensors"
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.is_file() and file.is_file():
+            raise ModelError(
+                f"{folder}: expected {file.name} or {index.name}, got both: remove the one that is "
+                "not the model's"
+            )
+        if index.is_file():
+            return [index, *_shards(index)]
+        if file.is_file():
+            return [file]
+    raise ModelError(
+        f"{folder} holds no weights: expected {stem}.safetensors "
+        "(pickled .bin weights are refused; convert them to safetensors)"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names: plain names of safetensors beside it."""
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ModelError(f"{index}: expected a weight_map from tensors to files, got none")
+    for name in listed.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise ModelError(
+                f"{index}: expected names of .safetensors files in its folder, got {name!r}"
+            )
+        if not (index.parent / name).is_file():
+            raise ModelError(f"{index.parent / name} is missing, but {index.name} names it")
+    return [index.parent / name for name in sorted(set(listed.values()))]
 
 
 def resolve_vae_precision(
@@ -178,11 +209,8 @@ def load_parts(
     if source.weights == "random":
         unet = _random(UNet2DConditionModel, source, "unet", unet_dtype, device)
         return ModelParts(unet, _random(AutoencoderKL, source, "vae", vae_dtype, device))
-    # Explicit, because diffusers' default warns when accelerate is not installed.
-    light = {"low_cpu_mem_usage": find_spec("accelerate") is not None}
-    unet = _load(UNet2DConditionModel, source, "unet", device, torch_dtype=unet_dtype, **light)
-    vae = _load(AutoencoderKL, source, "vae", device, torch_dtype=vae_dtype, **light)
-    return ModelParts(unet, vae)
+    unet = _load(UNet2DConditionModel, source, "unet", unet_dtype, device)
+    return ModelParts(unet, _load(AutoencoderKL, source, "vae", vae_dtype, device))
 
 
 def _random(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
@@ -202,13 +230,56 @@ def _random(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, devic
     return module.eval().requires_grad_(False)
 
 
-def _load(kind: Any, source: ModelSource, part: str, device: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, safetensors only, in eval mode, without gradients."""
-    variant, _ = _weight_files(source, part)
-    module = kind.from_pretrained(
-        source.part(part), variant=variant, use_safetensors=True, **options
+def _load(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
+    """UNet or VAE with the tensors of `_weight_files`, in eval mode, without gradients.
+
+    diffusers' from_pretrained would look for other files as well, and leave missing tensors random.
+    """
+    module = _random(kind, source, part, dtype, "meta")
+    found = _read_tensors(source, part)
+    module._fix_state_dict_keys_on_load(found)  # old VAEs name their attention otherwise
+    expected = module.state_dict()
+    both = expected.keys() & found.keys()
+    _check_tensors(
+        source.part(part),
+        missing=expected.keys() - both,
+        unexpected=found.keys() - both,
+        mismatched=(name for name in both if expected[name].shape != found[name].shape),
     )
-    return module.to(device).eval().requires_grad_(False)
+    loaded = {name: found[name].to(device, dtype, copy=True) for name in expected}
+    module.load_state_dict(loaded, assign=True)
+    return module
+
+
+def _read_tensors(source: ModelSource, part: str) -> dict[str, Tensor]:
+    """All tensors of a part, by name. Raises ModelError for a damaged file or a tensor in two."""
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(source, part):
+        if path.suffix != ".safetensors":
+            continue
+        try:
+            found = load_file(path)
+        except SafetensorError as error:
+            raise ModelError(f"{path} is damaged ({error}): copy or download it again") from error
+        if twice := tensors.keys() & found.keys():
+            raise ModelError(f"{path}: {min(twice)} is in another file of {path.parent} too")
+        tensors |= found
+    return tensors
+
+
+def _check_tensors(folder: Path, **faults: Iterable[str]) -> None:
+    """Raise ModelError for tensors that are missing, unexpected or of another shape.
+
+    CLIP's position_ids are not weights: transformers saved them once, and no longer does.
+    """
+    for fault, names in faults.items():
+        names = sorted(name for name in names if not name.endswith("embeddings.position_ids"))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelError(
+                f"{folder}: expected weights that fit its config.json, got {fault} tensors: "
+                f"{names[0]}{more}: copy or download the folder again"
+            )
 
 
 def model_reference(source: ModelSource) -> str:
@@ -222,18 +293,38 @@ def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[A
 
     Always fp32: a prompt is encoded once, and its rounding would affect every image.
     """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
     from transformers.utils import logging
 
     kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
     tokenizer_folder = source.folder / part.replace("text_encoder", "tokenizer")
+    config = CLIPTextConfig.from_dict(_read_json(source.part(part) / "config.json"))
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # there is one for every weight file
     try:
-        encoder = _load(kind, source, part, device, dtype=torch.float32)
+        encoder, found = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=_read_tensors(source, part),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
+            output_loading_info=True,
+        )
     finally:
         if shown:
             logging.enable_progress_bar()
+    _check_tensors(
+        source.part(part),
+        missing=found["missing_keys"],
+        unexpected=found["unexpected_keys"],
+        mismatched=(name for name, *_ in found["mismatched_keys"]),
+    )
+    encoder = encoder.to(device).eval().requires_grad_(False)
     return CLIPTokenizer.from_pretrained(tokenizer_folder), encoder
 
 
@@ -248,7 +339,7 @@ def weights_sha256(source: ModelSource) -> str:
             digest.update((source.part(part) / "config.json").read_bytes())
         return digest.hexdigest()
     for part in sorted(_WEIGHTS):
-        for path in [source.part(part) / "config.json", *_weight_files(source, part)[1]]:
+        for path in [source.part(part) / "config.json", *_weight_files(source, part)]:
             status = path.stat()
             sha256 = _hash_once(path.resolve(), status.st_size, status.st_mtime_ns)
             digest.update(f"{part}/{path.name} {sha256}\n".encode())
@@ -259,7 +350,7 @@ def weights_bytes(source: ModelSource) -> int:
     """Bytes on disk of all weights, which expanding a coreset also needs; 0 for random weights."""
     if source.weights == "random":
         return 0
-    files = [path for part in _WEIGHTS for path in _weight_files(source, part)[1]]
+    files = [path for part in _WEIGHTS for path in _weight_files(source, part)]
     return sum(path.stat().st_size for path in files)
 
 
