@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +45,9 @@ _WEIGHTS = {
     "text_encoder_2": "model",
 }
 """Stem of each part's weight files."""
+_MOST_JSON_BYTES = 1 << 22  # SDXL's largest index of shards has 0.2 MB
+_MOST = 1 << 16  # in a configuration; CLIP's vocabulary has 49,408 tokens
+_MOST_LEVELS = 8  # of a VAE; SDXL's has 4
 
 
 class ModelError(ValueError):
@@ -76,22 +80,38 @@ class ModelSource:
 
     def scheduler_config(self) -> dict[str, Any]:
         """The scheduler's configuration as written in the folder."""
-        return _read_json(self.folder / "scheduler" / "scheduler_config.json")
+        return _read_config(self.folder / "scheduler" / "scheduler_config.json")
 
     def trained_px(self) -> int:
         """Side of its training images: 512 for sdxl-turbo, 64 for sdxl-tiny."""
-        return _read_json(self.part("unet") / "config.json")["sample_size"] * self.vae_factor()
+        return self._unet_number("sample_size") * self.vae_factor()
 
     def vae_factor(self) -> int:
         """Image side / latent side."""
-        vae = _read_json(self.part("vae") / "config.json")
-        return 2 ** (len(vae["block_out_channels"]) - 1)
+        path = self.part("vae") / "config.json"
+        channels = _read_config(path).get("block_out_channels")
+        if not isinstance(channels, list) or not 1 <= len(channels) <= _MOST_LEVELS:
+            raise ModelError(
+                f"{path}: expected 1 to {_MOST_LEVELS} numbers as block_out_channels, got "
+                f"{_short(channels)}: give SDXL's configuration of this VAE"
+            )
+        return 2 ** (len(channels) - 1)
 
     def text_widths(self) -> tuple[int, int]:
         """Widths of a token's embedding and of the pooled embedding, as the UNet takes them."""
-        unet = _read_json(self.part("unet") / "config.json")
-        times = 6 * unet["addition_time_embed_dim"]
-        return unet["cross_attention_dim"], unet["projection_class_embeddings_input_dim"] - times
+        pooled_and_times = self._unet_number("projection_class_embeddings_input_dim")
+        times = 6 * self._unet_number("addition_time_embed_dim")
+        return self._unet_number("cross_attention_dim"), pooled_and_times - times
+
+    def _unet_number(self, name: str) -> int:
+        path = self.part("unet") / "config.json"
+        value = _read_config(path).get(name)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(
+                f"{path}: expected a whole number as {name}, got {_short(value)}: give SDXL's "
+                "configuration of this UNet"
+            )
+        return value
 
 
 @dataclass
@@ -128,12 +148,19 @@ def find_model(name_or_folder: str | Path, weights: Weights = "pretrained") -> M
 def _check_parts(source: ModelSource) -> None:
     expected = [source.folder / "scheduler" / "scheduler_config.json"]
     expected += [source.part(part) / "config.json" for part in _needed_parts(source)]
+    if source.weights == "pretrained":
+        for part in ("tokenizer", "tokenizer_2"):
+            slow = (source.folder / part / "vocab.json").is_file()
+            vocabulary = ("vocab.json", "merges.txt") if slow else ("tokenizer.json",)
+            names = ("tokenizer_config.json", *vocabulary)
+            expected += [source.folder / part / name for name in names]
     for path in expected:
         if not path.is_file():
             raise ModelError(
                 f"{source.folder} is not a model in diffusers' SDXL layout: {path} is missing; "
                 "expected what StableDiffusionXLImg2ImgPipeline.save_pretrained writes"
             )
+    source.trained_px(), source.text_widths()  # they raise
     if source.weights == "pretrained":
         for part in _WEIGHTS:
             _weight_files(source, part)
@@ -219,12 +246,13 @@ def _random(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, devic
     Created directly on its device and in its dtype: both networks of SDXL-Turbo in fp16 take 45 s
     and 6 GB on one CPU core, half of the time for first touching the memory.
     """
-    before = torch.get_default_dtype()
-    with torch.random.fork_rng(), torch.device(device):
+    before, path = torch.get_default_dtype(), source.part(part) / "config.json"
+    config = _read_config(path)
+    with torch.random.fork_rng(), torch.device(device), _naming(path):
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)
         try:
-            module = kind.from_config(_read_json(source.part(part) / "config.json"))
+            module = kind.from_config(config)
         finally:
             torch.set_default_dtype(before)
     return module.eval().requires_grad_(False)
@@ -288,44 +316,59 @@ def model_reference(source: ModelSource) -> str:
     return source.name if shipped or source.revision else str(source.folder)
 
 
+def load_tokenizer(source: ModelSource, part: str) -> Any:
+    """The tokenizer of "text_encoder" or "text_encoder_2"; asks no hub."""
+    from transformers import CLIPTokenizer
+
+    folder = source.folder / part.replace("text_encoder", "tokenizer")
+    with _naming(folder):
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=TOKENS)
+
+
 def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[Any, Any]:
     """Tokenizer and text encoder of "text_encoder" or "text_encoder_2", in fp32.
 
     Always fp32: a prompt is encoded once, and its rounding would affect every image.
     """
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        CLIPTokenizer,
-    )
-    from transformers.utils import logging
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-    tokenizer_folder = source.folder / part.replace("text_encoder", "tokenizer")
-    config = CLIPTextConfig.from_dict(_read_json(source.part(part) / "config.json"))
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # there is one for every weight file
-    try:
+    tokenizer, path = load_tokenizer(source, part), source.part(part) / "config.json"
+    config, tensors = _read_config(path), _read_tensors(source, part)
+    with _naming(path), _quiet_transformers():
         encoder, found = kind.from_pretrained(
             None,
-            config=config,
-            state_dict=_read_tensors(source, part),
+            config=CLIPTextConfig.from_dict(config),
+            state_dict=tensors,
             dtype=torch.float32,
+            attn_implementation="sdpa",  # the configuration might name code of a hub
+            local_files_only=True,
             ignore_mismatched_sizes=True,  # they are refused below, with their names
             output_loading_info=True,
         )
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     _check_tensors(
         source.part(part),
         missing=found["missing_keys"],
         unexpected=found["unexpected_keys"],
         mismatched=(name for name, *_ in found["mismatched_keys"]),
     )
-    encoder = encoder.to(device).eval().requires_grad_(False)
-    return CLIPTokenizer.from_pretrained(tokenizer_folder), encoder
+    return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar for every file, and no table of tensors that do not fit."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def weights_sha256(source: ModelSource) -> str:
@@ -363,8 +406,63 @@ def _hash_once(path: Path, size_bytes: int, mtime_ns: int) -> str:
 def seen_classes(folder: Path) -> tuple[str, ...] | None:
     """Class names that the model was trained on, from its model card; None without a card."""
     card = folder / "model_card.json"
-    return tuple(_read_json(card)["class_names"]) if card.is_file() else None
+    if not card.is_file():
+        return None
+    names = _read_json(card).get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(
+            f"{card}: expected a list of names as class_names, got {_short(names)}: mend or remove "
+            "the card"
+        )
+    return tuple(names)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+def _read_config(path: Path) -> dict[str, Any]:
+    """A part's configuration. Raises ModelError for quantised weights and huge numbers too."""
+    config = _read_json(path, _bounded)
+    if config.get("quantization_config") is not None:
+        raise ModelError(
+            f"{path}: expected plain weights, got a quantization_config: give the folder of the "
+            "model before its quantisation"
+        )
+    return config
+
+
+def _bounded(digits: str) -> int:
+    if abs(number := int(digits)) > _MOST:
+        raise ValueError(f"a number of at most {_MOST} was expected, not {digits[:20]}")
+    return number
+
+
+def _read_json(path: Path, read_int: Callable[[str], int] = int) -> dict[str, Any]:
+    """The JSON object in a file. Raises ModelError, which names the file, for anything else."""
+    size_bytes, way_out = path.stat().st_size, "copy or download it again"
+    if size_bytes > _MOST_JSON_BYTES:
+        raise ModelError(
+            f"{path}: expected at most {_MOST_JSON_BYTES} bytes, got {size_bytes}: {way_out}"
+        )
+    try:
+        value = json.loads(path.read_bytes(), parse_int=read_int)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: expected JSON, got what is none ({error}): {way_out}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {_short(value)}: {way_out}")
+    return value
+
+
+def _short(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r:.60}"
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file or folder of which a library raised an error of any kind but lack of memory."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(
+            f"{path} is damaged or not SDXL's ({reason}): copy or download it again"
+        ) from error

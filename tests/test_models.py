@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -49,7 +50,11 @@ def test_unknown_names_list_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    "missing", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
+    "missing",
+    [
+        *("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"),
+        *("tokenizer/tokenizer.json", "tokenizer_2/tokenizer_config.json"),
+    ],
 )
 def test_a_missing_part_is_named(folder: Path, missing: str):
     (folder / missing).unlink()
@@ -232,6 +237,102 @@ def test_clip_weights_as_published_are_loaded(saved: Path, folder: Path):
     save_file(tensors, weights, metadata={"format": "pt"})
     expected, loaded = load_all(saved), load_all(folder)
     assert all(torch.equal(value, loaded[name]) for name, value in expected.items())
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The names that were looked up; none of them is found."""
+    asked: list[object] = []
+
+    def look_up(name: object, *_: object, **__: object) -> None:
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return asked
+
+
+def test_a_folder_without_a_tokenizer_is_named(folder: Path, no_network: list[object]):
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ModelError, match=r"tokenizer/tokenizer_config\.json is missing"):
+        find_model(folder)
+    assert not no_network
+
+
+@pytest.mark.parametrize("text", ["[]", '{"version": "1.0"', "[" * 100_000, "\0"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_named(folder: Path, no_network: list[object], file: str, text: str):
+    (folder / "tokenizer_2" / file).write_text(text)
+    with pytest.raises(ModelError, match=f"{folder / 'tokenizer_2'} is damaged") as refused:
+        load_text_encoder(find_model(folder), "text_encoder_2", device="cpu")
+    assert "\n" not in str(refused.value)
+    assert not no_network
+
+
+WILD = {
+    "empty": "{}",
+    "quantised": '{"quantization_config": {"quant_method": "bitsandbytes"}}',
+    "huge": " " * (1 << 23),
+    "a huge number": '{"sample_size": %s}' % ("9" * 5000),
+    "many layers": '{"layers_per_block": 1000000000}',
+    "nested": '{"a": ' * 100_000 + "0" + "}" * 100_000,
+    "a list": "[]",
+    "cut": '{"sample_size": 8',
+    "not UTF-8": "\udcff",
+}
+
+
+@pytest.mark.parametrize("text", WILD.values(), ids=WILD.keys())
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_wild_configuration_is_named(folder: Path, part: str, text: str):
+    config = folder / part / "config.json"
+    config.write_text(text, errors="surrogateescape")
+    with pytest.raises(ModelError, match=str(config.parent)) as refused:
+        load_all(folder)
+    assert len(str(refused.value)) < 600
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("unet", {"sample_size": "64"}),
+        ("unet", {"cross_attention_dim": [64, 64]}),
+        ("unet", {"norm_num_groups": 0}),
+        ("unet", {"down_block_types": ["Zed"]}),
+        ("unet", {"block_out_channels": [-4, 8, 8]}),
+        ("vae", {"block_out_channels": [8] * 100}),
+        ("vae", {"block_out_channels": None}),
+        ("vae", {"act_fn": 3}),
+        ("text_encoder", {"hidden_size": -4}),
+        ("text_encoder", {"hidden_act": "zed"}),
+        ("text_encoder_2", {"num_attention_heads": 0}),
+        ("text_encoder_2", {"hidden_size": "wide"}),
+    ],
+)
+def test_a_wrong_value_of_a_configuration_is_named(folder: Path, part: str, changes: dict):
+    config = folder / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ModelError, match=str(config)) as refused:
+        load_all(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_configuration_cannot_name_a_hubs_code(folder: Path, no_network: list[object]):
+    config = folder / "text_encoder" / "config.json"
+    named = {"attn_implementation": "kernels-community/flash-attn2"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    encoder = load_text_encoder(find_model(folder), "text_encoder", device="cpu")[1]
+    assert encoder.config._attn_implementation == "sdpa"
+    assert not no_network
+
+
+@pytest.mark.parametrize("card", ["{}", '{"class_names": 7}', '{"class_names": [1]}', "[]", "{"])
+def test_a_card_without_class_names_is_named(folder: Path, card: str):
+    path = folder / "model_card.json"
+    path.write_text(card)
+    with pytest.raises(ModelError, match=f"^{path}: expected"):
+        unseen_classes(find_model(folder), ["disc"])
 
 
 def test_unseen_classes_come_from_the_card(folder: Path):
