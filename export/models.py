@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from .config import Precision, VaePrecision, Weights
 from .durable import file_sha256
@@ -40,6 +45,9 @@ _WEIGHTS = {
     "text_encoder_2": "model",
 }
 """Stem of each part's weight files."""
+_MOST_JSON_BYTES = 1 << 22  # SDXL's largest index of shards has 0.2 MB
+_MOST = 1 << 16  # in a configuration; CLIP's vocabulary has 49,408 tokens
+_MOST_LEVELS = 8  # of a VAE; SDXL's has 4
 
 
 class ModelError(ValueError):
@@ -72,22 +80,38 @@ class ModelSource:
 
     def scheduler_config(self) -> dict[str, Any]:
         """The scheduler's configuration as written in the folder."""
-        return _read_json(self.folder / "scheduler" / "scheduler_config.json")
+        return _read_config(self.folder / "scheduler" / "scheduler_config.json")
 
     def trained_px(self) -> int:
         """Side of its training images: 512 for sdxl-turbo, 64 for sdxl-tiny."""
-        return _read_json(self.part("unet") / "config.json")["sample_size"] * self.vae_factor()
+        return self._unet_number("sample_size") * self.vae_factor()
 
     def vae_factor(self) -> int:
         """Image side / latent side."""
-        vae = _read_json(self.part("vae") / "config.json")
-        return 2 ** (len(vae["block_out_channels"]) - 1)
+        path = self.part("vae") / "config.json"
+        channels = _read_config(path).get("block_out_channels")
+        if not isinstance(channels, list) or not 1 <= len(channels) <= _MOST_LEVELS:
+            raise ModelError(
+                f"{path}: expected 1 to {_MOST_LEVELS} numbers as block_out_channels, got "
+                f"{_short(channels)}: give SDXL's configuration of this VAE"
+            )
+        return 2 ** (len(channels) - 1)
 
     def text_widths(self) -> tuple[int, int]:
         """Widths of a token's embedding and of the pooled embedding, as the UNet takes them."""
-        unet = _read_json(self.part("unet") / "config.json")
-        times = 6 * unet["addition_time_embed_dim"]
-        return unet["cross_attention_dim"], unet["projection_class_embeddings_input_dim"] - times
+        pooled_and_times = self._unet_number("projection_class_embeddings_input_dim")
+        times = 6 * self._unet_number("addition_time_embed_dim")
+        return self._unet_number("cross_attention_dim"), pooled_and_times - times
+
+    def _unet_number(self, name: str) -> int:
+        path = self.part("unet") / "config.json"
+        value = _read_config(path).get(name)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(
+                f"{path}: expected a whole number as {name}, got {_short(value)}: give SDXL's "
+                "configuration of this UNet"
+            )
+        return value
 
 
 @dataclass
@@ -124,12 +148,19 @@ def find_model(name_or_folder: str | Path, weights: Weights = "pretrained") -> M
 def _check_parts(source: ModelSource) -> None:
     expected = [source.folder / "scheduler" / "scheduler_config.json"]
     expected += [source.part(part) / "config.json" for part in _needed_parts(source)]
+    if source.weights == "pretrained":
+        for part in ("tokenizer", "tokenizer_2"):
+            slow = (source.folder / part / "vocab.json").is_file()
+            vocabulary = ("vocab.json", "merges.txt") if slow else ("tokenizer.json",)
+            names = ("tokenizer_config.json", *vocabulary)
+            expected += [source.folder / part / name for name in names]
     for path in expected:
         if not path.is_file():
             raise ModelError(
                 f"{source.folder} is not a model in diffusers' SDXL layout: {path} is missing; "
                 "expected what StableDiffusionXLImg2ImgPipeline.save_pretrained writes"
             )
+    source.trained_px(), source.text_widths()  # they raise
     if source.weights == "pretrained":
         for part in _WEIGHTS:
             _weight_files(source, part)
@@ -139,17 +170,44 @@ def _needed_parts(source: ModelSource) -> tuple[str, ...]:
     return tuple(_WEIGHTS) if source.weights == "pretrained" else ("unet", "vae")
 
 
-def _weight_files(source: ModelSource, part: str) -> tuple[str | None, list[Path]]:
-    """(variant to load: None or "fp16", weight files) of one part."""
+def _weight_files(source: ModelSource, part: str) -> list[Path]:
+    """The files that hold one part's weights: one, or an index and its shards.
+
+    They are the ones that are hashed and the ones that are loaded. A file may be a link, as in the
+    hub's cache: its content is hashed. Raises ModelError when there are none or too many.
+    """
     stem, folder = _WEIGHTS[part], source.part(part)
-    plain = sorted([*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-0*.safetensors")])
-    half = sorted(folder.glob(f"{stem}.fp16*.safetensors"))
-    if not plain and not half:
-        raise ModelError(
-            f"{folder} holds no weights: expected {stem}.safetensors "
-            "(pickled .bin weights are refused; convert them to safetensors)"
-        )
-    return (None, plain) if plain else ("fp16", half)
+    for variant in ("", ".fp16"):
+        file = folder / f"{stem}{variant}.safetensors"
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.is_file() and file.is_file():
+            raise ModelError(
+                f"{folder}: expected {file.name} or {index.name}, got both: remove the one that is "
+                "not the model's"
+            )
+        if index.is_file():
+            return [index, *_shards(index)]
+        if file.is_file():
+            return [file]
+    raise ModelError(
+        f"{folder} holds no weights: expected {stem}.safetensors "
+        "(pickled .bin weights are refused; convert them to safetensors)"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names: plain names of safetensors beside it."""
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ModelError(f"{index}: expected a weight_map from tensors to files, got none")
+    for name in listed.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise ModelError(
+                f"{index}: expected names of .safetensors files in its folder, got {name!r}"
+            )
+        if not (index.parent / name).is_file():
+            raise ModelError(f"{index.parent / name} is missing, but {index.name} names it")
+    return [index.parent / name for name in sorted(set(listed.values()))]
 
 
 def resolve_vae_precision(
@@ -178,11 +236,8 @@ def load_parts(
     if source.weights == "random":
         unet = _random(UNet2DConditionModel, source, "unet", unet_dtype, device)
         return ModelParts(unet, _random(AutoencoderKL, source, "vae", vae_dtype, device))
-    # Explicit, because diffusers' default warns when accelerate is not installed.
-    light = {"low_cpu_mem_usage": find_spec("accelerate") is not None}
-    unet = _load(UNet2DConditionModel, source, "unet", device, torch_dtype=unet_dtype, **light)
-    vae = _load(AutoencoderKL, source, "vae", device, torch_dtype=vae_dtype, **light)
-    return ModelParts(unet, vae)
+    unet = _load(UNet2DConditionModel, source, "unet", unet_dtype, device)
+    return ModelParts(unet, _load(AutoencoderKL, source, "vae", vae_dtype, device))
 
 
 def _random(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
@@ -191,24 +246,68 @@ def _random(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, devic
     Created directly on its device and in its dtype: both networks of SDXL-Turbo in fp16 take 45 s
     and 6 GB on one CPU core, half of the time for first touching the memory.
     """
-    before = torch.get_default_dtype()
-    with torch.random.fork_rng(), torch.device(device):
+    before, path = torch.get_default_dtype(), source.part(part) / "config.json"
+    config = _read_config(path)
+    with torch.random.fork_rng(), torch.device(device), _naming(path):
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)
         try:
-            module = kind.from_config(_read_json(source.part(part) / "config.json"))
+            module = kind.from_config(config)
         finally:
             torch.set_default_dtype(before)
     return module.eval().requires_grad_(False)
 
 
-def _load(kind: Any, source: ModelSource, part: str, device: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, safetensors only, in eval mode, without gradients."""
-    variant, _ = _weight_files(source, part)
-    module = kind.from_pretrained(
-        source.part(part), variant=variant, use_safetensors=True, **options
+def _load(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
+    """UNet or VAE with the tensors of `_weight_files`, in eval mode, without gradients.
+
+    diffusers' from_pretrained would look for other files as well, and leave missing tensors random.
+    """
+    module = _random(kind, source, part, dtype, "meta")
+    found = _read_tensors(source, part)
+    module._fix_state_dict_keys_on_load(found)  # old VAEs name their attention otherwise
+    expected = module.state_dict()
+    both = expected.keys() & found.keys()
+    _check_tensors(
+        source.part(part),
+        missing=expected.keys() - both,
+        unexpected=found.keys() - both,
+        mismatched=(name for name in both if expected[name].shape != found[name].shape),
     )
-    return module.to(device).eval().requires_grad_(False)
+    loaded = {name: found[name].to(device, dtype, copy=True) for name in expected}
+    module.load_state_dict(loaded, assign=True)
+    return module
+
+
+def _read_tensors(source: ModelSource, part: str) -> dict[str, Tensor]:
+    """All tensors of a part, by name. Raises ModelError for a damaged file or a tensor in two."""
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(source, part):
+        if path.suffix != ".safetensors":
+            continue
+        try:
+            found = load_file(path)
+        except SafetensorError as error:
+            raise ModelError(f"{path} is damaged ({error}): copy or download it again") from error
+        if twice := tensors.keys() & found.keys():
+            raise ModelError(f"{path}: {min(twice)} is in another file of {path.parent} too")
+        tensors |= found
+    return tensors
+
+
+def _check_tensors(folder: Path, **faults: Iterable[str]) -> None:
+    """Raise ModelError for tensors that are missing, unexpected or of another shape.
+
+    CLIP's position_ids are not weights: transformers saved them once, and no longer does.
+    """
+    for fault, names in faults.items():
+        names = sorted(name for name in names if not name.endswith("embeddings.position_ids"))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelError(
+                f"{folder}: expected weights that fit its config.json, got {fault} tensors: "
+                f"{names[0]}{more}: copy or download the folder again"
+            )
 
 
 def model_reference(source: ModelSource) -> str:
@@ -217,24 +316,59 @@ def model_reference(source: ModelSource) -> str:
     return source.name if shipped or source.revision else str(source.folder)
 
 
+def load_tokenizer(source: ModelSource, part: str) -> Any:
+    """The tokenizer of "text_encoder" or "text_encoder_2"; asks no hub."""
+    from transformers import CLIPTokenizer
+
+    folder = source.folder / part.replace("text_encoder", "tokenizer")
+    with _naming(folder):
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=TOKENS)
+
+
 def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[Any, Any]:
     """Tokenizer and text encoder of "text_encoder" or "text_encoder_2", in fp32.
 
     Always fp32: a prompt is encoded once, and its rounding would affect every image.
     """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-    from transformers.utils import logging
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-    tokenizer_folder = source.folder / part.replace("text_encoder", "tokenizer")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # there is one for every weight file
+    tokenizer, path = load_tokenizer(source, part), source.part(part) / "config.json"
+    config, tensors = _read_config(path), _read_tensors(source, part)
+    with _naming(path), _quiet_transformers():
+        encoder, found = kind.from_pretrained(
+            None,
+            config=CLIPTextConfig.from_dict(config),
+            state_dict=tensors,
+            dtype=torch.float32,
+            attn_implementation="sdpa",  # the configuration might name code of a hub
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
+            output_loading_info=True,
+        )
+    _check_tensors(
+        source.part(part),
+        missing=found["missing_keys"],
+        unexpected=found["unexpected_keys"],
+        mismatched=(name for name, *_ in found["mismatched_keys"]),
+    )
+    return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar for every file, and no table of tensors that do not fit."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        encoder = _load(kind, source, part, device, dtype=torch.float32)
+        yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
-    return CLIPTokenizer.from_pretrained(tokenizer_folder), encoder
 
 
 def weights_sha256(source: ModelSource) -> str:
@@ -248,7 +382,7 @@ def weights_sha256(source: ModelSource) -> str:
             digest.update((source.part(part) / "config.json").read_bytes())
         return digest.hexdigest()
     for part in sorted(_WEIGHTS):
-        for path in [source.part(part) / "config.json", *_weight_files(source, part)[1]]:
+        for path in [source.part(part) / "config.json", *_weight_files(source, part)]:
             status = path.stat()
             sha256 = _hash_once(path.resolve(), status.st_size, status.st_mtime_ns)
             digest.update(f"{part}/{path.name} {sha256}\n".encode())
@@ -259,7 +393,7 @@ def weights_bytes(source: ModelSource) -> int:
     """Bytes on disk of all weights, which expanding a coreset also needs; 0 for random weights."""
     if source.weights == "random":
         return 0
-    files = [path for part in _WEIGHTS for path in _weight_files(source, part)[1]]
+    files = [path for part in _WEIGHTS for path in _weight_files(source, part)]
     return sum(path.stat().st_size for path in files)
 
 
@@ -272,8 +406,63 @@ def _hash_once(path: Path, size_bytes: int, mtime_ns: int) -> str:
 def seen_classes(folder: Path) -> tuple[str, ...] | None:
     """Class names that the model was trained on, from its model card; None without a card."""
     card = folder / "model_card.json"
-    return tuple(_read_json(card)["class_names"]) if card.is_file() else None
+    if not card.is_file():
+        return None
+    names = _read_json(card).get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(
+            f"{card}: expected a list of names as class_names, got {_short(names)}: mend or remove "
+            "the card"
+        )
+    return tuple(names)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+def _read_config(path: Path) -> dict[str, Any]:
+    """A part's configuration. Raises ModelError for quantised weights and huge numbers too."""
+    config = _read_json(path, _bounded)
+    if config.get("quantization_config") is not None:
+        raise ModelError(
+            f"{path}: expected plain weights, got a quantization_config: give the folder of the "
+            "model before its quantisation"
+        )
+    return config
+
+
+def _bounded(digits: str) -> int:
+    if abs(number := int(digits)) > _MOST:
+        raise ValueError(f"a number of at most {_MOST} was expected, not {digits[:20]}")
+    return number
+
+
+def _read_json(path: Path, read_int: Callable[[str], int] = int) -> dict[str, Any]:
+    """The JSON object in a file. Raises ModelError, which names the file, for anything else."""
+    size_bytes, way_out = path.stat().st_size, "copy or download it again"
+    if size_bytes > _MOST_JSON_BYTES:
+        raise ModelError(
+            f"{path}: expected at most {_MOST_JSON_BYTES} bytes, got {size_bytes}: {way_out}"
+        )
+    try:
+        value = json.loads(path.read_bytes(), parse_int=read_int)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: expected JSON, got what is none ({error}): {way_out}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {_short(value)}: {way_out}")
+    return value
+
+
+def _short(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r:.60}"
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file or folder of which a library raised an error of any kind but lack of memory."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(
+            f"{path} is damaged or not SDXL's ({reason}): copy or download it again"
+        ) from error

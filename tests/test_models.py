@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -17,8 +18,15 @@ import pytest
 import torch
 from patchbloom.engine.expand.prompts import class_prompts, unseen_classes
 from patchbloom.export import hub
-from patchbloom.export.models import ModelError, find_model, load_parts, weights_sha256
+from patchbloom.export.models import (
+    ModelError,
+    find_model,
+    load_parts,
+    load_text_encoder,
+    weights_sha256,
+)
 from patchbloom.train.prior.model import new_parts, save_parts
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,11 @@ def test_unknown_names_list_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    "missing", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
+    "missing",
+    [
+        *("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"),
+        *("tokenizer/tokenizer.json", "tokenizer_2/tokenizer_config.json"),
+    ],
 )
 def test_a_missing_part_is_named(folder: Path, missing: str):
     (folder / missing).unlink()
@@ -82,6 +94,245 @@ def test_identity_is_the_weights(saved: Path, folder: Path):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert weights_sha256(find_model(folder)) != weights_sha256(find_model(saved))
+
+
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the four networks, as they are loaded."""
+    model = find_model(folder)
+    networks = vars(load_parts(model, precision="fp32", device="cpu"))
+    for part in ("text_encoder", "text_encoder_2"):
+        networks[part] = load_text_encoder(model, part, device="cpu")[1]
+    return {
+        f"{part}.{name}": value
+        for part, network in networks.items()
+        for name, value in network.state_dict().items()
+    }
+
+
+def split_weights(folder: Path, part: str, *, variant: str = "") -> Path:
+    """Replace the part's weights by two shards and their index, which is returned."""
+    weights = folder / part / f"{STEMS[part]}.safetensors"
+    tensors = load_file(weights)
+    names, listed = sorted(tensors), {}
+    for number, kept in enumerate((names[::2], names[1::2]), 1):
+        shard = f"{STEMS[part]}{variant}-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in kept}, weights.with_name(shard))
+        listed |= dict.fromkeys(kept, shard)
+    weights.unlink()
+    index = weights.with_name(f"{STEMS[part]}.safetensors.index{variant}.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    return index
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_shards_are_loaded_and_hashed(saved: Path, folder: Path, variant: str):
+    indices = [split_weights(folder, part, variant=variant) for part in STEMS]
+    expected, loaded = load_all(saved), load_all(folder)
+    assert expected.keys() == loaded.keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in expected.items())
+    hashes = {weights_sha256(find_model(folder))}
+    for index in indices:
+        shard = index.with_name(f"{index.name.split('.')[0]}{variant}-00002-of-00002.safetensors")
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+        hashes.add(weights_sha256(find_model(folder)))
+        index.write_text(index.read_text() + " ")
+        hashes.add(weights_sha256(find_model(folder)))
+    assert len(hashes) == 1 + 2 * len(indices)
+
+
+@pytest.mark.parametrize("part", STEMS)
+def test_an_index_beside_a_plain_file_is_refused(folder: Path, part: str):
+    """It would decide what is loaded, and the hash would be that of the plain file."""
+    weights = folder / part / f"{STEMS[part]}.safetensors"
+    tensors = load_file(weights)
+    save_file(
+        {name: value + 1 for name, value in tensors.items()}, weights.with_name("other.safetensors")
+    )
+    index = weights.with_name(f"{weights.name}.index.json")
+    listed = dict.fromkeys(tensors, "other.safetensors")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    with pytest.raises(
+        ModelError, match=f"{part}: expected {weights.name} or {index.name}, got both"
+    ):
+        find_model(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["evil.bin", "../../stolen.safetensors", "/stolen.safetensors", "a/b.safetensors", 7, {}],
+)
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_an_index_names_safetensors_beside_it(folder: Path, part: str, name: object):
+    index = split_weights(folder, part)
+    content = json.loads(index.read_text())
+    content["weight_map"]["x"] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=rf"{index.name}: expected names of \.safetensors files"):
+        find_model(folder)
+
+
+def test_a_shard_that_is_missing_or_holds_a_tensor_twice_is_named(folder: Path):
+    index = split_weights(folder, "unet")
+    first, second = sorted(index.parent.glob("*.safetensors"))
+    tensors = load_file(second)
+    save_file(load_file(first) | tensors, first)
+    with pytest.raises(ModelError, match=f"{second}: .* is in another file of {index.parent} too"):
+        load_parts(find_model(folder), precision="fp32", device="cpu")
+    second.unlink()
+    with pytest.raises(ModelError, match=f"{second} is missing, but {index.name} names it"):
+        find_model(folder)
+    index.write_text('{"weight_map": {}}')
+    with pytest.raises(ModelError, match=f"{index}: expected a weight_map"):
+        find_model(folder)
+
+
+def test_weights_may_be_links_as_in_the_hubs_cache(saved: Path, folder: Path):
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.rglob("*.safetensors"))):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("../../blobs") / str(number))
+    assert weights_sha256(find_model(folder)) == weights_sha256(find_model(saved))
+    assert load_all(folder).keys() == load_all(saved).keys()
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched"])
+@pytest.mark.parametrize("part", STEMS)
+def test_weights_that_do_not_fit_are_refused(folder: Path, part: str, fault: str):
+    """Missing ones would be random, and other ones with every start."""
+    weights = folder / part / f"{STEMS[part]}.safetensors"
+    tensors = load_file(weights)
+    first = max(name for name in tensors if name.endswith(".weight"))
+    if fault == "missing":
+        del tensors[first]
+    else:
+        tensors[f"x.{first}" if fault == "unexpected" else first] = torch.ones(3)
+    save_file(tensors, weights)
+    with pytest.raises(ModelError, match=rf"{folder / part}: expected .* got {fault} tensors: "):
+        load_all(folder)
+
+
+def test_damaged_weights_are_named(folder: Path):
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=f"{weights} is damaged"):
+        load_all(folder)
+
+
+def test_clip_weights_as_published_are_loaded(saved: Path, folder: Path):
+    """SDXL's first encoder prefixes its names; older checkpoints hold position_ids as well."""
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name}": value for name, value in load_file(weights).items()}
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    expected, loaded = load_all(saved), load_all(folder)
+    assert all(torch.equal(value, loaded[name]) for name, value in expected.items())
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The names that were looked up; none of them is found."""
+    asked: list[object] = []
+
+    def look_up(name: object, *_: object, **__: object) -> None:
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return asked
+
+
+def test_a_folder_without_a_tokenizer_is_named(folder: Path, no_network: list[object]):
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ModelError, match=r"tokenizer/tokenizer_config\.json is missing"):
+        find_model(folder)
+    assert not no_network
+
+
+@pytest.mark.parametrize("text", ["[]", '{"version": "1.0"', "[" * 100_000, "\0"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_named(folder: Path, no_network: list[object], file: str, text: str):
+    (folder / "tokenizer_2" / file).write_text(text)
+    with pytest.raises(ModelError, match=f"{folder / 'tokenizer_2'} is damaged") as refused:
+        load_text_encoder(find_model(folder), "text_encoder_2", device="cpu")
+    assert "\n" not in str(refused.value)
+    assert not no_network
+
+
+WILD = {
+    "empty": "{}",
+    "quantised": '{"quantization_config": {"quant_method": "bitsandbytes"}}',
+    "huge": " " * (1 << 23),
+    "a huge number": '{"sample_size": %s}' % ("9" * 5000),
+    "many layers": '{"layers_per_block": 1000000000}',
+    "nested": '{"a": ' * 100_000 + "0" + "}" * 100_000,
+    "a list": "[]",
+    "cut": '{"sample_size": 8',
+    "not UTF-8": "\udcff",
+}
+
+
+@pytest.mark.parametrize("text", WILD.values(), ids=WILD.keys())
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_wild_configuration_is_named(folder: Path, part: str, text: str):
+    config = folder / part / "config.json"
+    config.write_text(text, errors="surrogateescape")
+    with pytest.raises(ModelError, match=str(config.parent)) as refused:
+        load_all(folder)
+    assert len(str(refused.value)) < 600
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("unet", {"sample_size": "64"}),
+        ("unet", {"cross_attention_dim": [64, 64]}),
+        ("unet", {"norm_num_groups": 0}),
+        ("unet", {"down_block_types": ["Zed"]}),
+        ("unet", {"block_out_channels": [-4, 8, 8]}),
+        ("vae", {"block_out_channels": [8] * 100}),
+        ("vae", {"block_out_channels": None}),
+        ("vae", {"act_fn": 3}),
+        ("text_encoder", {"hidden_size": -4}),
+        ("text_encoder", {"hidden_act": "zed"}),
+        ("text_encoder_2", {"num_attention_heads": 0}),
+        ("text_encoder_2", {"hidden_size": "wide"}),
+    ],
+)
+def test_a_wrong_value_of_a_configuration_is_named(folder: Path, part: str, changes: dict):
+    config = folder / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ModelError, match=str(config)) as refused:
+        load_all(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_configuration_cannot_name_a_hubs_code(folder: Path, no_network: list[object]):
+    config = folder / "text_encoder" / "config.json"
+    named = {"attn_implementation": "kernels-community/flash-attn2"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    encoder = load_text_encoder(find_model(folder), "text_encoder", device="cpu")[1]
+    assert encoder.config._attn_implementation == "sdpa"
+    assert not no_network
+
+
+@pytest.mark.parametrize("card", ["{}", '{"class_names": 7}', '{"class_names": [1]}', "[]", "{"])
+def test_a_card_without_class_names_is_named(folder: Path, card: str):
+    path = folder / "model_card.json"
+    path.write_text(card)
+    with pytest.raises(ModelError, match=f"^{path}: expected"):
+        unseen_classes(find_model(folder), ["disc"])
 
 
 def test_unseen_classes_come_from_the_card(folder: Path):

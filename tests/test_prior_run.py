@@ -57,20 +57,24 @@ def _refused(command: TrainPrior, kind: type[ValueError], **changes: Any) -> str
 
 
 def _write_model(folder: Path, text: str) -> None:
-    """Write the files of a model, each containing `text`."""
+    """All files that a model needs to open, each with `text` and a configuration's fields in it."""
+    fields = {"sample_size": 8, "block_out_channels": [8], "cross_attention_dim": 64}
+    fields |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
     stems = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model")
     stems |= dict.fromkeys(("text_encoder", "text_encoder_2"), "model")
     names = [
         f"{part}/{name}" for part in stems for name in ("config.json", f"{stems[part]}.safetensors")
     ]
+    for part in ("tokenizer", "tokenizer_2"):
+        names += [f"{part}/tokenizer.json", f"{part}/tokenizer_config.json"]
     for name in (*names, "scheduler/scheduler_config.json", "model_card.json", "samples.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        (folder / name).write_text(json.dumps({"text": text, **fields}))
 
 
 def _texts(folder: Path) -> set[str]:
     files = [path for path in folder.rglob("*") if path.is_file() and ".work" not in path.parts]
-    return {path.read_text() for path in files}
+    return {json.loads(path.read_text())["text"] for path in files}
 
 
 def test_a_model_without_its_training_is_not_resumed_and_stays_until_replaced(
