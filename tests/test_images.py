@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -332,6 +334,36 @@ def test_a_damaged_file_is_named(tmp_path: Path, kind: str):
     with pytest.raises(CorruptImageError, match=expected) as caught:
         list(stream_center(images, size_px=16))
     assert "\n" not in str(caught.value)
+
+
+def with_size(png: bytes, width: int, height: int) -> bytes:
+    """The PNG with another size in its header, which then has the right checksum."""
+    header = b"IHDR" + struct.pack(">II", width % 2**32, height % 2**32) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+IMPOSSIBLE_SIZES = {
+    "width-below-zero.png": lambda png, _: png[:16] + bytes([png[16] ^ 0x80]) + png[17:],
+    "height-below-zero.png": lambda png, _: png[:20] + bytes([png[20] ^ 0x80]) + png[21:],
+    "both-below-zero.png": lambda png, _: with_size(png, -40, -40),
+    "lowest-width.bmp": lambda _, bmp: bmp[:18] + struct.pack("<i", -(2**31)) + bmp[22:],
+    "400-megapixels.png": lambda png, _: with_size(png, 20_000, 20_000),
+    "4e18-pixels.png": lambda png, _: with_size(png, 2**31 - 1, 2**31 - 1),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE_SIZES)
+def test_an_impossible_size_is_a_damaged_file(tmp_path: Path, name: str):
+    image = picture(40, 40)
+    good = encoded(image, "PNG")
+    bad = IMPOSSIBLE_SIZES[name](good, encoded(image, "BMP"))
+    images = write_set(tmp_path, {"a/0.png": good, f"a/{name}": bad, "a/z.png": good})
+    reason = "at most 268 megapixels, its header says" if name[0] == "4" else "it is not a JPEG"
+    with pytest.raises(CorruptImageError, match=rf"cannot decode .*a/{name}: .*{reason}.*--skip"):
+        list(stream_center(images, size_px=16))
+    stream = stream_center(images, size_px=16, skip_corrupt=True)
+    assert sorted(by_index(stream)) == [0, 2]
+    assert stream.skipped == [1]
 
 
 @pytest.mark.parametrize("batch", [1, 4, 64])
