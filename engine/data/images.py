@@ -16,7 +16,7 @@ Neither torch nor DALI is imported before the first stream starts.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -103,7 +103,7 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
     empty = [class_id for class_id, count in zip(class_ids, counts, strict=True) if not count]
     if empty:
         raise InputError(
-            f"{folder}: no images in class folder {_some(empty)}; add images "
+            f"{folder}: no images in class folder {listed(empty)}; add images "
             f"({_SUFFIXES}) or remove the folder"
         )
     labels = np.repeat(np.arange(len(class_ids), dtype=np.int64), counts)
@@ -125,7 +125,7 @@ def check_same_classes(train: ImageSet, val: ImageSet) -> None:
     only_val = sorted(set(val.class_ids) - set(train.class_ids))
     if only_train or only_val:
         parts = [
-            f"only in {images.root}: {_some(names)}"
+            f"only in {images.root}: {listed(names)}"
             for images, names in ((train, only_train), (val, only_val))
             if names
         ]
@@ -287,7 +287,7 @@ def _image_files(folder: Path, prefix: str) -> Iterator[str]:
             yield prefix + entry.name
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def listed(names: Sequence[str], limit: int = 5) -> str:
     """The names, or the first few and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -18,7 +18,7 @@ from ...engine.expand.backends import resolve_device
 from ...export.durable import differences, full_disk_explained, replace_json
 from ...export.models import ModelSource, weights_sha256
 from ..config import PriorConfig
-from ..data.folder import data_folder, images_sha256
+from ..data.folder import check_content, data_folder, images_sha256
 from ..options import TrainPrior
 from ..prior.training import PriorTraining
 from ..run.folder import RunError
@@ -48,6 +48,7 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
             _check_out(command, settings)
             pixels_NHWC, labels_N, skipped = _load(images, command, report)
             _start(command, settings)
+            check_content(command.out / WORK, (images,), report, begun=True)
             training = PriorTraining(
                 *(command.prior, pixels_NHWC, labels_N, names, command.out),
                 report=report.say,

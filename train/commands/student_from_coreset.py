@@ -26,7 +26,7 @@ from ...export.durable import full_disk_explained
 from ..batching import grouping
 from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds, usual_precision
 from ..coreset_options import StudentElsewhere
-from ..data.folder import data_folder, images_sha256
+from ..data.folder import check_content, data_folder, images_sha256
 from ..labels.hard import HardLabels
 from ..methods.stored import doped_samples
 from ..report.summary import mean_and_std, provenance, rounded
@@ -76,6 +76,8 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
             RunFolder(options.out, report, overwrite=options.overwrite) as run,
         ):
             report.open_log()
+            if val is not None:
+                check_content(run.folder, (val,), report, begun=run.begun)
             students = run.stage(
                 STAGE,
                 settings,
