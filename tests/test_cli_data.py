@@ -142,6 +142,19 @@ def test_skip_corrupt_goes_on_and_counts(train: Command, data: Path, tmp_path: P
     assert "class 'star' has 3 training images, but ipc · factor² = 4 patches are wanted" in error
 
 
+def test_files_that_are_passed_over_are_counted(train: Command, data: Path, tmp_path: Path) -> None:
+    for path in sorted((data / "train" / "star").iterdir())[1:]:
+        path.rename(path.with_suffix(".gif"))
+    (data / "val" / "loose.jpg").write_bytes(b"")
+    options = ("teacher", "--data", data, "--out", tmp_path / "run", "--method", "random", *SMALL)
+    told = train(*options, "--factor", "1")
+    assert told.result["teacher"]["sha256"]
+    assert f"warning: {data / 'train'}: 5 of 60 files passed over (expected <class>/" in told.err
+    assert ".webp): star/00001.gif, star/00002.gif, star/00003.gif, star/00004.gif" in told.err
+    assert f"{data / 'val'}: 1 of 21 files passed over" in told.err
+    assert told.err.count("passed over") == 2
+
+
 def padded(path: Path, size: int) -> bytes:
     """The image, with zeros after its end up to `size` bytes."""
     return path.read_bytes().ljust(size, b"\0")

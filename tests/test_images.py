@@ -138,6 +138,14 @@ def test_files_are_listed_by_class_then_name(tmp_path: Path):
     assert images.labels.tolist() == [0, 0, 1, 1]
     assert images.labels.dtype == np.int64
     assert len(images) == 4
+    assert images.passed_over == ("b/notes.txt", "readme.md")
+
+
+def test_every_suffix_of_jpeg_is_taken(tmp_path: Path):
+    names = [f"a/1{suffix}" for suffix in (".JFIF", ".jpe", ".jpeg", ".jpg")]
+    images = write_set(tmp_path, dict.fromkeys(names, encoded(picture(8, 8))))
+    assert sorted(images.paths) == sorted(names)
+    assert len(by_index(stream_center(images, size_px=8))) == 4
 
 
 @pytest.mark.parametrize("val_name", ["val", "test"])

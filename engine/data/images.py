@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .decode import CropRequest
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SUFFIXES = ", ".join(SUFFIXES)
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
 STANDARD_RESIZE_RATIO = 8 / 7
@@ -59,6 +59,8 @@ class ImageSet:
     """Relative to ``root``, with forward slashes: ``n01440764/n01440764_10026.JPEG``."""
     labels: np.ndarray
     """int64 [len(paths)], ascending."""
+    passed_over: tuple[str, ...] = ()
+    """Files that are no images by their suffix, or lie in no class folder; relative to ``root``."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -81,9 +83,9 @@ class CropBatch:
 def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet:
     """List DIR/train or DIR/val (or DIR/test); a plain ImageFolder serves as "train".
 
-    Images may lie at any depth below a class folder; hidden files and suffixes not in ``SUFFIXES``
-    are ignored. Raises FileNotFoundError when there is no such folder, InputError when it holds no
-    classes or a class holds no images.
+    Images may lie at any depth below a class folder; hidden files are ignored, and other suffixes
+    than ``SUFFIXES`` are passed over. Raises FileNotFoundError when there is no such folder,
+    InputError when it holds no classes or a class holds no images.
     """
     folder = _split_folder(require_data_folder(root), split)
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
@@ -94,8 +96,9 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
         )
     paths: list[str] = []
     counts: list[int] = []
+    passed_over = [entry.name for entry in entries if not entry.is_dir()]
     for class_id in class_ids:
-        found = sorted(_image_files(folder / class_id, f"{class_id}/"))
+        found = sorted(_image_files(folder / class_id, f"{class_id}/", passed_over))
         paths += found
         counts.append(len(found))
     if not paths:
@@ -107,7 +110,7 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
             f"({_SUFFIXES}) or remove the folder"
         )
     labels = np.repeat(np.arange(len(class_ids), dtype=np.int64), counts)
-    return ImageSet(folder, split, class_ids, tuple(paths), labels)
+    return ImageSet(folder, split, class_ids, tuple(paths), labels, tuple(sorted(passed_over)))
 
 
 def require_data_folder(root: Path | str) -> Path:
@@ -276,15 +279,20 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def _image_files(folder: Path, prefix: str) -> Iterator[str]:
-    """Image files at any depth below the folder, as prefix + relative path."""
+def _image_files(folder: Path, prefix: str, passed_over: list[str]) -> Iterator[str]:
+    """Image files at any depth below the folder, as prefix + relative path.
+
+    Files with other suffixes are added to ``passed_over``.
+    """
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _image_files(folder / entry.name, f"{prefix}{entry.name}/")
+            yield from _image_files(folder / entry.name, f"{prefix}{entry.name}/", passed_over)
         elif entry.name.lower().endswith(SUFFIXES):
             yield prefix + entry.name
+        else:
+            passed_over.append(prefix + entry.name)
 
 
 def listed(names: Sequence[str], limit: int = 5) -> str:

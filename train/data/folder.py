@@ -14,11 +14,12 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from ...engine.data.images import ImageSet, listed
+from ...engine.data.images import SUFFIXES, ImageSet, listed, open_image_set
 from ...export.durable import file_sha256
 from ..run.checkpoint import CheckpointError, read_tensors, write_tensors
 from ..run.folder import RunError
@@ -39,6 +40,18 @@ def data_folder(data: str, shapes_per_class: int, report: Report) -> Path:
         report.say(f"data: writing the generated set to {folder}")
     val_per_class = max(1, shapes_per_class // 5)
     return write_shapes(folder, train_per_class=shapes_per_class, val_per_class=val_per_class)
+
+
+def open_split(data: Path, split: Literal["train", "val"], report: Report) -> ImageSet:
+    """`open_image_set`, which raises as it does; says which files it passed over."""
+    images = open_image_set(data, split)
+    if images.passed_over:
+        files = f"{len(images.passed_over)} of {len(images.passed_over) + len(images)} files"
+        report.say(
+            f"warning: {images.root}: {files} passed over (expected <class>/<image>, ending in "
+            f"{', '.join(SUFFIXES)}): {listed(images.passed_over)}"
+        )
+    return images
 
 
 def images_sha256(*sets: ImageSet) -> str:
