@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -153,6 +154,29 @@ def test_files_that_are_passed_over_are_counted(train: Command, data: Path, tmp_
     assert ".webp): star/00001.gif, star/00002.gif, star/00003.gif, star/00004.gif" in told.err
     assert f"{data / 'val'}: 1 of 21 files passed over" in told.err
     assert told.err.count("passed over") == 2
+
+
+def test_what_is_no_file_is_skipped_with_the_corrupt(
+    train: Command, data: Path, tmp_path: Path
+) -> None:
+    stars = sorted((data / "train" / "star").iterdir())
+    for path in stars[:3]:
+        path.unlink()
+    stars[0].symlink_to("nowhere.jpg")
+    os.mkfifo(stars[1])
+    stars[2].symlink_to(stars[2].name)
+    out = tmp_path / "run"
+    options = ("coreset", "--data", data, "--method", "rded", "--factor", "1", *SMALL)
+    error = train(*options, "--out", tmp_path / "other").error
+    assert f"cannot decode {stars[0].parent}/0000" in error  # whichever comes first
+    assert ": it is " in error
+    assert "or leave such files out with --skip-corrupt" in error
+    told = train(*options, "--out", out, "--skip-corrupt")
+    assert told.result["skipped_images"] == {"train": 3, "val": 0}
+    for path in stars[:3]:
+        assert f"skipped, it cannot be decoded: {path}" in told.err
+    again = train(*options, "--out", out, "--skip-corrupt").result
+    assert again["coresets"] == told.result["coresets"]
 
 
 def padded(path: Path, size: int) -> bytes:

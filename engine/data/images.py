@@ -89,16 +89,17 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
     """
     folder = _split_folder(require_data_folder(root), split)
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    class_ids = tuple(sorted(entry.name for entry in entries if entry.is_dir()))
+    class_ids = tuple(sorted(entry.name for entry in entries if _is_folder(entry)))
     if not class_ids:
         raise InputError(
             f"{folder}: no class folders; expected {folder}/<class>/<image>, one folder per class"
         )
     paths: list[str] = []
     counts: list[int] = []
-    passed_over = [entry.name for entry in entries if not entry.is_dir()]
+    passed_over = [entry.name for entry in entries if not _is_folder(entry)]
+    above = [os.stat(folder)]
     for class_id in class_ids:
-        found = sorted(_image_files(folder / class_id, f"{class_id}/", passed_over))
+        found = sorted(_image_files(folder / class_id, f"{class_id}/", passed_over, above))
         paths += found
         counts.append(len(found))
     if not paths:
@@ -194,11 +195,19 @@ class CropStream:
             )
 
     def _read(self, index: int) -> np.ndarray:
-        return np.fromfile(f"{self.images.root}/{self.images.paths[index]}", np.uint8)
+        """The file's bytes; none for a dangling link or a special file, which might never end."""
+        path = f"{self.images.root}/{self.images.paths[index]}"
+        if not os.path.isfile(path) and os.path.lexists(path):
+            return np.zeros(0, np.uint8)
+        return np.fromfile(path, np.uint8)
 
     def _leave_out(self, index: int, reason: str) -> None:
         path = self.images.root / self.images.paths[index]
-        if not path.stat().st_size:
+        if not path.exists():
+            reason = "it is a link to nothing"
+        elif not path.is_file():
+            reason = "it is not a regular file"
+        elif not path.stat().st_size:
             reason = "the file is empty"
         if not self.skip_corrupt:
             raise CorruptImageError(
@@ -279,20 +288,35 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def _image_files(folder: Path, prefix: str, passed_over: list[str]) -> Iterator[str]:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; a link that leads nowhere is none."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _image_files(
+    folder: Path, prefix: str, passed_over: list[str], above: list[os.stat_result]
+) -> Iterator[str]:
     """Image files at any depth below the folder, as prefix + relative path.
 
-    Files with other suffixes are added to ``passed_over``.
+    Files with other suffixes are added to ``passed_over``. Raises InputError for a link to one of
+    the folders ``above``, which would never end.
     """
+    here = os.stat(folder)
+    if any(os.path.samestat(here, each) for each in above):
+        raise InputError(f"{folder} is a link to a folder that holds it: remove the link")
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            yield from _image_files(folder / entry.name, f"{prefix}{entry.name}/", passed_over)
+        name = prefix + entry.name
+        if _is_folder(entry):
+            yield from _image_files(folder / entry.name, f"{name}/", passed_over, [*above, here])
         elif entry.name.lower().endswith(SUFFIXES):
-            yield prefix + entry.name
+            yield name
         else:
-            passed_over.append(prefix + entry.name)
+            passed_over.append(name)
 
 
 def listed(names: Sequence[str], limit: int = 5) -> str:

@@ -59,7 +59,7 @@ def images_sha256(*sets: ImageSet) -> str:
     digest = hashlib.sha256()
     for images in sets:
         for path in images.paths:
-            size = os.stat(images.root / path).st_size
+            size = _stat(f"{images.root}/{path}").st_size
             digest.update(f"{images.split}/{path} {size}\n".encode())
     return digest.hexdigest()
 
@@ -75,7 +75,8 @@ def check_content(folder: Path, sets: Sequence[ImageSet], report: Report, *, beg
     known_names, known_stats_M3, known_hashes_M = _read_record(record)
     names = [os.fsencode(f"{images.split}/{path}") for images in sets for path in images.paths]
     paths = [f"{images.root}/{path}" for images in sets for path in images.paths]
-    stats_N3 = np.array([_stat(path) for path in paths], np.uint64).view(np.int64)
+    found = map(_stat, paths)
+    stats_N3 = np.array([(s.st_size, s.st_mtime_ns, s.st_ino % 2**63) for s in found], np.int64)
     row_N = np.arange(len(names))  # of each image in the record, -1 for none
     if names != known_names:
         rows = {name: row for row, name in enumerate(known_names)}
@@ -101,10 +102,18 @@ def check_content(folder: Path, sets: Sequence[ImageSet], report: Report, *, beg
         write_tensors(record, {key: torch.from_numpy(each) for key, each in tensors.items()}, {})
 
 
-def _stat(path: str) -> tuple[int, int, int]:
-    """Size, modification time and inode, each in 64 bits."""
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns % 2**64, found.st_ino
+def _stat(path: str) -> os.stat_result:
+    """Of the file, or of a link that leads nowhere."""
+    try:
+        return os.stat(path)
+    except OSError:
+        return os.lstat(path)
+
+
+def _sha256(path: str) -> list[int]:
+    """Of a regular file, or of no bytes: a special file may never end."""
+    digest = file_sha256(Path(path)) if os.path.isfile(path) else hashlib.sha256().hexdigest()
+    return list(bytes.fromhex(digest))
 
 
 def _hash_files(
@@ -114,8 +123,7 @@ def _hash_files(
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(index_U), READ_TOGETHER):
             part = index_U[start : start + READ_TOGETHER]
-            digests = pool.map(file_sha256, [Path(paths[index]) for index in part])
-            hashes_N[part] = [list(bytes.fromhex(digest)) for digest in digests]
+            hashes_N[part] = list(pool.map(_sha256, [paths[index] for index in part]))
             if len(index_U) > READ_TOGETHER:
                 report.progress("hash images", start + len(part), len(index_U), "images")
 
