@@ -193,10 +193,15 @@ def header(path: Path) -> dict[str, Any]:
     return {"tensors": told, "metadata": metadata}
 
 
+def _files(folder: Path) -> list[Path]:
+    """All files of a folder that the first version wrote too."""
+    newer = folder / "images.safetensors"
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != newer)
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """Every JSON and safetensors file of a folder, masked."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    named = {path.relative_to(folder).as_posix(): path for path in files}
+    named = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     return {
         name: header(path)
         if path.suffix == ".safetensors"
@@ -208,7 +213,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 def names(folder: Path) -> list[str]:
     """Sorted relative paths of a run's files; TensorBoard's get one fixed name."""
-    relative = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    relative = (path.relative_to(folder) for path in _files(folder))
     return sorted(
         "tensorboard/EVENTS" if path.parts[0] == "tensorboard" else path.as_posix()
         for path in relative

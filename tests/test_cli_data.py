@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli_cases import SMALL, Command
+from patchbloom.export.durable import file_sha256
+from patchbloom.train.data import folder
 from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.prior.model import new_parts, save_parts
 
@@ -140,6 +143,108 @@ def test_skip_corrupt_goes_on_and_counts(train: Command, data: Path, tmp_path: P
     assert "class 'star' has 3 training images, but ipc · factor² = 4 patches are wanted" in error
 
 
+def test_files_that_are_passed_over_are_counted(train: Command, data: Path, tmp_path: Path) -> None:
+    for path in sorted((data / "train" / "star").iterdir())[1:]:
+        path.rename(path.with_suffix(".gif"))
+    (data / "val" / "loose.jpg").write_bytes(b"")
+    options = ("teacher", "--data", data, "--out", tmp_path / "run", "--method", "random", *SMALL)
+    told = train(*options, "--factor", "1")
+    assert told.result["teacher"]["sha256"]
+    assert f"warning: {data / 'train'}: 5 of 60 files passed over (expected <class>/" in told.err
+    assert ".webp): star/00001.gif, star/00002.gif, star/00003.gif, star/00004.gif" in told.err
+    assert f"{data / 'val'}: 1 of 21 files passed over" in told.err
+    assert told.err.count("passed over") == 2
+
+
+def test_what_is_no_file_is_skipped_with_the_corrupt(
+    train: Command, data: Path, tmp_path: Path
+) -> None:
+    stars = sorted((data / "train" / "star").iterdir())
+    for path in stars[:3]:
+        path.unlink()
+    stars[0].symlink_to("nowhere.jpg")
+    os.mkfifo(stars[1])
+    stars[2].symlink_to(stars[2].name)
+    out = tmp_path / "run"
+    options = ("coreset", "--data", data, "--method", "rded", "--factor", "1", *SMALL)
+    error = train(*options, "--out", tmp_path / "other").error
+    assert f"cannot decode {stars[0].parent}/0000" in error  # whichever comes first
+    assert ": it is " in error
+    assert "or leave such files out with --skip-corrupt" in error
+    told = train(*options, "--out", out, "--skip-corrupt")
+    assert told.result["skipped_images"] == {"train": 3, "val": 0}
+    for path in stars[:3]:
+        assert f"skipped, it cannot be decoded: {path}" in told.err
+    again = train(*options, "--out", out, "--skip-corrupt").result
+    assert again["coresets"] == told.result["coresets"]
+
+
+def padded(path: Path, size: int) -> bytes:
+    """The image, with zeros after its end up to `size` bytes."""
+    return path.read_bytes().ljust(size, b"\0")
+
+
+def test_images_that_changed_under_their_names_and_sizes_are_told_at_a_resume(
+    train: Command, data: Path, tmp_path: Path
+) -> None:
+    star, disc = data / "train" / "star" / "00001.jpg", data / "train" / "disc" / "00002.jpg"
+    dark = data / "val" / "ring" / "00000.jpg"
+    for path in (star, disc):
+        path.write_bytes(padded(path, 6000))
+    options = ("teacher", "--data", data, "--out", tmp_path / "run", "--method", "random", *SMALL)
+    train(*options).result  # noqa: B018
+    bright = dark.read_bytes()
+    star.rename(data / "x")
+    disc.rename(star)
+    (data / "x").rename(disc)
+    dark.write_bytes(bytes(len(bright)))
+    error = train(*options).error
+    assert f"the images have changed since {tmp_path / 'run'} was begun: " in error
+    assert "3 have other content (train/disc/00002.jpg, train/star/00001.jpg, val/ring" in error
+    assert "give the same data to --resume, or start again with --overwrite" in error
+    assert train(*options).error == error  # the record is still of the first images
+    added = star.with_name("more.jpg")
+    added.write_bytes(bright)
+    disc.unlink()
+    error = train(*options).error
+    assert "1 were added (train/star/more.jpg); 1 are gone (train/disc/00002.jpg): give" in error
+
+
+def test_the_same_images_elsewhere_are_read_once_and_go_on(
+    train: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return file_sha256(path)
+
+    monkeypatch.setattr(folder, "file_sha256", counted)
+    options = ("teacher", "--out", tmp_path / "run", "--method", "random", *SMALL)
+    first = train(*options, "--data", data).result
+    assert len(read) == 80
+    assert train(*options, "--data", data).result == first
+    assert len(read) == 80
+    shutil.copytree(data, tmp_path / "moved")
+    for _ in range(2):
+        assert train(*options, "--data", tmp_path / "moved").result == first
+        assert len(read) == 160
+
+
+def test_a_run_of_a_version_without_a_record_goes_on(
+    train: Command, data: Path, tmp_path: Path
+) -> None:
+    options = ("teacher", "--data", data, "--out", tmp_path / "run", "--method", "random", *SMALL)
+    first, record = train(*options).result, tmp_path / "run" / "images.safetensors"
+    written = record.read_bytes()
+    record.unlink()
+    assert train(*options).result == first
+    assert record.read_bytes() == written
+    record.write_bytes(written[:-9])
+    assert f"{record} is damaged: remove it" in train(*options).error
+    assert train(*options, "--overwrite").result == first
+
+
 def test_the_generated_set_is_written_once(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +256,6 @@ def test_the_generated_set_is_written_once(
     assert "writing the generated set" not in again.err
     names = [o.result["coresets"]["random"]["content_sha256"] for o in (first, again)]
     assert names[0] == names[1]
-    (folder,) = (tmp_path / "cache" / "patchbloom").iterdir()
-    assert len(list(folder.glob("train/*/*.jpg"))) == 50
-    assert len(list(folder.glob("val/*/*.jpg"))) == 10
+    (written,) = (tmp_path / "cache" / "patchbloom").iterdir()
+    assert len(list(written.glob("train/*/*.jpg"))) == 50
+    assert len(list(written.glob("val/*/*.jpg"))) == 10

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +138,14 @@ def test_files_are_listed_by_class_then_name(tmp_path: Path):
     assert images.labels.tolist() == [0, 0, 1, 1]
     assert images.labels.dtype == np.int64
     assert len(images) == 4
+    assert images.passed_over == ("b/notes.txt", "readme.md")
+
+
+def test_every_suffix_of_jpeg_is_taken(tmp_path: Path):
+    names = [f"a/1{suffix}" for suffix in (".JFIF", ".jpe", ".jpeg", ".jpg")]
+    images = write_set(tmp_path, dict.fromkeys(names, encoded(picture(8, 8))))
+    assert sorted(images.paths) == sorted(names)
+    assert len(by_index(stream_center(images, size_px=8))) == 4
 
 
 @pytest.mark.parametrize("val_name", ["val", "test"])
@@ -163,6 +173,38 @@ def test_missing_things_are_named(tmp_path: Path):
     (tmp_path / "train" / "dog").mkdir()
     (tmp_path / "train" / "dog" / "1.jpg").write_bytes(encoded(picture(8, 8)))
     with pytest.raises(InputError, match="no images in class folder cat; add images"):
+        open_image_set(tmp_path, "train")
+
+
+def test_links_to_images_and_folders_are_followed(tmp_path: Path):
+    jpeg = encoded(picture(8, 8))
+    write_set(tmp_path / "kept", {"x/1.jpg": jpeg})
+    write_set(tmp_path / "set", {"a/1.jpg": jpeg})
+    (tmp_path / "set" / "a" / "2.jpg").symlink_to(tmp_path / "kept" / "x" / "1.jpg")
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "kept" / "x")
+    images = open_image_set(tmp_path / "set", "train")
+    assert images.paths == ("a/1.jpg", "a/2.jpg", "b/1.jpg")
+    assert len(by_index(stream_center(images, size_px=8))) == 3
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "found"),
+    [("a", "..", "a"), ("a/up", "..", "a/up"), ("a/b/top", "../../a", "a/b/top")],
+)
+def test_a_loop_of_links_is_named_shortly(tmp_path: Path, link: str, target: str, found: str):
+    (tmp_path / "train" / link).parent.mkdir(parents=True)
+    (tmp_path / "train" / link).symlink_to(target if "/" in link else ".")
+    with pytest.raises(InputError) as caught:
+        open_image_set(tmp_path, "train")
+    link_to = f"{tmp_path / 'train' / found} is a link to a folder that holds it"
+    assert str(caught.value) == f"{link_to}: remove the link"
+
+
+def test_two_folders_with_links_to_each_other(tmp_path: Path):
+    for one, other in ("ab", "ba"):
+        (tmp_path / one).mkdir()
+        (tmp_path / one / other).symlink_to(tmp_path / other)
+    with pytest.raises(InputError, match=r"/a/b/a is a link to a folder that holds it"):
         open_image_set(tmp_path, "train")
 
 
@@ -332,6 +374,58 @@ def test_a_damaged_file_is_named(tmp_path: Path, kind: str):
     with pytest.raises(CorruptImageError, match=expected) as caught:
         list(stream_center(images, size_px=16))
     assert "\n" not in str(caught.value)
+
+
+def with_size(png: bytes, width: int, height: int) -> bytes:
+    """The PNG with another size in its header, which then has the right checksum."""
+    header = b"IHDR" + struct.pack(">II", width % 2**32, height % 2**32) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+IRREGULAR = {
+    "dangling": (lambda path: path.symlink_to("nowhere.jpg"), "it is a link to nothing"),
+    "itself": (lambda path: path.symlink_to(path.name), "it is a link to nothing"),
+    "pipe": (os.mkfifo, "it is not a regular file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
+}
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_what_is_no_file_is_a_damaged_file(tmp_path: Path, kind: str):
+    jpeg = encoded(picture(40, 40))
+    write_set(tmp_path, {"a/0.jpg": jpeg, "a/2.jpg": jpeg})
+    make, reason = IRREGULAR[kind]
+    make(tmp_path / "a" / "1.jpg")
+    images = open_image_set(tmp_path, "train")
+    with pytest.raises(CorruptImageError, match=rf"cannot decode .*a/1\.jpg: {reason}; .*--skip"):
+        list(stream_center(images, size_px=16))
+    stream = stream_center(images, size_px=16, skip_corrupt=True)
+    assert sorted(by_index(stream)) == [0, 2]
+    assert stream.skipped == [1]
+
+
+IMPOSSIBLE_SIZES = {
+    "width-below-zero.png": lambda png, _: png[:16] + bytes([png[16] ^ 0x80]) + png[17:],
+    "height-below-zero.png": lambda png, _: png[:20] + bytes([png[20] ^ 0x80]) + png[21:],
+    "both-below-zero.png": lambda png, _: with_size(png, -40, -40),
+    "lowest-width.bmp": lambda _, bmp: bmp[:18] + struct.pack("<i", -(2**31)) + bmp[22:],
+    "400-megapixels.png": lambda png, _: with_size(png, 20_000, 20_000),
+    "4e18-pixels.png": lambda png, _: with_size(png, 2**31 - 1, 2**31 - 1),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE_SIZES)
+def test_an_impossible_size_is_a_damaged_file(tmp_path: Path, name: str):
+    image = picture(40, 40)
+    good = encoded(image, "PNG")
+    bad = IMPOSSIBLE_SIZES[name](good, encoded(image, "BMP"))
+    images = write_set(tmp_path, {"a/0.png": good, f"a/{name}": bad, "a/z.png": good})
+    reason = "at most 268 megapixels, its header says" if name[0] == "4" else "it is not a JPEG"
+    with pytest.raises(CorruptImageError, match=rf"cannot decode .*a/{name}: .*{reason}.*--skip"):
+        list(stream_center(images, size_px=16))
+    stream = stream_center(images, size_px=16, skip_corrupt=True)
+    assert sorted(by_index(stream)) == [0, 2]
+    assert stream.skipped == [1]
 
 
 @pytest.mark.parametrize("batch", [1, 4, 64])

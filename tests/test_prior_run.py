@@ -105,7 +105,14 @@ def test_a_resume_with_other_images_or_names_says_so(command: TrainPrior, tmp_pa
     _begin(command, resume=True)
     error = _refused(command, RunError, resume=True, class_names=names)
     assert "was begun with other --class-names: give the same options to --resume" in error
-    (tmp_path / "data" / "disc" / "b.png").unlink()
+    image = tmp_path / "data" / "disc" / "b.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:-9] + b"x" + whole[-8:])
+    error = _refused(command, RunError, resume=True, skip_corrupt=True)
+    assert "1 have other content (train/disc/b.png): give the same data to --resume" in error
+    image.write_bytes(whole)
+    _begin(command, resume=True)
+    image.unlink()
     error = _refused(command, RunError, resume=True)
     assert "was begun with other images in --data: give the same options to --resume" in error
 

@@ -33,6 +33,8 @@ PREFETCH = 2
 """Batches that DALI prepares ahead of the one that is returned."""
 NO_HEADER = "it is not a JPEG, PNG, WebP, BMP or TIFF image, or it is truncated"
 NO_PIXELS = "its pixel data is truncated or damaged"
+MOST_PIXELS = 2**28
+"""An image of that many takes 0.8 GB; a damaged or hostile header may claim any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +119,10 @@ def _decode(
             index_B = order[start : start + request.batch]
             encoded = [read(int(index)) for index in index_B]
             sizes_B2 = _upright_sizes(peek, encoded)
-            good_B = sizes_B2.all(axis=1)
-            for index in index_B[~good_B]:
-                report(int(index), NO_HEADER)
+            pixels_B = sizes_B2.prod(axis=1, dtype=np.float64)  # int64 would overflow
+            good_B = (sizes_B2 > 0).all(axis=1) & (pixels_B <= MOST_PIXELS)
+            for b in np.flatnonzero(~good_B):
+                report(int(index_B[b]), _refusal(*sizes_B2[b].tolist()))
             if not good_B.any():
                 continue
             index_B, sizes_B2 = index_B[good_B], sizes_B2[good_B]
@@ -143,6 +146,14 @@ def _decode(
                 yield waiting.popleft()(), in_flight.popleft()
         if waiting:
             yield waiting.popleft()(), in_flight.popleft()
+
+
+def _refusal(height: int, width: int) -> str:
+    """Why an image of this size is not decoded; a damaged header may give a negative size."""
+    if min(height, width) <= 0:
+        return NO_HEADER
+    most = MOST_PIXELS // 10**6
+    return f"expected at most {most} megapixels, its header says {width} x {height} pixels"
 
 
 def _decoders(request: CropRequest) -> int:

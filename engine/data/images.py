@@ -16,7 +16,7 @@ Neither torch nor DALI is imported before the first stream starts.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .decode import CropRequest
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SUFFIXES = ", ".join(SUFFIXES)
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
 STANDARD_RESIZE_RATIO = 8 / 7
@@ -59,6 +59,8 @@ class ImageSet:
     """Relative to ``root``, with forward slashes: ``n01440764/n01440764_10026.JPEG``."""
     labels: np.ndarray
     """int64 [len(paths)], ascending."""
+    passed_over: tuple[str, ...] = ()
+    """Files that are no images by their suffix, or lie in no class folder; relative to ``root``."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -81,21 +83,23 @@ class CropBatch:
 def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet:
     """List DIR/train or DIR/val (or DIR/test); a plain ImageFolder serves as "train".
 
-    Images may lie at any depth below a class folder; hidden files and suffixes not in ``SUFFIXES``
-    are ignored. Raises FileNotFoundError when there is no such folder, InputError when it holds no
-    classes or a class holds no images.
+    Images may lie at any depth below a class folder; hidden files are ignored, and other suffixes
+    than ``SUFFIXES`` are passed over. Raises FileNotFoundError when there is no such folder,
+    InputError when it holds no classes or a class holds no images.
     """
     folder = _split_folder(require_data_folder(root), split)
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    class_ids = tuple(sorted(entry.name for entry in entries if entry.is_dir()))
+    class_ids = tuple(sorted(entry.name for entry in entries if _is_folder(entry)))
     if not class_ids:
         raise InputError(
             f"{folder}: no class folders; expected {folder}/<class>/<image>, one folder per class"
         )
     paths: list[str] = []
     counts: list[int] = []
+    passed_over = [entry.name for entry in entries if not _is_folder(entry)]
+    above = [os.stat(folder)]
     for class_id in class_ids:
-        found = sorted(_image_files(folder / class_id, f"{class_id}/"))
+        found = sorted(_image_files(folder / class_id, f"{class_id}/", passed_over, above))
         paths += found
         counts.append(len(found))
     if not paths:
@@ -103,11 +107,11 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
     empty = [class_id for class_id, count in zip(class_ids, counts, strict=True) if not count]
     if empty:
         raise InputError(
-            f"{folder}: no images in class folder {_some(empty)}; add images "
+            f"{folder}: no images in class folder {listed(empty)}; add images "
             f"({_SUFFIXES}) or remove the folder"
         )
     labels = np.repeat(np.arange(len(class_ids), dtype=np.int64), counts)
-    return ImageSet(folder, split, class_ids, tuple(paths), labels)
+    return ImageSet(folder, split, class_ids, tuple(paths), labels, tuple(sorted(passed_over)))
 
 
 def require_data_folder(root: Path | str) -> Path:
@@ -125,7 +129,7 @@ def check_same_classes(train: ImageSet, val: ImageSet) -> None:
     only_val = sorted(set(val.class_ids) - set(train.class_ids))
     if only_train or only_val:
         parts = [
-            f"only in {images.root}: {_some(names)}"
+            f"only in {images.root}: {listed(names)}"
             for images, names in ((train, only_train), (val, only_val))
             if names
         ]
@@ -191,11 +195,19 @@ class CropStream:
             )
 
     def _read(self, index: int) -> np.ndarray:
-        return np.fromfile(f"{self.images.root}/{self.images.paths[index]}", np.uint8)
+        """The file's bytes; none for a dangling link or a special file, which might never end."""
+        path = f"{self.images.root}/{self.images.paths[index]}"
+        if not os.path.isfile(path) and os.path.lexists(path):
+            return np.zeros(0, np.uint8)
+        return np.fromfile(path, np.uint8)
 
     def _leave_out(self, index: int, reason: str) -> None:
         path = self.images.root / self.images.paths[index]
-        if not path.stat().st_size:
+        if not path.exists():
+            reason = "it is a link to nothing"
+        elif not path.is_file():
+            reason = "it is not a regular file"
+        elif not path.stat().st_size:
             reason = "the file is empty"
         if not self.skip_corrupt:
             raise CorruptImageError(
@@ -276,18 +288,38 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def _image_files(folder: Path, prefix: str) -> Iterator[str]:
-    """Image files at any depth below the folder, as prefix + relative path."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; a link that leads nowhere is none."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _image_files(
+    folder: Path, prefix: str, passed_over: list[str], above: list[os.stat_result]
+) -> Iterator[str]:
+    """Image files at any depth below the folder, as prefix + relative path.
+
+    Files with other suffixes are added to ``passed_over``. Raises InputError for a link to one of
+    the folders ``above``, which would never end.
+    """
+    here = os.stat(folder)
+    if any(os.path.samestat(here, each) for each in above):
+        raise InputError(f"{folder} is a link to a folder that holds it: remove the link")
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            yield from _image_files(folder / entry.name, f"{prefix}{entry.name}/")
+        name = prefix + entry.name
+        if _is_folder(entry):
+            yield from _image_files(folder / entry.name, f"{name}/", passed_over, [*above, here])
         elif entry.name.lower().endswith(SUFFIXES):
-            yield prefix + entry.name
+            yield name
+        else:
+            passed_over.append(name)
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def listed(names: Sequence[str], limit: int = 5) -> str:
     """The names, or the first few and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

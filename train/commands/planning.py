@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...engine.config import ExpandConfig
-from ...engine.data.images import check_same_classes, open_image_set
+from ...engine.data.images import check_same_classes
 from ...engine.data.names import display_names, read_prompts
 from ...engine.expand.backends import require_backend, resolve_device
 from ...engine.expand.prompts import unseen_classes
@@ -23,7 +23,7 @@ from ..config import (
     TeacherConfig,
     usual_precision,
 )
-from ..data.folder import data_folder, images_sha256
+from ..data.folder import data_folder, images_sha256, open_split
 from ..methods.dace import DACE
 from ..methods.registry import METHODS
 from ..options import RunOptions
@@ -93,7 +93,8 @@ class _Choices:
         if runs_a_model:
             require_backend(options.backend, self.precision, self.device)
         data = data_folder(options.data, options.shapes_per_class, report)
-        self.train, self.val = open_image_set(data, "train"), open_image_set(data, "val")
+        self.train = open_split(data, "train", report)
+        self.val = open_split(data, "val", report)
         check_same_classes(self.train, self.val)
         ids = self.train.class_ids
         self.classes = len(ids)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ...engine.data.images import ImageSet, check_no_class_emptied, open_image_set, stream_center
+from ...engine.data.images import ImageSet, check_no_class_emptied, stream_center
 from ...engine.data.names import display_names
 from ...engine.expand.backends import resolve_device
 from ...export.durable import differences, full_disk_explained, replace_json
 from ...export.models import ModelSource, weights_sha256
 from ..config import PriorConfig
-from ..data.folder import data_folder, images_sha256
+from ..data.folder import check_content, data_folder, images_sha256, open_split
 from ..options import TrainPrior
 from ..prior.training import PriorTraining
 from ..run.folder import RunError
@@ -34,9 +34,8 @@ WORK, SETTINGS, CARD = ".work", "settings.json", "model_card.json"
 def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
     """Train the model and describe it; `line` is the command for its card."""
     with Report() as report:
-        images = open_image_set(
-            data_folder(command.data, command.shapes_per_class, report), "train"
-        )
+        data = data_folder(command.data, command.shapes_per_class, report)
+        images = open_split(data, "train", report)
         names = display_names(images.class_ids, command.class_names)
         device, teacher = resolve_device(command.device), None
         if command.teacher is not None:
@@ -48,6 +47,7 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
             _check_out(command, settings)
             pixels_NHWC, labels_N, skipped = _load(images, command, report)
             _start(command, settings)
+            check_content(command.out / WORK, (images,), report, begun=True)
             training = PriorTraining(
                 *(command.prior, pixels_NHWC, labels_N, names, command.out),
                 report=report.say,

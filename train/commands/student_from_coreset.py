@@ -19,14 +19,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ...engine.coreset.coreset import Coreset, open_coreset
-from ...engine.data.images import ImageSet, open_image_set
+from ...engine.data.images import ImageSet
 from ...engine.expand.backends import resolve_device
 from ...export.config import DeviceName
 from ...export.durable import full_disk_explained
 from ..batching import grouping
 from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds, usual_precision
 from ..coreset_options import StudentElsewhere
-from ..data.folder import data_folder, images_sha256
+from ..data.folder import check_content, data_folder, images_sha256, open_split
 from ..labels.hard import HardLabels
 from ..report.summary import mean_and_std, provenance, rounded
 from ..run.folder import RunFolder, StageResult, check_out
@@ -60,7 +60,7 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
             val = None
         else:
             data = data_folder(options.data, options.shapes_per_class, report)
-            val = open_image_set(data, "val")
+            val = open_split(data, "val", report)
         student = {k: v for k, v in asdict(config).items() if k not in CHANGES_NO_RESULT}
         settings = {
             "--coreset": coreset.content_sha256,
@@ -75,6 +75,8 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
             RunFolder(options.out, report, overwrite=options.overwrite) as run,
         ):
             report.open_log()
+            if val is not None:
+                check_content(run.folder, (val,), report, begun=run.begun)
             students = run.stage(
                 STAGE,
                 settings,

@@ -12,7 +12,7 @@ import numpy as np
 from ...engine.console import print_table
 from ...engine.data.images import ImageSet, check_no_class_emptied, stream_center
 from ...export.durable import full_disk_explained, replace_json
-from ..data.folder import images_sha256
+from ..data.folder import check_content, images_sha256
 from ..options import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from ..plan import Plan
 from ..report.page import SUMMARY, accuracy_rows, write_report
@@ -50,6 +50,7 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
             if world.leads:
                 _write_settings(run.folder, options, plan, line)
                 report.open_log()
+                check_content(run.folder, (plan.train, plan.val), report, begun=run.begun)
             skipped: dict[str, int] = {}
             if options.skip_corrupt:
                 plan, skipped = _omit_damaged(plan, run, report)

@@ -34,7 +34,8 @@ from .world import ALONE, World
 SCHEMA = "patchbloom.run/1"
 MARK, STAGES = "run.json", "stages"
 _OURS = re.compile(
-    r"(run|config|environment|summary)\.json|log\.jsonl|report\.html|stages|teacher|students|"
+    r"(run|config|environment|summary)\.json|log\.jsonl|report\.html|images\.safetensors|"
+    r"stages|teacher|students|"
     r"pictures|tensorboard|"
     r"coreset(-[a-z0-9]+)*|\.coreset.*|.*\.partial"
 )
@@ -165,6 +166,11 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """The content of a stage's file. None: it never began, or this is not rank 0."""
         path = self._file(name)
         return json.loads(path.read_bytes()) if self.world.leads and path.is_file() else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a stage has begun."""
+        return any((self.folder / STAGES).glob("*.json"))
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds of each finished stage, in the order in which they ended.
