@@ -79,8 +79,8 @@ class CoresetExport:
     a view derived from it (export.json says how); refused where no stored image has any."""
     dataset: str | None = None
     """DD-Ranking's name of the data set, such as ImageNette, which decides the class numbers.
-    Required for --to ddranking, and only for that. For CIFAR10, CIFAR100 and TinyImageNet only the
-    number of classes is checked."""
+    Required for --to ddranking, and only for that. CIFAR's class folders have its names or numbers,
+    those of all other data sets WordNet ids."""
     overwrite: bool = False
     """Replace the export in --out."""
     json: bool = False

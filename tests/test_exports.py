@@ -21,9 +21,10 @@ from label_cases import LabelBlock, write_labelled
 from patchbloom.engine.cli import main
 from patchbloom.engine.coreset.coreset import Coreset, open_coreset
 from patchbloom.engine.data.names import imagenet_names
+from patchbloom.engine.errors import CoresetError
 from patchbloom.engine.formats import exports
 from patchbloom.engine.formats import webdataset as shards
-from patchbloom.engine.formats.ddranking import SUBSETS
+from patchbloom.engine.formats.ddranking import CIFAR_NAMES, SUBSETS
 from patchbloom.engine.formats.exports import export_coreset
 from patchbloom.engine.options import ExportFormat
 from PIL import Image
@@ -33,6 +34,7 @@ from torchvision.datasets import ImageFolder
 EPOCHS, IPC, FACTOR, PATCH_PX = 3, 2, 2, 8
 EACH = IPC * FACTOR**2
 IMAGENET = imagenet_names()
+CIFAR10, CIFAR100 = (names.split() for names in CIFAR_NAMES.values())
 WOOF = tuple(sorted(tuple(IMAGENET)[index] for index in SUBSETS["ImageWoof"]))
 ROOT = Path(__file__).parents[1]
 DD_RANKING = ROOT / ".ddranking" / str(sys.implementation.cache_tag)
@@ -215,6 +217,81 @@ def test_dd_ranking_is_given_what_it_documents(coreset: Coreset, tmp_path: Path)
     np.testing.assert_array_equal(canvas[8:, :8], tiles[2])
 
 
+def coloured_by_class(folder: Path, class_ids: list[str]) -> Coreset:
+    """A class of one image per id; class n, counted in `class_ids`, has the grey n."""
+    ordered = sorted(class_ids)
+    greys = torch.tensor([class_ids.index(class_id) for class_id in ordered], dtype=torch.uint8)
+    one = {"method": "rded", "seed": 0, "image_size_px": 4, "factor": 1, "patch_px": 4, "ipc": 1}
+    return new_coreset(
+        folder,
+        patches_NHWC=greys[:, None, None, None].expand(-1, 4, 4, 3),
+        class_ids=ordered,
+        class_names=[f"class {class_id}" for class_id in ordered],
+        settings=one,
+        labels=None,
+    )
+
+
+NUMBERS = [str(number) for number in range(100)]
+
+
+@pytest.mark.parametrize("class_ids", [NUMBERS, [f"{n:0>3}" for n in NUMBERS], CIFAR100, CIFAR10])
+def test_dd_ranking_numbers_classes_as_cifar_does(class_ids: list[str], tmp_path: Path) -> None:
+    """Folders 0 to 99 sort as strings: 0, 1, 10. Label 2 still is class 2."""
+    coreset = coloured_by_class(tmp_path / "coreset", class_ids)
+    dataset = f"CIFAR{len(class_ids)}"
+    told = export_coreset(coreset, "ddranking", tmp_path / "out", dataset=dataset)
+    assert told["class_order"] == class_ids
+    for label, class_id in enumerate(class_ids):
+        with Image.open(tmp_path / "out" / "images" / f"{label:05d}" / "000000.png") as picture:
+            assert picture.getpixel((0, 0)) == (label, label, label), class_id
+    images = torch.load(tmp_path / "out" / "images.pt", weights_only=True)
+    labels = torch.load(tmp_path / "out" / "labels.pt", weights_only=True)
+    assert labels.tolist() == list(range(len(class_ids)))
+    assert images[:, 0, 0, 0].diff().min() > 0  # greys in order
+
+
+@pytest.mark.parametrize(
+    ("dataset", "class_ids"),
+    [
+        ("CIFAR100", [str(number) for number in range(1, 101)]),
+        ("CIFAR100", [f"{number}_{name}" for number, name in enumerate(CIFAR100)]),
+        ("CIFAR10", [*CIFAR10[2:], "car", "plane"]),  # sorted, bird would be 0
+        ("CIFAR10", [*"0123456789", "09"]),
+        ("TinyImageNet", [str(number) for number in range(200)]),
+    ],
+)
+def test_dd_ranking_is_refused_classes_whose_numbers_are_not_known(
+    dataset: str, class_ids: list[str], tmp_path: Path
+) -> None:
+    coreset = coloured_by_class(tmp_path / "coreset", class_ids)
+    with pytest.raises(CoresetError, match=r"expected \d+ class folders .* got \d+"):
+        export_coreset(coreset, "ddranking", tmp_path / "out", dataset=dataset)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_formats_keep_each_image_with_its_class(tmp_path: Path) -> None:
+    """Folders of plain numbers: every library's label leads back to the class of the image."""
+    import datasets
+    import webdataset
+
+    coreset = coloured_by_class(tmp_path / "coreset", NUMBERS)
+    for to in FORMATS[:3]:
+        export(coreset, to, tmp_path / to)
+    pictures = ImageFolder(str(tmp_path / "imagefolder" / "train"))
+    found = [(pictures.classes[label], picture) for picture, label in pictures]
+    rows = datasets.load_dataset(str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
+    names = rows["train"].features["label"].names
+    found += [(names[row["label"]], row["image"]) for row in rows["train"]]
+    (shard,) = (tmp_path / "webdataset").glob("*.tar")
+    listed = json.loads((tmp_path / "webdataset" / "export.json").read_text())["classes"]
+    for sample in webdataset.WebDataset(str(shard), shardshuffle=False).decode("pil"):
+        assert listed[sample["cls"]]["id"] == sample["json"]["class_id"]
+        found.append((sample["json"]["class_id"], sample["png"]))
+    assert len(found) == 300
+    assert all(picture.getpixel((0, 0))[0] == int(class_id) for class_id, picture in found)
+
+
 def test_dd_ranking_trains_on_an_export(coreset: Coreset, tmp_path: Path) -> None:
     """DD-Ranking's hard-label evaluation of the tensor and of the folder, in a subprocess.
 
@@ -306,9 +383,9 @@ def test_labels_can_be_left_out(coreset: Coreset, tmp_path: Path) -> None:
     [
         ("--to tfrecord --out OUT", "invalid choice 'tfrecord'"),
         ("--to ddranking --out OUT", "--dataset None: expected DD-Ranking's name of the data set"),
-        ("--to ddranking --out OUT --dataset ImageNette", "expected the classes n01440764"),
-        ("--to ddranking --out OUT --dataset CIFAR100", "expected 100 classes, got 10"),
-        ("--to ddranking --out OUT --dataset CIFAR10", "n02086240, which is one of ImageNet's"),
+        ("--to ddranking --out OUT --dataset ImageNette", "10 class folders (n01440764, "),
+        ("--to ddranking --out OUT --dataset CIFAR100", "expected 100 class folders (apple, "),
+        ("--to ddranking --out OUT --dataset CIFAR10", "got 10, 'n02086240' among them"),
         ("--to parquet --out OUT --dataset ImageNette", "--dataset is for --to ddranking"),
         ("--to imagefolder --out IN/x", "lies in the coreset, which holds its own files only"),
         ("--to imagefolder --out IN/..", "holds the coreset itself"),

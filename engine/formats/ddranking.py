@@ -6,10 +6,10 @@
 
 An image is the mosaic of r² patches, so H = W is the image size, and a class has as many as
 DD-Ranking counts as its budget: ipc, or the number generated once, then the real images that doping
-added. Classes have DD-Ranking's numbers, which for ImageNet's subsets follow an order of their own,
-not that of the folders. For ImageNet and its subsets every class id is checked. The ids of CIFAR
-and TinyImageNet are not known here: only their number is checked, and that CIFAR's are none of
-ImageNet's.
+added. Classes have DD-Ranking's numbers, not the order of the folders: ImageNet's subsets have an
+order of their own, and folders 0 to 99 sort as 0, 1, 10. So every class is found by its id:
+ImageNet's WordNet id, or CIFAR's name or number. DD-Ranking numbers TinyImageNet by the sorted
+folders of its own copy: here it is only checked that they are 200 WordNet ids.
 
 Soft labels are omitted: the stored ones belong to views, one per epoch, and DD-Ranking takes one
 per image (mode S) or runs a teacher of its own (mode M). DD-Ranking reads files of `torch.save`,
@@ -23,6 +23,8 @@ mosaic, H W image size.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,22 @@ from ..errors import CoresetError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-CLASS_COUNTS = {"CIFAR10": 10, "CIFAR100": 100, "TinyImageNet": 200}
-"""Data sets whose class ids are not known here, numbered in the order of their class folders."""
+_TINY, _TINY_CLASSES = "TinyImageNet", 200
+CIFAR_NAMES = {
+    "CIFAR10": "airplane automobile bird cat deer dog frog horse ship truck",
+    "CIFAR100": (
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus "
+        "butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach "
+        "couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster "
+        "house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree "
+        "motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear "
+        "pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket "
+        "rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar "
+        "sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip "
+        "turtle wardrobe whale willow_tree wolf woman worm"
+    ),
+}
+"""CIFAR's own names of its classes, in the order of its numbers."""
 SUBSETS = {
     "ImageNet1K": tuple(range(1000)),
     "ImageNette": (0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
@@ -52,10 +68,11 @@ SUBSETS = {
 def write_dd_ranking(coreset: Coreset, dataset: str | None, folder: Path) -> dict[str, Any]:
     """Fill `folder`; returns data set, ipc, image size, class ids in its order, and the like.
 
-    Raises CoresetError for an unknown `dataset`, another number of classes, other classes (for
-    ImageNet and its subsets), or doped images of another size than the mosaics.
+    Raises CoresetError for an unknown `dataset`, other classes than its own, or doped images of
+    another size than the mosaics.
     """
-    classes = _class_order(coreset, dataset)
+    order = _class_order(coreset.class_ids, dataset)
+    classes = [coreset.class_ids.index(class_id) for class_id in order]
     images_NHWC = _images(coreset, classes)
     ipc = len(images_NHWC) // len(classes)
     for number in range(len(classes)):
@@ -69,42 +86,44 @@ def write_dd_ranking(coreset: Coreset, dataset: str | None, folder: Path) -> dic
         "dataset": dataset,
         "ipc": ipc,
         "image_size_px": images_NHWC.shape[1],
-        "class_order": [coreset.class_ids[index] for index in classes],
-        "classes_checked": "by number alone" if dataset in CLASS_COUNTS else "by id",
+        "class_order": order,
+        "classes_checked": "by number alone" if dataset == _TINY else "by id",
         "images": len(images_NHWC),
     }
 
 
-def _class_order(coreset: Coreset, dataset: str | None) -> list[int]:
-    """The coreset's class index for each of DD-Ranking's classes."""
-    known = (*CLASS_COUNTS, *SUBSETS)
-    if dataset not in known:
+def _class_order(ids: Sequence[str], dataset: str | None) -> list[str]:
+    """The class ids in the order of DD-Ranking's numbers."""
+    known = (*CIFAR_NAMES, _TINY, *SUBSETS)
+    found = {class_id: class_id for class_id in ids}
+    if dataset in CIFAR_NAMES:
+        found = {_plain(class_id): class_id for class_id in ids}
+        names = CIFAR_NAMES[dataset].split()
+        wanted = [str(n) for n in range(len(names))] if ids[0].isdecimal() else names
+    elif dataset == _TINY:
+        wordnet = [class_id for class_id in ids if re.fullmatch(r"n\d{8}", class_id)]
+        wanted = (sorted(wordnet) + ["a WordNet id"] * _TINY_CLASSES)[:_TINY_CLASSES]
+    elif dataset in SUBSETS:
+        every = tuple(imagenet_names())
+        wanted = [every[index] for index in SUBSETS[dataset]]
+    else:
         raise CoresetError(
             f"--dataset {dataset}: expected DD-Ranking's name of the data set, which decides class "
             f"numbers and normalisation, one of {', '.join(known)}"
         )
-    ids = coreset.class_ids
-    if dataset in CLASS_COUNTS:
-        if len(ids) != CLASS_COUNTS[dataset]:
-            raise CoresetError(
-                f"--dataset {dataset}: expected {CLASS_COUNTS[dataset]} classes, got {len(ids)}: "
-                "give the data set that the coreset was made of"
-            )
-        foreign = [class_id for class_id in ids if class_id in imagenet_names()]
-        if foreign and dataset in _LIKE_CIFAR:
-            raise CoresetError(
-                f"--dataset {dataset}: expected its classes, got {foreign[0]}, which is one of "
-                "ImageNet's: give the data set that the coreset was made of"
-            )
-        return list(range(len(ids)))
-    every = tuple(imagenet_names())
-    wanted = [every[index] for index in SUBSETS[dataset]]
-    if set(wanted) != set(ids):
+    if sorted(found) != sorted(wanted) or len(found) != len(ids):
+        strange = next((found[each] for each in found if each not in wanted), None)
         raise CoresetError(
-            f"--dataset {dataset}: expected the classes {', '.join(sorted(wanted)[:3])}, …, got "
-            f"{', '.join(ids[:3])}, …: give the data set that the coreset was made of"
+            f"--dataset {dataset}: expected {len(wanted)} class folders ({', '.join(wanted[:3])}, "
+            f"…), got {len(ids)}{f', {strange!r} among them' if strange else ''}: give the data "
+            "set that the coreset was made of, or make the coreset of folders named so"
         )
-    return [ids.index(class_id) for class_id in wanted]
+    return [found[class_id] for class_id in wanted]
+
+
+def _plain(class_id: str) -> str:
+    """7 for "007", lawn_mower for "Lawn mower"."""
+    return str(int(class_id)) if class_id.isdecimal() else re.sub(r"[\W_]+", "_", class_id.lower())
 
 
 def _images(coreset: Coreset, classes: list[int]) -> torch.Tensor:
@@ -129,9 +148,6 @@ def _images(coreset: Coreset, classes: list[int]) -> torch.Tensor:
 
 
 def _normalised(images_NHWC: torch.Tensor, dataset: str | None) -> torch.Tensor:
-    mean, std = (torch.tensor(v) for v in (_CIFAR if dataset in _LIKE_CIFAR else _IMAGENET))
+    mean, std = (torch.tensor(v) for v in (_CIFAR if dataset in CIFAR_NAMES else _IMAGENET))
     images_NCHW = images_NHWC.permute(0, 3, 1, 2).float().contiguous().div_(255)
     return images_NCHW.sub_(mean[:, None, None]).div_(std[:, None, None])
-
-
-_LIKE_CIFAR = ("CIFAR10", "CIFAR100")
