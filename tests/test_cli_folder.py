@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_cases import SMALL, Command
 from patchbloom.engine.coreset import coreset
 from patchbloom.export import durable
 from patchbloom.train.labels import run_labels
-from patchbloom.train.run.folder import RunError, RunFolder
+from patchbloom.train.run.folder import RunError, RunFolder, check_out
 from patchbloom.train.run.progress import Report
 
 
@@ -68,6 +71,39 @@ def test_another_process_at_work_in_the_folder(
             error = train(*options, option).error
             assert f"another process works in {tmp_path / 'run'}" in error
         assert (tmp_path / "run" / "teacher").is_dir()
+
+
+def start_twice(folder: Path, trials: int) -> list[list[str]]:
+    """What two processes are told that start at one moment, in one fresh folder per trial."""
+    context = multiprocessing.get_context("fork")
+    together, told = context.Barrier(2), [context.SimpleQueue() for _ in range(2)]
+
+    def start(own: Any) -> None:
+        for trial in range(trials):
+            out, outcome = folder / str(trial), "held"
+            together.wait(60)
+            with Report() as record, ExitStack() as stack:
+                try:
+                    check_out(out, resume=False, overwrite=False)
+                    stack.enter_context(RunFolder(out, record))
+                    assert json.loads((out / "run.json").read_text())
+                except Exception as error:
+                    outcome = f"{type(error).__name__}: {error}".replace(str(out), "OUT")
+                together.wait(60)  # the holder stays until the other has tried
+            own.put(outcome)
+
+    processes = [context.Process(target=start, args=(own,)) for own in told]
+    for process in processes:
+        process.start()
+    outcomes = [sorted(own.get() for own in told) for _ in range(trials)]
+    for process in processes:
+        process.join()
+    return outcomes
+
+
+def test_one_of_two_starts_at_one_moment_has_the_folder(tmp_path: Path) -> None:
+    refused = "RunError: another process works in OUT: wait for it, or end it"
+    assert start_twice(tmp_path, 50) == [[refused, "held"]] * 50
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def recorded(request, sets, source, teacher, tmp_path_factory) -> Recorded:
     results = train(source, labels, sets, folder / "students", config)
     kept = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     assert kept.pop("labels.partial.json") < 2000
+    assert kept.pop("labels.partial.sums") < 1000
     assert kept == {"labels.partial": BYTES[codec]}
     return Recorded(config, codec, results, attach_labels(new_coreset(folder), labels.block()))
 
@@ -244,6 +245,43 @@ def test_stopped_labels_go_on(recorded: Recorded, source, teacher, tmp_path: Pat
         record(recorded, source, teacher, path, Silent(stop_after=3))
     labels = record(recorded, counted(source), teacher, path)
     assert set(Counted.rendered) == {3}
+    assert equal(stored_of(labels, tmp_path), recorded.stored)
+
+
+def test_one_flipped_bit_in_a_recording_is_found_and_made_again(
+    recorded: Recorded, source, teacher, tmp_path: Path
+) -> None:
+    path = tmp_path / "labels.partial"
+    with pytest.raises(KeyboardInterrupt):
+        record(recorded, source, teacher, path, Silent(stop_after=3))
+    good = path.read_bytes()
+    places = [0, BYTES[recorded.codec] // 8 - 1] + [4 * 10 * 4 + 9] * (recorded.codec == "pca")
+    for place in places:  # in the first epoch; of pca in the basis and in codes
+        bad = bytearray(good)
+        bad[place] ^= 4
+        path.write_bytes(bad)
+        report = Silent()
+        labels = RecordedLabels(
+            teacher, source, recorded.config, path, report, codec=codec_of(recorded.codec, KEPT)
+        )
+        assert not labels.is_complete()
+        record_labels(source, labels, recorded.config, report)
+        assert [line for line in report.said if f"labels: {path} is damaged (" in line]
+        assert equal(stored_of(labels, tmp_path / str(place)), recorded.stored)
+
+
+def test_a_recording_of_an_earlier_version_goes_on(
+    recorded: Recorded, source, teacher, tmp_path: Path
+) -> None:
+    """It has no checksums: its answers are taken, and noted from then on."""
+    path = tmp_path / "labels.partial"
+    with pytest.raises(KeyboardInterrupt):
+        record(recorded, source, teacher, path, Silent(stop_after=3))
+    noted = (tmp_path / "labels.partial.sums").read_text()
+    (tmp_path / "labels.partial.sums").unlink()
+    labels = record(recorded, counted(source), teacher, path)
+    assert set(Counted.rendered) == {3}
+    assert (tmp_path / "labels.partial.sums").read_text().startswith(noted)
     assert equal(stored_of(labels, tmp_path), recorded.stored)
 
 

@@ -118,7 +118,7 @@ def test_latents_have_unit_variance_and_the_posterior_its_width(trained: Path) -
 def test_a_stopped_run_goes_on_to_the_same_weights(
     trained: Path, stopped_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = prior_loop.write_tensors
+    real = prior_loop.write_checkpoint
 
     class StoppedError(Exception):
         pass
@@ -129,7 +129,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
             raise StoppedError
 
     monkeypatch.setattr(prior_loop, "CHECKPOINT_EVERY_S", -1.0)
-    monkeypatch.setattr(prior_loop, "write_tensors", write_then_stop)
+    monkeypatch.setattr(prior_loop, "write_checkpoint", write_then_stop)
     with pytest.raises(StoppedError):
         _training(tmp_path / "model").run(data="noise", command="train prior")
     monkeypatch.undo()

@@ -143,8 +143,22 @@ def test_a_signal_stops_within_a_batch_and_loses_none(
     assert [r.losses for r in resumed] == [r.losses for r in whole]
 
 
+def _without_its_end(data: bytes) -> bytes:
+    return data[:-100]
+
+
+def _with_another_weight(data: bytes) -> bytes:
+    return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
+
+
+def _at_another_pool(data: bytes) -> bytes:
+    number = data.index(b'\\"pool\\": ') + 10
+    return data[:number] + bytes([data[number] ^ 1]) + data[number + 1 :]
+
+
+@pytest.mark.parametrize("damaged", [_without_its_end, _with_another_weight, _at_another_pool])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    whole, source, labels, tmp_path: Path
+    whole, source, labels, tmp_path: Path, damaged: Callable[[bytes], bytes]
 ) -> None:
     def stop(epoch: int) -> None:
         if epoch == CONFIG.epochs:
@@ -155,12 +169,22 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     with pytest.raises(KeyboardInterrupt):
         train(source, labels, tmp_path, config, Told(stop))
     older, newest = Checkpoints(tmp_path, "student", 2).paths()
-    newest.write_bytes(newest.read_bytes()[:-100])
+    newest.write_bytes(damaged(newest.read_bytes()))
     report = Told()
     resumed = train(source, labels, tmp_path, config, report)
     assert any("is damaged" in line and "the one before" in line for line in report.lines)
     assert all_same(plain, resumed)
     assert not older.exists()
+
+
+def test_a_checkpoint_without_a_hash_still_opens(tmp_path: Path) -> None:
+    """Earlier versions wrote none."""
+    tensors, reached = {"a": torch.ones(3)}, {"epoch": 1}
+    checkpoint.write_checkpoint(tmp_path / "new", tensors, reached)
+    checkpoint.write_tensors(tmp_path / "old", tensors, reached)
+    assert (tmp_path / "new").read_bytes() != (tmp_path / "old").read_bytes()
+    for name in ("new", "old"):
+        assert read_tensors(tmp_path / name)[1] == reached
 
 
 def test_checkpoints_of_other_libraries_are_told(tmp_path: Path, monkeypatch) -> None:

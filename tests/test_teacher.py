@@ -23,10 +23,15 @@ from patchbloom.train.config import (
 )
 from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.networks import adamw, build_network, draws_in_training
-from patchbloom.train.run.checkpoint import CheckpointError, read_tensors, write_tensors
+from patchbloom.train.run.checkpoint import (
+    CheckpointError,
+    read_tensors,
+    weights_sha256,
+    write_tensors,
+)
 from patchbloom.train.teacher.evaluation import accuracies
 from patchbloom.train.teacher.normalisation import IMAGENET, Normalisation
-from patchbloom.train.teacher.teacher import Teacher, load_teacher, weights_sha256
+from patchbloom.train.teacher.teacher import Teacher, load_teacher
 from patchbloom.train.teacher.training import (
     CHECKPOINT,
     TEACHER,

@@ -9,10 +9,13 @@ Legend: E epochs, N samples, K classes, P samples of a pool, M answers that a ba
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +32,8 @@ from ..teacher.teacher import Teacher
 from .targets import describe_stored, labelled_views
 from .views import pools, render_views
 
+BASIS = "basis"
+
 
 class RecordedLabels:
     """The teacher's answers, stored in a file as large as the coreset's labels.
@@ -36,8 +41,9 @@ class RecordedLabels:
     The file is first filled with a value that no answer contains, usually NaN: a full disk is then
     an error and not a later crash, and a missing answer cannot pass for one. It is memory-mapped,
     so answers survive a kill -9. A second file describes what was labelled; a recording of
-    anything else, or a truncated one, is started again, and the report says so. The ranks of a
-    world share the teacher's work; rank 0 has the file.
+    anything else, or a truncated one, is started again, and the report says so. A third file has a
+    checksum of each answered pool and of the basis: what differs from it is asked again. The ranks
+    of a world share the teacher's work; rank 0 has the files.
     """
 
     def __init__(
@@ -64,6 +70,8 @@ class RecordedLabels:
             "teacher": teacher.sha256,
             "student": config.recipe(),
         }
+        self._report, self._sums = report, dict[str, str]()
+        self._pools = partial(pools, config, source.labels_N)
         self._recording = self._open(report) if world.leads else None
         self._encoding = Encoding(codec, self.temperature, self._basis(source, config, report))
 
@@ -80,8 +88,39 @@ class RecordedLabels:
             path.parent.mkdir(parents=True, exist_ok=True)
             with full_disk_explained(path, size), replacing_file(path) as staged:
                 fill_with_missing(staged, self.layout)
+            replace_file(_checksums(path), b"")
             replace_file(description, described)
-        return MappedParts(path, self.layout, recording=True)
+        recording = MappedParts(path, self.layout, recording=True)
+        if _checksums(path).is_file():
+            lines = _checksums(path).read_text(errors="replace").splitlines()
+            self._sums = {key: found for key, _, found in (line.rpartition(" ") for line in lines)}
+        else:  # an earlier version began it: its answers are taken as they are
+            self._trust(recording)
+        return recording
+
+    def _trust(self, recording: MappedParts) -> None:
+        if recording.basis is not None and not np.isnan(recording.basis).any():
+            self._note(BASIS, [recording.basis])
+        for epoch in range(self.layout.epochs):
+            for samples_P in self._pools(epoch):
+                if not recording.some_missing(epoch, samples_P.numpy()):
+                    self._note(*_answers(recording, epoch, samples_P))
+
+    def _note(self, key: str, parts: Iterable[np.ndarray]) -> None:
+        """Keep the checksum of a pool's answers, or of the basis."""
+        self._sums[key] = _checksum(parts)
+        with full_disk_explained(self.path, 4096), _checksums(self.path).open("a") as stream:
+            stream.write(f"{key} {self._sums[key]}\n")
+
+    def _is_sound(self, key: str, parts: Iterable[np.ndarray]) -> bool:
+        """Whether these answers, or the basis, are as they were noted; tells it when not."""
+        noted = self._sums.pop(key, None)
+        if noted == _checksum(parts):
+            self._sums[key] = noted
+            return True
+        if noted is not None:
+            self._report.say(f"labels: {self.path} is damaged ({key}): that part is made again")
+        return False
 
     def _basis(self, source: ImageSource, config: StudentConfig, report: Report) -> Tensor | None:
         """Rank 0's basis on all ranks: the recording's, or fitted now and stored there."""
@@ -89,9 +128,11 @@ class RecordedLabels:
         if fit is None or k is None:
             return None
         basis = torch.empty(0)
+        sound = True
         if self._recording is not None and self._recording.basis is not None:
             basis = torch.from_numpy(self._recording.basis)
-        if self._world.any(bool(basis.isnan().any())):
+            sound = self._is_sound(BASIS, [self._recording.basis])
+        if self._world.any(not sound):
             answers_MK = self._answers_to_fit(source, config, fitted_answers(k))
             if self._recording is not None:
                 fitted, note = fit(answers_MK)
@@ -99,6 +140,7 @@ class RecordedLabels:
                     report.say(f"labels: {note}")
                 basis.copy_(fitted)
                 self._recording.flush()
+                self._note(BASIS, [basis.numpy()])
         return self._world.all_gather_rows(basis).clone()
 
     def _answers_to_fit(self, source: ImageSource, config: StudentConfig, wanted: int) -> Tensor:
@@ -125,21 +167,22 @@ class RecordedLabels:
         if self._recording is not None:
             for part, rows in zip(self._recording.answers, kept, strict=True):
                 part[epoch, samples_P.numpy()] = rows.numpy()
+            self._note(*_answers(self._recording, epoch, samples_P))
         return self._encoding.decode(kept, views_PCHW.device)
 
     def have(self, pools_of_epoch: Sequence[Tensor], epoch: int) -> list[bool]:
-        """Whether the recording has every answer of a pool, for each pool."""
+        """Whether the recording has every answer of a pool, undamaged, for each pool."""
         return self._world.once(
             lambda: [
-                not self._file.some_missing(epoch, samples_P.numpy())
+                self._is_sound(*_answers(self._file, epoch, samples_P))
                 for samples_P in pools_of_epoch
             ]
         )
 
     def is_complete(self) -> bool:
-        """Whether the recording has every answer."""
+        """Whether the recording has every answer, undamaged."""
         epochs = range(self.layout.epochs)
-        return self._world.once(lambda: not any(map(self._file.some_missing, epochs)))
+        return all(all(self.have(self._pools(epoch), epoch)) for epoch in epochs)
 
     def describe(self) -> dict[str, Any]:
         """The same as the StoredLabels that they become."""
@@ -160,13 +203,31 @@ class RecordedLabels:
 
 def discard_recorded(path: Path) -> None:
     """Remove the recording at `path`, if there is one."""
-    _description(path).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+    for each in (_description(path), _checksums(path), path):
+        each.unlink(missing_ok=True)
 
 
 def _description(path: Path) -> Path:
     """The file that describes what the answers in `path` belong to."""
     return path.with_name(f"{path.name}.json")
+
+
+def _checksums(path: Path) -> Path:
+    """The file of checksums: `epoch E, sample S SUM`, S the first of its pool; the last counts."""
+    return path.with_name(f"{path.name}.sums")
+
+
+def _answers(file: MappedParts, epoch: int, samples_P: Tensor) -> tuple[str, list[np.ndarray]]:
+    """A pool's key among the checksums, and its answers."""
+    rows_P = samples_P.numpy()
+    return f"epoch {epoch}, sample {rows_P[0]}", [part[epoch, rows_P] for part in file.answers]
+
+
+def _checksum(parts: Iterable[np.ndarray]) -> str:
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(np.ascontiguousarray(part), checksum)
+    return f"{checksum:08x}"
 
 
 def record_labels(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...engine.dsco.optimiser import NoiseOptimiser
-from ..run.checkpoint import read_tensors, write_tensors
+from ..run.checkpoint import read_tensors, write_checkpoint
 from .dsco import dsco_settings
 from .method import Made, Making
 from .source import open_expander, stream_whole
@@ -91,7 +91,7 @@ def _made_or_kept(
     )
     losses_KS2 = torch.tensor(made.losses)
     tensors = {"images": as_stored(made.images_MCHW, plan.image_size), "losses": losses_KS2}
-    write_tensors(path, tensors, {"config": config})
+    write_checkpoint(path, tensors, {"config": config})
     before, after = losses_KS2.flatten(0, 1).mean(0).tolist()
     fall = f"loss {before:.3g} to {after:.3g}"
     report.progress("dsco", group.stop, classes, "classes", fall)

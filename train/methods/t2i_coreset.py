@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
-from ..run.checkpoint import read_tensors, write_tensors
+from ..run.checkpoint import read_tensors, write_checkpoint
 from .method import Made, Making
 from .pools import SharedImages
 from .source import Expansions, ImageSource, open_expander
@@ -100,7 +100,7 @@ def generate_rounds(
             taken_s = time.monotonic() - began
             if world.leads:
                 kept = {"images": images, "seconds": torch.tensor(taken_s, dtype=torch.float64)}
-                write_tensors(_path(folder, number), kept, {"config": config})
+                write_checkpoint(_path(folder, number), kept, {"config": config})
         else:
             images, taken_s = found[number] if found else (torch.empty(0), 0.0)
         rounds_KSSC.append(images)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks import set_learning_rate
-from ..run.checkpoint import read_tensors, restore_training, training_state, write_tensors
+from ..run.checkpoint import read_tensors, restore_training, training_state, write_checkpoint
 
 CHECKPOINT_EVERY_S = 120.0
 REPORT_EVERY, WARMUP = 100, 200  # steps
@@ -61,7 +61,7 @@ class Phase(Generic[M]):
         tensors = training_state(self.module, self.optimiser, "")
         tensors |= {f"{AVERAGE}{name}": each for name, each in self.average.state_dict().items()}
         reached = {"step": self.done, "losses": self.losses, "seconds": self.seconds}
-        write_tensors(self.checkpoint, tensors, reached)
+        write_checkpoint(self.checkpoint, tensors, reached)
 
     def run(self, loss_of: LossOf[M], *, seed: int, report: Callable[[str], None]) -> M:
         """Train to the end; return the averaged module.

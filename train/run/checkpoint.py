@@ -1,12 +1,14 @@
 """The state of a training as one safetensors file, written atomically.
 
 The file's metadata holds the config that decides the result; a different config is refused by
-naming the difference. Nothing is unpickled.
+naming the difference. A checkpoint's metadata also holds the hash of all it contains, so that no
+flipped bit is trained on. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ...export.durable import differences, full_disk_explained, replace_file
+from ...export.durable import differences, full_disk_explained, json_sha256, replace_file
 
 Tensors = dict[str, Tensor]
-METADATA = "patchbloom"
+METADATA, SHA256 = "patchbloom", "sha256"
 
 
 class CheckpointError(ValueError):
@@ -37,16 +39,42 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, Any]) -> Non
         replace_file(path, data)
 
 
+def write_checkpoint(path: Path, tensors: Tensors, metadata: dict[str, Any]) -> None:
+    """As `write_tensors`, with the hash that `read_tensors` compares."""
+    write_tensors(path, tensors, {**metadata, SHA256: _content_sha256(tensors, metadata)})
+
+
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors and metadata of a file; CheckpointError when it is damaged."""
+    """Tensors and metadata of a file; CheckpointError when it is damaged.
+
+    Files without a hash, as earlier versions wrote their checkpoints, are taken as they are.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        expected = metadata.pop(SHA256, None)
+        if expected is not None and expected != _content_sha256(tensors, metadata):
+            raise ValueError("its content does not match its hash")
+        return tensors, metadata
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{path} is no weights file of ours, or is damaged ({error}): remove or replace it"
         ) from None
+
+
+def _content_sha256(tensors: Tensors, metadata: dict[str, Any]) -> str:
+    return json_sha256([metadata, weights_sha256(tensors)])
+
+
+def weights_sha256(state: Tensors) -> str:
+    """SHA-256 over names, types, shapes and bytes of a state dict, sorted by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Checkpoints:
@@ -64,7 +92,7 @@ class Checkpoints:
         before = self.paths()
         number = int(before[-1].stem.rsplit("-", 1)[1]) + 1 if before else 0
         path = self.folder / f"{self.name}.checkpoint-{number:06d}.safetensors"
-        write_tensors(path, tensors, {**metadata, "versions": _versions()})
+        write_checkpoint(path, tensors, {**metadata, "versions": _versions()})
         for old in self.paths()[: -self.kept]:
             old.unlink()
 

@@ -26,7 +26,14 @@ from typing import Any
 
 from filelock import BaseFileLock
 
-from ...export.durable import differences, file_sha256, json_sha256, replace_json, take_lock
+from ...export.durable import (
+    differences,
+    file_sha256,
+    json_sha256,
+    replace_json,
+    sync,
+    take_lock,
+)
 from .progress import Report
 from .settings import LEFT_OUT
 from .world import ALONE, World
@@ -67,15 +74,10 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
     def _prepare(self, overwrite: bool) -> BaseFileLock:
         self.folder.mkdir(parents=True, exist_ok=True)
-        mark = self.folder / MARK
-        if not mark.exists():
-            replace_json(mark, {"schema": SCHEMA})
-        try:
-            lock = take_lock(mark)
-        except TimeoutError:
-            raise RunError(
-                f"another process works in {self.folder}: wait for it, or end it"
-            ) from None
+        mark, lock = self.folder / MARK, _lock(self.folder)
+        if not mark.stat().st_size:  # in place: a lock on a file that is replaced is lost
+            mark.write_text(json.dumps({"schema": SCHEMA}, indent=1) + "\n")
+            sync(mark)
         if overwrite:  # the mark stays, so that a killed removal can be repeated
             for entry in self.folder.iterdir():
                 if entry.name != MARK:
@@ -217,17 +219,28 @@ def check_out(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RunError(f"--out {folder} exists and is not a folder: choose another --out")
     names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-    if names in ([], [f"{MARK}.partial"]):  # the second: a run killed at its start
+    if names in ([], [f"{MARK}.partial"]):  # the second: an earlier version, killed at its start
+        return
+    if names == [MARK] and not (folder / MARK).stat().st_size:  # killed, or just now starting
         return
     foreign = [name for name in names if not _OURS.fullmatch(name)]
     if foreign or not _is_run(folder / MARK):
         found = f"it holds {foreign[0]!r}" if foreign else f"it has no {MARK} of ours"
         raise RunError(f"--out {folder} is not empty and no run ({found}): choose another --out")
     if not (overwrite or resume):
+        _lock(folder).release()
         raise RunError(
             f"--out {folder} is not empty: --resume goes on with that run, --overwrite replaces "
             "it, or choose another --out"
         )
+
+
+def _lock(folder: Path) -> BaseFileLock:
+    """Lock a run folder by its mark; RunError when another process has it."""
+    try:
+        return take_lock(folder / MARK)
+    except TimeoutError:
+        raise RunError(f"another process works in {folder}: wait for it, or end it") from None
 
 
 def _is_run(mark: Path) -> bool:

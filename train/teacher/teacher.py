@@ -9,7 +9,6 @@ it.
 
 from __future__ import annotations
 
-import hashlib
 import urllib.error
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,7 +27,13 @@ from ...engine.select.scores import TeacherFn
 from ...export.durable import file_sha256
 from ..config import TORCHVISION, Choice, Scoring, teacher_file
 from ..networks import build_network, torchvision_name
-from ..run.checkpoint import CheckpointError, Tensors, read_tensors, write_tensors
+from ..run.checkpoint import (
+    CheckpointError,
+    Tensors,
+    read_tensors,
+    weights_sha256,
+    write_tensors,
+)
 from .evaluation import FORWARD_BATCH
 from .normalisation import IMAGENET, Normalisation
 
@@ -142,16 +147,6 @@ def teacher_id(source: str) -> str:
     """torchvision:NAME unchanged; the content hash of a file."""
     path = Path(source).expanduser()
     return f"sha256:{file_sha256(path)}" if path.is_file() else source
-
-
-def weights_sha256(state: Tensors) -> str:
-    """SHA-256 over names, types, shapes and bytes of a state dict, sorted by name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def patch_teacher(

@@ -30,7 +30,7 @@ from ..run.checkpoint import (
     require_same,
     restore_training,
     training_state,
-    write_tensors,
+    write_checkpoint,
 )
 from ..run.progress import Report
 from ..run.world import ALONE, World
@@ -134,7 +134,7 @@ class _TeacherTraining:
     def save(self, epoch: int) -> None:
         state = training_state(self.network, self.optimizer, "")
         reached = {"config": self.identity, "epoch": epoch, "losses": self.losses}
-        write_tensors(self.checkpoint, state, reached)
+        write_checkpoint(self.checkpoint, state, reached)
 
     def train_epoch(self, epoch: int, report: Report) -> float:
         """One pass over the images in a new order; returns the mean loss."""
