@@ -6,28 +6,22 @@ Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that d
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tyro import _errors  # private: the version of tyro is pinned
 from tyro.extras import get_parser
+
+from .interrupts import Terminated, safe_point, signals_kept
 
 if TYPE_CHECKING:
     from tyro._arguments import ArgumentDefinition
 
 Parsed = TypeVar("Parsed")
 WIDEST_TABLE = 10_000  # columns, in a pipe
-
-
-class Terminated(BaseException):
-    """SIGTERM came. Like KeyboardInterrupt it is no Exception, so that no handler catches it."""
 
 
 def print_error(line: str) -> None:
@@ -48,9 +42,8 @@ def run_command(
     `tell` prints the error line: when several processes run one command, only one prints it.
     """
     try:
-        with _terminated_by_exception():
-            parsed = _parse_in_one_line(commands, parse)
-            result = execute(parsed)
+        with signals_kept():
+            result = _result(lambda: execute(_parse_in_one_line(commands, parse)))
     except (ValueError, OSError) as error:
         message, code = str(error) or type(error).__name__, 2
     except KeyboardInterrupt:
@@ -64,21 +57,16 @@ def run_command(
     return code
 
 
-@contextlib.contextmanager
-def _terminated_by_exception() -> Iterator[None]:
-    """SIGTERM ends the block, as Ctrl-C does, not the process: half-written files are removed."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
+def _result(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of the work; raises KeyboardInterrupt or Terminated if a signal came."""
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        safe_point()
+        result = work()
+    except Exception:
+        safe_point()  # the signal may be why: child processes got it too
+        raise
+    safe_point()
+    return result
 
 
 def _parse_in_one_line(commands: Mapping[str, type], parse: Callable[[], Parsed]) -> Parsed:

@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "export", "engine", "train")
 LAYERS = {
     "engine": (
-        *("errors", "config", "peers", "console", "options", "data", "select", "labels"),
-        *("coreset", "expand", "dsco", "builds", "formats", "cli"),
+        *("errors", "config", "peers", "interrupts", "console", "options", "data", "select"),
+        *("labels", "coreset", "expand", "dsco", "builds", "formats", "cli", "start"),
     ),
     "train": (
         *("config", "coreset_options", "run", "data", "networks", "teacher", "batching"),
         *("plan", "methods", "options", "labels", "students", "report", "prior"),
-        *("commands", "loader", "cli"),
+        *("commands", "loader", "cli", "start"),
     ),
 }
 """A folder's entries, lowest first: each imports only itself and earlier ones."""

@@ -66,6 +66,7 @@ RUN_OPTIONS = [
     "device",
     "skip_corrupt",
     "shapes_per_class",
+    "start_timeout",
     "resume",
     "overwrite",
 ]

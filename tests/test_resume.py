@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import time
@@ -14,6 +15,7 @@ import pytest
 from patchbloom.train.run.folder import RunError, RunFolder, StageResult
 from patchbloom.train.run.progress import Report
 from run_processes import (
+    EXIT_CODES,
     METHODS,
     OPTIONS,
     Start,
@@ -105,27 +107,30 @@ def test_signals_end_with_a_checkpoint_and_their_code(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_at_random_instants_and_resumed(
-    start: Start, given: tuple[str, ...], reference: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_stopped_at_random_instants_and_resumed(
+    start: Start, given: tuple[str, ...], reference: dict[str, Any], tmp_path: Path, number: int
 ) -> None:
-    """Fifty runs, each killed once, anywhere between start and end."""
+    """Fifty runs, each stopped once, anywhere between its first and its last moment."""
     began = time.monotonic()
     finish(start(*given, *OPTIONS, "--out", tmp_path / "timed"))
     whole_s, instants = time.monotonic() - began, random.Random(0)
     stages_hit: dict[str, int] = {}
-    for number in range(KILLS):
-        out, dies_s = tmp_path / f"run{number}", instants.uniform(0, whole_s)
+    for each in range(KILLS):
+        out, dies_s = tmp_path / f"run{each}", instants.uniform(0.2, whole_s)
         process = start(*given, *OPTIONS, "--out", out)
         process.join(dies_s)
-        process.kill()
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, number)
         process.join()
+        assert process.exitcode in (0, EXIT_CODES[number])
         begun = [
             path.stem for path in out.glob("stages/*.json") if state(out, path.stem) == "begun"
         ]
         stages_hit["".join(begun) or "between"] = stages_hit.get("".join(begun) or "between", 0) + 1
         finish(start(*given, *OPTIONS, "--out", out, "--resume"))
-        assert outcome(out) == reference, f"killed after {dies_s:.3f} s of {whole_s:.1f} s"
-    print(f"{KILLS} of {KILLS} resumed to the same bytes; killed in {stages_hit}")
+        assert outcome(out) == reference, f"stopped after {dies_s:.3f} s of {whole_s:.1f} s"
+    print(f"{KILLS} of {KILLS} resumed to the same bytes; stopped in {stages_hit}")
 
 
 def test_stage_by_stage_is_the_same_as_all_at_once(

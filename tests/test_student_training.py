@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from patchbloom.engine.console import Terminated
+from patchbloom.engine.interrupts import Terminated
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.labels.targets import OnlineLabels
 from patchbloom.train.methods.open import Refreshed

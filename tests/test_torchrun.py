@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from patchbloom.engine import interrupts
 from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.train import cli
 from patchbloom.train.data.shapes import write_shapes
@@ -25,7 +29,7 @@ from patchbloom.train.labels import recording as labels
 from patchbloom.train.methods.pools import answer_pool
 from patchbloom.train.run import world
 from patchbloom.train.run.checkpoint import read_tensors
-from patchbloom.train.run.launch import Launch
+from patchbloom.train.run.launch import Launch, read_launch
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 PROBE = Path(__file__).with_name("torchrun_probe.py")
@@ -216,8 +220,19 @@ def test_an_error_of_one_is_told_by_it(data: Path, teacher: Path, tmp_path: Path
     )
 
 
-def test_what_has_nothing_to_share_is_refused(monkeypatch, capfd, tmp_path: Path) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return server.getsockname()[1]
+
+
+def test_what_has_nothing_to_share_is_refused(
+    monkeypatch, capfd, tmp_path: Path, free_port: int
+) -> None:
+    launch = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+    for name, value in {**launch, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port}.items():
+        monkeypatch.setenv(name, str(value))
     assert cli.main(["report", str(tmp_path)]) == 2
     (error,) = errors(capfd.readouterr().err)
     assert "start it without torchrun" in error
@@ -229,3 +244,75 @@ def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
     launch = Launch(rank=2, size=3, local_rank=2, local_size=3)
     with pytest.raises(ValueError, match=r"3 processes .* 2 GPUs: give --nproc-per-node 2"):
         world.own_device(launch, "auto")
+
+
+@pytest.fixture
+def started(monkeypatch, free_port: int, tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """Runs one process of two, this one, whose peer never comes."""
+
+    def run(rank: int, *options: str) -> int:
+        numbers = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+        launch = {**numbers, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port}
+        for name, value in launch.items():
+            monkeypatch.setenv(name, str(value))
+        return cli.main(["--data", "shapes", "--out", str(tmp_path / "run"), *options])
+
+    monkeypatch.setattr(world, "LOOK_UP_S", 0.01)
+    yield run
+    world._store.cache_clear()
+    world._fails_first.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "code"), [(0, signal.SIGINT, 130), (1, signal.SIGTERM, 143)]
+)
+def test_a_peer_that_never_comes_is_told_and_a_signal_ends_the_wait(
+    rank: int, number: int, code: int, started, free_port: int, monkeypatch, capfd
+) -> None:
+    def look_at_signals() -> None:
+        os.kill(os.getpid(), number)
+        interrupts.safe_point()
+
+    monkeypatch.setattr(world, "TOLD_AFTER_S", 0)
+    monkeypatch.setattr(world, "safe_point", look_at_signals)
+    assert started(rank) == code
+    missing = ("1 of 2 processes", f"rank 0 at localhost:{free_port} (Connection refused)")[rank]
+    ends = {130: "interrupted", 143: "terminated"}[code]
+    assert capfd.readouterr().err == f"waiting for {missing}\ntrain: error: {ends}\n"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_peer_that_never_comes_is_waited_for_so_long(rank: int, started, capfd) -> None:
+    assert started(rank, "--start-timeout", "0.05") == 2
+    (error,) = errors(capfd.readouterr().err)
+    assert error.startswith("train: error: waited 0.05 s for ")
+    assert error.endswith("or allow more time with --start-timeout")
+
+
+@pytest.mark.parametrize(
+    ("launch", "told"),
+    [
+        ({"RANK": "1"}, "RANK='1' without WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE='2' without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK='0', WORLD_SIZE='1' without LOCAL_RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "contradict each other"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "contradict each other"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "are not numbers"),
+    ],
+)
+def test_what_another_launcher_left_is_refused_by_name(
+    launch: dict[str, str], told: str, monkeypatch, capfd, tmp_path: Path
+) -> None:
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"} if len(launch) == 3 else {}
+    for name, value in {**launch, **meeting}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["--data", "shapes", "--out", str(tmp_path / "run")]) == 2
+    (error,) = errors(capfd.readouterr().err)
+    assert told in error
+    assert "start with torchrun, which sets all of them, or unset RANK" in error or len(launch) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_place_of_a_launch_alone_is_no_launch(monkeypatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert read_launch() == Launch()

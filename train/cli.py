@@ -21,7 +21,7 @@ from ..engine.data.names import require_text_file
 from .config import naming_option, require_network, teacher_file
 from .coreset_options import StudentElsewhere, TrainVerify
 from .options import STAGES, Command, RunOptions, Train, TrainPrior, TrainReport
-from .run.launch import read_launch
+from .run.launch import Launch, read_launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # threads takes 1300 ms when waiting threads spin, and 160 ms when they sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    launch = read_launch()
+    try:
+        launch = read_launch()
+    except ValueError:
+        launch = Launch()  # `_execute` tells it, in any process
     with launch.one_voice():
         return run_command(
             "train",
@@ -88,10 +91,11 @@ def _check_named(command: Command) -> None:
 
 def _execute(command: Command, given: list[str]) -> dict[str, Any]:
     line = " ".join(["train", *given])
+    launch = read_launch()
     _check_named(command)
     if not isinstance(command, RunOptions):
         from_coreset = " --coreset" if isinstance(command, StudentElsewhere) else ""
-        read_launch().require_alone(f"train {given[0]}{from_coreset}")
+        launch.require_alone(f"train {given[0]}{from_coreset}")
     match command:
         case TrainPrior():
             from .commands.prior import run_prior

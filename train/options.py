@@ -166,6 +166,8 @@ class RunOptions:
     """Skip and count images that cannot be decoded, instead of stopping at them."""
     shapes_per_class: int = 1000
     """Training images per class of --data shapes; validation has a fifth as many."""
+    start_timeout: float = 600.0
+    """Seconds to wait for the other processes that were started together with this one."""
     resume: bool = False
     """Resume the run in --out from the stage and epoch where it stopped."""
     overwrite: bool = False

@@ -38,7 +38,7 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
     """
     resumes = options.resume or not (isinstance(options, Train) or options.overwrite)
     with (
-        open_world(options.device) as world,
+        open_world(options.device, options.start_timeout) as world,
         Report(options.out if world.leads else None) as report,
     ):
         world.once(lambda: check_out(options.out, resume=resumes, overwrite=options.overwrite))

@@ -115,7 +115,7 @@ class RecordedLabels:
     def _is_sound(self, key: str, parts: Iterable[np.ndarray]) -> bool:
         """Whether these answers, or the basis, are as they were noted; tells it when not."""
         noted = self._sums.pop(key, None)
-        if noted == _checksum(parts):
+        if noted is not None and noted == _checksum(parts):
             self._sums[key] = noted
             return True
         if noted is not None:
@@ -226,7 +226,7 @@ def _answers(file: MappedParts, epoch: int, samples_P: Tensor) -> tuple[str, lis
 def _checksum(parts: Iterable[np.ndarray]) -> str:
     checksum = 0
     for part in parts:
-        checksum = zlib.crc32(np.ascontiguousarray(part), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
     return f"{checksum:08x}"
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from filelock import BaseFileLock
 
+from ...engine.interrupts import safe_point
 from ...export.durable import (
     differences,
     file_sha256,
@@ -106,6 +107,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         error messages. Raises RunError when the stage was begun with another config (with `again`
         it runs again instead) or its outputs changed.
         """
+        safe_point()
         if name not in self._results:
             config = json.loads(json.dumps(config))
             result = self.world.once(lambda: self._done(name, config, again))

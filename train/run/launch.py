@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -48,10 +51,28 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """Read the launch from torchrun's environment variables."""
-    return Launch(
-        rank=int(os.environ.get("RANK", 0)),
-        size=int(os.environ.get("WORLD_SIZE", 1)),
-        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    """Read the launch from torchrun's environment variables; an empty one counts as not set.
+
+    Raises ValueError for variables that another launcher left: incomplete, or against each other.
+    """
+    given = {name: os.environ[name] for name in (*NUMBERS, *MEETING) if os.environ.get(name)}
+    if not given.keys() & set(NUMBERS):
+        return Launch()
+    needed = NUMBERS[:3] if given.get("WORLD_SIZE") == "1" else (*NUMBERS[:3], *MEETING)
+    if missing := [name for name in needed if name not in given]:
+        raise _refusal(given, f"without {', '.join(missing)}")
+    try:
+        rank, size, local_rank, local_size = (int(given.get(name, 1)) for name in NUMBERS)
+        port = int(given.get("MASTER_PORT", 1))
+    except ValueError:
+        raise _refusal(given, "are not numbers") from None
+    if not (0 <= rank < size >= local_size > local_rank >= 0 and 0 < port < 2**16):
+        raise _refusal(given, "contradict each other")
+    return Launch(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
+
+
+def _refusal(given: dict[str, str], fault: str) -> ValueError:
+    told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return ValueError(
+        f"{told} {fault}: start with torchrun, which sets all of them, or unset {', '.join(given)}"
     )

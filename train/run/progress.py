@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from ...engine.interrupts import safe_point
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -40,7 +42,11 @@ class Report(AbstractContextManager["Report"]):
         self._unwritten, self._log_is_open = "", False
 
     def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
-        """`done` of `total` units ("epochs", "images") of `what` are finished; call it often."""
+        """`done` of `total` units ("epochs", "images") of `what` are finished; call it often.
+
+        Here a signal ends the command.
+        """
+        safe_point()
         now = time.monotonic()
         if what not in self._began or done < self._began[what][1]:
             self._began[what] = (now, done)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,15 +27,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...engine.expand.backends import resolve_device
+from ...engine.interrupts import safe_point
 from ...export.config import DeviceName
-from .launch import Launch, read_launch
+from .launch import MEETING, Launch, read_launch
 
 Value = TypeVar("Value")
 
 WITHOUT_LIMIT = timedelta(days=3650)
-STARTED_WITHIN = timedelta(minutes=10)  # from the first process to the last
+STARTED_WITHIN = timedelta(minutes=10)  # of torch's own waits for the processes that are there
+TOLD_AFTER_S, LOOK_UP_S = 5.0, 0.5  # while others are missing
 REPORTED_WITHIN = timedelta(seconds=10)  # how long the other ranks wait for the error message
-FAILED, REPORTED = "patchbloom/failed", "patchbloom/told"
+STARTED, FAILED, REPORTED = "patchbloom/started", "patchbloom/failed", "patchbloom/told"
 
 
 class OtherRankError(OSError):
@@ -178,18 +182,23 @@ def _gather_bytes(rows: Tensor, of_ranks: list[_Rows], group: dist.ProcessGroup 
 
 
 @contextmanager
-def open_world(device: DeviceName) -> Iterator[World]:
+def open_world(device: DeviceName, start_timeout_s: float = 600.0) -> Iterator[World]:
     """The world of this command; its groups are destroyed when the block ends, even by an error.
 
-    Raises ValueError for more processes than GPUs. When several ranks fail, the first keeps its
-    error; the others get OtherRankError, which `tell_once` does not print.
+    Raises ValueError for more processes than GPUs, or when one does not start in time. When several
+    ranks fail, the first keeps its error; the others get OtherRankError, which `tell_once` does not
+    print.
     """
     launch = read_launch()
     if launch.size == 1:
         yield World(launch=launch, device=own_device(launch, device))
         return
     try:
-        world = _joined(launch, own_device(launch, device))
+        own = own_device(launch, device)
+        _wait_for(_unreachable, start_timeout_s, tells=True)
+        _store().add(STARTED, 1)
+        _wait_for(lambda: _missing(launch.size), start_timeout_s, tells=launch.leads)
+        world = _joined(launch, own)
         yield world
         world.barrier()  # a rank that left early would close connections that others still read
     except BaseException as error:
@@ -238,13 +247,65 @@ def own_device(launch: Launch, device: DeviceName) -> torch.device:
     return torch.device("cuda", launch.local_rank)
 
 
+def _wait_for(missing: Callable[[], str], within_s: float, *, tells: bool) -> None:
+    """Look until nothing is missing; between two looks a signal ends the command.
+
+    Raises ValueError after `within_s`. Waits inside torch hear no signal.
+    """
+    began = time.monotonic()
+    while what := missing():
+        waited_s = time.monotonic() - began
+        if waited_s > within_s:
+            raise ValueError(
+                f"waited {within_s:g} s for {what}: start all processes with one MASTER_ADDR and "
+                "MASTER_PORT, or allow more time with --start-timeout"
+            )
+        if tells and waited_s > TOLD_AFTER_S:
+            print(f"waiting for {what}", file=sys.__stderr__, flush=True)
+            tells = False
+        time.sleep(LOOK_UP_S)
+        safe_point()
+
+
+def _missing(size: int) -> str:
+    missing = size - _store().add(STARTED, 0)
+    return f"{missing} of {size} processes" if missing else ""
+
+
+def _serves() -> bool:
+    """Whether this process has the store; else torchrun has it, or rank 0."""
+    return read_launch().leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _unreachable() -> str:
+    """The place of another process's store, if nobody answers there."""
+    address, port = (os.environ[name] for name in MEETING)
+    try:
+        if not _serves():
+            socket.create_connection((address, int(port)), timeout=LOOK_UP_S).close()
+    except OSError as error:
+        return f"rank 0 at {address}:{port} ({error.strerror or error})"
+    return ""
+
+
 @cache
 def _store() -> dist.Store:
-    """The store where the ranks find each other: torchrun's own, or rank 0's.
+    """The store where the ranks find each other: torchrun's own, or rank 0's; waits for nobody.
 
     torchrun keeps its store across restarts, with the addresses of dead processes in it.
     """
-    store, _, _ = next(iter(dist.rendezvous("env://", timeout=STARTED_WITHIN)))
+    if missing := _unreachable():
+        raise ValueError(f"no answer from {missing}")
+    address, port = (os.environ[name] for name in MEETING)
+    try:
+        store = dist.TCPStore(
+            *(address, int(port), read_launch().size, _serves(), STARTED_WITHIN),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistNetworkError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"MASTER_ADDR={address}, MASTER_PORT={port}: {reason}") from error
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -253,8 +314,8 @@ def _fails_first() -> bool:
     """Whether this process failed first in its world, and so reports the error."""
     try:
         return _store().add(FAILED, 1) == 1
-    except (RuntimeError, ValueError):  # the store ended with torchrun, or there was none
-        return read_launch().leads
+    except (RuntimeError, ValueError):  # the store ended with torchrun, or was never reached
+        return read_launch().leads or not _store.cache_info().currsize
 
 
 def tell_once(line: str) -> None:

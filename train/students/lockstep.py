@@ -25,11 +25,11 @@ import torch
 
 from ...engine.data.threads import single_threaded_workers
 from ...engine.expand.backends import resolve_device
+from ...engine.interrupts import signal_came, signals_deferred, stop
 from ..config import StudentConfig
 from ..labels.targets import Labels
 from ..methods.source import ImageSource
 from ..run.checkpoint import CheckpointError, Checkpoints, Tensors, read_tensors, require_same
-from ..run.interrupts import Interrupts
 from ..run.progress import Report
 from ..run.world import World
 from .ring import Ring
@@ -67,19 +67,20 @@ class Lockstep:
         self.students = [Student(seed, config, classes, self.device, world) for seed in seeds]
         self.images_per_s: float | None = None
         """Mean of the epochs that ended in this session; None before the first."""
-        self._interrupts, self._stopped = Interrupts(), False
+        self._stopped = False
         self._restore()
         self._began = self._logged = now = time.monotonic()
         self._saved = (self._epoch(), now)
         self._ended, self._waited_s = 0, 0.0
 
+    @signals_deferred()
     def run(self, name: str) -> None:
         """Train from where the students are to the last epoch, writing checkpoints.
 
         Raises KeyboardInterrupt or Terminated after a signal, once the checkpoint is written:
         within a batch, though with several ranks not while they wait for a pool.
         """
-        with self._interrupts, self._workers() as workers, self._ring() as ring, ring.consuming():
+        with self._workers() as workers, self._ring() as ring, ring.consuming():
             # Ranks may take different numbers of pools at a time, so they agree once per pool.
             while not self._stopped and (taken := ring.take()):
                 # Threads balance better over several pools; ranks synchronise at every one.
@@ -93,11 +94,11 @@ class Lockstep:
             if self._stopping():
                 self._save()
         if self._stopping():
-            self._interrupts.stop()
+            stop()
 
     def _stopping(self) -> bool:
         """Whether any rank received a signal; until one has, all ranks call it together."""
-        self._stopped = self._stopped or self.world.any(self._interrupts())
+        self._stopped = self._stopped or self.world.any(signal_came())
         return self._stopped
 
     def _ring(self) -> Ring[PoolSlot, Pool]:
@@ -109,7 +110,7 @@ class Lockstep:
             device=self.device,
             overlap=config.overlap,
             # A rank that stopped waiting by itself would diverge from the others.
-            interrupted=self._interrupts if self.world.size == 1 else lambda: False,
+            interrupted=signal_came if self.world.size == 1 else lambda: False,
             alone=self.world.size == 1,
         )
 

@@ -1,0 +1,12 @@
+"""The program `engine`: keeps signals before it imports anything that takes time."""
+
+from __future__ import annotations
+
+from .interrupts import keep_signals
+
+
+def main() -> int:
+    keep_signals()
+    from .cli import main
+
+    return main()
