@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -160,7 +160,8 @@ def _check_parts(source: ModelSource) -> None:
                 f"{source.folder} is not a model in diffusers' SDXL layout: {path} is missing; "
                 "expected what StableDiffusionXLImg2ImgPipeline.save_pretrained writes"
             )
-    source.trained_px(), source.text_widths()  # they raise
+    source.trained_px()  # these raise
+    source.text_widths()
     if source.weights == "pretrained":
         for part in _WEIGHTS:
             _weight_files(source, part)
@@ -336,7 +337,7 @@ def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[A
     tokenizer, path = load_tokenizer(source, part), source.part(part) / "config.json"
     config, tensors = _read_config(path), _read_tensors(source, part)
     with _naming(path), _quiet_transformers():
-        encoder, found = kind.from_pretrained(
+        encoder, found = cast(Any, kind).from_pretrained(
             None,
             config=CLIPTextConfig.from_dict(config),
             state_dict=tensors,
