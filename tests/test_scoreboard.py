@@ -356,7 +356,7 @@ def test_the_page_says_who_wins(data: Path, tmp_path: Path) -> None:
     assert "| IPC 1 | fresh real images (ceiling) | 60.0 ± 2.0 | – |" in methods
     assert "| IPC 1 | rded | – |" in methods
     assert "**dace** (42.0 ± 1.0) is first, above upsample (40.0 ± 1.0) by 2.0 standard" in methods
-    assert methods.count("(not told apart), which are of students of one coreset and one") == 1
+    assert methods.count("(not told apart), over students of one coreset and one") == 1
     assert "measured at 2 commits: abc-dirty (1), def (1); a gap" in page
     widths = {line.count("|") for line in methods.splitlines() if line.startswith("|")}
     assert len(widths) == 1
