@@ -160,7 +160,8 @@ def _check_parts(source: ModelSource) -> None:
                 f"{source.folder} is not a model in diffusers' SDXL layout: {path} is missing; "
                 "expected what StableDiffusionXLImg2ImgPipeline.save_pretrained writes"
             )
-    source.trained_px(), source.text_widths()  # they raise
+    source.trained_px()
+    source.text_widths()
     _check_scheduler(source)
     if source.weights == "pretrained":
         for part in _WEIGHTS:
@@ -348,7 +349,7 @@ def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[A
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+    kind: Any = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
     tokenizer, path = load_tokenizer(source, part), source.part(part) / "config.json"
     config, tensors = _read_config(path), _read_tensors(source, part)
     with _naming(path), _quiet_transformers():

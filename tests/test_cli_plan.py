@@ -25,7 +25,8 @@ def engine(capsys: pytest.CaptureFixture[str]) -> Command:
 
     def run_engine(*arguments: str | Path) -> Outcome:
         code = engine_cli.main([str(argument) for argument in arguments])
-        return Outcome(code, *capsys.readouterr())
+        told = capsys.readouterr()
+        return Outcome(code, told.out, told.err)
 
     return run_engine
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...engine.builds.needs import check_disk, engine_needs
-from ...engine.expand.backends import choose_backend
+from ...engine.expand.backends import choose_backend, resolve_device
 from ...engine.expand.prompts import check_prompts
 from ...engine.expand.schedule import make_schedule
 from ...export.bundle import default_bundles_folder, find_bundles
@@ -94,7 +94,7 @@ def _check_model(plan: Plan, model: ModelSource) -> None:
             batch=use.batch,
             precision=use.precision,
             vae_precision=use.vae_precision,
-            device=plan.device,
+            device=resolve_device(use.device),
         )
         backend = choose_backend(spec) if use.backend == "auto" else use.backend
         bundles = use.bundles or default_bundles_folder()
