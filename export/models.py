@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -160,11 +160,27 @@ def _check_parts(source: ModelSource) -> None:
                 f"{source.folder} is not a model in diffusers' SDXL layout: {path} is missing; "
                 "expected what StableDiffusionXLImg2ImgPipeline.save_pretrained writes"
             )
-    source.trained_px()  # these raise
+    source.trained_px()
     source.text_widths()
+    _check_scheduler(source)
     if source.weights == "pretrained":
         for part in _WEIGHTS:
             _weight_files(source, part)
+
+
+def _check_scheduler(source: ModelSource) -> None:
+    """Raise ModelError for a model that was trained for another scheduler or prediction."""
+    path, config = source.folder / "scheduler" / "scheduler_config.json", source.scheduler_config()
+    name = config.get("_class_name", "EulerAncestralDiscreteScheduler")
+    prediction = config.get("prediction_type", "epsilon")
+    if name != "EulerAncestralDiscreteScheduler" or prediction != "epsilon":
+        raise ModelError(
+            f"{path}: expected a model for EulerAncestralDiscreteScheduler with epsilon "
+            f"prediction, as SDXL-Turbo is, got one for {_short(name)} with {_short(prediction)}: "
+            "give another model"
+        )
+    with _naming(path):
+        EulerAncestralDiscreteScheduler.from_config(config)
 
 
 def _needed_parts(source: ModelSource) -> tuple[str, ...]:
@@ -333,7 +349,7 @@ def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[A
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+    kind: Any = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
     tokenizer, path = load_tokenizer(source, part), source.part(part) / "config.json"
     config, tensors = _read_config(path), _read_tensors(source, part)
     with _naming(path), _quiet_transformers():

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
-from cli_cases import SMALL, Command
+from cli_cases import SMALL, Command, Outcome, write_small_model
+from patchbloom.engine import cli as engine_cli
+from patchbloom.engine.builds import needs
 from patchbloom.train.commands import planning
 from patchbloom.train.commands import train as run
 from patchbloom.train.options import RunOptions
 from patchbloom.train.prior.model import new_parts, save_parts
 from patchbloom.train.run.folder import RunFolder
 from patchbloom.train.run.progress import Report
+
+
+@pytest.fixture
+def engine(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `engine ...` in this process."""
+
+    def run_engine(*arguments: str | Path) -> Outcome:
+        code = engine_cli.main([str(argument) for argument in arguments])
+        told = capsys.readouterr()
+        return Outcome(code, told.out, told.err)
+
+    return run_engine
 
 
 def test_generated_images_have_one_recipe_with_and_without_a_model(
@@ -55,6 +70,59 @@ def test_an_image_size_that_the_model_cannot_make(
     options = ("--model", tmp_path / "model", "--image-size", "34")
     error = train("--data", shapes, "--out", tmp_path / "run", *options).error
     assert "--image-size 34: expected a multiple of 4, by which the VAE of model makes" in error
+
+
+def _refused_early(train: Command, data: Path, out: Path, *options: str | Path) -> str:
+    error = train("--data", data, "--out", out, *SMALL, "--device", "cpu", *options).error
+    assert not out.exists()
+    return error
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"prediction_type": "v_prediction"}, {"_class_name": "DDIMScheduler"}, {"beta_end": "high"}],
+)
+def test_a_model_for_another_scheduler_is_refused_before_anything_is_trained(
+    train: Command, engine: Command, shapes: Path, tmp_path: Path, changes: dict
+) -> None:
+    write_small_model(tmp_path)
+    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    error = _refused_early(train, shapes, tmp_path / "run", "--model", tmp_path / "model")
+    assert str(config) in error
+    assert "edit" not in error
+    built = engine("build", "--model", tmp_path / "model", "--device", "cpu", "--backend", "ort")
+    assert (built.code, str(config) in built.err) == (2, True)
+
+
+def test_a_long_prompt_or_a_damaged_tokenizer_is_told_before_anything_is_trained(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    write_small_model(tmp_path)
+    options = ("--model", tmp_path / "model", "--prompt")
+    error = _refused_early(train, shapes, tmp_path / "run", *options, "a very long {name} " * 9)
+    assert "expected at most 77 tokens" in error
+    tokenizer = tmp_path / "model" / "tokenizer_2"
+    (tokenizer / "tokenizer.json").write_text("{}")
+    error = _refused_early(train, shapes, tmp_path / "run", *options, "a {name}")
+    assert f"{tokenizer} is damaged" in error
+    shutil.rmtree(tokenizer)
+    error = _refused_early(train, shapes, tmp_path / "run", *options, "a {name}")
+    assert f"{tokenizer / 'tokenizer_config.json'} is missing" in error
+
+
+def test_a_folder_that_cannot_hold_engines_is_told_before_anything_is_trained(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_small_model(tmp_path)
+    (tmp_path / "file").touch()
+    options = ("--model", tmp_path / "model", "--backend", "ort", "--bundles")
+    error = _refused_early(train, shapes, tmp_path / "run", *options, tmp_path / "file" / "engines")
+    assert f"({tmp_path / 'file'} is not a folder that you may write to)" in error
+    monkeypatch.setattr(needs, "free_disk_bytes", lambda _: 1000)
+    error = _refused_early(train, shapes, tmp_path / "run", *options, tmp_path / "engines")
+    assert "this engine needs at least" in error
+    assert "choose another folder with --bundles" in error
 
 
 def test_an_unknown_model(train: Command, shapes: Path, tmp_path: Path) -> None:

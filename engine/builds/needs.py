@@ -12,6 +12,7 @@ which torch holds while it computes the outputs that the engine is compared with
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def check_room(needs: Needs, spec: EngineSpec, bundles: Path) -> None:
         raise Unavailable(
             f"this build loads {_gb(needs.weights_bytes)} of weights through the host's memory, "
             f"{_gb(free_host_bytes())} are free: end what else runs there"
+        )
+    check_disk(needs, bundles)
+
+
+def check_disk(needs: Needs, bundles: Path) -> None:
+    """Raise Unavailable when the engine can certainly not be stored there; writes nothing."""
+    folder = bundles.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise Unavailable(
+            f"no engine can be stored in {bundles} ({nearest} is not a folder that you may write "
+            "to): choose another folder with --bundles"
         )
     free, disk_bytes = free_disk_bytes(bundles), int(GRAPHS_SHARE * needs.weights_bytes)
     if free < disk_bytes:

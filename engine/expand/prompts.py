@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...export.models import TOKENS, ModelSource, load_text_encoder, seen_classes
+from ...export.models import TOKENS, ModelSource, load_text_encoder, load_tokenizer, seen_classes
 from ...kernels.noise import Draw, normal
 from ..config import TEMPLATE
 
@@ -59,6 +59,13 @@ def unseen_classes(model: ModelSource, names: Sequence[str]) -> tuple[str, ...]:
     return () if seen is None else tuple(name for name in names if name not in seen)
 
 
+def check_prompts(model: ModelSource, prompts: Sequence[str]) -> None:
+    """Raise ModelError for a damaged tokenizer, ValueError for a prompt over the model's limit."""
+    if model.weights == "pretrained":
+        for part in ("text_encoder", "text_encoder_2"):
+            _require_short(load_tokenizer(model, part), prompts)
+
+
 @torch.no_grad()
 def encode_prompts(
     model: ModelSource,
@@ -99,8 +106,7 @@ def _encode_part(
     The second encoder also fills the pooled states.
     """
     tokenizer, encoder = load_text_encoder(model, part, device=device)
-    for start in range(0, len(prompts), CHUNK):
-        _require_short(tokenizer, prompts[start : start + CHUNK])
+    _require_short(tokenizer, prompts)
     end = first
     for start in range(0, len(prompts), CHUNK):
         tokens_GL = tokenizer(

@@ -45,16 +45,9 @@ def make_schedule(
 ) -> Schedule:
     """Read the schedule of (steps, rho) from a model's `scheduler_config.json`.
 
-    Start "noise" runs all steps and ignores rho. Raises ValueError for a scheduler other than
-    EulerAncestralDiscrete, a prediction other than epsilon, or a rho that gives no evaluation.
+    Start "noise" runs all steps and ignores rho. Raises ValueError for a rho that gives no
+    evaluation; `find_model` has refused other schedulers.
     """
-    name = scheduler_config.get("_class_name", "EulerAncestralDiscreteScheduler")
-    prediction = scheduler_config.get("prediction_type", "epsilon")
-    if name != "EulerAncestralDiscreteScheduler" or prediction != "epsilon":
-        raise ValueError(
-            "the model's scheduler must be EulerAncestralDiscreteScheduler with epsilon "
-            f"prediction, got {name} with {prediction}; edit scheduler/scheduler_config.json"
-        )
     evals = steps if start == "noise" else min(int(steps * rho), steps)
     if evals < 1:
         raise ValueError(

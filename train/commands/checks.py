@@ -9,8 +9,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ...engine.builds.needs import check_disk, engine_needs
+from ...engine.expand.backends import choose_backend, resolve_device
+from ...engine.expand.prompts import check_prompts
+from ...engine.expand.schedule import make_schedule
+from ...export.bundle import default_bundles_folder, find_bundles
+from ...export.config import EngineSpec
 from ...export.machine import cxx_compiler
-from ...export.models import Unavailable
+from ...export.models import ModelSource, Unavailable
 from ..config import TORCHVISION, naming_option
 from ..methods.registry import METHODS
 from ..networks import build_network
@@ -49,8 +55,8 @@ def check_network(
 
 
 def check_plan(plan: Plan) -> None:
-    """Raises ValueError for sizes, images or networks that do not fit, Unavailable for a missing
-    compiler."""
+    """Raises ValueError for sizes, images, prompts or networks that do not fit, Unavailable for a
+    missing compiler or a folder that cannot hold an engine."""
     for method in plan.methods:
         option = METHODS[method].sized_by
         if option is not None and plan.model is not None:
@@ -66,6 +72,8 @@ def check_plan(plan: Plan) -> None:
             "patches are image size / factor wide"
         )
     check_images_per_class(plan)
+    if plan.model is not None:
+        _check_model(plan, plan.model)
     if plan.student.compile:
         check_compiler()
     source, network, classes = plan.teacher_source, plan.teacher.network, len(plan.class_names)
@@ -75,6 +83,23 @@ def check_plan(plan: Plan) -> None:
     check_network("--student", plan.student.network, classes, plan.image_size)
     if plan.scoring == "native" and source is None:
         check_network("--teacher", network, classes, plan.image_size, shown_px=plan.patch_px)
+
+
+def _check_model(plan: Plan, model: ModelSource) -> None:
+    check_prompts(model, plan.prompts)
+    for use in plan.use.values():
+        make_schedule(model.scheduler_config(), steps=use.steps, rho=use.rho, start=use.start)
+        spec = EngineSpec(
+            size_px=use.size_px,
+            batch=use.batch,
+            precision=use.precision,
+            vae_precision=use.vae_precision,
+            device=resolve_device(use.device),
+        )
+        backend = choose_backend(spec) if use.backend == "auto" else use.backend
+        bundles = use.bundles or default_bundles_folder()
+        if backend != "eager" and not find_bundles(bundles):  # one there may be the one needed
+            check_disk(engine_needs(model, spec, backend), bundles)
 
 
 def check_images_per_class(plan: Plan) -> None:
