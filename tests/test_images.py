@@ -25,6 +25,7 @@ from patchbloom.engine.data.images import (
     open_image_set,
     stream_center,
     stream_crops,
+    with_classes,
 )
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import center_crop, resize
@@ -217,6 +218,29 @@ def test_different_classes_are_named(tmp_path: Path):
     with pytest.raises(InputError, match=expected):
         check_same_classes(train, val)
     check_same_classes(train, train)
+
+
+def test_classes_are_matched_after_normalisation(tmp_path: Path):
+    jpeg = encoded(picture(8, 8))
+    one, two, last = "caf\u00e9", "cafe\u0301", "cafz"  # one sorts after the last, two before it
+    files = {f"train/{one}/1.jpg": jpeg, f"train/{last}/2.jpg": jpeg}
+    write_set(tmp_path, files | {f"val/{two}/3.jpg": jpeg, f"val/{last}/4.jpg": jpeg})
+    train, found = open_image_set(tmp_path, "train"), open_image_set(tmp_path, "val")
+    with pytest.raises(InputError, match=r"only in .*train: 'caf\\xe9'; only in .*'cafe\\u0301'"):
+        check_same_classes(train, found)
+    val = with_classes(found, train.class_ids)
+    check_same_classes(train, val)
+    assert val.paths == (f"{last}/4.jpg", f"{two}/3.jpg")
+    assert val.labels.tolist() == [0, 1]
+    assert with_classes(found, (last,)) is found
+    assert with_classes(val, train.class_ids) is val
+
+
+def test_a_class_folder_that_is_not_utf_8_is_shown_escaped(tmp_path: Path):
+    write_set(tmp_path, {"a/1.jpg": encoded(picture(8, 8))})
+    os.rename(tmp_path / "a", os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(InputError, match=r"folders in UTF-8.*got 'caf\\udce9': rename it"):
+        open_image_set(tmp_path, "train")
 
 
 # Pixels

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...engine.config import ExpandConfig
-from ...engine.data.images import check_same_classes
+from ...engine.data.images import check_same_classes, with_classes
 from ...engine.data.names import display_names, read_prompts
 from ...engine.expand.backends import require_backend, resolve_device
 from ...engine.expand.prompts import unseen_classes
@@ -93,7 +93,7 @@ class _Choices:
             require_backend(options.backend, self.precision, self.device)
         data = data_folder(options.data, options.shapes_per_class, report)
         self.train = open_split(data, "train", report)
-        self.val = open_split(data, "val", report)
+        self.val = with_classes(open_split(data, "val", report), self.train.class_ids)
         check_same_classes(self.train, self.val)
         ids = self.train.class_ids
         self.classes = len(ids)
