@@ -6,6 +6,8 @@ import io
 import itertools
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -330,6 +332,43 @@ def test_cuda_is_the_current_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     devices = {name: decode._device_id(name) for name in ("cpu", "cuda", "cuda:0", "cuda:2")}
     assert devices == {"cpu": None, "cuda": 1, "cuda:0": 0, "cuda:2": 2}
+
+
+@pytest.mark.parametrize("most", [1, 3 * 60 * 80, 5 * 3 * 60 * 80])
+def test_a_batch_decoded_in_parts_is_the_same(
+    even_set: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+):
+    """The same batches of the same crops, also beside a damaged file."""
+    jpegs = {f"a/{n:02}.jpg": encoded(picture(60, 80), quality=95) for n in range(9)}
+    jpegs["a/04.jpg"] = DAMAGE["cut"](jpegs["a/04.jpg"])
+    for images in (even_set, write_set(tmp_path, jpegs)):
+        stream = stream_center(images, size_px=16, batch=7, skip_corrupt=True)
+        monkeypatch.undo()
+        whole = list(stream)
+        monkeypatch.setattr(decode, "MOST_BYTES", most)
+        for one, other in zip(whole, stream, strict=True):
+            assert torch.equal(one.pixels_BPHWC, other.pixels_BPHWC)
+            assert torch.equal(one.boxes_BP4, other.boxes_BP4)
+            assert torch.equal(one.index_B, other.index_B)
+
+
+def test_memory_for_large_photographs_is_bounded(tmp_path: Path):
+    """40 photographs of 6 megapixels: less than 1.5 GB above what one of them takes."""
+    jpeg = encoded(Image.new("RGB", (3000, 2000), (9, 200, 30)))
+    write_set(tmp_path, {f"a/{n:02}.jpg": jpeg for n in range(40)})
+    measure = (
+        "import resource, sys, numpy as np\n"
+        "from patchbloom.engine.data.images import open_image_set, center_boxes\n"
+        "from patchbloom.engine.data.images import stream_crops\n"
+        "images = open_image_set(sys.argv[1], 'train')\n"
+        "for count in (1, 40):\n"
+        "    boxes = center_boxes(1.0, 64)\n"
+        "    list(stream_crops(images, np.arange(count), boxes, crops=1, size_px=64))\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+    )
+    told = subprocess.check_output([sys.executable, "-c", measure, str(tmp_path)], text=True)
+    one, many = map(int, told.split()[-2:])
+    assert many - one < 1500, (one, many)
 
 
 @pytest.mark.gpu
