@@ -196,6 +196,16 @@ def test_names_that_are_not_utf_8_come_through_a_whole_run(
     assert again.result["content_sha256"] == told.result["content_sha256"]
 
 
+def test_folders_of_numbers_are_told(train: Command, data: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for number, path in enumerate(sorted((data / split).iterdir()), 1):
+            path.rename(path.with_name(str(number)))
+    given = ("teacher", "--data", data, *SMALL, "--model", "sdxl-tiny", "--backend", "eager")
+    told = train(*given, "--out", tmp_path / "run").err
+    assert told.count("class 1 is folder '10', not '2'") == 1
+    assert "10 classes have numbers for names, so that the first prompt is" in told
+
+
 def padded(path: Path, size: int) -> bytes:
     """The image, with zeros after its end up to `size` bytes."""
     return path.read_bytes().ljust(size, b"\0")
