@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from patchbloom.engine.data.names import display_names, doubtful_names, doubtful_order
 from patchbloom.train import cli
 from patchbloom.train.data.shapes import CLASS_NAMES, write_shapes
 
@@ -55,3 +56,22 @@ def test_one_line_says_what_is_wrong_with_the_file(
     assert told in error
     assert ("nowhere" in told) or f"train: error: {option} {path}: " in error
     assert not (tmp_path / "run").exists()
+
+
+def test_doubtful_names_are_told_in_one_line_each() -> None:
+    ids = ("00000", "sea-lion", "sea_lion", "sealion")
+    names = display_names(ids)
+    prompts = tuple(f"A photo of a {name}" for name in names)
+    shared, numbers = doubtful_names(ids, names, prompts)
+    assert "'sea-lion' and 'sea_lion' share the prompt 'A photo of a sea lion'" in shared
+    assert "1 classes have numbers for names, so that the first prompt is" in numbers
+    assert "'A photo of a 00000'" in numbers
+    assert doubtful_names(("a", "b"), ("crane", "crane"), ("a crane", "a bird")) == []
+    assert len(doubtful_names(("a", "b"), ("crane", "crane"), ("a crane", "a crane"))) == 1
+
+
+def test_folders_of_numbers_in_the_order_of_text_are_told() -> None:
+    (warning,) = doubtful_order(("0", "1", "10", "2"))
+    assert "class 2 is folder '10', not '2'; pad the numbers with zeros" in warning
+    assert doubtful_order(("00", "01", "02", "10")) == []
+    assert doubtful_order(("1", "10", "2", "cat")) == []

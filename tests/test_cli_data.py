@@ -179,6 +179,33 @@ def test_what_is_no_file_is_skipped_with_the_corrupt(
     assert again["coresets"] == told.result["coresets"]
 
 
+def test_names_that_are_not_utf_8_come_through_a_whole_run(
+    train: Command, data: Path, tmp_path: Path
+) -> None:
+    image = data / "train" / "star" / "00001.jpg"
+    image.rename(image.with_name(os.fsdecode(b"\xe9t\xe9.jpg")))
+    moved = data.rename(tmp_path / os.fsdecode(b"donn\xe9es"))
+    for name in ("train", "val"):
+        os.rename(moved / name / "disc", moved / name / "caf\u00e9")
+    os.rename(moved / "val" / "caf\u00e9", moved / "val" / "cafe\u0301")
+    options = ("--data", moved, "--method", "random", "--no-ceiling", *SMALL)
+    told = train(*options, "--out", tmp_path / "run")
+    assert set(told.result["accuracy"]) == {"random"}
+    assert "donn\\udce9es" in (tmp_path / "run" / "report.html").read_text()
+    again = train(*options, "--out", tmp_path / "run", "--resume")
+    assert again.result["content_sha256"] == told.result["content_sha256"]
+
+
+def test_folders_of_numbers_are_told(train: Command, data: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for number, path in enumerate(sorted((data / split).iterdir()), 1):
+            path.rename(path.with_name(str(number)))
+    given = ("teacher", "--data", data, *SMALL, "--model", "sdxl-tiny", "--backend", "eager")
+    told = train(*given, "--out", tmp_path / "run").err
+    assert told.count("class 1 is folder '10', not '2'") == 1
+    assert "10 classes have numbers for names, so that the first prompt is" in told
+
+
 def padded(path: Path, size: int) -> bytes:
     """The image, with zeros after its end up to `size` bytes."""
     return path.read_bytes().ljust(size, b"\0")

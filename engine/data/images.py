@@ -16,10 +16,13 @@ Neither torch nor DALI is imported before the first stream starts.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from unicodedata import normalize
 
 import numpy as np
 
@@ -94,6 +97,7 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
         raise InputError(
             f"{folder}: no class folders; expected {folder}/<class>/<image>, one folder per class"
         )
+    _require_text(folder, class_ids)
     paths: list[str] = []
     counts: list[int] = []
     passed_over = [entry.name for entry in entries if not _is_folder(entry)]
@@ -114,6 +118,19 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
     return ImageSet(folder, split, class_ids, tuple(paths), labels, tuple(sorted(passed_over)))
 
 
+def _require_text(folder: Path, class_ids: Sequence[str]) -> None:
+    """Raise InputError for a class folder whose name cannot stand in a manifest or a prompt."""
+    for class_id in class_ids:
+        try:
+            class_id.encode()
+        except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding().upper()
+            raise InputError(
+                f"{folder}: expected names of class folders in {encoding}, the encoding of this "
+                f"locale, got {class_id!a}: rename it, or set LC_ALL=C.UTF-8"
+            ) from None
+
+
 def require_data_folder(root: Path | str) -> Path:
     """The folder itself, `~` expanded; FileNotFoundError when there is none."""
     root = Path(root).expanduser()
@@ -121,6 +138,22 @@ def require_data_folder(root: Path | str) -> Path:
         found = "a file" if root.exists() else "nothing"
         raise FileNotFoundError(f"data folder {root}: found {found}; give an existing folder")
     return root
+
+
+def with_classes(images: ImageSet, class_ids: tuple[str, ...]) -> ImageSet:
+    """The set with these class folders' spelling and order, if they are its own but normalised.
+
+    macOS writes é as two characters, and other systems as one. Sets of other classes are returned
+    unchanged.
+    """
+    index = {normalize("NFC", class_id): k for k, class_id in enumerate(class_ids)}
+    own = [index.get(normalize("NFC", class_id), -1) for class_id in images.class_ids]
+    if images.class_ids == class_ids or sorted(own) != list(range(len(class_ids))):
+        return images
+    labels = np.array(own)[images.labels]
+    order = np.argsort(labels, kind="stable")
+    paths = tuple(images.paths[n] for n in order)
+    return replace(images, class_ids=class_ids, paths=paths, labels=labels[order])
 
 
 def check_same_classes(train: ImageSet, val: ImageSet) -> None:
@@ -320,9 +353,10 @@ def _image_files(
 
 
 def listed(names: Sequence[str], limit: int = 5) -> str:
-    """The names, or the first few and the number of the others."""
+    """The names, or the first few and the number of the others; escaped where not plain ASCII."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    plain = (name if name.isascii() and name.isprintable() else ascii(name) for name in names)
+    return ", ".join(islice(plain, limit)) + more
 
 
 def to_unit(images_NHWC: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,50 @@ def read_prompts(path: Path | None, class_ids: Sequence[str]) -> dict[str, str]:
     return {class_id: prompts[class_id] for class_id in class_ids if class_id in prompts}
 
 
+def doubtful_names(
+    class_ids: Sequence[str], names: Sequence[str], prompts: Sequence[str]
+) -> list[str]:
+    """Warnings, one line each: classes that share a prompt, and names that are plain numbers."""
+    warnings = []
+    first: dict[str, str] = {}
+    shared = [
+        (first[prompt], class_id)
+        for class_id, prompt in zip(class_ids, prompts, strict=True)
+        if first.setdefault(prompt, class_id) != class_id
+    ]
+    if shared:
+        one, other = shared[0]
+        more = f", and so do {len(shared) - 1} more" if len(shared) > 1 else ""
+        prompt = prompts[class_ids.index(one)]
+        warnings.append(
+            f"warning: classes {one!a} and {other!a} share the prompt {prompt!r}{more}: "
+            "tell them apart by --class-names"
+        )
+    pairs = zip(names, prompts, strict=True)
+    numbers = [prompt for name, prompt in pairs if name.isdecimal() and name in prompt]
+    if numbers:
+        warnings.append(
+            f"warning: {len(numbers)} classes have numbers for names, so that the first prompt is "
+            f"{numbers[0]!r}: name them by --class-names"
+        )
+    return warnings
+
+
+def doubtful_order(class_ids: Sequence[str]) -> list[str]:
+    """A warning when folders of plain numbers are not in the order of these numbers."""
+    if not all(class_id.isdecimal() for class_id in class_ids):
+        return []
+    pairs = enumerate(zip(class_ids, sorted(class_ids, key=int), strict=True))
+    differ = [(index, found, expected) for index, (found, expected) in pairs if found != expected]
+    if not differ:
+        return []
+    index, found, expected = differ[0]
+    return [
+        f"warning: class folders are sorted as text, as torchvision's ImageFolder does: class "
+        f"{index} is folder {found!r}, not {expected!r}; pad the numbers with zeros to change that"
+    ]
+
+
 def require_text_file(option: str, path: Path) -> None:
     """FileNotFoundError, naming the option, when there is no such file."""
     if not path.is_file():

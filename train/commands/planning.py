@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...engine.config import ExpandConfig
-from ...engine.data.images import check_same_classes
-from ...engine.data.names import display_names, read_prompts
+from ...engine.data.images import check_same_classes, with_classes
+from ...engine.data.names import display_names, doubtful_names, doubtful_order, read_prompts
 from ...engine.expand.backends import require_backend, resolve_device
 from ...engine.expand.prompts import unseen_classes
 from ...engine.labels.file import LabelLayout
@@ -94,7 +94,7 @@ class _Choices:
             require_backend(options.backend, self.precision, self.device)
         data = data_folder(options.data, options.shapes_per_class, report)
         self.train = open_split(data, "train", report)
-        self.val = open_split(data, "val", report)
+        self.val = with_classes(open_split(data, "val", report), self.train.class_ids)
         check_same_classes(self.train, self.val)
         ids = self.train.class_ids
         self.classes = len(ids)
@@ -232,6 +232,8 @@ def _announce(plan: Plan, report: Report) -> None:
         f"data: {len(plan.train)} training and {len(plan.val)} validation images of "
         f"{classes} classes; {plan.image_size} px, patches of {plan.patch_px} px"
     )
+    for warning in doubtful_order(plan.train.class_ids):
+        report.say(warning)
     layout = LabelLayout(
         codec=plan.codec, epochs=plan.student.epochs, samples=plan.samples, classes=classes
     )
@@ -251,6 +253,9 @@ def _announce(plan: Plan, report: Report) -> None:
             f"prompts: {len(plan.own_prompts)} of {classes} classes have their own, the others "
             f"{plan.prompt!r}"
         )
+    ids, names = plan.train.class_ids, plan.class_names
+    for warning in doubtful_names(ids, names, plan.prompts):
+        report.say(warning)
     for announced in (METHODS[method].announced for method in plan.methods):
         if announced is not None:
             report.say(announced(plan))

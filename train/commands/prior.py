@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ...engine.data.images import ImageSet, check_no_class_emptied, stream_center
-from ...engine.data.names import display_names
+from ...engine.data.names import display_names, doubtful_names
 from ...engine.expand.backends import resolve_device
+from ...engine.expand.prompts import class_prompts
 from ...export.durable import differences, full_disk_explained, replace_json
 from ...export.models import ModelSource, weights_sha256
 from ..config import PriorConfig
@@ -37,6 +38,8 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
         data = data_folder(command.data, command.shapes_per_class, report)
         images = open_split(data, "train", report)
         names = display_names(images.class_ids, command.class_names)
+        for warning in doubtful_names(images.class_ids, names, class_prompts(names)):
+            report.say(warning)
         device, teacher = resolve_device(command.device), None
         if command.teacher is not None:
             teacher = load_teacher(command.teacher, images.class_ids, device=device)

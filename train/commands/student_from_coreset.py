@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ...engine.coreset.coreset import Coreset, open_coreset
-from ...engine.data.images import ImageSet
+from ...engine.data.images import ImageSet, with_classes
 from ...engine.expand.backends import resolve_device
 from ...export.config import DeviceName
 from ...export.durable import full_disk_explained
@@ -60,7 +60,7 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
             val = None
         else:
             data = data_folder(options.data, options.shapes_per_class, report)
-            val = open_split(data, "val", report)
+            val = with_classes(open_split(data, "val", report), coreset.class_ids)
         student = {k: v for k, v in asdict(config).items() if k not in CHANGES_NO_RESULT}
         settings = {
             "--coreset": coreset.content_sha256,

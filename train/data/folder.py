@@ -60,7 +60,7 @@ def images_sha256(*sets: ImageSet) -> str:
     for images in sets:
         for path in images.paths:
             size = _stat(f"{images.root}/{path}").st_size
-            digest.update(f"{images.split}/{path} {size}\n".encode())
+            digest.update(os.fsencode(f"{images.split}/{path} {size}\n"))
     return digest.hexdigest()
 
 

@@ -53,7 +53,7 @@ def write_report(run: Path) -> dict[str, Any]:
             ],
             stage_seconds=[(stage, f"{taken:.1f}") for stage, taken in summary["seconds"].items()],
         )
-        .encode()
+        .encode(errors="backslashreplace")  # names of folders need not be UTF-8
     )
     replace_file(run / REPORT, page)
     return {"report": str(run / REPORT), "bytes": len(page)}

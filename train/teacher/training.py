@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -103,7 +104,7 @@ def training_losses(folder: Path) -> list[float]:
 def _identity(config: TeacherConfig, train_set: ImageSet) -> dict[str, Any]:
     """Everything that decides the weights, except the pixels."""
     settings = {key: value for key, value in asdict(config).items() if key != "device"}
-    listing = "\n".join(train_set.paths).encode()
+    listing = os.fsencode("\n".join(train_set.paths))
     return {**settings, "images": len(train_set), "files": hashlib.sha256(listing).hexdigest()}
 
 
