@@ -20,6 +20,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -73,6 +74,17 @@ def default_bundles_folder() -> Path:
     return Path(cache) / "patchbloom" / "bundles"
 
 
+def bundles_option(bundles: Path) -> str:
+    """The option that a printed command needs to reach this folder; empty for the default one."""
+    is_default = bundles.absolute() == default_bundles_folder().absolute()
+    return "" if is_default else f" --bundles {shlex.quote(str(bundles.absolute()))}"
+
+
+def remove_command(folder: Path) -> str:
+    """The command line that removes this bundle."""
+    return f"engine remove {folder.name}{bundles_option(folder.parent)}"
+
+
 def say(line: str) -> None:
     """Print a line of progress on stderr."""
     print(line, file=sys.stderr, flush=True)
@@ -112,7 +124,7 @@ def find_or_build(
             return open_bundle(folder, key)
         nearest = nearest_bundle(bundles, key)
         say(f"no engine for these settings yet{f'; {nearest}' if nearest else ''}")
-        say(f"building it, as `{build_command(key, model)}` does")
+        say(f"building it, as `{build_command(key, model, bundles_option(bundles))}` does")
         return _build(folder, key, build)
 
 
@@ -170,7 +182,7 @@ def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
 
     Raises BundleError, which names the file or field that is wrong.
     """
-    remedy = f"remove it with `engine remove {folder.name}`, and it is built again"
+    remedy = f"remove it with `{remove_command(folder)}`, and it is built again"
     manifest = read_manifest(folder)
     sizes = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
     for path in sorted(folder.rglob("*")):
@@ -184,9 +196,10 @@ def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
                 f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {remedy}"
             )
     if key is not None and (differences := why_not(manifest["key"], key)):
+        model = manifest["report"].get("model")
+        rebuild = build_command(key, model, bundles_option(folder.parent))
         raise BundleError(
-            f"{folder} was built for {', '.join(differences)}: `{build_command(key)}` builds the "
-            "right one"
+            f"{folder} was built for {', '.join(differences)}: `{rebuild}` builds the right one"
         )
     hashes = _hash_files(folder.name, list(sizes))
     for path, sha256, entry in zip(sizes, hashes, manifest["files"].values(), strict=True):
@@ -200,7 +213,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises BundleError when it is missing or was changed.
     """
-    remedy = f"remove it with `engine remove {folder.name}`, and it is built again"
+    remedy = f"remove it with `{remove_command(folder)}`, and it is built again"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         recorded = manifest.pop("content_sha256")
