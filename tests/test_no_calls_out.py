@@ -65,7 +65,9 @@ ort = ["--backend", "ort", "--device", "cpu", "--bundles", "cb"]
 assert engine.main(["build", "--model", "sdxl-tiny", "--batch", "4", *ort]) == 0
 assert engine.main(["verify", "--bundles", "cb"]) == 0
 run = ["--data", "shapes", "--shapes-per-class", "12", "--model", "sdxl-tiny", "--out", "run"]
-small = ["--ipc", "1", "--teacher-epochs", "1", "--epochs", "1", "--methods", "rded"]
+small = ["--recipe", "small", "--image-size", "64", "--seeds", "1", "--method", "dace"]
+small += ["--teacher", "convnet-d3-w8", "--student", "convnet-d3-w8"]
+small += ["--teacher-epochs", "1", "--epochs", "1", "--ipc", "1"]
 assert train.main([*run, *small, *ort]) == 0
 assert train.main(["report", "run"]) == 0
 """
