@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,3 +108,43 @@ def test_room_is_made_where_it_is_missing(bundles: Path, monkeypatch: pytest.Mon
     (hint,) = commands(error.value)
     assert cli.main(shlex.split(hint.replace("NAME", engine.folder.name))[1:]) == 0
     assert find_bundles(bundles) == []
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+@pytest.mark.parametrize("which", [".", "NAME", "NAME/graph.onnx"])
+def test_a_folder_that_others_write_to_is_refused(bundles: Path, mode: int, which: str) -> None:
+    """Opening an engine runs its code."""
+    engine = store(bundles)
+    (bundles / which.replace("NAME", engine.folder.name)).chmod(mode)
+    with pytest.raises(BundleError, match="can be written to by others") as error:
+        store(bundles)
+    subprocess.run(shlex.split(commands(error.value)[0]), check=True)
+    assert not store(bundles).built
+    bundles.chmod(0o1777)  # as /tmp: nobody replaces another's folder
+    assert not store(bundles).built
+
+
+def test_a_build_is_closed_to_others_whatever_the_umask(bundles: Path) -> None:
+    before = os.umask(0)
+    try:
+        store(bundles)
+    finally:
+        os.umask(before)
+    assert not store(bundles).built
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("which", ["bundles", "engine"])
+def test_a_folder_of_another_user_is_refused(bundles: Path, which: str) -> None:
+    engine = store(bundles)
+    os.chown(bundles if which == "bundles" else engine.folder, 4242, -1)
+    with pytest.raises(BundleError, match=r"belongs to user 4242, .*choose another folder"):
+        store(bundles)
+
+
+def test_nothing_is_built_where_others_write(bundles: Path) -> None:
+    bundles.mkdir()
+    bundles.chmod(0o777)
+    with pytest.raises(BundleError, match="can be written to by others"):
+        store(bundles)
+    assert not list(bundles.iterdir())
