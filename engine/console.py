@@ -26,7 +26,13 @@ WIDEST_TABLE = 10_000  # columns, in a pipe
 
 def print_error(line: str) -> None:
     """Print an error line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """`text` with its control and other unprintable characters escaped: names come from folders and
+    manifests of others, and a terminal obeys what it is sent."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def run_command(
@@ -136,7 +142,7 @@ def print_fields(result: dict[str, Any]) -> None:
     """Print a result for people: a line per field, and per entry of a mapping."""
     for key, value in result.items():
         for line, text in enumerate(_lines(value)):
-            print(f"{'' if line else key:16}{text}")
+            print(f"{'' if line else key:16}{visible(text)}")
 
 
 def _lines(value: Any) -> list[str]:
@@ -157,7 +163,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     for column in table.columns:
         column.overflow = "fold"
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = WIDEST_TABLE

@@ -20,7 +20,9 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +75,37 @@ def default_bundles_folder() -> Path:
     return Path(cache) / "patchbloom" / "bundles"
 
 
+def bundles_option(bundles: Path) -> str:
+    """The option that a printed command needs to reach this folder; empty for the default one."""
+    is_default = bundles.absolute() == default_bundles_folder().absolute()
+    return "" if is_default else f" --bundles {shlex.quote(str(bundles.absolute()))}"
+
+
+def remove_command(folder: Path) -> str:
+    """The command line that removes this bundle."""
+    return f"engine remove {folder.name}{bundles_option(folder.parent)}"
+
+
+def _refuse_shared(*paths: Path) -> None:
+    """Raise BundleError when another user may write there: opening an engine runs its code.
+
+    The sticky bit keeps others from replacing an engine's folder, whose own owner is checked too.
+    """
+    for path in paths:
+        status = path.stat()
+        if status.st_uid not in (0, os.geteuid()):
+            fault, remedy = f"belongs to user {status.st_uid}", ""
+        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+            fault = "can be written to by others"
+            remedy = f"close it with `chmod -R go-w {shlex.quote(str(path.absolute()))}`, or "
+        else:
+            continue
+        raise BundleError(
+            f"{path} {fault}, and who writes there can run code here: {remedy}choose another "
+            "folder with --bundles"
+        )
+
+
 def say(line: str) -> None:
     """Print a line of progress on stderr."""
     print(line, file=sys.stderr, flush=True)
@@ -95,12 +128,15 @@ def find_or_build(
     if folder.exists():
         return open_bundle(folder, key)
     try:
-        bundles.mkdir(parents=True, exist_ok=True)
+        bundles.mkdir(0o755, parents=True, exist_ok=True)
+        _refuse_shared(bundles)
         try:
             lock = take_lock(_hidden(folder, "lock"))
         except TimeoutError:
             say("another process is building this engine: waiting for it")
             lock = take_lock(_hidden(folder, "lock"), wait=True)
+    except BundleError:
+        raise
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise BundleError(
@@ -112,7 +148,7 @@ def find_or_build(
             return open_bundle(folder, key)
         nearest = nearest_bundle(bundles, key)
         say(f"no engine for these settings yet{f'; {nearest}' if nearest else ''}")
-        say(f"building it, as `{build_command(key, model)}` does")
+        say(f"building it, as `{build_command(key, model, bundles_option(bundles))}` does")
         return _build(folder, key, build)
 
 
@@ -121,7 +157,7 @@ def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[st
     partial = _hidden(folder, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir()
+        partial.mkdir(0o755)
         report = build(partial)
         manifest = {"schema": SCHEMA, "key": dict(key), "report": report, "files": {}}
         files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -131,6 +167,8 @@ def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[st
             manifest["files"][name] = {"sha256": sha256, "bytes": size_bytes}
         manifest["content_sha256"] = json_sha256(manifest)
         write_durably(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+        for path in partial.rglob("*"):
+            path.chmod(path.stat().st_mode & ~0o022)
         os.rename(partial, folder)
     except BaseException as error:
         full_disk = _full_disk_error(folder.parent, error)
@@ -170,8 +208,9 @@ def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
 
     Raises BundleError, which names the file or field that is wrong.
     """
-    remedy = f"remove it with `engine remove {folder.name}`, and it is built again"
+    remedy = f"remove it with `{remove_command(folder)}`, and it is built again"
     manifest = read_manifest(folder)
+    _refuse_shared(folder.parent, folder, *folder.rglob("*"))
     sizes = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path not in sizes and path != folder / MANIFEST:
@@ -184,9 +223,10 @@ def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
                 f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {remedy}"
             )
     if key is not None and (differences := why_not(manifest["key"], key)):
+        model = manifest["report"].get("model")
+        rebuild = build_command(key, model, bundles_option(folder.parent))
         raise BundleError(
-            f"{folder} was built for {', '.join(differences)}: `{build_command(key)}` builds the "
-            "right one"
+            f"{folder} was built for {', '.join(differences)}: `{rebuild}` builds the right one"
         )
     hashes = _hash_files(folder.name, list(sizes))
     for path, sha256, entry in zip(sizes, hashes, manifest["files"].values(), strict=True):
@@ -200,7 +240,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises BundleError when it is missing or was changed.
     """
-    remedy = f"remove it with `engine remove {folder.name}`, and it is built again"
+    remedy = f"remove it with `{remove_command(folder)}`, and it is built again"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         recorded = manifest.pop("content_sha256")

@@ -36,8 +36,11 @@ def batch_shape(key: Mapping[str, Any]) -> str:
     return f"{key['batch'] // key['images_per_prompt']}x{key['images_per_prompt']}"
 
 
-def build_command(key: Mapping[str, Any], model: str | None = None) -> str:
-    """The command line that builds a key's engine; `model`: its folder, if it is a local one."""
+def build_command(key: Mapping[str, Any], model: str | None = None, place: str = "") -> str:
+    """The command line that builds a key's engine.
+
+    `model`: its folder, if it is a local one; `place`: what bundle.bundles_option gives.
+    """
     backend = key.get("exported_for", key["backend"])
     command = f"engine build --model {shlex.quote(model or key['model'])} --backend {backend}"
     if key["weights"] == "random":
@@ -51,7 +54,7 @@ def build_command(key: Mapping[str, Any], model: str | None = None) -> str:
         if key.get(option) is not None:
             name = option.removesuffix("_px").replace("_", "-")
             command += f" --{name} {key[option]}"
-    return command
+    return command + place
 
 
 def why_not(found: Mapping[str, Any], needed: Mapping[str, Any]) -> list[str]:

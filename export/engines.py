@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -98,6 +99,9 @@ class Exporter(Protocol):
 
 def exporter(backend: BackendName) -> Exporter:
     """The module that compiles for `backend`: ort, inductor or trt."""
+    # ONNX Runtime reads it when it is imported. Without it, it stores a device id and a database of
+    # events in ~/.cache/Microsoft, and looks up a telemetry host, before it can be told to stop.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     return cast(Exporter, import_module(f".{_EXPORTERS[backend]}", __package__))
 
 

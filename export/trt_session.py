@@ -22,7 +22,7 @@ from .trt_build import Log
 REPLAYED_BATCH = 8
 _REMEDY = (
     "if memory is short, close what else uses the GPU, or take a smaller --batch or --size; "
-    "otherwise remove the engine with `engine remove`, and it is built again"
+    "otherwise remove the engine, and it is built again"
 )
 
 

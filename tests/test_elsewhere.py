@@ -175,6 +175,7 @@ def test_labels_that_a_coreset_has_not_are_refused(train: Train, given: Path, el
     teacher = given / "run" / "teacher" / "teacher.safetensors"
     error = train("verify", "--coreset", folder, "--teacher", teacher)["error"]
     assert "holds no soft labels" in error
+    assert f"train student --coreset {folder} --targets hard" in error
 
 
 @pytest.mark.parametrize("method", METHODS)

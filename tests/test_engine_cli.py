@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,7 +138,12 @@ def test_help_is_quick():
     assert "--images-per-prompt" in done.stdout
 
 
-def test_from_build_to_remove(engine: Callable[..., Outcome], model: Path, tmp_path: Path):
+def test_from_build_to_remove(
+    engine: Callable[..., Outcome],
+    model: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+):
     first = build(engine, model)
     name = first.json["engine"]
     assert first.json["built"]
@@ -169,8 +175,11 @@ def test_from_build_to_remove(engine: Callable[..., Outcome], model: Path, tmp_p
     info = engine("info", name).json
     assert info["misfit"] == []
     assert info["command"].startswith("engine build --model ")
-    rebuilt = engine(*info["command"].split()[1:])
-    assert (rebuilt.json["engine"], rebuilt.json["built"]) == (name, False)
+    assert f"--bundles {tmp_path / 'bundles'}" in info["command"]
+    assert cli.main(shlex.split(info["command"])[1:]) == 0
+    rebuilt = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert (rebuilt["engine"], rebuilt["built"]) == (name, False)
+    assert f"`{info['command']}`" in first.err
 
     removed = engine("remove", name)
     assert removed.json["removed"] == [name]

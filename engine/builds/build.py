@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...export.bundle import Bundle, BundleError, open_bundle, say
+from ...export.bundle import Bundle, BundleError, bundles_option, open_bundle, say
 from ...export.bundle_key import GRAPHS_ONLY, build_command, bundle_name
 from ...export.config import BackendName, EngineSpec
 from ...export.engines import engine_key, open_engine, require_engine, verify_engine
@@ -163,7 +163,7 @@ def _measure_parity(bundle: Bundle) -> dict[str, Any]:
     Raises BundleError when it does not fit this machine, or its model is gone or has changed.
     """
     key, name = bundle.key, bundle.manifest["report"]["model"]
-    rebuild = build_command(key, name)
+    rebuild = build_command(key, name, bundles_option(bundle.folder.parent))
     if differences := misfit(key):
         raise BundleError(
             f"its bytes are right, but it does not fit this machine: {', '.join(differences)}; "

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...export.bundle import (
     BundleError,
+    bundles_option,
     bytes_of,
     find_bundles,
     named_bundle,
@@ -100,7 +101,7 @@ def engine_info(bundles: Path, name: str) -> dict[str, Any]:
         "files": manifest["files"],
         "content_sha256": manifest["content_sha256"],
         "misfit": misfit(key),
-        "command": build_command(key, report.get("model")),
+        "command": build_command(key, report.get("model"), bundles_option(bundles)),
     }
 
 

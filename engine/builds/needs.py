@@ -16,6 +16,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...export.bundle import bundles_option
 from ...export.config import BackendName, EngineSpec
 from ...export.machine import free_disk_bytes, free_host_bytes, gpu_memory_bytes
 from ...export.models import ModelSource, Unavailable, load_parts
@@ -108,8 +109,8 @@ def check_disk(needs: Needs, bundles: Path) -> None:
     if free < disk_bytes:
         raise Unavailable(
             f"this engine needs at least {_gb(disk_bytes)} in {bundles}, {_gb(free)} "
-            "are free there: remove engines with `engine remove`, or choose another folder with "
-            "--bundles"
+            f"are free there: remove some with `engine remove NAME{bundles_option(bundles)}`, or "
+            "choose another folder with --bundles"
         )
 
 

@@ -7,7 +7,6 @@ is a bar with rate and time left; in a log it is a line every few seconds. Torch
 from __future__ import annotations
 
 import json
-import sys
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from ...engine.console import print_error, visible
 from ...engine.interrupts import safe_point
 
 if TYPE_CHECKING:
@@ -124,9 +124,9 @@ class Report(AbstractContextManager["Report"]):
         """One line for the user: a choice that was made, a warning."""
         self._write({"said": line})
         if self._bar is None:
-            print(line, file=sys.stderr, flush=True)
+            print_error(line)
         else:
-            self._bar[1].console.print(line, markup=False)
+            self._bar[1].console.print(visible(line), markup=False)
 
     def __exit__(self, *_: object) -> None:
         self._end_bar()

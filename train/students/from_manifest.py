@@ -11,6 +11,7 @@ A manifest that lacks a requested part is refused: a label belongs to one view o
 
 from __future__ import annotations
 
+import shlex
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -46,7 +47,8 @@ def require_soft_labels(coreset: Coreset) -> SoftLabels:
         raise CoresetError(
             f"{coreset.folder} holds no soft labels: expected those of `train labels` or of a run "
             "with --labels record; make them where the teacher is, or train students on the "
-            "classes alone with `train student --targets hard`"
+            f"classes alone with `train student --coreset {shlex.quote(str(coreset.folder))} "
+            "--targets hard --out DIR`"
         )
     return stored
 
