@@ -80,7 +80,9 @@ def _is_other_alive(pid: int) -> bool:
 
 
 @contextmanager
-def full_disk_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
+def full_disk_explained(
+    folder: Path, needed_bytes: int, elsewhere: str = "choose an --out"
+) -> Iterator[None]:
     """Turn a full disk or quota into one line that names the folder and the space it needs."""
     try:
         yield
@@ -89,7 +91,7 @@ def full_disk_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
             raise
         raise OSError(
             f"no space left for {folder}: it needs up to {needed_bytes / 2**20:.1f} MiB; "
-            "free some, or choose an --out on another disk"
+            f"free some, or {elsewhere} on another disk"
         ) from error
 
 

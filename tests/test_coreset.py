@@ -481,7 +481,7 @@ def test_logits_that_no_codec_can_hold_are_refused(tmp_path: Path, codec, bad: f
 
 
 def test_engine_coreset_info_verify_show(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "c"
     written = _write(folder)
@@ -511,6 +511,10 @@ def test_engine_coreset_info_verify_show(
         and (pixels[top : top + 48, left : left + 48] == first).all()
     ]
     assert len(found) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("patchbloom.export.durable.write_durably", _full_disk)
+        assert main(["coreset", "show", str(folder)]) == 2
+    assert f"no space left for {folder}.png: it needs" in capsys.readouterr().err
     assert main(["coreset", "show", str(folder)]) == 0
     assert (tmp_path / "c.png").is_file()
     open_coreset(folder)
