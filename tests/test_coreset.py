@@ -613,3 +613,15 @@ def test_a_bad_class_names_file_is_refused(tmp_path: Path, text: str | None, tol
 def test_a_wordnet_id_never_becomes_a_prompt() -> None:
     with pytest.raises(ValueError, match=r"n99999999.*--class-names FILE"):
         display_names(("n99999999",))
+
+
+@pytest.mark.parametrize("linked", ["manifest.json", "patches/zebra", "patches/zebra/000000.png"])
+def test_a_coreset_with_a_link_in_it_is_refused(tmp_path: Path, linked: str) -> None:
+    """Even where what it leads to has the right bytes."""
+    folder = tmp_path / "c"
+    _write(folder)
+    (folder / linked).rename(tmp_path / "moved")
+    (folder / linked).symlink_to(tmp_path / "moved")
+    for verify in (True, False):
+        with pytest.raises(CoresetError, match=f"{linked} is a symbolic link, and a coreset holds"):
+            open_coreset(folder, verify=verify)
