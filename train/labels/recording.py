@@ -114,11 +114,11 @@ class RecordedLabels:
 
     def _is_sound(self, key: str, parts: Iterable[np.ndarray]) -> bool:
         """Whether these answers, or the basis, are as they were noted; tells it when not."""
-        noted = self._sums.pop(key, None)
+        noted = self._sums.get(key)
         if noted == _checksum(parts):
-            self._sums[key] = noted
             return True
         if noted is not None:
+            del self._sums[key]
             self._report.say(f"labels: {self.path} is damaged ({key}): that part is made again")
         return False
 
@@ -226,7 +226,7 @@ def _answers(file: MappedParts, epoch: int, samples_P: Tensor) -> tuple[str, lis
 def _checksum(parts: Iterable[np.ndarray]) -> str:
     checksum = 0
     for part in parts:
-        checksum = zlib.crc32(np.ascontiguousarray(part), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
     return f"{checksum:08x}"
 
 

@@ -100,8 +100,8 @@ class Report(AbstractContextManager["Report"]):
 
     def _add_event(self, folder: Path, tag: str, step: int, value: float) -> None:
         """Append to this session's file at once: SummaryWriter's thread dies of a lost folder."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         event = Event(wall_time=time.time(), step=step)
