@@ -80,7 +80,9 @@ def _is_other_alive(pid: int) -> bool:
 
 
 @contextmanager
-def full_disk_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
+def full_disk_explained(
+    folder: Path, needed_bytes: int, elsewhere: str = "choose an --out"
+) -> Iterator[None]:
     """Turn a full disk or quota into one line that names the folder and the space it needs."""
     try:
         yield
@@ -89,20 +91,25 @@ def full_disk_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
             raise
         raise OSError(
             f"no space left for {folder}: it needs up to {needed_bytes / 2**20:.1f} MiB; "
-            "free some, or choose an --out on another disk"
+            f"free some, or {elsewhere} on another disk"
         ) from error
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write `path` and wait until it is on the disk."""
-    path.write_bytes(data)
+    """Write `path`, which must not exist, and wait until it is on the disk."""
+    with path.open("xb") as stream:  # never through a link
+        stream.write(data)
     sync(path)
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move its file there when the block succeeds."""
+    """Yield a temporary path beside `path`; move its file there when the block succeeds.
+
+    The block opens it with mode "x": a link that lies there is removed, and never followed.
+    """
     staged = path.with_name(f"{path.name}.partial")
+    staged.unlink(missing_ok=True)
     try:
         yield staged
         os.replace(staged, path)
@@ -130,6 +137,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def find_link(folder: Path) -> Path | None:
+    """The first symbolic link inside `folder`; None when there is none."""
+    for parent, folders, files in os.walk(folder):
+        for name in sorted((*folders, *files)):
+            if os.path.islink(path := os.path.join(parent, name)):
+                return Path(path)
+    return None
 
 
 def file_sha256(path: Path) -> str:

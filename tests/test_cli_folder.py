@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -221,3 +222,71 @@ def test_a_disk_that_is_full_at_any_moment_and_resumed(
         error = train(*options).error
     assert f"no space left for {out}" in error
     assert set(train(*options, "--resume").result["accuracy"]) == {"random"}
+
+
+def test_a_link_in_a_run_is_neither_read_nor_written_through(
+    train: Command, shapes: Path, tmp_path: Path
+) -> None:
+    out, secret = tmp_path / "run", tmp_path / "secret"
+    options = ("--data", shapes, "--out", out, "--method", "random", *SMALL, "--no-ceiling")
+    assert train(*options).result["accuracy"]
+    secret.write_text("mine")
+    for name in (
+        "pictures/curves.png",
+        "report.html.partial",
+        "coreset/labels.safetensors.partial",
+    ):
+        path = out / name
+        path.unlink(missing_ok=True)
+        path.symlink_to(secret)
+        for arguments in (("report", out), (*options, "--resume")):
+            assert (
+                f"{path} is a symbolic link, and a run holds plain files" in train(*arguments).error
+            )
+        path.unlink()
+    (out / "pictures" / "curves.png").symlink_to(secret)
+    (out / "pictures" / "folder").symlink_to(tmp_path)
+    assert train(*options, "--overwrite").result["accuracy"]
+    assert secret.read_text() == "mine"
+
+
+def test_a_file_is_written_beside_a_link_and_not_through_it(tmp_path: Path) -> None:
+    secret, target = tmp_path / "secret", tmp_path / "picture.png"
+    secret.write_text("mine")
+    (tmp_path / "picture.png.partial").symlink_to(secret)
+    durable.replace_file(target, b"ours")
+    assert not target.is_symlink()
+    assert (target.read_bytes(), secret.read_text()) == (b"ours", "mine")
+    (tmp_path / "new").symlink_to(secret)
+    with pytest.raises(FileExistsError):
+        durable.write_durably(tmp_path / "new", b"ours")
+    assert secret.read_text() == "mine"
+
+
+def test_curves_that_are_removed_during_a_run_are_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Report(tmp_path) as record:
+        record.open_log()
+        record.scalar("loss", 0, 2.0)
+        shutil.rmtree(tmp_path / "tensorboard")
+        record.scalar("loss", 1, 1.0)
+        record.scalar("loss", 2, 0.5)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no more curves for TensorBoard (")
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(each).get("value") for each in lines] == [2.0, 1.0, None, 0.5]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_curves_are_what_tensorboard_reads(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Report(tmp_path) as record:
+        for step, value in enumerate((2.0, 1.0)):
+            record.scalar("student/loss", step, value)
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(each.step, each.value) for each in read.Scalars("student/loss")] == [
+        (0, 2.0),
+        (1, 1.0),
+    ]

@@ -481,7 +481,7 @@ def test_logits_that_no_codec_can_hold_are_refused(tmp_path: Path, codec, bad: f
 
 
 def test_engine_coreset_info_verify_show(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "c"
     written = _write(folder)
@@ -511,6 +511,10 @@ def test_engine_coreset_info_verify_show(
         and (pixels[top : top + 48, left : left + 48] == first).all()
     ]
     assert len(found) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("patchbloom.export.durable.write_durably", _full_disk)
+        assert main(["coreset", "show", str(folder)]) == 2
+    assert f"no space left for {folder}.png: it needs" in capsys.readouterr().err
     assert main(["coreset", "show", str(folder)]) == 0
     assert (tmp_path / "c.png").is_file()
     open_coreset(folder)
@@ -609,3 +613,15 @@ def test_a_bad_class_names_file_is_refused(tmp_path: Path, text: str | None, tol
 def test_a_wordnet_id_never_becomes_a_prompt() -> None:
     with pytest.raises(ValueError, match=r"n99999999.*--class-names FILE"):
         display_names(("n99999999",))
+
+
+@pytest.mark.parametrize("linked", ["manifest.json", "patches/zebra", "patches/zebra/000000.png"])
+def test_a_coreset_with_a_link_in_it_is_refused(tmp_path: Path, linked: str) -> None:
+    """Even where what it leads to has the right bytes."""
+    folder = tmp_path / "c"
+    _write(folder)
+    (folder / linked).rename(tmp_path / "moved")
+    (folder / linked).symlink_to(tmp_path / "moved")
+    for verify in (True, False):
+        with pytest.raises(CoresetError, match=f"{linked} is a symbolic link, and a coreset holds"):
+            open_coreset(folder, verify=verify)

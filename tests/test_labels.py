@@ -554,3 +554,14 @@ def test_a_full_disk_is_told_before_anything_is_trained(
             teacher, source, CONFIG, tmp_path / "labels.partial", Silent(), codec=Dense()
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_labels_are_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "labels.partial").symlink_to(tmp_path / "secret")
+    layout = LabelLayout(codec=Dense(), epochs=1, samples=2, classes=3)
+    with pytest.raises(FileExistsError):
+        fill_with_missing(tmp_path / "labels.partial", layout)
+    with pytest.raises(FileExistsError):
+        write_label_file(tmp_path / "labels.partial", layout, lambda _: [])
+    assert (tmp_path / "secret").read_text() == "mine"

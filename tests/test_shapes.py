@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +76,36 @@ def test_write_shapes_refuses_a_folder_of_something_else(tmp_path: Path) -> None
     shapes.write_shapes(tmp_path / "set", train_per_class=1, val_per_class=1)
     with pytest.raises(FileExistsError, match="remove it or choose another"):
         shapes.write_shapes(tmp_path / "set", train_per_class=2, val_per_class=1)
+
+
+@pytest.mark.timeout(90)
+def test_workers_end_with_a_killed_process_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    writing = (
+        "import sys; from pathlib import Path; from patchbloom.train.data import shapes\n"
+        "shapes.write_shapes(Path(sys.argv[1]), train_per_class=5000, val_per_class=1)"
+    )
+    deadline = time.monotonic() + 60
+    command = [sys.executable, "-c", writing, str(tmp_path / "set")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        while not list(tmp_path.glob(".set.partial-*/train/*/*.jpg")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        assert process.stdout is not None
+        while process.stdout.read():  # it ends when no worker holds it
+            pass
+    assert list(tmp_path.glob(".set.partial-*"))
+    shapes.write_shapes(tmp_path / "set", train_per_class=1, val_per_class=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_full_disk_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)  # in the workers too, which are forked
+    with pytest.raises(OSError, match=r"for .*set: it needs up to 0.2 MiB; free"):
+        shapes.write_shapes(tmp_path / "set", train_per_class=1, val_per_class=1)
+    assert not list(tmp_path.iterdir())

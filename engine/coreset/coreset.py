@@ -20,7 +20,6 @@ version give the same `content_sha256`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...export.durable import full_disk_explained, replace_file, replacing, write_durably
+from ...export.durable import (
+    find_link,
+    full_disk_explained,
+    replace_file,
+    replacing,
+    replacing_file,
+    write_durably,
+)
 from ..errors import CoresetError
 from ..labels.file import RecordedBlock, write_label_file
 from ..labels.stored import SoftLabels
@@ -164,9 +170,14 @@ def open_coreset(folder: str | Path, verify: bool = True) -> Coreset:
     """Open a coreset; `verify` compares every file with its hash.
 
     The manifest itself is always checked. Raises CoresetError naming the file that is missing,
-    changed or does not belong there.
+    changed or does not belong there, or is a link: what it leads to may be another file.
     """
     folder = Path(folder)
+    if (link := find_link(folder)) is not None:
+        raise CoresetError(
+            f"{link} is a symbolic link, and a coreset holds plain files and folders only: "
+            "put a copy in its place"
+        )
     manifest = read_manifest(folder)
     if verify:
         check_files(folder, manifest)
@@ -269,16 +280,11 @@ def attach_labels(
             f"{layout.classes}: use a teacher trained on these classes"
         )
     with full_disk_explained(folder, layout.bytes):
-        staged = folder / f"{LABELS}.partial"
-        try:
-            write_label_file(staged, layout, labels.epoch, labels.basis)
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
         files = {name: entry for name, entry in manifest["files"].items() if name != LABELS}
-        if manifest["labels"] is not None:
-            _replace_manifest(folder, {**manifest, "labels": None, "files": files}, {})
-        os.replace(staged, folder / LABELS)
+        with replacing_file(folder / LABELS) as staged:
+            write_label_file(staged, layout, labels.epoch, labels.basis)
+            if manifest["labels"] is not None:
+                _replace_manifest(folder, {**manifest, "labels": None, "files": files}, {})
         files[LABELS] = file_entry(folder / LABELS)
         described = _as_json(labels.describe(), "label settings")
         _replace_manifest(

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ...export.durable import replace_file
+from ...export.durable import full_disk_explained, replace_file
 from ..console import print_fields
 from ..coreset.coreset import Coreset, open_coreset
 from ..coreset.sheet import contact_sheet
@@ -78,5 +78,6 @@ def _show(coreset: Coreset, out: Path | None, patches_per_class: int) -> dict[st
     )
     png = io.BytesIO()
     sheet.save(png, "PNG")
-    replace_file(out, png.getvalue())
+    with full_disk_explained(out, png.tell()):
+        replace_file(out, png.getvalue())
     return {"coreset": str(coreset.folder), "picture": str(out), "size_px": list(sheet.size)}

@@ -87,7 +87,7 @@ def write_label_file(
     `shared` is the basis of a codec that has one. The bytes equal those that safetensors'
     `save_file` writes for the whole tensors. OSError on a full disk.
     """
-    with path.open("wb") as stream:
+    with path.open("xb") as stream:
         stream.write(layout.header())
         if shared is not None:
             stream.write(np.ascontiguousarray(shared).data)
@@ -104,7 +104,7 @@ def write_label_file(
 
 def fill_with_missing(path: Path, layout: LabelLayout) -> None:
     """Make `path` an empty recording, durably: every number is its part's `missing`."""
-    with path.open("wb") as stream:
+    with path.open("xb") as stream:
         for part in layout.parts:
             kind = np.dtype(_DTYPES[part.kind])
             block = np.full(_FILL_BYTES // kind.itemsize, part.missing, kind).tobytes()

@@ -11,6 +11,9 @@ Coordinates: the canvas spans [-1, 1] in x and y, y downwards. A signed distance
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,12 +21,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...export.durable import replacing
+from ...export.durable import full_disk_explained, replacing
 
 SIZE_PX = 64
 GENERATOR_VERSION = 1
 SPLITS = {"train": 0, "val": 1}
 JPEG_QUALITY = 95
+_IMAGE_BYTES = 2**13  # most need less
 
 Array = np.ndarray
 _EDGE_PER_UNIT = 24.0
@@ -243,6 +247,18 @@ def _write_class(folder: Path, seed: int, split: str, class_index: int, count: i
         picture.save(target / f"{number:05d}.jpg", quality=JPEG_QUALITY, subsampling=0)
 
 
+def _end_with_parent() -> None:
+    """End this worker when its parent is gone, even by kill -9: nobody would read its result."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _watch_parent() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
 def write_shapes(
     folder: Path, *, seed: int = 0, train_per_class: int = 1000, val_per_class: int = 200
 ) -> Path:
@@ -266,8 +282,12 @@ def write_shapes(
         )
     counts = {"train": train_per_class, "val": val_per_class}
     try:
-        with replacing(folder, overwrite=False) as building:
-            with ProcessPoolExecutor() as pool:
+        needed_bytes = _IMAGE_BYTES * len(CLASS_NAMES) * sum(counts.values())
+        with (
+            full_disk_explained(folder, needed_bytes, "set XDG_CACHE_HOME to a folder"),
+            replacing(folder, overwrite=False) as building,
+        ):
+            with ProcessPoolExecutor(initializer=_watch_parent) as pool:
                 jobs = [
                     pool.submit(_write_class, building, seed, split, index, count)
                     for split, count in counts.items()

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ...export.durable import replace_file
+from ..run.folder import refuse_links
 
 SUMMARY, REPORT, PICTURES = "summary.json", "report.html", "pictures"
 CAPTIONS = {
@@ -23,10 +24,12 @@ RENDERED = "rendered-*.png"  # one per method
 
 
 def write_report(run: Path) -> dict[str, Any]:
-    """Write the report of a finished run. Raises FileNotFoundError if it has no summary.
+    """Write the report of a finished run.
 
-    Every value of the summary is escaped.
+    Every value of the summary is escaped. Raises FileNotFoundError if the run has no summary,
+    RunError if it holds a link.
     """
+    refuse_links(run)
     path = run / SUMMARY
     if not path.is_file():
         raise FileNotFoundError(

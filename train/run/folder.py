@@ -30,6 +30,7 @@ from ...engine.interrupts import safe_point
 from ...export.durable import (
     differences,
     file_sha256,
+    find_link,
     json_sha256,
     replace_json,
     sync,
@@ -82,7 +83,9 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         if overwrite:  # the mark stays, so that a killed removal can be repeated
             for entry in self.folder.iterdir():
                 if entry.name != MARK:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                    is_folder = entry.is_dir() and not entry.is_symlink()
+                    shutil.rmtree(entry) if is_folder else entry.unlink()
+        refuse_links(self.folder)
         (self.folder / STAGES).mkdir(exist_ok=True)
         return lock
 
@@ -234,6 +237,15 @@ def check_out(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise RunError(
             f"--out {folder} is not empty: --resume goes on with that run, --overwrite replaces "
             "it, or choose another --out"
+        )
+
+
+def refuse_links(run: Path) -> None:
+    """Raises RunError for a symbolic link inside a run: it may lead to anybody's files."""
+    if (link := find_link(run)) is not None:
+        raise RunError(
+            f"{link} is a symbolic link, and a run holds plain files and folders only: remove it, "
+            "or put a copy in its place"
         )
 
 

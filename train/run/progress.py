@@ -7,19 +7,17 @@ is a bar with rate and time left; in a log it is a line every few seconds. Torch
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from ...engine.console import print_error, visible
 from ...engine.interrupts import safe_point
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 LOG = "log.jsonl"
 LINE_EVERY_S = 10.0  # between two lines of progress in a log
@@ -38,7 +36,8 @@ class Report(AbstractContextManager["Report"]):
         self._began: dict[str, tuple[float, float]] = {}
         self._line_due: dict[str, float] = {}
         self._folder = folder
-        self._writer: SummaryWriter | None = None
+        self._events: Path | None = None
+        self._curves_lost = False
         self._unwritten, self._log_is_open = "", False
 
     def progress(self, what: str, done: float, total: float, unit: str, note: str = "") -> None:
@@ -97,12 +96,30 @@ class Report(AbstractContextManager["Report"]):
         """A point of a curve, e.g. ("student/dace/loss", epoch, 1.3)."""
         if self._folder is None:
             return
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder / "tensorboard"))
-        self._writer.add_scalar(tag, value, step)
         self._write({"tag": tag, "step": step, "value": value})
+        if not self._curves_lost:
+            try:
+                self._add_event(self._folder / "tensorboard", tag, step, value)
+            except OSError as error:
+                self._curves_lost = True
+                self.say(f"warning: no more curves for TensorBoard ({error}); {LOG} has them")
+
+    def _add_event(self, folder: Path, tag: str, step: int, value: float) -> None:
+        """Append to this session's file at once: SummaryWriter's thread dies of a lost folder."""
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        event = Event(wall_time=time.time(), step=step)
+        event.summary.value.append(Summary.Value(tag=tag, simple_value=value))
+        if self._events is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._events = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
+        with self._events.open("ab") as stream:
+            if not stream.tell():
+                version = Event(wall_time=time.time(), file_version="brain.Event:2")
+                RecordWriter(stream).write(version.SerializeToString())
+            RecordWriter(stream).write(event.SerializeToString())
 
     def open_log(self) -> None:
         """Start to write the log, earlier lines first. Call it once the folder is locked."""
@@ -130,8 +147,6 @@ class Report(AbstractContextManager["Report"]):
 
     def __exit__(self, *_: object) -> None:
         self._end_bar()
-        if self._writer is not None:
-            self._writer.close()
 
 
 def _amount(value: float) -> str:
