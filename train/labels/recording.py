@@ -88,7 +88,7 @@ class RecordedLabels:
         fit, k = self.layout.codec.fit, self.layout.codec.k
         if fit is None or k is None:
             return None
-        basis = torch.empty(0)
+        basis = torch.empty(0, dtype=torch.float32)
         if self._recording is not None and self._recording.basis is not None:
             basis = torch.from_numpy(self._recording.basis)
         if self._world.any(bool(basis.isnan().any())):
