@@ -1,12 +1,16 @@
 """How a command ends: one JSON object as the last line of stdout, or one error line.
 
 Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse);
-130 interrupted; 143 terminated. Anything else is a bug and keeps its traceback.
+130 interrupted; 143 terminated; 141 when the reader of stdout has gone. Anything else is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 Parsed = TypeVar("Parsed")
 WIDEST_TABLE = 10_000  # columns, in a pipe
+NARROWEST = 40  # columns of a help text; below 6 tyro loops for ever, and fills the memory
 
 
 def print_error(line: str) -> None:
@@ -48,17 +53,23 @@ def run_command(
     `tell` prints the error line: when several processes run one command, only one prints it.
     """
     try:
-        with signals_kept():
-            result = _result(lambda: execute(_parse_in_one_line(commands, parse)))
+        try:
+            with signals_kept():
+                result = _result(lambda: execute(_parse_in_one_line(commands, parse)))
+            print(json.dumps(result))
+            return 0
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # As in `| head`: nobody reads. Python would write what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         message, code = str(error) or type(error).__name__, 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except Terminated:
         message, code = "terminated", 143
-    else:
-        print(json.dumps(result), flush=True)
-        return 0
     tell(f"{program}: error: {' '.join(message.split())}")
     return code
 
@@ -83,6 +94,8 @@ def _parse_in_one_line(commands: Mapping[str, type], parse: Callable[[], Parsed]
         if reason is not None:
             raise ValueError(f"{reason} (see {event.prog} --help)")
 
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     with _errors.on_parse_error(refuse):
         return parse()
 

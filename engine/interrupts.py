@@ -101,7 +101,7 @@ def _keep(number: int, frame: FrameType | None) -> None:
         stop()
     _came = number
     # The bare call: Thread.start takes locks that the interrupted code may hold.
-    _thread.start_new_thread(_send_again, (threading.main_thread().ident or 0, number))
+    _thread.start_new_thread(_send_again, (threading.get_ident(), number))
 
 
 def _send_again(thread: int, number: int) -> None:

@@ -34,7 +34,7 @@ from typing import Any
 from filelock import BaseFileLock
 
 from .bundle_key import BUNDLE_NAME, build_command, bundle_name, why_not
-from .durable import json_sha256, sync, take_lock, write_durably
+from .durable import cache_folder, json_sha256, sync, take_lock, write_durably
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -70,9 +70,7 @@ class Bundle:
 
 
 def default_bundles_folder() -> Path:
-    """$XDG_CACHE_HOME/patchbloom/bundles. Default for XDG_CACHE_HOME: ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "patchbloom" / "bundles"
+    return cache_folder() / "bundles"
 
 
 def bundles_option(bundles: Path) -> str:

@@ -18,6 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock
+from platformdirs import user_cache_path
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/patchbloom. Default for XDG_CACHE_HOME: ~/.cache.
+
+    Raises OSError where there is no home, as for a user of a container who is in no passwd file.
+    """
+    try:
+        return user_cache_path("patchbloom")
+    except RuntimeError as error:
+        raise OSError(
+            f"there is no home folder for a cache (HOME is not set, and user {os.getuid()} has "
+            "none): set XDG_CACHE_HOME to a folder that you may write to"
+        ) from error
 
 
 @contextmanager

@@ -106,5 +106,7 @@ def check_parity(reference: Reference, run: Callable[..., Tensor]) -> dict[str, 
     }
     if reference.graph == "decoder":
         squared = max(float(difference.square().mean()), 1e-20)
-        measured["psnr_db"] = 10 * float(torch.tensor(4.0 / squared).log10())  # images in [-1, 1]
+        measured["psnr_db"] = 10 * float(
+            torch.tensor(4.0 / squared, dtype=torch.float32).log10()
+        )  # images in [-1, 1]
     return measured

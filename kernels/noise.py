@@ -296,7 +296,7 @@ def uniform(
     require("samples_B", samples_B, dtype=torch.int64, shape=("B",))
     require_words(seed, draw, epoch)
     if out is None:
-        out = torch.empty(len(samples_B), count, device=samples_B.device)
+        out = torch.empty(len(samples_B), count, device=samples_B.device, dtype=torch.float32)
     require("out", out, dtype=torch.float32, shape=(len(samples_B), count), like=samples_B)
     noise_into(out, samples_B, signed(seed, 64), int(draw), epoch, False)
     return out

@@ -44,9 +44,9 @@ def _normalisation(
     mean_C: tuple[float, ...], std_C: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, shift) for values in [-1, 1], cached on the device: no copy inside a step."""
-    scale = torch.tensor([0.5 / std for std in std_C], device=device)
+    scale = torch.tensor([0.5 / std for std in std_C], device=device, dtype=torch.float32)
     shift = [(0.5 - mean) / std for mean, std in zip(mean_C, std_C, strict=True)]
-    return scale, torch.tensor(shift, device=device)
+    return scale, torch.tensor(shift, device=device, dtype=torch.float32)
 
 
 def _sampling_grid(

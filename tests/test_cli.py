@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -240,3 +241,33 @@ def test_labels_that_are_not_to_be_stored_are_not(train: Command, tmp_path: Path
     for codec in ("topk", "pca"):
         error = train(*options, "--codec", codec).error
         assert f"--labels online stores none, so --codec {codec} has no use" in error
+
+
+@pytest.mark.parametrize("words", ["engine list", "engine --help", "train --help"])
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(words: str, tmp_path: Path) -> None:
+    """As `| head` does."""
+    program, *more = words.split()
+    script = f"import sys\nfrom patchbloom.{program}.cli import main\nsys.exit(main({more}))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    with os.fdopen(writer, "wb") as gone:
+        ended = subprocess.run(
+            [sys.executable, "-c", script], stdout=gone, stderr=subprocess.PIPE, env=environment
+        )
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("columns", [1, 4, 5])
+def test_a_narrow_terminal_gets_its_help(columns: int) -> None:
+    """Given these widths, tyro loops until the memory is full."""
+    script = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (20, 20))\n"
+        "from patchbloom.train.cli import main\n"
+        "main(['--help'])"
+    )
+    environment = os.environ | {"COLUMNS": str(columns)}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
+    assert ended.returncode == 0
+    assert b"--overwrite" in ended.stdout

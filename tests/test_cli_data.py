@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_cases import SMALL, Command
+from patchbloom.engine.cli import main as engine
+from patchbloom.export.bundle import default_bundles_folder
 from patchbloom.export.durable import file_sha256
 from patchbloom.train.data import folder
 from patchbloom.train.data.shapes import write_shapes
@@ -286,3 +288,31 @@ def test_the_generated_set_is_written_once(
     (written,) = (tmp_path / "cache" / "patchbloom").iterdir()
     assert len(list(written.glob("train/*/*.jpg"))) == 50
     assert len(list(written.glob("val/*/*.jpg"))) == 10
+
+
+def test_a_user_without_a_home_is_told_what_to_set(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """As in a container that runs under a number without a passwd entry."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 9)
+    error = train("--data", "shapes", "--out", tmp_path / "run").error
+    assert engine(["list"]) == 2
+    for told in (error, capsys.readouterr().err):
+        assert "HOME is not set, and user 2147483639 has none" in told
+        assert "set XDG_CACHE_HOME to a folder that you may write to" in told
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_bundles_folder() == tmp_path / "patchbloom" / "bundles"
+
+
+def test_a_home_that_cannot_be_written_is_told(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/proc")
+    error = train("--data", "shapes", "--out", tmp_path / "run").error
+    assert "the generated set cannot be written to /proc/.cache/patchbloom/shapes-" in error
+    assert "set XDG_CACHE_HOME to a folder that you may write to" in error
+    assert "Errno" not in error
+    assert default_bundles_folder() == Path("/proc/.cache/patchbloom/bundles")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from import_direction import violations
+from import_direction import ROOMS, ROOT, violations
 
 HEAVY = ("torch", "tensorrt", "transformers", "diffusers", "onnxruntime", "nvidia.dali")
 
@@ -138,3 +139,27 @@ def test_a_path_that_is_not_there_is_told_before_heavy_imports(
     (line,) = run.stderr.splitlines()
     assert line.startswith(f"{command.split()[0]}: error: {told.format(**places)}")
     assert run.stdout == "HEAVY []\n"
+
+
+FLOATS = {"zeros", "ones", "empty", "full", "tensor", "linspace", "rand", "randn", "eye"}
+
+
+def without_dtype(source: str) -> list[int]:
+    """Lines of calls as torch.zeros(…) whose result has the default dtype, which users change."""
+    found = []
+    for call in ast.walk(ast.parse(source)):
+        match call:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)):
+                floats = any(isinstance(getattr(arg, "value", 0), float) for arg in call.args)
+                named = {keyword.arg for keyword in call.keywords} & {"dtype", "out"}
+                if not named and (name in FLOATS or (name == "arange" and floats)):
+                    found.append(call.lineno)
+    return found
+
+
+def test_no_tensor_takes_the_default_dtype() -> None:
+    """Except in export's graphs, whose bytes are part of every engine's key."""
+    assert without_dtype("torch.zeros(1)\ntorch.arange(3)\ntorch.arange(0, 1.0)") == [1, 3]
+    keyed = {*ROOT.glob("export/to_*.py"), ROOT / "export/modules.py", ROOT / "export/graphs.py"}
+    files = {path for room in ROOMS for path in (ROOT / room).rglob("*.py")} - keyed
+    assert {str(path): at for path in files if (at := without_dtype(path.read_text()))} == {}

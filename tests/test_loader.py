@@ -409,3 +409,15 @@ def test_a_lightning_trainer_fits_from_it(loader, tmp_path: Path) -> None:
     assert trainer.global_step == EPOCHS * len(loader)
     assert sorted(set(student.seen)) == list(range(EPOCHS + 1))
     assert not any(map(torch.equal, before, student.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_users_default_dtype_changes_nothing(coreset: Coreset, dtype: torch.dtype) -> None:
+    with ExpandedLoader(coreset, batch=BATCH, device="cpu") as plain:
+        expected = _epoch(plain)
+    torch.set_default_dtype(dtype)
+    try:
+        with ExpandedLoader(coreset, batch=BATCH, device="cpu") as loader:
+            assert _same(_epoch(loader), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

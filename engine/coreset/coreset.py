@@ -91,7 +91,9 @@ class Coreset:
     @property
     def labels_N(self) -> Tensor:
         """The class index of every patch, int64 [N], non-decreasing."""
-        counts = torch.tensor([entry["patches"] for entry in self.manifest["classes"]])
+        counts = torch.tensor(
+            [entry["patches"] for entry in self.manifest["classes"]], dtype=torch.int64
+        )
         return torch.arange(len(counts)).repeat_interleave(counts)
 
     @property
@@ -211,7 +213,9 @@ def write_coreset(
     """
     folder, size_px = Path(folder), settings["image_size_px"]
     patches = torch.as_tensor(patches_NHWC)
-    doped = torch.empty(0, size_px, size_px, 3).byte() if doped_DHWC is None else doped_DHWC
+    doped = (
+        torch.empty(0, size_px, size_px, 3, dtype=torch.uint8) if doped_DHWC is None else doped_DHWC
+    )
     check_class_ids(class_ids)
     each = settings.get("generated", settings["ipc"] * settings["factor"] ** 2)
     doped_each = len(doped) // len(class_ids)

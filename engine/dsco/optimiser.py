@@ -188,7 +188,9 @@ class NoiseOptimiser:
         `classes_M` are the images' classes, int64.
         """
         expander, schedule = self._expander, self._schedule
-        timestep_1 = torch.tensor([schedule.timesteps[step]], device=self._device)
+        timestep_1 = torch.tensor(
+            [schedule.timesteps[step]], device=self._device, dtype=torch.float32
+        )
         slope = schedule.sigmas_down[step] - schedule.sigmas[step]
 
         def call(plan: BatchPlan) -> Tensor:
@@ -205,7 +207,9 @@ class NoiseOptimiser:
     def _decode(self, latents_MCHW: Tensor, classes_M: np.ndarray) -> Tensor:
         """Decode the last states to images: fp32 [M, 3, H, W] in [-1, 1]."""
         expander, size_px = self._expander, self._expander.config.size_px
-        images_MCHW = torch.empty(len(classes_M), 3, size_px, size_px, device=self._device)
+        images_MCHW = torch.empty(
+            len(classes_M), 3, size_px, size_px, device=self._device, dtype=torch.float32
+        )
 
         def call(plan: BatchPlan) -> Tensor:
             return expander.backend.decode(latents_MCHW[torch.from_numpy(plan.samples_B)])

@@ -67,7 +67,7 @@ def _weights(
     shape: tuple[int, ...], seed: int, class_index: int, layer: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution."""
-    classes_1 = torch.tensor([class_index], device=device)
+    classes_1 = torch.tensor([class_index], device=device, dtype=torch.int64)
     u = uniform(seed, Draw.FEATURES, classes_1, layer, math.prod(shape) + shape[0])[0]
     values = (2 * u - 1) / math.sqrt(math.prod(shape[1:]))
     return values[: -shape[0]].view(shape), values[-shape[0] :].contiguous()
@@ -112,7 +112,7 @@ class Pivots:
     """
 
     def __init__(self, rows: int, columns: int = FEATURES, device: str | torch.device = "cpu"):
-        self._buffer_RF = torch.empty(rows, columns, device=device)
+        self._buffer_RF = torch.empty(rows, columns, device=device, dtype=torch.float32)
         self._filled = 0
         self._earlier_RF = self._buffer_RF[:0]
         self._count = 0

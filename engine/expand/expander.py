@@ -110,7 +110,8 @@ class Expander:
             self.model.scheduler_config(), steps=config.steps, rho=config.rho, start=config.start
         )
         self._timesteps_1 = [
-            torch.tensor([timestep], device=self._device) for timestep in self.schedule.timesteps
+            torch.tensor([timestep], device=self._device, dtype=torch.float32)
+            for timestep in self.schedule.timesteps
         ]
         quantiles_Q = mixup_quantiles(config.mixup_weight)
         self._quantiles_Q = None if quantiles_Q is None else quantiles_Q.to(self._device)
@@ -149,7 +150,9 @@ class Expander:
         means, [N, C, h, w]."""
         channels = self.latent_CHW[0]
         kept = channels if self.config.posterior == "mean" else 2 * channels
-        moments = torch.empty(len(patches_NHWC), kept, *self.latent_CHW[1:], device=self._device)
+        moments = torch.empty(
+            len(patches_NHWC), kept, *self.latent_CHW[1:], device=self._device, dtype=torch.float32
+        )
         for first in range(0, len(patches_NHWC), self.spec.batch):
             rows = torch.arange(first, first + self.spec.batch).clamp_(max=len(patches_NHWC) - 1)
             images_BCHW = upsample_patches(patches_NHWC[rows].to(self._device), self.config.size_px)
@@ -165,7 +168,7 @@ class Expander:
         "noise" it is one row of zeros for all samples.
         """
         if self._moments is None:
-            return torch.zeros(1, *self.latent_CHW, device=self._device)
+            return torch.zeros(1, *self.latent_CHW, device=self._device, dtype=torch.float32)
         if self.config.posterior == "mean":
             return self._moments
         if self._bank_epoch is None or self._bank_epoch[0] != epoch:
@@ -189,7 +192,9 @@ class Expander:
                 f"samples must lie in [0, {len(self._labels_N)}), got {rows.min()} to {rows.max()}"
             )
         size_px = self.config.size_px
-        images = torch.empty(len(rows), 3, size_px, size_px, device=self._device)
+        images = torch.empty(
+            len(rows), 3, size_px, size_px, device=self._device, dtype=torch.float32
+        )
         self.in_batches(partial(self._expand_batch, epoch), rows, self._labels_N, images)
         self.require_numbers(images)
         return images

@@ -62,7 +62,9 @@ class PromptBank:
             self.capacity, _elements(parts, self.tokens), dtype=dtype, device=self._device
         )
         size = float(conditioning_px)
-        self._time_ids_6 = torch.tensor([size, size, 0, 0, size, size], device=self._device)
+        self._time_ids_6 = torch.tensor(
+            [size, size, 0, 0, size, size], device=self._device, dtype=torch.float32
+        )
         self._text: TextEmbeddings | None = text
         self._projector: PromptProjector | None = PromptProjector(parts.unet)
         self._rows: dict[int, int] = {}  # class → its row, in order of last use

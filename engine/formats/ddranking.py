@@ -128,7 +128,7 @@ def _plain(class_id: str) -> str:
 
 def _images(coreset: Coreset, classes: list[int]) -> torch.Tensor:
     """Each class's mosaics, then its doped images: uint8 [N, H, W, 3]."""
-    factor, order_K = coreset.settings["factor"], torch.tensor(classes)
+    factor, order_K = coreset.settings["factor"], torch.tensor(classes, dtype=torch.int64)
     patches_N = torch.arange(len(coreset.labels_N))
     patches_KMT = patches_N.reshape(len(classes), -1, factor**2)[order_K]
     made_NHWC = mosaic(coreset.patches(), patches_KMT.flatten(0, 1), factor)
@@ -148,6 +148,9 @@ def _images(coreset: Coreset, classes: list[int]) -> torch.Tensor:
 
 
 def _normalised(images_NHWC: torch.Tensor, dataset: str | None) -> torch.Tensor:
-    mean, std = (torch.tensor(v) for v in (_CIFAR if dataset in CIFAR_NAMES else _IMAGENET))
+    mean, std = (
+        torch.tensor(v, dtype=torch.float32)
+        for v in (_CIFAR if dataset in CIFAR_NAMES else _IMAGENET)
+    )
     images_NCHW = images_NHWC.permute(0, 3, 1, 2).float().contiguous().div_(255)
     return images_NCHW.sub_(mean[:, None, None]).div_(std[:, None, None])

@@ -35,7 +35,7 @@ class BestPatches:
         self.per_class, self.row = per_class, tuple(row)
         shape = (classes, per_class)
         self.rows_KN = torch.zeros((*shape, *row), dtype=dtype)
-        self.losses_KN = torch.full(shape, math.nan)
+        self.losses_KN = torch.full(shape, math.nan, dtype=torch.float32)
         self.source_index_KN = torch.full(shape, -1, dtype=torch.int64)
         self.boxes_KN4 = torch.zeros((*shape, 4), dtype=torch.int64)
         # Per class: (-key, -index, slot), so that the heap's first entry is the next to be dropped.

@@ -44,7 +44,7 @@ def check_network(
     with naming_option(option, name), torch.device("meta"):
         network = build_network(name, classes, size_px)
     try:
-        network(torch.empty(2, 3, shown_px, shown_px, device="meta"))
+        network(torch.empty(2, 3, shown_px, shown_px, device="meta", dtype=torch.float32))
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or ["it is made for one size"])[0]
         way_out = "give a larger --image-size" if shown_px == size_px else "give another --scoring"

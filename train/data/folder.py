@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ...engine.data.images import SUFFIXES, ImageSet, listed, open_image_set
-from ...export.durable import file_sha256
+from ...export.durable import cache_folder, file_sha256
 from ..run.checkpoint import CheckpointError, read_tensors, write_tensors
 from ..run.folder import RunError
 from ..run.progress import Report
@@ -34,12 +34,19 @@ def data_folder(data: str, shapes_per_class: int, report: Report) -> Path:
     """The folder that --data names; `shapes` is generated into the cache on first use."""
     if data != "shapes":
         return Path(data).expanduser()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchbloom"
-    folder = cache / f"shapes-{GENERATOR_VERSION}-{shapes_per_class}"
-    if not folder.is_dir():
-        report.say(f"data: writing the generated set to {folder}")
+    folder = cache_folder() / f"shapes-{GENERATOR_VERSION}-{shapes_per_class}"
     val_per_class = max(1, shapes_per_class // 5)
-    return write_shapes(folder, train_per_class=shapes_per_class, val_per_class=val_per_class)
+    try:
+        if not folder.is_dir():
+            report.say(f"data: writing the generated set to {folder}")
+        return write_shapes(folder, train_per_class=shapes_per_class, val_per_class=val_per_class)
+    except OSError as error:
+        if error.errno is None:  # a message of ours
+            raise
+        raise OSError(
+            f"the generated set cannot be written to {folder} ({os.strerror(error.errno)}): set "
+            "XDG_CACHE_HOME to a folder that you may write to"
+        ) from error
 
 
 def open_split(data: Path, split: Literal["train", "val"], report: Report) -> ImageSet:

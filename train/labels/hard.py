@@ -37,7 +37,7 @@ class HardLabels:
 
     def targets(self, samples_P: Tensor, epoch: int, views_PCHW: Tensor) -> SoftTargets:
         """fp16 logits [P, K] on the views' device."""
-        shares_PK = torch.zeros(len(samples_P), self._classes)
+        shares_PK = torch.zeros(len(samples_P), self._classes, dtype=torch.float32)
         own_P1 = self._labels_N[samples_P][:, None]
         shares_PK.scatter_(1, own_P1, 1.0)
         if self.config.cutmix:

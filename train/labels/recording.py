@@ -127,8 +127,7 @@ class RecordedLabels:
         fit, k = self.layout.codec.fit, self.layout.codec.k
         if fit is None or k is None:
             return None
-        basis = torch.empty(0)
-        sound = True
+        basis, sound = torch.empty(0, dtype=torch.float32), True
         if self._recording is not None and self._recording.basis is not None:
             basis = torch.from_numpy(self._recording.basis)
             sound = self._is_sound(BASIS, [self._recording.basis])

@@ -50,7 +50,9 @@ def optimise_images(making: Making, folder: Path) -> Made:
     world.barrier()  # groups may take hours; a gather of tensors times out before
     images_NSSC = world.all_gather_rows(_together([part["images"] for part in own]))
     losses_KS2 = world.all_gather_rows(_together([part["losses"] for part in own]))
-    order_K = torch.tensor([k for groups in dealt for group in groups for k in group]).argsort()
+    order_K = torch.tensor(
+        [k for groups in dealt for group in groups for k in group], dtype=torch.int64
+    ).argsort()
     by_class = images_NSSC.unflatten(0, (classes, -1))
     return Made(
         images_NHWC=by_class[order_K].flatten(0, 1),
@@ -65,7 +67,7 @@ def optimise_images(making: Making, folder: Path) -> Made:
 
 def _together(parts: list[Tensor]) -> Tensor:
     """One tensor; empty on a rank without a group."""
-    return torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32)
 
 
 def _made_or_kept(
@@ -89,7 +91,7 @@ def _made_or_kept(
         None if plan.dsco.data_free else real_images,
         lambda done: report.progress("dsco", round(group.start + done, 1), classes, "classes"),
     )
-    losses_KS2 = torch.tensor(made.losses)
+    losses_KS2 = torch.tensor(made.losses, dtype=torch.float32)
     tensors = {"images": as_stored(made.images_MCHW, plan.image_size), "losses": losses_KS2}
     write_checkpoint(path, tensors, {"config": config})
     before, after = losses_KS2.flatten(0, 1).mean(0).tolist()

@@ -44,7 +44,7 @@ def herded(making: Making) -> np.ndarray:
     teacher = making.teacher()
     batch = FORWARD_BATCH[teacher.device.type]
     own = share_of(np.arange(len(plan.train)), batch, world)
-    features_MD = torch.empty(len(own), teacher.classifier.in_features)
+    features_MD = torch.empty(len(own), teacher.classifier.in_features, dtype=torch.float32)
     done = 0
     for pixels_BHWC, _ in stream_whole(
         plan.train, own, plan.image_size, plan.device, batch=batch, threads=world.threads
@@ -71,7 +71,7 @@ def _make(making: Making, _: Path) -> Made:
     from .whole_images import read_whole, whole_settings
 
     plan, chosen = making.plan, herded(making)
-    images_NHWC = torch.empty(0)
+    images_NHWC = torch.empty(0, dtype=torch.float32)
     if making.world.leads:
         images_NHWC = read_whole(plan.train, chosen, plan.image_size, plan.device)
     return Made(

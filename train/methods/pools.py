@@ -64,7 +64,9 @@ def _shared(calls: Sequence[Tensor], work: Callable[[Tensor], Tensor], world: Wo
     """
     dealt = [calls[rank :: world.size] for rank in range(world.size)]
     own = dealt[world.rank]
-    received = world.all_gather_rows(work(torch.cat(list(own))) if own else torch.empty(0))
+    received = world.all_gather_rows(
+        work(torch.cat(list(own))) if own else torch.empty(0, dtype=torch.float32)
+    )
     positions = torch.cat([at for of_rank in dealt for at in of_rank]).to(received.device)
     rows = torch.empty_like(received)
     rows[positions] = received

@@ -102,7 +102,7 @@ def generate_rounds(
                 kept = {"images": images, "seconds": torch.tensor(taken_s, dtype=torch.float64)}
                 write_checkpoint(_path(folder, number), kept, {"config": config})
         else:
-            images, taken_s = found[number] if found else (torch.empty(0), 0.0)
+            images, taken_s = found[number] if found else (torch.empty(0, dtype=torch.float32), 0.0)
         rounds_KSSC.append(images)
         seconds.append(taken_s)
         if (budget_s := plan.budget_seconds) is None:
@@ -110,7 +110,11 @@ def generate_rounds(
         else:
             done_s, note = min(sum(seconds), budget_s), f"{len(seconds)} images per class"
             report.progress("t2i", done_s, budget_s, "s", note)
-    every = torch.stack(rounds_KSSC, dim=1).flatten(0, 1) if world.leads else torch.empty(0)
+    every = (
+        torch.stack(rounds_KSSC, dim=1).flatten(0, 1)
+        if world.leads
+        else torch.empty(0, dtype=torch.float32)
+    )
     return every, seconds
 
 

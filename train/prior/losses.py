@@ -54,7 +54,7 @@ def vae_loss(vae: AutoencoderKL, images_BCHW: Tensor, generator: torch.Generator
     channels = vae.config["latent_channels"]
     with torch.autocast(images_BCHW.device.type, torch.bfloat16):
         mean = vae.quant_conv(vae.encoder(images_BCHW))[:, :channels].float()  # pyright: ignore
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean.device)
         sample = vae.post_quant_conv(mean + POSTERIOR_STD * noise)  # pyright: ignore
         decoded = vae.decoder(sample).float()
     loss = l1_loss(decoded, images_BCHW) + 1e-4 * mean.square().mean()
@@ -114,7 +114,7 @@ class Denoising:
         device = self.sigmas_T.device
         rows_B = torch.randint(len(self.bank.labels_N), (self.batch,), generator=generator)
         latents, labels_B, time_ids_B6 = (column[rows_B.to(device)] for column in self.bank)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
+        noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(device)
         sigmas_B = self.sigmas_T[timesteps_B]
         states = latents + sigmas_B[:, None, None, None] * noise
         return Noisy(states, sigmas_B, timesteps_B, labels_B, time_ids_B6), noise
@@ -158,7 +158,9 @@ def predict(
 def denoiser_loss(unet: nn.Module, generator: torch.Generator, task: Denoising) -> Tensor:
     """Phase 2 on one drawn batch."""
     noisy, noise = task.draw(task.random_timesteps(generator), generator)
-    dropped = (torch.rand(task.batch, generator=generator) < 0.1).to(noise.device)
+    dropped = (torch.rand(task.batch, generator=generator, dtype=torch.float32) < 0.1).to(
+        noise.device
+    )
     prompts = torch.where(dropped, task.conditioning.empty, noisy.prompts_B)
     return task.error(unet, noisy._replace(prompts_B=prompts), noise)
 
@@ -264,13 +266,15 @@ def samples_of_class(
     draw = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=draw).to(device)
+        return torch.randn(like.shape, generator=draw, dtype=torch.float32).to(device)
 
     from_images = real_B4hw + low[0] * noise(real_B4hw)
     states = torch.cat([from_images, noise(real_B4hw) * visited.sigmas_S[0]])
-    prompts = torch.full((2 * count,), label, device=device)
+    prompts = torch.full((2 * count,), label, device=device, dtype=torch.int64)
     side = float(size_px)
-    ids = torch.tensor([side, side, 0, 0, side, side], device=device).repeat(2 * count, 1)
+    ids = torch.tensor([side, side, 0, 0, side, side], device=device, dtype=torch.float32).repeat(
+        2 * count, 1
+    )
     for k, (t, high, down) in enumerate(zip(*visited, strict=True)):
         first = count if k == 0 else 0
         part = states[first:]

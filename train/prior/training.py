@@ -106,7 +106,7 @@ class PriorTraining:
         def loss_of(vae: AutoencoderKL, generator: torch.Generator) -> Tensor:
             rows = torch.randint(len(self.pixels_NHWC), (batch,), generator=generator)
             images = self._images(rows)
-            if torch.rand((), generator=generator) < 0.5:
+            if torch.rand((), generator=generator, dtype=torch.float32) < 0.5:
                 images = images.flip(-1)
             return vae_loss(vae, images, generator)
 
@@ -139,7 +139,7 @@ class PriorTraining:
         latents, labels, time_ids = [], [], []
         for rows in torch.arange(len(self.labels_N)).split(256):
             images = self._images(rows)
-            whole = torch.tensor([size, size, 0.0, 0.0, size, size])
+            whole = torch.tensor([size, size, 0.0, 0.0, size, size], dtype=torch.float32)
             for view in (images, images.flip(-1)):
                 latents.append(self._encode(view))
                 time_ids.append(whole.repeat(len(rows), 1))
@@ -152,7 +152,7 @@ class PriorTraining:
                 view = student_input(images, boxes, flips, size, HALF_UNIT, HALF_UNIT)
                 latents.append(self._encode(view.contiguous()))
                 enlarged = size / side[:, None]
-                target = torch.full((len(rows), 2), float(size))
+                target = torch.full((len(rows), 2), float(size), dtype=torch.float32)
                 ids = [side[:, None], side[:, None], corner * enlarged, target]
                 time_ids.append(torch.cat(ids, dim=1))
             labels.append(self.labels_N[rows].repeat(2 + self.config.crops))

@@ -134,7 +134,7 @@ class Student:
         own_B = own_B if len(own_B) else rows_B[:1]
         parts = own_B.tensor_split(min(self.config.accumulate, len(own_B)))
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.device, dtype=torch.float32)
         for number, rows_b in enumerate(parts):
             with self._gradients_exchanged(number + 1 == len(parts)):
                 loss = self._loss(self._model, slot, rows_b)

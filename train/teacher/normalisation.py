@@ -33,7 +33,9 @@ class Normalisation:
         if other == self:
             return inputs_BCHW
         device = inputs_BCHW.device
-        other_mean, other_std = (torch.tensor(v, device=device) for v in (other.mean, other.std))
+        other_mean, other_std = (
+            torch.tensor(v, device=device, dtype=torch.float32) for v in (other.mean, other.std)
+        )
         scale, shift = self._affine(device)
         factor, offset = scale * other_std, scale * other_mean + shift
         return inputs_BCHW * factor[:, None, None] + offset[:, None, None]
@@ -43,7 +45,10 @@ class Normalisation:
         return tuple(round(255 * value) for value in self.mean)
 
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(values, device=device) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, device=device, dtype=torch.float32)
+            for values in (self.mean, self.std)
+        )
         return 1 / std, -mean / std
 
 

@@ -60,7 +60,11 @@ class Teacher:
         self.size_px, self.normalisation, self.accuracy = size_px, normalisation, accuracy
         self.device = torch.device(device)
         self.sha256 = weights_sha256(network.state_dict())
-        self.columns = None if columns is None else torch.tensor(columns, device=self.device)
+        self.columns = (
+            None
+            if columns is None
+            else torch.tensor(columns, device=self.device, dtype=torch.int64)
+        )
         network = network.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.network = network.eval().requires_grad_(False)
 

@@ -141,7 +141,7 @@ class _TeacherTraining:
         """One pass over the images in a new order; returns the mean loss."""
         config, steps = self.config, self.steps
         self.network.train()
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.device, dtype=torch.float32)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(config.seed + epoch)  # for dropout
             for step, (inputs_BCHW, labels_B) in enumerate(self._batches(epoch)):
