@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
-from ..run.checkpoint import read_tensors, write_tensors
+from ..run.checkpoint import read_tensors, restoring, write_tensors
 from .method import Made, Making
 from .shared import SharedImages
 from .source import Expansions, ImageSource, open_expander
@@ -124,7 +124,8 @@ def _kept_rounds(folder: Path, config: dict[str, Any]) -> list[tuple[Tensor, flo
         tensors, metadata = read_tensors(path)
         if metadata.get("config") != config:
             break
-        found.append((tensors["images"], tensors["seconds"].item()))
+        with restoring(path):
+            found.append((tensors["images"], tensors["seconds"].item()))
     return found
 
 

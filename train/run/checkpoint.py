@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ...export.documents import parse_json
 from ...export.durable import differences, full_disk_explained, replace_file
 
 Tensors = dict[str, Tensor]
@@ -41,12 +43,15 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """Tensors and metadata of a file; CheckpointError when it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            metadata = (file.metadata() or {}).get(METADATA, "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{path} is no weights file of ours, or is damaged ({error}): remove or replace it"
         ) from None
+    return tensors, parse_json(
+        metadata, str(path), CheckpointError, "remove or replace the file", dict[str, Any]
+    )
 
 
 class Checkpoints:
@@ -104,6 +109,20 @@ def require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
             f"{path} was begun with {key} = {was}, now it is {requested}: "
             "give the same options to resume, or begin anew in another folder"
         )
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Raises CheckpointError, which names `path`, when its content does not fit its use."""
+    try:
+        yield
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path} does not hold what is read from it ({reason}): remove or replace it"
+        ) from None
 
 
 def training_state(network: nn.Module, optimizer: torch.optim.Optimizer, prefix: str) -> Tensors:
