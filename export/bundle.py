@@ -32,8 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock
+from pydantic import BaseModel
 
-from .bundle_key import BUNDLE_NAME, build_command, bundle_name, why_not
+from .bundle_key import BUNDLE_NAME, BundleKey, build_command, bundle_name, why_not
+from .documents import Count, Finite, Inside, Sha256, check_document, read_json
 from .durable import cache_folder, json_sha256, sync, take_lock, write_durably
 
 SCHEMA = 1
@@ -47,6 +49,23 @@ _PATIENCE_S = 2.0  # between two progress lines; SDXL-Turbo's 5 GB take 3 to 10 
 
 class BundleError(OSError):
     """A bundle is damaged, does not match, or could not be built; the message says what to do."""
+
+
+class _File(BaseModel):
+    bytes: Count
+    sha256: Sha256
+
+
+class _Report(BaseModel):
+    model: str | None = None
+    built_at: str | None = None
+    seconds: Finite = 0.0
+
+
+class _Manifest(BaseModel):
+    key: BundleKey
+    report: _Report
+    files: dict[Inside, _File]
 
 
 @dataclass(frozen=True)
@@ -236,19 +255,21 @@ def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a bundle's manifest and verify its hash; read no other file.
 
-    Raises BundleError when it is missing or was changed.
+    Raises BundleError when it is missing or was changed, or a field is not of its type.
     """
     remedy = f"remove it with `{remove_command(folder)}`, and it is built again"
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(path, BundleError, remedy)
         recorded = manifest.pop("content_sha256")
         intact = manifest["schema"] == SCHEMA and json_sha256(manifest) == recorded
     except FileNotFoundError as error:
         raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; {remedy}") from error
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (KeyError, AttributeError, TypeError, ValueError):
         intact, manifest, recorded = False, {}, None
     if not intact:
-        raise BundleError(f"{folder / MANIFEST} was changed after the build: {remedy}")
+        raise BundleError(f"{path} was changed after the build: {remedy}")
+    check_document(manifest, str(path), BundleError, remedy, _Manifest)
     return {**manifest, "content_sha256": recorded}
 
 

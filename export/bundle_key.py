@@ -13,11 +13,31 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
+from .documents import Positive
 from .durable import json_sha256
 
 BUNDLE_NAME = re.compile(r"[^.].*-\d+px-\d+x\d+-[0-9a-f]{12}")
 """Names that bundle_name makes; other folders are neither listed nor removed."""
 GRAPHS_ONLY = "onnx"
+
+
+class BundleKey(BaseModel):
+    """The fields of every version's keys that commands read."""
+
+    model: str
+    weights: str
+    backend: str
+    device: str
+    precision: str
+    size_px: Positive
+    batch: Positive
+    images_per_prompt: Positive
+    weights_sha256: str = ""
+    exported_for: str = ""
+    gpu: str | None = None
+    libraries: dict[str, str] = {}
 
 
 def bundle_name(key: Mapping[str, Any]) -> str:

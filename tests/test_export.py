@@ -177,7 +177,7 @@ def test_damage_is_named(tmp_path: Path):
     with pytest.raises(BundleError, match=r"manifest\.json was changed"):
         open_bundle(folder)
     manifest.write_text("{")
-    with pytest.raises(BundleError, match=r"manifest\.json was changed"):
+    with pytest.raises(BundleError, match=r"manifest\.json is not valid JSON"):
         open_bundle(folder)
     manifest.unlink()
     with pytest.raises(BundleError, match="is no bundle"):

@@ -162,7 +162,8 @@ def _measure_parity(bundle: Bundle) -> dict[str, Any]:
 
     Raises BundleError when it does not fit this machine, or its model is gone or has changed.
     """
-    key, name = bundle.key, bundle.manifest["report"]["model"]
+    key = bundle.key
+    name = bundle.manifest["report"].get("model") or key["model"]
     rebuild = build_command(key, name, bundles_option(bundle.folder.parent))
     if differences := misfit(key):
         raise BundleError(

@@ -120,21 +120,18 @@ class Coreset:
         return self._images(DOPED, self.settings["image_size_px"])
 
     def _images(self, kind: str, size_px: int) -> Tensor:
-        """CoresetError for a file of another size or mode."""
+        """CoresetError for a file that is no PNG, or of another size or mode."""
         names = [
             name
             for entry in self.manifest["classes"]
             for name in image_files(kind, entry["id"], entry.get(kind, 0))
         ]
-        pixels_NHWC = torch.empty((len(names), size_px, size_px, 3), dtype=torch.uint8)
+        if not names:
+            return torch.empty((0, size_px, size_px, 3), dtype=torch.uint8)
+        first_HWC = _read_png(self.folder / names[0], size_px)  # of a size that memory can hold
+        pixels_NHWC = torch.empty((len(names), *first_HWC.shape), dtype=torch.uint8)
         for row, name in enumerate(names):
-            with Image.open(self.folder / name) as image:
-                if image.mode != "RGB" or image.size != (size_px, size_px):
-                    raise CoresetError(
-                        f"{self.folder / name}: expected an RGB image of {size_px}×{size_px} px, "
-                        f"got {image.mode} {image.size[0]}×{image.size[1]}"
-                    )
-                pixels_NHWC[row] = torch.from_numpy(np.array(image))
+            pixels_NHWC[row] = torch.from_numpy(_read_png(self.folder / name, size_px))
         return pixels_NHWC
 
     def soft_labels(self) -> SoftLabels | None:
@@ -260,6 +257,17 @@ def _write_images(
         write_png(path, image_HWC)
         entries[name] = file_entry(path)
     return entries
+
+
+def _read_png(path: Path, size_px: int) -> np.ndarray:
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            found = f"{image.mode} {image.size[0]}×{image.size[1]}"
+            if image.mode == "RGB" and image.size == (size_px, size_px):
+                return np.array(image)
+    except Exception as error:  # Pillow raises half a dozen types, from SyntaxError to IndexError
+        raise CoresetError(f"{path} is no PNG, or is damaged ({error})") from None
+    raise CoresetError(f"{path}: expected an RGB image of {size_px}×{size_px} px, got {found}")
 
 
 def write_png(path: Path, image_HWC: np.ndarray) -> None:

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...export.documents import check_document, parse_json, read_json
 from ...export.durable import file_sha256, json_sha256
 from ..errors import CoresetError
+from .schema import Manifest
 
 SCHEMA = "patchbloom.coreset/1"
 SCHEMA_DOPED = "patchbloom.coreset/2"
@@ -95,15 +97,12 @@ def require_manifest(folder: Path) -> Path:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Parse and check `manifest.json`; says nothing yet about the other files.
 
-    Raises CoresetError when the folder is no coreset, the schema is another one, or any byte of the
-    manifest was changed after it was written.
+    Raises CoresetError when the folder is no coreset, the schema is another one, any byte of the
+    manifest was changed after it was written, or a field is not what schema.py says.
     """
     path = require_manifest(folder)
     raw = path.read_bytes()
-    try:
-        manifest = json.loads(raw)
-    except ValueError as error:
-        raise CoresetError(f"{path} is not valid JSON ({error}): {_AGAIN}") from None
+    manifest = parse_json(raw, str(path), CoresetError, _AGAIN)
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema not in (SCHEMA, SCHEMA_DOPED):
         raise CoresetError(
@@ -116,12 +115,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             and manifest["content_sha256"] == content_sha256(manifest)
             and manifest["provenance_sha256"] == json_sha256(manifest["provenance"])
         )
-        check_class_ids([entry["id"] for entry in manifest["classes"]])
-        intact = intact and sorted(expected_files(manifest)) == sorted(manifest["files"])
     except (KeyError, TypeError, ValueError) as error:
         raise CoresetError(f"{path} was changed after it was written ({error}): {_AGAIN}") from None
     if not intact:
         raise CoresetError(f"{path} was changed after it was written: {_AGAIN}")
+    check_document(manifest, str(path), CoresetError, _AGAIN, Manifest)
+    check_class_ids([entry["id"] for entry in manifest["classes"]])
+    if sorted(expected_files(manifest)) != sorted(manifest["files"]):
+        raise CoresetError(f"{path}: files: expected one for each image of its classes: {_AGAIN}")
     return manifest
 
 
@@ -171,7 +172,7 @@ def require_replaceable(
             f"{folder} is not empty: choose another --out, or --overwrite to replace {what}"
         )
     try:
-        written = json.loads((folder / mark).read_bytes())
+        written = read_json(folder / mark, CoresetError, _AGAIN)
         files = set(written["files"]) if written["schema"].startswith(schemas) else set()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         files = set()

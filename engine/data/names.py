@@ -15,6 +15,9 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from reprlib import repr as short
+
+from ...export.documents import parse_json
 
 _WORDNET_ID = re.compile(r"[nvars]\d{8}")
 
@@ -133,10 +136,9 @@ def _read_texts(option: str, path: Path, what: str) -> list[tuple[str, str]]:
     except UnicodeDecodeError:
         raise ValueError(f"{option} {path}: expected UTF-8 text") from None
     if text.lstrip().startswith("{"):
-        try:
-            pairs = json.loads(text, object_pairs_hook=list)  # a dict would keep the last of two
-        except ValueError as error:
-            raise ValueError(f"{option} {path}: expected a JSON object ({error})") from None
+        remedy = f"expected a JSON object, or lines 'id {what}'"
+        # Pairs: a dict would keep the last of two.
+        pairs = parse_json(text, f"{option} {path}", ValueError, remedy, pairs=list)
     else:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         pairs = [_split_line(f"{option} {path}", line, what) for line in lines]
@@ -144,7 +146,9 @@ def _read_texts(option: str, path: Path, what: str) -> list[tuple[str, str]]:
         raise ValueError(f"{option} {path}: it is empty: expected a {what} for one class or more")
     for class_id, value in pairs:
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{option} {path}: {class_id!r}: expected a {what}, got {value!r}")
+            raise ValueError(
+                f"{option} {path}: {class_id!r}: expected a {what}, got {short(value)}"
+            )
     return [(class_id, value.strip()) for class_id, value in pairs]
 
 
@@ -171,5 +175,5 @@ def _read_names(path: Path) -> dict[str, str]:
 def _split_line(place: str, line: str, what: str) -> tuple[str, str]:
     parts = line.split("\t", 1) if "\t" in line else line.split(None, 1)
     if len(parts) != 2:
-        raise ValueError(f"{place}: expected a line 'id {what}', got {line!r}")
+        raise ValueError(f"{place}: expected a line 'id {what}', got {short(line)}")
     return parts[0].strip(), parts[1].strip()

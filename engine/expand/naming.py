@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...export.documents import check_fields
 from ...export.models import ModelSource, resolve_vae_precision, weights_bytes, weights_sha256
 from ..config import ExpandConfig, parse_mixup_weight
 from ..coreset.coreset import Coreset
@@ -107,6 +108,8 @@ def named_model(coreset: Coreset) -> dict[str, Any]:
             f"{coreset.folder}: expected {missing[0]} in the model of its manifest, got none: "
             f"{AGAIN}"
         )
+    set_fields = {name: value for name, value in named.items() if value is not None}
+    check_fields(set_fields, ExpandConfig, f"{coreset.folder}: model", CoresetError, AGAIN)
     return named
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 MOST_CLASSES = 32256
 """Limit of any label file: this number marks a missing class in an int16 index."""
 COMPONENTS, MOST_COMPONENTS = 40, 256
+MOST_F16, MOST_F32 = 65504.0, (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Part:
     kind: str
     """The dtype as safetensors names it: F32, F16, I16 or I8."""
     shape: tuple[int, ...]
+    bounds: tuple[float, float]
+    """Least and largest number in it; every number is finite."""
     missing: float = math.nan
     """Value in a recording where an answer is missing; no answer contains it."""
     of_answers: bool = True
@@ -100,7 +103,7 @@ class Dense:
         pass
 
     def parts(self, classes: int) -> tuple[Part, ...]:
-        return (Part("logits", "F16", (classes,)),)
+        return (Part("logits", "F16", (classes,), (-MOST_F16, MOST_F16)),)
 
     def encode(self, logits_BK: Tensor, temperature: float, basis: Tensor | None) -> list[Tensor]:
         return [as_fp16(logits_BK)]
@@ -140,8 +143,9 @@ class TopK:
             )
 
     def parts(self, classes: int) -> tuple[Part, ...]:
-        probabilities = Part("probabilities", "F16", (self.k,))
-        return probabilities, Part("classes", "I16", (self.k,), missing=MOST_CLASSES)
+        probabilities = Part("probabilities", "F16", (self.k,), (0, 1))
+        indices = (0, classes - 1)
+        return probabilities, Part("classes", "I16", (self.k,), indices, missing=MOST_CLASSES)
 
     def encode(self, logits_BK: Tensor, temperature: float, basis: Tensor | None) -> list[Tensor]:
         return [*encode_topk(logits_BK.half(), k=self.k, temperature=temperature)]
@@ -184,8 +188,9 @@ class Pca:
             )
 
     def parts(self, classes: int) -> tuple[Part, ...]:
-        basis = Part("basis", "F32", (1 + self.k, classes), of_answers=False)
-        return basis, Part("codes", "I8", (self.k,), missing=-128)  # codes are -127..127
+        finite = (-MOST_F32, MOST_F32)
+        basis = Part("basis", "F32", (1 + self.k, classes), finite, of_answers=False)
+        return basis, Part("codes", "I8", (self.k,), (-127, 127), missing=-128)
 
     def fit(self, logits_MK: Tensor) -> tuple[Tensor, str]:
         from .basis import fit_and_test

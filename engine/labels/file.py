@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import CoresetError
 from .codecs import MOST_CLASSES, Codec, Part, describe_codec
@@ -140,6 +141,8 @@ class MappedParts:
                 self._placed.append((begin, part))
             else:
                 self.basis = flat.reshape(part.shape)
+                if not recording:
+                    _check_bounds(path, part, torch.from_numpy(self.basis.copy()))
             begin += part.bytes
 
     def read_ahead(self, epoch: int, rows_B: np.ndarray) -> None:
@@ -172,6 +175,14 @@ class MappedParts:
                 for array, (_, part) in zip(self.answers, self._placed, strict=True)
             )
         )
+
+    def check_values(self, rows_B: Sequence[Tensor]) -> None:
+        """Raises CoresetError for rows of the answers with a number that no answer has.
+
+        A sealed file may still hold anything, and kernels use a stored class as an address.
+        """
+        for rows, (_, part) in zip(rows_B, self._placed, strict=True):
+            _check_bounds(self.path, part, rows)
 
     def flush(self) -> None:
         """Write all changes to the disk."""
@@ -223,6 +234,17 @@ def _checked_header(path: Path, layout: LabelLayout) -> int:
                 f"{_AGAIN}"
             )
     return len(expected)
+
+
+def _check_bounds(path: Path, part: Part, values: Tensor) -> None:
+    if not values.numel():
+        return
+    found, (least, most) = torch.aminmax(values), part.bounds
+    if not (found.min.item() >= least and found.max.item() <= most):  # false for NaN as well
+        raise CoresetError(
+            f"{path}: expected {part.name} in {least:g}..{most:g}, found "
+            f"{found.min.item():g}..{found.max.item():g}: {_AGAIN}"
+        )
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -102,4 +102,7 @@ class SoftLabels:
     def _decoded(
         self, parts_B: Sequence[np.ndarray], device: torch.device | None = None
     ) -> SoftTargets:
-        return self.encoding.decode([torch.from_numpy(rows) for rows in parts_B], device)
+        """Every row is checked when it is read: a student reads each once per epoch."""
+        rows_B = [torch.from_numpy(rows) for rows in parts_B]
+        self._file.check_values(rows_B)
+        return self.encoding.decode(rows_B, device)

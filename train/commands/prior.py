@@ -5,7 +5,6 @@ It keeps all training images in memory as uint8: at most MOST_GIB.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ...engine.data.images import ImageSet, check_no_class_emptied, stream_cente
 from ...engine.data.names import display_names, doubtful_names
 from ...engine.expand.backends import resolve_device
 from ...engine.expand.prompts import class_prompts
+from ...export.documents import read_json
 from ...export.durable import differences, full_disk_explained, replace_json
 from ...export.models import ModelSource, weights_sha256
 from ..config import PriorConfig
@@ -64,7 +64,7 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
         "images": len(labels_N),
         "skipped": skipped,
         "classes": len(names),
-        "card": json.loads((folder / CARD).read_text()),
+        "card": read_json(folder / CARD, RunError, "give --overwrite to replace the model"),
     }
 
 
@@ -113,7 +113,8 @@ def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
             f"{WORK}/{SETTINGS}): give --overwrite to replace it, or choose another --out"
         )
     # An older version lacks newer options.
-    before = {**PriorConfig().as_dict(), **json.loads(record.read_text())}
+    told = read_json(record, RunError, "give --overwrite to begin anew", dict[str, Any])
+    before = {**PriorConfig().as_dict(), **told}
     unsaid = {"data": "other images in --data", "classes": "other --class-names"}
     for key, was, now in differences(before, settings):
         option = f"--{key.replace('_', '-')} {was}, now {now}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ import numpy as np
 
 from ...engine.console import print_table
 from ...engine.data.images import ImageSet, check_no_class_emptied, stream_center
+from ...export.documents import check_document, read_json
 from ...export.durable import full_disk_explained, replace_json
 from ..data.folder import check_content, images_sha256
 from ..options import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from ..plan import Plan
-from ..report.page import SUMMARY, accuracy_rows, write_report
+from ..report.page import SUMMARY, ReportError, Summary, accuracy_rows, write_report
 from ..report.pictures import draw_curves
 from ..report.summary import REAL, make_summary, provenance, rounded
 from ..run.folder import RunError, RunFolder, StageResult, check_out
@@ -67,7 +67,8 @@ def _write_settings(folder: Path, options: RunOptions, plan: Plan, line: str) ->
         config = {"options": asdict(options), **filled_in}
         replace_json(folder / CONFIG, config, default=str)
     path = folder / ENVIRONMENT
-    sessions = json.loads(path.read_bytes()) if path.is_file() else []
+    remedy = "remove it: a new one is begun"
+    sessions = read_json(path, RunError, remedy, list[Any]) if path.is_file() else []
     replace_json(path, [*sessions, provenance(line, plan.device)], default=str)
 
 
@@ -94,7 +95,7 @@ def _omit_damaged(plan: Plan, run: RunFolder, report: Report) -> tuple[Plan, dic
     check_images_per_class(remaining)
     for name in ("teacher", "coreset") if any(found.values()) else ():
         record = run.read(name)
-        if record is not None and record["config"]["--data"] == plan.data_sha256:
+        if record is not None and record["config"].get("--data") == plan.data_sha256:
             raise RunError(
                 f"the {name} stage of {run.folder} was run with images that --skip-corrupt leaves "
                 "out: start again with --overwrite, or choose another --out"
@@ -168,6 +169,7 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
         return StageResult(summary)
 
     summary = job.run.stage("report", {"students": students}, work, again=True)
+    check_document(summary, str(folder), ReportError, "start again with --overwrite", Summary)
     print_table([("method", "accuracy, %", "share of ceiling"), *accuracy_rows(summary)])
     first = ("accuracy", "ceiling", "share_of_ceiling", "seconds", "images_per_s", "bytes")
     return {

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...engine.dsco.optimiser import NoiseOptimiser
-from ..run.checkpoint import read_tensors, write_checkpoint
+from ..run.checkpoint import read_tensors, restoring, write_checkpoint
 from .dsco import dsco_settings
 from .method import Made, Making
 from .source import open_expander, stream_whole
@@ -80,7 +80,8 @@ def _made_or_kept(
     if path.is_file():
         tensors, metadata = read_tensors(path)
         if metadata.get("config") == config:
-            return tensors
+            with restoring(path):
+                return {name: tensors[name] for name in ("images", "losses")}
 
     def real_images(label: int) -> Iterator[tuple[Tensor, Tensor]]:
         of_class = np.flatnonzero(plan.train.labels == label)

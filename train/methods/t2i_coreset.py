@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
-from ..run.checkpoint import read_tensors, write_checkpoint
+from ..run.checkpoint import read_tensors, restoring, write_checkpoint
 from .method import Made, Making
 from .pools import SharedImages
 from .source import Expansions, ImageSource, open_expander
@@ -128,7 +128,8 @@ def _kept_rounds(folder: Path, config: dict[str, Any]) -> list[tuple[Tensor, flo
         tensors, metadata = read_tensors(path)
         if metadata.get("config") != config:
             break
-        found.append((tensors["images"], tensors["seconds"].item()))
+        with restoring(path):
+            found.append((tensors["images"], tensors["seconds"].item()))
     return found
 
 

@@ -14,10 +14,19 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
+from ...export.documents import Count, Finite, check_document
 from ..networks import set_learning_rate
-from ..run.checkpoint import read_tensors, restore_training, training_state, write_checkpoint
+from ..run.checkpoint import (
+    CheckpointError,
+    read_tensors,
+    restore_training,
+    restoring,
+    training_state,
+    write_checkpoint,
+)
 
 CHECKPOINT_EVERY_S = 120.0
 REPORT_EVERY, WARMUP = 100, 200  # steps
@@ -25,6 +34,12 @@ AVERAGE = "average."
 M = TypeVar("M", bound=nn.Module)
 LossOf = Callable[[M, torch.Generator], Tensor]
 """Draws a batch with the generator and returns the module's loss on it, a scalar."""
+
+
+class _Reached(BaseModel):
+    step: Count
+    seconds: Finite
+    losses: list[list[Finite]]
 
 
 class Phase(Generic[M]):
@@ -50,10 +65,12 @@ class Phase(Generic[M]):
 
     def _read(self) -> None:
         tensors, reached = read_tensors(self.checkpoint)
-        restore_training(self.module, self.optimiser, tensors, "")
-        self.average.load_state_dict(
-            {k.removeprefix(AVERAGE): v for k, v in tensors.items() if k.startswith(AVERAGE)}
-        )
+        check_document(reached, str(self.checkpoint), CheckpointError, "remove it", _Reached)
+        with restoring(self.checkpoint):
+            restore_training(self.module, self.optimiser, tensors, "")
+            self.average.load_state_dict(
+                {k.removeprefix(AVERAGE): v for k, v in tensors.items() if k.startswith(AVERAGE)}
+            )
         self.done, self.seconds = reached["step"], reached["seconds"]
         self.losses = reached["losses"]
 

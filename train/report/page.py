@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import AfterValidator, BaseModel, Field
 
+from ...export.documents import Count, Finite, read_json
 from ...export.durable import replace_file
 from ..run.folder import refuse_links
 
@@ -21,6 +22,60 @@ CAPTIONS = {
 }
 SIZES = ("without_labels", "labels", "with_labels", "generator", "with_generator")
 RENDERED = "rendered-*.png"  # one per method
+
+
+def _with_mean(accuracy: list[float | None]) -> list[float | None]:
+    if accuracy[0] is None:
+        raise ValueError("expected a mean and a standard deviation, found no mean")
+    return accuracy
+
+
+_Accuracy = Annotated[
+    list[Finite | None], Field(min_length=2, max_length=2), AfterValidator(_with_mean)
+]
+
+
+class ReportError(ValueError):
+    """A summary that cannot be reported: expected, found, what to do."""
+
+
+class _Teacher(BaseModel):
+    accuracy: Finite | None = None
+
+
+class _Data(BaseModel):
+    name: str
+    classes: Count
+    validation_images: Count
+
+
+class _Settings(BaseModel):
+    ipc: Any
+    factor: Any
+    patch_px: Any
+    image_size: Any
+    recipe: Any
+    student_steps: Any
+    seeds: Any
+
+
+class Summary(BaseModel):
+    """The fields of summary.json that the page and the command's result show."""
+
+    accuracy: dict[str, _Accuracy]
+    ceiling: _Accuracy | None
+    share_of_ceiling: dict[str, Finite]
+    seconds: dict[str, Finite]
+    images_per_s: dict[str, Finite | None]
+    evals_per_image: dict[str, Any]
+    bytes: dict[str, dict[str, Count | None]]
+    content_sha256: dict[str, str]
+    skipped_images: dict[str, Count]
+    teacher: _Teacher
+    data: _Data
+    settings: _Settings
+    notes: list[str]
+    provenance: dict[str, Any]
 
 
 def write_report(run: Path) -> dict[str, Any]:
@@ -35,7 +90,8 @@ def write_report(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{run} has no {SUMMARY}: give the folder of a finished run, or finish it with --resume"
         )
-    summary = json.loads(path.read_text())
+    remedy = "finish the run again with --resume"
+    summary = read_json(path, ReportError, remedy, Summary)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -10,7 +10,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ...export.documents import parse_json
 from ...export.durable import differences, full_disk_explained, json_sha256, replace_file
 
 Tensors = dict[str, Tensor]
@@ -51,16 +53,22 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            metadata = (file.metadata() or {}).get(METADATA, "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        expected = metadata.pop(SHA256, None)
-        if expected is not None and expected != _content_sha256(tensors, metadata):
-            raise ValueError("its content does not match its hash")
-        return tensors, metadata
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{path} is no weights file of ours, or is damaged ({error}): remove or replace it"
         ) from None
+    described = parse_json(
+        metadata, str(path), CheckpointError, "remove or replace the file", dict[str, Any]
+    )
+    expected = described.pop(SHA256, None)
+    if expected is not None and expected != _content_sha256(tensors, described):
+        raise CheckpointError(
+            f"{path} is no weights file of ours, or is damaged (its content does not match its "
+            "hash): remove or replace it"
+        )
+    return tensors, described
 
 
 def _content_sha256(tensors: Tensors, metadata: dict[str, Any]) -> str:
@@ -132,6 +140,20 @@ def require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
             f"{path} was begun with {key} = {was}, now it is {requested}: "
             "give the same options to resume, or begin anew in another folder"
         )
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Raises CheckpointError, which names `path`, when its content does not fit its use."""
+    try:
+        yield
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path} does not hold what is read from it ({reason}): remove or replace it"
+        ) from None
 
 
 def training_state(network: nn.Module, optimizer: torch.optim.Optimizer, prefix: str) -> Tensors:

@@ -22,11 +22,13 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from filelock import BaseFileLock
+from pydantic import BaseModel, Field
 
 from ...engine.interrupts import safe_point
+from ...export.documents import Finite, Inside, check_document, read_json
 from ...export.durable import (
     differences,
     file_sha256,
@@ -52,6 +54,50 @@ _OURS = re.compile(
 
 class RunError(ValueError):
     """A run folder that cannot be used: expected, found, what to do."""
+
+
+class _Begun(BaseModel):
+    config: dict[str, Any]
+    state: Literal["begun"]
+    seconds: Finite
+
+
+class _Done(_Begun):
+    state: Literal["done"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    result: dict[str, Any]
+    outputs: dict[Inside, str]
+
+
+class _Teacher(BaseModel):
+    sha256: str
+    accuracy: Finite | None
+    losses: list[Finite] = []
+
+
+class _Coreset(BaseModel):
+    patches_sha256: str
+    evals: Finite
+
+
+class _StudentsElsewhere(BaseModel):
+    accuracies: list[Finite] | None
+
+
+class _Students(BaseModel):
+    accuracies: list[Finite]
+    losses: list[list[Finite]]
+    images_per_s: Finite | None
+
+
+_Stage = Annotated[_Begun | _Done, Field(discriminator="state")]
+_RESULTS = {
+    "data": dict[str, list[str]],
+    "teacher": _Teacher,
+    "coreset": dict[str, _Coreset],
+    "student": _StudentsElsewhere,
+    "student-": _Students,
+}
+"""Shape of a stage's result by the begin of its name, as far as later stages read it."""
 
 
 @dataclass(frozen=True)
@@ -170,9 +216,19 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         return result
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """The content of a stage's file. None: it never began, or this is not rank 0."""
+        """The content of a stage's file. None: it never began, or this is not rank 0.
+
+        Raises RunError for a damaged file.
+        """
         path = self._file(name)
-        return json.loads(path.read_bytes()) if self.world.leads and path.is_file() else None
+        if not (self.world.leads and path.is_file()):
+            return None
+        remedy = f"remove it, and the {name} stage runs again, or start again with --overwrite"
+        record = read_json(path, RunError, remedy, _Stage)
+        result = _RESULTS.get("".join(name.partition("-")[:2]))
+        if record["state"] == "done" and result is not None:
+            check_document(record["result"], f"{path}, result", RunError, remedy, result)
+        return record
 
     @property
     def begun(self) -> bool:
@@ -183,10 +239,19 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """Wall-clock seconds of each finished stage, in the order in which they ended.
 
         Includes all sessions of a resumed stage, except those that were killed before they wrote.
+        A stage whose file is damaged is told and left out.
         """
         files = sorted((self.folder / STAGES).glob("*.json"), key=lambda path: path.stat().st_mtime)
-        records = {path.stem: json.loads(path.read_bytes()) for path in files}
-        return {name: each["seconds"] for name, each in records.items() if each["state"] == "done"}
+        seconds: dict[str, float] = {}
+        for path in files:
+            try:
+                record = self.read(path.stem)
+            except RunError as error:
+                self._report.say(f"damaged: {error}")
+                continue
+            if record is not None and record["state"] == "done":
+                seconds[path.stem] = record["seconds"]
+        return seconds
 
     def _file(self, name: str) -> Path:
         return self.folder / STAGES / f"{name}.json"
@@ -259,6 +324,6 @@ def _lock(folder: Path) -> BaseFileLock:
 
 def _is_run(mark: Path) -> bool:
     try:
-        return json.loads(mark.read_bytes())["schema"] == SCHEMA
+        return read_json(mark, RunError, "")["schema"] == SCHEMA
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import shlex
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ...engine.config import ExpandConfig
 from ...engine.coreset.coreset import Coreset
@@ -28,6 +30,7 @@ from ...engine.expand.naming import (
 )
 from ...engine.labels.stored import SoftLabels
 from ...export.config import BackendName, DeviceName
+from ...export.documents import check_document, check_fields
 from ...export.models import ModelError, ModelSource, Unavailable, find_model, weights_sha256
 from ..batching import engine_batch_for, together_in_engine
 from ..config import StudentConfig, pool_size
@@ -99,6 +102,8 @@ def _views(coreset: Coreset, labels: SoftLabels) -> dict[str, Any]:
             f"{coreset.folder}: expected what its labels are of in labels.settings.source and "
             f".views of its manifest, got {sorted(labels.settings) or 'nothing'}: {AGAIN}"
         )
+    recipe = labels.settings.get("student", {})
+    check_fields({**recipe, **views}, StudentConfig, str(coreset.folder), CoresetError, AGAIN)
     return {k: tuple(v) if isinstance(v, list) else v for k, v in views.items()}
 
 
@@ -168,7 +173,10 @@ def open_recorded_source(
 
 def _recorded_refresh(coreset: Coreset) -> float:
     labels = coreset.manifest["labels"] or {"settings": {}}
-    return labels["settings"].get("source", {}).get("refresh", 1.0)
+    refresh = labels["settings"].get("source", {}).get("refresh", 1.0)
+    share = Annotated[float, Field(gt=0, le=1)]
+    check_document(refresh, f"{coreset.folder}: refresh", CoresetError, AGAIN, share)
+    return refresh
 
 
 def _recorded_model(coreset: Coreset, given: str | None) -> ModelSource:

@@ -22,14 +22,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from ...engine.data.threads import single_threaded_workers
 from ...engine.expand.backends import resolve_device
 from ...engine.interrupts import signal_came, signals_deferred, stop
+from ...export.documents import Count, Finite, check_document
 from ..config import StudentConfig
 from ..labels.targets import Labels
 from ..methods.source import ImageSource
-from ..run.checkpoint import CheckpointError, Checkpoints, Tensors, read_tensors, require_same
+from ..run.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Tensors,
+    read_tensors,
+    require_same,
+    restoring,
+)
 from ..run.progress import Report
 from ..run.world import World
 from .ring import Ring
@@ -43,6 +52,18 @@ SLOTS = {"cpu": 4, "cuda": 2}
 """Most pools rendered before the students have learned from them. On a CPU three students on two
 cores then share twelve calls instead of three, whose last would leave a core idle; on a GPU one
 slot is filled while the other is used."""
+
+
+class _Student(BaseModel):
+    pool: Count
+    batch: Count
+    losses: list[Finite]
+    scaler: dict[str, Any]
+
+
+class _Reached(BaseModel):
+    config: dict[str, Any]
+    students: dict[str, _Student]
 
 
 class Lockstep:
@@ -211,11 +232,12 @@ class Lockstep:
             return
         path = self.checkpoints.folder / chosen
         tensors, metadata = read_tensors(path)
-        if "config" not in metadata:
-            raise CheckpointError(f"{path} is not a patchbloom checkpoint: remove it")
+        remedy = "it is not a patchbloom checkpoint: remove it"
+        check_document(metadata, str(path), CheckpointError, remedy, _Reached)
         require_same(path, metadata["config"], self.identity)
-        for student in self.students:
-            student.restore(tensors, metadata["students"][str(student.seed)])
+        with restoring(path):
+            for student in self.students:
+                student.restore(tensors, metadata["students"][str(student.seed)])
 
 
 def learning_rate(config: StudentConfig, epoch: int) -> float:

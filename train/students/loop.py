@@ -8,18 +8,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ...engine.data.images import ImageSet
+from ...export.documents import Finite, check_document
 from ..config import CHANGES_NO_RESULT, StudentConfig
 from ..labels.targets import Labels
 from ..labels.views import describe_views
 from ..methods.source import ImageSource
-from ..run.checkpoint import Checkpoints, read_tensors, require_same, write_tensors
+from ..run.checkpoint import CheckpointError, Checkpoints, read_tensors, require_same, write_tensors
 from ..run.progress import Report
 from ..run.world import ALONE, World
 from ..teacher.evaluation import accuracies
 from .lockstep import Lockstep
 
 SCHEMA = "patchbloom.student/1"
+
+
+class _Finished(BaseModel):
+    config: dict[str, Any]
+    seed: int
+    accuracy: Finite | None
+    losses: list[Finite]
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,8 @@ def _finished(
     def read() -> list[dict[str, Any]]:
         found = [read_tensors(path)[1] for path in paths]
         for path, metadata in zip(paths, found, strict=True):
-            require_same(path, metadata.get("config", {}), identity)
+            check_document(metadata, str(path), CheckpointError, "remove it", _Finished)
+            require_same(path, metadata["config"], identity)
         return found
 
     return [

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -24,6 +25,7 @@ from ...engine.data.names import imagenet_names
 from ...engine.expand.backends import resolve_device
 from ...engine.select.diversity import Diversity
 from ...engine.select.scores import TeacherFn
+from ...export.documents import AboveZero, Finite, Side, check_document
 from ...export.durable import file_sha256
 from ..config import TORCHVISION, Choice, Scoring, teacher_file
 from ..networks import build_network, torchvision_name
@@ -31,6 +33,7 @@ from ..run.checkpoint import (
     CheckpointError,
     Tensors,
     read_tensors,
+    restoring,
     weights_sha256,
     write_tensors,
 )
@@ -38,6 +41,20 @@ from .evaluation import FORWARD_BATCH
 from .normalisation import IMAGENET, Normalisation
 
 SCHEMA = "patchbloom.teacher/1"
+_THREE = Field(min_length=3, max_length=3)
+
+
+class _Normalisation(BaseModel):
+    mean: Annotated[list[Finite], _THREE]
+    std: Annotated[list[AboveZero], _THREE]
+
+
+class _Metadata(BaseModel):
+    architecture: str
+    class_ids: list[str]
+    size_px: Side
+    normalisation: _Normalisation
+    accuracy: Finite | None
 
 
 class Teacher:
@@ -221,15 +238,21 @@ def _own_teacher(path: Path, class_ids: Sequence[str], device: str) -> Teacher:
             f"{path} is not a file of `train teacher`: expected schema {SCHEMA}, "
             f"got {metadata.get('schema')}"
         )
+    check_document(metadata, f"teacher {path}", CheckpointError, "give another one", _Metadata)
     _require_classes(path, metadata["class_ids"], class_ids)
-    module = build_network(metadata["architecture"], len(class_ids), metadata["size_px"])
+    sizes = metadata["architecture"], len(class_ids), metadata["size_px"]
+    own = metadata["normalisation"]
+    with restoring(path), torch.device("meta"):  # where a network of absurd width takes no memory
+        spare = build_network(*sizes)
+    _load_state(path, spare, tensors, assign=True)
+    module = build_network(*sizes)
     _load_state(path, module, tensors)
     return Teacher(
         module,
         architecture=metadata["architecture"],
         class_ids=class_ids,
         size_px=metadata["size_px"],
-        normalisation=Normalisation(**{k: tuple(v) for k, v in metadata["normalisation"].items()}),
+        normalisation=Normalisation(tuple(own["mean"]), tuple(own["std"])),
         accuracy=metadata["accuracy"],
         device=device,
     )
@@ -272,9 +295,9 @@ def _state_dict_teacher(
     )
 
 
-def _load_state(path: Path, module: nn.Module, state: Tensors) -> None:
+def _load_state(path: Path, module: nn.Module, state: Tensors, assign: bool = False) -> None:
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         reasons = " ".join(str(error).split("\n\t")[1:2]) or str(error)
         raise CheckpointError(

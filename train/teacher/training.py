@@ -17,19 +17,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...engine.data.boxes import RandomResizedCrops
 from ...engine.data.images import ImageSet, check_same_classes, stream_crops
 from ...engine.expand.backends import resolve_device
+from ...export.documents import Count, Finite, check_document
 from ...kernels.noise import Draw, uniform_numpy
 from ..config import TeacherConfig, teacher_start
 from ..networks import adamw, build_network, set_learning_rate
 from ..run.checkpoint import (
+    CheckpointError,
     read_tensors,
     require_same,
     restore_training,
+    restoring,
     training_state,
     write_checkpoint,
 )
@@ -40,6 +44,12 @@ from .normalisation import IMAGENET
 from .teacher import Teacher, load_teacher
 
 TEACHER, CHECKPOINT = "teacher.safetensors", "checkpoint.safetensors"
+
+
+class _Reached(BaseModel):
+    config: dict[str, Any]
+    epoch: Count
+    losses: list[Finite]
 
 
 def train_teacher(
@@ -59,7 +69,7 @@ def train_teacher(
     identity = _identity(config, train_set)
     final = folder / TEACHER
     if final.is_file():
-        require_same(final, read_tensors(final)[1].get("config", {}), identity)
+        require_same(final, read_tensors(final)[1].get("config") or {}, identity)
         return load_teacher(str(final), train_set.class_ids, device=config.device)
     training = _TeacherTraining(train_set, config, folder / CHECKPOINT, identity)
     for epoch in range(training.epoch, config.epochs):
@@ -98,7 +108,10 @@ def measure(teacher: Teacher, val: ImageSet, world: World, report: Report) -> fl
 
 def training_losses(folder: Path) -> list[float]:
     """Mean cross-entropy of every epoch of the teacher in `folder`, in nats."""
-    return read_tensors(folder / TEACHER)[1]["losses"]
+    path = folder / TEACHER
+    metadata = read_tensors(path)[1]
+    check_document(metadata.get("losses"), str(path), CheckpointError, "remove it", list[Finite])
+    return metadata["losses"]
 
 
 def _identity(config: TeacherConfig, train_set: ImageSet) -> dict[str, Any]:
@@ -128,8 +141,10 @@ class _TeacherTraining:
         """Mean cross-entropy of each finished epoch."""
         if checkpoint.is_file():
             tensors, metadata = read_tensors(checkpoint)
+            check_document(metadata, str(checkpoint), CheckpointError, "remove it", _Reached)
             require_same(checkpoint, metadata["config"], identity)
-            restore_training(self.network, self.optimizer, tensors, "")
+            with restoring(checkpoint):
+                restore_training(self.network, self.optimizer, tensors, "")
             self.epoch, self.losses = metadata["epoch"], metadata["losses"]
 
     def save(self, epoch: int) -> None:
