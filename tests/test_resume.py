@@ -166,13 +166,13 @@ def test_seconds_are_those_of_all_sessions_that_could_write(tmp_path: Path) -> N
 
     with Report() as record:
         with RunFolder(tmp_path, record) as run, pytest.raises(KeyboardInterrupt):
-            run.stage("teacher", {}, stopped)
-        told = json.loads((tmp_path / "stages" / "teacher.json").read_text())
+            run.stage("work", {}, stopped)
+        told = json.loads((tmp_path / "stages" / "work.json").read_text())
         assert told == {"config": {}, "state": "begun", "seconds": told["seconds"]}
         assert told["seconds"] >= 0.2
         with RunFolder(tmp_path, record) as run:
-            run.stage("teacher", {}, lambda: StageResult({}))
-            assert run.seconds()["teacher"] >= told["seconds"]
+            run.stage("work", {}, lambda: StageResult({}))
+            assert run.seconds()["work"] >= told["seconds"]
 
 
 def test_a_report_is_made_again_of_more_students_and_other_stages_refuse(tmp_path: Path) -> None:

@@ -64,8 +64,9 @@ def _write_settings(folder: Path, options: RunOptions, plan: Plan, line: str) ->
     """
     if not (folder / CONFIG).is_file():
         filled_in = {kind: asdict(getattr(plan, kind)) for kind in ("teacher", "student", "expand")}
-        config = {"options": asdict(options), **filled_in}
-        replace_json(folder / CONFIG, config, default=str)
+        given = asdict(options)
+        del given["start_timeout"]  # belongs to one start, not to the run
+        replace_json(folder / CONFIG, {"options": given, **filled_in}, default=str)
     path = folder / ENVIRONMENT
     remedy = "remove it: a new one is begun"
     sessions = read_json(path, RunError, remedy, list[Any]) if path.is_file() else []
