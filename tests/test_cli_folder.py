@@ -75,7 +75,7 @@ def test_another_process_at_work_in_the_folder(
 
 
 def start_twice(folder: Path, trials: int) -> list[list[str]]:
-    """What two processes are told that start at one moment, in one fresh folder per trial."""
+    """Messages of two processes that start at one moment, in one fresh folder per trial."""
     context = multiprocessing.get_context("fork")
     together, told = context.Barrier(2), [context.SimpleQueue() for _ in range(2)]
 

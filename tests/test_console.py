@@ -1,4 +1,4 @@
-"""What a terminal is sent: names from folders and manifests are escaped."""
+"""Names from folders and manifests are escaped before a terminal gets them."""
 
 from __future__ import annotations
 

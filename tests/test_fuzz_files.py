@@ -31,7 +31,7 @@ KEPT = 3
 
 
 def new_coreset(folder: Path, codec: str) -> Coreset:
-    """Of one image per class; labels of two epochs."""
+    """A coreset with one image per class and labels of two epochs."""
     logits = 4 * torch.randn(2, len(IDS), len(IDS), generator=torch.Generator().manual_seed(1))
     return write_labelled(
         folder,
@@ -86,7 +86,7 @@ def test_labels(tmp_path: Path, codec: str, examples: int | None) -> None:
 
 
 def learn_from(coreset: Coreset) -> None:
-    """What is not refused is finite, and names classes that there are."""
+    """Labels that are not refused are finite and name existing classes."""
     labels = coreset.soft_labels()
     assert labels is not None
     labels.recognised(0)

@@ -44,7 +44,7 @@ def store(bundles: Path) -> Bundle:
 
 
 def commands(message: object) -> list[str]:
-    """What it prints between backticks."""
+    """Its parts between backticks."""
     return re.findall("`(.*?)`", str(message))
 
 

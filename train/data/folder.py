@@ -110,7 +110,7 @@ def check_content(folder: Path, sets: Sequence[ImageSet], report: Report, *, beg
 
 
 def _stat(path: str) -> os.stat_result:
-    """Of the file, or of a link that leads nowhere."""
+    """Status of the file, or of the link itself if it leads nowhere."""
     try:
         return os.stat(path)
     except OSError:
@@ -118,7 +118,7 @@ def _stat(path: str) -> os.stat_result:
 
 
 def _sha256(path: str) -> list[int]:
-    """Of a regular file, or of no bytes: a special file may never end."""
+    """Hash of a regular file; of no bytes for a special file, which may never end."""
     digest = file_sha256(Path(path)) if os.path.isfile(path) else hashlib.sha256().hexdigest()
     return list(bytes.fromhex(digest))
 
