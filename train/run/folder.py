@@ -239,7 +239,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """Wall-clock seconds of each finished stage, in the order in which they ended.
 
         Includes all sessions of a resumed stage, except those that were killed before they wrote.
-        A stage whose file is damaged is told and left out.
+        Reports a stage whose file is damaged, and omits it.
         """
         files = sorted((self.folder / STAGES).glob("*.json"), key=lambda path: path.stat().st_mtime)
         seconds: dict[str, float] = {}
