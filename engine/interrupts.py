@@ -15,15 +15,26 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 3.0
 
-_came: int | None = None
-_deferred = _raised = False
+
+@dataclass
+class _Kept:
+    """The signals of one block, or of a process."""
+
+    came: int | None = None
+    deferred: bool = False
+    raised: bool = False
+    over: bool = False
+
+
+_kept = _Kept()
 
 
 class Terminated(BaseException):
@@ -39,19 +50,25 @@ def keep_signals() -> None:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Keep signals inside the block, unless they are kept already."""
-    global _came, _raised
+    """Keep signals inside the block, unless they are kept already.
+
+    The handlers from before get a signal that the block did not raise.
+    """
+    global _kept
     before = {number: signal.getsignal(number) for number in SIGNALS}
     if _keep in before.values() or not _in_main_thread():
         yield
         return
-    _handle_by(_keep)
+    kept = _kept = _Kept()
     try:
+        _handle_by(_keep)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _came, _raised = None, False
+        kept.over = True  # first: an exception among the next lines would leave our handlers
+        with ExitStack() as last:  # a restored handler may raise before the other is back
+            last.callback(_hand_on, kept)
+            for number, handler in before.items():
+                last.callback(signal.signal, number, handler)
 
 
 @contextmanager
@@ -60,30 +77,33 @@ def signals_deferred() -> Iterator[None]:
 
     The block looks at `signal_came`, ends in its own way, and calls `stop`. Also a decorator.
     """
-    global _deferred
     with signals_kept():
-        _deferred = True
+        _kept.deferred = True
         try:
             yield
         finally:
-            _deferred = False
+            _kept.deferred = False
 
 
 def signal_came() -> bool:
-    return _came is not None
+    return _kept.came is not None and not _kept.over
 
 
 def stop() -> NoReturn:
     """Raise what stands for the signal: KeyboardInterrupt or Terminated."""
-    global _raised
-    _raised = True
-    raise KeyboardInterrupt if _came == signal.SIGINT else Terminated
+    _kept.raised = True
+    raise KeyboardInterrupt if _kept.came == signal.SIGINT else Terminated
 
 
 def safe_point() -> None:
     """Raise KeyboardInterrupt or Terminated if a signal came: here nothing is lost by it."""
-    if signal_came() and not _deferred and _in_main_thread():
+    if signal_came() and not _kept.deferred and _in_main_thread():
         stop()
+
+
+def _hand_on(kept: _Kept) -> None:
+    if kept.came is not None and not kept.raised:
+        signal.raise_signal(kept.came)
 
 
 def _handle_by(handler: Any) -> None:
@@ -96,17 +116,19 @@ def _in_main_thread() -> bool:
 
 
 def _keep(number: int, frame: FrameType | None) -> None:
-    global _came
+    kept = _kept
     if signal_came():
         stop()
-    _came = number
-    # The bare call: Thread.start takes locks that the interrupted code may hold.
-    _thread.start_new_thread(_send_again, (threading.get_ident(), number))
+    if kept.came is None:
+        kept.came = number
+    if not kept.over:
+        # The bare call: Thread.start takes locks that the interrupted code may hold.
+        _thread.start_new_thread(_send_again, (threading.get_ident(), number, kept))
 
 
-def _send_again(thread: int, number: int) -> None:
+def _send_again(thread: int, number: int, kept: _Kept) -> None:
     time.sleep(GRACE_S)
-    if signal_came() and not (_deferred or _raised):
+    if not (kept.deferred or kept.raised or kept.over):
         signal.pthread_kill(thread, number)
 
 

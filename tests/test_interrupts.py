@@ -99,6 +99,51 @@ def test_without_a_safe_point_a_signal_ends_after_a_grace(monkeypatch: pytest.Mo
 
 
 @every_signal
+def test_a_signal_at_the_end_of_a_block_goes_to_the_former_handlers(
+    number: int, code: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our handler stayed once, with its signal, and every later command ended as interrupted."""
+    received: list[int] = []
+    restore, numbers = signal.signal, [number]
+
+    def send_first(*given: Any) -> Any:
+        if numbers:
+            send(numbers.pop())
+        return restore(*given)
+
+    former = {each: restore(each, lambda *got: received.append(got[0])) for each, *_ in ENDS}
+    ours = {each: signal.getsignal(each) for each in former}
+    try:
+        with interrupts.signals_kept():
+            monkeypatch.setattr(signal, "signal", send_first)
+        monkeypatch.undo()
+        assert {each: signal.getsignal(each) for each in former} == ours
+        assert received == [number]
+        assert run(lambda: None) == 0
+    finally:
+        for each, handler in former.items():
+            restore(each, handler)
+
+
+def test_two_signals_at_the_end_of_a_command_leave_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    restore = signal.signal
+
+    def send_first(*given: Any) -> Any:
+        send(signal.SIGINT)
+        return restore(*given)
+
+    def work() -> None:
+        send(signal.SIGINT)
+        monkeypatch.setattr(signal, "signal", send_first)
+
+    before = [signal.getsignal(each) for each, *_ in ENDS]
+    assert run(work) == 130
+    monkeypatch.undo()
+    assert [signal.getsignal(each) for each, *_ in ENDS] == before
+    assert run(lambda: None) == 0
+
+
+@every_signal
 def test_a_forked_worker_ends_at_a_signal(number: int, code: int, told: str) -> None:
     with interrupts.signals_kept():
         child = os.fork()
