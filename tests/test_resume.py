@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,7 @@ from run_processes import (
 )
 
 KILLS = 50
+DISK_STEP_KIB = 56
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,35 @@ def test_stopped_at_random_instants_and_resumed(
         finish(start(*given, *OPTIONS, "--out", out, "--resume"))
         assert outcome(out) == reference, f"stopped after {dies_s:.3f} s of {whole_s:.1f} s"
     print(f"{KILLS} of {KILLS} resumed to the same bytes; stopped in {stages_hit}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_disk_that_fills_at_every_size_and_resumed(
+    start: Start, given: tuple[str, ...], reference: dict[str, Any], tmp_path: Path
+) -> None:
+    """Runs on file systems of 4 KiB and up, each a larger one; then with space."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk), "-o"]
+    codes: list[int | None] = []
+    for size_kib in itertools.count(4, DISK_STEP_KIB):
+        if subprocess.run([*mount, f"size={size_kib}k"], capture_output=True).returncode:
+            pytest.skip("mounting a small file system takes more rights than this user has")
+        try:
+            process = start(*given, *OPTIONS, "--out", disk / "run")
+            process.join()
+            codes.append(process.exitcode)
+            assert process.exitcode in (0, 2)
+            subprocess.run([*mount, "remount,size=1g"], check=True)
+            finish(start(*given, *OPTIONS, "--out", disk / "run", "--resume"))
+            assert outcome(disk / "run") == reference, f"full at {size_kib} KiB"
+        finally:
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        if codes[-1] == 0:
+            break
+    print(f"full on {len(codes) - 1} disks of up to {size_kib - DISK_STEP_KIB} KiB, all resumed")
+    assert len(codes) > 20
 
 
 def test_stage_by_stage_is_the_same_as_all_at_once(
