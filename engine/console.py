@@ -1,14 +1,15 @@
 """How a command ends: one JSON object as the last line of stdout, or one error line.
 
-Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse);
-130 interrupted; 143 terminated; 141 when the reader of stdout has gone. Anything else is a bug and
-keeps its traceback.
+Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse, no
+room for temporary files); 130 interrupted; 143 terminated; 141 when the reader of stdout has gone.
+Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 Parsed = TypeVar("Parsed")
 WIDEST_TABLE = 10_000  # columns, in a pipe
 NARROWEST = 40  # columns of a help text; below 6 tyro loops for ever, and fills the memory
+_NO_TEMPORARY_FILES = re.compile(
+    "No space left on device|Disk quota exceeded|Cannot create temporary file|No usable "
+    "temporary directory|Error generating temporary directory|mz_zip error string: write"
+)
+"""How gcc, Python and torch's loader of engines say that they cannot write temporary files."""
 
 
 def print_error(line: str) -> None:
@@ -65,13 +71,31 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        message, code = str(error) or type(error).__name__, 2
+        message, code = _without_temporary_files(error) or str(error) or type(error).__name__, 2
+    except RuntimeError as error:
+        message, code = _without_temporary_files(error), 2
+        if message is None:
+            raise
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except Terminated:
         message, code = "terminated", 143
     tell(f"{program}: error: {' '.join(message.split())}")
     return code
+
+
+def _without_temporary_files(error: Exception) -> str | None:
+    """The line in a compiler's or a library's error that tells of temporary files, and a way out.
+
+    None for other errors, and for those of ours that name another folder.
+    """
+    lines = [line for line in str(error).splitlines() if _NO_TEMPORARY_FILES.search(line)]
+    if not lines or not isinstance(error, RuntimeError | FileNotFoundError):
+        return None
+    return (
+        f"temporary files cannot be written ({lines[0]}): free some space there, or choose another "
+        "folder with TMPDIR"
+    )
 
 
 def _result(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
