@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DCond
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .config import Precision, VaePrecision, Weights
 from .durable import file_sha256
@@ -48,6 +49,8 @@ _WEIGHTS = {
 _MOST_JSON_BYTES = 1 << 22  # SDXL's largest index of shards has 0.2 MB
 _MOST = 1 << 16  # in a configuration; CLIP's vocabulary has 49,408 tokens
 _MOST_LEVELS = 8  # of a VAE; SDXL's has 4
+_MOST_TENSORS = 1 << 13  # of a part, built in 3 s; SDXL's UNet has 1680
+_MOST_WEIGHTS = 1 << 32  # of a part; SDXL's UNet has 2.6e9
 
 
 class ModelError(ValueError):
@@ -84,7 +87,7 @@ class ModelSource:
 
     def trained_px(self) -> int:
         """Side of its training images: 512 for sdxl-turbo, 64 for sdxl-tiny."""
-        return self._unet_number("sample_size") * self.vae_factor()
+        return _number(self.part("unet") / "config.json", "sample_size") * self.vae_factor()
 
     def vae_factor(self) -> int:
         """Image side / latent side."""
@@ -99,19 +102,10 @@ class ModelSource:
 
     def text_widths(self) -> tuple[int, int]:
         """Widths of a token's embedding and of the pooled embedding, as the UNet takes them."""
-        pooled_and_times = self._unet_number("projection_class_embeddings_input_dim")
-        times = 6 * self._unet_number("addition_time_embed_dim")
-        return self._unet_number("cross_attention_dim"), pooled_and_times - times
-
-    def _unet_number(self, name: str) -> int:
-        path = self.part("unet") / "config.json"
-        value = _read_config(path).get(name)
-        if not isinstance(value, int) or value < 1:
-            raise ModelError(
-                f"{path}: expected a whole number as {name}, got {_short(value)}: give SDXL's "
-                "configuration of this UNet"
-            )
-        return value
+        unet = self.part("unet") / "config.json"
+        pooled_and_times = _number(unet, "projection_class_embeddings_input_dim")
+        times = 6 * _number(unet, "addition_time_embed_dim")
+        return _number(unet, "cross_attention_dim"), pooled_and_times - times
 
 
 @dataclass
@@ -164,6 +158,7 @@ def _check_parts(source: ModelSource) -> None:
     source.text_widths()
     _check_scheduler(source)
     if source.weights == "pretrained":
+        _check_text_widths(source)
         for part in _WEIGHTS:
             _weight_files(source, part)
 
@@ -181,6 +176,20 @@ def _check_scheduler(source: ModelSource) -> None:
         )
     with _naming(path):
         EulerAncestralDiscreteScheduler.from_config(config)
+
+
+def _check_text_widths(source: ModelSource) -> None:
+    """Raise ModelError for text encoders whose embeddings the UNet does not take."""
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    unet, first, second = (source.part(part) / "config.json" for part in parts)
+    made = _number(first, "hidden_size") + _number(second, "hidden_size")
+    pooled = _number(second, "projection_dim")
+    taken, pooled_taken = source.text_widths()
+    if (made, pooled) != (taken, pooled_taken):
+        raise ModelError(
+            f"{unet}: expected a UNet for embeddings of widths {made} and {pooled}, as {first} and "
+            f"{second} make them, got one for {taken} and {pooled_taken}: give parts of one model"
+        )
 
 
 def _needed_parts(source: ModelSource) -> tuple[str, ...]:
@@ -265,7 +274,7 @@ def _random(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, devic
     """
     before, path = torch.get_default_dtype(), source.part(part) / "config.json"
     config = _read_config(path)
-    with torch.random.fork_rng(), torch.device(device), _naming(path):
+    with torch.random.fork_rng(), torch.device(device), _naming(path), _limited():
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)
         try:
@@ -352,7 +361,8 @@ def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[A
     kind: Any = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
     tokenizer, path = load_tokenizer(source, part), source.part(part) / "config.json"
     config, tensors = _read_config(path), _read_tensors(source, part)
-    with _naming(path), _quiet_transformers():
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    with _naming(path), _limited(4 * stored), _quiet_transformers():  # each is registered twice
         encoder, found = cast(Any, kind).from_pretrained(
             None,
             config=CLIPTextConfig.from_dict(config),
@@ -370,6 +380,29 @@ def load_text_encoder(source: ModelSource, part: str, *, device: str) -> tuple[A
         mismatched=(name for name, *_ in found["mismatched_keys"]),
     )
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _limited(most_weights: int = _MOST_WEIGHTS) -> Iterator[None]:
+    """Raise ValueError in the block when a module grows beyond what its weights can be.
+
+    A configuration of a few bytes describes any number of layers, which take minutes to build.
+    """
+    tensors = weights = 0
+
+    def count(_module: Any, _name: str, parameter: Tensor) -> None:
+        nonlocal tensors, weights
+        tensors, weights = tensors + 1, weights + parameter.numel()
+        if tensors > _MOST_TENSORS or weights > most_weights:
+            raise ValueError(
+                f"expected at most {_MOST_TENSORS} tensors and {most_weights} weights, got more"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -464,6 +497,16 @@ def _read_json(path: Path, read_int: Callable[[str], int] = int) -> dict[str, An
         raise ModelError(f"{path}: expected JSON, got what is none ({error}): {way_out}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, got {_short(value)}: {way_out}")
+    return value
+
+
+def _number(path: Path, name: str) -> int:
+    value = _read_config(path).get(name)
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(
+            f"{path}: expected a whole number as {name}, got {_short(value)}: give SDXL's "
+            "configuration of this part"
+        )
     return value
 
 
