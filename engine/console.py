@@ -1,8 +1,8 @@
 """How a command ends: one JSON object as the last line of stdout, or one error line.
 
 Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse, no
-room for temporary files); 130 interrupted; 143 terminated; 141 when the reader of stdout has gone.
-Anything else is a bug and keeps its traceback.
+home, no room for temporary files); 130 interrupted; 143 terminated; 141 when the reader of stdout
+has gone. Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        message, code = _without_temporary_files(error) or str(error) or type(error).__name__, 2
+        message, code = _lack(error) or str(error) or type(error).__name__, 2
     except RuntimeError as error:
-        message, code = _without_temporary_files(error), 2
+        message, code = _lack(error), 2
         if message is None:
             raise
     except KeyboardInterrupt:
@@ -84,13 +84,17 @@ def run_command(
     return code
 
 
-def _without_temporary_files(error: Exception) -> str | None:
-    """The line in a compiler's or a library's error that tells of temporary files, and a way out.
-
-    None for other errors, and for those of ours that name another folder.
-    """
+def _lack(error: Exception) -> str | None:
+    """One line for what this machine lacks, by a library's error; None for other errors."""
+    if not isinstance(error, RuntimeError | FileNotFoundError):
+        return None  # our own errors name the folder
+    if "Could not determine home directory" in str(error):  # Path.expanduser
+        return (
+            "a path begins with ~ for a home folder that is unknown (HOME is not set, and user "
+            f"{os.getuid()} has none; or ~NAME is no user): write the whole path"
+        )
     lines = [line for line in str(error).splitlines() if _NO_TEMPORARY_FILES.search(line)]
-    if not lines or not isinstance(error, RuntimeError | FileNotFoundError):
+    if not lines:
         return None
     return (
         f"temporary files cannot be written ({lines[0]}): free some space there, or choose another "
