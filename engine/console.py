@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tyro import _errors  # private: the version of tyro is pinned
 from tyro.extras import get_parser
 
+from ..export.terminal import say, visible
 from .interrupts import Terminated, safe_point, signals_kept
 
 if TYPE_CHECKING:
@@ -35,23 +36,12 @@ _NO_TEMPORARY_FILES = re.compile(
 """How gcc, Python and torch's loader of engines say that they cannot write temporary files."""
 
 
-def print_error(line: str) -> None:
-    """Print an error line on stderr."""
-    print(visible(line), file=sys.stderr, flush=True)
-
-
-def visible(text: str) -> str:
-    """`text` with its control and other unprintable characters escaped: names come from folders and
-    manifests of others, and a terminal obeys what it is sent."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def run_command(
     program: str,
     commands: Mapping[str, type],
     parse: Callable[[], Parsed],
     execute: Callable[[Parsed], dict[str, Any]],
-    tell: Callable[[str], None] = print_error,
+    tell: Callable[[str], None] = say,
 ) -> int:
     """Parse, execute, print the result as one line of JSON; returns the exit code.
 
@@ -80,7 +70,7 @@ def run_command(
         message, code = "interrupted", 130
     except Terminated:
         message, code = "terminated", 143
-    tell(f"{program}: error: {' '.join(message.split())}")
+    tell(visible(f"{program}: error: {' '.join(message.split())}"))
     return code
 
 

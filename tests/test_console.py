@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from patchbloom.engine.console import print_error, print_fields, print_table, run_command, visible
+from patchbloom.engine.console import print_fields, print_table, run_command
+from patchbloom.export.terminal import say, visible
 
 HOSTILE = "cat\x1b]0;owned\x07\x1b[2J\x9b31m\u202egpj\udcff\nline"
 
@@ -19,7 +20,7 @@ HOSTILE = "cat\x1b]0;owned\x07\x1b[2J\x9b31m\u202egpj\udcff\nline"
     [
         lambda: print_fields({"classes": {"a": HOSTILE, HOSTILE: "b"}, "name": HOSTILE}),
         lambda: print_table([["class", "n"], [HOSTILE, "1"]]),
-        lambda: print_error(f"engine: error: {HOSTILE}"),
+        lambda: say(f"engine: error: {HOSTILE}"),
     ],
     ids=["fields", "table", "error"],
 )
@@ -30,6 +31,18 @@ def test_names_do_not_reach_a_terminal_as_commands(
     told = "".join(capsys.readouterr())
     assert "\\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\u202egpj\\udcff\\nline" in told
     assert told.replace("\n", "").isprintable()
+
+
+def refuse() -> None:
+    raise ValueError(HOSTILE)
+
+
+def test_no_process_prints_an_error_with_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Under torchrun another function prints it."""
+    told: list[str] = []
+    assert run_command("train", {}, refuse, lambda _: {}, told.append) == 2
+    assert "\\x1b]0;owned" in told[0]
+    assert told[0].isprintable()
 
 
 def test_what_is_printable_stays() -> None:

@@ -77,6 +77,18 @@ def test_a_damaged_engines_hint_spares_its_namesake(bundles: Path, damage: str) 
     assert store(bundles).built
 
 
+def test_names_of_folders_are_escaped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    hostile = tmp_path / "b\x1b]0;owned\x07"
+    store(hostile)
+    told = [capfd.readouterr().err]
+    for arguments in (["list"], ["remove", "--all"]):
+        assert cli.main([*arguments, "--bundles", str(hostile)]) == 0
+        told.append(capfd.readouterr().out)
+    for each in told:
+        assert "\\x1b]0;owned\\x07" in each
+        assert "\x1b" not in each
+
+
 def test_the_default_folder_needs_no_option(bundles: Path) -> None:
     engine = store(default_bundles_folder())
     (engine.folder / "graph.onnx").unlink()
