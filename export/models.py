@@ -8,9 +8,8 @@ only, plain or fp16 variant. Nothing is unpickled; no remote code runs.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .config import Precision, VaePrecision, Weights
+from .documents import read_json
 from .durable import file_sha256
 from .hub import MODEL_REVISION, VAE_ID, VAE_REVISION, fetch_sdxl_turbo
 
@@ -223,7 +223,7 @@ def _weight_files(source: ModelSource, part: str) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names: plain names of safetensors beside it."""
-    listed = _read_json(index).get("weight_map")
+    listed = _read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ModelError(f"{index}: expected a weight_map from tensors to files, got none")
     for name in listed.values():
@@ -245,7 +245,7 @@ def resolve_vae_precision(
     """
     if vae_precision != "auto":
         return vae_precision
-    upcast = _read_json(source.part("vae") / "config.json").get("force_upcast", True)
+    upcast = _read_object(source.part("vae") / "config.json").get("force_upcast", True)
     return "fp32" if upcast and precision == "fp16" else precision
 
 
@@ -458,7 +458,7 @@ def seen_classes(folder: Path) -> tuple[str, ...] | None:
     card = folder / "model_card.json"
     if not card.is_file():
         return None
-    names = _read_json(card).get("class_names")
+    names = _read_object(card).get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(
             f"{card}: expected a list of names as class_names, got {_short(names)}: mend or remove "
@@ -469,7 +469,7 @@ def seen_classes(folder: Path) -> tuple[str, ...] | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """A part's configuration. Raises ModelError for quantised weights and huge numbers too."""
-    config = _read_json(path, _bounded)
+    config = _read_object(path, _MOST)
     if config.get("quantization_config") is not None:
         raise ModelError(
             f"{path}: expected plain weights, got a quantization_config: give the folder of the "
@@ -478,26 +478,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _bounded(digits: str) -> int:
-    if abs(number := int(digits)) > _MOST:
-        raise ValueError(f"a number of at most {_MOST} was expected, not {digits[:20]}")
-    return number
-
-
-def _read_json(path: Path, read_int: Callable[[str], int] = int) -> dict[str, Any]:
-    """The JSON object in a file. Raises ModelError, which names the file, for anything else."""
-    size_bytes, way_out = path.stat().st_size, "copy or download it again"
-    if size_bytes > _MOST_JSON_BYTES:
-        raise ModelError(
-            f"{path}: expected at most {_MOST_JSON_BYTES} bytes, got {size_bytes}: {way_out}"
-        )
-    try:
-        value = json.loads(path.read_bytes(), parse_int=read_int)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: expected JSON, got what is none ({error}): {way_out}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {_short(value)}: {way_out}")
-    return value
+def _read_object(path: Path, most: int | None = None) -> dict[str, Any]:
+    remedy = "copy or download it again"
+    bounds = {"most_bytes": _MOST_JSON_BYTES, "most": most}
+    return read_json(path, ModelError, remedy, dict[str, Any], **bounds)
 
 
 def _number(path: Path, name: str) -> int:
