@@ -6,11 +6,10 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
+from bundle_cases import KEY, fill
 from patchbloom.engine import cli
 from patchbloom.engine.builds.needs import Needs, check_room
 from patchbloom.export.bundle import (
@@ -23,24 +22,9 @@ from patchbloom.export.bundle import (
 )
 from patchbloom.export.config import EngineSpec
 
-KEY: Mapping[str, Any] = {
-    "backend": "ort",
-    "model": "m",
-    "weights": "pretrained",
-    "device": "cpu",
-    "precision": "fp32",
-    "size_px": 64,
-    "batch": 32,
-    "images_per_prompt": 8,
-}
-
 
 def store(bundles: Path) -> Bundle:
-    def build(folder: Path) -> dict[str, Any]:
-        (folder / "graph.onnx").write_bytes(b"0123456789")
-        return {}
-
-    return find_or_build(bundles, KEY, build)
+    return find_or_build(bundles, KEY, fill)
 
 
 def commands(message: object) -> list[str]:
