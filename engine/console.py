@@ -1,14 +1,15 @@
 """How a command ends: one JSON object as the last line of stdout, or one error line.
 
-Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse);
-130 interrupted; 143 terminated; 141 when the reader of stdout has gone. Anything else is a bug and
-keeps its traceback.
+Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse, no
+home, no room for temporary files); 130 interrupted; 143 terminated; 141 when the reader of stdout
+has gone. Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tyro import _errors  # private: the version of tyro is pinned
 from tyro.extras import get_parser
 
+from ..export.terminal import say, visible
 from .interrupts import Terminated, safe_point, signals_kept
 
 if TYPE_CHECKING:
@@ -27,17 +29,11 @@ if TYPE_CHECKING:
 Parsed = TypeVar("Parsed")
 WIDEST_TABLE = 10_000  # columns, in a pipe
 NARROWEST = 40  # columns of a help text; below 6 tyro loops for ever, and fills the memory
-
-
-def print_error(line: str) -> None:
-    """Print an error line on stderr."""
-    print(visible(line), file=sys.stderr, flush=True)
-
-
-def visible(text: str) -> str:
-    """`text` with its control and other unprintable characters escaped: names come from folders and
-    manifests of others, and a terminal obeys what it is sent."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+_NO_TEMPORARY_FILES = re.compile(
+    "No space left on device|Disk quota exceeded|Cannot create temporary file|No usable "
+    "temporary directory|Error generating temporary directory|mz_zip error string: write"
+)
+"""How gcc, Python and torch's loader of engines say that they cannot write temporary files."""
 
 
 def run_command(
@@ -45,7 +41,7 @@ def run_command(
     commands: Mapping[str, type],
     parse: Callable[[], Parsed],
     execute: Callable[[Parsed], dict[str, Any]],
-    tell: Callable[[str], None] = print_error,
+    tell: Callable[[str], None] = say,
 ) -> int:
     """Parse, execute, print the result as one line of JSON; returns the exit code.
 
@@ -65,13 +61,35 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        message, code = str(error) or type(error).__name__, 2
+        message, code = _lack(error) or str(error) or type(error).__name__, 2
+    except RuntimeError as error:
+        message, code = _lack(error), 2
+        if message is None:
+            raise
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except Terminated:
         message, code = "terminated", 143
-    tell(f"{program}: error: {' '.join(message.split())}")
+    tell(visible(f"{program}: error: {' '.join(message.split())}"))
     return code
+
+
+def _lack(error: Exception) -> str | None:
+    """One line for what this machine lacks, by a library's error; None for other errors."""
+    if not isinstance(error, RuntimeError | FileNotFoundError):
+        return None  # our own errors name the folder
+    if "Could not determine home directory" in str(error):  # Path.expanduser
+        return (
+            "a path begins with ~ for a home folder that is unknown (HOME is not set, and user "
+            f"{os.getuid()} has none; or ~NAME is no user): write the whole path"
+        )
+    lines = [line for line in str(error).splitlines() if _NO_TEMPORARY_FILES.search(line)]
+    if not lines:
+        return None
+    return (
+        f"temporary files cannot be written ({lines[0]}): free some space there, or choose another "
+        "folder with TMPDIR"
+    )
 
 
 def _result(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ import os
 import shlex
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +36,7 @@ from pydantic import BaseModel
 from .bundle_key import BUNDLE_NAME, BundleKey, build_command, bundle_name, why_not
 from .documents import Count, Finite, Inside, Sha256, check_document, read_json
 from .durable import cache_folder, json_sha256, sync, take_lock, write_durably
+from .terminal import say
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -121,11 +121,6 @@ def _refuse_shared(*paths: Path) -> None:
             f"{path} {fault}, and who writes there can run code here: {remedy}choose another "
             "folder with --bundles"
         )
-
-
-def say(line: str) -> None:
-    """Print a line of progress on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def find_or_build(

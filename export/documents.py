@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from reprlib import repr as _found
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
@@ -39,10 +39,19 @@ Inside = Annotated[str, AfterValidator(_inside)]
 
 
 def read_json(
-    path: Path, error: Callable[[str], Exception], remedy: str, schema: Any = None
+    path: Path,
+    error: Callable[[str], Exception],
+    remedy: str,
+    schema: Any = None,
+    *,
+    most_bytes: int | None = None,
+    most: int | None = None,
 ) -> Any:
-    """The document in `path`. Raises `error` as parse_json does, OSError for an unreadable file."""
-    return parse_json(path.read_bytes(), str(path), error, remedy, schema)
+    """The document in `path`, of at most `most_bytes`. Raises `error` as parse_json does, OSError
+    for an unreadable file."""
+    if most_bytes is not None and (size_bytes := path.stat().st_size) > most_bytes:
+        raise error(f"{path}: expected at most {most_bytes} bytes, found {size_bytes}: {remedy}")
+    return parse_json(path.read_bytes(), str(path), error, remedy, schema, most=most)
 
 
 def parse_json(
@@ -52,15 +61,21 @@ def parse_json(
     remedy: str,
     schema: Any = None,
     pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    most: int | None = None,
 ) -> Any:
     """A document as json.loads reads it; `pairs` as its object_pairs_hook.
 
     Raises `error` with one line that begins with `place` and ends with `remedy`: for text that is
-    no JSON or no UTF-8, NaN or infinity, deep nesting, and a value that the schema refuses.
+    no JSON or no UTF-8, NaN or infinity, a whole number beyond `most`, deep nesting, and a value
+    that the schema refuses.
     """
     try:
         value = json.loads(
-            raw, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=pairs
+            raw,
+            parse_constant=_refuse,
+            parse_float=_finite,
+            parse_int=None if most is None else partial(_whole, most),
+            object_pairs_hook=pairs,
         )
         _check_nesting(value)
     except (ValueError, RecursionError) as reason:
@@ -112,8 +127,13 @@ def _reason(refused: ValidationError | OverflowError) -> str:
     return f"{where}: {said}" if where else said
 
 
-def _refuse(constant: str) -> float:
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"it holds {constant}")
+
+
+def _whole(most: int, digits: str) -> int:
+    number = int(digits)
+    return number if abs(number) <= most else _refuse(f"{digits[:20]}, which is over {most}")
 
 
 def _finite(text: str) -> float:

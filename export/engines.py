@@ -24,7 +24,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from .bundle import Bundle, BundleError, Say, find_or_build, say
+from .bundle import Bundle, BundleError, Say, find_or_build
 from .bundle_key import GRAPHS_ONLY
 from .config import DEFAULT_OPSET, BackendName, EngineSpec, Precision
 from .graphs import Graph, make_graphs
@@ -39,6 +39,7 @@ from .models import (
     weights_sha256,
 )
 from .parity import Reference, check_parity, make_references
+from .terminal import say
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate|can't allocate", re.IGNORECASE)
 _ONNX_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")

@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from .bundle import say
+from .terminal import say
 
 MODEL_ID = "stabilityai/sdxl-turbo"
 MODEL_REVISION = "71153311d3dbb46851df1931d3ca6e939de83304"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import threading
@@ -17,6 +16,7 @@ import tensorrt as trt  # pyright: ignore[reportMissingImports]
 
 from .bundle import BundleError, Say
 from .config import EngineSpec
+from .durable import replace_file
 from .graphs import read_borders
 from .machine import gpu_identity
 
@@ -109,7 +109,7 @@ def build_plan(
     plan_bytes = bytes(plan)
     (folder / f"{name}.plan").write_bytes(plan_bytes)
     try:
-        _write_timing_cache(cache_path, cache)
+        replace_file(cache_path, bytes(cache.serialize()))
     except OSError as error:  # the plan is good without it
         say(f"the timing cache {cache_path} could not be kept: {error}")
     seconds = time.perf_counter() - began_s
@@ -156,15 +156,6 @@ def _read_timing_cache(path: Path, config: Any, say: Say) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
-
-
-def _write_timing_cache(path: Path, cache: Any) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(bytes(cache.serialize()))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

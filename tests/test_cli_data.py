@@ -306,6 +306,46 @@ def test_a_user_without_a_home_is_told_what_to_set(
     assert default_bundles_folder() == tmp_path / "patchbloom" / "bundles"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train --data ~/d --out OUT",
+        "train --data DATA --model ~/m --out OUT",
+        "train --data DATA --prompts ~/p --out OUT",
+        "train --data DATA --teacher ~/t.safetensors --out OUT",
+        "train --data DATA --bundles ~/b --out OUT",
+        "train student --coreset ~/c --out OUT",
+        "train verify --coreset ~/c --teacher t",
+        "train prior --data ~/d --out OUT",
+        "train --data ~no-such-user/d --out OUT",
+        "engine build --backend ort --model ~/m",
+        "engine list --bundles ~/b",
+        "engine list --bundles ~no-such-user/b",
+    ],
+)
+def test_a_path_in_an_unknown_home_is_refused(
+    train: Command,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 9)
+    places = {"OUT": str(tmp_path / "run"), "DATA": str(shapes)}
+    program, *arguments = (places.get(word, word) for word in line.split())
+    if program == "engine":
+        assert engine(arguments) == 2
+        told = capsys.readouterr().err.rstrip().splitlines()[-1]
+    else:
+        told = train(*arguments).error
+    assert "a path begins with ~ for a home folder that is unknown" in told
+    assert told.endswith("write the whole path")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_home_that_cannot_be_written_is_told(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

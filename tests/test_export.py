@@ -17,6 +17,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from bundle_cases import KEY, fill
 from patchbloom.export import to_ort
 from patchbloom.export.bundle import BundleError, bundle_name, find_or_build, open_bundle
 from patchbloom.export.config import EngineSpec
@@ -27,19 +28,6 @@ from patchbloom.export.parity import check_parity, make_reference
 from patchbloom.export.to_onnx import export_onnx
 from patchbloom.export.to_ort import OrtSession, cuda_settings, require
 from patchbloom.train.prior.model import new_parts
-
-KEY = {
-    "backend": "ort",
-    "model": "m",
-    "weights": "pretrained",
-    "device": "cpu",
-    "precision": "fp32",
-    "size_px": 64,
-    "batch": 32,
-    "images_per_prompt": 8,
-    "gpu": None,
-    "libraries": {"torch": "2.11"},
-}
 
 
 def small_parts(folder: Path) -> ModelParts:
@@ -134,12 +122,6 @@ def test_a_key_does_not_ask_how_onnxruntime_was_installed(monkeypatch: pytest.Mo
     assert key["libraries"]["onnxruntime"] == onnxruntime.__version__
 
 
-def fill(folder: Path) -> dict[str, Any]:
-    """Stands in for a build."""
-    (folder / "graph.onnx").write_bytes(b"0123456789")
-    return {"parity": {}}
-
-
 def test_a_bundle_is_built_once_and_then_found(tmp_path: Path):
     first = find_or_build(tmp_path, KEY, fill)
     assert first.built
@@ -147,7 +129,7 @@ def test_a_bundle_is_built_once_and_then_found(tmp_path: Path):
     second = find_or_build(tmp_path, KEY, fail)
     assert not second.built
     assert second.manifest == first.manifest
-    other = KEY | {"libraries": {"torch": "2.12"}}
+    other = {**KEY, "libraries": {"torch": "2.12"}}
     assert bundle_name(other) != bundle_name(KEY)
     assert find_or_build(tmp_path, other, fill).built
 
@@ -191,7 +173,7 @@ def test_damage_is_named(tmp_path: Path):
 def test_another_key_is_never_loaded(tmp_path: Path, field: str, value: Any):
     folder = find_or_build(tmp_path, KEY, fill).folder
     with pytest.raises(BundleError, match=f"was built for {field}"):
-        open_bundle(folder, KEY | {field: value})
+        open_bundle(folder, {**KEY, field: value})
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path):

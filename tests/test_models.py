@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -318,6 +319,47 @@ def test_a_wrong_value_of_a_configuration_is_named(folder: Path, part: str, chan
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("unet", {"layers_per_block": 65_536}),
+        ("unet", {"transformer_layers_per_block": 65_536}),
+        ("vae", {"layers_per_block": 65_536}),
+        ("text_encoder", {"num_hidden_layers": 65_536}),
+        ("text_encoder", {"intermediate_size": 65_536}),
+        ("text_encoder_2", {"vocab_size": 65_536, "max_position_embeddings": 65_536}),
+    ],
+)
+def test_a_huge_configuration_is_refused_while_it_is_built(folder: Path, part: str, changes: dict):
+    config = folder / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    started_s = time.perf_counter()
+    with pytest.raises(ModelError, match=f"{config} .*expected at most .* got more"):
+        load_all(folder)
+    assert time.perf_counter() - started_s < 30
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("text_encoder", "hidden_size"),
+        ("text_encoder_2", "hidden_size"),
+        ("text_encoder_2", "projection_dim"),
+        ("unet", "cross_attention_dim"),
+        ("unet", "projection_class_embeddings_input_dim"),
+    ],
+)
+def test_text_encoders_of_another_unet_are_refused(folder: Path, part: str, name: str):
+    config = folder / part / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {name: 2 * values[name]}))
+    with pytest.raises(ModelError, match=r"expected a UNet for embeddings of widths") as refused:
+        find_model(folder)
+    for named in ("unet", "text_encoder", "text_encoder_2"):
+        assert str(folder / named / "config.json") in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_configuration_cannot_name_a_hubs_code(folder: Path, no_network: list[object]):
     config = folder / "text_encoder" / "config.json"
     named = {"attn_implementation": "kernels-community/flash-attn2"}
@@ -331,7 +373,7 @@ def test_a_configuration_cannot_name_a_hubs_code(folder: Path, no_network: list[
 def test_a_card_without_class_names_is_named(folder: Path, card: str):
     path = folder / "model_card.json"
     path.write_text(card)
-    with pytest.raises(ModelError, match=f"^{path}: expected"):
+    with pytest.raises(ModelError, match=f"^{path}(: expected| is not valid JSON)"):
         unseen_classes(find_model(folder), ["disc"])
 
 

@@ -6,11 +6,10 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
+from bundle_cases import KEY, fill
 from patchbloom.engine import cli
 from patchbloom.engine.builds.needs import Needs, check_room
 from patchbloom.export.bundle import (
@@ -23,24 +22,9 @@ from patchbloom.export.bundle import (
 )
 from patchbloom.export.config import EngineSpec
 
-KEY: Mapping[str, Any] = {
-    "backend": "ort",
-    "model": "m",
-    "weights": "pretrained",
-    "device": "cpu",
-    "precision": "fp32",
-    "size_px": 64,
-    "batch": 32,
-    "images_per_prompt": 8,
-}
-
 
 def store(bundles: Path) -> Bundle:
-    def build(folder: Path) -> dict[str, Any]:
-        (folder / "graph.onnx").write_bytes(b"0123456789")
-        return {}
-
-    return find_or_build(bundles, KEY, build)
+    return find_or_build(bundles, KEY, fill)
 
 
 def commands(message: object) -> list[str]:
@@ -75,6 +59,18 @@ def test_a_damaged_engines_hint_spares_its_namesake(bundles: Path, damage: str) 
     assert find_bundles(bundles) == []
     assert open_bundle(healthy.folder)
     assert store(bundles).built
+
+
+def test_names_of_folders_are_escaped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    hostile = tmp_path / "b\x1b]0;owned\x07"
+    store(hostile)
+    told = [capfd.readouterr().err]
+    for arguments in (["list"], ["remove", "--all"]):
+        assert cli.main([*arguments, "--bundles", str(hostile)]) == 0
+        told.append(capfd.readouterr().out)
+    for each in told:
+        assert "\\x1b]0;owned\\x07" in each
+        assert "\x1b" not in each
 
 
 def test_the_default_folder_needs_no_option(bundles: Path) -> None:

@@ -442,6 +442,21 @@ def test_the_timing_cache_is_kept(tensorrt: FakeTensorRT, exported: Callable[...
     assert not list(folder.parent.glob("*.partial"))
 
 
+def test_the_timing_cache_is_written_through_no_link(
+    tensorrt: FakeTensorRT, exported: Callable[..., Any]
+):
+    folder, *_ = compiled(exported, [], batch=4, images_per_prompt=2)
+    (kept,) = folder.parent.glob(".tensorrt-*-cpu.timing")
+    victim = folder.parent / "victim"
+    victim.write_bytes(b"of another")
+    for name in (f"{kept.name}.partial", f"{kept.name}.{os.getpid()}.partial"):
+        kept.with_name(name).symlink_to(victim)
+    compiled(exported, [], batch=4, images_per_prompt=2)
+    assert victim.read_bytes() == b"of another"
+    assert kept.read_bytes() == b"timings"
+    assert not kept.is_symlink()
+
+
 def test_faults_are_told(
     tensorrt: FakeTensorRT, exported: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):

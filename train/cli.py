@@ -15,9 +15,10 @@ from typing import Any
 
 import tyro
 
-from ..engine.console import print_error, run_command
+from ..engine.console import run_command
 from ..engine.coreset.manifest import require_manifest
 from ..engine.data.names import require_text_file
+from ..export.terminal import say
 from .config import naming_option, require_network, teacher_file
 from .coreset_options import StudentElsewhere, TrainVerify
 from .options import STAGES, Command, RunOptions, Train, TrainPrior, TrainReport
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             STAGES,
             lambda: _parse(given),
             lambda command: _execute(command, given),
-            print_error if launch.size == 1 else _tell_once,
+            say if launch.size == 1 else _tell_once,
         )
 
 

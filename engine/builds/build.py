@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...export.bundle import Bundle, BundleError, bundles_option, open_bundle, say
+from ...export.bundle import Bundle, BundleError, bundles_option, open_bundle
 from ...export.bundle_key import GRAPHS_ONLY, build_command, bundle_name
 from ...export.config import BackendName, EngineSpec
 from ...export.engines import engine_key, open_engine, require_engine, verify_engine
@@ -19,6 +19,7 @@ from ...export.models import (
     load_parts,
     weights_sha256,
 )
+from ...export.terminal import say
 from ..expand.backends import choose_backend, require_backend, resolve_device
 from ..options import EngineBuild
 from .catalogue import misfit, spec_of

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...export.bundle import default_bundles_folder, find_bundles, named_bundle
+from ...export.terminal import visible
 from ..console import print_fields, print_table
 from ..options import (
     EngineBuild,
@@ -54,7 +55,8 @@ def _verify(command: EngineVerify, bundles: Path) -> dict[str, Any]:
 
     def show(result: dict[str, Any]) -> None:
         if not command.json:
-            print(f"{result['engine']}: {result['files']} files, {_mb(result['bytes'])}, all right")
+            name = visible(result["engine"])
+            print(f"{name}: {result['files']} files, {_mb(result['bytes'])}, all right")
             _show_parity(result["parity"])
 
     verified = []
@@ -67,13 +69,13 @@ def _verify(command: EngineVerify, bundles: Path) -> dict[str, Any]:
 
 def _show_build(result: dict[str, Any]) -> None:
     state = f"built in {result['seconds']:.0f} s" if result["built"] else "already built"
-    print(f"{result['engine']}: {state}, {_mb(result['bytes'])}")
+    print(f"{visible(result['engine'])}: {state}, {_mb(result['bytes'])}")
     _show_parity(result.get("parity"))
     if result["built"]:
         print(f"peak memory: host {_mb(result['peak_host_bytes'])}", end="")
         gpu_bytes = result.get("peak_gpu_bytes")
         print(f", GPU {_mb(gpu_bytes)}" if gpu_bytes else "")
-    print(f"in {result['folder']}")
+    print(f"in {visible(result['folder'])}")
 
 
 def _show_parity(parity: dict[str, dict[str, float]] | None) -> None:
@@ -102,13 +104,13 @@ def _show_list(result: dict[str, Any]) -> None:
         print_table(rows)
     count = len(rows) - 1
     print(f"{count or 'no'} engine{'' if count == 1 else 's'}, {_mb(result['bytes'])}", end="")
-    print(f", in {result['bundles']}")
+    print(f", in {visible(result['bundles'])}")
 
 
 def _show_removed(result: dict[str, Any]) -> None:
     for name in result["removed"]:
-        print(f"removed {name}")
-    print(f"{result['freed_bytes']:,} bytes freed in {result['bundles']}")
+        print(f"removed {visible(name)}")
+    print(f"{result['freed_bytes']:,} bytes freed in {visible(result['bundles'])}")
 
 
 def _mb(size_bytes: int) -> str:

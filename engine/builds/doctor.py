@@ -22,6 +22,7 @@ from ...export.machine import (
     free_host_bytes,
     gpu_memory_bytes,
 )
+from ...export.terminal import visible
 from ..console import print_table
 
 PROJECT = "patchbloom"
@@ -212,8 +213,8 @@ def _show_machine(found: dict[str, Any]) -> None:
     print(f"NVIDIA driver: {found['driver'] or 'none'}")
     print(f"host: {host['cores']} cores, {_gb(host['free_memory_bytes'])} GB of memory free")
     if found["free_disk_bytes"] is not None:
-        print(f"disk: {_gb(found['free_disk_bytes'])} GB free for {found['bundles']}")
-    print(f"C++ compiler, for inductor: {found['cxx'] or 'none; apt-get install g++'}")
+        print(f"disk: {_gb(found['free_disk_bytes'])} GB free for {visible(found['bundles'])}")
+    print(f"C++ compiler, for inductor: {visible(found['cxx'] or 'none; apt-get install g++')}")
     if found["sdxl_turbo_cached"] is not None:
         cached = "in the hub's cache" if found["sdxl_turbo_cached"] else "not downloaded (7 GB)"
         print(f"SDXL-Turbo's weights: {cached}")

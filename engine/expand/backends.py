@@ -12,13 +12,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ...export.bundle import Bundle, say
+from ...export.bundle import Bundle
 from ...export.config import BackendName, DeviceName, EngineSpec, Precision
 from ...export.engines import exporter, open_engine
 from ...export.machine import cxx_compiler
 from ...export.models import ModelParts, ModelSource, Unavailable
 from ...export.modules import Denoiser, LatentDecoder, LatentEncoder
 from ...export.parity import without_tf32
+from ...export.terminal import say
 
 
 class Backend(Protocol):

@@ -19,7 +19,6 @@ values of a prompt end to end.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection
 from threading import Lock
 
@@ -30,6 +29,7 @@ from torch import Tensor
 from ...export.machine import free_host_bytes, gpu_memory_bytes
 from ...export.models import ModelParts
 from ...export.modules import PromptProjector, key_value_slots
+from ...export.terminal import say
 from .prompts import TextEmbeddings
 
 GROUP = 8
@@ -193,12 +193,10 @@ def open_prompt_bank(
         parts, text, conditioning_px=conditioning_px, capacity=budget_bytes // row_bytes
     )
     if not bank.resident:
-        print(
+        say(
             f"prompts: keys and values of {bank.capacity} of {prompts} classes are kept "
             f"({bank.kept_bytes / 1e6:,.1f} MB), the others are computed on demand, for which "
-            f"{bank.weights_bytes / 1e6:,.1f} MB of the UNet's weights stay",
-            file=sys.stderr,
-            flush=True,
+            f"{bank.weights_bytes / 1e6:,.1f} MB of the UNet's weights stay"
         )
     return bank
 

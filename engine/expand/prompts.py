@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...export.models import TOKENS, ModelSource, load_text_encoder, load_tokenizer, seen_classes
+from ...export.configurations import seen_classes
+from ...export.models import TOKENS, ModelSource, load_text_encoder, load_tokenizer
 from ...kernels.noise import Draw, normal
 from ..config import TEMPLATE
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...engine.labels.codecs import kept_by_option
-from ...export.models import seen_classes
+from ...export.configurations import seen_classes
 from ..methods.registry import METHODS
 from ..plan import Plan
 from ..run.launch import read_launch

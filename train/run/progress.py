@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from ...engine.console import print_error, visible
 from ...engine.interrupts import safe_point
+from ...export.terminal import say, visible
 
 LOG = "log.jsonl"
 LINE_EVERY_S = 10.0  # between two lines of progress in a log
@@ -141,7 +141,7 @@ class Report(AbstractContextManager["Report"]):
         """One line for the user: a choice that was made, a warning."""
         self._write({"said": line})
         if self._bar is None:
-            print_error(line)
+            say(line)
         else:
             self._bar[1].console.print(visible(line), markup=False)
 
