@@ -1,8 +1,8 @@
 """How a command ends: one JSON object as the last line of stdout, or one error line.
 
-Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse);
-130 interrupted; 143 terminated; 141 when the reader of stdout has gone. Anything else is a bug and
-keeps its traceback.
+Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse) or
+full memory; 130 interrupted; 143 terminated; 141 when the reader of stdout has gone. Anything else
+is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tyro import _errors  # private: the version of tyro is pinned
 from tyro.extras import get_parser
 
+from ..export.machine import tells_full_memory
 from .interrupts import Terminated, safe_point, signals_kept
 
 if TYPE_CHECKING:
@@ -66,6 +67,11 @@ def run_command(
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         message, code = str(error) or type(error).__name__, 2
+    except (MemoryError, RuntimeError) as error:
+        if not tells_full_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        message, code = f"memory is full ({reason}): close what else uses it, or ask for less", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except Terminated:
