@@ -10,6 +10,8 @@ import pytest
 import torch
 from patchbloom.engine.console import run_command
 from patchbloom.engine.coreset.coreset import write_coreset
+from patchbloom.engine.data.images import InputError, open_image_set, stream_center
+from PIL import Image
 
 LEAVE = """
 import resource, sys
@@ -74,3 +76,44 @@ def test_a_command_tells_it_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train: error: memory is full (")
     assert line.endswith("): close what else uses it, or ask for less")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_an_image_that_memory_cannot_hold_is_named_and_never_skipped(
+    tmp_path: Path, kind: str
+) -> None:
+    """Also in a batch with a damaged file, which is skipped as ever."""
+    for folder in ("small", "all"):
+        (tmp_path / folder / "a").mkdir(parents=True)
+        Image.effect_noise((40, 40), 90).save(tmp_path / folder / "a" / "0.jpg")
+    whole = (tmp_path / "all" / "a" / "0.jpg").read_bytes()
+    (tmp_path / "all" / "a" / "1.jpg").write_bytes(whole[:-99])
+    large = tmp_path / "all" / "a" / f"2.{kind}"
+    Image.new("L", (8000, 8000)).save(large)  # 192 MB when decoded, a few hundred kB as a file
+    script = (
+        "from patchbloom.engine.data.images import open_image_set, stream_center\n"
+        "small, images = (open_image_set(folder, 'train') for folder in sys.argv[1:])\n"
+        "list(stream_center(small, size_px=16))\n"  # loads DALI
+        "stream = stream_center(images, size_px=16, skip_corrupt=True)\n"
+        "leave(110)\n"
+        "try:\n"
+        "    list(stream)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "print(stream.skipped)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)\n"
+        "print([batch.index_B.tolist() for batch in stream], stream.skipped)\n"
+    )
+    ended = with_little_memory(script, tmp_path / "small", tmp_path / "all")
+    told, *skipped = ended.stdout.splitlines()
+    assert told.startswith(f"memory is full, so {large} cannot be decoded: close what else")
+    assert skipped == ["[1]", "[[0, 2]] [1]"]
+
+
+def test_a_file_that_is_larger_than_memory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "0.jpg"
+    with path.open("wb") as stream:
+        stream.truncate(2**43)  # sparse
+    with pytest.raises(InputError, match=f"memory is full, so {path} cannot be decoded"):
+        list(stream_center(open_image_set(tmp_path, "train"), size_px=16, skip_corrupt=True))
