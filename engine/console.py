@@ -1,8 +1,8 @@
 """How a command ends: one JSON object as the last line of stdout, or one error line.
 
-Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse, no
-home, no room for temporary files); 130 interrupted; 143 terminated; 141 when the reader of stdout
-has gone. Anything else is a bug and keeps its traceback.
+Exit codes: 0 done; 2 unusable input (ValueError, OSError, a command line that does not parse), no
+home, full memory, no room for temporary files; 130 interrupted; 143 terminated; 141 when the reader
+of stdout has gone. Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tyro import _errors  # private: the version of tyro is pinned
 from tyro.extras import get_parser
 
+from ..export.machine import tells_full_memory
 from ..export.terminal import say, visible
 from .interrupts import Terminated, safe_point, signals_kept
 
@@ -62,7 +63,7 @@ def run_command(
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         message, code = _lack(error) or str(error) or type(error).__name__, 2
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         message, code = _lack(error), 2
         if message is None:
             raise
@@ -76,6 +77,9 @@ def run_command(
 
 def _lack(error: Exception) -> str | None:
     """One line for what this machine lacks, by a library's error; None for other errors."""
+    if isinstance(error, MemoryError | RuntimeError) and tells_full_memory(error):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"memory is full ({reason}): close what else uses it, or ask for less"
     if not isinstance(error, RuntimeError | FileNotFoundError):
         return None  # our own errors name the folder
     if "Could not determine home directory" in str(error):  # Path.expanduser

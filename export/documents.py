@@ -34,6 +34,7 @@ Side = Annotated[int, Field(ge=1, le=MOST_PX)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(min_length=0)]  # with a bound, pydantic refuses half a character
 Inside = Annotated[str, AfterValidator(_inside)]
 """A path relative to the document's folder that does not lead out of it."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from .bundle import Bundle, BundleError, Say, find_or_build
 from .bundle_key import GRAPHS_ONLY
 from .config import DEFAULT_OPSET, BackendName, EngineSpec, Precision
 from .graphs import Graph, make_graphs
-from .machine import PeakGpuMemory, gpu_identity, peak_host_bytes
+from .machine import PeakGpuMemory, gpu_identity, peak_host_bytes, tells_full_memory
 from .models import (
     TOKENS,
     ModelParts,
@@ -41,7 +40,6 @@ from .models import (
 from .parity import Reference, check_parity, make_references
 from .terminal import say
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate|can't allocate", re.IGNORECASE)
 _ONNX_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 _EXPORTERS = {"ort": "to_ort", "inductor": "to_inductor", "trt": "to_tensorrt"}
 _CODE = {
@@ -189,7 +187,7 @@ def _explain_full_memory() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        if not tells_full_memory(error):
             raise
         first_line = (str(error).splitlines() or [""])[0]
         raise Unavailable(

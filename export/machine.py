@@ -14,6 +14,11 @@ _INSTRUCTIONS = re.compile(
     r"s?sse|avx|fma|f16c|bmi|abm|popcnt|amx|sha|v?aes|v?pclmul|gfni|adx|movbe|movdir|"
     r"clflushopt|clwb|rdrand|rdseed|xsave|fsgsbase|asimd|sve|sme|i8mm|bf16|fphp|crc32|atomics"
 )
+_FULL_MEMORY = re.compile(
+    r"out of memory|failed to allocate|can't allocate|bad_alloc|can't start new thread|"
+    r"resource temporarily unavailable",  # no thread can start
+    re.IGNORECASE,
+)
 POLL_S = 0.02  # cuBLAS's and TensorRT's workspaces live longer than this
 
 
@@ -65,6 +70,11 @@ def gpu_memory_bytes() -> tuple[int, int]:
     import torch
 
     return torch.cuda.mem_get_info()
+
+
+def tells_full_memory(error: Exception) -> bool:
+    """Whether a library says by this error that the machine's memory, or a GPU's, is full."""
+    return isinstance(error, MemoryError) or bool(_FULL_MEMORY.search(str(error)))
 
 
 def free_host_bytes() -> int:

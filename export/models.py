@@ -132,6 +132,8 @@ def _check_parts(source: ModelSource) -> None:
                 f"{source.folder} is not a model in diffusers' SDXL layout: {path} is missing; "
                 "expected what StableDiffusionXLImg2ImgPipeline.save_pretrained writes"
             )
+        if path.suffix == ".json":  # the libraries that read it later do not name it
+            _read_json(path)
     source.trained_px()
     source.text_widths()
     check_scheduler(source.folder / "scheduler" / "scheduler_config.json")

@@ -27,6 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("--prompts", "star\n", "expected a line 'id prompt', got 'star'"),
         ("--prompts", '{"star": ""}', "'star': expected a prompt, got ''"),
+        ("--prompts", '{"star": "\\ud800"}', "'star': expected a prompt, got '\\ud800'"),
         ("--class-names", ALL + "star a sun\n", "'star' is named twice: keep one of them"),
         (
             *("--class-names", "".join(ALL.splitlines(keepends=True)[:-1])),

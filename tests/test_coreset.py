@@ -8,9 +8,11 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -625,3 +627,30 @@ def test_a_coreset_with_a_link_in_it_is_refused(tmp_path: Path, linked: str) -> 
     for verify in (True, False):
         with pytest.raises(CoresetError, match=f"{linked} is a symbolic link, and a coreset holds"):
             open_coreset(folder, verify=verify)
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A small PNG whose header claims this size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [claiming(20_000, 20_000), claiming(10_000, 10_000), claiming(8, 8)[:40], b""],
+    ids=["400 megapixels", "100 megapixels", "cut", "empty"],
+)
+def test_a_damaged_image_is_named_in_one_line(
+    tmp_path: Path, damaged: bytes, recwarn: pytest.WarningsRecorder
+) -> None:
+    _write(tmp_path / "c")
+    path = tmp_path / "c" / "patches" / "zebra" / "000000.png"
+    path.write_bytes(damaged)
+    with pytest.raises(CoresetError, match=f"^{path}.* make the coreset again") as caught:
+        open_coreset(tmp_path / "c", verify=False).patches()
+    assert "\n" not in str(caught.value)
+    assert not recwarn

@@ -78,6 +78,13 @@ def test_write_shapes_refuses_a_folder_of_something_else(tmp_path: Path) -> None
         shapes.write_shapes(tmp_path / "set", train_per_class=2, val_per_class=1)
 
 
+@pytest.mark.parametrize("damage", [b'{"seed": ', b"", b"\xff", b"[" * 10**5])
+def test_a_damaged_card_is_named(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "shapes.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/shapes\.json is not.*: remove {tmp_path}"):
+        shapes.write_shapes(tmp_path, train_per_class=1, val_per_class=1)
+
+
 @pytest.mark.timeout(90)
 def test_workers_end_with_a_killed_process_and_the_next_one_clears_up(tmp_path: Path) -> None:
     writing = (

@@ -276,13 +276,15 @@ class _Code:
         return (print, ("a teacher ran code",))
 
 
-@pytest.mark.parametrize("kind", ["code", "text", "cut"])
+@pytest.mark.parametrize("kind", ["code", "text", "empty", "cut"])
 def test_a_file_that_is_no_state_dict_is_refused_in_one_line(tmp_path: Path, kind, capsys) -> None:
     path = tmp_path / ("teacher.safetensors" if kind == "cut" else "teacher.pt")
     if kind == "code":
         path.write_bytes(pickle.dumps(_Code()))
     elif kind == "text":
         path.write_text("weights")
+    elif kind == "empty":
+        path.touch()
     else:
         _teacher().save(path)
         path.write_bytes(path.read_bytes()[:-9])
@@ -326,6 +328,17 @@ def test_an_interrupted_download_is_one_line(monkeypatch) -> None:
     monkeypatch.setattr(torchvision.models, "get_model", interrupted)
     with pytest.raises(CheckpointError, match=r"download of https.*connection reset.*try again"):
         load_teacher("torchvision:resnet18", sorted(imagenet_names())[:2], device="cpu")
+
+
+@pytest.mark.parametrize("damage", [b"", b"null", b"hello", bytes(4000)])
+def test_a_damaged_file_in_torchs_cache_is_named(tmp_path: Path, monkeypatch, damage) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(damage)
+    with pytest.raises(CheckpointError, match=rf"{path} cannot be read.*: remove it") as caught:
+        load_teacher("torchvision:squeezenet1_1", sorted(imagenet_names())[:2], device="cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_hash_of_weights_sees_values_names_and_shapes() -> None:

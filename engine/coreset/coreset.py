@@ -20,6 +20,7 @@ version give the same `content_sha256`.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,14 +261,20 @@ def _write_images(
 
 
 def _read_png(path: Path, size_px: int) -> np.ndarray:
+    quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with quiet, Image.open(path, formats=("PNG",)) as image:
             found = f"{image.mode} {image.size[0]}×{image.size[1]}"
             if image.mode == "RGB" and image.size == (size_px, size_px):
                 return np.array(image)
+    except MemoryError:
+        raise MemoryError(f"reading {path}") from None
     except Exception as error:  # Pillow raises half a dozen types, from SyntaxError to IndexError
-        raise CoresetError(f"{path} is no PNG, or is damaged ({error})") from None
-    raise CoresetError(f"{path}: expected an RGB image of {size_px}×{size_px} px, got {found}")
+        found = f"no PNG or a damaged one ({error})"
+    raise CoresetError(
+        f"{path}: expected an RGB image of {size_px}×{size_px} px, got {found}: restore the file, "
+        "or make the coreset again with --overwrite"
+    )
 
 
 def write_png(path: Path, image_HWC: np.ndarray) -> None:

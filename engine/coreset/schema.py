@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from ...export.documents import AboveZero, Count, Positive, Seed, Sha256, Side
+from ...export.documents import AboveZero, Count, Positive, Seed, Sha256, Side, Text
 
 
 class _Class(BaseModel):
     index: int
     id: str
-    name: str
+    name: Text
     patches: Positive
     doped: Count = 0
 
@@ -43,8 +43,8 @@ class _Model(BaseModel):
     name: str = ""
     weights_sha256: str = ""
     weights_bytes: Count | None = None
-    prompt: str = ""
-    prompts: dict[str, str] = {}
+    prompt: Text = ""
+    prompts: dict[str, Text] = {}
 
 
 class _Teacher(BaseModel):

@@ -7,7 +7,8 @@ time (224 → 112 px: 58 µs per crop against 210 µs for DALI's float kernel an
 Cropping precedes resizing, so a crop never sees pixels outside its box.
 
 An undecodable file makes DALI fail for its whole batch, without naming the file. Then every file in
-flight is decoded alone, the culprits are reported, and a new pipeline continues with the rest.
+flight is decoded alone, the culprits are reported, and a new pipeline continues with the rest. DALI
+fails in the same words when memory is full; a file is at fault only if there is memory for it.
 
 Shapes: B images, P crops of one image, H = W = ``size_px``, C = 3. A box is (top, left, height,
 width) in whole pixels of the upright image.
@@ -20,6 +21,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +30,7 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 from torch.nn.functional import interpolate
 
+from ...export.machine import tells_full_memory
 from .threads import single_threaded_workers
 
 PREFETCH = 2
@@ -36,8 +40,14 @@ MOST_BYTES = 2**28
 steps are in memory at once: 64 photographs of 12 megapixels in one step would take 6 GB."""
 NO_HEADER = "it is not a JPEG, PNG, WebP, BMP or TIFF image, or it is truncated"
 NO_PIXELS = "its pixel data is truncated or damaged"
+NO_MEMORY = "memory is full"
 MOST_PIXELS = 2**28
 """An image of that many takes 0.8 GB; a damaged or hostile header may claim any number."""
+DECODER_BYTES, DECODER_BYTES_PER_PIXEL = 2**26, 16
+"""More than any decoder takes: 11 bytes per pixel for a PNG of 16 bits, at most 6 for others."""
+
+Report = Callable[[int, str], None]
+"""(index, reason): tells of a file that is not decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +81,13 @@ def decode_crops(
     read: Callable[[int], np.ndarray],
     order: np.ndarray,
     request: CropRequest,
-    on_undecodable: Callable[[int, str], None],
+    on_undecodable: Report,
 ) -> Iterator[tuple[torch.Tensor, np.ndarray, np.ndarray]]:
     """Yield pixels_BPHWC, index_B and boxes_BP4 of the files ``order`` (int64), in that order.
 
     ``read(index)`` returns a file's bytes, uint8 [n]. ``on_undecodable(index, reason)`` is called
-    for each undecodable file: it raises to refuse the file, or returns to skip it.
+    for each undecodable file: it raises to refuse the file, or returns to skip it. With the reason
+    NO_MEMORY it must raise.
     """
     reported: set[int] = set()
 
@@ -95,13 +106,14 @@ def decode_crops(
                 delivered = batch.end
                 yield pixels_BPHWC, batch.index_B, batch.boxes_BP4
             return
-        except RuntimeError:
+        except (RuntimeError, MemoryError) as error:
             known = len(reported)
             suspects = [int(index) for batch in in_flight for index in batch.index_B]
-            for index in _undecodable(read, suspects, request):
-                report(index, NO_PIXELS)
-            if len(reported) == known:
-                raise  # No file is at fault: out of memory, an error in `boxes`, ...
+            _report_undecodable(read, suspects, request, report)
+            if len(reported) == known:  # No file is at fault: full memory, an error in `boxes`, ...
+                if suspects and (tells_full_memory(error) or "Failed to decode" in str(error)):
+                    report(suspects[0], NO_MEMORY)
+                raise
         pending = pending[delivered:]
         pending = pending[~np.isin(pending, list(reported))]
 
@@ -111,7 +123,7 @@ def _decode(
     order: np.ndarray,
     request: CropRequest,
     in_flight: deque[_InFlight],
-    report: Callable[[int, str], None],
+    report: Report,
 ) -> Iterator[tuple[torch.Tensor, _InFlight]]:
     """Run one pipeline; yield the crops of every part of a batch.
 
@@ -124,7 +136,7 @@ def _decode(
         for start in range(0, len(order), request.batch):
             index_B = order[start : start + request.batch]
             encoded = [read(int(index)) for index in index_B]
-            sizes_B2 = _upright_sizes(peek, encoded)
+            sizes_B2 = _upright_sizes(peek, encoded, index_B, report)
             pixels_B = sizes_B2.prod(axis=1, dtype=np.float64)  # int64 would overflow
             good_B = (sizes_B2 > 0).all(axis=1) & (pixels_B <= MOST_PIXELS)
             for b in np.flatnonzero(~good_B):
@@ -332,20 +344,15 @@ class _OneStep:
         self._pipeline: Pipeline | None = None
 
     def __call__(self, encoded: list[np.ndarray]):
-        """The step's output for up to ``batch`` files. Raises RuntimeError if it fails for one."""
+        """The step's output for up to ``batch`` files.
+
+        Raises RuntimeError if it fails for one, MemoryError if it cannot begin.
+        """
         if self._pipeline is None:
-            self._pipeline = Pipeline(
-                self._batch,
-                1,
-                self._device_id,
-                exec_pipelined=False,
-                exec_async=False,
-                prefetch_queue_depth=1,
-            )
-            with self._pipeline:
-                files = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
-                self._pipeline.set_outputs(self._step(files))
-            self._pipeline.build()
+            try:
+                self._pipeline = self._build()
+            except RuntimeError as error:  # no memory, or no thread
+                raise MemoryError(str(error)) from error
         try:
             self._pipeline.feed_input("encoded", encoded)
             return self._pipeline.run()[0]
@@ -353,25 +360,70 @@ class _OneStep:
             self._pipeline = None  # DALI: "Current pipeline object is no longer valid".
             raise
 
+    def _build(self) -> Pipeline:
+        pipeline = Pipeline(
+            self._batch,
+            1,
+            self._device_id,
+            exec_pipelined=False,
+            exec_async=False,
+            prefetch_queue_depth=1,
+        )
+        with pipeline:
+            files = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
+            pipeline.set_outputs(self._step(files))
+        pipeline.build()
+        return pipeline
 
-def _upright_sizes(peek: _OneStep, encoded: list[np.ndarray]) -> np.ndarray:
+    def alone(self, encoded: np.ndarray, pixels: float, on_full_memory: Callable[[], None]) -> Any:
+        """The step's output for one file of so many pixels; None if the file is damaged."""
+        try:
+            return self([encoded])[0]
+        except MemoryError:
+            on_full_memory()
+        except RuntimeError:
+            if _memory_is_full(pixels, self._device_id):
+                on_full_memory()
+        return None
+
+
+def _memory_is_full(pixels: float, device_id: int | None) -> bool:
+    """Whether a decoder of so many pixels may lack memory, or a GPU's memory."""
+    needed = DECODER_BYTES + DECODER_BYTES_PER_PIXEL * int(pixels)
+    try:
+        torch.empty(needed, dtype=torch.uint8)
+    except RuntimeError:
+        return True
+    if device_id is None:
+        return False
+    torch.cuda.empty_cache()  # DALI cannot have what torch keeps
+    return torch.cuda.mem_get_info(device_id)[0] < needed
+
+
+def _upright_sizes(
+    peek: _OneStep, encoded: list[np.ndarray], index_B: Sequence[int] | np.ndarray, report: Report
+) -> np.ndarray:
     """(height, width), int64 [B, 2], from the headers; (0, 0) where a header is unreadable."""
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError, MemoryError):
         return np.asarray(peek(encoded).as_tensor())[:, :2].astype(np.int64)
     sizes_B2 = np.zeros((len(encoded), 2), dtype=np.int64)
     for b, data in enumerate(encoded):
-        with contextlib.suppress(RuntimeError):
-            sizes_B2[b] = np.asarray(peek([data])[0])[:2]
+        shape = peek.alone(data, 0, partial(report, int(index_B[b]), NO_MEMORY))
+        sizes_B2[b] = (0, 0) if shape is None else np.asarray(shape)[:2]
     return sizes_B2
 
 
-def _undecodable(
-    read: Callable[[int], np.ndarray], suspects: Sequence[int], request: CropRequest
-) -> Iterator[int]:
-    """The suspects that cannot be decoded even alone."""
+def _report_undecodable(
+    read: Callable[[int], np.ndarray],
+    suspects: Sequence[int],
+    request: CropRequest,
+    report: Report,
+) -> None:
+    """Report the suspects that cannot be decoded even alone."""
     decode = _OneStep(lambda encoded: _decoded(encoded, request.device), 1, request.device)
+    peek = _OneStep(fn.peek_image_shape, 1, "cpu")
     for index in suspects:
-        try:
-            decode([read(index)])
-        except RuntimeError:
-            yield index
+        encoded = read(index)
+        pixels = _upright_sizes(peek, [encoded], [index], report).prod()
+        if decode.alone(encoded, pixels, partial(report, index, NO_MEMORY)) is None:
+            report(index, NO_PIXELS)

@@ -232,9 +232,22 @@ class CropStream:
         path = f"{self.images.root}/{self.images.paths[index]}"
         if not os.path.isfile(path) and os.path.lexists(path):
             return np.zeros(0, np.uint8)
-        return np.fromfile(path, np.uint8)
+        try:
+            return np.fromfile(path, np.uint8)
+        except MemoryError:
+            raise self._full_memory(index) from None
+
+    def _full_memory(self, index: int) -> InputError:
+        return InputError(
+            f"memory is full, so {self.images.root / self.images.paths[index]} cannot be decoded: "
+            "close what else uses memory, or give a smaller image"
+        )
 
     def _leave_out(self, index: int, reason: str) -> None:
+        from .decode import NO_MEMORY
+
+        if reason == NO_MEMORY:  # never skipped: the file is not damaged
+            raise self._full_memory(index)
         path = self.images.root / self.images.paths[index]
         if not path.exists():
             reason = "it is a link to nothing"
@@ -270,7 +283,7 @@ def stream_crops(
     ``threads`` defaults to the cores that this process may use.
 
     While streaming, an undecodable file raises CorruptImageError, or with ``skip_corrupt`` is
-    skipped and appended to ``skipped``.
+    skipped and appended to ``skipped``. One that memory cannot hold raises InputError.
     """
     from .decode import CropRequest
 

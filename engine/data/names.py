@@ -20,6 +20,7 @@ from reprlib import repr as short
 from ...export.documents import parse_json
 
 _WORDNET_ID = re.compile(r"[nvars]\d{8}")
+_HALF = re.compile("[\ud800-\udfff]")  # JSON may hold half of a character: no tokenizer takes it
 
 
 def display_names(
@@ -128,7 +129,8 @@ def _read_texts(option: str, path: Path, what: str) -> list[tuple[str, str]]:
     """The (id, text) pairs of `path`, in its order; an id may occur twice.
 
     Raises FileNotFoundError without a file, ValueError for text that is not UTF-8, invalid JSON, a
-    line without a text, or an empty text; messages name `option` and `what` ("name").
+    line without a text, or a text that is empty or holds half a character; messages name `option`
+    and `what` ("name").
     """
     require_text_file(option, path)
     try:
@@ -145,7 +147,7 @@ def _read_texts(option: str, path: Path, what: str) -> list[tuple[str, str]]:
     if not pairs:
         raise ValueError(f"{option} {path}: it is empty: expected a {what} for one class or more")
     for class_id, value in pairs:
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not value.strip() or _HALF.search(value):
             raise ValueError(
                 f"{option} {path}: {class_id!r}: expected a {what}, got {short(value)}"
             )

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ...export.documents import read_json
 from ...export.durable import full_disk_explained, replacing
 
 SIZE_PX = 64
@@ -273,7 +274,8 @@ def write_shapes(
         "val_per_class": val_per_class,
     }
     card = folder / "shapes.json"
-    if card.is_file() and json.loads(card.read_text()) == recipe:
+    remedy = f"remove {folder}, and the set is generated again"
+    if card.is_file() and read_json(card, ValueError, remedy) == recipe:
         return folder
     if folder.exists():
         raise FileExistsError(

@@ -9,7 +9,6 @@ it.
 
 from __future__ import annotations
 
-import urllib.error
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -280,7 +279,7 @@ def _state_dict_teacher(
     except Exception as error:  # torch raises half a dozen types, from zip to unpickling errors
         raise CheckpointError(
             f"teacher {path}: expected a state dict of tensors and nothing else "
-            f"({str(error).splitlines()[0]}): save it with torch.save(network.state_dict(), path)"
+            f"({error!r:.150}): save it with torch.save(network.state_dict(), path)"
         ) from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -329,10 +328,16 @@ def _torchvision_teacher(spec: str, class_ids: Sequence[str], device: str) -> Te
     weights: Any = torchvision.models.get_model_weights(name)["DEFAULT"]
     try:
         network = torchvision.models.get_model(name, weights=weights)
-    except (urllib.error.URLError, RuntimeError, OSError) as error:
+    except Exception as error:  # torch raises half a dozen types, from pickle's to tarfile's
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        if (kept := folder / Path(weights.url).name).is_file():
+            raise CheckpointError(
+                f"teacher {spec}: {kept} cannot be read ({error!r:.150}): remove it, and it is "
+                "downloaded again"
+            ) from None
         raise CheckpointError(
             f"teacher {spec}: the download of {weights.url} failed ({error}): try again, or put "
-            f"the file into {torch.hub.get_dir()}/checkpoints"
+            f"the file into {folder}"
         ) from None
     transforms = weights.transforms()
     return Teacher(
