@@ -25,6 +25,7 @@ from .configurations import (
     limited,
     naming,
     read_config,
+    read_object,
     text_widths,
     vae_factor,
     whole_number,
@@ -133,7 +134,7 @@ def _check_parts(source: ModelSource) -> None:
                 "expected what StableDiffusionXLImg2ImgPipeline.save_pretrained writes"
             )
         if path.suffix == ".json":  # the libraries that read it later do not name it
-            _read_json(path)
+            read_object(path)
     source.trained_px()
     source.text_widths()
     check_scheduler(source.folder / "scheduler" / "scheduler_config.json")
