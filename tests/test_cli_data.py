@@ -230,7 +230,7 @@ def test_images_that_changed_under_their_names_and_sizes_are_told_at_a_resume(
     error = train(*options).error
     assert f"the images have changed since {tmp_path / 'run'} was begun: " in error
     assert "3 have other content (train/disc/00002.jpg, train/star/00001.jpg, val/ring" in error
-    assert "give the same data to --resume, or start again with --overwrite" in error
+    assert "give the same images, or start again with --overwrite" in error
     assert train(*options).error == error  # the record is still of the first images
     added = star.with_name("more.jpg")
     added.write_bytes(bright)
