@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ...export.documents import read_json
 from ...export.durable import full_disk_explained, replacing
 
 SIZE_PX = 64
@@ -273,13 +274,11 @@ def write_shapes(
         "val_per_class": val_per_class,
     }
     card = folder / "shapes.json"
-    if card.is_file() and json.loads(card.read_text()) == recipe:
+    remedy = f"remove {folder}, or choose another folder"
+    if card.is_file() and read_json(card, FileExistsError, remedy) == recipe:
         return folder
     if folder.exists():
-        raise FileExistsError(
-            f"{folder} exists but is not the shapes set of {recipe}: "
-            "remove it or choose another folder"
-        )
+        raise FileExistsError(f"{folder} exists but is not the shapes set of {recipe}: {remedy}")
     counts = {"train": train_per_class, "val": val_per_class}
     try:
         needed_bytes = _IMAGE_BYTES * len(CLASS_NAMES) * sum(counts.values())
