@@ -209,8 +209,13 @@ def test_cards_of_the_generated_set(tmp_path: Path, examples: int | None) -> Non
     @given(cards)
     def hold(data: bytes) -> None:
         card.write_bytes(data)
-        with nothing_else_opened(tmp_path), suppress(FileExistsError):
-            write_shapes(tmp_path / "s", train_per_class=1, val_per_class=1)
-            assert json.loads(data) == recipe
+        with nothing_else_opened(tmp_path):
+            try:
+                write_shapes(tmp_path / "s", train_per_class=1, val_per_class=1)
+            except (FileExistsError, ValueError) as refused:
+                told = str(refused)
+            else:
+                told = str(tmp_path / "s") if json.loads(data) == recipe else "another set"
+        assert told.startswith(str(tmp_path / "s"))
 
     hold()

@@ -274,11 +274,14 @@ def write_shapes(
         "val_per_class": val_per_class,
     }
     card = folder / "shapes.json"
-    remedy = f"remove {folder}, or choose another folder"
-    if card.is_file() and read_json(card, FileExistsError, remedy) == recipe:
+    remedy = f"remove {folder}, and the set is generated again"
+    if card.is_file() and read_json(card, ValueError, remedy) == recipe:
         return folder
     if folder.exists():
-        raise FileExistsError(f"{folder} exists but is not the shapes set of {recipe}: {remedy}")
+        raise FileExistsError(
+            f"{folder} exists but is not the shapes set of {recipe}: "
+            "remove it or choose another folder"
+        )
     counts = {"train": train_per_class, "val": val_per_class}
     try:
         needed_bytes = _IMAGE_BYTES * len(CLASS_NAMES) * sum(counts.values())
