@@ -21,11 +21,11 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ...engine.console import print_error
 from ...engine.data.names import doubtful_order, imagenet_names
 from ...engine.expand.backends import resolve_device
 from ...engine.select.diversity import Diversity
 from ...engine.select.scores import TeacherFn
+from ...export.bundle import say
 from ...export.documents import AboveZero, Finite, Side, check_document
 from ...export.durable import file_sha256
 from ..config import TORCHVISION, Choice, Scoring, teacher_file
@@ -317,7 +317,7 @@ def _columns(path: Path, saved: Any, class_ids: Sequence[str]) -> list[int] | No
             )
         return [places[class_id] for class_id in class_ids]
     if doubtful_order(class_ids):
-        print_error(
+        say(
             f"warning: teacher {path} does not say the order of its classes, which is taken to be "
             f"{', '.join(class_ids[:3])}, … as text is sorted: for another order save it by "
             "torch.save({'state_dict': network.state_dict(), 'class_ids': [...]}, path)"
