@@ -7,6 +7,7 @@ of stdout has gone. Anything else is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -49,6 +50,8 @@ def run_command(
     `commands` holds every command of the program by name, for hints about a mistyped option.
     `tell` prints the error line: when several processes run one command, only one prints it.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every locale can print é, or the ± of --help
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             with signals_kept():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +200,55 @@ def test_names_that_are_not_utf_8_come_through_a_whole_run(
     assert again.result["content_sha256"] == told.result["content_sha256"]
 
 
+def test_a_locale_without_utf_8_ends_nothing_in_a_traceback(
+    train: Command, data: Path, tmp_path: Path
+) -> None:
+    """Help and names are printed escaped; a name that the locale cannot spell is told."""
+    plain = shutil.copytree(data, tmp_path / "donn\u00e9es")
+    for split in ("train", "val"):
+        (data / split / "disc").rename(data / split / "caf\u00e9")
+    out, coreset = tmp_path / "run", tmp_path / "run" / "coreset"
+    options = ("--method", "random", "--no-ceiling", *SMALL)
+    train("--data", data, "--out", out, *options).result  # noqa: B018
+    steps = [f"--{phase}-steps=1" for phase in ("vae", "unet", "guidance", "few-step")]
+    widths = ("--vae-width=8", "--width=32", "--image-size=32")
+    commands = [
+        ("train", "--help"),
+        ("engine", "--help"),
+        ("engine", "coreset", "info", coreset),
+        ("engine", "coreset", "verify", coreset),
+        ("train", "report", out),
+        ("train", "student", "--coreset", coreset, "--out", tmp_path / "students"),
+        ("train", "--data", data, "--out", tmp_path / "second", *options),
+        ("train", "--data", plain, "--out", tmp_path / "third", *options),
+        ("train", "prior", "--data", plain, "--out", tmp_path / "model", *steps, *widths),
+    ]
+    script = (
+        "import json, os, sys\n"
+        "from patchbloom.engine.cli import main as engine\n"
+        "from patchbloom.train.cli import main as train\n"
+        "for program, *words in json.load(sys.stdin):\n"
+        "    words = [os.fsdecode(word.encode()) for word in words]\n"
+        "    try:\n"
+        "        code = {'engine': engine, 'train': train}[program](words)\n"
+        "    except SystemExit as end:\n"
+        "        code = end.code\n"
+        "    print('code', code)\n"
+    )
+    locale = os.environ | {"PYTHONUTF8": "0", "LC_ALL": "C"}
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    ended = subprocess.run(
+        [sys.executable, "-c", script], input=words, env=locale, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    codes = [int(line[5:]) for line in ended.stdout.splitlines() if line.startswith("code ")]
+    assert codes == [0, 0, 0, 2, 0, 2, 2, 0, 0], ended.stderr
+    assert "classes         bars: bars\n                caf\\xe9: caf\\xe9\n" in ended.stdout
+    missing = "caf\\xe9/000000.png is missing from the coreset: its name may have no spelling in"
+    assert ended.stderr.count(f"{missing} ascii: set LC_ALL=C.UTF-8") == 2
+    assert "expected names of class folders in ASCII, the encoding of this locale" in ended.stderr
+
+
 def test_folders_of_numbers_are_told(train: Command, data: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         for number, path in enumerate(sorted((data / split).iterdir()), 1):
@@ -230,7 +281,7 @@ def test_images_that_changed_under_their_names_and_sizes_are_told_at_a_resume(
     error = train(*options).error
     assert f"the images have changed since {tmp_path / 'run'} was begun: " in error
     assert "3 have other content (train/disc/00002.jpg, train/star/00001.jpg, val/ring" in error
-    assert "give the same data to --resume, or start again with --overwrite" in error
+    assert "give the same images, or start again with --overwrite" in error
     assert train(*options).error == error  # the record is still of the first images
     added = star.with_name("more.jpg")
     added.write_bytes(bright)

@@ -116,6 +116,23 @@ def test_students_need_no_images_and_may_be_others(train: Train, elsewhere, tmp_
     assert len(result["students"]["losses"][0]) == 2
 
 
+def test_validation_images_that_changed_are_told_at_a_resume(
+    train: Train, given: Path, elsewhere, tmp_path: Path
+) -> None:
+    """Under the same names and sizes; in another folder they are still the same images."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    options = ("--coreset", elsewhere("upsample"), "--out", out, "--seeds", "1", "--epochs", "1")
+    first = train("student", *options, "--data", given / "data")
+    shutil.copytree(given / "data", data)
+    assert train("student", *options, "--data", data) == first
+    dark = data / "val" / "ring" / "00001.jpg"
+    dark.write_bytes(bytes(dark.stat().st_size))
+    error = train("student", *options, "--data", data)["error"]
+    assert f"the images have changed since {out} was begun: 1 have other content (val/ring" in error
+    assert "(val/ring/00001.jpg): give the same images, or start again with --over" in error
+    assert train("student", *options, "--data", given / "data") == first
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -23,8 +23,12 @@ from patchbloom.engine.errors import CoresetError
 from patchbloom.engine.expand.naming import expand_config, named_model, prompts_of
 from patchbloom.export.bundle import BundleError, open_bundle
 from patchbloom.export.durable import json_sha256
+from patchbloom.train.commands.prior import SETTINGS, WORK
+from patchbloom.train.commands.prior import _check_out as check_prior
 from patchbloom.train.labels.targets import OnlineLabels
 from patchbloom.train.methods.registry import method_of
+from patchbloom.train.options import TrainPrior
+from patchbloom.train.prior.loop import Phase
 from patchbloom.train.report.page import SUMMARY, ReportError, write_report
 from patchbloom.train.run.checkpoint import (
     CheckpointError,
@@ -204,6 +208,51 @@ def test_checkpoints_of_students(tmp_path: Path, examples: int | None) -> None:
         source: Any = Source()
         with nothing_else_opened(tmp_path), suppress(CheckpointError), Report() as report:
             Lockstep(source, OnlineLabels, config, [0], checkpoints, identity, report, ALONE)  # pyright: ignore
+
+    hold()
+
+
+@EXAMPLES
+def test_checkpoints_of_priors(tmp_path: Path, examples: int | None) -> None:
+    path = tmp_path / "vae.safetensors"
+
+    def new_phase() -> Phase[torch.nn.Linear]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Phase("vae", torch.nn.Linear(3, 2), 2, 1e-3, path)
+
+    def go_on() -> None:
+        def loss_of(module: torch.nn.Linear, generator: torch.Generator) -> torch.Tensor:
+            return module(torch.rand(4, 3, generator=generator)).square().mean()
+
+        new_phase().run(loss_of, seed=0, report=lambda line: None)
+
+    go_on()
+    state, reached = read_tensors(path)
+
+    @seeded(examples, 100)
+    @given(changed({**reached, "step": 1}), changed_tensors(state))
+    def hold(document: Any, tensors: dict[str, torch.Tensor]) -> None:
+        write_tensors(path, tensors, document)
+        with nothing_else_opened(tmp_path), suppress(CheckpointError):
+            go_on()
+
+    hold()
+
+
+@EXAMPLES
+def test_settings_of_priors(tmp_path: Path, examples: int | None) -> None:
+    command = TrainPrior(data="nowhere", out=tmp_path / "model", resume=True)
+    settings = {**command.prior.as_dict(), "data": "0" * 64, "classes": list(IDS)}
+    path = command.out / WORK / SETTINGS
+    path.parent.mkdir(parents=True)
+
+    @seeded(examples, 60)
+    @given(changed(settings))
+    def hold(document: Any) -> None:
+        written(path, document)
+        with nothing_else_opened(tmp_path), suppress(RunError):
+            check_prior(command, settings)
 
     hold()
 

@@ -23,6 +23,7 @@ from patchbloom.engine.coreset.manifest import LABELS, MANIFEST, file_entry, sea
 from patchbloom.engine.data.names import display_names, read_prompts
 from patchbloom.engine.errors import CoresetError
 from patchbloom.kernels.softlabel import softlabel
+from patchbloom.train.data.shapes import write_shapes
 from PIL import Image
 
 IDS = tuple("abcdefgh")
@@ -192,5 +193,29 @@ def test_names_and_prompts(tmp_path: Path, examples: int | None) -> None:
             with nothing_else_opened(tmp_path):
                 told = told_by(read, path)
             assert told is None or (told.startswith(f"{option} {path}") and len(told) < 1000)
+
+    hold()
+
+
+@EXAMPLES
+def test_cards_of_the_generated_set(tmp_path: Path, examples: int | None) -> None:
+    """The set of this recipe is taken, and any other folder refused."""
+    write_shapes(tmp_path / "s", train_per_class=1, val_per_class=1)
+    card = tmp_path / "s" / "shapes.json"
+    recipe = json.loads(card.read_bytes())
+    cards = st.one_of(TEXTS, changed(recipe).map(lambda value: json.dumps(value).encode()))
+
+    @seeded(examples, 300)
+    @given(cards)
+    def hold(data: bytes) -> None:
+        card.write_bytes(data)
+        with nothing_else_opened(tmp_path):
+            try:
+                write_shapes(tmp_path / "s", train_per_class=1, val_per_class=1)
+            except (FileExistsError, ValueError) as refused:
+                told = str(refused)
+            else:
+                told = str(tmp_path / "s") if json.loads(data) == recipe else "another set"
+        assert told.startswith(str(tmp_path / "s"))
 
     hold()

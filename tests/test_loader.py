@@ -20,8 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 from label_cases import codec_of
+from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.coreset.coreset import Coreset, attach_labels, write_coreset
 from patchbloom.engine.errors import CoresetError
+from patchbloom.engine.expand.expander import Expander
+from patchbloom.export.config import BackendName
+from patchbloom.export.models import find_model
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.labels.recording import RecordedLabels, record_labels
 from patchbloom.train.labels.views import make_views, pools
@@ -421,3 +425,34 @@ def test_the_users_default_dtype_changes_nothing(coreset: Coreset, dtype: torch.
             assert _same(_epoch(loader), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("ort", marks=pytest.mark.slow)])
+def test_the_users_default_dtype_changes_no_image(backend: BackendName, tmp_path: Path) -> None:
+    """Of a model; nor an engine that is built under it, which others will open."""
+    patches_NHWC = torch.randint(
+        256, (2, 32, 32, 3), generator=torch.manual_seed(0), dtype=torch.uint8
+    )
+
+    def images(dtype: torch.dtype) -> torch.Tensor:
+        config = ExpandConfig(
+            **{"size_px": 64, "batch": 2, "steps": 2, "rho": 0.5, "device": "cpu"},
+            backend=backend,
+            bundles=tmp_path / str(dtype),
+        )
+        torch.set_default_dtype(dtype)
+        try:
+            expander = Expander(
+                find_model("sdxl-tiny"),
+                config,
+                patches_NHWC=patches_NHWC,
+                labels_N=torch.arange(2),
+                prompts_K=("A photo of a disc", "A photo of a ring"),
+            )
+            return expander.expand([0, 1], epoch=0)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    expected = images(torch.float32)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert torch.equal(images(dtype), expected)

@@ -109,12 +109,33 @@ def test_a_resume_with_other_images_or_names_says_so(command: TrainPrior, tmp_pa
     whole = image.read_bytes()
     image.write_bytes(whole[:-9] + b"x" + whole[-8:])
     error = _refused(command, RunError, resume=True, skip_corrupt=True)
-    assert "1 have other content (train/disc/b.png): give the same data to --resume" in error
+    assert "1 have other content (train/disc/b.png): give the same images" in error
     image.write_bytes(whole)
     _begin(command, resume=True)
     image.unlink()
     error = _refused(command, RunError, resume=True)
     assert "was begun with other images in --data: give the same options to --resume" in error
+
+
+def test_doubtful_names_are_warned_of(
+    command: TrainPrior, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two classes of one prompt, by their folders or by a file of names; numbers for names."""
+    data, names = tmp_path / "data", tmp_path / "names.txt"
+    _begin(command)
+    assert "warning" not in capsys.readouterr().err
+    (data / "disc").rename(data / "sea-lion")
+    (data / "ring").rename(data / "sea_lion")
+    Path(shutil.copytree(data / "sea_lion", data / "00007"))
+    _begin(command, overwrite=True)
+    told = capsys.readouterr().err
+    assert told.count("classes 'sea-lion' and 'sea_lion' share the prompt 'A photo of a sea") == 1
+    assert told.count("1 classes have numbers for names, so that the first prompt is 'A ph") == 1
+    names.write_text("00007 crane\nsea-lion crane\nsea_lion seal\n")
+    _begin(command, overwrite=True, class_names=names)
+    told = capsys.readouterr().err
+    assert told.count("classes '00007' and 'sea-lion' share the prompt 'A photo of a crane'") == 1
+    assert "numbers" not in told
 
 
 def test_a_pickled_checkpoint_of_an_older_version_is_refused(command: TrainPrior) -> None:

@@ -271,6 +271,31 @@ def test_a_state_dict_of_torch_is_a_teacher_too(tmp_path: Path) -> None:
         load_teacher(str(tmp_path / "teacher.pth"), ("a", "b"), **options)
 
 
+def test_a_state_dict_says_the_order_of_its_classes_or_is_warned_of(tmp_path: Path, capsys) -> None:
+    """Folders 1, 2, 10: a teacher may have been trained on them in the order of the numbers."""
+    path, learnt, sorted_ids = tmp_path / "teacher.pth", ("1", "2", "10"), ("1", "10", "2")
+    options = {"network": "convnet-d3-w8", "size_px": 32, "device": "cpu"}
+    network = build_network("convnet-d3-w8", 3, 32).eval()
+    torch.save({"state_dict": network.state_dict(), "class_ids": [1, 2, 10]}, path)
+    images_BCHW = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        logits_BK = network(images_BCHW)
+    teacher = load_teacher(str(path), sorted_ids, **options)
+    assert torch.equal(teacher.logits(images_BCHW), logits_BK[:, [0, 2, 1]])
+    assert torch.equal(load_teacher(str(path), learnt, **options).logits(images_BCHW), logits_BK)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(CheckpointError, match="expected class_ids to be the 3 class folders of"):
+        load_teacher(str(path), ("1", "2", "3"), **options)
+    torch.save(network.state_dict(), path)
+    teacher = load_teacher(str(path), sorted_ids, **options)
+    assert torch.equal(teacher.logits(images_BCHW), logits_BK)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"warning: teacher {path} does not say the order of its classes, which")
+    assert "taken to be 1, 10, 2, … as text is sorted" in told
+    load_teacher(str(path), ("01", "02", "10"), **options)
+    assert capsys.readouterr().err == ""
+
+
 class _Code:
     def __reduce__(self):
         return (print, ("a teacher ran code",))

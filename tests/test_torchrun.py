@@ -220,6 +220,25 @@ def test_an_error_of_one_is_told_by_it(data: Path, teacher: Path, tmp_path: Path
     )
 
 
+def test_images_that_changed_are_told_once_and_nothing_goes_on(
+    data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """Under the same names and sizes, between a start of one process and one of two."""
+    given, out = Path(shutil.copytree(data, tmp_path / "data")), tmp_path / "run"
+    words = ("teacher", *OPTIONS, "--data", given, "--teacher", teacher, "--out", out)
+    assert cli.main([str(word) for word in words]) == 0
+    before = {path: path.read_bytes() for path in (out / "stages").iterdir()}
+    dark = given / "train" / "ring" / "00000.jpg"
+    dark.write_bytes(bytes(dark.stat().st_size))
+    run = torchrun(2, TORCHRUN.with_name("train"), *words)
+    assert run.returncode != 0
+    assert run.stdout == ""
+    (error,) = errors(run.stderr)
+    assert "1 have other content (train/ring/00000.jpg): give the same images" in error
+    assert run.stderr.count("Traceback") == 1, run.stderr  # torchrun's own
+    assert {path: path.read_bytes() for path in (out / "stages").iterdir()} == before
+
+
 @pytest.fixture
 def free_port() -> int:
     with socket.socket() as server:

@@ -9,6 +9,7 @@ that no byte of `manifest.json` can change unnoticed.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,10 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise CoresetError(f"{path} is missing from the coreset: {_AGAIN}")
+            remedy, encoding = _AGAIN, sys.getfilesystemencoding()
+            if encoding != "utf-8" and not name.isascii():
+                remedy = f"its name may have no spelling in {encoding}: set LC_ALL=C.UTF-8"
+            raise CoresetError(f"{path} is missing from the coreset: {remedy}")
         found = file_entry(path)
         if found["bytes"] != entry["bytes"]:
             raise CoresetError(

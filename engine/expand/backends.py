@@ -16,7 +16,7 @@ from ...export.bundle import Bundle
 from ...export.config import BackendName, DeviceName, EngineSpec, Precision
 from ...export.engines import exporter, open_engine
 from ...export.machine import cxx_compiler
-from ...export.models import ModelParts, ModelSource, Unavailable
+from ...export.models import ModelParts, ModelSource, Unavailable, default_dtype
 from ...export.modules import Denoiser, LatentDecoder, LatentEncoder
 from ...export.parity import without_tf32
 from ...export.terminal import say
@@ -152,6 +152,7 @@ def choose_backend(spec: EngineSpec) -> Literal["ort", "inductor", "eager"]:
     return "inductor" if spec.precision == "bf16" and cxx_compiler() else "eager"
 
 
+@default_dtype(torch.float32)  # modules and graphs make the VAE's scale in it
 def open_backend(
     name: BackendName,
     model: ModelSource,

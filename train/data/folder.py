@@ -164,5 +164,5 @@ def _refuse_changes(folder: Path, changes: dict[str, list[bytes]]) -> None:
     if told:
         raise RunError(
             f"the images have changed since {folder} was begun: {'; '.join(told)}: "
-            "give the same data to --resume, or start again with --overwrite"
+            "give the same images, or start again with --overwrite"
         )

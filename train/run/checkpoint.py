@@ -168,7 +168,7 @@ def training_state(network: nn.Module, optimizer: torch.optim.Optimizer, prefix:
 def restore_training(
     network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors, prefix: str
 ) -> None:
-    """Restore what `training_state` returned.
+    """Restore what `training_state` returned; ValueError for moments that do not fit AdamW's.
 
     Moments get the memory layout of their parameter: the fused optimiser pairs the two by address,
     and a file keeps no layout.
@@ -185,6 +185,8 @@ def restore_training(
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, moments in optimizer.state.items():
-        for name, value in moments.items():
-            if value.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter.detach()).copy_(value)
+        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if {name: value.shape for name, value in moments.items()} != shapes:
+            raise ValueError("the optimiser's moments do not fit the weights")
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(parameter.detach()).copy_(moments[name])

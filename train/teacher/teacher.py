@@ -20,12 +20,13 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ...engine.data.names import imagenet_names
+from ...engine.data.names import doubtful_order, imagenet_names
 from ...engine.expand.backends import resolve_device
 from ...engine.select.diversity import Diversity
 from ...engine.select.scores import TeacherFn
 from ...export.documents import AboveZero, Finite, Side, check_document
 from ...export.durable import file_sha256
+from ...export.terminal import say
 from ..config import TORCHVISION, Choice, Scoring, teacher_file
 from ..networks import build_network, torchvision_name
 from ..run.checkpoint import (
@@ -213,8 +214,8 @@ def load_teacher(
 
     `spec` is a file that `train teacher` wrote; a state dict saved by torch (read with
     weights_only) of the architecture `network`, trained at `size_px` with ImageNet's normalisation
-    on the classes in the order of their folder names; or torchvision:NAME, trained on ImageNet-1k:
-    the class ids must be among its 1000 WordNet ids.
+    on the classes in the order of its `class_ids`, or without them of the folder names; or
+    torchvision:NAME, trained on ImageNet-1k: the class ids must be among its 1000 WordNet ids.
 
     Raises CheckpointError for classes or weights that do not fit, FileNotFoundError for a missing
     file.
@@ -281,6 +282,7 @@ def _state_dict_teacher(
             f"teacher {path}: expected a state dict of tensors and nothing else "
             f"({error!r:.150}): save it with torch.save(network.state_dict(), path)"
         ) from None
+    columns = _columns(path, state, class_ids)
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -290,8 +292,36 @@ def _state_dict_teacher(
     module = build_network(network, len(class_ids), size_px)
     _load_state(path, module, state)
     return Teacher(
-        module, architecture=network, class_ids=class_ids, size_px=size_px, device=device
+        module,
+        architecture=network,
+        class_ids=class_ids,
+        size_px=size_px,
+        columns=columns,
+        device=device,
     )
+
+
+def _columns(path: Path, saved: Any, class_ids: Sequence[str]) -> list[int] | None:
+    """Place of each class among the `class_ids` of a file by torch; None for a file without them.
+
+    Such a file's order is then that of the folders, which is doubtful when they are numbers.
+    """
+    known = saved.get("class_ids") if isinstance(saved, dict) else None
+    if isinstance(known, list | tuple):
+        places = {str(class_id): index for index, class_id in enumerate(known)}
+        if not len(known) == len(places) == len(class_ids) or places.keys() != set(class_ids):
+            raise CheckpointError(
+                f"teacher {path}: expected class_ids to be the {len(class_ids)} class folders of "
+                "the data, in the order of the network's outputs: save them so, or leave them out"
+            )
+        return [places[class_id] for class_id in class_ids]
+    if doubtful_order(class_ids):
+        say(
+            f"warning: teacher {path} does not say the order of its classes, which is taken to be "
+            f"{', '.join(class_ids[:3])}, … as text is sorted: for another order save it by "
+            "torch.save({'state_dict': network.state_dict(), 'class_ids': [...]}, path)"
+        )
+    return None
 
 
 def _load_state(path: Path, module: nn.Module, state: Tensors, assign: bool = False) -> None:
