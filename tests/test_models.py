@@ -264,7 +264,7 @@ def test_a_folder_without_a_tokenizer_is_named(folder: Path, no_network: list[ob
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_tokenizer_is_named(folder: Path, no_network: list[object], file: str, text: str):
     (folder / "tokenizer_2" / file).write_text(text)
-    with pytest.raises(ModelError, match=f"{folder / 'tokenizer_2' / file}: ") as refused:
+    with pytest.raises(ModelError, match=f"{folder / 'tokenizer_2' / file}(: | is not)") as refused:
         find_model(folder)
     assert "\n" not in str(refused.value)
     assert not no_network
