@@ -1,5 +1,5 @@
 # make setup   .venv with everything, at the tested versions (runs when one of the two files changes);
-#              beside it, for tests, in .trt two versions of TensorRT's Python bindings, and in .ddranking
+#              and in it TensorRT for RTX, which builds engines without a GPU; beside it, for tests, in .trt two versions of TensorRT's Python bindings, and in .ddranking
 #              DD-Ranking, which by its own word cannot be installed beside numpy 2
 # make demo    the whole method on the CPU, with the shipped model and generated images
 # make test    every test that needs neither a GPU nor a data set
@@ -19,13 +19,14 @@ OUT ?= runs/gpu
 # Python bindings without the library: what our calls to TensorRT are held against.
 TRT_BINDINGS := 10.16.1.11 11.4.0.106
 # DD-Ranking and what it imports that .venv has not, without what they ask for.
+TRT_RTX := tensorrt-rtx-cu13==1.7.1.116
 DDRANKING := ddranking==0.2.0 kornia==0.9.0 kornia_rs==0.2.0 timm==1.0.31
 
 # Wheels come from the package index, not from a local folder with other builds of torch in it.
 export PIP_FIND_LINKS :=
 
-.PHONY: setup bindings ddranking demo test gpu bench-table check
-setup: $(INSTALLED) bindings ddranking
+.PHONY: setup bindings rtx ddranking demo test gpu bench-table check
+setup: $(INSTALLED) bindings rtx ddranking
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is %d.%d: make setup PYTHON=python3.12" % sys.version_info[:2])'
@@ -43,6 +44,11 @@ bindings: $(INSTALLED)
 	    { rm -rf $$folder; echo "no bindings of TensorRT $$version: tests that need them are skipped"; }; \
 	done
 
+# Its meta package has no wheel, its libraries have.
+rtx: $(INSTALLED)
+	@$(BIN)/python -c 'import tensorrt_rtx' 2>/dev/null || $(BIN)/python -m pip install --quiet --retries 1 \
+	  --timeout 10 $(TRT_RTX) || echo "no TensorRT for RTX: the tests that need it are skipped"
+
 ddranking: $(INSTALLED)
 	@folder=.ddranking/$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)'); \
 	test -d $$folder || $(BIN)/python -m pip install --quiet --retries 1 --timeout 10 --no-deps \
@@ -53,7 +59,7 @@ demo: $(INSTALLED)
 	$(BIN)/train --data shapes --model sdxl-tiny --method random rded upsample dace --seeds 3 \
 	  --out $(DEMO_OUT) --overwrite
 
-test: bindings ddranking
+test: bindings rtx ddranking
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 GPU_OPTIONS = $(if $(DRY),--dry) $(if $(FULL),--full) $(if $(STAGES),--stages $(STAGES)) \

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..export.config import BackendName, DeviceName, Precision, VaePrecision
+from ..export.config import BackendName, DeviceName, Precision, TrtLibrary, VaePrecision
 
 Start = Literal["image", "noise"]
 Posterior = Literal["mean", "sample"]
@@ -75,6 +75,8 @@ class ExpandConfig:
     """n of a batch of G prompts × n images; None: the largest n that pads no whole epoch."""
     backend: BackendName = "auto"
     """Backend that runs the networks; `auto` chooses one for this machine and reports it."""
+    trt_library: TrtLibrary = "auto"
+    """Library of backend trt; `auto` is tensorrt where it is installed, otherwise rtx."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
     bundles: Path | None = None
@@ -90,6 +92,7 @@ class ExpandConfig:
             ("precision", get_args(Precision)),
             ("vae_precision", get_args(VaePrecision)),
             ("backend", get_args(BackendName)),
+            ("trt_library", get_args(TrtLibrary)),
             ("device", get_args(DeviceName)),
         ):
             if getattr(self, field) not in choices:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ..export.config import (
     DEFAULT_OPSET,
@@ -14,6 +14,7 @@ from ..export.config import (
     DeviceName,
     OnnxOpset,
     Precision,
+    TrtLibrary,
     VaePrecision,
     Weights,
 )
@@ -122,6 +123,12 @@ class EngineBuild:
     """Version of the ONNX operators, where a backend starts from ONNX."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
+    trt_library: TrtLibrary = "auto"
+    """Library of --backend trt: `tensorrt`, or `rtx`, TensorRT for RTX. `auto` is tensorrt where it
+    is installed, and rtx with --for."""
+    targets: Annotated[tuple[str, ...], arg(name="for")] = ()
+    """Build for these cards, which need not be here: names or compute capabilities, as a6000 or
+    sm86. Needs --backend trt, and TensorRT for RTX. Default: the GPU of this machine."""
     weights: Weights = "pretrained"
     """`random`: the architecture alone, without a download, to measure memory and speed."""
     export_only: bool = False
@@ -136,6 +143,9 @@ class EngineBuild:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        if self.backend != "trt" and (self.targets or self.trt_library != "auto"):
+            given = "--for" if self.targets else "--trt-library"
+            raise ValueError(f"{given} is for --backend trt: give that, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from pydantic import BaseModel
 
 from .bundle_key import BUNDLE_NAME, BundleKey, build_command, bundle_name, why_not
 from .documents import Count, Finite, Inside, Sha256, check_document, read_json
-from .durable import cache_folder, json_sha256, sync, take_lock, write_durably
+from .durable import cache_folder, json_sha256, replace_file, sync, take_lock, write_durably
 from .terminal import say
 
 SCHEMA = 1
@@ -137,8 +137,8 @@ def find_or_build(
     disk.
     """
     folder = bundles / bundle_name(key)
-    if folder.exists():
-        return open_bundle(folder, key)
+    if (stored := stored_folder(bundles, key)) is not None:
+        return open_bundle(stored, key)
     try:
         bundles.mkdir(0o755, parents=True, exist_ok=True)
         _refuse_shared(bundles)
@@ -162,6 +162,23 @@ def find_or_build(
         say(f"no engine for these settings yet{f'; {nearest}' if nearest else ''}")
         say(f"building it, as `{build_command(key, model, bundles_option(bundles))}` does")
         return _build(folder, key, build)
+
+
+def stored_folder(bundles: Path, key: Mapping[str, Any]) -> Path | None:
+    """The stored bundle of this key, or one that holds plans for its targets and more."""
+    folder = bundles / bundle_name(key)
+    if folder.exists() or not key.get("targets"):
+        return folder if folder.exists() else None
+    for other in find_bundles(bundles):
+        try:
+            found = read_manifest(other)["key"]
+        except BundleError:
+            continue  # opening it reports the damage
+        if set(key["targets"]) <= set(found.get("targets", ())) and not why_not(
+            {**found, "targets": key["targets"]}, key
+        ):
+            return other
+    return None
 
 
 def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> Bundle:
@@ -234,6 +251,8 @@ def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
             raise BundleError(
                 f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {remedy}"
             )
+    if key is not None and set(key.get("targets", ())) <= set(manifest["key"].get("targets", ())):
+        key = {**key, "targets": manifest["key"].get("targets")}
     if key is not None and (differences := why_not(manifest["key"], key)):
         model = manifest["report"].get("model")
         rebuild = build_command(key, model, bundles_option(folder.parent))
@@ -317,6 +336,8 @@ def remove_bundle(folder: Path) -> int:
         doomed = _hidden(folder, "removed")
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(folder, doomed)  # gone at once, even if the deletion is interrupted
+        for cache in folder.parent.glob(f".{folder.name}.*-kernels"):
+            cache.unlink()
         shutil.rmtree(doomed)
     return freed
 
@@ -344,6 +365,27 @@ def remove_leftovers(bundles: Path) -> int:
 def bytes_of(folder: Path) -> int:
     """Size of all files in the folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def kernel_cache(folder: Path, graph: str) -> Path:
+    """File beside a bundle for what TensorRT for RTX compiles of it on this machine's card."""
+    return _hidden(folder, f"{graph}-kernels")
+
+
+def record_run(bundle: Bundle, target: str, parity: dict[str, Any]) -> Bundle:
+    """Note in the manifest that the engine has run on this target, and its parity with torch.
+
+    Where it may not be written, it says so, and the next process measures again.
+    """
+    manifest = {name: value for name, value in bundle.manifest.items() if name != "content_sha256"}
+    ran_on = [*manifest["report"].get("ran_on", []), target]
+    manifest["report"] = {**manifest["report"], "parity": parity, "ran_on": ran_on}
+    manifest["content_sha256"] = json_sha256(manifest)
+    try:
+        replace_file(bundle.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    except OSError as error:
+        say(f"the parity could not be recorded in {bundle.folder}: {error}")
+    return Bundle(bundle.folder, manifest, bundle.built)
 
 
 def _hidden(folder: Path, state: str) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from .config import TrtLibraryName
 from .documents import Positive
 from .durable import json_sha256
 
@@ -38,11 +39,14 @@ class BundleKey(BaseModel):
     exported_for: str = ""
     gpu: str | None = None
     libraries: dict[str, str] = {}
+    trt_library: TrtLibraryName | None = None
+    targets: list[str] = []
 
 
 def bundle_name(key: Mapping[str, Any]) -> str:
     """A readable folder name that ends in a hash of the whole key."""
-    readable = [key[field] for field in ("model", "backend", "device", "precision")]
+    runs_on = "-".join(key.get("targets", ())) or key["device"]
+    readable = [key["model"], key["backend"], runs_on, key["precision"]]
     # The name of a local folder, made short, visible and safe for a path.
     readable[0] = re.sub(r"[^\w.-]+", "-", readable[0])[:64].strip(".-") or "model"
     if key["weights"] == "random":
@@ -74,6 +78,10 @@ def build_command(key: Mapping[str, Any], model: str | None = None, place: str =
         if key.get(option) is not None:
             name = option.removesuffix("_px").replace("_", "-")
             command += f" --{name} {key[option]}"
+    if targets := key.get("targets"):
+        command += f" --for {' '.join(targets)}"
+    elif library := key.get("trt_library"):
+        command += f" --trt-library {library}"
     return command + place
 
 

@@ -11,7 +11,11 @@ OnnxOpset = Literal[21, 23]
 BackendName = Literal["auto", "trt", "ort", "inductor", "eager"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 Weights = Literal["pretrained", "random"]
+TrtLibraryName = Literal["tensorrt", "rtx"]
+TrtLibrary = Literal["auto", "tensorrt", "rtx"]
 
+TRT_ONLY = ("trt_library", "targets")
+"""Fields of EngineSpec that the keys of other backends do not hold."""
 DEFAULT_OPSET: OnnxOpset = 21
 """The first opset with a native GroupNormalization; 23 adds a native Attention."""
 
@@ -37,6 +41,11 @@ class EngineSpec:
     """ONNX opset, for backends that start from ONNX."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device that it runs on."""
+    trt_library: TrtLibraryName | None = None
+    """Library of the trt backend; None for other backends."""
+    targets: tuple[str, ...] = ()
+    """Compute capabilities that TensorRT for RTX builds for, as "sm86"; empty for all others, which
+    build for the GPU of this machine."""
 
     def __post_init__(self) -> None:
         if self.size_px < 1 or self.batch < 1:

@@ -23,11 +23,17 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from .bundle import Bundle, BundleError, Say, find_or_build
+from .bundle import Bundle, BundleError, Say, find_or_build, record_run
 from .bundle_key import GRAPHS_ONLY
-from .config import DEFAULT_OPSET, BackendName, EngineSpec, Precision
+from .config import DEFAULT_OPSET, TRT_ONLY, BackendName, EngineSpec, Precision
 from .graphs import Graph, make_graphs
-from .machine import PeakGpuMemory, gpu_identity, peak_host_bytes, tells_full_memory
+from .machine import (
+    PeakGpuMemory,
+    gpu_identity,
+    peak_host_bytes,
+    return_free_memory,
+    tells_full_memory,
+)
 from .models import (
     TOKENS,
     ModelParts,
@@ -37,8 +43,9 @@ from .models import (
     resolve_vae_precision,
     weights_sha256,
 )
-from .parity import Reference, check_parity, make_references
+from .parity import Reference, check_graphs, check_parity, make_host_reference, make_references
 from .terminal import say
+from .trt_library import builds_ahead, here, trt_versions
 
 _ONNX_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 _EXPORTERS = {"ort": "to_ort", "inductor": "to_inductor", "trt": "to_tensorrt"}
@@ -116,12 +123,17 @@ def engine_key(
 
     `auto` is resolved, so it shares the engine of the precision that it stands for.
     """
+    settings = asdict(spec)
+    if spec.trt_library is None:
+        settings = {name: value for name, value in settings.items() if name not in TRT_ONLY}
+    else:
+        settings["targets"] = list(spec.targets)  # as JSON returns them
     return {
         "model": model.name,
         "weights": model.weights,
         "weights_sha256": weights_sha256(model),
         "tokens": tokens,
-        **asdict(spec),
+        **settings,
         "vae_precision": resolve_vae_precision(model, spec.precision, spec.vae_precision),
         **machine_key(backend, spec, export_only=export_only),
     }
@@ -139,7 +151,10 @@ def machine_key(
         libraries, gpu = {name: version(name) for name in _ONNX_LIBRARIES}, {}
     else:
         named = {"backend": backend}
-        libraries, gpu = exporter(backend).libraries(), gpu_identity(spec.device)
+        libraries = exporter(backend).libraries()
+        if spec.trt_library:
+            libraries |= trt_versions(spec.trt_library)
+        gpu = gpu_identity("cpu" if spec.targets else spec.device)
     return {
         **named,
         "exporter_sha256": _code_sha256(backend),
@@ -166,6 +181,8 @@ def require_engine(
                 "the inductor backend is not made from ONNX graphs: export for --backend ort or trt"
             )
         return
+    if spec.targets:
+        return  # choose_library has found what it needs
     vae_precision = resolve_vae_precision(model, spec.precision, spec.vae_precision)
     exporter(backend).require(spec.precision, spec.device)
     try:
@@ -216,23 +233,33 @@ def open_engine(
     require_engine(backend, model, spec, export_only=export_only)
     compiler = exporter(backend)
 
+    ahead = builds_ahead(spec)
+
     @_explain_full_memory()
     def build(folder: Path) -> dict[str, Any]:
         started, references = time.perf_counter(), {}
         if export_only:
             _check_weights(parts)
-        with PeakGpuMemory(spec.device) as gpu:
+        with PeakGpuMemory("cpu" if ahead else spec.device) as gpu:
             for graph in make_graphs(parts, spec, tokens=tokens):
                 say(f"exporting the {graph.name}")
-                if not export_only:
+                if ahead:
+                    references[graph.name] = make_host_reference(graph)
+                elif not export_only:
                     references |= make_references(graph)
                 compiler.export_graph(graph, folder, spec)
             del graph
             free_parts(parts)
             exported_s, report = time.perf_counter() - started, {}
+            if ahead:
+                report["graph_parity"] = check_graphs(folder, references)
+                return_free_memory()
             if not export_only:
-                report = compiler.compile_graphs(folder, spec, say)
+                report |= compiler.compile_graphs(folder, spec, say)
+            if not (export_only or ahead):
                 report["parity"] = _measure(compiler.open_sessions(folder, spec), references)
+            if spec.targets and not ahead:
+                report["ran_on"] = [here()]
         report |= {
             "model": model_reference(model),
             "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -244,15 +271,24 @@ def open_engine(
 
     key = engine_key(backend, model, spec, tokens=tokens, export_only=export_only)
     bundle = find_or_build(bundles, key, build, model_reference(model))
+    if spec.targets and not (ahead or export_only) and not has_run(bundle, spec):
+        say(f"comparing {bundle.folder.name} with torch: it has not run on {here()} yet")
+        bundle = verify_engine(bundle, parts, spec)
     free_parts(parts)
     return bundle
 
 
-@_explain_full_memory()
-def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[str, Any]:
-    """Measure an opened bundle's parity with torch again; frees the parts.
+def has_run(bundle: Bundle, spec: EngineSpec) -> bool:
+    """Whether an engine has been compared with torch on this machine's kind of GPU."""
+    return not spec.targets or here() in bundle.manifest["report"].get("ran_on", ())
 
-    Raises BundleError beyond the tolerance, or for NaN or infinity.
+
+@_explain_full_memory()
+def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> Bundle:
+    """Measure an opened bundle's parity with torch, which its report holds then; frees the parts.
+
+    The first time on a target of TensorRT for RTX is recorded in the manifest. Raises BundleError
+    beyond the tolerance, or for NaN or infinity.
     """
     references = {}
     for graph in make_graphs(parts, spec, tokens=bundle.key["tokens"]):
@@ -261,7 +297,11 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[s
     del graph
     free_parts(parts)
     sessions = exporter(bundle.key["backend"]).open_sessions(bundle.folder, spec)
-    return _measure(sessions, references)
+    parity = _measure(sessions, references)
+    if has_run(bundle, spec):
+        report = {**bundle.manifest["report"], "parity": parity}
+        return Bundle(bundle.folder, {**bundle.manifest, "report": report}, bundle.built)
+    return record_run(bundle, str(here()), parity)
 
 
 def _measure(
@@ -293,5 +333,6 @@ def free_parts(parts: ModelParts) -> None:
     """Free the networks, even while others still hold `parts`."""
     vars(parts).clear()
     gc.collect()
+    return_free_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,9 @@ class PeakGpuMemory:
         while not self._done.wait(POLL_S):
             free_bytes, total_bytes = gpu_memory_bytes()
             self.bytes = max(self.bytes, total_bytes - free_bytes)
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between blocks still in use."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

@@ -3,21 +3,26 @@
 A call copies its inputs into buffers whose addresses TensorRT knows, then enqueues: it neither
 allocates nor waits. Engines of up to REPLAYED_BATCH images are captured once as a CUDA graph and
 replayed: at that size launches take as long as the kernels (measured by others, not here).
+
+TensorRT for RTX compiles a plan's kernels for the card when they first run. They are kept beside
+the bundle.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import tensorrt as trt  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor
 
-from .bundle import BundleError
+from .bundle import BundleError, kernel_cache
 from .config import EngineSpec
+from .durable import replace_file
 from .graphs import GRAPHS, Borders, Port, prompts_of, read_borders
-from .trt_build import Log
+from .terminal import say
+from .trt_build import make_log
 
 REPLAYED_BATCH = 8
 _REMEDY = (
@@ -26,31 +31,35 @@ _REMEDY = (
 )
 
 
-def open_plans(folder: Path, spec: EngineSpec) -> dict[str, EngineSession]:
+def open_plans(trt: Any, folder: Path, spec: EngineSpec) -> dict[str, EngineSession]:
     """A session for each plan. Raises BundleError when a plan or its weights do not load."""
-    log = Log()
+    log = make_log(trt)
     runtime = trt.Runtime(log)
-    engines = {name: _open_plan(runtime, folder, name, log) for name in GRAPHS}
+    engines = {name: _open_plan(trt, runtime, folder, name, log) for name in GRAPHS}
     most_bytes = max(engine.device_memory_size_v2 for engine in engines.values())
     activations = torch.empty(most_bytes, dtype=torch.uint8, device=spec.device)
     stream = torch.cuda.Stream()
     return {
         name: EngineSession(
+            trt,
             engine,
             read_borders(folder, name),
             spec,
             activations=activations,
             stream=stream,
             log=log,
+            cache_path=kernel_cache(folder, name) if spec.trt_library == "rtx" else None,
         )
         for name, engine in engines.items()
     }
 
 
-def _open_plan(runtime: Any, folder: Path, name: str, log: Log) -> Any:
+def _open_plan(trt: Any, runtime: Any, folder: Path, name: str, log: Any) -> Any:
     engine = runtime.deserialize_cuda_engine((folder / f"{name}.plan").read_bytes())
     if engine is None:
         raise BundleError(f"TensorRT does not open {name}.plan ({log.last_error()}): {_REMEDY}")
+    if not (folder / f"{name}.onnx").exists():
+        return engine  # it holds its weights
     refitter = trt.Refitter(engine, log)
     weights = trt.OnnxParserRefitter(refitter, log)
     if not (weights.refit_from_file(str(folder / f"{name}.onnx")) and refitter.refit_cuda_engine()):
@@ -67,15 +76,17 @@ class EngineSession:
 
     def __init__(
         self,
+        trt: Any,
         engine: Any,
         borders: Borders,
         spec: EngineSpec,
         *,
         activations: Tensor,
         stream: torch.cuda.Stream,
-        log: Log,
+        log: Any,
+        cache_path: Path | None = None,
     ) -> None:
-        self._log = log
+        self._log, self._cache_path = log, cache_path
         self._borders, self._stream, self._activations = borders, stream, activations
         self._fewest, self._most = spec.min_prompts, spec.prompts
         self._prompts = self._most
@@ -84,9 +95,7 @@ class EngineSession:
             for port in (*borders.inputs, borders.output)
         }
         self._engine = engine
-        self._context = engine.create_execution_context(
-            trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
+        self._context = self._new_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
             raise BundleError(
                 f"TensorRT cannot run the engine here ({log.last_error()}): {_REMEDY}"
@@ -98,7 +107,20 @@ class EngineSession:
         self._ranged = spec.min_batch is not None
         if self._ranged:
             self._set_shapes(self._most)
-        self._replay = None if self._ranged or spec.batch > REPLAYED_BATCH else self._record()
+        replays = spec.batch <= REPLAYED_BATCH and not self._ranged and self._can_record()
+        self._replay = self._record() if replays else None
+
+    def _new_context(self, strategy: Any) -> Any:
+        self._cache = None
+        if self._cache_path is None:
+            return self._engine.create_execution_context(strategy)
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        self._cache = config.create_runtime_cache()
+        if self._cache_path.is_file():
+            self._cache.deserialize(self._cache_path.read_bytes())  # refuses another GPU's
+        config.set_runtime_cache(self._cache)
+        return self._engine.create_execution_context(config)
 
     def run(self, *inputs: Tensor) -> Tensor:
         """Enqueue the engine on torch's current stream; the next call overwrites the result.
@@ -137,6 +159,14 @@ class EngineSession:
         if not self._context.execute_async_v3(stream.cuda_stream):
             raise RuntimeError(f"TensorRT refused to run the engine: {self._log.last_error()}")
 
+    def _can_record(self) -> bool:
+        if self._cache is None:
+            return True
+        capturable = self._context.is_stream_capturable(self._stream.cuda_stream)
+        if not capturable:
+            say("TensorRT for RTX cannot record this engine as a CUDA graph: it is launched anew")
+        return capturable
+
     def _record(self) -> torch.cuda.CUDAGraph:
         """Capture the engine as a CUDA graph, after one run that loads its kernels."""
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -160,8 +190,11 @@ class EngineSession:
         return prompts_of(port.name, len(first), port.per_prompt, **limits)
 
     def close(self) -> None:
-        """Free the engine and its buffers."""
-        self._replay = None
+        """Free the engine and its buffers; keep the kernels that were compiled here."""
+        if self._cache is not None and self._cache_path is not None:
+            with suppress(OSError):  # the next start compiles them again
+                replace_file(self._cache_path, bytes(self._cache.serialize()))
+        self._replay = self._cache = None
         del self._context, self._engine, self._buffers, self._activations
 
 

@@ -20,7 +20,6 @@ from patchbloom.export.bundle import (
     find_or_build,
     open_bundle,
 )
-from patchbloom.export.config import EngineSpec
 
 
 def store(bundles: Path) -> Bundle:
@@ -100,7 +99,7 @@ def test_room_is_made_where_it_is_missing(bundles: Path, monkeypatch: pytest.Mon
     )
     engine = store(bundles)
     with pytest.raises(OSError, match="are free there") as error:
-        check_room(needs, EngineSpec(size_px=64), bundles)
+        check_room(needs, "cpu", bundles)
     (hint,) = commands(error.value)
     assert cli.main(shlex.split(hint.replace("NAME", engine.folder.name))[1:]) == 0
     assert find_bundles(bundles) == []

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from patchbloom.export import to_tensorrt
+from patchbloom.export import trt_library
 from patchbloom.export.models import Unavailable
 
 TESTS = Path(__file__).parent
@@ -63,26 +62,28 @@ def test_the_whole_build_and_run(version: str, runs: dict[str, subprocess.Popen[
     assert "skipped" not in told
 
 
-def installed(monkeypatch: Any, version: str | None, gpu: bool) -> None:
-    monkeypatch.setattr(to_tensorrt, "_installed_version", lambda: version)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+def installed(monkeypatch: Any, version: str | None, gpu: str | None) -> None:
+    monkeypatch.setattr(
+        trt_library._LIBRARIES["tensorrt"].__class__, "version", lambda self: version
+    )
+    monkeypatch.setattr(trt_library, "here", lambda: gpu)
 
 
 @pytest.mark.parametrize(
     ("version", "gpu", "device", "told"),
     [
-        (None, False, "cpu", r"needs an NVIDIA GPU .* and TensorRT 10\.12 to 11 \(pip install"),
-        (None, True, "cuda", r"needs TensorRT 10\.12 to 11 \(pip install"),
-        ("10.11.0.33", True, "cuda", r"10\.12 to 11, not 10\.11\.0\.33"),
-        ("12.0.1", True, "cuda", r"10\.12 to 11, not 12\.0\.1"),
-        ("11.4.0.106", True, "cpu", "needs an NVIDIA GPU .*another device was requested"),
-        ("11.4.0.106", True, "cuda", "is installed but does not load"),
+        (None, None, "cpu", r"needs an NVIDIA GPU .* and TensorRT 10\.15 to 11 \(pip install"),
+        (None, "sm90", "cuda", r"needs TensorRT 10\.15 to 11 \(pip install"),
+        ("10.14.1.48", "sm90", "cuda", r"10\.15 to 11, not 10\.14\.1\.48"),
+        ("12.0.1", "sm86", "cuda", r"10\.15 to 11, not 12\.0\.1"),
+        ("11.4.0.106", "sm86", "cpu", "needs an NVIDIA GPU .*another device was requested"),
+        ("11.4.0.106", "sm86", "cuda", "11.4.0.106 is installed, but "),
     ],
 )
 def test_what_is_missing_is_named(
-    monkeypatch: Any, version: str | None, gpu: bool, device: str, told: str
+    monkeypatch: Any, version: str | None, gpu: str | None, device: str, told: str
 ):
     installed(monkeypatch, version, gpu)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(Unavailable, match=told):
-        to_tensorrt.require("fp16", device)
+        trt_library.choose_library("tensorrt", device=device)

@@ -57,7 +57,12 @@ class FakeTensorRT:
         self.cache_from: list[bytes] = []
         self.config: Standin | None = None
         self.parse_fails = self.build_fails = self.refit_fails = self.cache_is_foreign = False
-        self.opens = self.runs = True
+        self.opens = self.runs = self.capturable = True
+        self.names: dict[bytes, str] = {}
+        self.ports: dict[str, list[Standin]] = {}
+        self.error = 0.0
+        self.strategies: list[Any] = []
+        self.kernels_read: list[bytes] = []
         self.profiles = self.rows = 0
         self.refitted: list[str] = []
         self.during_build: Callable[[], None] = lambda: None
@@ -98,17 +103,25 @@ class FakeTensorRT:
         return self.standin("INetworkDefinition")
 
     def parser(self, network: Standin, logger: Any) -> Standin:
-        fault = self.standin("ParserError", node_name=lambda: "conv7", desc=lambda: "no importer")
+        fault = self.standin(
+            "ParserError",
+            node_name=lambda: "conv7",
+            node_operator=lambda: "Conv",
+            desc=lambda: "no importer",
+        )
         return self.standin(
             "OnnxParser",
-            parse_from_file=self.parse,
+            parse_from_file=lambda model: self.parse(model, network),
             num_errors=1,
             get_error=lambda index: fault,
         )
 
-    def parse(self, model: str) -> bool:
+    def parse(self, model: str, network: Standin) -> bool:
         self.parsed = Path(model)
         onnx.checker.check_model(model)
+        ports = [self.standin("ITensor", name=port.name) for port in onnx.load(model).graph.input]
+        self.ports[self.parsed.stem] = ports
+        network._plays.update(num_inputs=len(ports), get_input=lambda index: ports[index])
         return not self.parse_fails
 
     def builder_config(self) -> Standin:
@@ -127,6 +140,7 @@ class FakeTensorRT:
             add_optimization_profile=add_profile,
             create_timing_cache=self.timing_cache,
             set_timing_cache=set_cache,
+            set_compute_capability=lambda capability, index: None,
         )
         return self.config
 
@@ -149,16 +163,37 @@ class FakeTensorRT:
         if self.build_fails:
             self.logger.log(self.trt.ILogger.Severity.WARNING, "hot day")
             self.logger.log(self.trt.ILogger.Severity.ERROR, "out of memory\n at line 3")
-        return None if self.build_fails or not all(going) else str(self.parsed).encode()
+        if self.build_fails or not all(going):
+            return None
+        plan = self.parsed.read_bytes()
+        self.names[plan] = self.parsed.stem
+        return plan
 
     def deserialize(self, serialized_engine: bytes) -> Standin | None:
         if not self.opens:
             return None
-        name = Path(serialized_engine.decode()).stem
+        name = self.names[serialized_engine]
         return self.standin(
             "ICudaEngine",
             device_memory_size_v2=ACTIVATION_BYTES[name],
-            create_execution_context=lambda strategy: self.context(strategy, serialized_engine),
+            create_execution_context=lambda given: self.context(given, serialized_engine),
+            create_runtime_config=self.runtime_config,
+        )
+
+    def runtime_config(self) -> Standin:
+        """As TensorRT for RTX has; TensorRT has none."""
+
+        def read(blob: bytes) -> bool:
+            self.kernels_read.append(blob)
+            return True
+
+        return self.standin(
+            "IRuntimeConfig",
+            set_execution_context_allocation_strategy=self.strategies.append,
+            set_runtime_cache=lambda cache: True,
+            create_runtime_cache=lambda: self.standin(
+                "IRuntimeCache", deserialize=read, serialize=lambda: b"kernels"
+            ),
         )
 
     def refit(self) -> bool:
@@ -179,11 +214,16 @@ class FakeTensorRT:
             get_error=lambda index: fault,
         )
 
-    def context(self, strategy: Any, plan: bytes) -> Standin:
+    def context(self, given: Any, plan: bytes) -> Standin:
+        strategy = self.strategies.pop() if isinstance(given, Standin) else given
         assert strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        session = onnxruntime.InferenceSession(plan.decode(), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(plan, providers=["CPUExecutionProvider"])
         addresses: dict[str, int] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {
+            port.name: port._set["shape"]
+            for port in self.ports[self.names[plan]]
+            if "shape" in port._set
+        }
 
         def set_address(name: str, memory: int) -> bool:
             addresses[name] = memory
@@ -206,7 +246,7 @@ class FakeTensorRT:
                 for port in session.get_inputs()
             }
             (output,) = session.run(None, inputs)
-            _array(addresses[session.get_outputs()[0].name], output.shape)[:] = output
+            _array(addresses[session.get_outputs()[0].name], output.shape)[:] = output + self.error
             return True
 
         return self.standin(
@@ -215,6 +255,7 @@ class FakeTensorRT:
             set_tensor_address=set_address,
             set_input_shape=set_shape,
             execute_async_v3=execute,
+            is_stream_capturable=lambda stream: self.capturable,
         )
 
 
@@ -252,9 +293,16 @@ class FakeGraph:
 
 @pytest.fixture
 def tensorrt(bindings: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRT]:
+    yield played(bindings, "tensorrt", monkeypatch)
+    for name in ("trt_build", "trt_session"):
+        sys.modules.pop(f"patchbloom.export.{name}", None)
+
+
+def played(bindings: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    """Put stand-ins in the place of module `name`, and fake torch's streams and graphs."""
     fake = FakeTensorRT(bindings)
     HAPPENED.clear()
-    monkeypatch.setitem(sys.modules, "tensorrt", standin_module(bindings, fake.parts()))
+    monkeypatch.setitem(sys.modules, name, standin_module(bindings, fake.parts()))
     current = FakeStream(DEFAULT_STREAM)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
@@ -277,9 +325,7 @@ def tensorrt(bindings: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
     monkeypatch.setattr(torch.cuda, "graph", record)
     fake.current = current  # type: ignore[attr-defined]
-    yield fake
-    for name in ("trt_build", "trt_session"):
-        sys.modules.pop(f"patchbloom.export.{name}", None)
+    return fake
 
 
 class Denoiser(nn.Module):
@@ -480,7 +526,9 @@ def test_faults_are_told(
     with pytest.raises(BundleError, match=r"\(out of memory at line 3\).*smaller --batch"):
         compiled(exported, [], **shapes)
     tensorrt.parse_fails = True
-    with pytest.raises(BundleError, match=r"does not take encoder\.onnx \(conv7: no importer\)"):
+    with pytest.raises(
+        BundleError, match=r"does not take decoder\.onnx \(Conv conv7: no importer\)"
+    ):
         compiled(exported, [], **shapes)
 
 

@@ -153,7 +153,7 @@ _PLAIN: dict[str, tuple[type, ...]] = {
 def _is_a(trt: ModuleType, kind: str, value: Any) -> bool:
     if kind in _PLAIN:
         return isinstance(value, _PLAIN[kind])
-    real = getattr(trt, kind.rpartition(".")[2])
+    real = getattr(trt, re.split(r"\.|::", kind)[-1])
     if kind.endswith(".Dims"):
         return isinstance(value, (real, tuple, list))  # pybind11 converts them
     return isinstance(value, real) or (isinstance(value, Standin) and vars(value)["_real"] is real)

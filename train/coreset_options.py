@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..export.config import BackendName, DeviceName, Precision, VaePrecision
+from ..export.config import BackendName, DeviceName, Precision, TrtLibrary, VaePrecision
 from .config import RecipeName, StudentPrecision, Targets, check_at_least, check_seed
 
 LabelKind = Literal["probabilities", "logits"]
@@ -33,6 +33,9 @@ class RenderOptions:
     engine_batch: int | None = None
     """Images per call of the model; changes images by rounding at most. Default: the choice of the
     run that made the labels."""
+    trt_library: TrtLibrary = "auto"
+    """Library of --backend trt: `tensorrt`, or `rtx`, TensorRT for RTX. `auto` is tensorrt where it
+    is installed, otherwise rtx."""
     bundles: Path | None = None
     """Folder of built engines. Default: patchbloom/bundles in the user's cache."""
     device: DeviceName = "auto"

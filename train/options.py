@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..engine.config import TEMPLATE, DscoConfig, Start, parse_mixup_weight
 from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, MOST_COMPONENTS, Codec, CodecName, TopK
-from ..export.config import BackendName, DeviceName, Precision, VaePrecision
+from ..export.config import BackendName, DeviceName, Precision, TrtLibrary, VaePrecision
 from .config import (
     MOST_STUDENTS,
     Choice,
@@ -48,6 +48,9 @@ class RunOptions:
     is a CUDA device, sdxl-tiny elsewhere and for --data shapes."""
     backend: BackendName = "auto"
     """Backend that runs the model; `auto` chooses one for this machine and reports it."""
+    trt_library: TrtLibrary = "auto"
+    """Library of --backend trt: `tensorrt`, or `rtx`, TensorRT for RTX. `auto` is tensorrt where it
+    is installed, otherwise rtx."""
     method: Annotated[tuple[str, ...], arg(help=METHOD_HELP)] = ("dace",)
     ipc: int = 1
     """Images per class. A coreset holds ipc · factor² patches per class; for t2i, ipc / (1 +

@@ -6,8 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...export.bundle import Bundle, BundleError, bundles_option, open_bundle
-from ...export.bundle_key import GRAPHS_ONLY, build_command, bundle_name
+from ...export.bundle import (
+    Bundle,
+    BundleError,
+    bundles_option,
+    open_bundle,
+    stored_folder,
+)
+from ...export.bundle_key import build_command
 from ...export.config import BackendName, EngineSpec
 from ...export.engines import engine_key, open_engine, require_engine, verify_engine
 from ...export.models import (
@@ -20,9 +26,16 @@ from ...export.models import (
     weights_sha256,
 )
 from ...export.terminal import say
+from ...export.trt_library import (
+    builds_ahead,
+    cards_of,
+    choose_library,
+    parse_targets,
+    trt_title,
+)
 from ..expand.backends import choose_backend, require_backend, resolve_device
 from ..options import EngineBuild
-from .catalogue import misfit, spec_of
+from .catalogue import misfit, not_run, spec_of
 from .needs import check_room, engine_needs
 
 
@@ -35,34 +48,37 @@ def build_engine(command: EngineBuild, bundles: Path) -> dict[str, Any]:
     backend, model, spec = _plan(command)
     export_only = command.export_only
     key = engine_key(backend, model, spec, export_only=export_only)
-    folder = bundles / bundle_name(key)
-    if folder.exists():
+    folder = stored_folder(bundles, key)
+    if folder is not None:
         bundle = open_bundle(folder, key)
     else:
         needs = engine_needs(model, spec, backend, export_only=export_only)
-        check_room(needs, spec, bundles)
+        place = "cpu" if builds_ahead(spec) else spec.device
+        check_room(needs, place, bundles)
         say(f"loading {model.name} ({needs.parameters()} parameters, {spec.precision})")
-        parts = _load_parts(model, spec)
+        parts = _load_parts(model, spec, place)
         bundle = open_engine(backend, model, parts, spec, bundles=bundles, export_only=export_only)
     return describe(bundle) | {"built": bundle.built}
 
 
-def _load_parts(model: ModelSource, spec: EngineSpec) -> ModelParts:
+def _load_parts(model: ModelSource, spec: EngineSpec, device: str) -> ModelParts:
     return load_parts(
-        model,
-        precision=spec.precision,
-        vae_precision=spec.vae_precision,
-        device=spec.device,
+        model, precision=spec.precision, vae_precision=spec.vae_precision, device=device
     )
 
 
 def _plan(command: EngineBuild) -> tuple[BackendName, ModelSource, EngineSpec]:
     """Resolve the options and report chosen defaults; refuse a build that cannot work here."""
-    device = resolve_device(command.device)
+    targets = parse_targets(command.targets)
+    device = "cuda" if targets else resolve_device(command.device)
     half = command.export_only or device == "cuda"
     precision = command.precision or ("fp16" if half else "fp32")
     backend = command.backend
-    if not command.export_only:
+    library = None
+    if backend == "trt" and not command.export_only:
+        library, targets = choose_library(command.trt_library, targets, device)
+        say(f"library: {trt_title(library)}{f', for {cards_of(targets)}' if targets else ''}")
+    elif not command.export_only:
         require_backend(backend, precision, device)
     name = command.model or ("sdxl-turbo" if device == "cuda" else "sdxl-tiny")
     if command.model is None:
@@ -83,6 +99,8 @@ def _plan(command: EngineBuild) -> tuple[BackendName, ModelSource, EngineSpec]:
         vae_precision=command.vae_precision,
         opset=command.opset,
         device=device,
+        trt_library=library,
+        targets=targets,
     )
     if backend == "auto":
         backend = "ort" if command.export_only else _choose_built(spec)
@@ -119,6 +137,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         **{field: bundle.key.get(field) for field in (*shown, *shapes)},
         "bytes": bundle.size_bytes,
         **bundle.manifest["report"],
+        "not_run": not_run(bundle.key, bundle.manifest["report"]),
     }
 
 
@@ -147,15 +166,16 @@ def _verify_stored(folder: Path) -> dict[str, Any]:
     """Verify every byte of a stored engine, then measure its parity with torch again.
 
     Raises BundleError, which says what is wrong or why it cannot run here. Graphs that were only
-    exported have no parity.
+    exported have no parity, nor has an engine for a card elsewhere; `not_run` says so.
     """
     bundle = open_bundle(folder)
-    return {
+    result = {
         "engine": folder.name,
         "files": len(bundle.manifest["files"]),
         "bytes": bundle.size_bytes,
-        "parity": _measure_parity(bundle) if bundle.key["backend"] != GRAPHS_ONLY else None,
+        "not_run": not_run(bundle.key, bundle.manifest["report"]),
     }
+    return result | {"parity": None if result["not_run"] else _measure_parity(bundle)}
 
 
 def _measure_parity(bundle: Bundle) -> dict[str, Any]:
@@ -185,4 +205,5 @@ def _measure_parity(bundle: Bundle) -> dict[str, Any]:
             "the new ones"
         )
     spec = spec_of(key)
-    return verify_engine(bundle, _load_parts(model, spec), spec)
+    verified = verify_engine(bundle, _load_parts(model, spec, spec.device), spec)
+    return verified.manifest["report"]["parity"]

@@ -21,7 +21,7 @@ from ...export.bundle import (
     remove_leftovers,
 )
 from ...export.bundle_key import GRAPHS_ONLY, batch_shape, build_command, why_not
-from ...export.config import EngineSpec
+from ...export.config import TRT_ONLY, EngineSpec
 
 
 def list_engines(bundles: Path) -> dict[str, Any]:
@@ -52,13 +52,17 @@ def _row(folder: Path) -> dict[str, Any]:
         **{field: key.get(field) for field in shown},
         "batch": batch_shape(key),
         "built_at": manifest["report"].get("built_at"),
+        "targets": key.get("targets"),
+        "ran_on": manifest["report"].get("ran_on"),
         "misfit": misfit(key),
     }
 
 
 def spec_of(key: Mapping[str, Any]) -> EngineSpec:
     """The spec in a key."""
-    return EngineSpec(**{field.name: key[field.name] for field in fields(EngineSpec)})
+    names = [each.name for each in fields(EngineSpec) if each.name not in TRT_ONLY]
+    own = {"trt_library": key.get("trt_library"), "targets": tuple(key.get("targets", ()))}
+    return EngineSpec(**{name: key[name] for name in names}, **own)
 
 
 def misfit(key: Mapping[str, Any]) -> list[str]:
@@ -70,10 +74,13 @@ def misfit(key: Mapping[str, Any]) -> list[str]:
 
     from ...export.engines import exporter, machine_key
     from ...export.models import Unavailable
+    from ...export.trt_library import builds_ahead, cards_of, here
 
     graphs_only = key["backend"] == GRAPHS_ONLY
     try:
         spec = spec_of(key)
+        if builds_ahead(spec):
+            return [f"it runs on {cards_of(spec.targets)}, here is {here() or 'no GPU'}"]
         if spec.device == "cuda" and not graphs_only and not torch.cuda.is_available():
             return [f"gpu {key['gpu']} (here none)"]
         backend = key["exported_for" if graphs_only else "backend"]
@@ -85,6 +92,18 @@ def misfit(key: Mapping[str, Any]) -> list[str]:
     except (KeyError, TypeError, ValueError) as error:
         return [f"made by another version of this package ({error})"]
     return why_not(key, {**key, **here})
+
+
+def not_run(key: Mapping[str, Any], report: Mapping[str, Any]) -> str | None:
+    """Why an engine was not compared with torch; None when it was."""
+    if key["backend"] == GRAPHS_ONLY:
+        return "graphs only: nothing was run, so there is no parity with torch"
+    from ...export.trt_library import builds_ahead, cards_of
+
+    spec = spec_of(key)
+    if report.get("ran_on") or not builds_ahead(spec):
+        return None
+    return f"engine not yet run: no {cards_of(spec.targets)} here; its first opening compares it"
 
 
 def engine_info(bundles: Path, name: str) -> dict[str, Any]:
@@ -101,6 +120,7 @@ def engine_info(bundles: Path, name: str) -> dict[str, Any]:
         "files": manifest["files"],
         "content_sha256": manifest["content_sha256"],
         "misfit": misfit(key),
+        "not_run": not_run(key, report),
         "command": build_command(key, report.get("model"), bundles_option(bundles)),
     }
 

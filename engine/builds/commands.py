@@ -57,7 +57,7 @@ def _verify(command: EngineVerify, bundles: Path) -> dict[str, Any]:
         if not command.json:
             name = visible(result["engine"])
             print(f"{name}: {result['files']} files, {_mb(result['bytes'])}, all right")
-            _show_parity(result["parity"])
+            _show_parity(result)
 
     verified = []
     if folders:
@@ -70,7 +70,7 @@ def _verify(command: EngineVerify, bundles: Path) -> dict[str, Any]:
 def _show_build(result: dict[str, Any]) -> None:
     state = f"built in {result['seconds']:.0f} s" if result["built"] else "already built"
     print(f"{visible(result['engine'])}: {state}, {_mb(result['bytes'])}")
-    _show_parity(result.get("parity"))
+    _show_parity(result)
     if result["built"]:
         print(f"peak memory: host {_mb(result['peak_host_bytes'])}", end="")
         gpu_bytes = result.get("peak_gpu_bytes")
@@ -78,26 +78,33 @@ def _show_build(result: dict[str, Any]) -> None:
     print(f"in {visible(result['folder'])}")
 
 
-def _show_parity(parity: dict[str, dict[str, float]] | None) -> None:
+def _show_parity(result: dict[str, Any]) -> None:
+    parity = result.get("parity") or result.get("graph_parity")
     if parity is None:
-        print("graphs only: nothing was run, so there is no parity with torch")
+        print(result["not_run"])
         return
+    if result["not_run"]:
+        print("the graphs, run by ONNX Runtime on the CPU in fp32:")
     rows = [["graph", "max abs", "limit", "relative L2", "PSNR"]]
     for graph, measured in parity.items():
         psnr = f"{measured['psnr_db']:.1f} dB" if "psnr_db" in measured else ""
         numbers = [f"{measured[name]:.2e}" for name in ("max_abs", "limit", "relative_l2")]
         rows.append([graph, *numbers, psnr])
     print_table(rows)
+    if result["not_run"]:
+        print(result["not_run"])
 
 
 def _show_list(result: dict[str, Any]) -> None:
     rows = [["engine", "model", "backend", "on", "precision", "px", "batch", "MB", "built", "fits"]]
     for engine in result["engines"]:
-        on = engine.get("gpu") or engine.get("device", "")
+        on = engine.get("gpu") or " ".join(engine.get("targets") or [engine.get("device", "")])
         first = [engine.get(name, "") for name in ("model", "backend")]
         shape = [str(engine.get(name, "")) for name in ("precision", "size_px", "batch")]
         built = (engine.get("built_at") or "")[:16].replace("T", " ")
         fits = f"no: {', '.join(engine['misfit'])}" if engine["misfit"] else "yes"
+        if engine.get("targets") and not engine["ran_on"]:
+            fits += "; not yet run"
         size_mb = f"{engine['bytes'] / 1e6:.1f}"
         rows.append([engine["engine"], *first, on, *shape, size_mb, built, fits])
     if len(rows) > 1:

@@ -33,6 +33,7 @@ BACKENDS = (
 ALIASES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt-cu13": ("tensorrt-cu13", "tensorrt", "tensorrt-cu12"),
+    "tensorrt-rtx-cu13": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
 }
 """Distributions that provide the same module."""
 EXAMPLES = (("sdxl-tiny", 64), ("sdxl-turbo", 224), ("sdxl-turbo", 512))
@@ -76,7 +77,7 @@ def _libraries() -> list[dict[str, Any]]:
     for line in requires(PROJECT) or []:
         requirement = Requirement(line)
         marker = requirement.marker
-        extras = (e for e in ("", "trt") if marker is None or marker.evaluate({"extra": e}))
+        extras = (e for e in ("", "trt", "rtx") if marker is None or marker.evaluate({"extra": e}))
         extra = next(extras, None)
         if extra is None:
             continue

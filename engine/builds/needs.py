@@ -78,17 +78,17 @@ def engine_needs(
     )
 
 
-def check_room(needs: Needs, spec: EngineSpec, bundles: Path) -> None:
+def check_room(needs: Needs, device: str, bundles: Path) -> None:
     """Raise Unavailable when memory or disk is certainly too small; writes nothing."""
-    free = gpu_memory_bytes()[0] if spec.device == "cuda" else free_host_bytes()
+    free = gpu_memory_bytes()[0] if device == "cuda" else free_host_bytes()
     if free < needs.least_bytes:
-        where = "GPU memory" if spec.device == "cuda" else "memory"
+        where = "GPU memory" if device == "cuda" else "memory"
         raise Unavailable(
             f"this build needs at least {_gb(needs.least_bytes)} of {where} (weights "
             f"{_gb(needs.weights_bytes)}, largest layer {_gb(needs.layer_bytes)}), {_gb(free)} are "
             "free: end what else runs there, or use a smaller --batch, --size or --precision"
         )
-    if spec.device == "cuda" and free_host_bytes() < needs.weights_bytes:
+    if device == "cuda" and free_host_bytes() < needs.weights_bytes:
         raise Unavailable(
             f"this build loads {_gb(needs.weights_bytes)} of weights through the host's memory, "
             f"{_gb(free_host_bytes())} are free: end what else runs there"

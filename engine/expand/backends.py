@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 
 from ...export.bundle import Bundle
-from ...export.config import BackendName, DeviceName, EngineSpec, Precision
+from ...export.config import (
+    BackendName,
+    DeviceName,
+    EngineSpec,
+    Precision,
+    TrtLibrary,
+    TrtLibraryName,
+)
 from ...export.engines import exporter, open_engine
 from ...export.machine import cxx_compiler
 from ...export.models import ModelParts, ModelSource, Unavailable, default_dtype
 from ...export.modules import Denoiser, LatentDecoder, LatentEncoder
 from ...export.parity import without_tf32
 from ...export.terminal import say
+from ...export.trt_library import choose_library, trt_title
 
 
 class Backend(Protocol):
@@ -179,7 +187,22 @@ def open_backend(
     return CompiledBackend(bundle, spec)
 
 
-def require_backend(name: BackendName, precision: Precision, device: str) -> None:
+def require_backend(
+    name: BackendName, precision: Precision, device: str, library: TrtLibrary = "auto"
+) -> None:
     """Raise Unavailable unless the backend can run here: a check before hours of other work."""
-    if name not in ("auto", "eager"):
+    if name == "trt":
+        choose_library(library, device=device)
+    elif name not in ("auto", "eager"):
         exporter(name).require(precision, device)
+
+
+def trt_choice(
+    name: BackendName, library: TrtLibrary, device: str
+) -> tuple[TrtLibraryName | None, tuple[str, ...]]:
+    """EngineSpec's (trt_library, targets), reported on stderr; (None, ()) for other backends."""
+    if name != "trt":
+        return None, ()
+    chosen = choose_library(library, device=device)
+    say(f"library: {trt_title(chosen[0])}")
+    return chosen

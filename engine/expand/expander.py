@@ -29,7 +29,7 @@ from ...kernels.noise import Draw, normal
 from ...kernels.pixels import upsample_patches
 from ...kernels.sampler import euler_ancestral_step
 from ..config import ExpandConfig
-from .backends import Backend, open_backend, resolve_device
+from .backends import Backend, open_backend, resolve_device, trt_choice
 from .batches import BatchPlan, images_per_prompt, plan_batches
 from .mixup import mixup_quantiles
 from .naming import describe_source
@@ -64,6 +64,7 @@ class Expander:
         self._device = torch.device(device)
         self._configure(config)
         self._check_coreset(patches_NHWC, prompts_K)
+        library, targets = trt_choice(config.backend, config.trt_library, device)
         self._counts_K = np.bincount(self._labels_N, minlength=len(prompts_K))
         self._firsts_K = np.cumsum(self._counts_K) - self._counts_K
         self.spec = EngineSpec(
@@ -74,6 +75,8 @@ class Expander:
             precision=config.precision,
             vae_precision=config.vae_precision,
             device=device,
+            trt_library=library,
+            targets=targets,
         )
         text = encode_prompts(model, prompts_K, device=device, dtype=DTYPES[config.precision])
         parts = load_parts(

@@ -91,7 +91,7 @@ class _Choices:
         self.precision: Precision = options.precision or default
         runs_a_model = any(METHODS[method].model for method in options.methods)
         if runs_a_model:
-            require_backend(options.backend, self.precision, self.device)
+            require_backend(options.backend, self.precision, self.device, options.trt_library)
         data = data_folder(options.data, options.shapes_per_class, report)
         self.train = open_split(data, "train", report)
         self.val = with_classes(open_split(data, "val", report), self.train.class_ids)
@@ -168,6 +168,7 @@ class _Choices:
             vae_precision=options.vae_precision,
             batch=batch,
             backend=options.backend,
+            trt_library=options.trt_library,
             device=self.device,
             images_per_prompt=together_in_engine(self.group, batch, options.refresh),
             bundles=options.bundles and options.bundles.expanduser(),

@@ -160,7 +160,7 @@ def open_recorded_source(
     refresh = _recorded_refresh(coreset)
     expand = _expand_config(coreset, options, backend, config, refresh)
     try:
-        require_backend(backend, expand.precision, device)
+        require_backend(backend, expand.precision, device, options.trt_library)
     except Unavailable as error:
         raise Unavailable(
             f"the images of {coreset.folder} are made in {expand.precision}: {error}; another "
@@ -221,6 +221,7 @@ def _expand_config(
         batch=batch,
         images_per_prompt=together_in_engine(group, batch, refresh),
         backend=backend,
+        trt_library=options.trt_library,
         device=resolve_device(options.device),
         bundles=options.bundles and options.bundles.expanduser(),
     )
