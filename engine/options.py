@@ -146,6 +146,9 @@ class EngineBuild:
         if self.backend != "trt" and (self.targets or self.trt_library != "auto"):
             given = "--for" if self.targets else "--trt-library"
             raise ValueError(f"{given} is for --backend trt: give that, or leave it out")
+        if self.targets and (self.export_only or self.device == "cpu"):
+            other = "--export-only" if self.export_only else "--device cpu"
+            raise ValueError(f"--for builds for a card, {other} does not: leave out one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -372,20 +372,20 @@ def kernel_cache(folder: Path, graph: str) -> Path:
     return _hidden(folder, f"{graph}-kernels")
 
 
-def record_run(bundle: Bundle, target: str, parity: dict[str, Any]) -> Bundle:
+def record_run(bundle: Bundle, target: str, parity: dict[str, Any]) -> None:
     """Note in the manifest that the engine has run on this target, and its parity with torch.
 
     Where it may not be written, it says so, and the next process measures again.
     """
-    manifest = {name: value for name, value in bundle.manifest.items() if name != "content_sha256"}
+    manifest = bundle.manifest
+    del manifest["content_sha256"]
     ran_on = [*manifest["report"].get("ran_on", []), target]
-    manifest["report"] = {**manifest["report"], "parity": parity, "ran_on": ran_on}
+    manifest["report"] |= {"parity": parity, "ran_on": ran_on}
     manifest["content_sha256"] = json_sha256(manifest)
     try:
         replace_file(bundle.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     except OSError as error:
         say(f"the parity could not be recorded in {bundle.folder}: {error}")
-    return Bundle(bundle.folder, manifest, bundle.built)
 
 
 def _hidden(folder: Path, state: str) -> Path:

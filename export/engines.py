@@ -271,21 +271,21 @@ def open_engine(
 
     key = engine_key(backend, model, spec, tokens=tokens, export_only=export_only)
     bundle = find_or_build(bundles, key, build, model_reference(model))
-    if spec.targets and not (ahead or export_only) and not has_run(bundle, spec):
+    if not (ahead or export_only or _has_run(bundle, spec)):
         say(f"comparing {bundle.folder.name} with torch: it has not run on {here()} yet")
-        bundle = verify_engine(bundle, parts, spec)
+        verify_engine(bundle, parts, spec)
     free_parts(parts)
     return bundle
 
 
-def has_run(bundle: Bundle, spec: EngineSpec) -> bool:
+def _has_run(bundle: Bundle, spec: EngineSpec) -> bool:
     """Whether an engine has been compared with torch on this machine's kind of GPU."""
     return not spec.targets or here() in bundle.manifest["report"].get("ran_on", ())
 
 
 @_explain_full_memory()
-def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> Bundle:
-    """Measure an opened bundle's parity with torch, which its report holds then; frees the parts.
+def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[str, Any]:
+    """Measure an opened bundle's parity with torch; frees the parts.
 
     The first time on a target of TensorRT for RTX is recorded in the manifest. Raises BundleError
     beyond the tolerance, or for NaN or infinity.
@@ -298,10 +298,9 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> Bundle
     free_parts(parts)
     sessions = exporter(bundle.key["backend"]).open_sessions(bundle.folder, spec)
     parity = _measure(sessions, references)
-    if has_run(bundle, spec):
-        report = {**bundle.manifest["report"], "parity": parity}
-        return Bundle(bundle.folder, {**bundle.manifest, "report": report}, bundle.built)
-    return record_run(bundle, str(here()), parity)
+    if not _has_run(bundle, spec):
+        record_run(bundle, str(here()), parity)
+    return parity
 
 
 def _measure(

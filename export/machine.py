@@ -39,13 +39,24 @@ def gpu_identity(device: str) -> dict[str, Any]:
 
 def driver_version() -> str | None:
     """Version of NVIDIA's driver, as NVML reports it; None without a driver."""
+    version = ctypes.create_string_buffer(80)
+    known = (nvml := _nvml()) and nvml.nvmlSystemGetDriverVersion(version, 80) == 0
+    return version.value.decode() if known else None
+
+
+def gpus_of_driver() -> int:
+    """NVIDIA GPUs that the driver sees, whether torch sees them or not."""
+    count = ctypes.c_uint(0)
+    known = (nvml := _nvml()) and nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0
+    return count.value if known else 0
+
+
+def _nvml() -> ctypes.CDLL | None:
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
-    version = ctypes.create_string_buffer(80)
-    known = nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(version, 80) == 0
-    return version.value.decode() if known else None
+    return nvml if nvml.nvmlInit_v2() == 0 else None
 
 
 def cxx_compiler() -> str | None:

@@ -1,11 +1,14 @@
 """The parity gate: torch's output for random inputs, and an engine's greatest allowed difference.
 
-An engine passes when it yields no NaN or infinity, and its max abs error is at most its precision's
-PARITY_TOLERANCE times the largest value (or 1, if that is larger).
+An engine passes when it yields no NaN or infinity, its relative L2 error is at most its precision's
+RELATIVE_TOLERANCE, and the absolute error of all but 0.01 % of its values at most PARITY_TOLERANCE
+times the largest value (or 1, if it is below). The greatest of millions of errors says little of an
+engine in half precision, so it is only reported.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +27,8 @@ from .ort_reference import run_on_cpu
 
 PARITY_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """bf16 keeps 8 bits: sdxl-tiny's compiled denoiser differs from its eager run by 3e-2."""
+RELATIVE_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+QUANTILE = 0.9999
 SEED = 1
 
 
@@ -140,9 +145,10 @@ def _remedy(graph: str) -> str:
 
 @torch.no_grad()
 def check_parity(reference: Reference, run: Callable[..., Tensor]) -> dict[str, Any]:
-    """Compare an engine's output with torch's: max_abs, relative_l2, psnr_db (decoder) and limit.
+    """Compare an engine's output with torch's.
 
-    Raises BundleError beyond the tolerance, or for NaN or infinity.
+    Returns max_abs, high_abs (the error at QUANTILE) and its limit, relative_l2, and for a decoder
+    psnr_db. Raises BundleError beyond a tolerance, or for NaN or infinity.
     """
     found = run(*reference.inputs).float().cpu()
     if not bool(torch.isfinite(found).all()):
@@ -151,18 +157,22 @@ def check_parity(reference: Reference, run: Callable[..., Tensor]) -> dict[str, 
             f"{reference.precision}, torch does not: use {_remedy(reference.graph)}"
         )
     difference = found - reference.expected
-    error = float(difference.abs().max())
-    limit = PARITY_TOLERANCE[reference.precision] * max(1.0, float(reference.expected.abs().max()))
-    if not error <= limit:
-        raise BundleError(
-            f"the engine's {reference.graph} differs from torch by {error:.2e}, more than "
-            f"{limit:.2e}: report the versions that `pip list` shows"
-        )
+    errors = difference.abs().flatten()
     measured = {
-        "max_abs": error,
+        "max_abs": float(errors.max()),
+        "high_abs": float(errors.kthvalue(math.ceil(QUANTILE * len(errors))).values),
         "relative_l2": float(difference.norm() / reference.expected.norm()),
-        "limit": limit,
+        "limit": PARITY_TOLERANCE[reference.precision]
+        * max(1.0, float(reference.expected.abs().max())),
     }
+    most = RELATIVE_TOLERANCE[reference.precision]
+    if not (measured["high_abs"] <= measured["limit"] and measured["relative_l2"] <= most):
+        raise BundleError(
+            f"the engine's {reference.graph} differs from torch by {measured['high_abs']:.2e}, "
+            f"expected at most {measured['limit']:.2e}, and in relative L2 by "
+            f"{measured['relative_l2']:.2e}, expected at most {most:.0e}: report the versions that "
+            "`pip list` shows"
+        )
     if reference.graph == "decoder":
         squared = max(float(difference.square().mean()), 1e-20)
         measured["psnr_db"] = 10 * float(

@@ -24,7 +24,7 @@ from patchbloom.export.config import EngineSpec
 from patchbloom.export.engines import engine_key
 from patchbloom.export.graphs import Graph, make_graphs
 from patchbloom.export.models import ModelParts, Unavailable, find_model
-from patchbloom.export.parity import check_parity, make_reference
+from patchbloom.export.parity import Reference, check_parity, make_reference
 from patchbloom.export.to_onnx import export_onnx
 from patchbloom.export.to_ort import OrtSession, cuda_settings, require
 from patchbloom.train.prior.model import new_parts
@@ -72,6 +72,28 @@ def test_graph_is_what_was_specified(decoder: Graph, tmp_path: Path):
     export_onnx(decoder, path, native_group_norm=False)
     with pytest.raises(BundleError, match="engine's decoder makes NaN or infinite"):
         check_parity(reference, OrtSession(path, "cpu").run)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "by", "passes"),
+    [
+        (2, 1.0, True),  # two of 30,000 values
+        (30, 1.0, False),
+        (30_000, 0.005, True),
+        (30_000, 0.03, False),  # 0.03 of a relative L2 of 1, though each error is within its limit
+    ],
+)
+def test_single_values_in_half_precision_may_differ(wrong: int, by: float, passes: bool):
+    expected = torch.randn(30_000, generator=torch.Generator().manual_seed(0))
+    expected[0] = 4.0
+    found = expected.clone()
+    found[-wrong:] += by
+    reference = Reference("decoder", "fp16", [], expected)
+    if passes:
+        assert check_parity(reference, lambda: found)["max_abs"] == pytest.approx(by, rel=1e-3)
+    else:
+        with pytest.raises(BundleError, match=r"differs from torch by .* in relative L2 by"):
+            check_parity(reference, lambda: found)
 
 
 def test_ort_computes_on_the_stream_and_device_it_is_given():

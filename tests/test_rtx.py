@@ -272,6 +272,8 @@ def test_every_target_is_one_of_the_library() -> None:
         (("--backend", "trt", "--for", "voodoo2"), "expected a card or its compute capability"),
         (("--for", "a6000"), "--for is for --backend trt"),
         (("--backend", "ort", "--trt-library", "rtx"), "--trt-library is for --backend trt"),
+        (("--backend", "trt", "--for", "a6000", "--export-only"), "--export-only does not"),
+        (("--backend", "trt", "--for", "a6000", "--device", "cpu"), "--device cpu does not"),
         (
             ("--backend", "trt", "--trt-library", "tensorrt", "--for", "a6000"),
             "TensorRT builds for the GPU of this machine alone",

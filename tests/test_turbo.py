@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.engine.config import ExpandConfig
+from patchbloom.engine.expand import backends
 from patchbloom.engine.expand import expander as turbo_module
 from patchbloom.engine.expand import prompts as prompts_module
 from patchbloom.engine.expand.batches import images_per_prompt, plan_batches
@@ -273,6 +274,21 @@ def test_cuda_and_trt_are_refused_where_there_is_none(expander):
         expander(device="cuda")
     with pytest.raises(Unavailable, match="the trt backend needs an NVIDIA GPU"):
         expander(backend="trt")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert backends.resolve_device("auto") == "cpu"
+    monkeypatch.setattr(backends, "gpus_of_driver", lambda: 1)
+    monkeypatch.setattr(backends, "driver_version", lambda: "470.1")
+    with pytest.raises(
+        Unavailable, match=r"GPU with driver 470\.1, but torch .* update the driver"
+    ):
+        backends.resolve_device("auto")
+    assert backends.resolve_device("cpu") == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert backends.resolve_device("auto") == "cpu"
 
 
 def test_schedule_is_the_papers():

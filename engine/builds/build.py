@@ -205,5 +205,4 @@ def _measure_parity(bundle: Bundle) -> dict[str, Any]:
             "the new ones"
         )
     spec = spec_of(key)
-    verified = verify_engine(bundle, _load_parts(model, spec, spec.device), spec)
-    return verified.manifest["report"]["parity"]
+    return verify_engine(bundle, _load_parts(model, spec, spec.device), spec)

@@ -6,6 +6,7 @@ Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,7 +23,7 @@ from ...export.config import (
     TrtLibraryName,
 )
 from ...export.engines import exporter, open_engine
-from ...export.machine import cxx_compiler
+from ...export.machine import cxx_compiler, driver_version, gpus_of_driver
 from ...export.models import ModelParts, ModelSource, Unavailable, default_dtype
 from ...export.modules import Denoiser, LatentDecoder, LatentEncoder
 from ...export.parity import without_tf32
@@ -133,11 +134,21 @@ class CompiledBackend:
 
 
 def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
-    """Resolve `auto` to a device. Raises Unavailable when cuda is requested but missing."""
+    """Resolve `auto` to a device.
+
+    Raises Unavailable when cuda is requested but missing, and for `auto` when there is a GPU that
+    torch cannot use: nobody who has one means the CPU.
+    """
     if device == "cpu":
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"
+    if gpus_of_driver() and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        raise Unavailable(
+            f"there is an NVIDIA GPU with driver {driver_version()}, but torch "
+            f"{torch.__version__} cannot use it (its CUDA: {torch.version.cuda or 'none'}): update "
+            "the driver, install a torch for it, or use --device cpu"
+        )
     if device == "auto":
         return "cpu"
     raise Unavailable(
