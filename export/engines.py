@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .bundle import Bundle, BundleError, Say, find_or_build, record_run
 from .bundle_key import GRAPHS_ONLY
-from .config import DEFAULT_OPSET, TRT_ONLY, BackendName, EngineSpec, Precision
+from .config import DEFAULT_OPSET, TRT_ONLY, BackendName, EngineSpec, Precision, TrtLibraryName
 from .graphs import Graph, make_graphs
 from .machine import (
     PeakGpuMemory,
@@ -45,7 +45,7 @@ from .models import (
 )
 from .parity import Reference, check_graphs, check_parity, make_host_reference, make_references
 from .terminal import say
-from .trt_library import builds_ahead, here, trt_versions
+from .trt_library import builds_ahead, here
 
 _ONNX_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 _EXPORTERS = {"ort": "to_ort", "inductor": "to_inductor", "trt": "to_tensorrt"}
@@ -79,8 +79,8 @@ class Exporter(Protocol):
         """Raise Unavailable when a requirement for this precision and device is missing."""
         ...
 
-    def libraries(self) -> dict[str, str]:
-        """Names and versions of all libraries (and drivers) that an engine depends on."""
+    def libraries(self, *trt_library: TrtLibraryName) -> dict[str, str]:
+        """Names and versions of all libraries that an engine depends on."""
         ...
 
     def flags(self, spec: EngineSpec) -> dict[str, Any]:
@@ -151,9 +151,8 @@ def machine_key(
         libraries, gpu = {name: version(name) for name in _ONNX_LIBRARIES}, {}
     else:
         named = {"backend": backend}
-        libraries = exporter(backend).libraries()
-        if spec.trt_library:
-            libraries |= trt_versions(spec.trt_library)
+        trt_library = (spec.trt_library,) if spec.trt_library else ()
+        libraries = exporter(backend).libraries(*trt_library)
         gpu = gpu_identity("cpu" if spec.targets else spec.device)
     return {
         **named,

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bundle import Say
-from .config import EngineSpec, Precision
+from .config import EngineSpec, Precision, TrtLibraryName
 from .graphs import Graph, write_borders
 from .to_onnx import export_onnx
-from .trt_library import builds_ahead, choose_library, trt_module
+from .trt_library import builds_ahead, choose_library, trt_module, trt_versions
 
 if TYPE_CHECKING:
     from .trt_session import EngineSession
@@ -36,9 +36,9 @@ def require(precision: Precision, device: str) -> None:
     choose_library("auto", device=device)
 
 
-def libraries() -> dict[str, str]:
-    """Versions that the graphs depend on; versions_of adds the library's."""
-    return {name: version(name) for name in _LIBRARIES}
+def libraries(library: TrtLibraryName = "tensorrt") -> dict[str, str]:
+    """Versions that an engine depends on."""
+    return {name: version(name) for name in _LIBRARIES} | trt_versions(library)
 
 
 def flags(spec: EngineSpec) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def flags(spec: EngineSpec) -> dict[str, Any]:
         "optimisation_level": _OPTIMISATION_LEVEL,
         "max_aux_streams": 0,
         "tf32": False,
-        "strip_plan": spec.trt_library == "tensorrt",
+        "strip_plan": spec.trt_library != "rtx",
     }
 
 

@@ -19,6 +19,7 @@ RUN_OPTIONS = [
     "out",
     "model",
     "backend",
+    "trt_library",
     "method",
     "ipc",
     "factor",
@@ -71,7 +72,9 @@ RUN_OPTIONS = [
     "resume",
     "overwrite",
 ]
-RENDER_OPTIONS = ["model", "precision", "vae_precision", "engine_batch", "bundles", "device"]
+RENDER_OPTIONS = [
+    *("model", "precision", "vae_precision", "engine_batch", "trt_library", "bundles", "device")
+]
 ELSEWHERE_OPTIONS = [
     *RENDER_OPTIONS,
     "coreset",

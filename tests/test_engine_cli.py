@@ -85,8 +85,8 @@ def stored(tmp_path: Path) -> list[str]:
 OPTIONS = {
     commands.EngineBuild: [
         *("model", "backend", "size", "batch", "min_batch", "images_per_prompt"),
-        *("precision", "vae_precision", "opset", "device", "weights", "export_only"),
-        *("bundles", "json"),
+        *("precision", "vae_precision", "opset", "device", "trt_library", "targets", "weights"),
+        *("export_only", "bundles", "json"),
     ],
     commands.EngineVerify: ["names", "bundles", "json"],
     commands.EngineList: ["bundles", "json"],
@@ -352,7 +352,8 @@ def test_what_does_not_fit_is_one_line(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_trt_names_what_is_missing(engine: Callable[..., Outcome]):
     told = engine("build", "--model", "sdxl-tiny", "--backend", "trt").error
-    assert "TensorRT" in told
+    assert "needs an NVIDIA GPU" in told
+    assert "engine build --for CARD" in told
     assert "CUDA" in engine("build", "--device", "cuda", "--backend", "ort").error
 
 

@@ -44,7 +44,7 @@ def _package_files() -> set[str]:
         f"patchbloom/{path.relative_to(ROOT).as_posix()}"
         for room in ROOMS
         for path in (ROOT / room).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and path.name != "README.md"
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md"
     }
 
 

@@ -137,7 +137,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         **{field: bundle.key.get(field) for field in (*shown, *shapes)},
         "bytes": bundle.size_bytes,
         **bundle.manifest["report"],
-        "not_run": not_run(bundle.key, bundle.manifest["report"]),
+        **not_run(bundle.key, bundle.manifest["report"]),
     }
 
 
@@ -173,9 +173,9 @@ def _verify_stored(folder: Path) -> dict[str, Any]:
         "engine": folder.name,
         "files": len(bundle.manifest["files"]),
         "bytes": bundle.size_bytes,
-        "not_run": not_run(bundle.key, bundle.manifest["report"]),
+        **not_run(bundle.key, bundle.manifest["report"]),
     }
-    return result | {"parity": None if result["not_run"] else _measure_parity(bundle)}
+    return result | {"parity": None if "not_run" in result else _measure_parity(bundle)}
 
 
 def _measure_parity(bundle: Bundle) -> dict[str, Any]:

@@ -94,16 +94,17 @@ def misfit(key: Mapping[str, Any]) -> list[str]:
     return why_not(key, {**key, **here})
 
 
-def not_run(key: Mapping[str, Any], report: Mapping[str, Any]) -> str | None:
-    """Why an engine was not compared with torch; None when it was."""
+def not_run(key: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]:
+    """{"not_run": why an engine was not compared with torch}; empty when it was."""
     if key["backend"] == GRAPHS_ONLY:
-        return "graphs only: nothing was run, so there is no parity with torch"
+        return {"not_run": "graphs only: nothing was run, so there is no parity with torch"}
     from ...export.trt_library import builds_ahead, cards_of
 
     spec = spec_of(key)
     if report.get("ran_on") or not builds_ahead(spec):
-        return None
-    return f"engine not yet run: no {cards_of(spec.targets)} here; its first opening compares it"
+        return {}
+    cards = cards_of(spec.targets)
+    return {"not_run": f"engine not yet run: no {cards} here; its first opening compares it"}
 
 
 def engine_info(bundles: Path, name: str) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def engine_info(bundles: Path, name: str) -> dict[str, Any]:
         "files": manifest["files"],
         "content_sha256": manifest["content_sha256"],
         "misfit": misfit(key),
-        "not_run": not_run(key, report),
+        **not_run(key, report),
         "command": build_command(key, report.get("model"), bundles_option(bundles)),
     }
 

@@ -83,7 +83,7 @@ def _show_parity(result: dict[str, Any]) -> None:
     if parity is None:
         print(result["not_run"])
         return
-    if result["not_run"]:
+    if "not_run" in result:
         print("the graphs, run by ONNX Runtime on the CPU in fp32:")
     rows = [["graph", "99.99 % abs", "limit", "max abs", "relative L2", "PSNR"]]
     for graph, measured in parity.items():
@@ -92,7 +92,7 @@ def _show_parity(result: dict[str, Any]) -> None:
         numbers = [f"{measured[name]:.2e}" if name in measured else "" for name in names]
         rows.append([graph, *numbers, psnr])
     print_table(rows)
-    if result["not_run"]:
+    if "not_run" in result:
         print(result["not_run"])
 
 

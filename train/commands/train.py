@@ -65,7 +65,9 @@ def _write_settings(folder: Path, options: RunOptions, plan: Plan, line: str) ->
     if not (folder / CONFIG).is_file():
         filled_in = {kind: asdict(getattr(plan, kind)) for kind in ("teacher", "student", "expand")}
         given = asdict(options)
-        del given["start_timeout"]  # belongs to one start, not to the run
+        for settings in (given, filled_in["expand"]):
+            del settings["trt_library"]  # as start_timeout, it belongs to one start
+        del given["start_timeout"]
         replace_json(folder / CONFIG, {"options": given, **filled_in}, default=str)
     path = folder / ENVIRONMENT
     remedy = "remove it: a new one is begun"
