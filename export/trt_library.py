@@ -135,7 +135,7 @@ def _target(name: str) -> str:
 
 def cards_of(targets: Sequence[str]) -> str:
     """The targets with cards of each, for display."""
-    return " or ".join(f"{sm} ({', '.join(TARGETS[sm][:3])}, …)" for sm in targets)
+    return " or ".join(f"{sm} ({', '.join(TARGETS.get(sm, ())[:3])}, …)" for sm in targets)
 
 
 def here() -> str | None:

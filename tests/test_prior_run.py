@@ -60,6 +60,7 @@ def _write_model(folder: Path, text: str) -> None:
     """All files that a model needs to open, each with `text` and a configuration's fields in it."""
     fields = {"sample_size": 8, "block_out_channels": [8], "cross_attention_dim": 64}
     fields |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
+    fields |= {"hidden_size": 32, "projection_dim": 16}
     stems = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model")
     stems |= dict.fromkeys(("text_encoder", "text_encoder_2"), "model")
     names = [
