@@ -174,9 +174,7 @@ def stored_folder(bundles: Path, key: Mapping[str, Any]) -> Path | None:
             found = read_manifest(other)["key"]
         except BundleError:
             continue  # opening it reports the damage
-        if set(key["targets"]) <= set(found.get("targets", ())) and not why_not(
-            {**found, "targets": key["targets"]}, key
-        ):
+        if not why_not(found, key):
             return other
     return None
 
@@ -251,8 +249,6 @@ def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
             raise BundleError(
                 f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {remedy}"
             )
-    if key is not None and set(key.get("targets", ())) <= set(manifest["key"].get("targets", ())):
-        key = {**key, "targets": manifest["key"].get("targets")}
     if key is not None and (differences := why_not(manifest["key"], key)):
         model = manifest["report"].get("model")
         rebuild = build_command(key, model, bundles_option(folder.parent))

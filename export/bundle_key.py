@@ -86,8 +86,13 @@ def build_command(key: Mapping[str, Any], model: str | None = None, place: str =
 
 
 def why_not(found: Mapping[str, Any], needed: Mapping[str, Any]) -> list[str]:
-    """The fields in which two keys differ, as "libraries.torch 2.11 (here 2.12)"."""
+    """The fields in which two keys differ, as "libraries.torch 2.11 (here 2.12)".
+
+    A bundle may hold plans for more targets than are needed.
+    """
     before, now = _flat(found), _flat(needed)
+    if set(now.get("targets") or ()) <= set(before.get("targets") or ()):
+        before["targets"] = now.get("targets")
     return [
         f"{field} {_short(field, before.get(field))} (here {_short(field, now.get(field))})"
         for field in sorted(before.keys() | now.keys())

@@ -203,7 +203,7 @@ def test_names_that_are_not_utf_8_come_through_a_whole_run(
 def test_a_locale_without_utf_8_ends_nothing_in_a_traceback(
     train: Command, data: Path, tmp_path: Path
 ) -> None:
-    """Help and names are printed escaped; a name that the locale cannot spell is told."""
+    """Help and names are printed escaped; one line reports a name that the locale cannot spell."""
     plain = shutil.copytree(data, tmp_path / "donn\u00e9es")
     for split in ("train", "val"):
         (data / split / "disc").rename(data / split / "caf\u00e9")

@@ -1,4 +1,4 @@
-"""Full memory is told in one line that names the file; an image is not skipped for it."""
+"""One line reports full memory and names the file; no image is skipped for it."""
 
 from __future__ import annotations
 

@@ -429,7 +429,7 @@ def test_the_users_default_dtype_changes_nothing(coreset: Coreset, dtype: torch.
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("ort", marks=pytest.mark.slow)])
 def test_the_users_default_dtype_changes_no_image(backend: BackendName, tmp_path: Path) -> None:
-    """Of a model; nor an engine that is built under it, which others will open."""
+    """It changes no image of a model, and no engine that is built under it for others."""
     patches_NHWC = torch.randint(
         256, (2, 32, 32, 3), generator=torch.manual_seed(0), dtype=torch.uint8
     )

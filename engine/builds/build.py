@@ -26,14 +26,8 @@ from ...export.models import (
     weights_sha256,
 )
 from ...export.terminal import say
-from ...export.trt_library import (
-    builds_ahead,
-    cards_of,
-    choose_library,
-    parse_targets,
-    trt_title,
-)
-from ..expand.backends import choose_backend, require_backend, resolve_device
+from ...export.trt_library import builds_ahead, parse_targets
+from ..expand.backends import choose_backend, require_backend, resolve_device, trt_choice
 from ..options import EngineBuild
 from .catalogue import misfit, not_run, spec_of
 from .needs import check_room, engine_needs
@@ -76,8 +70,7 @@ def _plan(command: EngineBuild) -> tuple[BackendName, ModelSource, EngineSpec]:
     backend = command.backend
     library = None
     if backend == "trt" and not command.export_only:
-        library, targets = choose_library(command.trt_library, targets, device)
-        say(f"library: {trt_title(library)}{f', for {cards_of(targets)}' if targets else ''}")
+        library, targets = trt_choice(backend, command.trt_library, device, targets)
     elif not command.export_only:
         require_backend(backend, precision, device)
     name = command.model or ("sdxl-turbo" if device == "cuda" else "sdxl-tiny")

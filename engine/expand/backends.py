@@ -7,6 +7,7 @@ Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -28,7 +29,7 @@ from ...export.models import ModelParts, ModelSource, Unavailable, default_dtype
 from ...export.modules import Denoiser, LatentDecoder, LatentEncoder
 from ...export.parity import without_tf32
 from ...export.terminal import say
-from ...export.trt_library import choose_library, trt_title
+from ...export.trt_library import cards_of, choose_library, trt_title
 
 
 class Backend(Protocol):
@@ -209,11 +210,11 @@ def require_backend(
 
 
 def trt_choice(
-    name: BackendName, library: TrtLibrary, device: str
+    name: BackendName, library: TrtLibrary, device: str, targets: Sequence[str] = ()
 ) -> tuple[TrtLibraryName | None, tuple[str, ...]]:
     """EngineSpec's (trt_library, targets), reported on stderr; (None, ()) for other backends."""
     if name != "trt":
         return None, ()
-    chosen = choose_library(library, device=device)
-    say(f"library: {trt_title(chosen[0])}")
-    return chosen
+    chosen, built_for = choose_library(library, targets, device)
+    say(f"library: {trt_title(chosen)}{f', for {cards_of(built_for)}' if built_for else ''}")
+    return chosen, built_for
