@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -63,6 +64,7 @@ class FakeTensorRT:
         self.error = 0.0
         self.strategies: list[Any] = []
         self.kernels_read: list[bytes] = []
+        self.addresses: dict[str, int] = {}
         self.profiles = self.rows = 0
         self.refitted: list[str] = []
         self.during_build: Callable[[], None] = lambda: None
@@ -226,7 +228,7 @@ class FakeTensorRT:
         }
 
         def set_address(name: str, memory: int) -> bool:
-            addresses[name] = memory
+            addresses[name] = self.addresses[name] = memory
             return name in {port.name for port in (*session.get_inputs(), *session.get_outputs())}
 
         def set_shape(name: str, shape: tuple[int, ...]) -> bool:
@@ -428,6 +430,27 @@ def test_a_static_batch(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
     session.run(*reference.inputs)
     assert tensorrt.streams[-1] == CALLERS_STREAM
     session.close()
+
+
+def test_keys_and_values_are_read_where_they_lie(
+    tensorrt: FakeTensorRT, exported: Callable[..., Any]
+):
+    from patchbloom.export import to_tensorrt
+    from patchbloom.export.trt_session import ALIGNMENT
+
+    shapes = {"batch": 16, "images_per_prompt": 2}
+    folder, spec, references, _ = compiled(exported, [], **shapes)
+    session: Any = to_tensorrt.open_sessions(folder, spec)["denoiser"]
+    reference = next(each for each in references if each.graph == "denoiser")
+    *others, keys = reference.inputs
+    memory = torch.empty(keys.numel() + ALIGNMENT)
+    shift = -memory.data_ptr() // 4 % (ALIGNMENT // 4)
+    for offset, read_there in ((shift, True), (shift + 1, False)):
+        lying = memory[offset : offset + keys.numel()].view_as(keys).copy_(keys)
+        again = replace(reference, inputs=[*others, lying])
+        assert check_parity(again, session.run)["max_abs"] < 1e-4
+        assert (tensorrt.addresses["keys_values"] == lying.data_ptr()) is read_there
+        assert ("keys_values" in session._buffers) is not read_there
 
 
 def test_a_small_batch_is_replayed(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
