@@ -1,8 +1,8 @@
 """The key of a bundle, with its name, its command line, and the differences between two keys.
 
 A key is plain JSON, made by engines.engine_key: everything that a built engine depends on. It holds
-backend, model, hashes of the weights and of our exporting code, library and driver versions, GPU
-name and SM count, flags, and the fields of EngineSpec. Graphs that were only exported have the
+backend, model, hashes of the weights and of our exporting code, library versions, GPU name and SM
+count, flags, and the fields of EngineSpec. Graphs that were only exported have the
 backend "onnx", and `exported_for` names the backend that they are for.
 """
 

@@ -24,17 +24,16 @@ POLL_S = 0.02  # cuBLAS's and TensorRT's workspaces live longer than this
 
 
 def gpu_identity(device: str) -> dict[str, Any]:
-    """GPU name, SM count and driver version that an engine depends on; all None on the CPU."""
+    """GPU name and SM count that an engine depends on; None on the CPU.
+
+    No library's engines depend on the driver; keys for the CPU have always named it.
+    """
     if device != "cuda":
         return {"gpu": None, "sm_count": None, "driver": None}
     import torch
 
     gpu = torch.cuda.get_device_properties()
-    return {
-        "gpu": gpu.name,
-        "sm_count": gpu.multi_processor_count,
-        "driver": driver_version(),
-    }
+    return {"gpu": gpu.name, "sm_count": gpu.multi_processor_count}
 
 
 def driver_version() -> str | None:
