@@ -138,7 +138,9 @@ def count_image_work(model: ModelSource, *, size_px: int, batch: int, evals: int
     parts = load_parts(architecture, precision=spec.precision, device="meta")
     _, denoiser, decoder = make_graphs(parts, spec, tokens=TOKENS)
     return ImageWork(
-        denoiser=_flops(denoiser) / batch, decoder=_flops(decoder) / batch, evals=evals
+        denoiser=_flops(denoiser) / batch,
+        decoder=_flops(decoder) / decoder.inputs[0].shape[0],
+        evals=evals,
     )
 
 

@@ -13,6 +13,18 @@ Start = Literal["image", "noise"]
 Posterior = Literal["mean", "sample"]
 TEMPLATE = "A photo of a {name}"
 """Template of prompts, from DACE's text-only ablation."""
+SMALL_PX, RECIPE_PX = 128, 224
+
+
+def usual_px(trained_px: int) -> int:
+    """Side of the images that a model makes for students unless one is given.
+
+    A model trained at SMALL_PX or below makes good images only at its own size; for others it is
+    RECIPE_PX, at which the recipes train.
+    """
+    return trained_px if trained_px <= SMALL_PX else RECIPE_PX
+
+
 LEAST_BETA, MOST_BETA = 0.001, 1000.0
 """Range of a in Beta(a, a): beyond it, mixup is little more than one of the two patches, or a fixed
 0.5."""

@@ -103,16 +103,16 @@ class EngineBuild:
     """The backend to build for; `auto` takes what `train --backend auto` does, or, where that is
     eager, the first of trt, inductor and ort that works here, and says which."""
     size: int | None = None
-    """Side of the images in px. Default: what the model was trained at (sdxl-turbo 512, sdxl-tiny
-    64); `train` makes images at its recipe's size, 224 px for sdxl-turbo."""
+    """Side of the images in px. Default: 224, as in `train`, or what the model was trained at if
+    that is 128 or less (sdxl-tiny 64)."""
     batch: int = 32
     """Images per call; a short batch is padded."""
     min_batch: int | None = None
     """Fewest images per call, for an engine with a range of batches. Default: --batch alone, which
     is fastest, and what `train` uses."""
     images_per_prompt: int = 1
-    """n of a batch of G prompts x n images, a divisor of --batch; `train` takes the largest that
-    fits its coreset."""
+    """n of a batch of G prompts x n images, a divisor of --batch; `train --build-only` builds with
+    the batch and the n of a run."""
     precision: Precision | None = None
     """Precision of weights and activations. Default: fp16 on cuda and for --export-only, fp32 on
     the CPU."""

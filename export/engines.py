@@ -60,6 +60,9 @@ _CODE = {
 class Session(Protocol):
     """One compiled graph, with its buffers."""
 
+    rows: int
+    """Images of its largest call."""
+
     def run(self, *inputs: Tensor) -> Tensor:
         """Run the graph; the result is contiguous, and the next call may overwrite it.
 
@@ -270,14 +273,14 @@ def open_engine(
 
     key = engine_key(backend, model, spec, tokens=tokens, export_only=export_only)
     bundle = find_or_build(bundles, key, build, model_reference(model))
-    if not (ahead or export_only or _has_run(bundle, spec)):
+    if not (ahead or export_only or has_run(bundle, spec)):
         say(f"comparing {bundle.folder.name} with torch: it has not run on {here()} yet")
         verify_engine(bundle, parts, spec)
     free_parts(parts)
     return bundle
 
 
-def _has_run(bundle: Bundle, spec: EngineSpec) -> bool:
+def has_run(bundle: Bundle, spec: EngineSpec) -> bool:
     """Whether an engine has been compared with torch on this machine's kind of GPU."""
     return not spec.targets or here() in bundle.manifest["report"].get("ran_on", ())
 
@@ -297,7 +300,7 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[s
     free_parts(parts)
     sessions = exporter(bundle.key["backend"]).open_sessions(bundle.folder, spec)
     parity = _measure(sessions, references)
-    if not _has_run(bundle, spec):
+    if not has_run(bundle, spec):
         record_run(bundle, str(here()), parity)
     return parity
 

@@ -1,13 +1,15 @@
 """The graphs to compile: a model's encoder, denoiser and decoder, with borders of known shape.
 
 Every backend starts from these three modules and is compared with them. Height and width are
-static; the batch is static too, or a range of prompts with n images each.
+static; the batch is static too, or a range of prompts with n images each. Encoder and decoder may
+run a static batch in parts.
 Legend: B = G · n images of G prompts, C latent channels, h w latent size, P keys and values.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from .models import DTYPES, PRECISIONS, ModelParts
 from .modules import Denoiser, LatentDecoder, LatentEncoder, key_value_slots
 
 GRAPHS = ("encoder", "denoiser", "decoder")
+VAE_ELEMENTS = 2**29
+"""Most elements of a feature map in encoder and decoder, 1 GB in half precision: a larger batch
+runs in parts. TensorRT takes fewer than 2^31."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,33 @@ def read_borders(folder: Path, name: str) -> Borders:
     return Borders(tuple(inputs), output)
 
 
+def vae_batch(spec: EngineSpec, block_out_channels: Sequence[int]) -> int:
+    """Images per call of encoder and decoder: the largest divisor of the batch that fits.
+
+    It fits with at most VAE_ELEMENTS in the largest feature map. A range of batches runs whole.
+    """
+    if spec.min_batch is not None:
+        return spec.batch
+    most = max(1, VAE_ELEMENTS // vae_layer(spec, block_out_channels))
+    return max(n for n in range(1, spec.batch + 1) if spec.batch % n == 0 and n <= most)
+
+
+def vae_layer(spec: EngineSpec, block_out_channels: Sequence[int]) -> int:
+    """Elements of an image's largest feature map in encoder and decoder."""
+    return max(block_out_channels[:2]) * spec.size_px**2
+
+
 def make_graphs(parts: ModelParts, spec: EngineSpec, *, tokens: int) -> tuple[Graph, Graph, Graph]:
     """A model's encoder, denoiser and decoder at an engine's shapes; takes over the parts."""
     vae_config: Any = parts.vae.config
     channels, n = vae_config.latent_channels, spec.images_per_prompt
     side = spec.size_px // 2 ** (len(vae_config.block_out_channels) - 1)
     latents = (spec.batch, channels, side, side)
-    moments = (spec.batch, 2 * channels, side, side)
-    images = (spec.batch, 3, spec.size_px, spec.size_px)
+    rows = vae_batch(spec, vae_config.block_out_channels)
+    vae_n = n if rows == spec.batch else 1
+    vae_latents = (rows, channels, side, side)
+    moments = (rows, 2 * channels, side, side)
+    images = (rows, 3, spec.size_px, spec.size_px)
     width = parts.unet.time_embedding.linear_2.out_features
     kv_width = 2 * sum(slot.size for slot in key_value_slots(parts.unet, tokens))
     unet_dtype, vae_dtype = parts.unet.dtype, parts.vae.dtype
@@ -125,8 +149,8 @@ def make_graphs(parts: ModelParts, spec: EngineSpec, *, tokens: int) -> tuple[Gr
         Graph(
             "encoder",
             LatentEncoder(parts.vae).eval(),
-            (Port("images", images, vae_dtype, n),),
-            Port("moments", moments, vae_dtype, n),
+            (Port("images", images, vae_dtype, vae_n),),
+            Port("moments", moments, vae_dtype, vae_n),
             min_prompts,
         ),
         Graph(
@@ -139,8 +163,8 @@ def make_graphs(parts: ModelParts, spec: EngineSpec, *, tokens: int) -> tuple[Gr
         Graph(
             "decoder",
             LatentDecoder(parts.vae).eval(),
-            (Port("latents", latents, vae_dtype, n),),
-            Port("images", images, vae_dtype, n),
+            (Port("latents", vae_latents, vae_dtype, vae_n),),
+            Port("images", images, vae_dtype, vae_n),
             min_prompts,
         ),
     )

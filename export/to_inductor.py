@@ -143,6 +143,7 @@ class PackageSession:
     def __init__(self, folder: Path, name: str, device: str) -> None:
         self._device = torch.device(device)
         self._inputs = read_borders(folder, name).inputs
+        self.rows = self._inputs[0].shape[0]
         # Single-threaded: otherwise a call waits until the GPU has finished the previous one.
         package = folder / (name if _OPENS_FOLDERS else f"{name}.pt2")
         self._run = torch._inductor.aoti_load_package(str(package), run_single_threaded=True)

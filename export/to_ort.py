@@ -93,6 +93,7 @@ class OrtSession:
         self._device, self._binding = device, self._session.io_binding()
         self._inputs, self._result = self._session.get_inputs(), self._session.get_outputs()[0]
         self._fewest, self._most = prompts
+        self.rows = _shape(self._inputs[0], self._most)[0]
         self._output = torch.empty(
             _shape(self._result, self._most), dtype=_ELEMENTS[self._result.type][0], device=device
         )

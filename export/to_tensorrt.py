@@ -57,7 +57,8 @@ def export_graph(graph: Graph, folder: Path, spec: EngineSpec) -> None:
 
     For a card elsewhere it allows any number of prompts, so that ONNX Runtime can run one here.
     """
-    if builds_ahead(spec) and spec.prompts > 1 and graph.min_prompts is None:
+    first = graph.inputs[0]
+    if builds_ahead(spec) and graph.min_prompts is None and first.shape[0] > first.per_prompt:
         graph = replace(graph, min_prompts=1)
     export_onnx(graph, folder / f"{graph.name}.onnx", opset=spec.opset, native_group_norm=True)
     write_borders(graph, folder)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_cases import SMALL, Command, Outcome, write_small_model
+from cli_cases import SMALL, Command, Outcome, write_small_model, write_small_set
 from patchbloom.engine import cli as engine_cli
 from patchbloom.engine.builds import needs
 from patchbloom.train.commands import planning
@@ -52,6 +52,36 @@ def test_engines_are_built_where_bundles_says(
     options = ("--model", "sdxl-tiny", "--bundles", tmp_path / "engines")
     result = train("--data", shapes, "--out", tmp_path / "run", *options).result
     assert result["bundles"] == str(tmp_path / "engines")
+
+
+def test_a_run_has_its_engines_first(train: Command, tmp_path: Path) -> None:
+    """A failed build costs no teacher, and --build-only builds the very engines of a run."""
+    write_small_model(tmp_path)
+    data, out = write_small_set(tmp_path), tmp_path / "run"
+    options = ("--data", data, "--model", tmp_path / "model", *SMALL, "--no-ceiling")
+    given = (*options, "--bundles", tmp_path / "engines")
+    built = train(*given, "--out", out, "--build-only").result["engines"]
+    assert built.keys() == {"dace"}
+    assert not out.exists()
+    (tmp_path / "engines" / built["dace"]["engine"] / "encoder.onnx").unlink()
+    error = train(*given, "--out", out).error
+    assert f"{built['dace']['engine']}/encoder.onnx is missing" in error
+    assert not (out / "stages" / "teacher.json").exists()
+    shutil.rmtree(tmp_path / "engines" / built["dace"]["engine"])
+    run = train(*given, "--out", out, "--overwrite")
+    assert run.result["accuracy"].keys() == {"dace"}
+    assert run.err.count("building it") == 1
+    assert sorted(path.name for path in (tmp_path / "engines").glob("[!.]*")) == sorted(
+        engine["engine"] for engine in built.values()
+    )
+
+
+def test_cards_to_build_for_need_tensorrt(train: Command, shapes: Path, tmp_path: Path) -> None:
+    given = ("--data", shapes, "--out", tmp_path / "run", "--build-only")
+    assert "--build-only a6000: cards are for --backend trt" in train(*given, "a6000").error
+    assert "this run has no engine" in train(*given, "--backend", "eager").error
+    error = train(*given, "h100", "--backend", "trt").error
+    assert "TensorRT for RTX does not build for sm90" in error
 
 
 @pytest.mark.parametrize("factor", [3, 65, 128])

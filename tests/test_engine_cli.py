@@ -17,8 +17,13 @@ import pytest
 import torch
 from patchbloom.engine import cli
 from patchbloom.engine import options as commands
+from patchbloom.engine.builds.build import _plan as plan_build
+from patchbloom.engine.builds.needs import engine_needs
 from patchbloom.engine.expand import backends
 from patchbloom.export import to_ort
+from patchbloom.export.config import EngineSpec
+from patchbloom.export.models import Unavailable, find_model
+from patchbloom.train.config import RECIPES
 from patchbloom.train.prior.model import new_parts, save_parts
 from safetensors.torch import load_file, save_file
 
@@ -365,6 +370,31 @@ def test_a_build_that_cannot_fit_is_refused_first(
     monkeypatch.setattr(needs, "free_host_bytes", lambda: 1 << 20)
     told = engine("build", "--model", "sdxl-tiny", *BUILD).error
     assert "memory" in told
+
+
+@pytest.mark.parametrize(
+    ("shapes", "fits"),
+    [
+        ({"size_px": 512, "batch": 32}, True),
+        ({"size_px": 512, "batch": 32, "min_batch": 16}, False),
+        ({"size_px": 512, "batch": 32, "min_batch": 16, "trt_library": "rtx"}, True),
+        ({"size_px": 1024, "batch": 128}, False),
+    ],
+)
+def test_tensors_that_tensorrt_does_not_take_are_refused_first(shapes: Any, fits: bool):
+    turbo, shapes = find_model("sdxl-turbo", "random"), {"trt_library": "tensorrt", **shapes}
+    spec = EngineSpec(precision="fp16", device="cuda", **shapes)
+    if fits:
+        engine_needs(turbo, spec, "trt")
+        return
+    with pytest.raises(Unavailable, match=r"fewer than 2\^31 elements, .* --batch or --size"):
+        engine_needs(turbo, spec, "trt")
+
+
+def test_an_engine_has_the_size_that_train_uses():
+    command = commands.EngineBuild(model="sdxl-turbo", weights="random", export_only=True)
+    _, model, spec = plan_build(command)
+    assert spec.size_px == RECIPES["dace"].image_size != model.trained_px()
 
 
 def test_doctor_says_what_works(engine: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,8 @@ from patchbloom.export import to_ort
 from patchbloom.export.bundle import BundleError, bundle_name, find_or_build, open_bundle
 from patchbloom.export.config import EngineSpec
 from patchbloom.export.engines import engine_key
-from patchbloom.export.graphs import Graph, make_graphs
+from patchbloom.export.graphs import Graph, make_graphs, vae_batch
+from patchbloom.export.machine import gpu_identity
 from patchbloom.export.models import ModelParts, Unavailable, find_model
 from patchbloom.export.parity import Reference, check_parity, make_reference
 from patchbloom.export.to_onnx import export_onnx
@@ -94,6 +95,24 @@ def test_single_values_in_half_precision_may_differ(wrong: int, by: float, passe
     else:
         with pytest.raises(BundleError, match=r"differs from torch by .* in relative L2 by"):
             check_parity(reference, lambda: found)
+
+
+@pytest.mark.parametrize(
+    ("size_px", "batch", "images"),
+    [(512, 32, 8), (224, 32, 32), (224, 64, 32), (512, 25, 5), (1024, 32, 2), (4096, 4, 1)],
+)
+def test_the_vae_runs_in_parts_that_fit(size_px: int, batch: int, images: int):
+    """SDXL's feature maps of 256 channels: 32 images of 512 px have 2^31 elements."""
+    spec, channels = EngineSpec(size_px=size_px, batch=batch), (128, 256, 512, 512)
+    assert vae_batch(spec, channels) == images
+    assert vae_batch(dataclasses.replace(spec, min_batch=1), channels) == batch
+
+
+def test_a_key_does_not_hold_the_driver(monkeypatch: pytest.MonkeyPatch):
+    """An update of the driver rebuilds nothing."""
+    h200 = SimpleNamespace(name="NVIDIA H200", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: h200)
+    assert gpu_identity("cuda") == {"gpu": "NVIDIA H200", "sm_count": 132}
 
 
 def test_ort_computes_on_the_stream_and_device_it_is_given():

@@ -28,6 +28,7 @@ from patchbloom.export.models import (
 )
 from patchbloom.train.prior.model import new_parts, save_parts
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,24 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(saved: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return shutil.copytree(saved, tmp_path / "model")
+
+
+class RandomNumbers(TorchDispatchMode):
+    """Fails on random numbers that are drawn off the meta device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__.rstrip("_")
+        drawn = name in ("normal", "uniform", "randn", "rand", "trunc_normal")
+        assert not (drawn and getattr(args[0], "is_meta", False) is False), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_loading_draws_no_random_weights():
+    """SDXL has 2.6 billion: 40 s of a CPU, and all are overwritten."""
+    model = find_model("sdxl-tiny")
+    with RandomNumbers():
+        load_parts(model, precision="fp32", device="cpu")
+        load_text_encoder(model, "text_encoder", device="cpu")
 
 
 def test_unknown_names_list_the_known_ones():

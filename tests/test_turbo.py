@@ -22,6 +22,7 @@ from patchbloom.engine.expand import prompts as prompts_module
 from patchbloom.engine.expand.batches import images_per_prompt, plan_batches
 from patchbloom.engine.expand.expander import Expander
 from patchbloom.engine.expand.schedule import make_schedule
+from patchbloom.export import graphs
 from patchbloom.export.config import EngineSpec
 from patchbloom.export.models import (
     ModelSource,
@@ -29,7 +30,7 @@ from patchbloom.export.models import (
     find_model,
     weights_sha256,
 )
-from patchbloom.export.modules import PromptProjector
+from patchbloom.export.modules import LatentDecoder, PromptProjector
 from patchbloom.kernels.noise import Draw, normal, uniform
 from patchbloom.train.batching import fitting_batch
 from patchbloom.train.prior.model import new_parts, save_parts
@@ -196,6 +197,41 @@ def test_engine_batches_agree(expander, backend, batch):
         max_error(expander(backend=backend, batch=batch).expand(range(12), EPOCH), whole)
         <= TOLERANCE
     )
+
+
+@pytest.mark.parametrize("backend", ["eager", "ort"])
+def test_encoder_and_decoder_run_in_parts(model, patches, tmp_path, monkeypatch, backend):
+    fields = {"size_px": 32, "batch": 12, "seed": SEED, "backend": backend, "device": "cpu"}
+    config = ExpandConfig(bundles=tmp_path, **fields)  # type: ignore[arg-type]
+    coreset = {"patches_NHWC": patches, "labels_N": LABELS_N, "prompts_K": PROMPTS}
+    whole = Expander(model, dataclasses.replace(config, backend="eager"), **coreset)
+    monkeypatch.setattr(graphs, "VAE_ELEMENTS", 4 * 16 * 32**2)
+    decoded = []
+    decode = LatentDecoder.forward
+    monkeypatch.setattr(
+        LatentDecoder, "forward", lambda self, x: decoded.append(len(x)) or decode(self, x)
+    )
+    parts = Expander(model, config, **coreset)
+    if backend == "ort":
+        assert parts.backend._sessions["decoder"].rows == 4  # type: ignore[attr-defined]
+        assert parts.backend._sessions["denoiser"].rows == 12  # type: ignore[attr-defined]
+    samples = np.arange(12)
+    assert max_error(parts.expand(samples, EPOCH), whole.expand(samples, EPOCH)) <= TOLERANCE
+    assert max_error(parts.latents(), whole.latents()) <= TOLERANCE
+    if backend == "eager":
+        assert decoded == [4, 4, 4, 12]
+
+
+def test_auto_prefers_a_stored_engine(expander, model, monkeypatch):
+    """Where it would run eagerly, as on a GPU."""
+    monkeypatch.setattr(backends, "choose_backend", lambda spec: "eager")
+    stored = expander(backend="ort")
+    config = dataclasses.replace(stored.config, backend="auto")
+    counts_K = np.bincount(LABELS_N)
+    assert backends.plan_engine(model, config, counts_K) == ("ort", stored.spec)
+    other = dataclasses.replace(config, batch=6)
+    name, spec = backends.plan_engine(model, other, counts_K)
+    assert (name, spec.batch) == ("eager", 6)
 
 
 def test_seed_and_epoch_make_other_images(expander):

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..engine.config import RECIPE_PX
+
 Device = Literal["auto", "cpu", "cuda"]
 RecipeName = Literal["rded", "dace", "small"]
 Scoring = Literal["pad", "resize", "native"]
@@ -350,7 +352,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         name="rded",
         about="RDED's student: 300 epochs, half cosine, CutMix, T = 20, r = 1 for images of 64 px "
         "or less; the teacher is ours, as RDED's is unpublished",
-        image_size=224,
+        image_size=RECIPE_PX,
         small_factor=1,
     ),
     "dace": Recipe(
@@ -358,7 +360,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         about="DACE: r = 2, 300 epochs, AdamW 1e-3, weight decay 0.01. Filled in as RDED does: "
         "224 px, batch, temperature 20, CutMix, half cosine, crops, pool and scoring; guidance is "
         "off and the latents' mixing weight is uniform in (0, 1)",
-        image_size=224,
+        image_size=RECIPE_PX,
     ),
     "small": Recipe(
         name="small",

@@ -171,6 +171,10 @@ class RunOptions:
     """Training images per class of --data shapes; validation has a fifth as many."""
     start_timeout: float = 600.0
     """Seconds to wait for the other processes that were started together with this one."""
+    build_only: Annotated[tuple[str, ...] | None, arg(metavar="[CARD …]")] = None
+    """Build the engines of this run, or find them stored, and stop; reads and writes no --out. With
+    --backend trt also for cards that are not here, as `engine build --for` names them. Default: the
+    run builds its engines before all else."""
     resume: bool = False
     """Resume the run in --out from the stage and epoch where it stopped."""
     overwrite: bool = False
@@ -215,6 +219,10 @@ class RunOptions:
         for method in self.methods:
             METHODS[method].check(self)
         check_seed(self.seed)
+        if self.build_only and self.backend != "trt":
+            raise ValueError(
+                f"--build-only {' '.join(self.build_only)}: cards are for --backend trt: give that"
+            )
         if self.resume and self.overwrite:
             raise ValueError("--resume keeps what --overwrite removes: give one of them")
 

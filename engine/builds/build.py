@@ -15,7 +15,7 @@ from ...export.bundle import (
 )
 from ...export.bundle_key import build_command
 from ...export.config import BackendName, EngineSpec
-from ...export.engines import engine_key, open_engine, require_engine, verify_engine
+from ...export.engines import engine_key, has_run, open_engine, require_engine, verify_engine
 from ...export.models import (
     ModelError,
     ModelParts,
@@ -27,6 +27,7 @@ from ...export.models import (
 )
 from ...export.terminal import say
 from ...export.trt_library import builds_ahead, parse_targets
+from ..config import usual_px
 from ..expand.backends import choose_backend, require_backend, resolve_device, trt_choice
 from ..options import EngineBuild
 from .catalogue import misfit, not_run, spec_of
@@ -40,19 +41,34 @@ def build_engine(command: EngineBuild, bundles: Path) -> dict[str, Any]:
     options do not fit the model; BundleError for NaN weights or an engine that differs from torch.
     """
     backend, model, spec = _plan(command)
-    export_only = command.export_only
+    bundle = prepare_engine(backend, model, spec, bundles, export_only=command.export_only)
+    return describe(bundle) | {"built": bundle.built}
+
+
+def prepare_engine(
+    backend: BackendName,
+    model: ModelSource,
+    spec: EngineSpec,
+    bundles: Path,
+    *,
+    export_only: bool = False,
+) -> Bundle:
+    """Find the engine of these settings stored, or build it, and free its memory.
+
+    An engine that has not run on this card yet is compared with torch. Raises as build_engine does.
+    """
     key = engine_key(backend, model, spec, export_only=export_only)
     folder = stored_folder(bundles, key)
     if folder is not None:
         bundle = open_bundle(folder, key)
-    else:
-        needs = engine_needs(model, spec, backend, export_only=export_only)
-        place = "cpu" if builds_ahead(spec) else spec.device
-        check_room(needs, place, bundles)
-        say(f"loading {model.name} ({needs.parameters()} parameters, {spec.precision})")
-        parts = _load_parts(model, spec, place)
-        bundle = open_engine(backend, model, parts, spec, bundles=bundles, export_only=export_only)
-    return describe(bundle) | {"built": bundle.built}
+        if builds_ahead(spec) or has_run(bundle, spec):
+            return bundle
+    needs = engine_needs(model, spec, backend, export_only=export_only)
+    place = "cpu" if builds_ahead(spec) else spec.device
+    check_room(needs, place, bundles)
+    say(f"loading {model.name} ({needs.parameters()} parameters, {spec.precision})")
+    parts = _load_parts(model, spec, place)
+    return open_engine(backend, model, parts, spec, bundles=bundles, export_only=export_only)
 
 
 def _load_parts(model: ModelSource, spec: EngineSpec, device: str) -> ModelParts:
@@ -77,7 +93,7 @@ def _plan(command: EngineBuild) -> tuple[BackendName, ModelSource, EngineSpec]:
     if command.model is None:
         say(f"model: {name} (on {device}; choose with --model)")
     model = find_model(name, command.weights)
-    size_px = command.size or model.trained_px()
+    size_px = command.size or usual_px(model.trained_px())
     if size_px % model.vae_factor():
         raise ValueError(
             f"--size {size_px}: expected a multiple of {model.vae_factor()}, by which the VAE of "

@@ -39,7 +39,7 @@ ALIASES = {
 EXAMPLES = (("sdxl-tiny", 64), ("sdxl-turbo", 224), ("sdxl-turbo", 512))
 """(model, px) of the builds whose needs are reported, at a batch of 32."""
 FORMULA = (
-    "estimated memory: k x parameters x bytes + 3 x the VAE's largest layer (batch x channels x "
+    "estimated memory: k x parameters x bytes + 3 x the VAE's largest layer (images x channels x "
     "px² x bytes), k = 1 to run eagerly, 2 to build; disk: parameters x bytes"
 )
 

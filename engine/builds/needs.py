@@ -1,8 +1,8 @@
 """The memory and disk that an engine needs, from the model's configuration, and what is free.
 
     weights   parameters × bytes of their precision
-    layer     batch × channels × px² × bytes: the VAE's largest feature map, which at SDXL's sizes
-              dwarfs the UNet's
+    layer     images × channels × px² × bytes: the VAE's largest feature map, which at SDXL's sizes
+              dwarfs the UNet's; images: the batch, or the part of it that the VAE runs at a time
     memory    k · weights + LAYERS · layer, k = 1 to run eagerly, 2 to build: an estimate
     disk      weights, once
 
@@ -15,11 +15,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ...export.bundle import bundles_option
 from ...export.config import BackendName, EngineSpec
+from ...export.graphs import vae_batch, vae_layer
 from ...export.machine import free_disk_bytes, free_host_bytes, gpu_memory_bytes
 from ...export.models import ModelSource, Unavailable, load_parts
+from ...export.modules import INT32_MAX
 
 LAYERS = 3  # a resnet's input, intermediate and output
 GRAPHS_SHARE = 0.8
@@ -53,7 +56,8 @@ def engine_needs(
 ) -> Needs:
     """Compute the needs from a model's layers on the meta device; reads no weights.
 
-    An export alone runs nothing, so it holds the weights once and no layer.
+    An export alone runs nothing, so it holds the weights once and no layer. Raises Unavailable for
+    tensors that TensorRT does not take.
     """
     parts = load_parts(
         replace(model, weights="random"),
@@ -63,11 +67,19 @@ def engine_needs(
     )
     counts = [sum(each.numel() for each in part.parameters()) for part in (parts.unet, parts.vae)]
     unet_bytes, vae_bytes = parts.unet.dtype.itemsize, parts.vae.dtype.itemsize
-    channels = list(parts.vae.config["block_out_channels"])
+    channels = parts.vae.config["block_out_channels"]
     weights_bytes = counts[0] * unet_bytes + counts[1] * vae_bytes
-    layer_bytes = spec.batch * max(channels[:2]) * spec.size_px**2 * vae_bytes
-    if export_only:
-        layer_bytes = 0
+    layer = vae_batch(spec, channels) * vae_layer(spec, channels)
+    largest = max(
+        layer, spec.batch * _unet_layer(parts.unet.config, spec, 2 ** (len(channels) - 1))
+    )
+    if backend == "trt" and spec.trt_library != "rtx" and largest > INT32_MAX:
+        raise Unavailable(
+            f"TensorRT takes tensors of fewer than 2^31 elements, the largest of {model.name} at "
+            f"{spec.size_px} px in a batch of {spec.batch} has {largest:,}: give a smaller --batch "
+            "or --size, or leave out --min-batch"
+        )
+    layer_bytes = 0 if export_only else layer * vae_bytes
     copies = 1 if export_only or backend == "eager" else 2  # as written, and as compiled
     return Needs(
         unet_parameters=counts[0],
@@ -75,6 +87,17 @@ def engine_needs(
         weights_bytes=weights_bytes,
         layer_bytes=layer_bytes,
         memory_bytes=copies * weights_bytes + LAYERS * layer_bytes,
+    )
+
+
+def _unet_layer(config: Any, spec: EngineSpec, factor: int) -> int:
+    """Elements of an image's largest tensor in the UNet: a transformer's GEGLU, 8 · C wide, or the
+    three inputs of a level's first convolution."""
+    side = spec.size_px // factor
+    levels = enumerate(zip(config["block_out_channels"], config["down_block_types"], strict=True))
+    return max(
+        (8 if "CrossAttn" in kind else 3) * channels * (side >> level) ** 2
+        for level, (channels, kind) in levels
     )
 
 

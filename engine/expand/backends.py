@@ -7,14 +7,16 @@ Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...export.bundle import Bundle
+from ...export.bundle import Bundle, default_bundles_folder, find_bundles, stored_folder
 from ...export.config import (
     BackendName,
     DeviceName,
@@ -23,13 +25,16 @@ from ...export.config import (
     TrtLibrary,
     TrtLibraryName,
 )
-from ...export.engines import exporter, open_engine
+from ...export.engines import engine_key, exporter, open_engine, require_engine
+from ...export.graphs import vae_batch
 from ...export.machine import cxx_compiler, driver_version, gpus_of_driver
 from ...export.models import ModelParts, ModelSource, Unavailable, default_dtype
 from ...export.modules import Denoiser, LatentDecoder, LatentEncoder
 from ...export.parity import without_tf32
 from ...export.terminal import say
 from ...export.trt_library import cards_of, choose_library, trt_title
+from ..config import ExpandConfig
+from .batches import images_per_prompt
 
 
 class Backend(Protocol):
@@ -72,6 +77,7 @@ class EagerBackend:
     def __init__(self, parts: ModelParts, spec: EngineSpec, *, tokens: int) -> None:
         self.spec = spec
         self._unet_dtype, self._vae_dtype = parts.unet.dtype, parts.vae.dtype
+        self._vae_batch = vae_batch(spec, parts.vae.config["block_out_channels"])
         self._denoiser = Denoiser(parts.unet, tokens)
         # sdxl-tiny, batch 32, one thread: decoder 8.3 → 6.7 ms per image, encoder 3.1 → 2.7; the
         # UNet gains nothing from it on the CPU (4.3 ms).
@@ -80,7 +86,7 @@ class EagerBackend:
 
     def encode_moments(self, images_BCHW: Tensor) -> Tensor:
         with without_tf32():
-            return self._encoder(self._for_vae(images_BCHW)).float()
+            return _in_parts(self._encoder, self._for_vae(images_BCHW), self._vae_batch)
 
     def denoise(
         self, x_BCHW: Tensor, timestep_1: Tensor, added_GD: Tensor, kv_GP: Tensor
@@ -90,7 +96,7 @@ class EagerBackend:
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         with without_tf32():
-            return self._decoder(self._for_vae(latents_BCHW)).float()
+            return _in_parts(self._decoder, self._for_vae(latents_BCHW), self._vae_batch)
 
     def _for_vae(self, values_BCHW: Tensor) -> Tensor:
         return values_BCHW.to(self._vae_dtype, memory_format=torch.channels_last)
@@ -111,7 +117,8 @@ class CompiledBackend:
         self._sessions = exporter(self.name).open_sessions(bundle.folder, spec)
 
     def encode_moments(self, images_BCHW: Tensor) -> Tensor:
-        return self._sessions["encoder"].run(images_BCHW).float()
+        session = self._sessions["encoder"]
+        return _in_parts(session.run, images_BCHW, session.rows)
 
     def denoise(
         self, x_BCHW: Tensor, timestep_1: Tensor, added_GD: Tensor, kv_GP: Tensor
@@ -119,7 +126,8 @@ class CompiledBackend:
         return self._sessions["denoiser"].run(x_BCHW, timestep_1, added_GD, kv_GP).float()
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self._sessions["decoder"].run(latents_BCHW).float()
+        session = self._sessions["decoder"]
+        return _in_parts(session.run, latents_BCHW, session.rows)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -132,6 +140,14 @@ class CompiledBackend:
     def close(self) -> None:
         for session in self._sessions.values():
             session.close()
+
+
+def _in_parts(run: Callable[[Tensor], Tensor], values_BCHW: Tensor, rows: int) -> Tensor:
+    """`run`, at most `rows` images at a time, in fp32."""
+    if len(values_BCHW) <= rows:
+        return run(values_BCHW).float()
+    parts = values_BCHW.split(rows)  # a call overwrites the last one's result
+    return torch.cat([run(part).to(torch.float32, copy=True) for part in parts])
 
 
 def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
@@ -172,6 +188,63 @@ def choose_backend(spec: EngineSpec) -> Literal["ort", "inductor", "eager"]:
     return "inductor" if spec.precision == "bf16" and cxx_compiler() else "eager"
 
 
+def plan_engine(
+    model: ModelSource,
+    config: ExpandConfig,
+    class_counts: np.ndarray,
+    targets: Sequence[str] = (),
+) -> tuple[BackendName, EngineSpec]:
+    """The backend and the engine that run a configuration; reports what `auto` chose.
+
+    `class_counts`: samples of each class. `targets`: cards elsewhere (EngineSpec.targets). Where
+    choose_backend has eager, `auto` prefers an engine that is stored. Raises Unavailable when a
+    device or library is missing.
+    """
+    device = "cuda" if targets else resolve_device(config.device)
+    name = config.backend
+    library, built_for = trt_choice(name, config.trt_library, device, targets)
+    spec = EngineSpec(
+        size_px=config.size_px,
+        batch=config.batch,
+        images_per_prompt=config.images_per_prompt or images_per_prompt(config.batch, class_counts),
+        precision=config.precision,
+        vae_precision=config.vae_precision,
+        device=device,
+        trt_library=library,
+        targets=built_for,
+    )
+    if name == "auto":
+        name = choose_backend(spec)
+        if name == "eager":
+            name, spec = _stored_engine(model, spec, bundles_of(config)) or (name, spec)
+        say(f"backend: {name} on {device}")
+    return name, spec
+
+
+def bundles_of(config: ExpandConfig) -> Path:
+    """Folder of built engines."""
+    return config.bundles or default_bundles_folder()
+
+
+def _stored_engine(
+    model: ModelSource, spec: EngineSpec, bundles: Path
+) -> tuple[BackendName, EngineSpec] | None:
+    """The fastest backend with a stored engine for these settings, by expectation."""
+    order: tuple[BackendName, ...] = ("trt", "inductor", "ort") if find_bundles(bundles) else ()
+    for name in order:
+        own = spec
+        try:
+            if name == "trt":
+                library, targets = choose_library("auto", device=spec.device)
+                own = replace(spec, trt_library=library, targets=targets)
+            require_engine(name, model, own)
+        except Unavailable:
+            continue
+        if stored_folder(bundles, engine_key(name, model, own)) is not None:
+            return name, own
+    return None
+
+
 @default_dtype(torch.float32)  # modules and graphs make the VAE's scale in it
 def open_backend(
     name: BackendName,
@@ -182,29 +255,36 @@ def open_backend(
     tokens: int,
     bundles: Path,
 ) -> Backend:
-    """Open the requested backend, which takes over the parts; report on stderr what `auto` chose.
+    """Open the backend that plan_engine chose, which takes over the parts.
 
     Raises Unavailable when a requirement is missing, BundleError when a bundle is damaged or cannot
     be built.
     """
-    if name == "auto":
-        name = choose_backend(spec)
-        say(f"backend: {name} on {spec.device}")
     if name == "eager":
         return EagerBackend(parts, spec, tokens=tokens)
     bundle = open_engine(name, model, parts, spec, tokens=tokens, bundles=bundles)
-    if bundle.built:
-        seconds, size_mb = bundle.manifest["report"]["seconds"], bundle.size_bytes / 1e6
-        say(f"built {bundle.folder} ({size_mb:.0f} MB) in {seconds:.0f} s")
+    say_built(bundle)
     return CompiledBackend(bundle, spec)
 
 
+def say_built(bundle: Bundle) -> None:
+    """Report a bundle that was just built."""
+    if bundle.built:
+        seconds, size_mb = bundle.manifest["report"]["seconds"], bundle.size_bytes / 1e6
+        say(f"built {bundle.folder} ({size_mb:.0f} MB) in {seconds:.0f} s")
+
+
 def require_backend(
-    name: BackendName, precision: Precision, device: str, library: TrtLibrary = "auto"
+    name: BackendName,
+    precision: Precision,
+    device: str,
+    library: TrtLibrary = "auto",
+    targets: Sequence[str] = (),
 ) -> None:
-    """Raise Unavailable unless the backend can run here: a check before hours of other work."""
+    """Raise Unavailable unless the backend can run here, or build for targets elsewhere: a check
+    before hours of other work."""
     if name == "trt":
-        choose_library(library, device=device)
+        choose_library(library, targets, device)
     elif name not in ("auto", "eager"):
         exporter(name).require(precision, device)
 

@@ -21,16 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...export.bundle import default_bundles_folder
-from ...export.config import EngineSpec
 from ...export.models import DTYPES, ModelParts, ModelSource, load_parts
 from ...kernels.latents import start_state
 from ...kernels.noise import Draw, normal
 from ...kernels.pixels import upsample_patches
 from ...kernels.sampler import euler_ancestral_step
 from ..config import ExpandConfig
-from .backends import Backend, open_backend, resolve_device, trt_choice
-from .batches import BatchPlan, images_per_prompt, plan_batches
+from .backends import Backend, bundles_of, open_backend, plan_engine, resolve_device
+from .batches import BatchPlan, plan_batches
 from .mixup import mixup_quantiles
 from .naming import describe_source
 from .prompt_bank import open_prompt_bank
@@ -64,20 +62,9 @@ class Expander:
         self._device = torch.device(device)
         self._configure(config)
         self._check_coreset(patches_NHWC, prompts_K)
-        library, targets = trt_choice(config.backend, config.trt_library, device)
         self._counts_K = np.bincount(self._labels_N, minlength=len(prompts_K))
         self._firsts_K = np.cumsum(self._counts_K) - self._counts_K
-        self.spec = EngineSpec(
-            size_px=config.size_px,
-            batch=config.batch,
-            images_per_prompt=config.images_per_prompt
-            or images_per_prompt(config.batch, self._counts_K),
-            precision=config.precision,
-            vae_precision=config.vae_precision,
-            device=device,
-            trt_library=library,
-            targets=targets,
-        )
+        backend, self.spec = plan_engine(model, config, self._counts_K)
         text = encode_prompts(model, prompts_K, device=device, dtype=DTYPES[config.precision])
         parts = load_parts(
             model,
@@ -94,12 +81,12 @@ class Expander:
             budget_bytes=config.prompt_cache_bytes,
         )
         self.backend: Backend = open_backend(
-            config.backend,
+            backend,
             model,
             parts,
             self.spec,
             tokens=self.prompt_bank.tokens,
-            bundles=config.bundles or default_bundles_folder(),
+            bundles=bundles_of(config),
         )
         del parts, text
         gc.collect()

@@ -39,6 +39,7 @@ from ..students.loop import train_students
 from ..teacher.teacher import Teacher, load_teacher, teacher_id
 from ..teacher.training import TEACHER, measure, train_teacher, training_losses
 from .doping import dope
+from .engines import prepare_engines
 
 
 class Distillation:
@@ -68,6 +69,16 @@ class Distillation:
         verify = self.run.world.leads and folder not in self._verified
         self._verified.add(folder)
         return open_coreset(folder, verify=verify)
+
+    def prepare_engines(self, *, made_only: bool) -> None:
+        """Find or build the engines of unfinished stages; `made_only`: those that make coresets."""
+        stages = {"made": "coreset", "rendered": None if made_only else "student-{}"}
+        used = {method: stages.get(METHODS[method].model or "") for method in self.plan.methods}
+        begun = {
+            method: self.run.read(stage.format(method)) for method, stage in used.items() if stage
+        }
+        waiting = [m for m, record in begun.items() if not record or record["state"] != "done"]
+        self.run.world.once(lambda: list(prepare_engines(self.plan, waiting)))
 
     def teacher_stage(self) -> dict[str, Any]:
         """Train or load the teacher; returns its description."""

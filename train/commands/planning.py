@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ...engine.config import ExpandConfig
+from ...engine.config import SMALL_PX, ExpandConfig
 from ...engine.data.images import check_same_classes, with_classes
 from ...engine.data.names import display_names, doubtful_names, doubtful_order, read_prompts
 from ...engine.expand.backends import require_backend, resolve_device
@@ -13,6 +13,7 @@ from ...engine.expand.prompts import unseen_classes
 from ...engine.labels.file import LabelLayout
 from ...export.config import DeviceName, Precision
 from ...export.models import ModelSource, find_model
+from ...export.trt_library import parse_targets
 from ..batching import engine_batch_for, grouping, together_in_engine
 from ..config import (
     RECIPES,
@@ -31,8 +32,6 @@ from ..plan import Plan
 from ..run.progress import Report
 from .checks import check_plan
 
-SMALL_PX = 128
-"""A model trained at this size or below makes good images only at its own size."""
 LARGE_LABELS_GIB = 1.0  # announced before the run, per method
 
 
@@ -87,11 +86,17 @@ class _Choices:
     def __init__(self, options: RunOptions, report: Report) -> None:
         self.options = options
         self.device: DeviceName = resolve_device(options.device)
-        default: Precision = "fp16" if self.device == "cuda" else "fp32"
+        self.targets = parse_targets(options.build_only or ())
+        on_gpu = self.device == "cuda" or self.targets
+        default: Precision = "fp16" if on_gpu else "fp32"
         self.precision: Precision = options.precision or default
         runs_a_model = any(METHODS[method].model for method in options.methods)
         if runs_a_model:
-            require_backend(options.backend, self.precision, self.device, options.trt_library)
+            require_backend(
+                *(options.backend, self.precision, self.device),
+                library=options.trt_library,
+                targets=self.targets,
+            )
         data = data_folder(options.data, options.shapes_per_class, report)
         self.train = open_split(data, "train", report)
         self.val = with_classes(open_split(data, "val", report), self.train.class_ids)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from ...engine.config import SMALL_PX
 from ...engine.coreset.coreset import Coreset, open_coreset
 from ...engine.data.images import ImageSet, with_classes
 from ...engine.expand.backends import resolve_device
@@ -35,7 +36,7 @@ from ..run.settings import settings_by_option
 from ..students.from_manifest import fitting_labels, open_recorded_source, student_config
 from ..students.loop import train_students
 from .checks import check_compiler, check_network
-from .planning import SMALL_PX, recipe_or_default
+from .planning import recipe_or_default
 
 STAGE = "student"
 SAME = ("epochs", "batch", "learning_rate", "final_lr_fraction", "weight_decay", "accumulate")

@@ -22,6 +22,7 @@ from ..run.folder import RunError, RunFolder, StageResult, check_out
 from ..run.progress import Report
 from ..run.world import open_world
 from .checks import check_images_per_class
+from .engines import build_only
 from .pipeline import Distillation
 from .planning import make_plan
 
@@ -41,6 +42,9 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
         open_world(options.device, options.start_timeout) as world,
         Report(options.out if world.leads else None) as report,
     ):
+        if options.build_only is not None:
+            plan = world.in_turn(lambda: make_plan(options, report))
+            return world.once(lambda: build_only(plan, options))
         world.once(lambda: check_out(options.out, resume=resumes, overwrite=options.overwrite))
         plan = world.in_turn(lambda: make_plan(options, report))
         with (
@@ -67,7 +71,7 @@ def _write_settings(folder: Path, options: RunOptions, plan: Plan, line: str) ->
         given = asdict(options)
         for settings in (given, filled_in["expand"]):
             del settings["trt_library"]  # as start_timeout, it belongs to one start
-        del given["start_timeout"]
+        del given["start_timeout"], given["build_only"]
         replace_json(folder / CONFIG, {"options": given, **filled_in}, default=str)
     path = folder / ENVIRONMENT
     remedy = "remove it: a new one is begun"
@@ -129,6 +133,8 @@ def _without(images: ImageSet, paths: list[str]) -> ImageSet:
 
 def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dict[str, Any]:
     out = {"run": str(options.out), "skipped_images": skipped}
+    if not isinstance(options, TrainTeacher):
+        job.prepare_engines(made_only=isinstance(options, TrainCoreset))
     teacher = job.teacher_stage()
     if isinstance(options, TrainTeacher):
         return {**out, "teacher": rounded(teacher)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from ..batching import whole_class_batch
@@ -22,11 +23,8 @@ def _check(options: Any) -> None:
 
 
 def _use(options: Any, trained_px: int, classes: int) -> dict[str, Any]:
-    return {
-        "size_px": trained_px,
-        "batch": options.engine_batch or whole_class_batch(options.ipc, classes),
-        "images_per_prompt": None,
-    }
+    batch = options.engine_batch or whole_class_batch(options.ipc, classes)
+    return {"size_px": trained_px, "batch": batch, "images_per_prompt": gcd(batch, options.ipc)}
 
 
 def dsco_settings(plan: Plan) -> dict[str, Any]:
