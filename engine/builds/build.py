@@ -16,6 +16,7 @@ from ...export.bundle import (
 from ...export.bundle_key import build_command
 from ...export.config import BackendName, EngineSpec
 from ...export.engines import engine_key, open_engine, require_engine, verify_engine
+from ...export.hashes import forget_hashes
 from ...export.models import (
     ModelError,
     ModelParts,
@@ -40,6 +41,8 @@ def build_engine(command: EngineBuild, bundles: Path) -> dict[str, Any]:
     options do not fit the model; BundleError for NaN weights or an engine that differs from torch.
     """
     backend, model, spec = _plan(command)
+    if command.verify:
+        forget_hashes()
     export_only = command.export_only
     key = engine_key(backend, model, spec, export_only=export_only)
     folder = stored_folder(bundles, key)
@@ -141,6 +144,7 @@ def verify_engines(
 
     Raises BundleError at the end if any is wrong or cannot run here; it says which, and why.
     """
+    forget_hashes()
     results, faults = [], []
     for folder in folders:
         say(f"verifying {folder.name}")
