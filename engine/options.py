@@ -133,6 +133,9 @@ class EngineBuild:
     """`random`: the architecture alone, without a download, to measure memory and speed."""
     export_only: bool = False
     """Write and check the ONNX graphs, and stop: listed as `onnx`, never loaded as an engine."""
+    verify: bool = False
+    """Hash every byte of models and engines again, instead of trusting size and time of files
+    hashed before."""
     bundles: Path | None = None
     """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False

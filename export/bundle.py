@@ -11,20 +11,19 @@ The folder's name ends in a hash of the key (bundle_key.py); a bundle with anoth
 loaded. A build takes the lock of its key: a second one waits, and reuses the first one's bundle. A
 killed process leaves only hidden files, with a free lock; the next build, list or remove deletes
 them.
-Every byte is verified when a bundle is opened.
+Opening verifies every file: by its bytes the first time and under `engine verify` or `--verify`,
+otherwise by the size and times that hashes.py remembers.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shlex
 import shutil
 import stat
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from pydantic import BaseModel
 from .bundle_key import BUNDLE_NAME, BundleKey, build_command, bundle_name, why_not
 from .documents import Count, Finite, Inside, Sha256, check_document, read_json
 from .durable import cache_folder, json_sha256, replace_file, sync, take_lock, write_durably
+from .hashes import known_sha256, read_sha256
 from .terminal import say
 
 SCHEMA = 1
@@ -43,8 +43,6 @@ MANIFEST = "manifest.json"
 Say = Callable[[str], None]
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_BYTES = 1 << 20  # with less free disk space than this, any failed build is due to the disk
-_CHUNK_BYTES = 1 << 24
-_PATIENCE_S = 2.0  # between two progress lines; SDXL-Turbo's 5 GB take 3 to 10 s
 
 
 class BundleError(OSError):
@@ -187,11 +185,10 @@ def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[st
         partial.mkdir(0o755)
         report = build(partial)
         manifest = {"schema": SCHEMA, "key": dict(key), "report": report, "files": {}}
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        for path, sha256 in zip(files, _hash_files(folder.name, files), strict=True):
+        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
             sync(path)  # a full disk may show only now
             name, size_bytes = path.relative_to(partial).as_posix(), path.stat().st_size
-            manifest["files"][name] = {"sha256": sha256, "bytes": size_bytes}
+            manifest["files"][name] = {"sha256": read_sha256(path), "bytes": size_bytes}
         manifest["content_sha256"] = json_sha256(manifest)
         write_durably(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         for path in partial.rglob("*"):
@@ -231,7 +228,7 @@ def _full_disk_error(bundles: Path, error: BaseException) -> BundleError | None:
 
 
 def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
-    """Read a bundle; verify every byte, and its key if one is given.
+    """Read a bundle; verify its files, and its key if one is given.
 
     Raises BundleError, which names the file or field that is wrong.
     """
@@ -255,9 +252,8 @@ def open_bundle(folder: Path, key: Mapping[str, Any] | None = None) -> Bundle:
         raise BundleError(
             f"{folder} was built for {', '.join(differences)}: `{rebuild}` builds the right one"
         )
-    hashes = _hash_files(folder.name, list(sizes))
-    for path, sha256, entry in zip(sizes, hashes, manifest["files"].values(), strict=True):
-        if sha256 != entry["sha256"]:
+    for path, entry in zip(sizes, manifest["files"].values(), strict=True):
+        if known_sha256(path) != entry["sha256"]:
             raise BundleError(f"{path} was changed after the build: {remedy}")
     return Bundle(folder, manifest)
 
@@ -397,20 +393,3 @@ def _held(folder: Path, lock: BaseFileLock) -> Iterator[None]:
     finally:
         _hidden(folder, "lock").unlink(missing_ok=True)
         lock.release()
-
-
-def _hash_files(name: str, paths: Sequence[Path]) -> Iterator[str]:
-    """sha256 of each of the bundle's files; reports progress when it takes long."""
-    total_bytes = sum(path.stat().st_size for path in paths)
-    done_bytes, said_s = 0, time.monotonic()
-    for path in paths:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                done_bytes += len(chunk)
-                if time.monotonic() - said_s > _PATIENCE_S:
-                    said_s = time.monotonic()
-                    percent = 100 * done_bytes // total_bytes
-                    say(f"hashing {name}: {percent} % of {total_bytes:,} bytes")
-        yield digest.hexdigest()

@@ -30,8 +30,9 @@ from .configurations import (
     vae_factor,
     whole_number,
 )
+from .hashes import known_sha256
 from .hub import MODEL_REVISION, VAE_ID, VAE_REVISION, fetch_sdxl_turbo
-from .weights import STEMS, check_tensors, hash_once, read_tensors, weight_files
+from .weights import STEMS, check_tensors, read_tensors, weight_files
 
 TINY_FOLDER = Path(__file__).parent / "sdxl_tiny"
 TURBO_CONFIGURATION = Path(__file__).parent / "sdxl_turbo"
@@ -304,9 +305,7 @@ def weights_sha256(source: ModelSource) -> str:
         return digest.hexdigest()
     for part in sorted(STEMS):
         for path in [source.part(part) / "config.json", *weight_files(source.part(part), part)]:
-            status = path.stat()
-            sha256 = hash_once(path.resolve(), status.st_size, status.st_mtime_ns)
-            digest.update(f"{part}/{path.name} {sha256}\n".encode())
+            digest.update(f"{part}/{path.name} {known_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

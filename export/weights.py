@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .configurations import ModelError, read_object
-from .durable import file_sha256
 
 STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -92,9 +90,3 @@ def check_tensors(folder: Path, **faults: Iterable[str]) -> None:
                 f"{folder}: expected weights that fit its config.json, got {fault} tensors: "
                 f"{names[0]}{more}: copy or download the folder again"
             )
-
-
-@lru_cache(maxsize=256)
-def hash_once(path: Path, size_bytes: int, mtime_ns: int) -> str:
-    """Hash a file once per process; size and time in the cache key detect a changed file."""
-    return file_sha256(path)

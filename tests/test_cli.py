@@ -68,12 +68,14 @@ RUN_OPTIONS = [
     "device",
     "skip_corrupt",
     "shapes_per_class",
+    "verify",
     "start_timeout",
     "resume",
     "overwrite",
 ]
 RENDER_OPTIONS = [
-    *("model", "precision", "vae_precision", "engine_batch", "trt_library", "bundles", "device")
+    *("model", "precision", "vae_precision", "engine_batch", "trt_library", "bundles", "device"),
+    "verify",
 ]
 ELSEWHERE_OPTIONS = [
     *RENDER_OPTIONS,

@@ -91,7 +91,7 @@ OPTIONS = {
     commands.EngineBuild: [
         *("model", "backend", "size", "batch", "min_batch", "images_per_prompt"),
         *("precision", "vae_precision", "opset", "device", "trt_library", "targets", "weights"),
-        *("export_only", "bundles", "json"),
+        *("export_only", "verify", "bundles", "json"),
     ],
     commands.EngineVerify: ["names", "bundles", "json"],
     commands.EngineList: ["bundles", "json"],

@@ -107,9 +107,12 @@ def test_manifests_of_coresets(runs: Path, tmp_path: Path, name: str, examples: 
 
 
 @EXAMPLES
-def test_manifests_of_engines(tmp_path: Path, examples: int | None) -> None:
+def test_manifests_of_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: int | None
+) -> None:
     unpack("engine", tmp_path)
     bundles = tmp_path / "bundles"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(bundles / "cache"))  # hashes.json may be opened
     (folder,) = bundles.iterdir()
     manifest = json.loads((folder / MANIFEST).read_bytes())
     shutil.copytree(folder, bundles / folder.name.replace("32px", "64px"))

@@ -40,6 +40,9 @@ class RenderOptions:
     """Folder of built engines. Default: patchbloom/bundles in the user's cache."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
+    verify: bool = False
+    """Hash every byte of models and engines again, instead of trusting size and time of files
+    hashed before."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "engine_batch", option=True)

@@ -169,6 +169,9 @@ class RunOptions:
     """Skip and count images that cannot be decoded, instead of stopping at them."""
     shapes_per_class: int = 1000
     """Training images per class of --data shapes; validation has a fifth as many."""
+    verify: bool = False
+    """Hash every byte of models and engines again, instead of trusting size and time of files
+    hashed before."""
     start_timeout: float = 600.0
     """Seconds to wait for the other processes that were started together with this one."""
     build_only: Annotated[tuple[str, ...] | None, arg(metavar="[CARD …]")] = None

@@ -16,6 +16,7 @@ from ...export.bundle import (
 from ...export.bundle_key import build_command
 from ...export.config import BackendName, EngineSpec
 from ...export.engines import engine_key, has_run, open_engine, require_engine, verify_engine
+from ...export.hashes import forget_hashes
 from ...export.models import (
     ModelError,
     ModelParts,
@@ -41,6 +42,8 @@ def build_engine(command: EngineBuild, bundles: Path) -> dict[str, Any]:
     options do not fit the model; BundleError for NaN weights or an engine that differs from torch.
     """
     backend, model, spec = _plan(command)
+    if command.verify:
+        forget_hashes()
     bundle = prepare_engine(backend, model, spec, bundles, export_only=command.export_only)
     return describe(bundle) | {"built": bundle.built}
 
@@ -157,6 +160,7 @@ def verify_engines(
 
     Raises BundleError at the end if any is wrong or cannot run here; it says which, and why.
     """
+    forget_hashes()
     results, faults = [], []
     for folder in folders:
         say(f"verifying {folder.name}")

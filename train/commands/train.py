@@ -12,6 +12,7 @@ from ...engine.console import print_table
 from ...engine.data.images import ImageSet, check_no_class_emptied, stream_center
 from ...export.documents import check_document, read_json
 from ...export.durable import full_disk_explained, replace_json
+from ...export.hashes import forget_hashes
 from ..data.folder import check_content, images_sha256
 from ..options import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from ..plan import Plan
@@ -42,6 +43,8 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
         open_world(options.device, options.start_timeout) as world,
         Report(options.out if world.leads else None) as report,
     ):
+        if options.verify:  # in every process: each opens its own engines
+            forget_hashes()
         if options.build_only is not None:
             plan = world.in_turn(lambda: make_plan(options, report))
             return world.once(lambda: build_only(plan, options))
@@ -71,7 +74,7 @@ def _write_settings(folder: Path, options: RunOptions, plan: Plan, line: str) ->
         given = asdict(options)
         for settings in (given, filled_in["expand"]):
             del settings["trt_library"]  # as start_timeout, it belongs to one start
-        del given["start_timeout"], given["build_only"]
+        del given["start_timeout"], given["build_only"], given["verify"]
         replace_json(folder / CONFIG, {"options": given, **filled_in}, default=str)
     path = folder / ENVIRONMENT
     remedy = "remove it: a new one is begun"

@@ -31,6 +31,7 @@ from ...engine.expand.naming import (
 from ...engine.labels.stored import SoftLabels
 from ...export.config import BackendName, DeviceName
 from ...export.documents import check_document, check_fields
+from ...export.hashes import forget_hashes
 from ...export.models import ModelError, ModelSource, Unavailable, find_model, weights_sha256
 from ..batching import engine_batch_for, together_in_engine
 from ..config import StudentConfig, pool_size
@@ -154,6 +155,8 @@ def open_recorded_source(
     Raises ModelError when there is no model of that name or it has other weights, Unavailable when
     this machine lacks something.
     """
+    if options.verify:
+        forget_hashes()
     device = resolve_device(options.device)
     if method_of(coreset).model != "rendered":
         return open_coreset_source(coreset, Machine(device=device, world=ALONE))
