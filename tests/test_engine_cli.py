@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from patchbloom.engine import cli
 from patchbloom.engine import options as commands
+from patchbloom.engine.builds import doctor
 from patchbloom.engine.expand import backends
 from patchbloom.export import to_ort
 from patchbloom.train.prior.model import new_parts, save_parts
@@ -377,6 +379,15 @@ def test_doctor_says_what_works(engine: Callable[..., Outcome], monkeypatch: pyt
         assert backend["works"] or backend["missing"] in examined.out
     monkeypatch.setattr(backends, "resolve_device", _fail)
     assert "no backend works here: broken" in engine("doctor").error
+
+
+def test_doctor_says_how_to_get_ort_on_cuda(monkeypatch: pytest.MonkeyPatch):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    (needed,) = project["optional-dependencies"]["cuda"]
+    monkeypatch.setattr(doctor, "requires", lambda _: [f"{needed}; extra == 'cuda'"])
+    monkeypatch.setattr(doctor, "_installed", lambda _: None)
+    (library,) = doctor.examine(Path())["libraries"]
+    assert (library["only_for"], library["mend"]) == ("cuda", f"pip install '{needed}'")
 
 
 def _fail(device: str) -> str:

@@ -26,7 +26,7 @@ from patchbloom.export.graphs import Graph, make_graphs
 from patchbloom.export.models import ModelParts, Unavailable, find_model
 from patchbloom.export.parity import Reference, check_parity, make_reference
 from patchbloom.export.to_onnx import export_onnx
-from patchbloom.export.to_ort import OrtSession, cuda_settings, require
+from patchbloom.export.to_ort import OrtSession, cuda_settings, require, run_one_node
 from patchbloom.train.prior.model import new_parts
 
 
@@ -99,7 +99,39 @@ def test_single_values_in_half_precision_may_differ(wrong: int, by: float, passe
 def test_ort_computes_on_the_stream_and_device_it_is_given():
     stream: Any = SimpleNamespace(cuda_stream=94, device_index=1)
     settings = cuda_settings(stream)
-    assert settings == {"user_compute_stream": "94", "device_id": "1", "use_tf32": "0"}
+    assert settings == {
+        "user_compute_stream": "94",
+        "device_id": "1",
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_ort_on_cuda_is_believed_once_it_has_computed(monkeypatch: Any, capsys: Any):
+    """onnxruntime-gpu lists CUDA even where its libraries are missing; these are its own words."""
+    missing = "libcurand.so.10: cannot open shared object file: No such file or directory"
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime, "preload_dlls", lambda: print(f"Failed to load libcurand.so.10: {missing}")
+    )
+    stream = SimpleNamespace(cuda_stream=94, device_index=0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    with pytest.raises(Unavailable, match=rf"\({missing}\): pip install 'patchbloom\[cuda\]'"):
+        require("fp16", "cuda")
+    assert capsys.readouterr().out == ""
+
+
+def test_ort_computes_one_node_or_says_why_not(monkeypatch: Any):
+    def no_cudnn(*_: Any) -> None:
+        raise RuntimeError("CUDNN failure 1001:\nCUDNN_STATUS_NOT_INITIALIZED")
+
+    run_one_node("cpu")
+    monkeypatch.setattr(OrtSession, "run", no_cudnn)
+    run_one_node("cpu")  # remembered
+    run_one_node.cache_clear()
+    with pytest.raises(Unavailable, match=r"on cpu \(CUDNN failure 1001: CUDNN_STATUS_NOT.*pip"):
+        run_one_node("cpu")
 
 
 @pytest.mark.gpu

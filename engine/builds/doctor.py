@@ -26,6 +26,7 @@ from ...export.terminal import visible
 from ..console import print_table
 
 PROJECT = "patchbloom"
+EXTRAS = ("", "cuda", "trt", "rtx")
 BACKENDS = (
     *(("eager", "cpu"), ("ort", "cpu"), ("inductor", "cpu")),
     *(("eager", "cuda"), ("ort", "cuda"), ("inductor", "cuda"), ("trt", "cuda")),
@@ -77,13 +78,13 @@ def _libraries() -> list[dict[str, Any]]:
     for line in requires(PROJECT) or []:
         requirement = Requirement(line)
         marker = requirement.marker
-        extras = (e for e in ("", "trt", "rtx") if marker is None or marker.evaluate({"extra": e}))
+        extras = (e for e in EXTRAS if marker is None or marker.evaluate({"extra": e}))
         extra = next(extras, None)
         if extra is None:
             continue
         installed = _installed(requirement.name)
         right = installed is not None and requirement.specifier.contains(installed, True)
-        install = f"pip install '{requirement.name}{requirement.specifier}'"
+        requirement.marker = None  # pip takes the rest
         found.append(
             {
                 "name": requirement.name,
@@ -91,7 +92,7 @@ def _libraries() -> list[dict[str, Any]]:
                 "installed": installed,
                 "right": right,
                 "only_for": extra or None,
-                "mend": None if right else install,
+                "mend": None if right else f"pip install '{requirement}'",
             }
         )
     return found
