@@ -21,6 +21,7 @@ from ...export.machine import (
     free_disk_bytes,
     free_host_bytes,
     gpu_memory_bytes,
+    triton_needs,
 )
 from ...export.terminal import visible
 from ..console import print_table
@@ -57,6 +58,7 @@ def examine(bundles: Path) -> dict[str, Any]:
         "driver": driver_version(),
         "host": {"cores": os.cpu_count(), "free_memory_bytes": free_host_bytes()},
         "cxx": cxx_compiler(),
+        "triton_needs": triton_needs(),
         "sdxl_turbo_cached": None if fault else is_sdxl_turbo_cached(),
         "bundles": str(bundles),
         "free_disk_bytes": None if fault else free_disk_bytes(bundles),
@@ -217,6 +219,7 @@ def _show_machine(found: dict[str, Any]) -> None:
     if found["free_disk_bytes"] is not None:
         print(f"disk: {_gb(found['free_disk_bytes'])} GB free for {visible(found['bundles'])}")
     print(f"C++ compiler, for inductor: {visible(found['cxx'] or 'none; apt-get install g++')}")
+    print(f"C compiler and Python.h, for Triton: {visible(found['triton_needs'] or 'here')}")
     if found["sdxl_turbo_cached"] is not None:
         cached = "in the hub's cache" if found["sdxl_turbo_cached"] else "not downloaded (7 GB)"
         print(f"SDXL-Turbo's weights: {cached}")

@@ -24,7 +24,7 @@ from ...export.config import (
     TrtLibraryName,
 )
 from ...export.engines import exporter, open_engine
-from ...export.machine import cxx_compiler, driver_version, gpus_of_driver
+from ...export.machine import cxx_compiler, driver_version, gpus_of_driver, triton_needs
 from ...export.models import ModelParts, ModelSource, Unavailable, default_dtype
 from ...export.modules import Denoiser, LatentDecoder, LatentEncoder
 from ...export.parity import without_tf32
@@ -207,6 +207,8 @@ def require_backend(
         choose_library(library, device=device)
     elif name not in ("auto", "eager"):
         exporter(name).require(precision, device)
+    if device == "cuda" and (lacking := triton_needs()):
+        raise Unavailable(f"our Triton kernels on a GPU need {lacking}")
 
 
 def trt_choice(
