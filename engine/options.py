@@ -133,6 +133,9 @@ class EngineBuild:
     """`random`: the architecture alone, without a download, to measure memory and speed."""
     export_only: bool = False
     """Write and check the ONNX graphs, and stop: listed as `onnx`, never loaded as an engine."""
+    keep_refused: bool = False
+    """Keep an engine that differs too much from torch as NAME.refused in --bundles, with what was
+    measured: for study, never listed or used. The next one replaces it; delete it yourself."""
     bundles: Path | None = None
     """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False

@@ -18,8 +18,15 @@ import onnxruntime
 import pytest
 import torch
 from bundle_cases import KEY, fill
-from patchbloom.export import to_ort
-from patchbloom.export.bundle import BundleError, bundle_name, find_or_build, open_bundle
+from patchbloom.export import bundle, to_ort
+from patchbloom.export.bundle import (
+    BundleError,
+    ParityError,
+    bundle_name,
+    find_bundles,
+    find_or_build,
+    open_bundle,
+)
 from patchbloom.export.config import EngineSpec
 from patchbloom.export.engines import engine_key
 from patchbloom.export.graphs import Graph, make_graphs
@@ -239,6 +246,49 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path):
         find_or_build(tmp_path, KEY, full_disk)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     assert find_or_build(tmp_path, KEY, fill).built
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (ParityError("differs", {"refused": {"graph": "decoder", "not_finite": 7}}), True),
+        (BundleError("weights are NaN"), False),
+        (KeyboardInterrupt(), False),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
+    ],
+)
+def test_only_what_parity_refuses_is_kept(tmp_path: Path, error: BaseException, kept: bool):
+    def refused(folder: Path) -> dict[str, Any]:
+        fill(folder)
+        raise error
+
+    name = f"{bundle_name(KEY)}.refused"
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        find_or_build(tmp_path, KEY, refused)
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):  # the second one replaces the first one
+        with pytest.raises((OSError, KeyboardInterrupt), match=f"{name}," if kept else None):
+            find_or_build(tmp_path, KEY, refused, keep_refused=True)
+        assert [path.name for path in tmp_path.iterdir()] == [name] * kept
+        for folder in tmp_path.iterdir():
+            assert {path.name for path in folder.iterdir()} == {"graph.onnx", "refused.json"}
+            (folder / "old").touch()
+    assert find_or_build(tmp_path, KEY, fill).built
+    assert find_bundles(tmp_path) == [tmp_path / bundle_name(KEY)]
+
+
+def test_a_disk_that_fills_while_a_refused_engine_is_kept(tmp_path: Path, monkeypatch: Any):
+    def refused(folder: Path) -> dict[str, Any]:
+        fill(folder)
+        raise ParityError("differs", {})
+
+    def full_disk(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(bundle, "write_durably", full_disk)
+    with pytest.raises(BundleError, match=r"No space left on device.*--bundles"):
+        find_or_build(tmp_path, KEY, refused, keep_refused=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def slow_fill(folder: Path) -> dict[str, Any]:

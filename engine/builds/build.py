@@ -51,7 +51,8 @@ def build_engine(command: EngineBuild, bundles: Path) -> dict[str, Any]:
         check_room(needs, place, bundles)
         say(f"loading {model.name} ({needs.parameters()} parameters, {spec.precision})")
         parts = _load_parts(model, spec, place)
-        bundle = open_engine(backend, model, parts, spec, bundles=bundles, export_only=export_only)
+        flags = {"export_only": export_only, "keep_refused": command.keep_refused}
+        bundle = open_engine(backend, model, parts, spec, bundles=bundles, **flags)
     return describe(bundle) | {"built": bundle.built}
 
 
