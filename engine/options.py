@@ -136,6 +136,9 @@ class EngineBuild:
     verify: bool = False
     """Hash every byte of models and engines again, instead of trusting size and time of files
     hashed before."""
+    keep_refused: bool = False
+    """Keep an engine that differs too much from torch as NAME.refused in --bundles, with what was
+    measured: for study, never listed or used. The next one replaces it; delete it yourself."""
     bundles: Path | None = None
     """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False

@@ -6,6 +6,7 @@
     .<name>.lock        held while a process builds or removes the bundle
     .<name>.partial     a build in progress
     .<name>.removed     a deletion in progress
+    <name>.refused/     a build that failed the parity gate, kept on request; never an engine
 
 The folder's name ends in a hash of the key (bundle_key.py); a bundle with another key is never
 loaded. A build takes the lock of its key: a second one waits, and reuses the first one's bundle. A
@@ -47,6 +48,15 @@ _FULL_BYTES = 1 << 20  # with less free disk space than this, any failed build i
 
 class BundleError(OSError):
     """A bundle is damaged, does not match, or could not be built; the message says what to do."""
+
+
+class ParityError(BundleError):
+    """A built engine is refused: its outputs are not torch's."""
+
+    def __init__(self, message: str, report: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.report = dict(report)
+        """What was measured and, from a build, what it had reported before."""
 
 
 class _File(BaseModel):
@@ -126,13 +136,15 @@ def find_or_build(
     key: Mapping[str, Any],
     build: Callable[[Path], dict[str, Any]],
     model: str | None = None,
+    *,
+    keep_refused: bool = False,
 ) -> Bundle:
     """Open the bundle with this key, or build it and print the command that builds the same engine
     from `model`.
 
     `build` fills an empty folder and returns its report (parity, seconds). Its exceptions pass
-    through, and a failed build leaves nothing. Raises BundleError for a damaged bundle or a full
-    disk.
+    through, and a failed build leaves nothing, except that `keep_refused` keeps what ParityError
+    refuses. Raises BundleError for a damaged bundle or a full disk.
     """
     folder = bundles / bundle_name(key)
     if (stored := stored_folder(bundles, key)) is not None:
@@ -159,7 +171,7 @@ def find_or_build(
         nearest = nearest_bundle(bundles, key)
         say(f"no engine for these settings yet{f'; {nearest}' if nearest else ''}")
         say(f"building it, as `{build_command(key, model, bundles_option(bundles))}` does")
-        return _build(folder, key, build)
+        return _build(folder, key, build, keep_refused)
 
 
 def stored_folder(bundles: Path, key: Mapping[str, Any]) -> Path | None:
@@ -177,13 +189,23 @@ def stored_folder(bundles: Path, key: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> Bundle:
+def _build(
+    folder: Path,
+    key: Mapping[str, Any],
+    build: Callable[[Path], dict[str, Any]],
+    keep_refused: bool,
+) -> Bundle:
     """Fill a hidden folder, write its manifest last, then rename it. The caller holds the lock."""
     partial = _hidden(folder, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(0o755)
-        report = build(partial)
+        try:
+            report = build(partial)
+        except ParityError as error:
+            if not keep_refused or _full_disk_error(folder.parent, error):
+                raise
+            raise _keep(folder, key, error) from error
         manifest = {"schema": SCHEMA, "key": dict(key), "report": report, "files": {}}
         for path in sorted(path for path in partial.rglob("*") if path.is_file()):
             sync(path)  # a full disk may show only now
@@ -201,6 +223,16 @@ def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[st
             raise full_disk from error
         raise
     return Bundle(folder, manifest, built=True)
+
+
+def _keep(folder: Path, key: Mapping[str, Any], error: ParityError) -> ParityError:
+    """Move a refused build to <name>.refused, in place of an older one; return an error with it."""
+    partial, refused = _hidden(folder, "partial"), folder.with_name(f"{folder.name}.refused")
+    content = {"refusal": str(error), "key": dict(key), "report": error.report}
+    write_durably(partial / "refused.json", json.dumps(content, indent=1).encode())
+    shutil.rmtree(refused, ignore_errors=True)
+    os.rename(partial, refused)
+    return ParityError(f"{error}; kept in {refused}, for study only: never used", error.report)
 
 
 def _full_disk_error(bundles: Path, error: BaseException) -> BundleError | None:

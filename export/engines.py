@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from .bundle import Bundle, BundleError, Say, find_or_build, record_run
+from .bundle import Bundle, BundleError, ParityError, Say, find_or_build, record_run
 from .bundle_key import GRAPHS_ONLY
 from .config import DEFAULT_OPSET, TRT_ONLY, BackendName, EngineSpec, Precision, TrtLibraryName
 from .graphs import Graph, make_graphs
@@ -215,6 +215,16 @@ def _explain_full_memory() -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _reported(report: Mapping[str, Any]) -> Iterator[None]:
+    """Add what a build has reported so far to the error that refuses its engine."""
+    try:
+        yield
+    except ParityError as error:
+        error.report = {**report, **error.report}
+        raise
+
+
 def open_engine(
     backend: BackendName,
     model: ModelSource,
@@ -224,13 +234,14 @@ def open_engine(
     tokens: int = TOKENS,
     bundles: Path,
     export_only: bool = False,
+    keep_refused: bool = False,
 ) -> Bundle:
     """Find the bundle for these settings, or build it; frees the parts.
 
     `export_only` stops at checked ONNX graphs and runs nothing: even a full-size model needs
-    neither a GPU nor its runtime. Raises Unavailable when a requirement is missing; BundleError for
-    a damaged bundle, weights that are NaN or infinite, an engine that does not match torch, or a
-    full disk.
+    neither a GPU nor its runtime. `keep_refused` keeps an engine that differs from torch, unused.
+    Raises Unavailable when a requirement is missing; BundleError for a damaged bundle, weights that
+    are NaN or infinite, an engine that does not match torch, or a full disk.
     """
     require_engine(backend, model, spec, export_only=export_only)
     compiler = exporter(backend)
@@ -240,9 +251,10 @@ def open_engine(
     @_explain_full_memory()
     def build(folder: Path) -> dict[str, Any]:
         started, references = time.perf_counter(), {}
+        report: dict[str, Any] = {}
         if export_only:
             _check_weights(parts)
-        with PeakGpuMemory("cpu" if ahead else spec.device) as gpu:
+        with _reported(report), PeakGpuMemory("cpu" if ahead else spec.device) as gpu:
             for graph in make_graphs(parts, spec, tokens=tokens):
                 say(f"exporting the {graph.name}")
                 if ahead:
@@ -252,7 +264,7 @@ def open_engine(
                 compiler.export_graph(graph, folder, spec)
             del graph
             free_parts(parts)
-            exported_s, report = time.perf_counter() - started, {}
+            exported_s = time.perf_counter() - started
             if ahead:
                 report["graph_parity"] = check_graphs(folder, references)
                 return_free_memory()
@@ -272,7 +284,8 @@ def open_engine(
         return report if export_only else report | {"peak_gpu_bytes": gpu.bytes}
 
     key = engine_key(backend, model, spec, tokens=tokens, export_only=export_only)
-    bundle = find_or_build(bundles, key, build, model_reference(model))
+    reference = model_reference(model)
+    bundle = find_or_build(bundles, key, build, reference, keep_refused=keep_refused)
     if not (ahead or export_only or has_run(bundle, spec)):
         say(f"comparing {bundle.folder.name} with torch: it has not run on {here()} yet")
         verify_engine(bundle, parts, spec)

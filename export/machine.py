@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import shutil
+import sysconfig
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +63,28 @@ def cxx_compiler() -> str | None:
     """Path of the C++ compiler that Inductor calls; None without one."""
     names = (os.environ.get("CXX", ""), "g++", "clang++")
     return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def triton_needs() -> str | None:
+    """Name what Triton lacks to compile its kernels' launcher, and the remedy; None: nothing.
+
+    It compiles a C file against Python.h at its first launch, and looks for both as this function
+    does (triton/runtime/build.py).
+    """
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, names)):
+        return (
+            f"a C compiler, and {' or '.join(names)} is not here: apt-get install gcc libc6-dev, "
+            "and let CC name it or be unset"
+        )
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's
+    folder = sysconfig.get_paths(scheme)["include"]
+    if not Path(folder, "Python.h").is_file():
+        return (
+            f"Python.h, and it is not in {folder}: apt-get install python3-dev, or use a Python "
+            "that has its headers"
+        )
+    return None
 
 
 def cpu_instructions() -> list[str]:

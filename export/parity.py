@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bundle import BundleError
+from .bundle import BundleError, ParityError
 from .config import Precision
 from .graphs import Graph, Port
 from .models import PRECISIONS
@@ -129,7 +129,7 @@ def _layers_in_fp32(module: nn.Module) -> Iterator[None]:
 def check_graphs(folder: Path, references: Mapping[str, Reference]) -> dict[str, Any]:
     """Hold the ONNX graphs of a folder against torch, run by ONNX Runtime on the CPU.
 
-    It computes half precision in fp32. Raises BundleError beyond the tolerance.
+    It computes half precision in fp32. Raises ParityError beyond the tolerance.
     """
     return {
         name: check_parity(reference, partial(run_on_cpu, folder / f"{name}.onnx"))
@@ -148,13 +148,14 @@ def check_parity(reference: Reference, run: Callable[..., Tensor]) -> dict[str, 
     """Compare an engine's output with torch's.
 
     Returns max_abs, high_abs (the error at QUANTILE) and its limit, relative_l2, and for a decoder
-    psnr_db. Raises BundleError beyond a tolerance, or for NaN or infinity.
+    psnr_db. Raises ParityError beyond a tolerance, or for NaN or infinity.
     """
     found = run(*reference.inputs).float().cpu()
-    if not bool(torch.isfinite(found).all()):
-        raise BundleError(
+    if wrong := found.numel() - int(torch.isfinite(found).sum()):
+        raise ParityError(
             f"the engine's {reference.graph} makes NaN or infinite values in "
-            f"{reference.precision}, torch does not: use {_remedy(reference.graph)}"
+            f"{reference.precision}, torch does not: use {_remedy(reference.graph)}",
+            {"refused": {"graph": reference.graph, "not_finite": wrong}},
         )
     difference = found - reference.expected
     errors = difference.abs().flatten()
@@ -167,11 +168,12 @@ def check_parity(reference: Reference, run: Callable[..., Tensor]) -> dict[str, 
     }
     most = RELATIVE_TOLERANCE[reference.precision]
     if not (measured["high_abs"] <= measured["limit"] and measured["relative_l2"] <= most):
-        raise BundleError(
+        raise ParityError(
             f"the engine's {reference.graph} differs from torch by {measured['high_abs']:.2e}, "
             f"expected at most {measured['limit']:.2e}, and in relative L2 by "
             f"{measured['relative_l2']:.2e}, expected at most {most:.0e}: report the versions that "
-            "`pip list` shows"
+            "`pip list` shows",
+            {"refused": {"graph": reference.graph, **measured}},
         )
     if reference.graph == "decoder":
         squared = max(float(difference.square().mean()), 1e-20)

@@ -1,10 +1,10 @@
 """Torch modules → ONNX graphs with static shapes or a range of batches, checked after writing.
 
 Uses the dynamo exporter and opset 21 or 23. Weights are initialisers, in a separate file above
-1.5 GB. GroupNormalization is native in opset 21, but ONNX Runtime has no CPU kernel for it and
-expands it to seven passes over the tensor. For the CPU it is therefore written as
-InstanceNormalization over the groups and one affine step, the same arithmetic (decoder of sdxl-tiny
-at batch 32, one thread: 7.1 → 5.8 ms per image).
+1.5 GB. GroupNormalization is native in opset 21, but ONNX Runtime has no kernel for it, neither on
+the CPU nor on a GPU, and expands it to seven passes over the tensor. For ONNX Runtime it is
+therefore written as InstanceNormalization over the groups and one affine step, the same arithmetic
+(decoder of sdxl-tiny at batch 32, one thread: 7.1 → 5.8 ms per image).
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from functools import cache
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import EngineSpec, Precision
+from .config import DEFAULT_OPSET, EngineSpec, Precision
 from .graphs import GRAPHS, Graph, prompts_of
+from .machine import tells_full_memory
 from .models import Unavailable
 from .to_onnx import export_onnx
 
@@ -21,16 +25,22 @@ _ELEMENTS = {
     "tensor(float)": (torch.float32, np.float32),
     "tensor(float16)": (torch.float16, np.float16),
 }
+_CUDA_REMEDY = (
+    "pip install 'patchbloom[cuda]', or if it is there, pip install --force-reinstall --no-deps "
+    "onnxruntime-gpu, which onnxruntime has overwritten; or use --backend eager"
+)
 
 
 def require(precision: Precision, device: str) -> None:
-    """Raise Unavailable without ONNX Runtime or its provider, or for an unsupported precision."""
+    """Raise Unavailable where ONNX Runtime cannot compute, or not in this precision."""
     require_ort(device)
     if precision == "bf16" or (device == "cpu" and precision != "fp32"):
         raise Unavailable(
             f"the ort backend runs fp32 on the CPU, fp32 or fp16 on a GPU, not {precision} on "
             f"{device}: use --precision fp32, or --backend eager"
         )
+    if device == "cuda":
+        run_one_node(device)
 
 
 def libraries() -> dict[str, str]:
@@ -41,8 +51,8 @@ def libraries() -> dict[str, str]:
 
 
 def flags(spec: EngineSpec) -> dict[str, Any]:
-    """Native GroupNorm unless the graph is for the CPU, which runs fp32 only."""
-    return {"native_group_norm": spec.device == "cuda" or spec.precision != "fp32"}
+    """GroupNorm as InstanceNormalization: neither provider has a kernel for GroupNormalization."""
+    return {"native_group_norm": False}
 
 
 def export_graph(graph: Graph, folder: Path, spec: EngineSpec) -> None:
@@ -64,11 +74,13 @@ def open_sessions(folder: Path, spec: EngineSpec) -> dict[str, OrtSession]:
 class OrtSession:
     """One graph on one provider, with its output buffer; inputs and output are torch tensors.
 
-    `prompts`: fewest and most prompts per call, for a graph with a range of batches.
+    `graph`: a file, or its bytes. `prompts`: fewest and most prompts per call, for a graph with a
+    range of batches.
     """
 
-    def __init__(self, path: Path, device: str, prompts: tuple[int, int] = (1, 1)) -> None:
+    def __init__(self, graph: Path | bytes, device: str, prompts: tuple[int, int] = (1, 1)) -> None:
         onnxruntime, provider = require_ort(device), _PROVIDERS[device]
+        missing = _load_cuda_libraries() if device == "cuda" else ""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
@@ -78,14 +90,13 @@ class OrtSession:
         self._stream = torch.cuda.Stream() if device == "cuda" else None
         settings = {} if self._stream is None else cuda_settings(self._stream)
         self._session = onnxruntime.InferenceSession(
-            str(path), options, providers=[(provider, settings)]
+            graph, options, providers=[(provider, settings)], enable_fallback=0
         )
         self._session.disable_fallback()
         if self._session.get_providers()[0] != provider:
             raise Unavailable(
-                f"ONNX Runtime opened {path.name} on {self._session.get_providers()[0]} instead of "
-                f"{provider}: its CUDA and cuDNN libraries do not load; see `python -c 'import "
-                "onnxruntime; onnxruntime.preload_dlls()'`"
+                f"ONNX Runtime does not open its {provider} ({missing or 'its message is above'}): "
+                f"{_CUDA_REMEDY}"
             )
         # The host need not wait for the GPU after every call: torch's stream does, in run().
         self._unwaited = onnxruntime.RunOptions()
@@ -166,13 +177,61 @@ def cuda_settings(stream: torch.cuda.Stream) -> dict[str, str]:
 
     It is our own stream, because torch's default stream has handle 0, which ONNX Runtime takes for
     none: it would make its own, and read inputs that torch has not written yet. By default fp32 is
-    computed in TF32, whose 10 bits miss PARITY_TOLERANCE.
+    computed in TF32, whose 10 bits miss PARITY_TOLERANCE, and the memory arena doubles as it grows.
     """
     return {
         "device_id": str(stream.device_index),
         "user_compute_stream": str(stream.cuda_stream),
         "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
     }
+
+
+def _load_cuda_libraries() -> str:
+    """Load the CUDA and cuDNN libraries that pip installed; why some do not load, or nothing."""
+    import onnxruntime
+
+    with redirect_stdout(StringIO()) as told:
+        onnxruntime.preload_dlls()
+    lines = told.getvalue().splitlines()
+    missing = [line.partition(": ")[2] for line in lines if line.startswith("Failed to load")]
+    if missing:
+        onnxruntime.set_default_logger_severity(4)  # it would say the same again, in many lines
+    return "; ".join(missing)
+
+
+@cache
+def run_one_node(device: str) -> None:
+    """Compute a convolution, for which a GPU needs cuDNN; done once per process, if it works.
+
+    ONNX Runtime lists a provider that it was compiled with, even where its libraries are missing.
+    Raises Unavailable with the cause and the remedy. The libraries' absence was seen with
+    onnxruntime-gpu 1.31 on a machine without a GPU; nothing has run on a GPU yet.
+    """
+    from onnx import TensorProto, helper
+
+    image, kernel, result = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, 1, 1])
+        for name in ("image", "kernel", "result")
+    )
+    node = helper.make_node("Conv", ["image", "kernel"], ["result"])
+    graph = helper.make_graph([node], "probe", [image, kernel], [result])
+    opset = [helper.make_opsetid("", DEFAULT_OPSET)]
+    oldest = helper.find_min_ir_version_for(opset)
+    model = helper.make_model(graph, opset_imports=opset, ir_version=oldest)
+    try:
+        session = OrtSession(model.SerializeToString(), device)
+        session.run(*torch.ones(2, 1, 1, 1, 1, device=device)).item()  # waits for the GPU
+        session.close()
+    except Unavailable:
+        raise
+    except Exception as error:
+        if tells_full_memory(error):
+            raise
+        cause = " ".join(str(error).split())
+        raise Unavailable(
+            f"ONNX Runtime cannot compute on {device} ({cause}): {_CUDA_REMEDY}"
+        ) from error
 
 
 def require_ort(device: str) -> Any:
@@ -186,8 +245,5 @@ def require_ort(device: str) -> Any:
         raise Unavailable("the ort backend needs ONNX Runtime: pip install onnxruntime") from error
     onnxruntime.disable_telemetry_events()
     if _PROVIDERS[device] not in onnxruntime.get_available_providers():
-        raise Unavailable(
-            f"this ONNX Runtime has no {_PROVIDERS[device]}: pip install onnxruntime-gpu in place "
-            "of onnxruntime, or use --device cpu"
-        )
+        raise Unavailable(f"this ONNX Runtime has no {_PROVIDERS[device]}: {_CUDA_REMEDY}")
     return onnxruntime

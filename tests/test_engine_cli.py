@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,12 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+from golden_cases import unpack
 from patchbloom.engine import cli
 from patchbloom.engine import options as commands
+from patchbloom.engine.builds import doctor
 from patchbloom.engine.builds.build import _plan as plan_build
 from patchbloom.engine.builds.needs import engine_needs
 from patchbloom.engine.expand import backends
-from patchbloom.export import to_ort
+from patchbloom.export import parity, to_ort
+from patchbloom.export.bundle_key import bundle_name
 from patchbloom.export.config import EngineSpec
 from patchbloom.export.models import Unavailable, find_model
 from patchbloom.train.config import RECIPES
@@ -91,7 +96,7 @@ OPTIONS = {
     commands.EngineBuild: [
         *("model", "backend", "size", "batch", "min_batch", "images_per_prompt"),
         *("precision", "vae_precision", "opset", "device", "trt_library", "targets", "weights"),
-        *("export_only", "verify", "bundles", "json"),
+        *("export_only", "verify", "keep_refused", "bundles", "json"),
     ],
     commands.EngineVerify: ["names", "bundles", "json"],
     commands.EngineList: ["bundles", "json"],
@@ -236,6 +241,38 @@ def test_damage_is_named(engine: Callable[..., Outcome], model: Path, tmp_path: 
     assert "no: damaged" in listed.out
     assert engine("remove", name).json["removed"] == [name]
     assert build(engine, model).json["built"]
+
+
+def test_a_refused_engine_is_kept_on_request(
+    engine: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The graphs are those of the golden engine: exporting them again takes most of a build."""
+    unpack("engine", tmp_path)
+    golden = next((tmp_path / "bundles").iterdir()).rename(tmp_path / "golden")
+    monkeypatch.setattr(
+        to_ort,
+        "export_graph",
+        lambda graph, folder, spec: shutil.copy(golden / f"{graph.name}.onnx", folder),
+    )
+    monkeypatch.setattr(to_ort, "compile_graphs", lambda *_: {"passes": 3})
+    monkeypatch.setitem(parity.RELATIVE_TOLERANCE, "fp32", 0.0)
+    options = ("--backend", "ort", "--device", "cpu", "--batch", "2", "--keep-refused")
+    error = engine("build", "--model", str(tmp_path / "model"), *options).error
+    (name,) = stored(tmp_path)
+    refused = tmp_path / "bundles" / name
+    assert "the engine's encoder differs from torch by" in error
+    assert error.endswith(f"; kept in {refused}, for study only: never used")
+    assert {"encoder.onnx", "denoiser.onnx", "decoder.onnx"} <= {p.name for p in refused.iterdir()}
+    told = json.loads((refused / "refused.json").read_text())
+    assert told["refusal"] in error
+    assert bundle_name(told["key"]) == name.removesuffix(".refused")
+    assert told["report"]["passes"] == 3
+    assert told["report"]["refused"]["graph"] == "encoder"
+    assert 0 < told["report"]["refused"]["relative_l2"] < 1e-4
+    assert engine("list").json["engines"] == []
+    assert engine("remove", "--all").json["removed"] == []
+    assert "no engine in" in engine("verify", name).error
+    assert stored(tmp_path) == [name]
 
 
 def test_another_machine_or_version(
@@ -407,6 +444,15 @@ def test_doctor_says_what_works(engine: Callable[..., Outcome], monkeypatch: pyt
         assert backend["works"] or backend["missing"] in examined.out
     monkeypatch.setattr(backends, "resolve_device", _fail)
     assert "no backend works here: broken" in engine("doctor").error
+
+
+def test_doctor_says_how_to_get_ort_on_cuda(monkeypatch: pytest.MonkeyPatch):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    (needed,) = project["optional-dependencies"]["cuda"]
+    monkeypatch.setattr(doctor, "requires", lambda _: [f"{needed}; extra == 'cuda'"])
+    monkeypatch.setattr(doctor, "_installed", lambda _: None)
+    (library,) = doctor.examine(Path())["libraries"]
+    assert (library["only_for"], library["mend"]) == ("cuda", f"pip install '{needed}'")
 
 
 def _fail(device: str) -> str:

@@ -18,8 +18,15 @@ import onnxruntime
 import pytest
 import torch
 from bundle_cases import KEY, fill
-from patchbloom.export import to_ort
-from patchbloom.export.bundle import BundleError, bundle_name, find_or_build, open_bundle
+from patchbloom.export import bundle, to_ort
+from patchbloom.export.bundle import (
+    BundleError,
+    ParityError,
+    bundle_name,
+    find_bundles,
+    find_or_build,
+    open_bundle,
+)
 from patchbloom.export.config import EngineSpec
 from patchbloom.export.engines import engine_key
 from patchbloom.export.graphs import Graph, make_graphs, vae_batch
@@ -27,7 +34,7 @@ from patchbloom.export.machine import gpu_identity
 from patchbloom.export.models import ModelParts, Unavailable, find_model
 from patchbloom.export.parity import Reference, check_parity, make_reference
 from patchbloom.export.to_onnx import export_onnx
-from patchbloom.export.to_ort import OrtSession, cuda_settings, require
+from patchbloom.export.to_ort import OrtSession, cuda_settings, require, run_one_node
 from patchbloom.train.prior.model import new_parts
 
 
@@ -118,7 +125,39 @@ def test_a_key_does_not_hold_the_driver(monkeypatch: pytest.MonkeyPatch):
 def test_ort_computes_on_the_stream_and_device_it_is_given():
     stream: Any = SimpleNamespace(cuda_stream=94, device_index=1)
     settings = cuda_settings(stream)
-    assert settings == {"user_compute_stream": "94", "device_id": "1", "use_tf32": "0"}
+    assert settings == {
+        "user_compute_stream": "94",
+        "device_id": "1",
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_ort_on_cuda_is_believed_once_it_has_computed(monkeypatch: Any, capsys: Any):
+    """onnxruntime-gpu lists CUDA even where its libraries are missing; these are its own words."""
+    missing = "libcurand.so.10: cannot open shared object file: No such file or directory"
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime, "preload_dlls", lambda: print(f"Failed to load libcurand.so.10: {missing}")
+    )
+    stream = SimpleNamespace(cuda_stream=94, device_index=0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    with pytest.raises(Unavailable, match=rf"\({missing}\): pip install 'patchbloom\[cuda\]'"):
+        require("fp16", "cuda")
+    assert capsys.readouterr().out == ""
+
+
+def test_ort_computes_one_node_or_says_why_not(monkeypatch: Any):
+    def no_cudnn(*_: Any) -> None:
+        raise RuntimeError("CUDNN failure 1001:\nCUDNN_STATUS_NOT_INITIALIZED")
+
+    run_one_node("cpu")
+    monkeypatch.setattr(OrtSession, "run", no_cudnn)
+    run_one_node("cpu")  # remembered
+    run_one_node.cache_clear()
+    with pytest.raises(Unavailable, match=r"on cpu \(CUDNN failure 1001: CUDNN_STATUS_NOT.*pip"):
+        run_one_node("cpu")
 
 
 @pytest.mark.gpu
@@ -226,6 +265,49 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path):
         find_or_build(tmp_path, KEY, full_disk)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     assert find_or_build(tmp_path, KEY, fill).built
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (ParityError("differs", {"refused": {"graph": "decoder", "not_finite": 7}}), True),
+        (BundleError("weights are NaN"), False),
+        (KeyboardInterrupt(), False),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
+    ],
+)
+def test_only_what_parity_refuses_is_kept(tmp_path: Path, error: BaseException, kept: bool):
+    def refused(folder: Path) -> dict[str, Any]:
+        fill(folder)
+        raise error
+
+    name = f"{bundle_name(KEY)}.refused"
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        find_or_build(tmp_path, KEY, refused)
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):  # the second one replaces the first one
+        with pytest.raises((OSError, KeyboardInterrupt), match=f"{name}," if kept else None):
+            find_or_build(tmp_path, KEY, refused, keep_refused=True)
+        assert [path.name for path in tmp_path.iterdir()] == [name] * kept
+        for folder in tmp_path.iterdir():
+            assert {path.name for path in folder.iterdir()} == {"graph.onnx", "refused.json"}
+            (folder / "old").touch()
+    assert find_or_build(tmp_path, KEY, fill).built
+    assert find_bundles(tmp_path) == [tmp_path / bundle_name(KEY)]
+
+
+def test_a_disk_that_fills_while_a_refused_engine_is_kept(tmp_path: Path, monkeypatch: Any):
+    def refused(folder: Path) -> dict[str, Any]:
+        fill(folder)
+        raise ParityError("differs", {})
+
+    def full_disk(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(bundle, "write_durably", full_disk)
+    with pytest.raises(BundleError, match=r"No space left on device.*--bundles"):
+        find_or_build(tmp_path, KEY, refused, keep_refused=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def slow_fill(folder: Path) -> dict[str, Any]:

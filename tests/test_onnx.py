@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
+from patchbloom.export import to_ort
 from patchbloom.export.config import EngineSpec
 from patchbloom.export.graphs import Graph, make_graphs
 from patchbloom.export.models import ModelParts
-from patchbloom.export.parity import check_parity, make_reference
+from patchbloom.export.ort_reference import run_on_cpu
+from patchbloom.export.parity import check_parity, make_host_reference, make_reference
 from patchbloom.export.to_onnx import export_onnx
 from patchbloom.export.to_ort import OrtSession
 from small_networks import new_parts
@@ -60,6 +63,18 @@ def test_half_precision_weights_stay_so(tmp_path: Path):
         assert len(weights) > 10
         assert {weight.data_type for weight in weights} == {onnx.TensorProto.FLOAT16}
         assert "GroupNormalization" in operators(path)
+
+
+def test_a_graph_for_ort_on_a_gpu_has_operators_that_ort_has_there(tmp_path: Path):
+    """In half precision: ONNX Runtime computes the graph in fp32 on the CPU."""
+    half = {"batch": 2, "images_per_prompt": 2, "precision": "fp16"}
+    spec, path = EngineSpec(size_px=32, device="cuda", **half), tmp_path / "decoder.onnx"
+    decoder = graphs_of(new_parts("fp16"), **half)["decoder"]
+    reference = make_host_reference(decoder)
+    to_ort.export_graph(decoder, tmp_path, spec)
+    assert "InstanceNormalization" in operators(path)
+    assert "GroupNormalization" not in operators(path)
+    assert check_parity(reference, partial(run_on_cpu, path))["relative_l2"] < 2e-3
 
 
 @pytest.mark.parametrize(("n", "least"), [(2, 2), (1, 3)])

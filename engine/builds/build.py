@@ -44,7 +44,8 @@ def build_engine(command: EngineBuild, bundles: Path) -> dict[str, Any]:
     backend, model, spec = _plan(command)
     if command.verify:
         forget_hashes()
-    bundle = prepare_engine(backend, model, spec, bundles, export_only=command.export_only)
+    flags = {"export_only": command.export_only, "keep_refused": command.keep_refused}
+    bundle = prepare_engine(backend, model, spec, bundles, **flags)
     return describe(bundle) | {"built": bundle.built}
 
 
@@ -55,6 +56,7 @@ def prepare_engine(
     bundles: Path,
     *,
     export_only: bool = False,
+    keep_refused: bool = False,
 ) -> Bundle:
     """Find the engine of these settings stored, or build it, and free its memory.
 
@@ -71,7 +73,8 @@ def prepare_engine(
     check_room(needs, place, bundles)
     say(f"loading {model.name} ({needs.parameters()} parameters, {spec.precision})")
     parts = _load_parts(model, spec, place)
-    return open_engine(backend, model, parts, spec, bundles=bundles, export_only=export_only)
+    flags = {"export_only": export_only, "keep_refused": keep_refused}
+    return open_engine(backend, model, parts, spec, bundles=bundles, **flags)
 
 
 def _load_parts(model: ModelSource, spec: EngineSpec, device: str) -> ModelParts:

@@ -21,11 +21,13 @@ from ...export.machine import (
     free_disk_bytes,
     free_host_bytes,
     gpu_memory_bytes,
+    triton_needs,
 )
 from ...export.terminal import visible
 from ..console import print_table
 
 PROJECT = "patchbloom"
+EXTRAS = ("", "cuda", "trt", "rtx")
 BACKENDS = (
     *(("eager", "cpu"), ("ort", "cpu"), ("inductor", "cpu")),
     *(("eager", "cuda"), ("ort", "cuda"), ("inductor", "cuda"), ("trt", "cuda")),
@@ -56,6 +58,7 @@ def examine(bundles: Path) -> dict[str, Any]:
         "driver": driver_version(),
         "host": {"cores": os.cpu_count(), "free_memory_bytes": free_host_bytes()},
         "cxx": cxx_compiler(),
+        "triton_needs": triton_needs(),
         "sdxl_turbo_cached": None if fault else is_sdxl_turbo_cached(),
         "bundles": str(bundles),
         "free_disk_bytes": None if fault else free_disk_bytes(bundles),
@@ -77,13 +80,13 @@ def _libraries() -> list[dict[str, Any]]:
     for line in requires(PROJECT) or []:
         requirement = Requirement(line)
         marker = requirement.marker
-        extras = (e for e in ("", "trt", "rtx") if marker is None or marker.evaluate({"extra": e}))
+        extras = (e for e in EXTRAS if marker is None or marker.evaluate({"extra": e}))
         extra = next(extras, None)
         if extra is None:
             continue
         installed = _installed(requirement.name)
         right = installed is not None and requirement.specifier.contains(installed, True)
-        install = f"pip install '{requirement.name}{requirement.specifier}'"
+        requirement.marker = None  # pip takes the rest
         found.append(
             {
                 "name": requirement.name,
@@ -91,7 +94,7 @@ def _libraries() -> list[dict[str, Any]]:
                 "installed": installed,
                 "right": right,
                 "only_for": extra or None,
-                "mend": None if right else install,
+                "mend": None if right else f"pip install '{requirement}'",
             }
         )
     return found
@@ -216,6 +219,7 @@ def _show_machine(found: dict[str, Any]) -> None:
     if found["free_disk_bytes"] is not None:
         print(f"disk: {_gb(found['free_disk_bytes'])} GB free for {visible(found['bundles'])}")
     print(f"C++ compiler, for inductor: {visible(found['cxx'] or 'none; apt-get install g++')}")
+    print(f"C compiler and Python.h, for Triton: {visible(found['triton_needs'] or 'here')}")
     if found["sdxl_turbo_cached"] is not None:
         cached = "in the hub's cache" if found["sdxl_turbo_cached"] else "not downloaded (7 GB)"
         print(f"SDXL-Turbo's weights: {cached}")

@@ -27,7 +27,7 @@ from ...export.config import (
 )
 from ...export.engines import engine_key, exporter, open_engine, require_engine
 from ...export.graphs import vae_batch
-from ...export.machine import cxx_compiler, driver_version, gpus_of_driver
+from ...export.machine import cxx_compiler, driver_version, gpus_of_driver, triton_needs
 from ...export.models import ModelParts, ModelSource, Unavailable, default_dtype
 from ...export.modules import Denoiser, LatentDecoder, LatentEncoder
 from ...export.parity import without_tf32
@@ -287,6 +287,8 @@ def require_backend(
         choose_library(library, targets, device)
     elif name not in ("auto", "eager"):
         exporter(name).require(precision, device)
+    if device == "cuda" and (lacking := triton_needs()):
+        raise Unavailable(f"our Triton kernels on a GPU need {lacking}")
 
 
 def trt_choice(
