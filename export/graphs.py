@@ -9,6 +9,7 @@ Legend: B = G · n images of G prompts, C latent channels, h w latent size, P ke
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,14 +110,14 @@ def read_borders(folder: Path, name: str) -> Borders:
 
 
 def vae_batch(spec: EngineSpec, block_out_channels: Sequence[int]) -> int:
-    """Images per call of encoder and decoder: the largest divisor of the batch that fits.
+    """Images per call of encoder and decoder: the batch in as few equal parts as fit, rounded up.
 
-    It fits with at most VAE_ELEMENTS in the largest feature map. A range of batches runs whole.
+    A part fits with at most VAE_ELEMENTS in the largest feature map. A range of batches runs whole.
     """
     if spec.min_batch is not None:
         return spec.batch
     most = max(1, VAE_ELEMENTS // vae_layer(spec, block_out_channels))
-    return max(n for n in range(1, spec.batch + 1) if spec.batch % n == 0 and n <= most)
+    return math.ceil(spec.batch / math.ceil(spec.batch / most))
 
 
 def vae_layer(spec: EngineSpec, block_out_channels: Sequence[int]) -> int:

@@ -3,9 +3,11 @@
     $XDG_CACHE_HOME/patchbloom/hashes.json    resolved path → stamp, sha256
 
 A stamp is [inode, bytes, modification time, change time]. A write that restores the modification
-time still moves the change time. The device is left out: a network drive has another number on
-every machine. A failing disk changes no stamp; `forget_hashes` is for those who ask for every byte.
-Where hashes.json cannot be read or written, every process hashes again.
+time still moves the change time. Pages that were written through a mapping are flushed first, so
+that the next write moves it too. A file system without a change time (exFAT) sees less. The device
+is left out: a network drive has another number on every machine. A failing disk changes no stamp;
+`forget_hashes` is for those who ask for every byte. Where hashes.json cannot be read or written,
+every process hashes again.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ _trusts_others = True
 def known_sha256(path: Path) -> str:
     """SHA-256 of a file's content; a large file is read only when its stamp is not known."""
     with path.open("rb") as file:
+        with suppress(OSError):  # a file system that cannot
+            os.fsync(file.fileno())
         now_ns, stamp = time.time_ns(), _stamp(file)
         _, size_bytes, _, changed_ns = stamp
         if size_bytes < LEAST_BYTES:

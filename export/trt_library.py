@@ -109,26 +109,26 @@ def trt_versions(library: TrtLibraryName) -> dict[str, str]:
     return {"tensorrt": found, "cuda": torch.version.cuda or "none"}
 
 
-def parse_targets(names: Sequence[str]) -> tuple[str, ...]:
+def parse_targets(names: Sequence[str], option: str = "--for") -> tuple[str, ...]:
     """Cards or compute capabilities, as "a6000" or "sm86" → sorted capabilities.
 
     Raises ValueError for one that TensorRT for RTX does not build for.
     """
-    return tuple(sorted({_target(name) for name in names}, key=lambda sm: int(sm[2:])))
+    return tuple(sorted({_target(name, option) for name in names}, key=lambda sm: int(sm[2:])))
 
 
-def _target(name: str) -> str:
+def _target(name: str, option: str) -> str:
     plain = name.lower().replace(" ", "-").removeprefix("nvidia-").removeprefix("geforce-")
     for sm, cards in (TARGETS | _ON_THE_CARD).items():
         if plain == sm or plain.replace("-", "") in (card.replace("-", "") for card in cards):
             break
     else:
         known = "; ".join(f"{sm}: {', '.join(cards)}" for sm, cards in TARGETS.items())
-        raise ValueError(f"--for {name}: expected a card or its compute capability, of {known}")
+        raise ValueError(f"{option} {name}: expected a card or its compute capability, of {known}")
     if sm in _ON_THE_CARD:
         raise ValueError(
-            f"--for {name}: TensorRT for RTX does not build for {sm}; install TensorRT on the "
-            "machine with that card, and leave out --for there"
+            f"{option} {name}: TensorRT for RTX does not build for {sm}; install TensorRT on the "
+            "machine with that card, and build there"
         )
     return sm
 
@@ -162,7 +162,7 @@ def choose_library(
     gpu, name = here() if device == "cuda" else None, asked
     if targets and asked == "tensorrt":
         raise Unavailable(
-            "TensorRT builds for the GPU of this machine alone: leave out --for, or give "
+            "TensorRT builds for the GPU of this machine alone: name no card, or give "
             "--trt-library rtx"
         )
     if name == "auto":
@@ -172,8 +172,8 @@ def choose_library(
     missing = []
     if gpu is None and not targets:
         missing.append(
-            "an NVIDIA GPU (torch finds none, or another device was requested), or `engine build "
-            "--for CARD` for one elsewhere"
+            "an NVIDIA GPU (torch finds none, or another device was requested), or a card "
+            "elsewhere to build for (`engine build --for`, `train --build-only`)"
         )
     if (fault := _LIBRARIES[name].fault()) is not None:
         missing.append(fault)

@@ -1,8 +1,9 @@
 """Opened TensorRT plans: weights refitted from the graphs, one activation memory for all three.
 
-A call gives TensorRT the addresses of its inputs, or of copies in the engine's types, and enqueues:
-it never waits. Engines of up to REPLAYED_BATCH images are captured once as a CUDA graph and
-replayed: at that size launches take as long as the kernels (measured by others, not here).
+A call gives TensorRT the addresses of its inputs, or of copies in the engine's types, and enqueues.
+It waits for nothing but inputs in pageable host memory. Engines of up to REPLAYED_BATCH images are
+captured once as a CUDA graph and replayed: at that size launches take as long as the kernels
+(measured by others, not here).
 
 TensorRT for RTX compiles a plan's kernels for the card when they first run. They are kept beside
 the bundle.

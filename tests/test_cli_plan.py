@@ -11,7 +11,7 @@ import pytest
 from cli_cases import SMALL, Command, Outcome, write_small_model, write_small_set
 from patchbloom.engine import cli as engine_cli
 from patchbloom.engine.builds import needs
-from patchbloom.train.commands import planning
+from patchbloom.train.commands import pipeline, planning
 from patchbloom.train.commands import train as run
 from patchbloom.train.options import RunOptions
 from patchbloom.train.prior.model import new_parts, save_parts
@@ -79,9 +79,31 @@ def test_a_run_has_its_engines_first(train: Command, tmp_path: Path) -> None:
 def test_cards_to_build_for_need_tensorrt(train: Command, shapes: Path, tmp_path: Path) -> None:
     given = ("--data", shapes, "--out", tmp_path / "run", "--build-only")
     assert "--build-only a6000: cards are for --backend trt" in train(*given, "a6000").error
-    assert "this run has no engine" in train(*given, "--backend", "eager").error
+    assert "this command opens no engine" in train(*given, "--backend", "eager").error
+    assert "this command opens no engine" in train("teacher", *given).error
     error = train(*given, "h100", "--backend", "trt").error
-    assert "TensorRT for RTX does not build for sm90" in error
+    assert "--build-only h100: TensorRT for RTX does not build for sm90" in error
+
+
+def test_an_engine_for_a_card_elsewhere_is_of_the_model_that_runs_there(
+    train: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card the default model is sdxl-turbo, whatever this machine has."""
+    monkeypatch.setattr(planning, "find_model", lambda name: pytest.fail(f"took {name}"))
+    given = ("--data", shapes, "--out", tmp_path / "run", "--backend", "trt")
+    with pytest.raises(pytest.fail.Exception, match="took sdxl-turbo"):
+        train(*given, "--build-only", "a6000")
+
+
+def test_a_resumed_run_with_other_options_builds_nothing(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_small_model(tmp_path)
+    options = ("--data", write_small_set(tmp_path), "--model", tmp_path / "model", *SMALL)
+    given = ("--out", tmp_path / "run", "--backend", "ort", "--bundles", tmp_path / "engines")
+    assert train("coreset", *options, *given).code == 0
+    monkeypatch.setattr(pipeline, "find_or_build_engines", lambda *_: pytest.fail("built"))
+    assert "--seed = 0, now asked for 1" in train(*options, *given, "--seed", "1", "--resume").error
 
 
 @pytest.mark.parametrize("factor", [3, 65, 128])

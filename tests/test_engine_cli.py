@@ -22,7 +22,7 @@ from patchbloom.engine import cli
 from patchbloom.engine import options as commands
 from patchbloom.engine.builds import doctor
 from patchbloom.engine.builds.build import _plan as plan_build
-from patchbloom.engine.builds.needs import engine_needs
+from patchbloom.engine.builds.needs import check_room, engine_needs
 from patchbloom.engine.expand import backends
 from patchbloom.export import parity, to_ort
 from patchbloom.export.bundle_key import bundle_name
@@ -418,14 +418,15 @@ def test_a_build_that_cannot_fit_is_refused_first(
         ({"size_px": 1024, "batch": 128}, False),
     ],
 )
-def test_tensors_that_tensorrt_does_not_take_are_refused_first(shapes: Any, fits: bool):
+def test_tensors_that_tensorrt_does_not_take_are_refused_first(
+    shapes: Any, fits: bool, tmp_path: Path
+):
     turbo, shapes = find_model("sdxl-turbo", "random"), {"trt_library": "tensorrt", **shapes}
-    spec = EngineSpec(precision="fp16", device="cuda", **shapes)
-    if fits:
-        engine_needs(turbo, spec, "trt")
-        return
-    with pytest.raises(Unavailable, match=r"fewer than 2\^31 elements, .* --batch or --size"):
-        engine_needs(turbo, spec, "trt")
+    needs = engine_needs(turbo, EngineSpec(precision="fp16", device="cuda", **shapes), "trt")
+    assert (needs.refused_elements == 0) is fits
+    if not fits:
+        with pytest.raises(Unavailable, match=r"fewer than 2\^31 elements, .* smaller \(--batch"):
+            check_room(needs, "cpu", tmp_path)
 
 
 def test_an_engine_has_the_size_that_train_uses():

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from patchbloom.engine.builds import doctor
-from patchbloom.engine.expand.backends import require_backend
+from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.export.machine import triton_needs
 from patchbloom.export.models import Unavailable
 
@@ -23,6 +24,7 @@ def compiler(tmp_path: Path, monkeypatch: Any) -> Path:
     include = tmp_path / "include"
     include.mkdir()
     (include / "Python.h").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sysconfig, "get_paths", lambda *_: {"include": str(include)})
     return program
 
@@ -31,7 +33,7 @@ def test_triton_finds_a_compiler_and_pythons_header(compiler: Path, monkeypatch:
     assert triton_needs() is None
     monkeypatch.setenv("CC", str(compiler))
     assert triton_needs() is None
-    require_backend("eager", "fp16", "cuda")
+    assert resolve_device("auto") == "cuda"
 
 
 @pytest.mark.parametrize("cc", [None, "icx", ""])
@@ -45,8 +47,8 @@ def test_without_a_compiler_triton_cannot_launch(compiler: Path, monkeypatch: An
     with pytest.raises(
         Unavailable, match=rf"a C compiler, and {names} is not here: apt-get .* gcc"
     ):
-        require_backend("eager", "fp16", "cuda")
-    require_backend("eager", "fp32", "cpu")
+        resolve_device("auto")
+    assert resolve_device("cpu") == "cpu"
 
 
 def test_without_pythons_header_triton_cannot_launch(
@@ -54,6 +56,7 @@ def test_without_pythons_header_triton_cannot_launch(
 ):
     (tmp_path / "include" / "Python.h").unlink()
     with pytest.raises(Unavailable, match=r"Python\.h, and it is not in .*include: apt-get .*-dev"):
-        require_backend("auto", "fp16", "cuda")
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     doctor.show_examination(doctor.examine(tmp_path))
     assert "for Triton: Python.h, and it is not in" in capsys.readouterr().out

@@ -205,7 +205,7 @@ def test_encoder_and_decoder_run_in_parts(model, patches, tmp_path, monkeypatch,
     config = ExpandConfig(bundles=tmp_path, **fields)  # type: ignore[arg-type]
     coreset = {"patches_NHWC": patches, "labels_N": LABELS_N, "prompts_K": PROMPTS}
     whole = Expander(model, dataclasses.replace(config, backend="eager"), **coreset)
-    monkeypatch.setattr(graphs, "VAE_ELEMENTS", 4 * 16 * 32**2)
+    monkeypatch.setattr(graphs, "VAE_ELEMENTS", 5 * 16 * 32**2)
     decoded = []
     decode = LatentDecoder.forward
     monkeypatch.setattr(
@@ -229,6 +229,8 @@ def test_auto_prefers_a_stored_engine(expander, model, monkeypatch):
     config = dataclasses.replace(stored.config, backend="auto")
     counts_K = np.bincount(LABELS_N)
     assert backends.plan_engine(model, config, counts_K) == ("ort", stored.spec)
+    trt = dataclasses.replace(config, backend="auto", trt_library="rtx")
+    assert backends.plan_engine(model, trt, counts_K)[0] == "ort"
     other = dataclasses.replace(config, batch=6)
     name, spec = backends.plan_engine(model, other, counts_K)
     assert (name, spec.batch) == ("eager", 6)

@@ -13,7 +13,7 @@ from ...export.bundle import (
     open_bundle,
     stored_folder,
 )
-from ...export.bundle_key import build_command
+from ...export.bundle_key import GRAPHS_ONLY, build_command
 from ...export.config import BackendName, EngineSpec
 from ...export.engines import engine_key, has_run, open_engine, require_engine, verify_engine
 from ...export.hashes import forget_hashes
@@ -29,7 +29,7 @@ from ...export.models import (
 from ...export.terminal import say
 from ...export.trt_library import builds_ahead, parse_targets
 from ..config import usual_px
-from ..expand.backends import choose_backend, require_backend, resolve_device, trt_choice
+from ..expand.backends import COMPILED, choose_backend, require_backend, resolve_device, trt_choice
 from ..options import EngineBuild
 from .catalogue import misfit, not_run, spec_of
 from .needs import check_room, engine_needs
@@ -70,7 +70,8 @@ def prepare_engine(
             return bundle
     needs = engine_needs(model, spec, backend, export_only=export_only)
     place = "cpu" if builds_ahead(spec) else spec.device
-    check_room(needs, place, bundles)
+    if folder is None:
+        check_room(needs, place, bundles)
     say(f"loading {model.name} ({needs.parameters()} parameters, {spec.precision})")
     parts = _load_parts(model, spec, place)
     flags = {"export_only": export_only, "keep_refused": keep_refused}
@@ -132,8 +133,7 @@ def _plan(command: EngineBuild) -> tuple[BackendName, ModelSource, EngineSpec]:
 def _choose_built(spec: EngineSpec) -> BackendName:
     """Resolve `auto` for a build: as for a run, but with a compiled backend instead of eager."""
     backend = choose_backend(spec)
-    order: tuple[BackendName, ...] = ("trt", "inductor", "ort")
-    for each in order if backend == "eager" else ():
+    for each in COMPILED if backend == "eager" else ():
         try:
             require_backend(each, spec.precision, spec.device)
             return each
@@ -189,9 +189,10 @@ def _verify_stored(folder: Path) -> dict[str, Any]:
         "engine": folder.name,
         "files": len(bundle.manifest["files"]),
         "bytes": bundle.size_bytes,
-        **not_run(bundle.key, bundle.manifest["report"]),
     }
-    return result | {"parity": None if "not_run" in result else _measure_parity(bundle)}
+    if bundle.key["backend"] == GRAPHS_ONLY or builds_ahead(spec_of(bundle.key)):
+        return {**result, **not_run(bundle.key, bundle.manifest["report"]), "parity": None}
+    return {**result, "parity": _measure_parity(bundle)}
 
 
 def _measure_parity(bundle: Bundle) -> dict[str, Any]:

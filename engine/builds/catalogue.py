@@ -98,15 +98,16 @@ def not_run(key: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]
     """{"not_run": why an engine was not compared with torch}; empty when it was."""
     if key["backend"] == GRAPHS_ONLY:
         return {"not_run": "graphs only: nothing was run, so there is no parity with torch"}
-    targets = key.get("targets")
-    if not targets or report.get("ran_on"):
+    targets, ran_on = key.get("targets"), report.get("ran_on", ())
+    if not targets:
         return {}
     from ...export.trt_library import cards_of, here
 
-    if here() in targets:
+    waiting = [target for target in targets if target not in ran_on]
+    if not waiting or here() in ran_on:
         return {}
-    cards = cards_of(targets)
-    return {"not_run": f"engine not yet run: no {cards} here; its first opening compares it"}
+    where = "on this card" if here() in targets else f"no {cards_of(waiting)} here"
+    return {"not_run": f"engine not yet run: {where}; its first opening compares it"}
 
 
 def engine_info(bundles: Path, name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ...export.machine import free_disk_bytes, free_host_bytes, gpu_memory_bytes
 from ...export.models import ModelSource, Unavailable, load_parts
 from ...export.modules import INT32_MAX
 
+SMALLER = "--batch, --size, no --min-batch of engine build; --engine-batch, --image-size of train"
 LAYERS = 3  # a resnet's input, intermediate and output
 GRAPHS_SHARE = 0.8
 """Least share of the weights in the graphs: the prompts' K and V are computed outside, 13 % of
@@ -40,6 +41,8 @@ class Needs:
     layer_bytes: int
     memory_bytes: int
     """Estimated peak: GPU memory on cuda, host memory on the CPU."""
+    refused_elements: int = 0
+    """Elements of the largest tensor where TensorRT does not take it."""
 
     @property
     def least_bytes(self) -> int:
@@ -56,8 +59,7 @@ def engine_needs(
 ) -> Needs:
     """Compute the needs from a model's layers on the meta device; reads no weights.
 
-    An export alone runs nothing, so it holds the weights once and no layer. Raises Unavailable for
-    tensors that TensorRT does not take.
+    An export alone runs nothing, so it holds the weights once and no layer.
     """
     parts = load_parts(
         replace(model, weights="random"),
@@ -73,12 +75,7 @@ def engine_needs(
     largest = max(
         layer, spec.batch * _unet_layer(parts.unet.config, spec, 2 ** (len(channels) - 1))
     )
-    if backend == "trt" and spec.trt_library != "rtx" and largest > INT32_MAX:
-        raise Unavailable(
-            f"TensorRT takes tensors of fewer than 2^31 elements, the largest of {model.name} at "
-            f"{spec.size_px} px in a batch of {spec.batch} has {largest:,}: give a smaller --batch "
-            "or --size, or leave out --min-batch"
-        )
+    too_large = backend == "trt" and spec.trt_library != "rtx" and largest > INT32_MAX
     layer_bytes = 0 if export_only else layer * vae_bytes
     copies = 1 if export_only or backend == "eager" else 2  # as written, and as compiled
     return Needs(
@@ -87,6 +84,7 @@ def engine_needs(
         weights_bytes=weights_bytes,
         layer_bytes=layer_bytes,
         memory_bytes=copies * weights_bytes + LAYERS * layer_bytes,
+        refused_elements=largest if too_large else 0,
     )
 
 
@@ -102,14 +100,20 @@ def _unet_layer(config: Any, spec: EngineSpec, factor: int) -> int:
 
 
 def check_room(needs: Needs, device: str, bundles: Path) -> None:
-    """Raise Unavailable when memory or disk is certainly too small; writes nothing."""
+    """Raise Unavailable when memory or disk is certainly too small, or a tensor too large for
+    TensorRT; writes nothing."""
+    if needs.refused_elements:
+        raise Unavailable(
+            "TensorRT takes tensors of fewer than 2^31 elements, the largest here has "
+            f"{needs.refused_elements:,}: make it smaller ({SMALLER})"
+        )
     free = gpu_memory_bytes()[0] if device == "cuda" else free_host_bytes()
     if free < needs.least_bytes:
         where = "GPU memory" if device == "cuda" else "memory"
         raise Unavailable(
             f"this build needs at least {_gb(needs.least_bytes)} of {where} (weights "
             f"{_gb(needs.weights_bytes)}, largest layer {_gb(needs.layer_bytes)}), {_gb(free)} are "
-            "free: end what else runs there, or use a smaller --batch, --size or --precision"
+            f"free: end what else runs there, or make it smaller ({SMALLER}, or --precision)"
         )
     if device == "cuda" and free_host_bytes() < needs.weights_bytes:
         raise Unavailable(

@@ -7,7 +7,8 @@ Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...export.bundle import Bundle, default_bundles_folder, find_bundles, stored_folder
+from ...export.bundle import (
+    Bundle,
+    BundleError,
+    default_bundles_folder,
+    find_bundles,
+    read_manifest,
+    stored_folder,
+)
 from ...export.config import (
     BackendName,
     DeviceName,
@@ -35,6 +43,9 @@ from ...export.terminal import say
 from ...export.trt_library import cards_of, choose_library, trt_title
 from ..config import ExpandConfig
 from .batches import images_per_prompt
+
+COMPILED: tuple[BackendName, ...] = ("trt", "inductor", "ort")
+"""Backends with engines, the fastest by expectation first."""
 
 
 class Backend(Protocol):
@@ -143,22 +154,29 @@ class CompiledBackend:
 
 
 def _in_parts(run: Callable[[Tensor], Tensor], values_BCHW: Tensor, rows: int) -> Tensor:
-    """`run`, at most `rows` images at a time, in fp32."""
+    """`run`, on `rows` images at a time, in fp32; the last image fills up the last part."""
     if len(values_BCHW) <= rows:
         return run(values_BCHW).float()
-    parts = values_BCHW.split(rows)  # a call overwrites the last one's result
-    return torch.cat([run(part).to(torch.float32, copy=True) for part in parts])
+    padding = values_BCHW[-1:].expand(-len(values_BCHW) % rows, -1, -1, -1)
+    parts = (
+        torch.cat([values_BCHW, padding]).split(rows) if len(padding) else values_BCHW.split(rows)
+    )
+    # A call overwrites the last one's result.
+    made = torch.cat([run(part).to(torch.float32, copy=True) for part in parts])
+    return made[: len(values_BCHW)]
 
 
 def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
     """Resolve `auto` to a device.
 
-    Raises Unavailable when cuda is requested but missing, and for `auto` when there is a GPU that
-    torch cannot use: nobody who has one means the CPU.
+    Raises Unavailable when cuda is requested but missing or Triton cannot launch kernels there, and
+    for `auto` when there is a GPU that torch cannot use: nobody who has one means the CPU.
     """
     if device == "cpu":
         return "cpu"
     if torch.cuda.is_available():
+        if lacking := triton_needs():
+            raise Unavailable(f"our Triton kernels on a GPU need {lacking}")
         return "cuda"
     if gpus_of_driver() and "CUDA_VISIBLE_DEVICES" not in os.environ:
         raise Unavailable(
@@ -197,12 +215,10 @@ def plan_engine(
     """The backend and the engine that run a configuration; reports what `auto` chose.
 
     `class_counts`: samples of each class. `targets`: cards elsewhere (EngineSpec.targets). Where
-    choose_backend has eager, `auto` prefers an engine that is stored. Raises Unavailable when a
-    device or library is missing.
+    choose_backend has eager, `auto` prefers an engine that is stored; trt prefers one of either
+    library. Raises Unavailable when a device or library is missing.
     """
     device = "cuda" if targets else resolve_device(config.device)
-    name = config.backend
-    library, built_for = trt_choice(name, config.trt_library, device, targets)
     spec = EngineSpec(
         size_px=config.size_px,
         batch=config.batch,
@@ -210,13 +226,16 @@ def plan_engine(
         precision=config.precision,
         vae_precision=config.vae_precision,
         device=device,
-        trt_library=library,
-        targets=built_for,
     )
-    if name == "auto":
-        name = choose_backend(spec)
-        if name == "eager":
-            name, spec = _stored_engine(model, spec, bundles_of(config)) or (name, spec)
+    name = choose_backend(spec) if config.backend == "auto" else config.backend
+    looks = not targets and (name == "trt" or (name == "eager" and config.backend == "auto"))
+    stored = _stored_engine(model, spec, config) if looks else None
+    if stored is not None:
+        name, spec = stored
+    elif name == "trt":
+        library, built_for = trt_choice(name, config.trt_library, device, targets)
+        spec = replace(spec, trt_library=library, targets=built_for)
+    if config.backend == "auto":
         say(f"backend: {name} on {device}")
     return name, spec
 
@@ -227,22 +246,31 @@ def bundles_of(config: ExpandConfig) -> Path:
 
 
 def _stored_engine(
-    model: ModelSource, spec: EngineSpec, bundles: Path
+    model: ModelSource, spec: EngineSpec, config: ExpandConfig
 ) -> tuple[BackendName, EngineSpec] | None:
-    """The fastest backend with a stored engine for these settings, by expectation."""
-    order: tuple[BackendName, ...] = ("trt", "inductor", "ort") if find_bundles(bundles) else ()
-    for name in order:
-        own = spec
-        try:
-            if name == "trt":
-                library, targets = choose_library("auto", device=spec.device)
-                own = replace(spec, trt_library=library, targets=targets)
-            require_engine(name, model, own)
-        except Unavailable:
-            continue
-        if stored_folder(bundles, engine_key(name, model, own)) is not None:
-            return name, own
+    """The first stored engine for these settings, in COMPILED's order; TensorRT's before RTX's."""
+    bundles, asked = bundles_of(config), config.trt_library
+    held = {key["backend"] for key in _stored_keys(bundles) if key["model"] == model.name}
+    for name in COMPILED if config.backend == "auto" else (config.backend,):
+        libraries = (asked,) if asked != "auto" or name != "trt" else ("tensorrt", "rtx")
+        for library in libraries if name in held else ():
+            own = spec
+            try:
+                if name == "trt":
+                    chosen, targets = choose_library(library, device=spec.device)
+                    own = replace(spec, trt_library=chosen, targets=targets)
+                require_engine(name, model, own)
+            except Unavailable:
+                continue
+            if stored_folder(bundles, engine_key(name, model, own)) is not None:
+                return name, own
     return None
+
+
+def _stored_keys(bundles: Path) -> Iterator[dict[str, Any]]:
+    for folder in find_bundles(bundles):
+        with suppress(BundleError):  # opening it reports the damage
+            yield read_manifest(folder)["key"]
 
 
 @default_dtype(torch.float32)  # modules and graphs make the VAE's scale in it
@@ -287,8 +315,6 @@ def require_backend(
         choose_library(library, targets, device)
     elif name not in ("auto", "eager"):
         exporter(name).require(precision, device)
-    if device == "cuda" and (lacking := triton_needs()):
-        raise Unavailable(f"our Triton kernels on a GPU need {lacking}")
 
 
 def trt_choice(

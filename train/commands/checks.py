@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from ...engine.builds.needs import check_disk, engine_needs
-from ...engine.expand.backends import choose_backend, resolve_device
+from ...engine.expand.backends import bundles_of, choose_backend, resolve_device
 from ...engine.expand.prompts import check_prompts
 from ...engine.expand.schedule import make_schedule
-from ...export.bundle import default_bundles_folder, find_bundles
+from ...export.bundle import find_bundles
 from ...export.config import EngineSpec
 from ...export.machine import cxx_compiler
 from ...export.models import ModelSource, Unavailable
@@ -97,7 +97,7 @@ def _check_model(plan: Plan, model: ModelSource) -> None:
             device=resolve_device(use.device),
         )
         backend = choose_backend(spec) if use.backend == "auto" else use.backend
-        bundles = use.bundles or default_bundles_folder()
+        bundles = bundles_of(use)
         if backend != "eager" and not find_bundles(bundles):  # one there may be the one needed
             check_disk(engine_needs(model, spec, backend), bundles)
 

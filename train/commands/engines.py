@@ -10,37 +10,51 @@ import numpy as np
 from ...engine.builds.build import describe, prepare_engine
 from ...engine.expand.backends import bundles_of, plan_engine, say_built
 from ...export.trt_library import parse_targets
-from ..options import RunOptions
+from ..methods.registry import METHODS
+from ..options import RunOptions, TrainCoreset, TrainTeacher
 from ..plan import Plan
 
 
-def prepare_engines(
+def methods_with_engines(options: RunOptions) -> list[str]:
+    """The methods for which this command runs the model."""
+    if isinstance(options, TrainTeacher):
+        return []
+    kinds = ("made",) if isinstance(options, TrainCoreset) else ("made", "rendered")
+    return [method for method in options.methods if METHODS[method].model in kinds]
+
+
+def find_or_build_engines(
     plan: Plan, methods: Sequence[str], targets: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Find or build the engine of each method that runs the model; {method: its description}.
+    """Find or build the engine of each method; {method: {"backend", "trt_library", "engine"}}.
 
-    Methods that run eagerly have none. `targets`: cards elsewhere (EngineSpec.targets).
+    "engine" describes it; None for a backend without. `targets`: cards elsewhere
+    (EngineSpec.targets).
     """
+    assert plan.model is not None
     counts_K = np.full(len(plan.class_names), plan.samples_per_class)
-    engines = {}
+    found = {}
     for method in methods:
-        use = plan.use.get(method)
-        if use is None or plan.model is None:
-            continue
+        use, engine = plan.use[method], None
         name, spec = plan_engine(plan.model, use, counts_K, targets)
         if name != "eager":
             bundle = prepare_engine(name, plan.model, spec, bundles_of(use))
             say_built(bundle)
-            engines[method] = describe(bundle) | {"built": bundle.built}
-    return engines
+            engine = describe(bundle) | {"built": bundle.built}
+        library = spec.trt_library or use.trt_library
+        found[method] = {"backend": name, "trt_library": library, "engine": engine}
+    return found
 
 
 def build_only(plan: Plan, options: RunOptions) -> dict[str, Any]:
-    """`train --build-only`. Raises ValueError when the run has no engine."""
-    engines = prepare_engines(plan, plan.methods, parse_targets(options.build_only or ()))
+    """`train --build-only`. Raises ValueError when the command opens no engine."""
+    methods = methods_with_engines(options)
+    targets = parse_targets(options.build_only or (), "--build-only")
+    found = find_or_build_engines(plan, methods, targets) if methods else {}
+    engines = {method: each["engine"] for method, each in found.items() if each["engine"]}
     if not engines:
         raise ValueError(
-            "--build-only: this run has no engine, since no method runs a model or the backend is "
-            "eager: give --method dace and --backend trt, inductor or ort"
+            "--build-only: this command opens no engine, since no method runs a model in it or the "
+            "backend is eager: give --method dace and --backend trt, inductor or ort"
         )
     return {"engines": engines}

@@ -15,7 +15,8 @@ teacher or a doping network, because their bits name a coreset.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from ..students.loop import train_students
 from ..teacher.teacher import Teacher, load_teacher, teacher_id
 from ..teacher.training import TEACHER, measure, train_teacher, training_losses
 from .doping import dope
-from .engines import prepare_engines
+from .engines import find_or_build_engines
 
 
 class Distillation:
@@ -70,15 +71,32 @@ class Distillation:
         self._verified.add(folder)
         return open_coreset(folder, verify=verify)
 
-    def prepare_engines(self, *, made_only: bool) -> None:
-        """Find or build the engines of unfinished stages; `made_only`: those that make coresets."""
-        stages = {"made": "coreset", "rendered": None if made_only else "student-{}"}
-        used = {method: stages.get(METHODS[method].model or "") for method in self.plan.methods}
-        begun = {
-            method: self.run.read(stage.format(method)) for method, stage in used.items() if stage
-        }
-        waiting = [m for m, record in begun.items() if not record or record["state"] != "done"]
-        self.run.world.once(lambda: list(prepare_engines(self.plan, waiting)))
+    def prepare_engines(self, methods: Sequence[str]) -> None:
+        """Find or build the engines of unfinished stages; from here on all ranks use these.
+
+        Finished stages are read first: a resumed run with other options is refused before a build.
+        """
+        world = self.run.world
+        made = {m: f"student-{m}" if METHODS[m].model == "rendered" else "coreset" for m in methods}
+        stages = ("teacher", "coreset", *made.values())
+        done = world.once(lambda: [stage for stage in stages if self._is_done(stage)])
+        if "teacher" in done:
+            self.coreset_stage() if "coreset" in done else self.teacher_stage()
+        waiting = [method for method, stage in made.items() if stage not in done]
+        if not waiting:
+            return
+        found = world.once(lambda: find_or_build_engines(self.plan, waiting))
+        use = dict(self.plan.use)
+        for method, each in found.items():
+            chosen = {"backend": each["backend"], "trt_library": each["trt_library"]}
+            use[method] = replace(use[method], **chosen)
+            if METHODS[method].model == "rendered":
+                self.plan = replace(self.plan, expand=use[method])
+        self.plan = replace(self.plan, use=use)
+
+    def _is_done(self, stage: str) -> bool:
+        record = self.run.read(stage)
+        return record is not None and record["state"] == "done"
 
     def teacher_stage(self) -> dict[str, Any]:
         """Train or load the teacher; returns its description."""

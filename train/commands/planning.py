@@ -86,9 +86,9 @@ class _Choices:
     def __init__(self, options: RunOptions, report: Report) -> None:
         self.options = options
         self.device: DeviceName = resolve_device(options.device)
-        self.targets = parse_targets(options.build_only or ())
-        on_gpu = self.device == "cuda" or self.targets
-        default: Precision = "fp16" if on_gpu else "fp32"
+        self.targets = parse_targets(options.build_only or (), "--build-only")
+        runs_on = "cuda" if self.targets else self.device  # the model, by its engine
+        default: Precision = "fp16" if runs_on == "cuda" else "fp32"
         self.precision: Precision = options.precision or default
         runs_a_model = any(METHODS[method].model for method in options.methods)
         if runs_a_model:
@@ -105,8 +105,8 @@ class _Choices:
         self.classes = len(ids)
         self.class_names = display_names(ids, options.class_names)
         self.own_prompts = read_prompts(options.prompts, ids)
-        self.model = _choose_model(options, self.device, report) if runs_a_model else None
-        self.recipe = _choose_recipe(options, self.device, self.model, report)
+        self.model = _choose_model(options, runs_on, report) if runs_a_model else None
+        self.recipe = _choose_recipe(options, runs_on, self.model, report)
         self.image_size = options.image_size or self._native_px() or self.recipe.image_size
         self.factor = options.factor or self.recipe.factor_for(self.image_size)
         self.teacher_source, self.teacher_network = _choose_teacher(options.teacher, self.recipe)

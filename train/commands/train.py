@@ -23,7 +23,7 @@ from ..run.folder import RunError, RunFolder, StageResult, check_out
 from ..run.progress import Report
 from ..run.world import open_world
 from .checks import check_images_per_class
-from .engines import build_only
+from .engines import build_only, methods_with_engines
 from .pipeline import Distillation
 from .planning import make_plan
 
@@ -136,8 +136,7 @@ def _without(images: ImageSet, paths: list[str]) -> ImageSet:
 
 def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dict[str, Any]:
     out = {"run": str(options.out), "skipped_images": skipped}
-    if not isinstance(options, TrainTeacher):
-        job.prepare_engines(made_only=isinstance(options, TrainCoreset))
+    job.prepare_engines(methods_with_engines(options))
     teacher = job.teacher_stage()
     if isinstance(options, TrainTeacher):
         return {**out, "teacher": rounded(teacher)}
