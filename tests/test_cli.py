@@ -70,6 +70,7 @@ RUN_OPTIONS = [
     "shapes_per_class",
     "verify",
     "start_timeout",
+    "build_only",
     "resume",
     "overwrite",
 ]
