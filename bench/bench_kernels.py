@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from kernel_case import Case
 from latent_cases import latent_cases, noise_case
+from layer_cases import layer_cases
 from measure import environment, launch_us, publish, run_program, time_us
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.export.config import DeviceName
@@ -52,6 +53,7 @@ def make_cases(device: str) -> list[Case]:
     if device == "cpu":
         cases = latent_cases(device, 32, 16, compiled=True)
         cases += pixel_cases(device, 32, 64, compiled=True)
+        cases += layer_cases(device, 32, 64, compiled=False)
         return cases + label_cases(device, 32, 100, 10, compiled=True)
     cases = [
         *latent_cases(device, 32, 28, compiled=False),
@@ -60,6 +62,7 @@ def make_cases(device: str) -> list[Case]:
     ]
     for side, compiled in ((224, False), (512, True)):
         cases += pixel_cases(device, 64, side, compiled=compiled)
+        cases += layer_cases(device, 64, side, compiled=compiled)
     for classes, compiled in ((1000, False), (21_841, True)):
         cases += label_cases(device, 256, classes, 10, compiled=compiled)
     return cases

@@ -18,7 +18,7 @@ OPERATIONS = {
     "noise", "start_state", "euler_ancestral_step", "euler_ancestral_table_step",
     "upsample_patches", "student_input", "student_input, CutMix", "mosaic",
     "softlabel, dense", "softlabel, top-10", "softlabel, dense, mixed",
-    "softlabel, top-10, mixed",
+    "softlabel, top-10, mixed", "group_norm", "group_norm, SiLU", "geglu",
 }  # fmt: skip
 
 

@@ -16,6 +16,13 @@ from typing import Any
 
 import pytest
 import triton
+from patchbloom.kernels.geglu import geglu_kernel
+from patchbloom.kernels.group_norm import (
+    group_norm_kernel,
+    plan_slabs,
+    slab_moments_kernel,
+    slab_normalise_kernel,
+)
 from patchbloom.kernels.latents import start_state_kernel
 from patchbloom.kernels.mosaic import mosaic_kernel
 from patchbloom.kernels.noise import noise_kernel
@@ -62,6 +69,15 @@ MOSAIC = {
     "out_ptr": "*u8", "patches_ptr": "*u8", "rows_ptr": "*i64",
     "R": 2, "SIDE": 112, "CHANNELS": 3, "BLOCK": 1024,
 }  # fmt: skip
+NORM = {
+    **dict.fromkeys(("out_ptr", "x_ptr", "weight_ptr", "bias_ptr"), "*fp16"), "pixels": "i32",
+    "eps": "fp32", "moments_ptr": "*fp32", "slab": "i32", "SLABS": 64, "SILU": True,
+}  # fmt: skip
+ON_CHIP, SLABS = {**NORM, **plan_slabs(28**2, 30, 32)[0]}, {**NORM, **plan_slabs(224**2, 8, 32)[0]}
+"""960 channels in the UNet and 256 in the decoder at 224 px: the most registers."""
+GEGLU = {
+    "out_ptr": "*fp16", "x_ptr": "*fp16", "rows": "i32", "width": "i32", "ROWS": 4, "COLUMNS": 512,
+}  # fmt: skip
 HALF_PIXELS = {"out_ptr": "*fp16", "patches_ptr": "*fp16"}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "noise, normals": (noise_kernel, {**NOISE, "NORMAL": True}),
@@ -85,6 +101,15 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "student_input, CutMix": (student_input_kernel, {**STUDENT, "CUTMIX": True}),
     "mosaic, uint8": (mosaic_kernel, MOSAIC),
     "mosaic, half": (mosaic_kernel, {**MOSAIC, **HALF_PIXELS}),
+    "group_norm on chip": (group_norm_kernel, ON_CHIP),
+    "group_norm on chip, few pixels": (group_norm_kernel, {**NORM, **plan_slabs(49, 80, 32)[0]}),
+    "group_norm, moments": (slab_moments_kernel, SLABS),
+    "group_norm in slabs": (slab_normalise_kernel, SLABS),
+    "group_norm in slabs, fp32": (
+        slab_normalise_kernel,
+        {**SLABS, "out_ptr": "*fp32", "x_ptr": "*fp32"},
+    ),
+    "geglu": (geglu_kernel, GEGLU),
 }
 ALIGNED = ("count", "numel", "pixels")
 """Sizes that are multiples of 16 in use: Triton then vectorises the stores."""
@@ -96,11 +121,12 @@ def resources(kernel: Any, arguments: dict[str, Any], capability: int, **options
         name: arguments[name] if isinstance(arguments[name], str) else "constexpr"
         for name in kernel.arg_names
     }
-    constants = {n: v for n, v in arguments.items() if not isinstance(v, str)}
+    constants = {n: arguments[n] for n, kind in signature.items() if kind == "constexpr"}
     aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in ALIGNED]
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
+    options = {"num_warps": arguments.get("num_warps", 4), **options}
     cubin = triton.compile(
         source, target=target, options={**options, "enable_fp_fusion": False}
     ).asm["cubin"]

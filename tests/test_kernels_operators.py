@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from patchbloom.kernels.geglu import geglu_op
+from patchbloom.kernels.group_norm import group_norm_op
 from patchbloom.kernels.latents import start_state, start_state_into
 from patchbloom.kernels.mosaic import mosaic, mosaic_op
 from patchbloom.kernels.noise import Draw, noise_into, normal, uniform
@@ -55,6 +57,10 @@ def _mosaic() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(9, 4, 4, 3).half(), torch.randperm(8).view(2, 4)
 
 
+def _image() -> torch.Tensor:
+    return torch.randn(2, 4, 3, 5).half().contiguous(memory_format=torch.channels_last)
+
+
 def _table() -> tuple[torch.Tensor, ...]:
     columns = [14.6, 0.7], [2.2, 0.0], [2.184, 0.0], [0.307, 1.0]
     return step_table(*columns, device="cpu"), torch.tensor([1]), torch.tensor([4])
@@ -93,6 +99,11 @@ def _operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             (torch.randn(3, 3, 7, 7), images.detach(), *named, MOMENTS[1]),
         ),
         "mosaic": (mosaic_op, (*_mosaic(), 2)),
+        "group_norm": (
+            group_norm_op,
+            (_image(), 2, torch.rand(4).half(), torch.rand(4).half(), 1e-5, True),
+        ),
+        "geglu": (geglu_op, (torch.randn(2, 3, 6).half(),)),
     }
 
 
