@@ -93,6 +93,8 @@ class ExpandConfig:
     """`auto` is cuda where there is one."""
     bundles: Path | None = None
     """Folder of built engines; None: patchbloom/bundles in the user's cache."""
+    cuda_graph: bool = True
+    """On a GPU, record the evaluations of a batch and its decoding once, and replay them."""
     prompt_cache_bytes: int | None = None
     """Device memory for keys and values of prompts, at least those of one call; None: 40 % of the
     free memory. No bit of an image depends on it."""

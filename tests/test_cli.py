@@ -20,6 +20,7 @@ RUN_OPTIONS = [
     "model",
     "backend",
     "trt_library",
+    "cuda_graph",
     "method",
     "ipc",
     "factor",
@@ -75,8 +76,8 @@ RUN_OPTIONS = [
     "overwrite",
 ]
 RENDER_OPTIONS = [
-    *("model", "precision", "vae_precision", "engine_batch", "trt_library", "bundles", "device"),
-    "verify",
+    *("model", "precision", "vae_precision", "engine_batch", "trt_library", "cuda_graph"),
+    *("bundles", "device", "verify"),
 ]
 ELSEWHERE_OPTIONS = [
     *RENDER_OPTIONS,

@@ -36,6 +36,9 @@ class RenderOptions:
     trt_library: TrtLibrary = "auto"
     """Library of --backend trt: `tensorrt`, or `rtx`, TensorRT for RTX. `auto` is tensorrt where it
     is installed, otherwise rtx."""
+    cuda_graph: bool = True
+    """On a GPU, record the evaluations of a batch and its decoding as one CUDA graph, and replay
+    it; where that fails, the reason is reported."""
     bundles: Path | None = None
     """Folder of built engines. Default: patchbloom/bundles in the user's cache."""
     device: DeviceName = "auto"

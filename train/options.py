@@ -51,6 +51,9 @@ class RunOptions:
     trt_library: TrtLibrary = "auto"
     """Library of --backend trt: `tensorrt`, or `rtx`, TensorRT for RTX. `auto` is tensorrt where it
     is installed, otherwise rtx."""
+    cuda_graph: bool = True
+    """On a GPU, record the evaluations of a batch and its decoding as one CUDA graph, and replay
+    it; where that fails, the reason is reported."""
     method: Annotated[tuple[str, ...], arg(help=METHOD_HELP)] = ("dace",)
     ipc: int = 1
     """Images per class. A coreset holds ipc · factor² patches per class; for t2i, ipc / (1 +

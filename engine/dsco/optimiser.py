@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ...kernels.noise import Draw, normal, uniform
 from ..config import DscoConfig
-from ..expand.batches import BatchPlan
+from ..expand.batches import DeviceBatch
 from ..expand.expander import Expander
 from .losses import (
     ChannelStatistics,
@@ -193,28 +193,25 @@ class NoiseOptimiser:
         )
         slope = schedule.sigmas_down[step] - schedule.sigmas[step]
 
-        def call(plan: BatchPlan) -> Tensor:
-            state_BCHW = state_MCHW[torch.from_numpy(plan.samples_B)]
+        def call(batch: DeviceBatch) -> Tensor:
+            state_BCHW = state_MCHW[batch.samples_B]
             x_BCHW = state_BCHW * schedule.model_scales[step]
-            conditions = expander.prompt_bank.of(plan.classes_G)
+            conditions = expander.prompt_bank.of(batch.plan.classes_G, batch.classes_G)
             eps_BCHW = expander.backend.denoise(x_BCHW, timestep_1, *conditions)
             return state_BCHW + eps_BCHW * slope
 
         every = np.arange(len(classes_M))
-        return expander.in_batches(call, every, classes_M, torch.empty_like(state_MCHW))
+        return expander.in_batches(call, every, classes_M)
 
     @torch.no_grad()
     def _decode(self, latents_MCHW: Tensor, classes_M: np.ndarray) -> Tensor:
         """Decode the last states to images: fp32 [M, 3, H, W] in [-1, 1]."""
-        expander, size_px = self._expander, self._expander.config.size_px
-        images_MCHW = torch.empty(
-            len(classes_M), 3, size_px, size_px, device=self._device, dtype=torch.float32
-        )
+        expander, every = self._expander, np.arange(len(classes_M))
 
-        def call(plan: BatchPlan) -> Tensor:
-            return expander.backend.decode(latents_MCHW[torch.from_numpy(plan.samples_B)])
+        def call(batch: DeviceBatch) -> Tensor:
+            return expander.backend.decode(latents_MCHW[batch.samples_B])
 
-        expander.in_batches(call, np.arange(len(classes_M)), classes_M, images_MCHW)
+        images_MCHW = expander.in_batches(call, every, classes_M)
         expander.require_numbers(images_MCHW)
         return images_MCHW
 

@@ -7,10 +7,12 @@ class. A padding slot repeats a sample, and its image is discarded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ...export.config import EngineSpec
 
@@ -25,6 +27,17 @@ class BatchPlan:
     """Position of the slot's image in the output, int64; -1: padding."""
     classes_G: np.ndarray
     """Class of each group, int64."""
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A BatchPlan whose numbers are on the device; int64."""
+
+    plan: BatchPlan
+    samples_B: Tensor
+    targets_B: Tensor
+    """Padding has the position behind the last image's."""
+    classes_G: Tensor
 
 
 def images_per_prompt(batch: int, class_counts: np.ndarray) -> int:
@@ -61,3 +74,26 @@ def plan_batches(
             targets_B=targets_Gn[first : first + prompts].reshape(-1),
             classes_G=labels_N[chosen[:, 0]],
         )
+
+
+def upload_plans(
+    plans: Sequence[BatchPlan], images: int, device: torch.device
+) -> Iterator[DeviceBatch]:
+    """The plans of `images` images on the device, by one copy that the host does not wait for."""
+    if not plans:
+        return
+    batch, prompts = len(plans[0].samples_B), len(plans[0].classes_G)
+    width = batch + batch % 2  # 16 bytes: an aligned address is what kernels are compiled for
+    numbers_P3W = np.zeros((len(plans), 3, width), dtype=np.int64)
+    for rows_3W, plan in zip(numbers_P3W, plans, strict=True):
+        rows_3W[0, :batch] = plan.samples_B
+        rows_3W[1, :batch] = np.where(plan.targets_B < 0, images, plan.targets_B)
+        rows_3W[2, :prompts] = plan.classes_G
+    for rows_3W, plan in zip(upload(numbers_P3W, device), plans, strict=True):
+        yield DeviceBatch(plan, rows_3W[0, :batch], rows_3W[1, :batch], rows_3W[2, :prompts])
+
+
+def upload(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """The numbers on the device; the host does not wait for the copy."""
+    values = torch.from_numpy(numbers)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

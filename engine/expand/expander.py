@@ -25,15 +25,16 @@ from ...export.models import DTYPES, ModelParts, ModelSource, load_parts
 from ...kernels.latents import start_state
 from ...kernels.noise import Draw, normal
 from ...kernels.pixels import upsample_patches
-from ...kernels.sampler import euler_ancestral_step
+from ...kernels.table_step import euler_ancestral_table_step, step_table
 from ..config import ExpandConfig
 from .backends import Backend, bundles_of, open_backend, plan_engine, resolve_device
-from .batches import BatchPlan, plan_batches
+from .batches import DeviceBatch, plan_batches, upload, upload_plans
 from .mixup import mixup_quantiles
 from .naming import describe_source
 from .prompt_bank import open_prompt_bank
 from .prompts import encode_prompts
 from .schedule import make_schedule
+from .schedule_graph import ScheduleGraph
 
 VARIED = {"steps", "rho", "mixup", "mixup_weight", "start", "seed"}
 """Settings that need no other networks or engine."""
@@ -62,9 +63,10 @@ class Expander:
         self._device = torch.device(device)
         self._configure(config)
         self._check_coreset(patches_NHWC, prompts_K)
-        self._counts_K = np.bincount(self._labels_N, minlength=len(prompts_K))
-        self._firsts_K = np.cumsum(self._counts_K) - self._counts_K
-        backend, self.spec = plan_engine(model, config, self._counts_K)
+        counts_K = np.bincount(self._labels_N, minlength=len(prompts_K))
+        self._firsts_K = upload(np.cumsum(counts_K) - counts_K, self._device)
+        self._counts_K = upload(counts_K, self._device)
+        backend, self.spec = plan_engine(model, config, counts_K)
         text = encode_prompts(model, prompts_K, device=device, dtype=DTYPES[config.precision])
         parts = load_parts(
             model,
@@ -103,6 +105,15 @@ class Expander:
             torch.tensor([timestep], device=self._device, dtype=torch.float32)
             for timestep in self.schedule.timesteps
         ]
+        schedule, evals = self.schedule, self.schedule.evals
+        scales = (*schedule.model_scales[1:], 1.0)
+        sigmas = (schedule.sigmas, schedule.sigmas_down, schedule.sigmas_up)
+        self._table_S3 = step_table(*sigmas, scales, device=self._device)
+        self._steps_S = torch.arange(evals, device=self._device)
+        on_gpu = self._device.type == "cuda"
+        self._graph: ScheduleGraph | None = None
+        if config.cuda_graph and on_gpu:
+            self._graph = ScheduleGraph(self._evaluate, f"{evals} evaluations and the decoder")
         quantiles_Q = mixup_quantiles(config.mixup_weight)
         self._quantiles_Q = None if quantiles_Q is None else quantiles_Q.to(self._device)
         self._bank_epoch: tuple[int, Tensor] | None = None
@@ -181,32 +192,30 @@ class Expander:
             raise ValueError(
                 f"samples must lie in [0, {len(self._labels_N)}), got {rows.min()} to {rows.max()}"
             )
-        size_px = self.config.size_px
-        images = torch.empty(
-            len(rows), 3, size_px, size_px, device=self._device, dtype=torch.float32
-        )
-        self.in_batches(partial(self._expand_batch, epoch), rows, self._labels_N, images)
+        if not len(rows):
+            side = self.config.size_px
+            return torch.empty(0, 3, side, side, device=self._device, dtype=torch.float32)
+        images = self.in_batches(partial(self._expand_batch, epoch), rows, self._labels_N)
         self.require_numbers(images)
         return images
 
     def in_batches(
-        self,
-        call: Callable[[BatchPlan], Tensor],
-        rows: np.ndarray,
-        labels_N: np.ndarray,
-        out: Tensor,
+        self, call: Callable[[DeviceBatch], Tensor], rows: np.ndarray, labels_N: np.ndarray
     ) -> Tensor:
-        """Fill `out` with what `call` makes of `rows`, one full batch at a time, and return it.
+        """Results of `call` for `rows`, at least one, in their order, a full batch at a time: fp32.
 
         `labels_N` holds the class of every row number. Raises ValueError, saying what to do, when
         the networks run out of memory.
         """
-        for plan in plan_batches(rows, labels_N, self.spec):
-            slots = np.flatnonzero(plan.targets_B >= 0)
-            targets = torch.from_numpy(plan.targets_B[slots]).to(self._device)
-            made = self._within_memory(call, plan)
-            out[targets] = made[torch.from_numpy(slots).to(self._device)]
-        return out
+        out, plans = None, list(plan_batches(rows, labels_N, self.spec))
+        for batch in upload_plans(plans, len(rows), self._device):
+            made = self._within_memory(call, batch)
+            if out is None:  # padding is written behind the last image
+                shape = (len(rows) + 1, *made.shape[1:])
+                out = torch.empty(shape, device=self._device, dtype=torch.float32)
+            out[batch.targets_B] = made
+        assert out is not None
+        return out[:-1]
 
     def require_numbers(self, images: Tensor) -> None:
         """Raise ValueError if any is NaN, unless `nan_gate` is off."""
@@ -218,9 +227,9 @@ class Expander:
                 "fp32, --precision bf16 or fp32, or weights that are not damaged"
             )
 
-    def _within_memory(self, call: Callable[[BatchPlan], Tensor], plan: BatchPlan) -> Tensor:
+    def _within_memory(self, call: Callable[[DeviceBatch], Tensor], batch: DeviceBatch) -> Tensor:
         try:
-            return call(plan)
+            return call(batch)
         except torch.OutOfMemoryError:
             pass  # raise below, when the frames that hold tensors are gone
         raise ValueError(
@@ -238,38 +247,44 @@ class Expander:
         plans = plan_batches(rows, self._labels_N, self.spec)
         return [plan.targets_B[plan.targets_B >= 0] for plan in plans]
 
-    def _expand_batch(self, epoch: int, plan: BatchPlan) -> Tensor:
-        schedule = self.schedule
-        samples_B = torch.from_numpy(plan.samples_B).to(self._device)
-        added_GD, kv_GP = self.prompt_bank.of(plan.classes_G)
-        state_BCHW, x_BCHW = self._start(plan, samples_B, epoch)
-        for step in range(schedule.evals):
-            eps_BCHW = self.backend.denoise(x_BCHW, self._timesteps_1[step], added_GD, kv_GP)
-            last = step + 1 == schedule.evals
-            state_BCHW, x_BCHW = euler_ancestral_step(
-                state_BCHW,
-                eps_BCHW,
-                samples_B,
-                sigma=schedule.sigmas[step],
-                sigma_down=schedule.sigmas_down[step],
-                sigma_up=schedule.sigmas_up[step],
-                next_scale=1.0 if last else schedule.model_scales[step + 1],
+    def _expand_batch(self, epoch: int, batch: DeviceBatch) -> Tensor:
+        """Images of a batch; a graph's next replay overwrites them."""
+        state_BCHW, x_BCHW = self._start(batch, epoch)
+        added_GD, kv_GP = self.prompt_bank.of(batch.plan.classes_G, batch.classes_G)
+        epoch_1 = torch.full((1,), epoch, device=self._device)
+        work = self._evaluate if self._graph is None else self._graph
+        return work(state_BCHW, x_BCHW, batch.samples_B, added_GD, kv_GP, epoch_1)
+
+    def _evaluate(
+        self,
+        state_BCHW: Tensor,
+        x_BCHW: Tensor,
+        samples_B: Tensor,
+        added_GD: Tensor,
+        kv_GP: Tensor,
+        epoch_1: Tensor,
+    ) -> Tensor:
+        """All evaluations, and the decoded images; only tensors decide, so it can be recorded."""
+        for step, timestep_1 in enumerate(self._timesteps_1):
+            eps_BCHW = self.backend.denoise(x_BCHW, timestep_1, added_GD, kv_GP)
+            state_BCHW, x_BCHW = euler_ancestral_table_step(
+                *(state_BCHW, eps_BCHW, samples_B, self._table_S3),
+                step_1=self._steps_S[step : step + 1],
+                epoch_1=epoch_1,
                 seed=self.config.seed,
-                step=step,
-                epoch=epoch,
             )
         return self.backend.decode(state_BCHW)
 
-    def _start(self, plan: BatchPlan, samples_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def _start(self, batch: DeviceBatch, epoch: int) -> tuple[Tensor, Tensor]:
         """First state and model input."""
-        from_noise = self.config.start == "noise"
-        classes_B = self._labels_N[plan.samples_B]
+        from_noise, samples_B = self.config.start == "noise", batch.samples_B
+        classes_B = batch.classes_G.repeat_interleave(self.spec.images_per_prompt)
         return start_state(
             self.latents(epoch),
             torch.zeros_like(samples_B) if from_noise else samples_B,
             samples_B,
-            torch.from_numpy(self._firsts_K[classes_B]).to(self._device),
-            torch.from_numpy(self._counts_K[classes_B]).to(self._device),
+            self._firsts_K[classes_B],
+            self._counts_K[classes_B],
             seed=self.config.seed,
             epoch=epoch,
             sigma=self.schedule.start_sigma,
@@ -308,5 +323,6 @@ class Expander:
     def close(self) -> None:
         """Free the networks and the banks; the Expander is unusable afterwards."""
         self.backend.close()
+        self._graph = None
         self._moments, self._bank_epoch = None, None
         del self.prompt_bank

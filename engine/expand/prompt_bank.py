@@ -30,6 +30,7 @@ from ...export.machine import free_host_bytes, gpu_memory_bytes
 from ...export.models import ModelParts
 from ...export.modules import PromptProjector, key_value_slots
 from ...export.terminal import say
+from .batches import upload
 from .prompts import TextEmbeddings
 
 GROUP = 8
@@ -91,15 +92,16 @@ class PromptBank:
         """Size of the rows on the device."""
         return self._added_CD.nbytes + self._kv_CP.nbytes
 
-    def of(self, classes_G: np.ndarray) -> tuple[Tensor, Tensor]:
+    def of(self, classes_G: np.ndarray, placed_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(added_GD, kv_GP) of a call's prompts: int64 class indices, repeats allowed.
 
-        They are on the device, in the UNet's dtype, and the caller owns them. Raises ValueError for
-        more than `capacity` different classes.
+        `placed_G`: the same on the device, where the caller has them. The results are on the
+        device, in the UNet's dtype, and the caller owns them. Raises ValueError for more than
+        `capacity` different classes.
         """
         if self.resident:
             self._await_last_use()
-            return self._copies(classes_G)
+            return self._copies(upload(classes_G, self._device) if placed_G is None else placed_G)
         wanted = dict.fromkeys(classes_G.tolist())
         if len(wanted) > self.capacity:
             raise ValueError(
@@ -113,7 +115,8 @@ class PromptBank:
             self._keep([each for each in wanted if each not in self._rows], wanted)
             for each in wanted:
                 self._rows[each] = self._rows.pop(each)
-            found = self._copies([self._rows[each] for each in classes_G.tolist()])
+            rows_G = np.array([self._rows[each] for each in classes_G.tolist()], dtype=np.int64)
+            found = self._copies(upload(rows_G, self._device))
             self._record_use()
         return found
 
@@ -126,9 +129,8 @@ class PromptBank:
         if self._last_use is not None:
             torch.cuda.current_stream().wait_event(self._last_use)
 
-    def _copies(self, rows_G: Collection[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        at_G = torch.as_tensor(rows_G, dtype=torch.int64).to(self._device)
-        return self._added_CD[at_G], self._kv_CP[at_G]
+    def _copies(self, rows_G: Tensor) -> tuple[Tensor, Tensor]:
+        return self._added_CD[rows_G], self._kv_CP[rows_G]
 
     @torch.no_grad()
     def _keep(self, classes: Collection[int], wanted: Collection[int]) -> None:

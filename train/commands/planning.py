@@ -174,6 +174,7 @@ class _Choices:
             batch=batch,
             backend=options.backend,
             trt_library=options.trt_library,
+            cuda_graph=options.cuda_graph,
             device=self.device,
             images_per_prompt=together_in_engine(self.group, batch, options.refresh),
             bundles=options.bundles and options.bundles.expanduser(),

@@ -73,7 +73,7 @@ def _write_settings(folder: Path, options: RunOptions, plan: Plan, line: str) ->
         filled_in = {kind: asdict(getattr(plan, kind)) for kind in ("teacher", "student", "expand")}
         given = asdict(options)
         for settings in (given, filled_in["expand"]):
-            del settings["trt_library"]  # as start_timeout, it belongs to one start
+            del settings["trt_library"], settings["cuda_graph"]  # they belong to one start
         del given["start_timeout"], given["build_only"], given["verify"]
         replace_json(folder / CONFIG, {"options": given, **filled_in}, default=str)
     path = folder / ENVIRONMENT

@@ -225,6 +225,7 @@ def _expand_config(
         images_per_prompt=together_in_engine(group, batch, refresh),
         backend=backend,
         trt_library=options.trt_library,
+        cuda_graph=options.cuda_graph,
         device=resolve_device(options.device),
         bundles=options.bundles and options.bundles.expanduser(),
     )
