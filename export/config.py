@@ -8,12 +8,14 @@ from typing import Literal
 Precision = Literal["fp32", "fp16", "bf16"]
 VaePrecision = Literal["auto", "fp16", "bf16", "fp32"]
 OnnxOpset = Literal[21, 23]
-BackendName = Literal["auto", "trt", "ort", "inductor", "eager"]
+BackendName = Literal["auto", "trt", "ort", "inductor", "compile", "eager"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 Weights = Literal["pretrained", "random"]
 TrtLibraryName = Literal["tensorrt", "rtx"]
 TrtLibrary = Literal["auto", "tensorrt", "rtx"]
 
+UNBUILT = ("compile", "eager")
+"""Backends that are torch itself: there is nothing to build."""
 TRT_ONLY = ("trt_library", "targets")
 """Fields of EngineSpec that the keys of other backends do not hold."""
 DEFAULT_OPSET: OnnxOpset = 21

@@ -35,11 +35,7 @@ from .parity import without_tf32
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"freezing": True, "cpp.dynamic_threads": True},
-    "cuda": {
-        "max_autotune": True,
-        "conv_1x1_as_mm": True,
-        "coordinate_descent_tuning": True,
-    },
+    "cuda": {"max_autotune": True, "conv_1x1_as_mm": True},
 }
 
 

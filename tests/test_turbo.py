@@ -117,7 +117,7 @@ SAMPLES = torch.tensor([7, 0, 3, 11, 4, 5, 8])
 
 @pytest.mark.parametrize("rho", [0.4, 0.8, 1.0])
 @pytest.mark.parametrize("steps", [1, 4, 5])
-@pytest.mark.parametrize("backend", ["eager", "ort"])
+@pytest.mark.parametrize("backend", ["eager", "compile", "ort"])
 def test_equals_diffusers(expander, diffusers_images, backend, steps, rho):
     if int(steps * rho) == 0:
         with pytest.raises(ValueError, match="rounds to 0 evaluations: rho must be at least 1"):
@@ -163,7 +163,7 @@ def test_start_from_noise_equals_text_to_image(expander, model, steps):
     assert max_error(images, reference) <= TOLERANCE
 
 
-@pytest.mark.parametrize("backend", ["eager", "ort"])
+@pytest.mark.parametrize("backend", ["eager", "compile", "ort"])
 def test_wrong_prompt_and_wrong_timestep_fail_the_same_gate(expander, backend):
     right = expander(mixup=False, backend=backend)
     images = right.expand(SAMPLES, EPOCH)
@@ -177,7 +177,7 @@ def test_wrong_prompt_and_wrong_timestep_fail_the_same_gate(expander, backend):
         right._timesteps_1 = timesteps
 
 
-@pytest.mark.parametrize("backend", ["eager", "ort"])
+@pytest.mark.parametrize("backend", ["eager", "compile", "ort"])
 def test_an_image_does_not_depend_on_order_or_neighbours(expander, backend):
     ours = expander(backend=backend)
     whole = ours.expand(range(12), EPOCH)

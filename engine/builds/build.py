@@ -14,7 +14,7 @@ from ...export.bundle import (
     stored_folder,
 )
 from ...export.bundle_key import GRAPHS_ONLY, build_command
-from ...export.config import BackendName, EngineSpec
+from ...export.config import UNBUILT, BackendName, EngineSpec
 from ...export.engines import engine_key, has_run, open_engine, require_engine, verify_engine
 from ...export.hashes import forget_hashes
 from ...export.models import (
@@ -72,6 +72,8 @@ def prepare_engine(
     place = "cpu" if builds_ahead(spec) else spec.device
     if folder is None:
         check_room(needs, place, bundles)
+    if backend == "inductor" and spec.device == "cuda":
+        say("AOTInductor on a GPU: 10 to 30 minutes for SDXL-Turbo, as an estimate")
     say(f"loading {model.name} ({needs.parameters()} parameters, {spec.precision})")
     parts = _load_parts(model, spec, place)
     flags = {"export_only": export_only, "keep_refused": keep_refused}
@@ -121,19 +123,19 @@ def _plan(command: EngineBuild) -> tuple[BackendName, ModelSource, EngineSpec]:
     if backend == "auto":
         backend = "ort" if command.export_only else _choose_built(spec)
         say(f"backend: {backend} on {device}")
-    if backend == "eager":
+    if backend in UNBUILT:
         raise ValueError(
-            "the eager backend is torch itself and has nothing to build: choose --backend ort, "
-            "inductor or trt"
+            f"the {backend} backend is torch itself and has nothing to build: choose --backend "
+            "ort, inductor or trt"
         )
     require_engine(backend, model, spec, export_only=command.export_only)
     return backend, model, spec
 
 
 def _choose_built(spec: EngineSpec) -> BackendName:
-    """Resolve `auto` for a build: as for a run, but with a compiled backend instead of eager."""
+    """Resolve `auto` for a build: as for a run, but a backend that builds engines."""
     backend = choose_backend(spec)
-    for each in COMPILED if backend == "eager" else ():
+    for each in COMPILED if backend in UNBUILT else ():
         try:
             require_backend(each, spec.precision, spec.device)
             return each

@@ -29,8 +29,9 @@ from ..console import print_table
 PROJECT = "patchbloom"
 EXTRAS = ("", "cuda", "trt", "rtx")
 BACKENDS = (
-    *(("eager", "cpu"), ("ort", "cpu"), ("inductor", "cpu")),
-    *(("eager", "cuda"), ("ort", "cuda"), ("inductor", "cuda"), ("trt", "cuda")),
+    *(("eager", "cpu"), ("compile", "cpu"), ("ort", "cpu"), ("inductor", "cpu")),
+    *(("eager", "cuda"), ("compile", "cuda"), ("ort", "cuda"), ("inductor", "cuda")),
+    ("trt", "cuda"),
 )
 ALIASES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...export.bundle import bundles_option
-from ...export.config import BackendName, EngineSpec
+from ...export.config import UNBUILT, BackendName, EngineSpec
 from ...export.graphs import vae_batch, vae_layer
 from ...export.machine import free_disk_bytes, free_host_bytes, gpu_memory_bytes
 from ...export.models import ModelSource, Unavailable, load_parts
@@ -77,7 +77,7 @@ def engine_needs(
     )
     too_large = backend == "trt" and spec.trt_library != "rtx" and largest > INT32_MAX
     layer_bytes = 0 if export_only else layer * vae_bytes
-    copies = 1 if export_only or backend == "eager" else 2  # as written, and as compiled
+    copies = 1 if export_only or backend in UNBUILT else 2  # as written, and as compiled
     return Needs(
         unet_parameters=counts[0],
         vae_parameters=counts[1],

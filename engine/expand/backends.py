@@ -1,4 +1,4 @@
-"""One interface for all ways to run the networks: eager, or compiled for ort, inductor or trt.
+"""One interface for all ways to run the networks: torch itself, or engines of ort, inductor, trt.
 
 A requested backend runs, or fails with what is missing and how to get it: there is no fallback.
 Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W image size.
@@ -26,6 +26,7 @@ from ...export.bundle import (
     stored_folder,
 )
 from ...export.config import (
+    UNBUILT,
     BackendName,
     DeviceName,
     EngineSpec,
@@ -34,15 +35,16 @@ from ...export.config import (
     TrtLibraryName,
 )
 from ...export.engines import engine_key, exporter, open_engine, require_engine
-from ...export.graphs import vae_batch
+from ...export.graphs import Graph, make_graphs
 from ...export.machine import cxx_compiler, driver_version, gpus_of_driver, triton_needs
 from ...export.models import ModelParts, ModelSource, Unavailable, default_dtype
-from ...export.modules import Denoiser, LatentDecoder, LatentEncoder
 from ...export.parity import without_tf32
 from ...export.terminal import say
 from ...export.trt_library import cards_of, choose_library, trt_title
 from ..config import ExpandConfig
 from .batches import images_per_prompt
+from .fused_layers import fuse
+from .regions import compiling
 
 COMPILED: tuple[BackendName, ...] = ("trt", "inductor", "ort")
 """Backends with engines, the fastest by expectation first."""
@@ -80,20 +82,35 @@ class Backend(Protocol):
         ...
 
 
-class EagerBackend:
-    """Plain torch: the reference for the other backends."""
+class TorchBackend:
+    """Torch itself: `eager`, the reference for the other backends, or `compile`, whose blocks are
+    compiled when it is opened (regions.py)."""
 
-    name = "eager"
-
-    def __init__(self, parts: ModelParts, spec: EngineSpec, *, tokens: int) -> None:
-        self.spec = spec
+    def __init__(
+        self, name: BackendName, parts: ModelParts, spec: EngineSpec, *, tokens: int
+    ) -> None:
+        self.name, self.spec = name, spec
+        if spec.device == "cuda":
+            fuse(parts)
         self._unet_dtype, self._vae_dtype = parts.unet.dtype, parts.vae.dtype
-        self._vae_batch = vae_batch(spec, parts.vae.config["block_out_channels"])
-        self._denoiser = Denoiser(parts.unet, tokens)
+        encoder, denoiser, decoder = graphs = make_graphs(parts, spec, tokens=tokens)
+        self._vae_batch = decoder.inputs[0].shape[0]
+        self._denoiser = denoiser.module
         # sdxl-tiny, batch 32, one thread: decoder 8.3 → 6.7 ms per image, encoder 3.1 → 2.7; the
         # UNet gains nothing from it on the CPU (4.3 ms).
-        self._encoder = LatentEncoder(parts.vae).to(memory_format=torch.channels_last)
-        self._decoder = LatentDecoder(parts.vae).to(memory_format=torch.channels_last)
+        self._encoder = encoder.module.to(memory_format=torch.channels_last)
+        self._decoder = decoder.module.to(memory_format=torch.channels_last)
+        if name == "compile":
+            self._compile(graphs)
+
+    @torch.no_grad()
+    def _compile(self, graphs: Sequence[Graph]) -> None:
+        images, unet_inputs, latents = (graph.random_inputs(seed=0) for graph in graphs)
+        networks = (self._encoder, self._denoiser, self._decoder)
+        with compiling(*networks, device=self.spec.device):
+            self.encode_moments(*images)
+            self.denoise(*unet_inputs)
+            self.decode(*latents)
 
     def encode_moments(self, images_BCHW: Tensor) -> Tensor:
         with without_tf32():
@@ -192,15 +209,15 @@ def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
     )
 
 
-def choose_backend(spec: EngineSpec) -> Literal["ort", "inductor", "eager"]:
+def choose_backend(spec: EngineSpec) -> Literal["ort", "inductor", "compile", "eager"]:
     """Resolve `auto` for these settings.
 
     CPU, sdxl-tiny, batch 32, two threads, images per second: in fp32 ort, 112, built in 10 s
     without a compiler (inductor: 135, built in 44 s); in bf16 inductor, 280, if there is a
-    compiler, otherwise eager, 159. On a GPU eager, until the others are measured there.
+    compiler, otherwise eager, 159. On a GPU compile, until rows of a card say otherwise.
     """
     if spec.device == "cuda":
-        return "eager"
+        return "compile"
     if spec.precision == "fp32":
         return "ort"
     return "inductor" if spec.precision == "bf16" and cxx_compiler() else "eager"
@@ -215,7 +232,7 @@ def plan_engine(
     """The backend and the engine that run a configuration; reports what `auto` chose.
 
     `class_counts`: samples of each class. `targets`: cards elsewhere (EngineSpec.targets). Where
-    choose_backend has eager, `auto` prefers an engine that is stored; trt prefers one of either
+    choose_backend builds none, `auto` prefers an engine that is stored; trt prefers one of either
     library. Raises Unavailable when a device or library is missing.
     """
     device = "cuda" if targets else resolve_device(config.device)
@@ -228,7 +245,7 @@ def plan_engine(
         device=device,
     )
     name = choose_backend(spec) if config.backend == "auto" else config.backend
-    looks = not targets and (name == "trt" or (name == "eager" and config.backend == "auto"))
+    looks = not targets and (name == "trt" or (name in UNBUILT and config.backend == "auto"))
     stored = _stored_engine(model, spec, config) if looks else None
     if stored is not None:
         name, spec = stored
@@ -288,8 +305,8 @@ def open_backend(
     Raises Unavailable when a requirement is missing, BundleError when a bundle is damaged or cannot
     be built.
     """
-    if name == "eager":
-        return EagerBackend(parts, spec, tokens=tokens)
+    if name in UNBUILT:
+        return TorchBackend(name, parts, spec, tokens=tokens)
     bundle = open_engine(name, model, parts, spec, tokens=tokens, bundles=bundles)
     say_built(bundle)
     return CompiledBackend(bundle, spec)
@@ -313,6 +330,8 @@ def require_backend(
     before hours of other work."""
     if name == "trt":
         choose_library(library, targets, device)
+    elif name == "compile":
+        exporter("inductor").require(precision, device)
     elif name not in ("auto", "eager"):
         exporter(name).require(precision, device)
 

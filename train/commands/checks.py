@@ -14,7 +14,7 @@ from ...engine.expand.backends import bundles_of, choose_backend, resolve_device
 from ...engine.expand.prompts import check_prompts
 from ...engine.expand.schedule import make_schedule
 from ...export.bundle import find_bundles
-from ...export.config import EngineSpec
+from ...export.config import UNBUILT, EngineSpec
 from ...export.machine import cxx_compiler
 from ...export.models import ModelSource, Unavailable
 from ..config import TORCHVISION, naming_option
@@ -98,7 +98,7 @@ def _check_model(plan: Plan, model: ModelSource) -> None:
         )
         backend = choose_backend(spec) if use.backend == "auto" else use.backend
         bundles = bundles_of(use)
-        if backend != "eager" and not find_bundles(bundles):  # one there may be the one needed
+        if backend not in UNBUILT and not find_bundles(bundles):  # one there may be the one needed
             check_disk(engine_needs(model, spec, backend), bundles)
 
 

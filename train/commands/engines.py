@@ -9,6 +9,7 @@ import numpy as np
 
 from ...engine.builds.build import describe, prepare_engine
 from ...engine.expand.backends import bundles_of, plan_engine, say_built
+from ...export.config import UNBUILT
 from ...export.trt_library import parse_targets
 from ..methods.registry import METHODS
 from ..options import RunOptions, TrainCoreset, TrainTeacher
@@ -37,7 +38,7 @@ def find_or_build_engines(
     for method in methods:
         use, engine = plan.use[method], None
         name, spec = plan_engine(plan.model, use, counts_K, targets)
-        if name != "eager":
+        if name not in UNBUILT:
             bundle = prepare_engine(name, plan.model, spec, bundles_of(use))
             say_built(bundle)
             engine = describe(bundle) | {"built": bundle.built}
@@ -55,6 +56,6 @@ def build_only(plan: Plan, options: RunOptions) -> dict[str, Any]:
     if not engines:
         raise ValueError(
             "--build-only: this command opens no engine, since no method runs a model in it or the "
-            "backend is eager: give --method dace and --backend trt, inductor or ort"
+            "backend is torch itself: give --method dace and --backend trt, inductor or ort"
         )
     return {"engines": engines}
