@@ -8,6 +8,8 @@
 #              only these. DATA=DIR: images to score. OUT=DIR: rows and logs. Installs nothing: it runs
 #              .venv where make setup has made it, else PYTHON, and with VENV= PYTHON always. DRY=1: a
 #              rehearsal on the CPU, after make setup
+# make gpu-wheels   what `make gpu` needs beside torch, transformers and other usual libraries, in the
+#              folder WHEELS, for Python WHEELS_PYTHON; fails above WHEELS_KIB
 # make check   ruff, pyright, import direction
 # make bench-table   the tables of bench/README.md, from bench/results
 PYTHON ?= python3
@@ -22,10 +24,18 @@ TRT_BINDINGS := 10.16.1.11 11.4.0.106
 TRT_RTX := tensorrt-rtx-cu13==1.7.1.116
 DDRANKING := ddranking==0.2.0 kornia==0.9.0 kornia_rs==0.2.0 timm==1.0.31
 
+# The oldest diffusers that patchbloom takes: newer ones need a newer huggingface-hub. The others at the
+# tested versions, with what they import.
+WHEELS ?= wheels
+WHEELS_PYTHON ?= 3.12
+WHEELS_KIB ?= 56000
+GPU_WHEELS := tyro docstring_parser typeguard pydantic pydantic_core annotated-types typing-inspection \
+  typing_extensions platformdirs filelock pytest-timeout
+
 # Wheels come from the package index, not from a local folder with other builds of torch in it.
 export PIP_FIND_LINKS :=
 
-.PHONY: setup bindings rtx ddranking demo test gpu bench-table check
+.PHONY: setup bindings rtx ddranking demo test gpu gpu-wheels bench-table check
 setup: $(INSTALLED) bindings rtx ddranking
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -70,6 +80,16 @@ gpu: $(if $(VENV),$(INSTALLED))
 endif
 gpu:
 	$(GPU_PYTHON) bench/gpu.py $(GPU_OPTIONS)
+
+DOWNLOAD = $(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --dest "$(WHEELS)" \
+  --implementation cp --python-version $(WHEELS_PYTHON) \
+  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
+gpu-wheels:
+	rm -f "$(WHEELS)"/*.whl
+	$(DOWNLOAD) 'diffusers==0.36.0'
+	$(DOWNLOAD) --constraint constraints.txt $(GPU_WHEELS)
+	@kib=$$(du -sk "$(WHEELS)" | cut -f1); test $$kib -le $(WHEELS_KIB) || \
+	  { echo "$(WHEELS): expected at most $(WHEELS_KIB) KiB, got $$kib"; exit 1; }
 
 # Where pyright finds the packages under their installed names: an editable install has no folder of it.
 LINKS := build/links/patchbloom

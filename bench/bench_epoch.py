@@ -126,13 +126,14 @@ def check_overlap(
     labels, pool = Given(part.samples, CLASSES), max(config.batch, part.samples // pools)
     epochs = -(-pools // -(-part.samples // pool))
     serial = replace(config, epochs=epochs, pool=pool, compile=False, overlap=False)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Not use_deterministic_algorithms: compiled blocks guard it, and would be compiled anew.
+    torch.backends.cudnn.deterministic = True
     try:
         weights = train_student(part, labels, serial)[1]
         overlapped = train_student(part, labels, replace(serial, overlap=True))[1]
         other = train_student(Kept(part, epoch=epochs), labels, serial)[1]
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
     found = {
         "overlapped": _distance(weights, overlapped),
         "other_images": _distance(weights, other),

@@ -13,22 +13,25 @@ itself, so compare `eager-bf16` with `diffusers-bf16`. Every row has our speed o
 (`speedup_over`) and the precision of each; `speedup` is over `diffusers`.
 
 Rows also report TFLOP/s and percent of roofline, from the arithmetic that an image needs
-(bench/roofline.py), and the peak memory that each peer adds (bench/peak_memory.py).
+(bench/roofline.py), measured over predicted images per second (bench/predict.py), and the peak
+memory that each peer adds (bench/peak_memory.py).
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from expand_peers import Options, Peers, open_peers
-from measure import Rate, environment, measure_rates, publish, ratios, run_program
+from measure import Rate, device_name, environment, measure_rates, publish, ratios, run_program
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.engine.expand.schedule import make_schedule
 from patchbloom.export.models import ModelSource, find_model
 from peer_names import default_precision, is_peer, split_name
 from pictures import RELATIVE_L2, TOLERANCE, WRONG_TIMES, make_coreset
+from predict import predict_rates
 from roofline import count_image_work, measure_roofline, peer_precisions
 
 OUTSIDE_CLOCK = (
@@ -50,6 +53,15 @@ def arithmetic(
     precisions = {name: peer_precisions(name, model, usual) for name in rates}
     roofline = measure_roofline(device, (each for pair in precisions.values() for each in pair))
     floors_s = {name: work.floor_s(roofline, *pair) for name, pair in precisions.items()}
+    predicted = predict_rates(
+        model,
+        precisions,
+        roofline,
+        device_name(device),
+        size_px=options.size,
+        batch=options.batch,
+        evals=evals,
+    )
     return {
         "precision": {name: precision for name, (precision, _) in precisions.items()},
         "vae_precision": {name: precision for name, (_, precision) in precisions.items()},
@@ -59,6 +71,10 @@ def arithmetic(
         "tflops": {name: round(rate.p50 * work.flops / 1e12, 4) for name, rate in rates.items()},
         "percent_of_roofline": {
             name: round(100 * rate.p50 * floors_s[name], 1) for name, rate in rates.items()
+        },
+        "predicted_images_per_s": {name: round(each, 1) for name, each in predicted.items()},
+        "measured_over_predicted": {
+            name: round(rates[name].p50 / each, 2) for name, each in predicted.items()
         },
     }
 
@@ -98,6 +114,9 @@ def print_peers(rates: dict[str, Rate], found: dict[str, Any]) -> None:
             f"n {row['n']}   {found['precision'][name]}, {found['tflops'][name]:.3g} TFLOP/s, "
             f"{found['percent_of_roofline'][name]} % of roofline, {held}"
         )
+        if name in found["measured_over_predicted"]:
+            told = f"{found['measured_over_predicted'][name]} of the predicted"
+            print(f"{'':18} {told} {found['predicted_images_per_s'][name]} images/s")
         over = (
             f"{ours[name]['p50']:.2f} x {peer} ({found['precision'][peer]})"
             for peer, ours in found["speedup_over"].items()
@@ -107,9 +126,10 @@ def print_peers(rates: dict[str, Rate], found: dict[str, Any]) -> None:
             print(f"{'':18} {told}")
 
 
-def settings(options: Options) -> dict[str, Any]:
-    """Settings of the measurement."""
-    return {
+def settings(options: Options, device: str) -> dict[str, Any]:
+    """Machine and settings of the measurement."""
+    return environment(device) | {
+        "benchmark": "expand",
         "model": options.model,
         "weights": options.weights,
         "size_px": options.size,
@@ -147,14 +167,16 @@ def main(options: Options) -> None:
         side_px=options.size // 2,
         seed=0,
     )
-    peers = open_peers(options, model, device, coreset)
+    peers = Peers()
+    for peers in open_peers(options, model, device, coreset):
+        if options.json:
+            so_far = {"partial": True, "images_per_s": peers.single, **gated(peers)}
+            print(json.dumps(settings(options, device) | so_far), flush=True)
     rates = measure_rates(peers.passes, rounds=options.rounds)
     found = compared(rates) | arithmetic(options, model, device, rates)
     found["peak_memory"] = peers.memory
     print_peers(rates, found)
-    row = environment(device) | {
-        "benchmark": "expand",
-        **settings(options),
+    row = settings(options, device) | {
         "images_per_s": {name: round(rate.p50, 2) for name, rate in rates.items()},
         "spread": {name: rate.row() for name, rate in rates.items()},
         **found,

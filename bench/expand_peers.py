@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from diffusers_peer import (
     run_pipeline,
     upcast_vae,
 )
+from measure import timed
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand.expander import Expander
 from patchbloom.export.config import DeviceName, Precision, Weights
@@ -55,8 +56,8 @@ class Options:
     """Name or folder of a model."""
     backends: tuple[str, ...] = ("diffusers", "ort")
     """Peers to time: diffusers, diffusers-compiled, diffusers-upcast (fp16 with a VAE in fp32, as
-    SDXL's own asks for), eager, ort, inductor, trt. Append -bf16, -fp16 or -fp32 for another
-    precision than the device's usual one (fp32 on the CPU, fp16 on a GPU); compare ort-bf16 with
+    SDXL's own asks for), eager, compile, ort, inductor, trt. Append -bf16, -fp16 or -fp32 for
+    another precision than the usual one (fp32 on the CPU, fp16 on a GPU); compare ort-bf16 with
     diffusers-bf16."""
     device: DeviceName = "auto"
     """`auto`: cuda if available."""
@@ -73,7 +74,7 @@ class Options:
     threads: int = 2
     rounds: int = 5
     json: bool = False
-    """Print the row as the last line."""
+    """Print the row as the last line; before, after every opened peer, the row so far."""
     record: bool = True
     """Append the row to bench/results/."""
 
@@ -124,12 +125,16 @@ class Peers:
     errors: dict[str, Errors] = field(default_factory=dict)
     """Picture errors of every peer except the reference pipeline."""
     memory: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    single: dict[str, float] = field(default_factory=dict)
+    """Images per second of a single pass, known before the other peers are opened."""
 
 
-def open_peers(options: Options, model: ModelSource, device: str, coreset: Coreset) -> Peers:
+def open_peers(
+    options: Options, model: ModelSource, device: str, coreset: Coreset
+) -> Iterator[Peers]:
     """Open every peer, compare it with diffusers, and measure the memory of a second pass.
 
-    Prints a line for each. Raises RuntimeError when the gate fails.
+    Prints a line for each, and yields the peers so far. Raises RuntimeError when the gate fails.
     """
     peers, usual = Peers(), default_precision(device)
     # The timed batch size: a compiled pipeline would recompile for another one.
@@ -147,8 +152,10 @@ def open_peers(options: Options, model: ModelSource, device: str, coreset: Cores
             peers.errors[name] = compare(name, cases, expected, coarser(precision or usual, usual))
         peers.passes[name] = one_pass
         peers.memory[name] = watch.peak_of(one_pass)
+        seconds, images = timed(one_pass)
+        peers.single[name] = round(images / seconds, 2)
         print(f"{name:18} opened in {peers.setup_s[name]:.1f} s", flush=True)
-    return peers
+        yield peers
 
 
 def open_peer(

@@ -82,7 +82,7 @@ def allowed_s(stage: Stage, later: Sequence[Stage], left_s: float) -> float:
 def run_stage(stage: Stage, out: Path, environment: Mapping[str, str], limit_s: float) -> Outcome:
     """Run one stage for at most `limit_s`; write its output to out/<name>.log and its row to out.
 
-    KeyboardInterrupt propagates after the stage's processes are dead.
+    Ctrl-C or SIGTERM ends it as "stopped", after its processes are dead and its row so far is kept.
     """
     if limit_s <= 0:
         return Outcome(stage.name, "not run", said="no time left")
@@ -97,12 +97,7 @@ def run_stage(stage: Stage, out: Path, environment: Mapping[str, str], limit_s: 
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            code = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            died = kill(process)
+        end, died = wait(process, limit_s)
     seconds, text = time.monotonic() - began, log.read_text("utf-8", "replace")
     row = last_row(text) if stage.prints_row else None
     told = ""
@@ -110,19 +105,35 @@ def run_stage(stage: Stage, out: Path, environment: Mapping[str, str], limit_s: 
         record(row | {"stage": stage.name, "command": ["python", *stage.words]}, out)
         told = headline(row)
     so_far = f"; until then {told}" if told else ""
-    if code is None:
+    if end == "stopped":
+        return Outcome(stage.name, end, seconds, so_far.removeprefix("; "))
+    if end == "timed out":
         said = "" if limit_s == stage.limit_s else f", what was left, of {stage.limit_s:.0f} s"
         if not died:
             said += f"; process {process.pid} does not die, it hangs in the driver"
-        return Outcome(stage.name, "timed out", seconds, f"limit {limit_s:.0f} s{said}{so_far}")
-    if code:
-        said = f"exit status {code}: {last_line(text)}{so_far}"
+        return Outcome(stage.name, end, seconds, f"limit {limit_s:.0f} s{said}{so_far}")
+    if process.returncode:
+        said = f"exit status {process.returncode}: {last_line(text)}{so_far}"
         return Outcome(stage.name, "failed", seconds, said)
     if not stage.prints_row:
         return Outcome(stage.name, "ok", seconds, last_line(text).strip("= "))
     if row is None:
         return Outcome(stage.name, "failed", seconds, "exit status 0, but no row")
     return Outcome(stage.name, "ok", seconds, told)
+
+
+def wait(process: subprocess.Popen[bytes], limit_s: float) -> tuple[Status, bool]:
+    """How a stage ended, "ok" whatever its exit status; whether its processes are dead."""
+    end: Status = "ok"
+    try:
+        process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        end = "timed out"
+    except KeyboardInterrupt:
+        end = "stopped"
+    finally:
+        died = kill(process)
+    return end, died
 
 
 def kill(process: subprocess.Popen[bytes]) -> bool:
@@ -229,7 +240,7 @@ def run_stages(stages: Sequence[Stage], out: Path, deadline: float = inf) -> lis
             except KeyboardInterrupt:
                 outcome = Outcome(stage.name, "stopped")
             outcome = replace(outcome, is_benchmark=stage.prints_row)
-            print(f"{outcome.status}, {outcome.seconds:.0f} s", flush=True)
+            print(f"{outcome.status}, {outcome.seconds:.0f} s: {outcome.said}", flush=True)
             outcomes.append(outcome)
             if outcome.status == "stopped":
                 return outcomes + [Outcome(each.name, "not run") for each in stages[number + 1 :]]

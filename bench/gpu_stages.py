@@ -7,6 +7,8 @@
     rehearsal   the same programs on the CPU, with sdxl-tiny and small shapes, and without anything
                 that compiles for minutes
 
+Stages come in order of worth, the GPU tests last, so that what is cut off is worth least.
+
 A stage is one process, so that one that runs out of memory does not take the others with it.
 Standard library only: anything else may be missing when the table is read.
 """
@@ -26,10 +28,19 @@ FULL_S, REHEARSAL_S = 900.0, 300.0
 TOTAL_S: dict[Form, float] = {"quick": 480.0, "full": inf, "rehearsal": inf}
 """Seconds for all stages of a form, including the runner's start and the kills of hung stages."""
 
-_TESTS = ("torch", "triton", "pytest", "pytest-timeout")
-_BENCH = ("torch", "triton", "tyro", "diffusers", "transformers", "safetensors")
+_DATA = ("pydantic", "platformdirs", "filelock")
+_TESTS = ("torch", "triton", "pytest", "pytest-timeout", "platformdirs")
+_BENCH = ("torch", "triton", "tyro", "diffusers", "transformers", "safetensors", *_DATA)
 _ONNX = ("onnx", "onnxscript")
-_LOADER = ("torch", "triton", "tyro", "torchvision", "nvidia-dali-cuda130")
+_LOADER = ("torch", "triton", "tyro", "torchvision", "nvidia-dali-cuda130", *_DATA)
+_IMPORTS = """
+import sys
+sys.path.insert(0, "bench")
+import bench_epoch, bench_kernels, diffusers, diffusers_peer, profile_expand, torch, transformers
+print(diffusers_peer.StableDiffusionXLImg2ImgPipeline.__name__, end=": ")
+print(*(f"{each.__name__} {each.__version__}" for each in (torch, diffusers, transformers)))
+"""
+"""Imports what the benchmarks do: `import diffusers` alone passes where its pipelines do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +62,16 @@ class Stage:
 
 def make_stages(form: Form, data: Path | None, images: Path) -> list[Stage]:
     """All stages of a form. Without `data` an image set is generated in `images`, a new folder."""
+    *first, at_512_px = _expand(form)
     return [
-        *_tests(form),
+        _imports(form),
+        *first,
         _kernels(form),
-        *_expand(form),
-        _profile(form),
         *_epoch(form),
+        at_512_px,
+        _profile(form),
         *_score(form, data, images),
+        *_tests(form),
     ]
 
 
@@ -70,6 +84,17 @@ def _limits(form: Form, least_s: float, most_s: float) -> dict[str, Any]:
 
 def _device(form: Form) -> tuple[str, ...]:
     return ("--device", "cpu" if form == "rehearsal" else "cuda", "--json", "--no-record")
+
+
+def _imports(form: Form) -> Stage:
+    """A library that is there but does not work is told in the first seconds."""
+    return Stage(
+        name="imports",
+        words=("-c", _IMPORTS),
+        **_limits(form, 15, 90),
+        needs=_BENCH,
+        prints_row=False,
+    )
 
 
 def _tests(form: Form) -> list[Stage]:
@@ -85,7 +110,11 @@ def _tests(form: Form) -> list[Stage]:
         "overlap": ("tests/test_overlap.py",),
         "decode": ("tests/test_images.py",),
         "ort": ("tests/test_export.py",),
-        "models": ("tests/test_prior.py", "tests/test_prompt_bank.py"),
+        "models": (
+            "tests/test_group_norm.py",
+            "tests/test_prior.py",
+            "tests/test_prompt_bank.py",
+        ),
     }
     needs = {
         "decode": ("torchvision", "nvidia-dali-cuda130"),
@@ -93,11 +122,11 @@ def _tests(form: Form) -> list[Stage]:
         "models": ("diffusers", "transformers"),
     }
     quick_s = {
-        "kernels": (40, 80),
-        "overlap": (10, 40),
-        "decode": (10, 40),
-        "ort": (15, 50),
-        "models": (15, 50),
+        "kernels": (15, 80),
+        "overlap": (5, 40),
+        "decode": (8, 40),
+        "ort": (8, 50),
+        "models": (5, 50),
     }
     return [
         Stage(
@@ -120,7 +149,7 @@ def _kernels(form: Form) -> Stage:
     return Stage(
         name="kernels",
         words=("bench/bench_kernels.py", *_device(form), *compiled),
-        **_limits(form, 40, 90),
+        **_limits(form, 25, 90),
         needs=_BENCH,
     )
 
@@ -128,26 +157,25 @@ def _kernels(form: Form) -> Stage:
 def _expand(form: Form) -> list[Stage]:
     """Each backend beside diffusers' pipeline, one process per size, batch and peers.
 
-    Also eager beside the pipeline with SDXL's own VAE in fp32, which only fp16 pipelines can have.
+    Also the pipeline with SDXL's VAE in fp32, which only fp16 pipelines can have. The quick form
+    has what compiles for minutes last in its process: until then a cut leaves the row so far.
     """
-    upcast = ("diffusers-upcast", "eager")
+    compiled, upcast = ("diffusers-compiled", "compile"), ("diffusers-upcast", "compile")
     cases: list[tuple[int, int, tuple[str, ...], float, float]] = {
         "rehearsal": [(32, 8, ("eager",), 0, 0), (32, 8, ("ort",), 0, 0)],
         "quick": [
-            (224, 32, upcast, 45, 110),
-            (224, 64, ("eager",), 30, 80),
-            (512, 32, ("eager",), 40, 100),
+            (224, 64, ("eager", "compile"), 90, 200),
+            (224, 64, (*upcast, "diffusers-compiled"), 60, 200),
+            (512, 32, ("eager", "compile"), 40, 130),
         ],
         "full": [
             (size, batch, names, 0, 0)
             for size, batch in ((224, 32), (224, 64), (512, 32))
-            for names in (
-                *(("eager",), ("ort",), ("inductor",)),
-                *(("diffusers-compiled", "eager"), upcast),
-            )
+            for names in (("ort",), ("inductor",), compiled, upcast, ("eager", "compile"))
         ],
     }[form]
-    needs = {"ort": (*_ONNX, _ort(form)), "inductor": ("a C++ compiler",)}
+    compiler = ("a C++ compiler",)
+    needs = {"ort": (*_ONNX, _ort(form)), "inductor": compiler, "compile": compiler}
     return [
         Stage(
             name=f"expand-{size}px-{batch}-{names[0]}",
@@ -157,7 +185,7 @@ def _expand(form: Form) -> list[Stage]:
                 *_expand_passes(form),
             ),
             **_limits(form, *quick_s),
-            needs=(*_BENCH, *needs.get(names[0], ())),
+            needs=(*_BENCH, *(need for name in names for need in needs.get(name, ()))),
         )
         for size, batch, names, *quick_s in cases
     ]
@@ -165,14 +193,15 @@ def _expand(form: Form) -> list[Stage]:
 
 def _profile(form: Form) -> Stage:
     """Where the time of an expansion goes."""
-    shape = "--size 32 --batch 8 --images 8" if form == "rehearsal" else "--size 224 --images 64"
+    small, large = "--size 32 --batch 8 --images 8", "--size 224 --batch 64 --images 64"
+    shape = small if form == "rehearsal" else f"{large} --patches-per-class 64"
     return Stage(
         name="profile-expand",
         words=(
             *("bench/profile_expand.py", *_device(form), *_model(form), *shape.split()),
-            *("--backend", "eager"),
+            *("--backend", "eager" if form == "rehearsal" else "compile"),
         ),
-        **_limits(form, 25, 70),
+        **_limits(form, 15, 70),
         needs=_BENCH,
     )
 
@@ -184,10 +213,11 @@ def _model(form: Form) -> tuple[str, ...]:
 
 
 def _expand_passes(form: Form) -> tuple[str, ...]:
-    """Images, rounds and classes; 40 patches per class, which decides how engines group samples."""
+    """Images, rounds and classes; patches per class decide how engines group samples: 64 in the
+    quick form, as in its epoch, which then finds its blocks compiled."""
     options = {
         "rehearsal": "--images 8 --rounds 1 --classes 2 --patches-per-class 8 --threads 1",
-        "quick": "--images 64 --rounds 3 --classes 2 --patches-per-class 40",
+        "quick": "--images 64 --rounds 3 --classes 2 --patches-per-class 64",
         "full": "--images 128 --rounds 5 --classes 10 --patches-per-class 40",
     }[form]
     return tuple(options.split())
@@ -198,9 +228,10 @@ def _epoch(form: Form) -> list[Stage]:
     gpu = "--size 224 --batch 64 --epochs 3 --rounds 3"
     cases = {
         "rehearsal": [("eager", "--size 32 --factors 2 --epochs 1 --rounds 1 --batch 10")],
-        "quick": [("eager", f"{gpu} --factors 8 --runs overlapped")],
+        "quick": [("compile", f"{gpu} --factors 8 --runs overlapped")],
         "full": [
             ("eager", f"{gpu} --factors 2 3 4 5 7 8"),
+            ("compile", f"{gpu} --factors 8"),
             ("inductor", f"{gpu} --factors 8"),
         ],
     }[form]
@@ -211,8 +242,8 @@ def _epoch(form: Form) -> list[Stage]:
                 *("bench/bench_epoch.py", *_device(form), *_model(form)),
                 *("--backend", backend, *shape.split()),
             ),
-            **_limits(form, 75, 130),
-            needs=(*_BENCH, "rich", *(("a C++ compiler",) if backend == "inductor" else ())),
+            **_limits(form, 45, 130),
+            needs=(*_BENCH, "rich", *(("a C++ compiler",) if backend != "eager" else ())),
         )
         for backend, shape in cases
     ]
@@ -225,7 +256,7 @@ def _score(form: Form, data: Path | None, images: Path) -> list[Stage]:
         name="score-images",
         words=("bench/score_images.py", str(images), str(count)),
         **_limits(form, 8, 30),
-        needs=("numpy", "pillow"),
+        needs=(*_LOADER, "numpy", "pillow"),
         prints_row=False,
     )
     options = ("--images", str(count), "--rounds", str(rounds))
@@ -247,7 +278,7 @@ def _score(form: Form, data: Path | None, images: Path) -> list[Stage]:
                 *("bench/bench_score.py", "--data", str(data or images), "--device", device),
                 *("--json", "--no-record", *options, *words),
             ),
-            **_limits(form, 20, 70),
+            **_limits(form, 12, 70),
             needs=(*_LOADER, *(("diffusers", "transformers") if "--teacher" in words else ())),
         )
         for name, device, words in cases

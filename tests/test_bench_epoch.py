@@ -25,9 +25,12 @@ class Noise:
 
     def __init__(self, whole: int | None = None, changes: bool = True) -> None:
         self.calls, self.whole, self.changes = 0, whole, changes
+        self.settings: set[tuple[bool, bool]] = set()
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
         self.calls += 1
+        strict = torch.are_deterministic_algorithms_enabled()
+        self.settings.add((strict, torch.backends.cudnn.deterministic))
         late = self.whole is not None and self.calls > self.whole
         samples_P = samples_P - 1 if late else samples_P
         return torch.stack([self._image(int(n), epoch) for n in samples_P])
@@ -46,7 +49,8 @@ def test_the_gate_holds_for_what_is_rendered_as_it_should_be() -> None:
     assert found["overlapped"] == 0
     assert found["other_images"] > 1e-3
     assert source.calls == 10 + 10 + 1  # 5 pools × 2 epochs each; the control renders once
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert source.settings == {(False, True)}  # the first would have blocks compiled anew
+    assert not torch.backends.cudnn.deterministic
 
 
 @pytest.mark.parametrize(("device", "pools"), [("cpu", 10), ("cuda", 4)])

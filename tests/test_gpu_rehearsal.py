@@ -11,12 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import requires
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gpu
 import pytest
 import tyro
+from packaging.requirements import Requirement
+from patchbloom.export.config import BackendName
+from peer_names import DIFFUSERS, split_name
 
 ROOT = Path(__file__).parents[1]
 GPU = ROOT / "bench" / "gpu.py"
@@ -50,7 +55,7 @@ def test_every_stage_is_rehearsed(tmp_path: Path) -> None:
     names = [stage.name for stage in gpu.make_stages("rehearsal", None, out)]
     assert [line[0] for line in table[1:-1]] == names
     assert {line[1] for line in table[1:-1]} == {"ok"}
-    for kind in ("tests", "kernels", "expand", "profile", "epoch", "score"):
+    for kind in ("imports", "tests", "kernels", "expand", "profile", "epoch", "score"):
         assert any(name.startswith(kind) for name in names)
     rows = [json.loads(line) for path in out.glob("*/*.jsonl") for line in path.open()]
     assert {row["stage"]: row["benchmark"] for row in rows} == {
@@ -61,6 +66,13 @@ def test_every_stage_is_rehearsed(tmp_path: Path) -> None:
         "epoch-eager": "epoch",
         "score-cpu": "score",
     }
+    log = (out / "expand-32px-8-eager.log").read_text()
+    told = [json.loads(line) for line in log.splitlines() if line.startswith('{"')]
+    assert [("partial" in row, *row["images_per_s"]) for row in told] == [
+        (True, "diffusers"),
+        (True, "diffusers", "eager"),
+        (False, "diffusers", "eager"),
+    ]
     (scored,) = (row for row in rows if row["stage"] == "score-cpu")
     assert scored["bottleneck"] in ("loader", "teacher")
     assert scored["speedup"].keys() == {"torchvision", "torchvision-tensor"}
@@ -69,6 +81,7 @@ def test_every_stage_is_rehearsed(tmp_path: Path) -> None:
     said = {line[0]: line[3] for line in table[1:-1]}
     assert re.fullmatch(r"diffusers [\d.]+, ort [\d.]+ images/s", said["expand-32px-8-ort"])
     assert re.fullmatch(r"40 images [\d.]+ s per epoch", said["epoch-eager"])
+    assert said["imports"].startswith("StableDiffusionXLImg2ImgPipeline: torch 2.")
     assert re.match(r"busy \d+%: \d+% ", said["profile-expand"])
     assert re.match(r"\d+ skipped", said["tests-kernels"])
 
@@ -200,7 +213,7 @@ def test_it_can_be_stopped(sent: signal.Signals, tmp_path: Path) -> None:
             "--dry",
             "--stages",
             "tests-overlap",
-            "score-images",
+            "tests-models",
             "--out",
             tmp_path,
         ],
@@ -217,8 +230,45 @@ def test_it_can_be_stopped(sent: signal.Signals, tmp_path: Path) -> None:
         told, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert re.search(r"^tests-overlap +stopped", told, re.MULTILINE)
-    assert re.search(r"^score-images +not run", told, re.MULTILINE)
-    assert not (tmp_path / "score-images.log").exists()
+    assert re.search(r"^tests-models +not run", told, re.MULTILINE)
+    assert not (tmp_path / "tests-models.log").exists()
+
+
+def test_a_stopped_stage_keeps_its_row_so_far(tmp_path: Path) -> None:
+    row = {"benchmark": "score", "device": "A Card", "images_per_s": {"dali": 12.5}}
+    program = f"import os; print({json.dumps(row)!r}, flush=True)\n"
+    program += f"os.kill(os.getppid(), {int(signal.SIGUSR1)}); {SLEEPS}"
+    stage = gpu.Stage(name="stops", words=("-c", program), limit_s=60, needs=())
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        stopped, following = gpu.run_stages([stage, sleeper("next", SLEEPS)], tmp_path)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (stopped.status, stopped.said) == ("stopped", "until then dali 12.5 images/s")
+    assert following.status == "not run"
+    (line,) = (tmp_path / "a-card" / "score.jsonl").read_text().splitlines()
+    assert json.loads(line)["images_per_s"] == {"dali": 12.5}
+
+
+def test_the_wheels_are_all_that_a_usual_machine_lacks(tmp_path: Path) -> None:
+    """Closed under what they import, at versions that were tested together."""
+    done = subprocess.run(
+        ["make", "--dry-run", "gpu-wheels"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    first, rest = (line for line in done.stdout.splitlines() if " pip download " in line)
+    assert first.endswith("'diffusers==0.36.0'")
+    names = rest.partition("--constraint constraints.txt ")[2].split()
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").open()}
+    assert set(names) <= pinned
+    wheels = {name.replace("_", "-") for name in (*names, "diffusers")}
+    for name in wheels - {"diffusers"}:
+        needs = map(Requirement, requires(name) or ())
+        for each in (need for need in needs if not need.marker or need.marker.evaluate()):
+            assert each.name.lower().replace("_", "-") in wheels | {"pytest"}, name
+    usual = {"torch", "triton", "transformers", "safetensors", "rich", "a C++ compiler"}
+    for stage in gpu.make_stages("quick", None, tmp_path):
+        if stage.name.startswith(("imports", "expand", "kernels", "epoch", "profile")):
+            assert set(stage.needs) <= usual | wheels
 
 
 def test_the_table_is_complete(tmp_path: Path) -> None:
@@ -230,6 +280,9 @@ def test_the_table_is_complete(tmp_path: Path) -> None:
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.gpu"
     }
     quick = gpu.make_stages("quick", None, tmp_path)
+    kinds = [stage.name.partition("-")[0] for stage in quick]
+    order = ["imports", "expand", "kernels", "epoch", "expand", "profile", "score", "tests"]
+    assert [kind for kind, _ in groupby(kinds)] == order
     assert files == {word for stage in quick for word in stage.words if word.startswith("tests/")}
     own_s = gpu.TRACEBACK_S + gpu.DEATH_S + gpu.REPORT_S
     assert sum(stage.least_s for stage in quick) + 2 * own_s <= gpu.TOTAL_S["quick"] == 480
@@ -250,6 +303,8 @@ def test_options_of_the_gpu_forms_are_known(tmp_path: Path, form: str) -> None:
         if stage.prints_row:
             bench = importlib.import_module(Path(program).stem)
             options = tyro.cli(bench.Options, args=words)
+            for name in getattr(options, "backends", ()):
+                assert split_name(name)[0] in (*DIFFUSERS, *get_args(BackendName))
             assert (options.device, options.json, options.record) == (
                 "cpu" if stage.name == "score-cpu" else "cuda",
                 True,
