@@ -173,7 +173,7 @@ def choose_library(
     if gpu is None and not targets:
         missing.append(
             "an NVIDIA GPU (torch finds none, or another device was requested), or a card "
-            "elsewhere to build for (`engine build --for`, `train --build-only`)"
+            "elsewhere to build for (`engine build --for CARD`, `train --build-only CARD`)"
         )
     if (fault := _LIBRARIES[name].fault()) is not None:
         missing.append(fault)
