@@ -72,14 +72,17 @@ def require(precision: Precision, device: str) -> None:
     """Raise Unavailable without a C++ compiler, without Triton on a GPU, or for fp16 on a CPU."""
     if cxx_compiler() is None:
         raise Unavailable(
-            "the inductor backend compiles C++, and there is no compiler here: install g++, or "
+            "the backends inductor and compile need a C++ compiler, got none: install g++, or "
             "name one in the environment variable CXX"
         )
     if device == "cuda" and find_spec("triton") is None:
-        raise Unavailable("the inductor backend needs Triton on a GPU: pip install triton")
+        raise Unavailable(
+            "the backends inductor and compile need Triton on a GPU: pip install triton"
+        )
     if device == "cpu" and precision == "fp16":
         raise Unavailable(
-            "the inductor backend runs fp32 or bf16 on the CPU, not fp16: use --precision bf16"
+            "the backends inductor and compile run fp32 or bf16 on the CPU, not fp16: use "
+            "--precision bf16"
         )
 
 
