@@ -137,7 +137,7 @@ def expander_cases(expander: Expander, coreset: Coreset, samples: Tensor) -> dic
     bank, classes = expander.prompt_bank, len(coreset.prompts_K)
     right = bank.of
     cases = {"same": expander.expand(samples, EPOCH)}
-    with mock.patch.object(bank, "of", lambda asked: right((asked + 1) % classes)):
+    with mock.patch.object(bank, "of", lambda asked, _=None: right((asked + 1) % classes)):
         cases["wrong_prompt"] = expander.expand(samples, EPOCH)
     with mock.patch.object(expander.backend, "denoise", _early(expander.backend.denoise)):
         return cases | {"wrong_timestep": expander.expand(samples, EPOCH)}

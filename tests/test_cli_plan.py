@@ -54,8 +54,11 @@ def test_engines_are_built_where_bundles_says(
     assert result["bundles"] == str(tmp_path / "engines")
 
 
-def test_a_run_has_its_engines_first(train: Command, tmp_path: Path) -> None:
-    """A failed build costs no teacher, and --build-only builds the very engines of a run."""
+def test_a_run_has_its_engines_first(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed build costs no teacher, --build-only builds the very engines of a run, and a resumed
+    run with other options builds none."""
     write_small_model(tmp_path)
     data, out = write_small_set(tmp_path), tmp_path / "run"
     options = ("--data", data, "--model", tmp_path / "model", *SMALL, "--no-ceiling")
@@ -63,17 +66,21 @@ def test_a_run_has_its_engines_first(train: Command, tmp_path: Path) -> None:
     built = train(*given, "--out", out, "--build-only").result["engines"]
     assert built.keys() == {"dace"}
     assert not out.exists()
-    (tmp_path / "engines" / built["dace"]["engine"] / "encoder.onnx").unlink()
+    encoder = tmp_path / "engines" / built["dace"]["engine"] / "encoder.onnx"
+    encoder.rename(tmp_path / "encoder.onnx")
     error = train(*given, "--out", out).error
     assert f"{built['dace']['engine']}/encoder.onnx is missing" in error
     assert not (out / "stages" / "teacher.json").exists()
-    shutil.rmtree(tmp_path / "engines" / built["dace"]["engine"])
+    (tmp_path / "encoder.onnx").rename(encoder)
     run = train(*given, "--out", out, "--overwrite")
     assert run.result["accuracy"].keys() == {"dace"}
-    assert run.err.count("building it") == 1
+    assert "building it" not in run.err
     assert sorted(path.name for path in (tmp_path / "engines").glob("[!.]*")) == sorted(
         engine["engine"] for engine in built.values()
     )
+    monkeypatch.setattr(pipeline, "find_or_build_engines", lambda *_: pytest.fail("built"))
+    resumed = train(*given, "--out", out, "--seed", "1", "--resume")
+    assert "--seed = 0, now asked for 1" in resumed.error
 
 
 def test_cards_to_build_for_need_tensorrt(train: Command, shapes: Path, tmp_path: Path) -> None:
@@ -93,17 +100,6 @@ def test_an_engine_for_a_card_elsewhere_is_of_the_model_that_runs_there(
     given = ("--data", shapes, "--out", tmp_path / "run", "--backend", "trt")
     with pytest.raises(pytest.fail.Exception, match="took sdxl-turbo"):
         train(*given, "--build-only", "a6000")
-
-
-def test_a_resumed_run_with_other_options_builds_nothing(
-    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_small_model(tmp_path)
-    options = ("--data", write_small_set(tmp_path), "--model", tmp_path / "model", *SMALL)
-    given = ("--out", tmp_path / "run", "--backend", "ort", "--bundles", tmp_path / "engines")
-    assert train("coreset", *options, *given).code == 0
-    monkeypatch.setattr(pipeline, "find_or_build_engines", lambda *_: pytest.fail("built"))
-    assert "--seed = 0, now asked for 1" in train(*options, *given, "--seed", "1", "--resume").error
 
 
 @pytest.mark.parametrize("factor", [3, 65, 128])

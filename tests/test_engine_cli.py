@@ -27,6 +27,7 @@ from patchbloom.engine.expand import backends
 from patchbloom.export import parity, to_ort
 from patchbloom.export.bundle_key import bundle_name
 from patchbloom.export.config import EngineSpec
+from patchbloom.export.graphs import Graph
 from patchbloom.export.models import Unavailable, find_model
 from patchbloom.train.config import RECIPES
 from patchbloom.train.prior.model import new_parts, save_parts
@@ -68,6 +69,28 @@ def engine(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., O
         return Outcome(code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def exported_once(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each graph is exported once in this file, which takes most of a build, and copied later."""
+    export = to_ort.export_graph
+
+    def export_or_copy(graph: Graph, folder: Path, spec: EngineSpec) -> None:
+        weights = sum(float(each.double().abs().sum()) for each in graph.module.parameters())
+        kept = EXPORTED.get((graph.name, spec, weights))
+        if kept is None:
+            export(graph, folder, spec)
+            kept = EXPORTED[graph.name, spec, weights] = tmp_path_factory.mktemp("exported")
+            shutil.copy(folder / f"{graph.name}.onnx", kept)
+        shutil.copy(kept / f"{graph.name}.onnx", folder)
+
+    monkeypatch.setattr(to_ort, "export_graph", export_or_copy)
+
+
+EXPORTED: dict[tuple[str, EngineSpec, float], Path] = {}
 
 
 def save_model(folder: Path) -> None:

@@ -17,7 +17,12 @@ from small_networks import new_parts
 
 
 @pytest.mark.parametrize(
-    ("precision", "name"), [("fp32", "denoiser"), ("fp32", "decoder"), ("bf16", "denoiser")]
+    ("precision", "name"),
+    [
+        ("fp32", "denoiser"),
+        ("fp32", "decoder"),
+        pytest.param("bf16", "denoiser", marks=pytest.mark.slow),
+    ],
 )
 def test_a_package_equals_torch(tmp_path: Path, precision: Precision, name: str):
     """A package holds its own weights: the module's are zeroed before it runs."""

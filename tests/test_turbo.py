@@ -10,11 +10,13 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers_peer as peer
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand import backends
 from patchbloom.engine.expand import expander as turbo_module
@@ -37,6 +39,7 @@ from patchbloom.train.prior.model import new_parts, save_parts
 from torch import Tensor
 
 TOLERANCE = 1e-4
+COMPILE = pytest.param("compile", marks=pytest.mark.slow)
 SEED, EPOCH = 11, 3
 PROMPTS = ("A photo of a disc", "A photo of a star", "A photo of a cross")
 LABELS_N = np.repeat(np.arange(3), 4)
@@ -117,7 +120,7 @@ SAMPLES = torch.tensor([7, 0, 3, 11, 4, 5, 8])
 
 @pytest.mark.parametrize("rho", [0.4, 0.8, 1.0])
 @pytest.mark.parametrize("steps", [1, 4, 5])
-@pytest.mark.parametrize("backend", ["eager", "compile", "ort"])
+@pytest.mark.parametrize("backend", ["eager", COMPILE, "ort"])
 def test_equals_diffusers(expander, diffusers_images, backend, steps, rho):
     if int(steps * rho) == 0:
         with pytest.raises(ValueError, match="rounds to 0 evaluations: rho must be at least 1"):
@@ -163,7 +166,7 @@ def test_start_from_noise_equals_text_to_image(expander, model, steps):
     assert max_error(images, reference) <= TOLERANCE
 
 
-@pytest.mark.parametrize("backend", ["eager", "compile", "ort"])
+@pytest.mark.parametrize("backend", ["eager", COMPILE, "ort"])
 def test_wrong_prompt_and_wrong_timestep_fail_the_same_gate(expander, backend):
     right = expander(mixup=False, backend=backend)
     images = right.expand(SAMPLES, EPOCH)
@@ -177,7 +180,7 @@ def test_wrong_prompt_and_wrong_timestep_fail_the_same_gate(expander, backend):
         right._timesteps_1 = timesteps
 
 
-@pytest.mark.parametrize("backend", ["eager", "compile", "ort"])
+@pytest.mark.parametrize("backend", ["eager", COMPILE, "ort"])
 def test_an_image_does_not_depend_on_order_or_neighbours(expander, backend):
     ours = expander(backend=backend)
     whole = ours.expand(range(12), EPOCH)
@@ -199,27 +202,57 @@ def test_engine_batches_agree(expander, backend, batch):
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", "ort"])
-def test_encoder_and_decoder_run_in_parts(model, patches, tmp_path, monkeypatch, backend):
-    fields = {"size_px": 32, "batch": 12, "seed": SEED, "backend": backend, "device": "cpu"}
-    config = ExpandConfig(bundles=tmp_path, **fields)  # type: ignore[arg-type]
+def test_encoder_and_decoder_run_in_parts(model, patches, monkeypatch):
+    config = ExpandConfig(size_px=32, batch=12, seed=SEED, backend="eager", device="cpu")
     coreset = {"patches_NHWC": patches, "labels_N": LABELS_N, "prompts_K": PROMPTS}
-    whole = Expander(model, dataclasses.replace(config, backend="eager"), **coreset)
+    whole = Expander(model, config, **coreset)
     monkeypatch.setattr(graphs, "VAE_ELEMENTS", 5 * 16 * 32**2)
     decoded = []
     decode = LatentDecoder.forward
     monkeypatch.setattr(
         LatentDecoder, "forward", lambda self, x: decoded.append(len(x)) or decode(self, x)
     )
-    parts = Expander(model, config, **coreset)
-    if backend == "ort":
-        assert parts.backend._sessions["decoder"].rows == 4  # type: ignore[attr-defined]
-        assert parts.backend._sessions["denoiser"].rows == 12  # type: ignore[attr-defined]
-    samples = np.arange(12)
+    parts, samples = Expander(model, config, **coreset), np.arange(12)
     assert max_error(parts.expand(samples, EPOCH), whole.expand(samples, EPOCH)) <= TOLERANCE
     assert max_error(parts.latents(), whole.latents()) <= TOLERANCE
-    if backend == "eager":
-        assert decoded == [4, 4, 4, 12]
+    assert decoded == [4, 4, 4, 12]
+
+
+def test_a_compiled_session_runs_in_parts():
+    """The last image fills up the last part; the session overwrites its result."""
+    result = torch.empty(4, 3)
+
+    def run(values_BCHW: Tensor) -> Tensor:
+        assert len(values_BCHW) == 4
+        return result.copy_(values_BCHW.flatten(1)[:, :3] * 2)
+
+    values = torch.randn(10, 3, 1, 1)
+    assert torch.equal(backends._in_parts(run, values, 4), values.flatten(1) * 2)
+
+
+def test_regions_are_compiled_once_for_a_shape(expander, monkeypatch):
+    """Traced whole by torch.compile, without Inductor's minute of C++."""
+    right, real = expander().expand(SAMPLES, EPOCH), torch.compile
+
+    def trace(forward: Any, *, options: dict, **given: Any) -> Any:
+        return real(forward, backend="aot_eager", **given)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters["stats"]
+    counted.clear()
+    first = expander(backend="compile")
+    assert max_error(first.expand(SAMPLES, EPOCH), right) <= TOLERANCE
+    shapes = counted["unique_graphs"]
+    networks = (getattr(first.backend, f"_{name}") for name in ("encoder", "denoiser", "decoder"))
+    modules = [each for network in networks for each in network.modules()]
+    regions = [each for each in modules if "forward" in vars(each)]
+    blocks = [each for each in regions if isinstance(each, BasicTransformerBlock)]
+    assert len({(each.attn1.heads, each.norm1.normalized_shape) for each in blocks}) < len(blocks)
+    assert 0 < shapes < len(regions)
+    again = expander(backend="compile", seed=SEED + 1)
+    again.expand(SAMPLES, EPOCH)
+    assert counted["unique_graphs"] == shapes
 
 
 def test_auto_prefers_a_stored_engine(expander, model, monkeypatch):

@@ -251,7 +251,7 @@ class Expander:
         """Images of a batch; a graph's next replay overwrites them."""
         state_BCHW, x_BCHW = self._start(batch, epoch)
         added_GD, kv_GP = self.prompt_bank.of(batch.plan.classes_G, batch.classes_G)
-        epoch_1 = torch.full((1,), epoch, device=self._device)
+        epoch_1 = torch.full((1,), epoch, dtype=torch.int64, device=self._device)
         work = self._evaluate if self._graph is None else self._graph
         return work(state_BCHW, x_BCHW, batch.samples_B, added_GD, kv_GP, epoch_1)
 

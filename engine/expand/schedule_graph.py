@@ -28,7 +28,7 @@ class ScheduleGraph:
         self._warm = self._refused = False
         self._inputs: list[Tensor] = []
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._result = torch.empty(0)
+        self._result = torch.empty(0, dtype=torch.float32)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if self._warm and self._graph is None and not self._refused:
