@@ -162,7 +162,7 @@ def _expand(form: Form) -> list[Stage]:
     """
     compiled, upcast = ("diffusers-compiled", "compile"), ("diffusers-upcast", "compile")
     cases: list[tuple[int, int, tuple[str, ...], float, float]] = {
-        "rehearsal": [(32, 8, ("eager",), 0, 0), (32, 8, ("ort",), 0, 0)],
+        "rehearsal": [(32, 8, ("eager",), 0, 0)],
         "quick": [
             (224, 64, ("eager", "compile"), 90, 200),
             (224, 64, (*upcast, "diffusers-compiled"), 60, 200),

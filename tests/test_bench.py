@@ -108,6 +108,7 @@ def test_bench_score_without_data(tmp_path: Path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_bench_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     write_small_model(tmp_path)

@@ -224,6 +224,7 @@ def kill_when(process: subprocess.Popen[bytes], path: Path) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_board_goes_on(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
