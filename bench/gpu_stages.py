@@ -87,7 +87,7 @@ def _device(form: Form) -> tuple[str, ...]:
 
 
 def _imports(form: Form) -> Stage:
-    """A library that is there but does not work is told in the first seconds."""
+    """A broken library ends this stage in the first seconds."""
     return Stage(
         name="imports",
         words=("-c", _IMPORTS),

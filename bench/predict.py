@@ -33,9 +33,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from measure import run_program
+from patchbloom.engine.expand.regions import REGIONS
 from patchbloom.export.config import EngineSpec, Precision
 from patchbloom.export.graphs import make_graphs
 from patchbloom.export.models import TOKENS, ModelParts, ModelSource, find_model, load_parts
@@ -153,7 +152,7 @@ def regions_of(network: nn.Module, tracer: Tracer) -> Iterator[None]:
     def leave(*_: Any) -> None:
         tracer.region = 0
 
-    blocks = [m for m in network.modules() if isinstance(m, BasicTransformerBlock | ResnetBlock2D)]
+    blocks = [module for module in network.modules() if isinstance(module, REGIONS)]
     hooks = [block.register_forward_pre_hook(enter) for block in blocks]
     hooks += [block.register_forward_hook(leave) for block in blocks]
     try:
@@ -214,7 +213,7 @@ class Batch:
 
     images: int
     denoiser: list[Kernel]
-    """Of all evals."""
+    """Kernels of all evals."""
     vae: list[Kernel]
     launches: int
 
@@ -299,7 +298,7 @@ def _trace_pipeline(parts: ModelParts, spec: EngineSpec) -> tuple[list[Operator]
 
 
 def card_roofline(card: str) -> Roofline:
-    """What large products and copies should reach on a card of CARDS."""
+    """Rates that large products and copies should reach on a card of CARDS."""
     tflops, gb_per_s = CARDS[card]
     flops = PRODUCT_SHARE * tflops * 1e12
     return Roofline(

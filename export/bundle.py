@@ -56,7 +56,7 @@ class ParityError(BundleError):
     def __init__(self, message: str, report: Mapping[str, Any]) -> None:
         super().__init__(message)
         self.report = dict(report)
-        """What was measured and, from a build, what it had reported before."""
+        """The measured figures, after those that a build had reported before."""
 
 
 class _File(BaseModel):
@@ -179,14 +179,8 @@ def stored_folder(bundles: Path, key: Mapping[str, Any]) -> Path | None:
     folder = bundles / bundle_name(key)
     if folder.exists() or not key.get("targets"):
         return folder if folder.exists() else None
-    for other in find_bundles(bundles):
-        try:
-            found = read_manifest(other)["key"]
-        except BundleError:
-            continue  # opening it reports the damage
-        if not why_not(found, key):
-            return other
-    return None
+    stored = stored_keys(bundles)
+    return next((other for other, found in stored if not why_not(found, key)), None)
 
 
 def _build(
@@ -320,6 +314,13 @@ def find_bundles(bundles: Path) -> list[Path]:
     )
 
 
+def stored_keys(bundles: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and key of each stored bundle whose manifest is intact."""
+    for folder in find_bundles(bundles):
+        with suppress(BundleError):  # opening it reports the damage
+            yield folder, read_manifest(folder)["key"]
+
+
 def named_bundle(bundles: Path, name: str) -> Path:
     """The bundle with this name or unique prefix.
 
@@ -337,14 +338,11 @@ def named_bundle(bundles: Path, name: str) -> Path:
 
 def nearest_bundle(bundles: Path, key: Mapping[str, Any]) -> str | None:
     """Name the stored bundle of this model and backend that differs least, and its differences."""
-    candidates = []
-    for folder in find_bundles(bundles):
-        try:
-            found = read_manifest(folder)["key"]
-        except BundleError:
-            continue  # opening it reports the damage
-        if all(found.get(field) == key[field] for field in ("model", "backend")):
-            candidates.append((why_not(found, key), folder.name))
+    candidates = [
+        (why_not(found, key), folder.name)
+        for folder, found in stored_keys(bundles)
+        if all(found.get(field) == key[field] for field in ("model", "backend"))
+    ]
     if not candidates:
         return None
     differences, name = min(candidates, key=lambda candidate: len(candidate[0]))

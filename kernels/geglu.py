@@ -14,9 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch, require, runs_kernel
+from .launch import FLOATS, launch, require, runs_kernel
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ROWS_PER_PROGRAM = 4
 COLUMNS_PER_PROGRAM = 512
 """SDXL's D are 2560 and 5120: no lane is idle."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from triton import knobs
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def runs_kernel(tensor: torch.Tensor) -> bool:
     """Whether the kernel (True) or the reference (False) computes on this tensor's device."""

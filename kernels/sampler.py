@@ -23,10 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch, require, runs_kernel
+from .launch import FLOATS, launch, require, runs_kernel
 from .noise import Draw, kernel_words, normal_block, normal_reference, require_words, signed
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS_PER_PROGRAM = 128
 """512 elements: a 4 x 16 x 16 latent is two programs."""
 

@@ -37,11 +37,10 @@ from typing import Any
 import torch
 import triton
 
-from .launch import launch, require, runs_kernel
+from .launch import FLOATS, launch, require, runs_kernel
 from .softlabel_dense import softlabel_dense_grad_kernel, softlabel_dense_kernel
 from .softlabel_topk import softlabel_topk_grad_kernel, softlabel_topk_kernel
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.int16, torch.int32)
 MOST_CLASSES_PER_BLOCK = 4096
 MOST_CODES_PER_BLOCK = 128

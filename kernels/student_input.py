@@ -33,9 +33,8 @@ import triton
 import triton.language as tl
 from torch.nn.functional import grid_sample
 
-from .launch import launch, require, runs_kernel
+from .launch import FLOATS, launch, require, runs_kernel
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PIXELS_PER_PROGRAM = 256
 
 

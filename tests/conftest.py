@@ -107,6 +107,14 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small_set(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def interpreted(request: pytest.FixtureRequest) -> dict[str, str | None]:
+    """What went wrong in each of the file's CASES in Triton's interpreter; None: nothing."""
+    from kernel_cases import interpreted_by
+
+    return interpreted_by(str(request.path))
+
+
 def _gpu_is_missed(config: pytest.Config) -> bool:
     return config.getoption("--require-gpu") and config.stash[_GPU_TESTS_RUN] == 0
 

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from kernel_cases import Case, interpret, interpreted_by, run_case
+from kernel_cases import Case, interpret, run_case
 from patchbloom.engine.expand.fused_layers import fuse
 from patchbloom.kernels import group_norm as group_norm_file
 from patchbloom.kernels.geglu import geglu, geglu_reference
@@ -84,7 +84,7 @@ def norms_in_slabs(device: str) -> None:
 
 @case
 def norms_of_large_means(device: str) -> None:
-    """Of 300 ± 2, sums of squares would lose the variance in fp32, and any sum in fp16."""
+    """At 300 ± 2, sums of squares would lose the variance in fp32, and any sum in fp16."""
     x = draws(2, 16, 9, 7) * 2 + 300
     for constants in (ON_CHIP, IN_SLABS):
         with patch.multiple(group_norm_file, **constants):
@@ -146,11 +146,6 @@ def fused_networks(device: str) -> None:
     ours = *ours, vae.encode(stock[1].to(device)).latent_dist.parameters
     for actual, expected in zip(ours, (*stock, encoded), strict=True):
         torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str | None]:
-    return interpreted_by(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

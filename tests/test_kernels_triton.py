@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import Case, interpret, interpreted_by, run_case
+from kernel_cases import Case, interpret, run_case
 from patchbloom.kernels.latents import start_state, start_state_reference
 from patchbloom.kernels.mosaic import mosaic, mosaic_reference
 from patchbloom.kernels.noise import (
@@ -333,11 +333,6 @@ def mosaics(device: str) -> None:
         for pixels in (patches, patches.half() / 255):
             actual = mosaic(pixels.to(device), chosen.to(device), r)
             close(actual, mosaic_reference(pixels, chosen, r), **EXACT)
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str | None]:
-    return interpreted_by(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

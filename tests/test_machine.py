@@ -1,4 +1,4 @@
-"""What this machine has, as export/machine.py finds it."""
+"""The machine's compiler and headers, as export/machine.py finds them."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import Case, interpret, interpreted_by, run_case
+from kernel_cases import Case, interpret, run_case
 from patchbloom.kernels.softlabel import (
     softlabel,
     softlabel_grad_reference,
@@ -163,11 +163,6 @@ def no_pictures(device: str) -> None:
     softlabel(student, labels, temperature=1.0).sum().backward()
     assert student.grad is not None
     assert student.grad.shape == (0, 7)
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str | None]:
-    return interpreted_by(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -256,7 +256,7 @@ def test_regions_are_compiled_once_for_a_shape(expander, monkeypatch):
 
 
 def test_auto_prefers_a_stored_engine(expander, model, monkeypatch):
-    """Where it would run eagerly, as on a GPU."""
+    """It would run eagerly without one."""
     monkeypatch.setattr(backends, "choose_backend", lambda spec: "eager")
     stored = expander(backend="ort")
     config = dataclasses.replace(stored.config, backend="auto")

@@ -38,6 +38,8 @@ class Plan:
     """Training images that --skip-corrupt has left out."""
     class_names: tuple[str, ...]
     device: str
+    targets: tuple[str, ...]
+    """Cards elsewhere that --build-only builds for (EngineSpec.targets)."""
     seed: int
     seeds: int
     """Students per method."""

@@ -95,7 +95,7 @@ def _plan(command: EngineBuild) -> tuple[BackendName, ModelSource, EngineSpec]:
     backend = command.backend
     library = None
     if backend == "trt" and not command.export_only:
-        library, targets = trt_choice(backend, command.trt_library, device, targets)
+        library, targets = trt_choice(command.trt_library, device, targets)
     elif not command.export_only:
         require_backend(backend, precision, device)
     name = command.model or ("sdxl-turbo" if device == "cuda" else "sdxl-tiny")

@@ -219,7 +219,8 @@ def _show_machine(found: dict[str, Any]) -> None:
     print(f"host: {host['cores']} cores, {_gb(host['free_memory_bytes'])} GB of memory free")
     if found["free_disk_bytes"] is not None:
         print(f"disk: {_gb(found['free_disk_bytes'])} GB free for {visible(found['bundles'])}")
-    print(f"C++ compiler, for inductor: {visible(found['cxx'] or 'none; apt-get install g++')}")
+    cxx = found["cxx"] or "none; apt-get install g++"
+    print(f"C++ compiler, for inductor and compile: {visible(cxx)}")
     print(f"C compiler and Python.h, for Triton: {visible(found['triton_needs'] or 'here')}")
     if found["sdxl_turbo_cached"] is not None:
         cached = "in the hub's cache" if found["sdxl_turbo_cached"] else "not downloaded (7 GB)"

@@ -7,8 +7,7 @@ Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,14 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...export.bundle import (
-    Bundle,
-    BundleError,
-    default_bundles_folder,
-    find_bundles,
-    read_manifest,
-    stored_folder,
-)
+from ...export.bundle import Bundle, default_bundles_folder, stored_folder, stored_keys
 from ...export.config import (
     UNBUILT,
     BackendName,
@@ -250,7 +242,7 @@ def plan_engine(
     if stored is not None:
         name, spec = stored
     elif name == "trt":
-        library, built_for = trt_choice(name, config.trt_library, device, targets)
+        library, built_for = trt_choice(config.trt_library, device, targets)
         spec = replace(spec, trt_library=library, targets=built_for)
     if config.backend == "auto":
         say(f"backend: {name} on {device}")
@@ -267,7 +259,7 @@ def _stored_engine(
 ) -> tuple[BackendName, EngineSpec] | None:
     """The first stored engine for these settings, in COMPILED's order; TensorRT's before RTX's."""
     bundles, asked = bundles_of(config), config.trt_library
-    held = {key["backend"] for key in _stored_keys(bundles) if key["model"] == model.name}
+    held = {key["backend"] for _, key in stored_keys(bundles) if key["model"] == model.name}
     for name in COMPILED if config.backend == "auto" else (config.backend,):
         libraries = (asked,) if asked != "auto" or name != "trt" else ("tensorrt", "rtx")
         for library in libraries if name in held else ():
@@ -282,12 +274,6 @@ def _stored_engine(
             if stored_folder(bundles, engine_key(name, model, own)) is not None:
                 return name, own
     return None
-
-
-def _stored_keys(bundles: Path) -> Iterator[dict[str, Any]]:
-    for folder in find_bundles(bundles):
-        with suppress(BundleError):  # opening it reports the damage
-            yield read_manifest(folder)["key"]
 
 
 @default_dtype(torch.float32)  # modules and graphs make the VAE's scale in it
@@ -337,11 +323,9 @@ def require_backend(
 
 
 def trt_choice(
-    name: BackendName, library: TrtLibrary, device: str, targets: Sequence[str] = ()
-) -> tuple[TrtLibraryName | None, tuple[str, ...]]:
-    """EngineSpec's (trt_library, targets), reported on stderr; (None, ()) for other backends."""
-    if name != "trt":
-        return None, ()
+    library: TrtLibrary, device: str, targets: Sequence[str] = ()
+) -> tuple[TrtLibraryName, tuple[str, ...]]:
+    """EngineSpec's (trt_library, targets) of backend trt, reported on stderr."""
     chosen, built_for = choose_library(library, targets, device)
     say(f"library: {trt_title(chosen)}{f', for {cards_of(built_for)}' if built_for else ''}")
     return chosen, built_for

@@ -1,4 +1,4 @@
-"""Layers of diffusers' networks for eager CUDA: fewer launches, fewer bytes, the same weights.
+"""Layers of diffusers' networks for torch on CUDA: fewer launches, fewer bytes, the same weights.
 
 GroupNorm and SiLU become one operator, and so do GEGLU's chunk, gelu and product. Divisions by 1
 and copies between NCHW and channels_last go. SDXL's own layers are replaced; others stay. No GPU
@@ -43,16 +43,21 @@ def fuse(parts: ModelParts) -> None:
 
 
 def _fuse_attention(layer: Any) -> None:
-    """SDXL's self-attention: the UNet's of rows, the VAE's of images with norm and residual."""
-    if (
+    if is_plain_attention(layer):
+        layer.set_processor(SelfAttention())
+        if layer.group_norm is not None:
+            layer.group_norm = FusedGroupNorm(layer.group_norm, silu=False)
+
+
+def is_plain_attention(layer: Any) -> bool:
+    """Whether it is SDXL's self-attention: the UNet's of rows, the VAE's of images with norm and
+    residual."""
+    return (
         not layer.is_cross_attention
         and layer.rescale_output_factor == 1
         and layer.norm_q is layer.norm_k is layer.spatial_norm is None
         and layer.residual_connection == (layer.group_norm is not None)
-    ):
-        layer.set_processor(SelfAttention())
-        if layer.group_norm is not None:
-            layer.group_norm = FusedGroupNorm(layer.group_norm, silu=False)
+    )
 
 
 def _fuse_ends(module: Any) -> None:
@@ -127,7 +132,10 @@ class FusedGEGLU(nn.Module):
 
 
 class SelfAttention:
-    """Attention processor of rows [B, P, D], or of images [B, C, H, W] with norm and residual."""
+    """Attention processor of rows [B, P, D], or of images [B, C, H, W] with norm and residual.
+
+    Q, K and V are one product where diffusers has fused their projections.
+    """
 
     def __call__(
         self,
@@ -140,10 +148,11 @@ class SelfAttention:
         rows_BPD = hidden_states
         if attn.group_norm is not None:
             rows_BPD = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)
-        heads_BhPd = (
-            project(rows_BPD).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        if attn.fused_projections:
+            projected = attn.to_qkv(rows_BPD).chunk(3, dim=2)
+        else:
+            projected = tuple(to(rows_BPD) for to in (attn.to_q, attn.to_k, attn.to_v))
+        heads_BhPd = (each.unflatten(2, (attn.heads, -1)).transpose(1, 2) for each in projected)
         mixed_BPhd = F.scaled_dot_product_attention(*heads_BhPd).transpose(1, 2)
         out_BPD = attn.to_out[0](mixed_BPhd.flatten(2))
         if attn.group_norm is None:

@@ -10,59 +10,34 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from ...export.modules import KeyValueSlot
+from ...export.modules import GroupedCrossAttention, KeyValueSlot
 from ...export.terminal import say
-from .fused_layers import FusedResnet
+from .fused_layers import FusedResnet, SelfAttention, is_plain_attention
 
+REGIONS = (BasicTransformerBlock, ResnetBlock2D, FusedResnet)
 MOST_SHAPES = 64
 """Compiled functions per kind of region; torch's own limit of 8 is below a UNet's resnets."""
 
 
-class SlicedCrossAttention:
-    """Attention processor: queries of G · n images against K and V [G, heads, L, d] of G prompts.
+@dataclass(frozen=True)
+class Sliced:
+    """A KeyValueSlot whose K and V [G, heads, L, d] were sliced before.
 
-    As modules.GroupedCrossAttention, but of K and V that were sliced before: their place in kv_GP
-    differs between layers, and each would be compiled anew.
+    Their place in kv_GP differs between layers, and each would be compiled anew.
     """
 
-    def __init__(self, slot: KeyValueSlot) -> None:
-        self.head_width = slot.head_width
+    head_width: int
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        key_GhLd, value_GhLd = encoder_hidden_states
-        grouped = (key_GhLd.shape[0], -1, attn.heads, self.head_width)
-        query_GhQd = attn.to_q(hidden_states).view(grouped).transpose(1, 2)
-        mixed_GhQd = F.scaled_dot_product_attention(query_GhQd, key_GhLd, value_GhLd)
-        return attn.to_out[0](mixed_GhQd.transpose(1, 2).reshape(hidden_states.shape))
-
-
-class PackedSelfAttention:
-    """Attention processor of rows [B, S, D], whose Q, K and V are one product."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        packed_BS3hd = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1))
-        mixed_BhSd = F.scaled_dot_product_attention(*packed_BS3hd.permute(2, 0, 3, 1, 4))
-        return attn.to_out[0](mixed_BhSd.transpose(1, 2).flatten(2))
+    def read(self, key_value: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return key_value
 
 
 @contextmanager
@@ -78,7 +53,7 @@ def compiling(*networks: nn.Module, device: str) -> Iterator[None]:
         if isinstance(module, BasicTransformerBlock):
             _pack_projections(module.attn1)
             _slice_before(module)
-        if isinstance(module, BasicTransformerBlock | ResnetBlock2D | FusedResnet):
+        if isinstance(module, REGIONS):
             _compile(module, options)
     began_s = time.perf_counter()
     say("compiling the model's blocks: a minute or two the first time")
@@ -96,18 +71,17 @@ def _compile(module: Any, options: dict[str, Any]) -> None:
 
 def _pack_projections(attn: Any) -> None:
     """One product for Q, K and V; frees their own weights."""
-    if attn.residual_connection or attn.rescale_output_factor != 1 or attn.norm_q is not None:
-        return  # not SDXL's
-    attn.fuse_projections()
-    attn.set_processor(PackedSelfAttention())
-    del attn.to_q, attn.to_k, attn.to_v
+    if is_plain_attention(attn):
+        attn.fuse_projections()
+        attn.set_processor(SelfAttention())
+        del attn.to_q, attn.to_k, attn.to_v
 
 
 def _slice_before(block: BasicTransformerBlock) -> None:
     """Slice the block's K and V from kv_GP before its compiled code."""
     cross: Any = block.attn2
     slot: KeyValueSlot = cross.processor.slot
-    cross.set_processor(SlicedCrossAttention(slot))
+    cross.set_processor(GroupedCrossAttention(cast(Any, Sliced(slot.head_width))))
 
     def sliced(_: Any, given: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return given, {**named, "encoder_hidden_states": slot.read(named["encoder_hidden_states"])}

@@ -10,7 +10,6 @@ import numpy as np
 from ...engine.builds.build import describe, prepare_engine
 from ...engine.expand.backends import bundles_of, plan_engine, say_built
 from ...export.config import UNBUILT
-from ...export.trt_library import parse_targets
 from ..methods.registry import METHODS
 from ..options import RunOptions, TrainCoreset, TrainTeacher
 from ..plan import Plan
@@ -24,20 +23,17 @@ def methods_with_engines(options: RunOptions) -> list[str]:
     return [method for method in options.methods if METHODS[method].model in kinds]
 
 
-def find_or_build_engines(
-    plan: Plan, methods: Sequence[str], targets: Sequence[str] = ()
-) -> dict[str, dict[str, Any]]:
+def find_or_build_engines(plan: Plan, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Find or build the engine of each method; {method: {"backend", "trt_library", "engine"}}.
 
-    "engine" describes it; None for a backend without. `targets`: cards elsewhere
-    (EngineSpec.targets).
+    "engine" describes it; None for a backend without.
     """
     assert plan.model is not None
     counts_K = np.full(len(plan.class_names), plan.samples_per_class)
     found = {}
     for method in methods:
         use, engine = plan.use[method], None
-        name, spec = plan_engine(plan.model, use, counts_K, targets)
+        name, spec = plan_engine(plan.model, use, counts_K, plan.targets)
         if name not in UNBUILT:
             bundle = prepare_engine(name, plan.model, spec, bundles_of(use))
             say_built(bundle)
@@ -50,8 +46,7 @@ def find_or_build_engines(
 def build_only(plan: Plan, options: RunOptions) -> dict[str, Any]:
     """`train --build-only`. Raises ValueError when the command opens no engine."""
     methods = methods_with_engines(options)
-    targets = parse_targets(options.build_only or (), "--build-only")
-    found = find_or_build_engines(plan, methods, targets) if methods else {}
+    found = find_or_build_engines(plan, methods) if methods else {}
     engines = {method: each["engine"] for method, each in found.items() if each["engine"]}
     if not engines:
         raise ValueError(

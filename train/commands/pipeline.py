@@ -77,12 +77,13 @@ class Distillation:
         Finished stages are read first: a resumed run with other options is refused before a build.
         """
         world = self.run.world
-        made = {m: f"student-{m}" if METHODS[m].model == "rendered" else "coreset" for m in methods}
-        stages = ("teacher", "coreset", *made.values())
+        rendered = {m: METHODS[m].model == "rendered" for m in methods}
+        opening = {m: f"student-{m}" if rendered[m] else "coreset" for m in methods}
+        stages = ("teacher", "coreset", *opening.values())
         done = world.once(lambda: [stage for stage in stages if self._is_done(stage)])
         if "teacher" in done:
             self.coreset_stage() if "coreset" in done else self.teacher_stage()
-        waiting = [method for method, stage in made.items() if stage not in done]
+        waiting = [method for method, stage in opening.items() if stage not in done]
         if not waiting:
             return
         found = world.once(lambda: find_or_build_engines(self.plan, waiting))
@@ -90,7 +91,7 @@ class Distillation:
         for method, each in found.items():
             chosen = {"backend": each["backend"], "trt_library": each["trt_library"]}
             use[method] = replace(use[method], **chosen)
-            if METHODS[method].model == "rendered":
+            if rendered[method]:
                 self.plan = replace(self.plan, expand=use[method])
         self.plan = replace(self.plan, use=use)
 

@@ -51,6 +51,7 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
         damaged=(),
         class_names=chosen.class_names,
         device=chosen.device,
+        targets=chosen.targets,
         seed=options.seed,
         seeds=options.seeds,
         recipe=chosen.recipe,
