@@ -1,4 +1,4 @@
-"""A batch's evaluations as one CUDA graph, and an expansion that waits for no GPU; both on a CPU.
+"""A batch's evaluations as one CUDA graph, and work that waits for no GPU; all on a CPU.
 
 The stand-in for torch.cuda.graph records every operator with the tensors that it read and wrote.
 A replay runs them on the same tensors again, as a CUDA graph does: host numbers stay as they
@@ -9,7 +9,7 @@ the host would; it proves nothing of streams, memory pools or kernels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,13 @@ from patchbloom.engine.expand import batches, prompt_bank
 from patchbloom.engine.expand import expander as expanding
 from patchbloom.engine.expand.expander import Expander
 from patchbloom.engine.expand.schedule_graph import ScheduleGraph
+from patchbloom.engine.labels.codecs import SoftTargets
 from patchbloom.export.models import find_model
+from patchbloom.train.labels import views
 from patchbloom.train.prior.model import new_parts, save_parts
+from patchbloom.train.students import student as learning
+from patchbloom.train.students.slots import Pool, PoolSlot
+from student_cases import CONFIG
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -151,26 +156,34 @@ class NoWaiting(TorchDispatchMode):
         return made
 
 
-def test_an_expansion_waits_for_no_gpu(expander: Expander, monkeypatch: pytest.MonkeyPatch):
-    meta, mode, uploads = torch.device("meta"), NoWaiting(), []
+META = torch.device("meta")
 
-    def upload(numbers: np.ndarray, device: torch.device) -> Tensor:
-        assert device == meta
+
+def uploading(mode: NoWaiting, uploads: list[tuple[int, ...]]) -> Callable[..., Tensor]:
+    """A stand-in for `upload`, which alone may copy."""
+
+    def upload(numbers: np.ndarray | Tensor, device: torch.device) -> Tensor:
+        assert device == META
         mode.uploading = True
-        placed = torch.from_numpy(numbers).to(device)
+        placed = torch.as_tensor(numbers).to(device)
         mode.uploading = False
-        uploads.append(numbers.shape)
+        uploads.append(tuple(numbers.shape))
         return placed
 
+    return upload
+
+
+def test_an_expansion_waits_for_no_gpu(expander: Expander, monkeypatch: pytest.MonkeyPatch):
+    mode, uploads = NoWaiting(), []
     for module in (batches, prompt_bank, expanding):
-        monkeypatch.setattr(module, "upload", upload)
+        monkeypatch.setattr(module, "upload", uploading(mode, uploads))
     bank = expander.prompt_bank
     for owner in (expander, bank):
         for name, value in list(vars(owner).items()):
             if isinstance(value, Tensor):
-                monkeypatch.setattr(owner, name, value.to(meta))
-        monkeypatch.setattr(owner, "_device", meta)
-    timesteps = [each.to(meta) for each in expander._timesteps_1]
+                monkeypatch.setattr(owner, name, value.to(META))
+        monkeypatch.setattr(owner, "_device", META)
+    timesteps = [each.to(META) for each in expander._timesteps_1]
     monkeypatch.setattr(expander, "_timesteps_1", timesteps)
     monkeypatch.setattr(expander, "require_numbers", lambda images: None)  # waits once a call
 
@@ -186,3 +199,31 @@ def test_an_expansion_waits_for_no_gpu(expander: Expander, monkeypatch: pytest.M
         images = expander.expand(SAMPLES, 3)
     assert (images.shape, images.is_meta) == ((len(SAMPLES), 3, 32, 32), True)
     assert uploads == [(3, 3, 4)]
+
+
+def test_a_pools_views_wait_for_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    mode, uploads = NoWaiting(), []
+    monkeypatch.setattr(views, "upload", uploading(mode, uploads))
+    images = torch.empty(6, 3, 32, 32, device=META)
+    with mode:
+        made = views.make_views(images, torch.arange(6), 2, CONFIG)
+    assert (made.shape, made.is_meta) == ((6, 3, 32, 32), True)
+    assert sorted(uploads) == [(6,), (6,), (6, 4), (6, 4)]
+
+
+def test_a_student_waits_for_no_gpu_within_a_pool(monkeypatch: pytest.MonkeyPatch):
+    """Without fused AdamW, autocast and our loss, which take no meta tensors."""
+    mode, uploads = NoWaiting(), []
+    monkeypatch.setattr(learning, "autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(learning, "softlabel", lambda scores_BK, *_, **__: scores_BK.sum(1))
+    monkeypatch.setattr(learning, "upload", uploading(mode, uploads))
+    learner = learning.Student(0, CONFIG, 3, torch.device("cpu"))
+    learner.network.to(META)
+    learner.optimizer = torch.optim.SGD(learner.network.parameters(), foreach=True)
+    learner.device, learner._epoch_loss = META, learner._epoch_loss.to(META)
+    slot = PoolSlot()
+    slot.views_PCHW = torch.empty(20, 3, 32, 32, device=META)
+    slot.targets_P = SoftTargets(torch.empty(20, 3, device=META, dtype=torch.float16))
+    with mode:
+        learner.train_pool(Pool(0, 0, False, torch.arange(20)), slot, 0.1, 40, lambda: False)
+    assert (learner.pool, uploads) == (1, [(20,)])

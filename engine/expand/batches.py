@@ -93,7 +93,7 @@ def upload_plans(
         yield DeviceBatch(plan, rows_3W[0, :batch], rows_3W[1, :batch], rows_3W[2, :prompts])
 
 
-def upload(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """The numbers on the device; the host does not wait for the copy."""
-    values = torch.from_numpy(numbers)
+def upload(numbers: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """The host's numbers on the device; the host does not wait for the copy."""
+    values = torch.as_tensor(numbers)
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

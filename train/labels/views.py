@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...engine.data.boxes import RandomResizedCrops
+from ...engine.expand.batches import upload
 from ...kernels.noise import Draw, uniform
 from ...kernels.student_input import student_input
 from ..config import StudentConfig, pool_size
@@ -96,11 +97,11 @@ def make_views(
     cutmix = None
     if config.cutmix:
         partners_P, pasted_P4 = cutmix_of(samples_P, epoch, config)
-        cutmix = partners_P.to(device), pasted_P4.to(device)
+        cutmix = upload(partners_P, device), upload(pasted_P4, device)
     return student_input(
         images_PCHW.contiguous(),
-        boxes_P4.to(device),
-        flips_P.to(device),
+        upload(boxes_P4, device),
+        upload(flips_P, device),
         config.size_px,
         normalisation.mean,
         normalisation.std,

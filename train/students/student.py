@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ...engine.expand.batches import upload
 from ...kernels.softlabel import softlabel
 from ..config import StudentConfig
 from ..networks import adamw, autocast, build_network, draws_in_training, set_learning_rate
@@ -94,7 +95,8 @@ class Student:
         self.network.train()
         set_learning_rate(self.optimizer, rate)
         before = self._order.get_state()
-        order_P = torch.randperm(len(slot.views_PCHW), generator=self._order).to(self.device)
+        order_P = torch.randperm(len(slot.views_PCHW), generator=self._order)
+        order_P = upload(order_P, self.device)
         batches = order_P.tensor_split(math.ceil(len(order_P) / self.config.batch))
         if self.draws:
             _default_generator(self.device).set_state(self._dropout)
