@@ -30,7 +30,8 @@ TARGETS = {
     "sm121": ("gb10", "dgx-spark"),
 }
 """Compute capabilities that TensorRT for RTX builds for, and cards of each."""
-_ON_THE_CARD = {"sm90": ("h100", "h200", "gh200"), "sm100": ("b200", "gb200"), "sm103": ("b300",)}
+ON_THE_CARD = {"sm90": ("h100", "h200", "gh200"), "sm100": ("b200", "gb200"), "sm103": ("b300",)}
+"""Those that only TensorRT builds for, on the card itself."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,22 @@ def parse_targets(names: Sequence[str], option: str = "--for") -> tuple[str, ...
     return tuple(sorted({_target(name, option) for name in names}, key=lambda sm: int(sm[2:])))
 
 
-def _target(name: str, option: str) -> str:
+def plain_name(name: str) -> str:
+    """A card's name as TARGETS has it, whatever its case and hyphens."""
     plain = name.lower().replace(" ", "-").removeprefix("nvidia-").removeprefix("geforce-")
-    for sm, cards in (TARGETS | _ON_THE_CARD).items():
-        if plain == sm or plain.replace("-", "") in (card.replace("-", "") for card in cards):
+    cards = (card for cards in (TARGETS | ON_THE_CARD).values() for card in cards)
+    return next((each for each in cards if each.replace("-", "") == plain.replace("-", "")), plain)
+
+
+def _target(name: str, option: str) -> str:
+    plain = plain_name(name)
+    for sm, cards in (TARGETS | ON_THE_CARD).items():
+        if plain == sm or plain in cards:
             break
     else:
         known = "; ".join(f"{sm}: {', '.join(cards)}" for sm, cards in TARGETS.items())
         raise ValueError(f"{option} {name}: expected a card or its compute capability, of {known}")
-    if sm in _ON_THE_CARD:
+    if sm in ON_THE_CARD:
         raise ValueError(
             f"{option} {name}: TensorRT for RTX does not build for {sm}; install TensorRT on the "
             "machine with that card, and build there"

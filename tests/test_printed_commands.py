@@ -95,7 +95,14 @@ def test_a_build_is_repeated_in_its_own_folder(
 def test_room_is_made_where_it_is_missing(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("patchbloom.engine.builds.needs.free_disk_bytes", lambda _: 0)
     needs = Needs(
-        unet_parameters=1, vae_parameters=1, weights_bytes=99, layer_bytes=0, memory_bytes=99
+        unet_parameters=1,
+        vae_parameters=1,
+        weights_bytes=99,
+        layer_bytes=0,
+        memory_bytes=99,
+        image_bytes=0,
+        deep_tokens=1,
+        deep_columns=1,
     )
     engine = store(bundles)
     with pytest.raises(OSError, match="are free there") as error:

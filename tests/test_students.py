@@ -15,7 +15,7 @@ from patchbloom.engine.data.images import CorruptImageError, open_image_set, to_
 from patchbloom.engine.expand.batches import images_per_prompt, plan_batches
 from patchbloom.engine.labels.codecs import SoftTargets
 from patchbloom.export.config import EngineSpec
-from patchbloom.train.batching import LARGE_ENGINE_BATCH, fitting_batch, grouping
+from patchbloom.train.batching import CPU_ENGINE_BATCH, fitting_batch, grouping
 from patchbloom.train.config import RECIPES, pool_size
 from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.labels.hard import HardLabels
@@ -115,7 +115,7 @@ def test_a_pool_is_rendered_without_waste(classes: int, each: int) -> None:
     """Only the last engine batch of a pool may be padded."""
     student = RECIPES["dace"].student_for(ipc=50, factor=2, classes=classes)
     labels_N = np.repeat(np.arange(classes), each)
-    batch = fitting_batch(len(labels_N)) if classes * each == 40 else LARGE_ENGINE_BATCH
+    batch = fitting_batch(len(labels_N)) if classes * each == 40 else CPU_ENGINE_BATCH
     group = grouping(classes, each, student)
     assert group == (None if classes * each == 40 else 8)
     pool = pools(replace(student, group=group or 1), torch.from_numpy(labels_N), 0)[0].numpy()

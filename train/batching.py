@@ -6,11 +6,11 @@ import math
 
 from .config import StudentConfig, pool_size
 
-LARGE_ENGINE_BATCH = 32  # for an epoch of many pools; the last batch of each may be padded
+CPU_ENGINE_BATCH = 32
 MOST_TOGETHER = 8  # samples of a class per group: more would skew a student's batches
 
 
-def fitting_batch(samples: int, most: int = 32) -> int:
+def fitting_batch(samples: int, most: int = CPU_ENGINE_BATCH) -> int:
     """The largest engine batch up to `most` that divides a pass over all samples.
 
     If that is less than half of `most`, and not all samples, it is `most` itself. For 10 classes of
@@ -22,16 +22,21 @@ def fitting_batch(samples: int, most: int = 32) -> int:
 
 def whole_class_batch(ipc: int, classes: int) -> int:
     """Engine batch of whole classes with `ipc` images each, or of a part of a larger class."""
-    if ipc > LARGE_ENGINE_BATCH:
+    if ipc > CPU_ENGINE_BATCH:
         return fitting_batch(ipc)
-    return ipc * fitting_batch(classes, LARGE_ENGINE_BATCH // ipc)
+    return ipc * fitting_batch(classes, CPU_ENGINE_BATCH // ipc)
 
 
-def engine_batch_for(samples: int, student: StudentConfig, refresh: float = 1.0) -> int:
-    """Default images per call of the model, for `samples` per epoch."""
+def engine_batch_for(
+    samples: int, student: StudentConfig, refresh: float = 1.0, most: int = CPU_ENGINE_BATCH
+) -> int:
+    """Default images per call of the model, up to `most`, for `samples` per epoch.
+
+    An epoch of many pools has `most`; the last call of each pool may be padded.
+    """
     if refresh < 1:
-        return fitting_batch(round(refresh * min(samples, pool_size(student))))
-    return fitting_batch(samples) if samples <= pool_size(student) else LARGE_ENGINE_BATCH
+        return fitting_batch(round(refresh * min(samples, pool_size(student))), most)
+    return fitting_batch(samples, most) if samples <= pool_size(student) else most
 
 
 def grouping(classes: int, each: int, student: StudentConfig) -> int | None:

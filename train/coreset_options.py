@@ -31,8 +31,8 @@ class RenderOptions:
     """Precision of its encoder and decoder. Default: the manifest's; `auto` with another
     --precision."""
     engine_batch: int | None = None
-    """Images per call of the model; changes images by rounding at most. Default: the choice of the
-    run that made the labels."""
+    """Images per call of the model; changes images by rounding at most. Default: as `train`
+    chooses on this machine."""
     trt_library: TrtLibrary = "auto"
     """Library of --backend trt: `tensorrt`, or `rtx`, TensorRT for RTX. `auto` is tensorrt where it
     is installed, otherwise rtx."""

@@ -95,8 +95,9 @@ class RunOptions:
     """Precision of its encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows
     in fp16."""
     engine_batch: int | None = None
-    """Images per call of the model; changes images by rounding at most. Default: 32, or, when an
-    epoch is rendered at once, the largest divisor of its images up to 32."""
+    """Images per call of the model; changes images by rounding at most. Default: on a GPU as many
+    as fill it and fit (SDXL-Turbo at 224 px: 48 on an A6000, 64 on an H100), on the CPU 32; when an
+    epoch is rendered at once, the largest divisor of its images up to that."""
     bundles: Path | None = None
     """Folder of built engines. Default: patchbloom/bundles in the user's cache."""
     recipe: RecipeName | None = None

@@ -21,11 +21,14 @@ from ...export.bundle import bundles_option
 from ...export.config import UNBUILT, BackendName, EngineSpec
 from ...export.graphs import vae_batch, vae_layer
 from ...export.machine import free_disk_bytes, free_host_bytes, gpu_memory_bytes
-from ...export.models import ModelSource, Unavailable, load_parts
-from ...export.modules import INT32_MAX
+from ...export.models import TOKENS, ModelSource, Unavailable, load_parts
+from ...export.modules import INT32_MAX, key_value_slots
 
 SMALLER = "--batch, --size, no --min-batch of engine build; --engine-batch, --image-size of train"
 LAYERS = 3  # a resnet's input, intermediate and output
+UNET_LAYERS = 5
+"""An image's share of the UNet's peak, in its largest tensors. SDXL-Turbo traced on meta tensors in
+fp16: 7.9 MB an image at 224 px and 41 at 512; five are 9 and 51."""
 GRAPHS_SHARE = 0.8
 """Least share of the weights in the graphs: the prompts' K and V are computed outside, 13 % of
 SDXL-Turbo's UNet."""
@@ -41,6 +44,12 @@ class Needs:
     layer_bytes: int
     memory_bytes: int
     """Estimated peak: GPU memory on cuda, host memory on the CPU."""
+    image_bytes: int
+    """Memory of an image in the UNet, with its own prompt's keys and values."""
+    deep_tokens: int
+    """Positions of an image at the UNet's deepest level."""
+    deep_columns: int
+    """Channels there."""
     refused_elements: int = 0
     """Elements of the largest tensor where TensorRT does not take it."""
 
@@ -72,9 +81,12 @@ def engine_needs(
     channels = parts.vae.config["block_out_channels"]
     weights_bytes = counts[0] * unet_bytes + counts[1] * vae_bytes
     layer = vae_batch(spec, channels) * vae_layer(spec, channels)
-    largest = max(
-        layer, spec.batch * _unet_layer(parts.unet.config, spec, 2 ** (len(channels) - 1))
-    )
+    config: Any = parts.unet.config
+    side = spec.size_px // 2 ** (len(channels) - 1)
+    unet_layer = _unet_layer(config, side)
+    largest = max(layer, spec.batch * unet_layer)
+    slots = key_value_slots(parts.unet, TOKENS)
+    keys = sum(2 * slot.size for slot in slots)
     too_large = backend == "trt" and spec.trt_library != "rtx" and largest > INT32_MAX
     layer_bytes = 0 if export_only else layer * vae_bytes
     copies = 1 if export_only or backend in UNBUILT else 2  # as written, and as compiled
@@ -84,14 +96,16 @@ def engine_needs(
         weights_bytes=weights_bytes,
         layer_bytes=layer_bytes,
         memory_bytes=copies * weights_bytes + LAYERS * layer_bytes,
+        image_bytes=(UNET_LAYERS * unet_layer + keys) * unet_bytes,
+        deep_tokens=(side >> len(config.block_out_channels) - 1) ** 2,
+        deep_columns=config.block_out_channels[-1],
         refused_elements=largest if too_large else 0,
     )
 
 
-def _unet_layer(config: Any, spec: EngineSpec, factor: int) -> int:
-    """Elements of an image's largest tensor in the UNet: a transformer's GEGLU, 8 · C wide, or the
-    three inputs of a level's first convolution."""
-    side = spec.size_px // factor
+def _unet_layer(config: Any, side: int) -> int:
+    """Elements of an image's largest tensor in the UNet, with latents of side² positions: a
+    transformer's GEGLU, 8 · C wide, or the three inputs of a level's first convolution."""
     levels = enumerate(zip(config["block_out_channels"], config["down_block_types"], strict=True))
     return max(
         (8 if "CrossAttn" in kind else 3) * channels * (side >> level) ** 2

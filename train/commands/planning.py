@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ...engine.builds.cards import Card, most_per_call, named_card
+from ...engine.builds.needs import engine_needs
 from ...engine.config import SMALL_PX, ExpandConfig
 from ...engine.data.images import check_same_classes, with_classes
 from ...engine.data.names import display_names, doubtful_names, doubtful_order, read_prompts
 from ...engine.expand.backends import require_backend, resolve_device
 from ...engine.expand.prompts import unseen_classes
 from ...engine.labels.file import LabelLayout
-from ...export.config import DeviceName, Precision
+from ...export.config import DeviceName, EngineSpec, Precision
 from ...export.models import ModelSource, find_model
 from ...export.trt_library import parse_targets
-from ..batching import engine_batch_for, grouping, together_in_engine
+from ..batching import CPU_ENGINE_BATCH, engine_batch_for, grouping, together_in_engine
 from ..config import (
     RECIPES,
     TORCHVISION,
@@ -35,12 +38,13 @@ from .checks import check_plan
 LARGE_LABELS_GIB = 1.0  # announced before the run, per method
 
 
-def make_plan(options: RunOptions, report: Report) -> Plan:
+def make_plan(options: RunOptions, report: Report, cards: Sequence[Card] = ()) -> Plan:
     """Open the data, find the model, choose what was not given, and report the choices.
 
-    Raises ValueError or OSError, one clear line each, for what does not fit together.
+    `cards`: the GPUs of all ranks, which share an engine batch. Raises ValueError or OSError, one
+    clear line each, for what does not fit together.
     """
-    chosen = _Choices(options, report)
+    chosen = _Choices(options, report, cards)
     expand = chosen.expand()
     plan = Plan(
         methods=options.methods,
@@ -84,8 +88,8 @@ def make_plan(options: RunOptions, report: Report) -> Plan:
 class _Choices:
     """Data and model that the options name, opened, and the settings that follow from them."""
 
-    def __init__(self, options: RunOptions, report: Report) -> None:
-        self.options = options
+    def __init__(self, options: RunOptions, report: Report, cards: Sequence[Card]) -> None:
+        self.options, self.report, self.cards = options, report, cards
         self.device: DeviceName = resolve_device(options.device)
         self.targets = parse_targets(options.build_only or (), "--build-only")
         runs_on = "cuda" if self.targets else self.device  # the model, by its engine
@@ -159,9 +163,7 @@ class _Choices:
     def expand(self) -> ExpandConfig:
         """How patches are expanded."""
         options = self.options
-        batch = options.engine_batch or engine_batch_for(
-            self.samples, self.by_recipe, options.refresh
-        )
+        batch = options.engine_batch or self._engine_batch()
         return ExpandConfig(
             size_px=self.image_size,
             steps=options.steps or DACE.steps,
@@ -180,6 +182,29 @@ class _Choices:
             images_per_prompt=together_in_engine(self.group, batch, options.refresh),
             bundles=options.bundles and options.bundles.expanduser(),
         )
+
+    def _engine_batch(self) -> int:
+        elsewhere = self.options.build_only
+        cards = [named_card(name) for name in elsewhere] if elsewhere else self.cards
+        most = {CPU_ENGINE_BATCH}
+        if self.model is not None and cards:
+            spec = EngineSpec(
+                size_px=self.image_size,
+                precision=self.precision,
+                vae_precision=self.options.vae_precision,
+                device="cuda",
+            )
+            needs = engine_needs(self.model, spec, "eager")
+            most = {most_per_call(needs, card) for card in cards}
+        if elsewhere and len(most) > 1:
+            raise ValueError(
+                f"--build-only {' '.join(elsewhere)}: engines of {sorted(most)} images per call "
+                "fill these cards: name one at a time, or give --engine-batch"
+            )
+        batch = engine_batch_for(self.samples, self.by_recipe, self.options.refresh, min(most))
+        if cards:
+            self.report.say(f"engine batch: {batch} (choose with --engine-batch)")
+        return batch
 
     def uses(self, expand: ExpandConfig) -> dict[str, ExpandConfig]:
         """How each method that runs the model uses it: on patches, or once on noise alone."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...engine.builds.cards import card_here
 from ...engine.console import print_table
 from ...engine.data.images import ImageSet, check_no_class_emptied, stream_center
 from ...export.documents import check_document, read_json
@@ -45,11 +46,12 @@ def run_stages(options: RunOptions, line: str) -> dict[str, Any]:
     ):
         if options.verify:  # in every process: each opens its own engines
             forget_hashes()
+        cards = world.all_gather(card_here()) if world.device.type == "cuda" else []
         if options.build_only is not None:
-            plan = world.in_turn(lambda: make_plan(options, report))
+            plan = world.in_turn(lambda: make_plan(options, report, cards))
             return world.once(lambda: build_only(plan, options))
         world.once(lambda: check_out(options.out, resume=resumes, overwrite=options.overwrite))
-        plan = world.in_turn(lambda: make_plan(options, report))
+        plan = world.in_turn(lambda: make_plan(options, report, cards))
         with (
             full_disk_explained(options.out, NEEDED_BYTES),
             RunFolder(options.out, report, world, overwrite=options.overwrite) as run,

@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from ...engine.builds.cards import card_here, most_per_call
+from ...engine.builds.needs import engine_needs
 from ...engine.config import ExpandConfig
 from ...engine.coreset.coreset import Coreset
 from ...engine.errors import CoresetError
@@ -29,11 +31,11 @@ from ...engine.expand.naming import (
     named_model,
 )
 from ...engine.labels.stored import SoftLabels
-from ...export.config import BackendName, DeviceName
+from ...export.config import BackendName, DeviceName, EngineSpec
 from ...export.documents import check_document, check_fields
 from ...export.hashes import forget_hashes
 from ...export.models import ModelError, ModelSource, Unavailable, find_model, weights_sha256
-from ..batching import engine_batch_for, together_in_engine
+from ..batching import CPU_ENGINE_BATCH, engine_batch_for, together_in_engine
 from ..config import StudentConfig, pool_size
 from ..coreset_options import RenderOptions
 from ..labels.targets import StoredLabels
@@ -161,15 +163,16 @@ def open_recorded_source(
     if method_of(coreset).model != "rendered":
         return open_coreset_source(coreset, Machine(device=device, world=ALONE))
     refresh = _recorded_refresh(coreset)
-    expand = _expand_config(coreset, options, backend, config, refresh)
+    precision = options.precision or named_model(coreset)["precision"]
     try:
-        require_backend(backend, expand.precision, device, options.trt_library)
+        require_backend(backend, precision, device, options.trt_library)
     except Unavailable as error:
         raise Unavailable(
-            f"the images of {coreset.folder} are made in {expand.precision}: {error}; another "
+            f"the images of {coreset.folder} are made in {precision}: {error}; another "
             "--precision makes slightly other images, `train verify` tells how much it matters"
         ) from None
     model = _recorded_model(coreset, options.model)
+    expand = _expand_config(coreset, model, options, backend, config, refresh)
     machine = Machine(device=device, world=ALONE, model=model, expand=expand)
     return open_coreset_source(coreset, machine, refresh)
 
@@ -205,27 +208,34 @@ def _recorded_model(coreset: Coreset, given: str | None) -> ModelSource:
 
 def _expand_config(
     coreset: Coreset,
+    model: ModelSource,
     options: RenderOptions,
     backend: BackendName,
     config: StudentConfig,
     refresh: float,
 ) -> ExpandConfig:
-    named = named_model(coreset)
+    named, device = named_model(coreset), resolve_device(options.device)
+    size_px = coreset.settings["image_size_px"]
     samples = len(coreset.labels_N) + len(coreset.class_ids) * coreset.doped_samples_per_class
-    batch = options.engine_batch or engine_batch_for(samples, config, refresh)
     group = None if samples <= pool_size(config) else config.group
+    precision = options.precision or named["precision"]
     recorded_vae = named["vae_precision"] if options.precision is None else "auto"
+    vae = options.vae_precision or recorded_vae
+    networks = {"size_px": size_px, "precision": precision, "vae_precision": vae}
+    most = CPU_ENGINE_BATCH
+    if device == "cuda":
+        spec = EngineSpec(**networks, device="cuda")
+        most = most_per_call(engine_needs(model, spec, "eager"), card_here())
+    batch = options.engine_batch or engine_batch_for(samples, config, refresh, most)
     return expand_config(
         named,
-        size_px=coreset.settings["image_size_px"],
+        **networks,
         seed=coreset.settings["seed"],
-        precision=options.precision or named["precision"],
-        vae_precision=options.vae_precision or recorded_vae,
         batch=batch,
         images_per_prompt=together_in_engine(group, batch, refresh),
         backend=backend,
         trt_library=options.trt_library,
         cuda_graph=options.cuda_graph,
-        device=resolve_device(options.device),
+        device=device,
         bundles=options.bundles and options.bundles.expanduser(),
     )
