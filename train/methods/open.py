@@ -24,7 +24,7 @@ from ..plan import Plan
 from ..run.world import ALONE, World
 from .pools import SharedImages
 from .registry import method_of
-from .source import ImageSource, Machine, RealImages
+from .source import Expansions, ImageSource, Machine, RealImages
 from .whole_images import StoredImages
 
 FINEST = 1000  # a share is rounded to a fraction with at most this denominator
@@ -61,7 +61,10 @@ def open_coreset_source(
     """The images of a coreset; `refresh`: share of a model's images rendered anew per epoch."""
     method, world = method_of(coreset), machine.world
     with method.open(coreset, machine) as own:
-        source = own if world.size == 1 else SharedImages(own, world.producing)
+        source = own
+        # Other images cost less than their gather: kernels on pixels that every rank has.
+        if world.size > 1 and isinstance(own, Expansions):
+            source = SharedImages(own, world.producing)
         if method.model == "rendered" and refresh < 1:
             source = Refreshed(source, refresh, coreset.settings["seed"])
         yield with_doped(source, coreset, machine.device)

@@ -236,6 +236,10 @@ class RealImages:
         return len(self.labels_N)
 
     def render(self, samples_P: Tensor, epoch: int) -> Tensor:
+        return to_unit(self.pixels(samples_P, epoch))
+
+    def pixels(self, samples_P: Tensor, epoch: int) -> Tensor:
+        """The images before `to_unit`: uint8 [P, S, S, 3] on the device."""
         batches = stream_whole(
             self.images,
             self.drawn(samples_P.numpy(), epoch),
@@ -244,7 +248,7 @@ class RealImages:
             batch=min(64, len(samples_P)),
             threads=self.threads,
         )
-        return to_unit(torch.cat([pixels_BSSC for pixels_BSSC, _ in batches]))
+        return torch.cat([pixels_BSSC for pixels_BSSC, _ in batches])
 
     def drawn(self, samples: np.ndarray, epoch: int) -> np.ndarray:
         """The image that each sample shows at `epoch`: indices of `images.paths`."""
