@@ -26,6 +26,7 @@ from patchbloom.train.labels import views
 from patchbloom.train.prior.model import new_parts, save_parts
 from patchbloom.train.students import student as learning
 from patchbloom.train.students.slots import Pool, PoolSlot
+from pictures import CONTROLS, Coreset, expander_cases
 from student_cases import CONFIG
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -118,6 +119,20 @@ def test_a_graph_makes_the_same_images(
         assert torch.equal(expander.expand(SAMPLES, epoch), images)
     (graph,) = recorded
     assert graph.replays == 3 * 3 - 1  # the first call runs as it is
+
+
+def test_wrong_prompts_and_timesteps_of_the_bench_reach_a_replay(
+    expander: Expander, recorded: list[StandInGraph], monkeypatch: pytest.MonkeyPatch
+):
+    coreset = Coreset(torch.empty(0), LABELS_N, ("disc", "star", "cross"))
+    launched = expander_cases(expander, coreset, torch.from_numpy(SAMPLES))
+    monkeypatch.setattr(expander, "_graph", ScheduleGraph(expander._evaluate, "2 evaluations"))
+    replayed = expander_cases(expander, coreset, torch.from_numpy(SAMPLES))
+    assert recorded[0].replays == 3 * 3 - 1
+    for name in ("same", *CONTROLS):
+        assert torch.equal(replayed[name], launched[name])
+        assert torch.equal(replayed[name], replayed["same"]) is (name == "same")
+    assert torch.equal(expander.expand(SAMPLES, 0), launched["same"])  # and nothing stays wrong
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(
