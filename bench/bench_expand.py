@@ -12,6 +12,9 @@ per coreset is outside the clock and listed in `outside_clock`. Mixup is off: di
 itself, so compare `eager-bf16` with `diffusers-bf16`. Every row has our speed over every timed peer
 (`speedup_over`) and the precision of each; `speedup` is over `diffusers`.
 
+`eager` replays a CUDA graph on a GPU, `eager-launched` does not. A row lists under `recorded` the
+backends whose graph exists: where recording failed, both are launched.
+
 Rows also report TFLOP/s and percent of roofline, from the arithmetic that an image needs
 (bench/roofline.py), measured over predicted images per second (bench/predict.py), and the peak
 memory that each peer adds (bench/peak_memory.py).
@@ -58,6 +61,7 @@ def arithmetic(
         precisions,
         roofline,
         device_name(device),
+        device=device,
         size_px=options.size,
         batch=options.batch,
         evals=evals,
@@ -142,7 +146,7 @@ def settings(options: Options, device: str) -> dict[str, Any]:
 
 
 def gated(peers: Peers) -> dict[str, Any]:
-    """Errors that the gate measured, and its tolerances."""
+    """Errors that the gate measured, its tolerances, and our backends."""
     return {
         "errors": peers.errors,
         "tolerance": {
@@ -151,6 +155,9 @@ def gated(peers: Peers) -> dict[str, Any]:
             "wrong_times": WRONG_TIMES,
         },
         "engines": {name: expander.describe() for name, expander in peers.expanders.items()},
+        "recorded": [
+            name for name, each in peers.expanders.items() if each._graph and each._graph._graph
+        ],
     }
 
 

@@ -1,7 +1,8 @@
 """Names of the measured backends and peers, and the precisions in them. No torch.
 
 A name is WHAT or WHAT-PRECISION: `ort`, `eager-bf16`, `diffusers`, `diffusers-compiled-bf16`.
-Without a precision it uses the device's usual one. `PEERS` are other projects' implementations.
+Without a precision it uses the device's usual one. `eager-launched` is `eager` without its CUDA
+graph. `PEERS` are other projects' implementations.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 DIFFUSERS = ("diffusers", "diffusers-compiled", "diffusers-upcast")
 """The pipeline as users call it; compiled as diffusers advises; in fp16 with a VAE in fp32."""
 LOADERS = ("torchvision", "torchvision-tensor")
+LAUNCHED = "-launched"
+"""After a backend of ours: every kernel is launched by the host, and no CUDA graph is recorded. On
+a CPU it changes nothing, so that a GPU's options can be rehearsed there."""
 PEERS = {*DIFFUSERS, *LOADERS, "eager_us", "compiled_us"}
 
 

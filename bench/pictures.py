@@ -10,7 +10,7 @@ Wrong pictures in half precision need not exceed the bound of right ones: random
 respond to prompts and timesteps. SDXL-Turbo's architecture with such weights, 64 px, bf16 on a CPU:
 52.3 dB, and 43.4 and 40.4 dB for the wrong ones, which are 2.8 and 3.9 times as far away.
 
-A backend's name may end in its precision: "ort" is fp32 on the CPU and fp16 on a GPU.
+Names are those of peer_names.py: "ort" is fp32 on the CPU and fp16 on a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from patchbloom.export.config import BackendName, DeviceName, Precision
 from patchbloom.export.models import ModelSource
 from patchbloom.kernels.noise import Draw, uniform
 from patchbloom.kernels.pixels import upsample_patches
-from peer_names import PRECISIONS, default_precision, split_name
+from peer_names import LAUNCHED, PRECISIONS, default_precision, split_name
 from torch import Tensor
 
 TOLERANCE = 1e-4
@@ -83,7 +83,8 @@ def open_expander(
     backend, precision = split_name(name)
     config = ExpandConfig(
         mixup=False,
-        backend=cast(BackendName, backend),
+        backend=cast(BackendName, backend.removesuffix(LAUNCHED)),
+        cuda_graph=not backend.endswith(LAUNCHED),
         precision=precision or default_precision(device),
         device=cast(DeviceName, device),
         **settings,

@@ -16,7 +16,9 @@ those of a batch; views are free. What a backend does with the operators:
     compile     runs between the products of a region become one kernel: an estimate of what
                 torch.compile makes, which may split or join them; Q, K and V count as three
     inductor    the same, with each network as one region
-    graph       compile's kernels, one launch per batch
+
+On a GPU ours launch one CUDA graph per batch, unless named `-launched`, and eager and compile have
+the layers of engine/expand/fused_layers.py, whose kernels stay apart from compiled ones.
 
 A model that can be wrong: it knows no caches, no occupancy, and none of the kernels that a
 GroupNorm or a convolution with a bias really takes. bench_expand.py prints measured / predicted.
@@ -34,12 +36,13 @@ from unittest import mock
 import torch
 import torch.nn.functional as F  # noqa: N812
 from measure import run_program
+from patchbloom.engine.expand.fused_layers import fuse
 from patchbloom.engine.expand.regions import REGIONS
 from patchbloom.export.config import EngineSpec, Precision
 from patchbloom.export.graphs import make_graphs
 from patchbloom.export.models import TOKENS, ModelParts, ModelSource, find_model, load_parts
 from patchbloom.export.modules import LatentEncoder
-from peer_names import split_name
+from peer_names import LAUNCHED, split_name
 from roofline import Roofline
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,8 +59,10 @@ CARDS = {
     "NVIDIA H200": (989.4, 4800),  # H200 data sheet, SXM: 1,979 with sparsity
 }
 """Dense fp16 TFLOP/s of the tensor cores, and GB/s, by torch's name of the card."""
-HOST_US = {"diffusers": 20.0, "eager": 20.0, "compile": 10.0, "inductor": 10.0, "graph": 10.0}
+HOST_US = {"diffusers": 20.0, "eager": 20.0, "compile": 10.0, "inductor": 10.0}
 """Host time of a launch: an assumption, through torch's modules and through compiled wrappers."""
+OWN_KERNELS = ("group_norm_silu", "geglu")
+"""Operators of ours, which torch.compile fuses with nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,10 @@ class Tracer(TorchDispatchMode):
             each.alias_info and not each.alias_info.is_write for each in returned
         )
         name = func._overloadpacket.__name__
-        if not (is_view or name.startswith(("empty", "new_empty")) or name == "_unsafe_view"):
+        # Convolutions keep channels_last, but not on meta tensors, where copies bring it back.
+        is_copy = name == "clone" and (kwargs or {}).get("memory_format") is torch.channels_last
+        is_free = name.startswith(("empty", "new_empty")) or name == "_unsafe_view"
+        if not (is_view or is_copy or is_free):
             count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
             self.note(name, flops, (*args, *(kwargs or {}).values()), out)
@@ -183,7 +191,7 @@ def single(operators: Sequence[Operator]) -> list[Kernel]:
 
 
 def fused(operators: Sequence[Operator]) -> list[Kernel]:
-    """One kernel per product, and per run of other operators within a region.
+    """One kernel per product or operator of ours, and per run of others within a region.
 
     A run reads what it did not write, and writes what is read after it. A GroupNorm in it adds one
     kernel: statistics first, which read its input too.
@@ -192,7 +200,7 @@ def fused(operators: Sequence[Operator]) -> list[Kernel]:
     kernels: list[Kernel] = []
     numbered = groupby(
         enumerate(operators),
-        key=lambda pair: (pair[1].region, pair[0] if pair[1].flops or not pair[1].region else -1),
+        key=lambda pair: (pair[1].region, pair[0] if _is_alone(pair[1]) else -1),
     )
     for _, group in numbered:
         run = list(group)
@@ -207,6 +215,10 @@ def fused(operators: Sequence[Operator]) -> list[Kernel]:
     return kernels
 
 
+def _is_alone(operator: Operator) -> bool:
+    return operator.flops > 0 or not operator.region or operator.name in OWN_KERNELS
+
+
 @dataclass(frozen=True)
 class Batch:
     """Kernels of one batch of images, by part."""
@@ -216,10 +228,10 @@ class Batch:
     """Kernels of all evals."""
     vae: list[Kernel]
     launches: int
+    host_us: float
+    """Host time of a launch."""
 
-    def images_per_s(
-        self, roofline: Roofline, precision: Precision, vae: Precision, *, host_us: float
-    ) -> float:
+    def images_per_s(self, roofline: Roofline, precision: Precision, vae: Precision) -> float:
         """The formula of this file's docstring."""
         parts: list[tuple[list[Kernel], Precision]] = [(self.denoiser, precision), (self.vae, vae)]
         device_s = sum(
@@ -227,49 +239,62 @@ class Batch:
             for kernels, name in parts
             for each in kernels
         )
-        return self.images / max(self.launches * host_us / 1e6, device_s)
+        return self.images / max(self.launches * self.host_us / 1e6, device_s)
+
+
+Maker = Callable[[Sequence[Operator]], list[Kernel]]
 
 
 def count_batches(
     model: ModelSource,
     *,
+    device: str,
     size_px: int,
     batch: int,
     evals: int,
     precision: Precision,
     vae: Precision,
 ) -> dict[str, Batch]:
-    """Kernels of a batch of one prompt's images, by backend; computes and reads nothing."""
+    """Kernels of a batch of one prompt's images, by backend; computes and reads nothing.
+
+    `device`: `cpu`, where no graph is recorded and no layer fused, or `cuda`.
+    """
     spec = EngineSpec(size_px=size_px, batch=batch, images_per_prompt=batch)
     architecture = replace(model, weights="random")
 
     def parts() -> ModelParts:
         return load_parts(architecture, precision=precision, vae_precision=vae, device="meta")
 
-    _, denoiser, decoder = make_graphs(parts(), spec, tokens=TOKENS)
+    def made(name: str, make: Maker, networks: Sequence[Sequence[Operator]], calls: int) -> Batch:
+        denoiser, vae = make(networks[0]) * evals, make(networks[1]) * calls
+        return Batch(batch, denoiser, vae, len(denoiser) + len(vae), HOST_US[name])
+
+    stock, calls = _trace_engine(parts(), spec)
+    torch_own = stock
+    if device == "cuda":
+        own = parts()
+        fuse(own)
+        torch_own, _ = _trace_engine(own, spec)
+    whole = [[replace(each, region=1) for each in part] for part in stock]
+    counted = {"diffusers": made("diffusers", single, _trace_pipeline(parts(), spec), 1)}
+    for name, make, networks in (
+        ("eager", single, torch_own),
+        ("compile", fused, torch_own),
+        ("inductor", fused, whole),
+    ):
+        launched = counted[name + LAUNCHED] = made(name, make, networks, calls)
+        counted[name] = replace(launched, launches=1) if device == "cuda" else launched
+    return counted
+
+
+def _trace_engine(parts: ModelParts, spec: EngineSpec) -> tuple[list[list[Operator]], int]:
+    """Operators of one eval and of one call of the decoder, and its calls per batch."""
+    _, *graphs = make_graphs(parts, spec, tokens=TOKENS)
     own = []
-    for graph in (denoiser, decoder):
+    for graph in graphs:
         inputs = [torch.empty(port.shape, dtype=port.dtype, device="meta") for port in graph.inputs]
         own.append(trace(graph.module, lambda graph=graph, inputs=inputs: graph.module(*inputs)))
-    calls = batch // decoder.inputs[0].shape[0]
-    whole = [[replace(each, region=1) for each in part] for part in own]
-
-    def made(
-        make: Callable[[Sequence[Operator]], list[Kernel]],
-        networks: Sequence[Sequence[Operator]],
-        calls: int,
-    ) -> Batch:
-        denoiser, vae = make(networks[0]) * evals, make(networks[1]) * calls
-        return Batch(batch, denoiser, vae, len(denoiser) + len(vae))
-
-    compiled = made(fused, own, calls)
-    return {
-        "diffusers": made(single, _trace_pipeline(parts(), spec), 1),
-        "eager": made(single, own, calls),
-        "compile": compiled,
-        "inductor": made(fused, whole, calls),
-        "graph": replace(compiled, launches=1),
-    }
+    return own, spec.batch // graphs[1].inputs[0].shape[0]
 
 
 def _trace_pipeline(parts: ModelParts, spec: EngineSpec) -> tuple[list[Operator], list[Operator]]:
@@ -310,26 +335,26 @@ def predict_rates(
     model: ModelSource,
     precisions: Mapping[str, tuple[Precision, Precision]],
     measured: Roofline,
-    device: str,
-    **shapes: int,
+    card: str,
+    **asked: Any,
 ) -> dict[str, float]:
     """Images per second of the peers that are known here, by name; `precisions` as in roofline.py.
 
-    By the data sheet on a card of CARDS, elsewhere by the measured roofline. `shapes` as in
-    count_batches.
+    By the data sheet on a card of CARDS, elsewhere by the measured roofline. `asked`: device and
+    shapes, as in count_batches.
     """
     limits = measured
-    if device in CARDS:
-        card = card_roofline(device)
-        limits = replace(card, flops={**measured.flops, **card.flops})
+    if card in CARDS:
+        limits = card_roofline(card)
+        limits = replace(limits, flops={**measured.flops, **limits.flops})
     counted = {
-        pair: count_batches(model, precision=pair[0], vae=pair[1], **shapes)
+        pair: count_batches(model, precision=pair[0], vae=pair[1], **asked)
         for pair in set(precisions.values())
     }
     return {
-        name: counted[pair][peer].images_per_s(limits, *pair, host_us=HOST_US[peer])
+        name: counted[pair][peer].images_per_s(limits, *pair)
         for name, pair in precisions.items()
-        if (peer := split_name(name)[0]) in HOST_US
+        if (peer := split_name(name)[0]) in counted[pair]
     }
 
 
@@ -341,6 +366,7 @@ def main(options: Options) -> None:
         for batch in options.batch:
             counted = count_batches(
                 model,
+                device="cuda",
                 size_px=size_px,
                 batch=batch,
                 evals=options.evals,
@@ -353,10 +379,7 @@ def main(options: Options) -> None:
             print(f"| launches per image | {' | '.join(launches)} |")
             for card in CARDS:
                 roofline = card_roofline(card)
-                rates = (
-                    each.images_per_s(roofline, "fp16", "fp16", host_us=HOST_US[name])
-                    for name, each in counted.items()
-                )
+                rates = (each.images_per_s(roofline, "fp16", "fp16") for each in counted.values())
                 print(f"| {card} | {' | '.join(f'{rate:.0f}' for rate in rates)} |")
 
 

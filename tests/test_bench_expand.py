@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import bench_expand
 import pytest
@@ -38,9 +40,20 @@ def test_ours_is_compared_with_every_peer() -> None:
         ("diffusers-upcast", "diffusers-upcast", None, True),
         ("torchvision-tensor", "torchvision-tensor", None, True),
         ("inductor-fp16", "inductor", "fp16", False),
+        ("compile-launched-bf16", "compile-launched", "bf16", False),
         ("ort", "ort", None, False),
     ],
 )
 def test_what_a_name_says(name: str, peer: str, precision: str | None, is_peer: bool) -> None:
     assert bench_expand.split_name(name) == (peer, precision)
     assert bench_expand.is_peer(name) is is_peer
+
+
+def test_a_row_names_the_backends_whose_graph_was_recorded() -> None:
+    def expander(graph: object) -> Any:
+        return SimpleNamespace(_graph=graph, describe=dict)
+
+    recorded, refused = (SimpleNamespace(_graph=each) for each in (object(), None))
+    made = {"eager": recorded, "compile": refused, "eager-launched": None}
+    peers = bench_expand.Peers(expanders={name: expander(graph) for name, graph in made.items()})
+    assert bench_expand.gated(peers)["recorded"] == ["eager"]

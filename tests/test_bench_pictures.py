@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pictures
 import pytest
 
@@ -52,3 +54,21 @@ def test_other_pictures_and_a_blind_gate_do_not(
 def test_the_bound_is_of_the_coarser_side() -> None:
     assert pictures.coarser("fp32", "fp16") == pictures.coarser("fp16", "fp32") == "fp16"
     assert pictures.coarser("bf16", "fp16") == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("name", "opened"),
+    [
+        ("compile", ("compile", "fp16", True)),
+        ("compile-launched", ("compile", "fp16", False)),
+        ("eager-launched-bf16", ("eager", "bf16", False)),
+    ],
+)
+def test_a_name_says_what_is_opened(
+    name: str, opened: tuple[str, str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "Expander", lambda _, config, **__: config)
+    coreset = pictures.make_coreset(classes=1, patches_per_class=1, side_px=8, seed=0)
+    model: Any = None
+    config: Any = pictures.open_expander(name, model, coreset, device="cuda", size_px=16)
+    assert (config.backend, config.precision, config.cuda_graph) == opened
