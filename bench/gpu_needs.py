@@ -37,7 +37,11 @@ def _is_dali() -> bool:
 
 
 def _is_ort_for_gpus() -> bool:
-    """Ask the module itself: onnxruntime and onnxruntime-gpu share its name."""
+    """Ask the module itself: onnxruntime and onnxruntime-gpu share its name.
+
+    Whether it can compute, the stage finds out and says: that takes the package and the driver,
+    which may hang.
+    """
     if find_spec("onnxruntime") is None:
         return False
     with suppress(ImportError):

@@ -21,7 +21,7 @@ import pytest
 import tyro
 from packaging.requirements import Requirement
 from patchbloom.export.config import BackendName
-from peer_names import DIFFUSERS, split_name
+from peer_names import DIFFUSERS, LAUNCHED, split_name
 
 ROOT = Path(__file__).parents[1]
 GPU = ROOT / "bench" / "gpu.py"
@@ -70,7 +70,8 @@ def test_every_stage_is_rehearsed(tmp_path: Path) -> None:
     assert [("partial" in row, *row["images_per_s"]) for row in told] == [
         (True, "diffusers"),
         (True, "diffusers", "eager"),
-        (False, "diffusers", "eager"),
+        (True, "diffusers", "eager", "eager-launched"),
+        (False, "diffusers", "eager", "eager-launched"),
     ]
     (scored,) = (row for row in rows if row["stage"] == "score-cpu")
     assert scored["bottleneck"] in ("loader", "teacher")
@@ -78,7 +79,8 @@ def test_every_stage_is_rehearsed(tmp_path: Path) -> None:
     random = {row["stage"] for row in rows if row.get("weights") == "random"}
     assert random >= {"expand-32px-8-eager", "profile-expand", "epoch-eager"}
     said = {line[0]: line[3] for line in table[1:-1]}
-    assert re.fullmatch(r"diffusers [\d.]+, eager [\d.]+ images/s", said["expand-32px-8-eager"])
+    rates = r"diffusers [\d.]+, eager [\d.]+, eager-launched [\d.]+ images/s"
+    assert re.fullmatch(rates, said["expand-32px-8-eager"])
     assert re.fullmatch(r"40 images [\d.]+ s per epoch", said["epoch-eager"])
     assert said["imports"].startswith("StableDiffusionXLImg2ImgPipeline: torch 2.")
     assert re.match(r"busy \d+%: \d+% ", said["profile-expand"])
@@ -282,6 +284,11 @@ def test_the_table_is_complete(tmp_path: Path) -> None:
     kinds = [stage.name.partition("-")[0] for stage in quick]
     order = ["imports", "expand", "kernels", "epoch", "expand", "profile", "score", "tests"]
     assert [kind for kind, _ in groupby(kinds)] == order
+    first = quick[1].words[quick[1].words.index("--backends") + 1 :]
+    assert {"diffusers", "diffusers-compiled"} < set(first)
+    assert {f"{name}{more}" for name in ("eager", "compile") for more in ("", LAUNCHED)} < set(
+        first
+    )
     assert files == {word for stage in quick for word in stage.words if word.startswith("tests/")}
     own_s = gpu.TRACEBACK_S + gpu.DEATH_S + gpu.REPORT_S
     assert sum(stage.least_s for stage in quick) + 2 * own_s <= gpu.TOTAL_S["quick"] == 480
@@ -303,7 +310,8 @@ def test_options_of_the_gpu_forms_are_known(tmp_path: Path, form: str) -> None:
             bench = importlib.import_module(Path(program).stem)
             options = tyro.cli(bench.Options, args=words)
             for name in getattr(options, "backends", ()):
-                assert split_name(name)[0] in (*DIFFUSERS, *get_args(BackendName))
+                peer = split_name(name)[0].removesuffix(LAUNCHED)
+                assert peer in (*DIFFUSERS, *get_args(BackendName))
             assert (options.device, options.json, options.record) == (
                 "cpu" if stage.name == "score-cpu" else "cuda",
                 True,
