@@ -59,7 +59,7 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
                 raise
             raise FileExistsError(
                 f"{folder} was free at first and is not now: another process wrote it; "
-                "use what it wrote, or choose another --out"
+                "use what it wrote, or choose another folder"
             ) from error
         sync(folder.parent)
     except BaseException:

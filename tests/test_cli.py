@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 from cli_cases import Command
 from patchbloom.train.config import PriorConfig
-from patchbloom.train.coreset_options import LoaderOptions, StudentElsewhere, TrainVerify
-from patchbloom.train.options import STAGES, RunOptions, TrainPrior, TrainReport
+from patchbloom.train.coreset_options import (
+    LoaderOptions,
+    StudentElsewhere,
+    TrainCheck,
+    TrainVerify,
+)
+from patchbloom.train.options import STAGES, RunOptions, TrainPrior, TrainPublish, TrainReport
 
 RUN_OPTIONS = [
     "data",
@@ -171,8 +176,11 @@ def test_the_options_are_frozen() -> None:
     assert names(StudentElsewhere) == ELSEWHERE_OPTIONS
     assert names(TrainVerify) == VERIFY_OPTIONS
     assert names(LoaderOptions) == LOADER_OPTIONS
+    licences = ["data_licence", "generator_licence"]
+    assert names(TrainPublish) == ["run", "to", "method", "data_name", *licences, "overwrite"]
+    assert names(TrainCheck)[-5:] == ["folder", "data", "files_only", "out", "backend"]
     stages = ["teacher", "coreset", "labels", "student", "verify", "prior", "report"]
-    assert list(STAGES) == stages
+    assert list(STAGES) == [*stages, "publish", "check"]
 
 
 @pytest.mark.parametrize("stage", ["", *STAGES, "student --coreset DIR"])

@@ -20,8 +20,8 @@ from ..engine.coreset.manifest import require_manifest
 from ..engine.data.names import require_text_file
 from ..export.terminal import say
 from .config import naming_option, require_network, teacher_file
-from .coreset_options import StudentElsewhere, TrainVerify
-from .options import STAGES, Command, RunOptions, Train, TrainPrior, TrainReport
+from .coreset_options import StudentElsewhere, TrainCheck, TrainVerify
+from .options import STAGES, Command, RunOptions, Train, TrainPrior, TrainPublish, TrainReport
 from .run.launch import Launch, read_launch
 
 
@@ -106,6 +106,14 @@ def _execute(command: Command, given: list[str]) -> dict[str, Any]:
             from .report.page import write_report
 
             return write_report(command.run)
+        case TrainPublish():
+            from .commands.publication import publish_run
+
+            return publish_run(command, line)
+        case TrainCheck():
+            from .commands.publication import check_publication
+
+            return check_publication(command, line)
         case StudentElsewhere():
             from .commands.student_from_coreset import train_elsewhere
 

@@ -1,4 +1,4 @@
-"""Options of `train student --coreset`, `train verify` and ExpandedLoader.
+"""Options of `train student --coreset`, `train verify`, `train check` and ExpandedLoader.
 
 They start from a coreset folder, whose manifest describes images, views and labels. The options
 describe the machine that makes them again and the training that uses them. Torch-free, so that
@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
+
+from tyro.conf import Positional
 
 from ..export.config import BackendName, DeviceName, Precision, TrtLibrary, VaePrecision
 from .config import RecipeName, StudentPrecision, Targets, check_at_least, check_seed
@@ -179,3 +181,27 @@ class TrainVerify(RenderOptions):
             raise ValueError("--backend: expected one or several, got none")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCheck(RenderOptions):
+    """Check the files of a publication, and train its students again to compare accuracies."""
+
+    folder: Positional[Path]
+    """The folder that `train publish` wrote, wherever it lies now."""
+    data: str | None = None
+    """An image folder with the published validation images in val/ (or test/), or `shapes`."""
+    files_only: bool = False
+    """Compare files with their hashes, and train nothing."""
+    out: Path | None = None
+    """Folder for the students; the same command then resumes. Default: a temporary one."""
+    backend: BackendName | None = None
+    """Backend that runs the model. Default: the published one on a device of its kind, otherwise
+    `auto`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is None and not self.files_only:
+            raise ValueError(
+                "train check trains students and measures them on --data: give it, or --files-only"
+            )

@@ -28,7 +28,7 @@ from .config import (
     check_at_least,
     check_seed,
 )
-from .coreset_options import StudentElsewhere, TrainVerify
+from .coreset_options import StudentElsewhere, TrainCheck, TrainVerify
 from .methods.registry import METHODS
 
 LEAST_REFRESH = 0.001
@@ -312,6 +312,26 @@ class TrainReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainPublish:
+    """Copy a finished run's coresets, teacher and numbers to a folder that others can check."""
+
+    run: Positional[Path]
+    """The folder of the finished run."""
+    to: Path
+    """The folder to write. It holds no absolute path and may be moved."""
+    method: tuple[str, ...] = ()
+    """Methods to publish. Default: every method of the run."""
+    data_name: str | None = None
+    """Name of the data set and its split, for the card. Default: that of the run's data folder."""
+    data_licence: str = "not stated"
+    """Licence of the data, for the card."""
+    generator_licence: str = "not stated"
+    """Licence of the model that expands or generates, for the card."""
+    overwrite: bool = False
+    """Replace the publication in --to."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainPrior:
     """Train a small few-step latent diffusion model in SDXL's shape, for --model."""
 
@@ -345,8 +365,18 @@ STAGES = {
     "verify": TrainVerify,
     "prior": TrainPrior,
     "report": TrainReport,
+    "publish": TrainPublish,
+    "check": TrainCheck,
 }
 """Sub-commands by name; anything else on the command line belongs to `Train`."""
 
 StageCommand = Train | TrainTeacher | TrainCoreset | TrainLabels | TrainStudent
-Command = StageCommand | StudentElsewhere | TrainVerify | TrainPrior | TrainReport
+Command = (
+    StageCommand
+    | StudentElsewhere
+    | TrainVerify
+    | TrainPrior
+    | TrainReport
+    | TrainPublish
+    | TrainCheck
+)

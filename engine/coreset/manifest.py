@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ...export.documents import check_document, parse_json, read_json
 from ...export.durable import file_sha256, json_sha256
 from ..errors import CoresetError
@@ -102,13 +104,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest was changed after it was written, or a field is not what schema.py says.
     """
     path = require_manifest(folder)
-    raw = path.read_bytes()
-    manifest = parse_json(raw, str(path), CoresetError, _AGAIN)
+    manifest = read_sealed(path, (SCHEMA, SCHEMA_DOPED), Manifest, "coreset")
+    check_class_ids([entry["id"] for entry in manifest["classes"]])
+    if sorted(expected_files(manifest)) != sorted(manifest["files"]):
+        raise CoresetError(f"{path}: files: expected one for each image of its classes: {_again()}")
+    return manifest
+
+
+def read_sealed(
+    path: Path, schemas: tuple[str, ...], kind: type[BaseModel], what: str
+) -> dict[str, Any]:
+    """The document that `seal` made and `spelled` spelled; it describes `what` ("coreset").
+
+    Raises CoresetError for another schema, a changed byte, or a field that `kind` refuses.
+    """
+    raw, again = path.read_bytes(), _again(what)
+    manifest = parse_json(raw, str(path), CoresetError, again)
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema not in (SCHEMA, SCHEMA_DOPED):
+    if schema not in schemas:
         raise CoresetError(
-            f"{path}: expected schema {SCHEMA!r}, got {schema!r}: open it with the version of "
-            "patchbloom that wrote it, or make the coreset again"
+            f"{path}: expected schema {schemas[0]!r}, got {schema!r}: open it with the version of "
+            f"patchbloom that wrote it, or make the {what} again"
         )
     try:
         intact = (
@@ -117,17 +133,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             and manifest["provenance_sha256"] == json_sha256(manifest["provenance"])
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CoresetError(f"{path} was changed after it was written ({error}): {_AGAIN}") from None
+        raise CoresetError(f"{path} was changed after it was written ({error}): {again}") from None
     if not intact:
-        raise CoresetError(f"{path} was changed after it was written: {_AGAIN}")
-    check_document(manifest, str(path), CoresetError, _AGAIN, Manifest)
-    check_class_ids([entry["id"] for entry in manifest["classes"]])
-    if sorted(expected_files(manifest)) != sorted(manifest["files"]):
-        raise CoresetError(f"{path}: files: expected one for each image of its classes: {_AGAIN}")
+        raise CoresetError(f"{path} was changed after it was written: {again}")
+    check_document(manifest, str(path), CoresetError, again, kind)
     return manifest
 
 
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+def check_files(folder: Path, manifest: dict[str, Any], what: str = "coreset") -> None:
     """Compare every file with its size and SHA-256; CoresetError names the first that differs.
 
     Files that the manifest does not list are refused too: `patches/` is a plain ImageFolder, and a
@@ -136,22 +149,22 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            remedy, encoding = _AGAIN, sys.getfilesystemencoding()
+            remedy, encoding = _again(what), sys.getfilesystemencoding()
             if encoding != "utf-8" and not name.isascii():
                 remedy = f"its name may have no spelling in {encoding}: set LC_ALL=C.UTF-8"
-            raise CoresetError(f"{path} is missing from the coreset: {remedy}")
+            raise CoresetError(f"{path} is missing from the {what}: {remedy}")
         found = file_entry(path)
         if found["bytes"] != entry["bytes"]:
             raise CoresetError(
-                f"{path}: expected {entry['bytes']} bytes, found {found['bytes']}: {_AGAIN}"
+                f"{path}: expected {entry['bytes']} bytes, found {found['bytes']}: {_again(what)}"
             )
         if found["sha256"] != entry["sha256"]:
             raise CoresetError(
                 f"{path} was changed: expected sha256 {entry['sha256'][:16]}…, "
-                f"found {found['sha256'][:16]}…: {_AGAIN}"
+                f"found {found['sha256'][:16]}…: {_again(what)}"
             )
     for path in _strays(folder, {*manifest["files"], MANIFEST, *LEFTOVERS}):
-        raise CoresetError(f"{path} is not part of this coreset: move it elsewhere")
+        raise CoresetError(f"{path} is not part of this {what}: move it elsewhere")
 
 
 def require_replaceable(
@@ -161,6 +174,7 @@ def require_replaceable(
     mark: str,
     schemas: str,
     leftovers: frozenset[str] = frozenset(),
+    option: str = "--out",
 ) -> None:
     """Refuse to write over anything but `what`, and over that without `overwrite`.
 
@@ -168,26 +182,27 @@ def require_replaceable(
     `leftovers` may lie beside them.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise CoresetError(f"{folder} exists and is not a folder: choose another --out")
+        raise CoresetError(f"{folder} exists and is not a folder: choose another {option}")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
         raise CoresetError(
-            f"{folder} is not empty: choose another --out, or --overwrite to replace {what}"
+            f"{folder} is not empty: choose another {option}, or --overwrite to replace {what}"
         )
     try:
-        written = read_json(folder / mark, CoresetError, _AGAIN)
+        written = read_json(folder / mark, CoresetError, _again())
         files = set(written["files"]) if written["schema"].startswith(schemas) else set()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         files = set()
     if not files:
         raise CoresetError(
-            f"{folder} is not {what}, and --overwrite replaces nothing else: choose another --out"
+            f"{folder} is not {what}, and --overwrite replaces nothing else: choose another "
+            f"{option}"
         )
     for path in _strays(folder, {*files, mark, *leftovers}):
         raise CoresetError(
             f"{path} is not part of {what}, and --overwrite replaces nothing else: "
-            "move it elsewhere, or choose another --out"
+            f"move it elsewhere, or choose another {option}"
         )
 
 
@@ -199,4 +214,5 @@ def _strays(folder: Path, files: set[str]) -> Iterator[Path]:
             yield path
 
 
-_AGAIN = "restore the file, or make the coreset again with --overwrite"
+def _again(what: str = "coreset") -> str:
+    return f"restore the file, or make the {what} again with --overwrite"

@@ -17,7 +17,7 @@ class _Class(BaseModel):
     doped: Count = 0
 
 
-class _File(BaseModel):
+class File(BaseModel):
     bytes: Count
     sha256: Sha256
 
@@ -102,7 +102,7 @@ _Labels = Annotated[_OnlineLabels | _DenseLabels | _CodedLabels, Field(discrimin
 
 class Manifest(BaseModel):
     classes: list[_Class] = Field(min_length=1)
-    files: dict[str, _File]
+    files: dict[str, File]
     settings: _Settings
     model: _Model | None
     teacher: _Teacher | None

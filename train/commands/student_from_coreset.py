@@ -27,7 +27,13 @@ from ...export.durable import full_disk_explained
 from ..batching import grouping
 from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds, usual_precision
 from ..coreset_options import StudentElsewhere
-from ..data.folder import check_content, data_folder, images_sha256, open_split
+from ..data.folder import (
+    check_content,
+    data_folder,
+    images_sha256,
+    open_split,
+    validation_sha256,
+)
 from ..labels.hard import HardLabels
 from ..report.summary import mean_and_std, provenance, rounded
 from ..run.folder import RunFolder, StageResult, check_out
@@ -44,16 +50,23 @@ SAME = ("epochs", "batch", "learning_rate", "final_lr_fraction", "weight_decay",
 NEEDED_BYTES = 64 * 2**20  # for the run's small files; writing weights checks its own need
 
 
-def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
+def train_elsewhere(
+    options: StudentElsewhere,
+    line: str,
+    config: StudentConfig | None = None,
+    val_sha256: str | None = None,
+) -> dict[str, Any]:
     """Train the requested students; returns the printed result, plain JSON.
 
-    Raises ValueError or OSError, one clear line, for a manifest that lacks information, labels of
-    other views, a model with other weights, or a machine that lacks what was requested.
+    A `config` takes the place of what the options say about training; `val_sha256` is the expected
+    folder.validation_sha256 of --data. Raises ValueError or OSError, one clear line, for a manifest
+    that lacks information, labels of other views, other validation images, a model with other
+    weights, or a machine that lacks what was requested.
     """
     with Report(options.out) as report:
         _check_folders(options)
         coreset = open_coreset(options.coreset.expanduser())
-        config = _student_config(coreset, options, report)
+        config = config or _student_config(coreset, options, report)
         seed = coreset.settings["seed"] if options.seed is None else options.seed
         seeds = student_seeds(seed, options.seeds)
         if options.data is None:
@@ -78,6 +91,12 @@ def train_elsewhere(options: StudentElsewhere, line: str) -> dict[str, Any]:
             report.open_log()
             if val is not None:
                 check_content(run.folder, (val,), report, begun=run.begun)
+                if val_sha256 not in (None, found := validation_sha256(run.folder)):
+                    raise ValueError(
+                        f"--data {options.data}: expected the published validation images, sha256 "
+                        f"{val_sha256[:16]}…, got {len(val)} others, {str(found)[:16]}…: give the "
+                        "data that the card names"
+                    )
             students = run.stage(
                 STAGE,
                 settings,

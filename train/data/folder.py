@@ -109,6 +109,20 @@ def check_content(folder: Path, sets: Sequence[ImageSet], report: Report, *, beg
         write_tensors(record, {key: torch.from_numpy(each) for key, each in tensors.items()}, {})
 
 
+def validation_sha256(folder: Path) -> str | None:
+    """One hash of the content and classes of the validation images in the record of `folder`.
+
+    Names of files play no part. None without a record. Raises RunError for a damaged one.
+    """
+    names, _, hashes_M = _read_record(folder / RECORD)
+    rows = sorted(
+        (name.rsplit(b"/", 1)[0], bytes(sha256))
+        for name, sha256 in zip(names, hashes_M, strict=True)
+        if name.startswith(b"val/")
+    )
+    return hashlib.sha256(b"".join(map(b"\0".join, rows))).hexdigest() if rows else None
+
+
 def _stat(path: str) -> os.stat_result:
     """Status of the file, or of the link itself if it leads nowhere."""
     try:

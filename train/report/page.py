@@ -1,4 +1,4 @@
-"""RUN/report.html, one self-contained page: page.html filled from a run's summary and pictures."""
+"""RUN/report.html, one self-contained page, and the card of a publication, from templates."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from pydantic import AfterValidator, BaseModel, Field
 
 from ...export.documents import Count, Finite, read_json
-from ...export.durable import replace_file
+from ...export.durable import replace_file, write_durably
 from ..run.folder import refuse_links
 
 SUMMARY, REPORT, PICTURES = "summary.json", "report.html", "pictures"
@@ -92,30 +92,52 @@ def write_report(run: Path) -> dict[str, Any]:
         )
     remedy = "finish the run again with --resume"
     summary = read_json(path, ReportError, remedy, Summary)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters["plain"] = _plain
     teacher = {key: value for key, value in summary["teacher"].items() if key != "losses"}
     page = (
-        environment.get_template("page.html")
+        _template("page.html")
         .render(
             {**summary, "teacher": teacher},
             methods=_method_rows(summary),
             figures=_figures(run / PICTURES),
-            sizes=[
-                (method, *(_amount(sizes.get(kind)) for kind in SIZES))
-                for method, sizes in summary["bytes"].items()
-            ],
+            sizes=_size_rows(summary),
             stage_seconds=[(stage, f"{taken:.1f}") for stage, taken in summary["seconds"].items()],
         )
         .encode(errors="backslashreplace")  # names of folders need not be UTF-8
     )
     replace_file(run / REPORT, page)
     return {"report": str(run / REPORT), "bytes": len(page)}
+
+
+def write_card(folder: Path, content: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """Write README.md of a publication; `summary` is the run's, of the published methods alone."""
+    card = _template("card.jinja").render(
+        content,
+        summary=summary,
+        accuracies=accuracy_rows(summary),
+        sizes=_size_rows(summary),
+        pictures=sorted(path.name for path in (folder / PICTURES).iterdir()),
+    )
+    write_durably(folder / "README.md", card.encode(errors="backslashreplace"))
+
+
+def _template(name: str) -> Template:
+    """HTML is escaped; in Markdown the filter `cell` keeps a value to its cell of a table."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["plain"] = _plain
+    environment.filters["cell"] = lambda value: " ".join(_plain(value).split()).replace("|", "\\|")
+    return environment.get_template(name)
+
+
+def _size_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (method, *(_amount(sizes.get(kind)) for kind in SIZES))
+        for method, sizes in summary["bytes"].items()
+    ]
 
 
 def accuracy_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -32,12 +32,12 @@ SHOWN_EPOCHS = 3
 MOST_PATCHES = 10  # per class in the coreset's sheet
 
 
-def draw_coreset(run: Path, coreset: Coreset) -> None:
-    """Write coreset.png: a row of patches for each of the first classes."""
+def draw_coreset(run: Path, coreset: Coreset, name: str = "coreset") -> None:
+    """Write NAME.png: a row of patches for each of the first classes."""
     patches, labels = coreset.patches().numpy(), coreset.labels_N.numpy()
     names = enumerate(coreset.class_names[:MOST_CLASSES])
-    rows = [(name, patches[labels == k][:MOST_PATCHES]) for k, name in names]
-    _write(run, "coreset", contact_sheet(rows).save)
+    rows = [(each, patches[labels == k][:MOST_PATCHES]) for k, each in names]
+    _write(run, name, contact_sheet(rows).save)
 
 
 def draw_images(run: Path, method: str, source: ImageSource, coreset: Coreset | None) -> None:
