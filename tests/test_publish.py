@@ -131,6 +131,9 @@ def test_a_file_or_a_coreset_that_was_not_published_is_named(train: Command, mov
     reseal(moved, lambda m: m["methods"]["rded"].update(m["methods"]["random"]))
     error = train("check", moved, "--files-only").error
     assert "manifest.json: expected coreset-rded with content sha256" in error
+    path = moved / "manifest.json"
+    path.write_text(path.read_text().replace('"seeds": 2', '"seeds": 3'))  # valid JSON
+    assert f"{path} was changed after it was written" in train("check", moved, "--files-only").error
 
 
 def test_other_images_are_refused(
@@ -153,7 +156,7 @@ def test_an_accuracy_that_does_not_agree_is_refused(
     options = ("check", moved, "--data", shapes)
     reseal(moved, lambda m: m["methods"]["random"]["students_sha256"].reverse())
     assert "random does not agree" in (error := train(*options).error)
-    assert error.endswith(" % published: expected the same weights here")
+    assert " % published: expected equal bits, as the CPU, its threads and all versions" in error
     reseal(moved, lambda m: m["machine"].update(torch="1.0"))
     outcome = train(*options)
     assert outcome.result["random"]["agrees"] is True

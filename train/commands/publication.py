@@ -327,7 +327,9 @@ def _compare(told: dict[str, Any], run: Path, exact: bool) -> dict[str, Any]:
     equal = _students_sha256(run, stage) == told["students_sha256"] and now == then
     agrees, reason = within_two_errors(now, then)
     if equal or exact:
-        agrees, reason = equal, "equal bit for bit" if equal else "expected the same weights here"
+        agrees, reason = equal, "equal bit for bit"
+    if not agrees and exact:
+        reason = "expected equal bits, as the CPU, its threads and all versions are those published"
     said = f"{_plus_minus(now)} % now, {_plus_minus(then)} % published: {reason}"
     return {"published": then, "now": now, "bit_for_bit": equal, "agrees": agrees, "told": said}
 
