@@ -68,6 +68,7 @@ class Summary(BaseModel):
     seconds: dict[str, Finite]
     images_per_s: dict[str, Finite | None]
     evals_per_image: dict[str, Any]
+    compute: dict[str, dict[str, Finite]] = {}
     bytes: dict[str, dict[str, Count | None]]
     content_sha256: dict[str, str]
     skipped_images: dict[str, Count]
@@ -106,6 +107,10 @@ def write_report(run: Path) -> dict[str, Any]:
             {**summary, "teacher": teacher},
             methods=_method_rows(summary),
             figures=_figures(run / PICTURES),
+            costs=[
+                (method, *(f"{each:,.6g}" for each in cost.values()))
+                for method, cost in summary.get("compute", {}).items()  # older runs have none
+            ],
             sizes=[
                 (method, *(_amount(sizes.get(kind)) for kind in SIZES))
                 for method, sizes in summary["bytes"].items()

@@ -17,6 +17,7 @@ from ...export.configurations import seen_classes
 from ..methods.registry import METHODS
 from ..plan import Plan
 from ..run.launch import read_launch
+from .compute import method_compute
 
 SCHEMA = "patchbloom.summary/1"
 REAL = "real"  # the ceiling's students: fresh real images, no distillation
@@ -77,6 +78,7 @@ def make_summary(
             m: (rate := students[m]["images_per_s"]) and round(rate, 1) for m in methods
         },
         "evals_per_image": {m: coresets[m]["evals"] for m in methods},
+        "compute": {m: rounded(method_compute(plan, m, coresets[m])) for m in methods},
         "bytes": {m: coresets[m]["bytes"] for m in methods},
         "content_sha256": {m: coresets[m]["content_sha256"] for m in methods},
         "skipped_images": dict(skipped),
