@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from patchbloom.engine.coreset import coreset
 from patchbloom.train.commands.planning import make_plan
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.options import Train
+from patchbloom.train.report import summary
 from patchbloom.train.report.compute import method_compute
 from patchbloom.train.run.progress import Report
 from PIL import Image
@@ -75,6 +77,13 @@ def test_the_diffusion_models_arithmetic_is_counted_for_every_image(
     compute = method_compute(make_plan(asked, Report()), "dace", made)
     assert compute["generator_tflop"] == pytest.approx(7 * 40 * 0.5 * 1.561e-3, rel=1e-3)
     assert compute["student_samples"] == compute["teacher_queries"] == 7 * 40
+
+
+@pytest.mark.parametrize(("images", "told"), [((9469, 3925), True), ((9469, 500), False)])
+def test_a_split_that_is_not_imagenets_is_named(images: tuple[int, int], told: bool) -> None:
+    train, val = map(range, images)
+    notes = summary._notes(SimpleNamespace(train=train, val=val, dope=0, model=None), {})
+    assert any("fast.ai's of Imagenette, which is not ImageNet's" in note for note in notes) == told
 
 
 def test_a_coreset_tells_where_each_patch_was_cut(

@@ -33,6 +33,10 @@ _VERSIONS = (
 )
 
 
+FASTAI_SPLITS = {(9469, 3925): "Imagenette", (9025, 3929): "ImageWoof"}
+"""fast.ai's subsets of ImageNet, by their numbers of training and validation images."""
+
+
 def mean_and_std(accuracies: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (None for a single student), rounded to 0.01."""
     std = round(statistics.stdev(accuracies), 2) if len(accuracies) > 1 else None
@@ -166,6 +170,12 @@ def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "One recipe and one number of student steps for all methods; accuracies are of the last "
         "epoch, never of the best."
     ]
+    subset = FASTAI_SPLITS.get((len(plan.train), len(plan.val)))
+    if subset is not None:
+        notes.append(
+            f"The split is fast.ai's of {subset}, which is not ImageNet's: most of its validation "
+            "images are ImageNet's training images, and a network trained on ImageNet knows them."
+        )
     for method, made in coresets.items():
         noted = METHODS[method].noted
         if noted is not None:
