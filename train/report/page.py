@@ -127,18 +127,20 @@ def accuracy_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Method, mean ± std, share of the ceiling; the ceiling and the teacher come last."""
     shares = summary["share_of_ceiling"]
     rows = [
-        (method, _plus_minus(value), f"{shares[method]:.0f} %" if method in shares else "-")
+        (method, plus_minus(value), f"{shares[method]:.0f} %" if method in shares else "-")
         for method, value in summary["accuracy"].items()
     ]
     if summary["ceiling"] is not None:
-        rows.append(("fresh real images (ceiling)", _plus_minus(summary["ceiling"]), "100 %"))
+        rows.append(("fresh real images (ceiling)", plus_minus(summary["ceiling"]), "100 %"))
     if summary["teacher"].get("accuracy") is not None:
         rows.append(("teacher", f"{summary['teacher']['accuracy']:.1f}", "-"))
     return rows
 
 
-def _plus_minus(value: Sequence[float | None]) -> str:
-    """`40.6 ± 1.9`, or the mean alone for a single student."""
+def plus_minus(value: Sequence[float | None] | None) -> str:
+    """`40.6 ± 1.9`, or the mean alone for a single student; a dash without a mean."""
+    if value is None or value[0] is None:
+        return "–"
     mean, std = value
     return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
