@@ -12,7 +12,7 @@ import pytest
 from cli_cases import Command
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.coreset_options import LoaderOptions, StudentElsewhere, TrainVerify
-from patchbloom.train.options import STAGES, RunOptions, TrainPrior, TrainReport
+from patchbloom.train.options import STAGES, RunOptions, TrainPrior, TrainReport, TrainReproduce
 
 RUN_OPTIONS = [
     "data",
@@ -113,6 +113,7 @@ VERIFY_OPTIONS = [
     "backend",
     "seed",
 ]
+REPRODUCE_OPTIONS = ["plan", "data", "out", "only", "coresets", "list", "yes", "words"]
 LOADER_OPTIONS = [
     *RENDER_OPTIONS,
     "batch",
@@ -171,7 +172,8 @@ def test_the_options_are_frozen() -> None:
     assert names(StudentElsewhere) == ELSEWHERE_OPTIONS
     assert names(TrainVerify) == VERIFY_OPTIONS
     assert names(LoaderOptions) == LOADER_OPTIONS
-    stages = ["teacher", "coreset", "labels", "student", "verify", "prior", "report"]
+    assert names(TrainReproduce) == REPRODUCE_OPTIONS
+    stages = ["teacher", "coreset", "labels", "student", "verify", "prior", "reproduce", "report"]
     assert list(STAGES) == stages
 
 

@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from ..engine.config import TEMPLATE, DscoConfig, Start, parse_mixup_weight
 from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, MOST_COMPONENTS, Codec, CodecName, TopK
@@ -30,9 +30,15 @@ from .config import (
 )
 from .coreset_options import StudentElsewhere, TrainVerify
 from .methods.registry import METHODS
+from .papers import PLANS
 
 LEAST_REFRESH = 0.001
 METHOD_HELP = f"One or several of {', '.join(METHODS)}; they share teacher, recipe and steps."
+PLAN_HELP = f"The table: one of {', '.join(PLANS)}."
+NOT_FOR_CELLS = {
+    *("--data", "--out", "--method", "--ipc", "--seed", "--resume", "--overwrite", "--build-only"),
+}
+"""Options of `train` that `train reproduce` sets for each cell itself, or that train nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +318,37 @@ class TrainReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainReproduce:
+    """Run a paper's table beside its published numbers; options of `train` follow after `--`."""
+
+    plan: Annotated[Positional[str], arg(help=PLAN_HELP, metavar="PLAN")]
+    data: str | None = None
+    """The image folder that the plan describes (--list shows it)."""
+    out: Path | None = None
+    """The folder to write: a run folder per cell, table.md and results.json. The same command
+    resumes a stopped one."""
+    only: tuple[str, ...] = ()
+    """Cells to run, by name or by its beginning up to a dash (rded-ipc1). Default: all."""
+    coresets: int = 1
+    """Coresets per row, selected with the seeds 0, 1, …; more than one gives a ± over coresets."""
+    list: bool = False
+    """Print the plan and its cells, and run none."""
+    yes: bool = False
+    """Start without asking."""
+    words: Suppress[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.plan not in PLANS:
+            raise ValueError(f"plan {self.plan}: expected one of {', '.join(PLANS)}")
+        if (self.data is None or self.out is None) and not self.list:
+            raise ValueError("expected --data and --out, or --list")
+        check_at_least(self, 1, "coresets", option=True)
+        for word in self.words:
+            if word.split("=")[0] in NOT_FOR_CELLS:
+                raise ValueError(f"{word} after `--`: not an option of cells: leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainPrior:
     """Train a small few-step latent diffusion model in SDXL's shape, for --model."""
 
@@ -344,9 +381,10 @@ STAGES = {
     "student": TrainStudent,
     "verify": TrainVerify,
     "prior": TrainPrior,
+    "reproduce": TrainReproduce,
     "report": TrainReport,
 }
 """Sub-commands by name; anything else on the command line belongs to `Train`."""
 
 StageCommand = Train | TrainTeacher | TrainCoreset | TrainLabels | TrainStudent
-Command = StageCommand | StudentElsewhere | TrainVerify | TrainPrior | TrainReport
+Command = StageCommand | StudentElsewhere | TrainVerify | TrainPrior | TrainReproduce | TrainReport
