@@ -12,7 +12,14 @@ import pytest
 from cli_cases import Command
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.coreset_options import LoaderOptions, StudentElsewhere, TrainVerify
-from patchbloom.train.options import STAGES, RunOptions, TrainPrior, TrainReport, TrainReproduce
+from patchbloom.train.options import (
+    STAGES,
+    RunOptions,
+    TrainCompare,
+    TrainPrior,
+    TrainReport,
+    TrainReproduce,
+)
 
 RUN_OPTIONS = [
     "data",
@@ -169,11 +176,22 @@ def test_the_options_are_frozen() -> None:
     assert names(TrainPrior) == PRIOR_OPTIONS
     assert names(PriorConfig) == PRIOR_CONFIG
     assert names(TrainReport) == ["run"]
+    assert names(TrainCompare) == ["runs", "out", "reference", "json"]
     assert names(StudentElsewhere) == ELSEWHERE_OPTIONS
     assert names(TrainVerify) == VERIFY_OPTIONS
     assert names(LoaderOptions) == LOADER_OPTIONS
     assert names(TrainReproduce) == REPRODUCE_OPTIONS
-    stages = ["teacher", "coreset", "labels", "student", "verify", "prior", "reproduce", "report"]
+    stages = [
+        "teacher",
+        "coreset",
+        "labels",
+        "student",
+        "verify",
+        "prior",
+        "reproduce",
+        "report",
+        "compare",
+    ]
     assert list(STAGES) == stages
 
 

@@ -27,6 +27,7 @@ from .options import (
     Command,
     RunOptions,
     Train,
+    TrainCompare,
     TrainPrior,
     TrainReport,
     TrainReproduce,
@@ -132,6 +133,10 @@ def _execute(command: Command, given: list[str]) -> dict[str, Any]:
             from .report.page import write_report
 
             return write_report(command.run)
+        case TrainCompare():
+            from .report.comparison import compare_runs
+
+            return compare_runs(command)
         case StudentElsewhere():
             from .commands.student_from_coreset import train_elsewhere
 

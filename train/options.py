@@ -349,6 +349,27 @@ class TrainReproduce:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainCompare:
+    """Compare finished runs: settings that differ, accuracies, paired differences."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of finished runs, also of `train student --coreset` with --data."""
+    out: Path | None = None
+    """The HTML page to write, with a chart. Default: none."""
+    reference: str | None = None
+    """Take differences to this method of the first run that has it; `real` is the ceiling. Default:
+    the first method of the first run."""
+    json: bool = False
+    """Print only the last line, the JSON object."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("RUNS: expected one or several folders, got none")
+        if self.out is not None and self.out.suffix.lower() != ".html":
+            raise ValueError(f"--out: expected a name that ends in .html, got {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainPrior:
     """Train a small few-step latent diffusion model in SDXL's shape, for --model."""
 
@@ -383,8 +404,17 @@ STAGES = {
     "prior": TrainPrior,
     "reproduce": TrainReproduce,
     "report": TrainReport,
+    "compare": TrainCompare,
 }
 """Sub-commands by name; anything else on the command line belongs to `Train`."""
 
 StageCommand = Train | TrainTeacher | TrainCoreset | TrainLabels | TrainStudent
-Command = StageCommand | StudentElsewhere | TrainVerify | TrainPrior | TrainReproduce | TrainReport
+Command = (
+    StageCommand
+    | StudentElsewhere
+    | TrainVerify
+    | TrainPrior
+    | TrainReproduce
+    | TrainReport
+    | TrainCompare
+)

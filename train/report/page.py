@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from ...export.documents import Count, Finite, read_json
 from ...export.durable import replace_file
-from ..run.folder import refuse_links
 
 SUMMARY, REPORT, PICTURES = "summary.json", "report.html", "pictures"
 CAPTIONS = {
@@ -85,6 +84,8 @@ def write_report(run: Path) -> dict[str, Any]:
     Every value of the summary is escaped. Raises FileNotFoundError if the run has no summary,
     RunError if it holds a link.
     """
+    from ..run.folder import refuse_links  # torch
+
     refuse_links(run)
     path = run / SUMMARY
     if not path.is_file():
@@ -93,34 +94,37 @@ def write_report(run: Path) -> dict[str, Any]:
         )
     remedy = "finish the run again with --resume"
     summary = read_json(path, ReportError, remedy, Summary)
+    teacher = {key: value for key, value in summary["teacher"].items() if key != "losses"}
+    page = render_page(
+        "page.html",
+        **{**summary, "teacher": teacher},
+        methods=_method_rows(summary),
+        figures=_figures(run / PICTURES),
+        costs=[
+            (method, *(f"{each:,.6g}" for each in cost.values()))
+            for method, cost in summary.get("compute", {}).items()  # older runs have none
+        ],
+        sizes=[
+            (method, *(_amount(sizes.get(kind)) for kind in SIZES))
+            for method, sizes in summary["bytes"].items()
+        ],
+        stage_seconds=[(stage, f"{taken:.1f}") for stage, taken in summary["seconds"].items()],
+    )
+    replace_file(run / REPORT, page)
+    return {"report": str(run / REPORT), "bytes": len(page)}
+
+
+def render_page(template: str, **values: Any) -> bytes:
+    """A page of this folder, in UTF-8, with every value escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["plain"] = _plain
-    teacher = {key: value for key, value in summary["teacher"].items() if key != "losses"}
-    page = (
-        environment.get_template("page.html")
-        .render(
-            {**summary, "teacher": teacher},
-            methods=_method_rows(summary),
-            figures=_figures(run / PICTURES),
-            costs=[
-                (method, *(f"{each:,.6g}" for each in cost.values()))
-                for method, cost in summary.get("compute", {}).items()  # older runs have none
-            ],
-            sizes=[
-                (method, *(_amount(sizes.get(kind)) for kind in SIZES))
-                for method, sizes in summary["bytes"].items()
-            ],
-            stage_seconds=[(stage, f"{taken:.1f}") for stage, taken in summary["seconds"].items()],
-        )
-        .encode(errors="backslashreplace")  # names of folders need not be UTF-8
-    )
-    replace_file(run / REPORT, page)
-    return {"report": str(run / REPORT), "bytes": len(page)}
+    environment.filters["plain"] = plain
+    page = environment.get_template(template).render(values)
+    return page.encode(errors="backslashreplace")  # names of folders need not be UTF-8
 
 
 def accuracy_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -172,9 +176,10 @@ def _figures(folder: Path) -> list[tuple[str, str, str]]:
     ]
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A value of JSON as text; a dash for null."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_plain(entry)}" for key, entry in value.items())
+        return ", ".join(f"{key}: {plain(entry)}" for key, entry in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(plain, value))
     return "-" if value is None else str(value)
