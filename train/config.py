@@ -19,7 +19,7 @@ from ..engine.config import RECIPE_PX
 Device = Literal["auto", "cpu", "cuda"]
 RecipeName = Literal["rded", "dace", "rd3", "small"]
 Scoring = Literal["pad", "resize", "native"]
-Choice = Literal["lowest-loss", "facility-location", "k-center"]
+Choice = Literal["lowest-loss", "facility-location", "k-center", "margin"]
 StudentPrecision = Literal["fp32", "bf16", "fp16"]
 PriorPrecision = Literal["fp32", "bf16"]
 ViewPrecision = Literal["fp32", "fp16"]

@@ -113,8 +113,9 @@ class RunOptions:
     """How the teacher sees a patch that it scores: `pad` to the image size, as in RDED; `resize` to
     it; or `native`, unchanged, for a network that takes any size. Default: the recipe's."""
     select: Choice = "lowest-loss"
-    """How dace, rded and upsample choose patches: by lowest loss, as in RDED, or without
-    near-duplicates among more candidates."""
+    """How dace, rded and upsample choose patches: by lowest loss, as in RDED, or among more
+    candidates without near-duplicates; `margin` takes half of them where the teacher is least
+    sure."""
     candidates: int = 4
     """Candidates per chosen patch, unless --select is lowest-loss."""
     epochs: int | None = None
