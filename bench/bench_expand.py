@@ -30,12 +30,13 @@ from expand_peers import Options, Peers, open_peers
 from measure import Rate, device_name, environment, measure_rates, publish, ratios, run_program
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand.backends import resolve_device
+from patchbloom.engine.expand.image_work import count_image_work
 from patchbloom.engine.expand.schedule import make_schedule
 from patchbloom.export.models import ModelSource, find_model
 from peer_names import default_precision, is_peer, split_name
 from pictures import RELATIVE_L2, TOLERANCE, WRONG_TIMES, make_coreset
 from predict import predict_rates
-from roofline import count_image_work, measure_roofline, peer_precisions
+from roofline import floor_s, measure_roofline, peer_precisions, work_row
 
 OUTSIDE_CLOCK = (
     "loading the model",
@@ -55,7 +56,7 @@ def arithmetic(
     usual = default_precision(device)
     precisions = {name: peer_precisions(name, model, usual) for name in rates}
     roofline = measure_roofline(device, (each for pair in precisions.values() for each in pair))
-    floors_s = {name: work.floor_s(roofline, *pair) for name, pair in precisions.items()}
+    floors_s = {name: floor_s(work, roofline, *pair) for name, pair in precisions.items()}
     predicted = predict_rates(
         model,
         precisions,
@@ -70,7 +71,7 @@ def arithmetic(
         "precision": {name: precision for name, (precision, _) in precisions.items()},
         "vae_precision": {name: precision for name, (_, precision) in precisions.items()},
         "evals": evals,
-        "work": work.row(),
+        "work": work_row(work),
         "roofline": roofline.row(),
         "tflops": {name: round(rate.p50 * work.flops / 1e12, 4) for name, rate in rates.items()},
         "percent_of_roofline": {

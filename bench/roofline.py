@@ -2,34 +2,23 @@
 
 Reached: the speed of a large product of random matrices in each precision in use (on a CPU that of
 a large convolution if it is faster), and of a large copy, read and written, all in the measuring
-process. Needed: the floating-point operations of the model's own networks at the benchmark's
-shapes, counted (FlopCounterMode) on meta tensors. This is arithmetic only, with a multiply-add as
-two operations: an engine at 100 % would spend no time on anything else.
-
-The count is the minimum cost of an image, whoever makes it: the denoiser, once per eval, and the
-decoder, with the keys and values of the prompt given. Additional work of a peer is not counted.
+process. Needed: engine/expand/image_work.py at the benchmark's shapes. This is arithmetic only: an
+engine at 100 % would spend no time on anything else. Additional work of a peer is not counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from measure import time_us
-from patchbloom.export.config import EngineSpec, Precision
-from patchbloom.export.graphs import Graph, make_graphs
-from patchbloom.export.models import (
-    DTYPES,
-    TOKENS,
-    ModelSource,
-    load_parts,
-    resolve_vae_precision,
-)
+from patchbloom.engine.expand.image_work import ImageWork
+from patchbloom.export.config import Precision
+from patchbloom.export.models import DTYPES, ModelSource, resolve_vae_precision
 from peer_names import split_name
 from torch.nn.functional import conv2d
-from torch.utils.flop_counter import FlopCounterMode
 
 SIDES = {"cpu": 1024, "cuda": 8192}
 """Side of the square matrices: fills the device, at most 0.1 s per product on two cores."""
@@ -55,33 +44,22 @@ class Roofline:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageWork:
-    """Floating-point operations of one image."""
+def floor_s(
+    work: ImageWork, roofline: Roofline, precision: Precision, vae_precision: Precision
+) -> float:
+    """Seconds that the arithmetic of an image takes at the roofline."""
+    denoiser_s = work.evals * work.denoiser / roofline.flops[precision]
+    return denoiser_s + work.decoder / roofline.flops[vae_precision]
 
-    denoiser: float
-    """Operations per eval."""
-    decoder: float
-    evals: int
 
-    @property
-    def flops(self) -> float:
-        """Operations of all evals and the decoder."""
-        return self.evals * self.denoiser + self.decoder
-
-    def floor_s(self, roofline: Roofline, precision: Precision, vae_precision: Precision) -> float:
-        """Seconds that the arithmetic of an image takes at the roofline."""
-        denoiser_s = self.evals * self.denoiser / roofline.flops[precision]
-        return denoiser_s + self.decoder / roofline.flops[vae_precision]
-
-    def row(self) -> dict[str, Any]:
-        """Columns of a result row, in GFLOP."""
-        return {
-            "denoiser_gflop": round(self.denoiser / 1e9, 3),
-            "decoder_gflop": round(self.decoder / 1e9, 3),
-            "evals": self.evals,
-            "image_gflop": round(self.flops / 1e9, 3),
-        }
+def work_row(work: ImageWork) -> dict[str, Any]:
+    """Columns of a result row, in GFLOP."""
+    return {
+        "denoiser_gflop": round(work.denoiser / 1e9, 3),
+        "decoder_gflop": round(work.decoder / 1e9, 3),
+        "evals": work.evals,
+        "image_gflop": round(work.flops / 1e9, 3),
+    }
 
 
 def measure_roofline(device: str, precisions: Iterable[Precision]) -> Roofline:
@@ -129,26 +107,6 @@ def copy_bytes_per_s(device: str) -> float:
     source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / (time_us(lambda: target.copy_(source), device)["p50"] / 1e6)
-
-
-def count_image_work(model: ModelSource, *, size_px: int, batch: int, evals: int) -> ImageWork:
-    """Operations per image of `size_px` in a batch; computes nothing and reads no weights."""
-    spec = EngineSpec(size_px=size_px, batch=batch)
-    architecture = replace(model, weights="random")
-    parts = load_parts(architecture, precision=spec.precision, device="meta")
-    _, denoiser, decoder = make_graphs(parts, spec, tokens=TOKENS)
-    return ImageWork(
-        denoiser=_flops(denoiser) / batch,
-        decoder=_flops(decoder) / decoder.inputs[0].shape[0],
-        evals=evals,
-    )
-
-
-def _flops(graph: Graph) -> int:
-    inputs = [torch.empty(port.shape, dtype=port.dtype, device="meta") for port in graph.inputs]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        graph.module(*inputs)
-    return counter.get_total_flops()
 
 
 def peer_precisions(name: str, model: ModelSource, usual: Precision) -> tuple[Precision, Precision]:

@@ -28,10 +28,12 @@ from measure import environment, publish
 from patchbloom.engine.console import print_table
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.export.durable import replace_file, replace_json
+from patchbloom.train.report.page import plus_minus
+from patchbloom.train.run.progress import duration
 from scoreboard_board import Board
 from scoreboard_cells import CELLS, Cell, Size
 from scoreboard_options import Options
-from scoreboard_page import duration, plus_minus, render, write_plots
+from scoreboard_page import render, write_plots
 from scoreboard_rows import ROWS, Row, check_alike, read_row, read_rows
 from thousand_classes import write_thousand
 

@@ -27,8 +27,9 @@ class Options:
     out: Path
     """Folder of the board; an existing board is resumed."""
     methods: tuple[str, ...] = ("random", "rded", "upsample", "dace")
-    """Methods of `train`, by name; an entry may have its own options, as "t2i --steps 4".
-    `random` also measures the ceiling: the same students on fresh real images."""
+    """Methods of `train`, by name; an entry may have its own options, as "t2i --steps 4", or
+    "rded --recipe rd3" for a second recipe with the same teacher and factor. `random` also measures
+    the ceiling: the same students on fresh real images."""
     ipc: tuple[int, ...] = (1, 10)
     """Images per class; parts other than methods use the first."""
     seeds: int = 3

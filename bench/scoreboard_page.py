@@ -21,6 +21,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from patchbloom.export.durable import replace_file
+from patchbloom.train.report.page import plus_minus
+from patchbloom.train.run.progress import duration
 from scoreboard_cells import Line
 
 Row = Mapping[str, Any]
@@ -74,21 +76,6 @@ def gap(one: Accuracy, other: Accuracy) -> float | None:
     if one[1] is None or other[1] is None or not (one[1] or other[1]):
         return None
     return (one[0] - other[0]) / math.sqrt((one[1] ** 2 + other[1] ** 2) / 2)
-
-
-def plus_minus(accuracy: Accuracy | None) -> str:
-    """`40.6 ± 1.9`, or the mean alone for one student."""
-    if accuracy is None or accuracy[0] is None:
-        return "–"
-    mean, std = accuracy
-    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
-
-
-def duration(seconds: float) -> str:
-    """`74 s`, `12 min`, `3.4 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def write_plots(lines: Sequence[Line], rows: Mapping[str, Row], folder: Path) -> None:

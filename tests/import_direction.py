@@ -22,7 +22,7 @@ LAYERS = {
         *("labels", "coreset", "expand", "dsco", "builds", "formats", "cli", "start"),
     ),
     "train": (
-        *("config", "coreset_options", "run", "data", "networks", "teacher", "batching"),
+        *("config", "papers", "coreset_options", "run", "data", "networks", "teacher", "batching"),
         *("plan", "methods", "options", "labels", "students", "report", "prior"),
         *("commands", "loader", "cli", "start"),
     ),

@@ -6,9 +6,10 @@ import bench_expand
 import predict
 import pytest
 import torch
+from patchbloom.engine.expand.image_work import count_image_work
 from patchbloom.export.models import find_model
 from predict import Batch, Kernel, Operator
-from roofline import Roofline, count_image_work
+from roofline import Roofline
 from torch import nn
 
 LIMITS = Roofline(flops={"fp16": 100.0, "fp32": 10.0}, copy_bytes_per_s=50.0)

@@ -9,6 +9,7 @@ import roofline
 import torch
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand.expander import Expander
+from patchbloom.engine.expand.image_work import ImageWork, count_image_work
 from patchbloom.export.models import find_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,16 +28,16 @@ def test_counted_work_is_what_an_expansion_computes() -> None:
     )
     with FlopCounterMode(display=False) as counter:
         expander.expand(torch.arange(batch), 0)
-    work = roofline.count_image_work(model, size_px=64, batch=batch, evals=2)
+    work = count_image_work(model, size_px=64, batch=batch, evals=2)
     assert expander.schedule.evals == work.evals == 2
     assert counter.get_total_flops() == pytest.approx(batch * work.flops, rel=1e-3)
 
 
 def test_the_floor_is_by_precision() -> None:
-    work = roofline.ImageWork(denoiser=3e9, decoder=4e9, evals=4)
+    work = ImageWork(denoiser=3e9, decoder=4e9, evals=4)
     reached = roofline.Roofline(flops={"fp16": 12e9, "fp32": 2e9}, copy_bytes_per_s=1e9)
-    assert work.floor_s(reached, "fp16", "fp32") == 1.0 + 2.0
-    assert work.row()["image_gflop"] == 16
+    assert roofline.floor_s(work, reached, "fp16", "fp32") == 1.0 + 2.0
+    assert roofline.work_row(work)["image_gflop"] == 16
     model = find_model("sdxl-tiny")
     assert roofline.peer_precisions("ort-bf16", model, "fp32") == ("bf16", "bf16")
     assert roofline.peer_precisions("diffusers-compiled", model, "fp32") == ("fp32", "fp32")

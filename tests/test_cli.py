@@ -17,7 +17,15 @@ from patchbloom.train.coreset_options import (
     TrainCheck,
     TrainVerify,
 )
-from patchbloom.train.options import STAGES, RunOptions, TrainPrior, TrainPublish, TrainReport
+from patchbloom.train.options import (
+    STAGES,
+    RunOptions,
+    TrainCompare,
+    TrainPrior,
+    TrainPublish,
+    TrainReport,
+    TrainReproduce,
+)
 
 RUN_OPTIONS = [
     "data",
@@ -118,6 +126,7 @@ VERIFY_OPTIONS = [
     "backend",
     "seed",
 ]
+REPRODUCE_OPTIONS = ["plan", "data", "out", "only", "coresets", "list", "yes", "words"]
 LOADER_OPTIONS = [
     *RENDER_OPTIONS,
     "batch",
@@ -173,14 +182,28 @@ def test_the_options_are_frozen() -> None:
     assert names(TrainPrior) == PRIOR_OPTIONS
     assert names(PriorConfig) == PRIOR_CONFIG
     assert names(TrainReport) == ["run"]
+    assert names(TrainCompare) == ["runs", "out", "reference", "json"]
     assert names(StudentElsewhere) == ELSEWHERE_OPTIONS
     assert names(TrainVerify) == VERIFY_OPTIONS
     assert names(LoaderOptions) == LOADER_OPTIONS
     licences = ["data_licence", "generator_licence"]
     assert names(TrainPublish) == ["run", "to", "method", "data_name", *licences, "overwrite"]
     assert names(TrainCheck)[-5:] == ["folder", "data", "files_only", "out", "backend"]
-    stages = ["teacher", "coreset", "labels", "student", "verify", "prior", "report"]
-    assert list(STAGES) == [*stages, "publish", "check"]
+    assert names(TrainReproduce) == REPRODUCE_OPTIONS
+    stages = [
+        "teacher",
+        "coreset",
+        "labels",
+        "student",
+        "verify",
+        "prior",
+        "reproduce",
+        "report",
+        "compare",
+        "publish",
+        "check",
+    ]
+    assert list(STAGES) == stages
 
 
 @pytest.mark.parametrize("stage", ["", *STAGES, "student --coreset DIR"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,12 @@ import pytest
 import torch
 from cli_cases import SMALL, Command
 from patchbloom.engine.coreset import coreset
+from patchbloom.train.commands.planning import make_plan
 from patchbloom.train.config import PriorConfig
+from patchbloom.train.options import Train
+from patchbloom.train.report import summary
+from patchbloom.train.report.compute import method_compute
+from patchbloom.train.run.progress import Report
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -52,9 +58,32 @@ def test_the_main_job_leaves_numbers_pictures_and_one_page(
     summary = json.loads((out / "summary.json").read_text())
     assert all(float(f"{number:.6g}") == number for number in floats(summary))
     assert not any(str(loss) in page for loss in summary["teacher"]["losses"])
+    views = 4 * 10  # one epoch of four samples of ten classes; five crops of sixty images scored
+    assert summary["compute"] == {
+        "random": {"student_samples": views, "teacher_queries": views, "generator_tflop": 0},
+        "rded": {"student_samples": views, "teacher_queries": views + 300, "generator_tflop": 0},
+    }
     (out / "report.html").unlink()
     train("report", out).result  # noqa: B018
     assert (out / "report.html").read_text() == page
+
+
+def test_the_diffusion_models_arithmetic_is_counted_for_every_image(
+    shapes: Path, tmp_path: Path
+) -> None:
+    """sdxl-tiny, 4 evals at 64 px: 1.561 GFLOP an image; dace makes new ones in every epoch."""
+    asked = Train(data=str(shapes), out=tmp_path, model="sdxl-tiny", epochs=7, refresh=0.5)
+    made = {"evals": 4, "images": 40, "settings": {"method": "dace"}}
+    compute = method_compute(make_plan(asked, Report()), "dace", made)
+    assert compute["generator_tflop"] == pytest.approx(7 * 40 * 0.5 * 1.561e-3, rel=1e-3)
+    assert compute["student_samples"] == compute["teacher_queries"] == 7 * 40
+
+
+@pytest.mark.parametrize(("images", "told"), [((9469, 3925), True), ((9469, 500), False)])
+def test_a_split_that_is_not_imagenets_is_named(images: tuple[int, int], told: bool) -> None:
+    train, val = map(range, images)
+    notes = summary._notes(SimpleNamespace(train=train, val=val, dope=0, model=None), {})
+    assert any("fast.ai's of Imagenette, which is not ImageNet's" in note for note in notes) == told
 
 
 def test_a_coreset_tells_where_each_patch_was_cut(

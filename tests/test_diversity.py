@@ -71,7 +71,17 @@ def test_near_duplicates_of_lowest_loss_are_avoided(
     ) == [4, 4]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+def test_margin_takes_half_from_the_centres_and_half_where_the_loss_is_highest() -> None:
+    """Candidates come in ascending order of loss; an odd one out is a centre's."""
+    features_CD = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    centres = diverse_choice(features_CD, 3, "facility-location")
+    rest = [each for each in range(9) if each not in centres]
+    assert diverse_choice(features_CD, 5, "margin") == [*centres, rest[-1], rest[-2]]
+    assert diverse_choice(features_CD, 1, "margin") == centres[:1]
+    assert sorted(diverse_choice(features_CD, 9, "margin")) == list(range(9))
+
+
+@pytest.mark.parametrize("choice", [*CHOICES, "margin"])
 def test_what_is_chosen_is_cut_again_as_it_was_scored(
     images: ImageSet, choice: DiverseChoice
 ) -> None:

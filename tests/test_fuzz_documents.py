@@ -27,8 +27,9 @@ from patchbloom.train.commands.prior import SETTINGS, WORK
 from patchbloom.train.commands.prior import _check_out as check_prior
 from patchbloom.train.labels.targets import OnlineLabels
 from patchbloom.train.methods.registry import method_of
-from patchbloom.train.options import TrainPrior
+from patchbloom.train.options import TrainCompare, TrainPrior
 from patchbloom.train.prior.loop import Phase
+from patchbloom.train.report.comparison import compare_runs
 from patchbloom.train.report.page import SUMMARY, ReportError, write_report
 from patchbloom.train.run.checkpoint import (
     CheckpointError,
@@ -174,6 +175,8 @@ def test_summaries(runs: Path, tmp_path: Path, examples: int | None) -> None:
         written(out / SUMMARY, document)
         with nothing_else_opened(out), suppress(ReportError):
             write_report(out)
+        with suppress(ReportError):
+            compare_runs(TrainCompare(runs=(out, runs / "pca"), out=tmp_path / "page.html"))
 
     hold()
 

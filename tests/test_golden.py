@@ -80,7 +80,11 @@ def test_a_run_writes_what_it_wrote(made: Path, name: str) -> None:
     assert now["names"] == before["names"]
     assert now["scalars"] == before["scalars"]
     for file, content in before["contents"].items():
-        assert now["contents"][file] == content, file
+        written = now["contents"][file]
+        if file in ("summary.json", "stages/report.json"):
+            summary = written.get("result", written)
+            del summary["compute"]  # younger than the golden files
+        assert written == content, file
     assert now["contents"].keys() == before["contents"].keys()
 
 

@@ -126,6 +126,10 @@ RUN = "--data {here} --out {here}/run"
             "train student --coreset {here} --out {here}/run",
             "{here} is not a coreset: it has no manifest.json",
         ),
+        (
+            "train compare {none}",
+            "{none} is no run folder, it has no summary.json: give a finished",
+        ),
         ("engine coreset info {none}", "{none} is not a coreset: no such folder"),
         ("engine info any --bundles {none}", "no engine in {none} is called 'any'"),
     ],

@@ -45,6 +45,18 @@ def test_a_board_of_more_methods_has_the_cells_of_fewer(data: Path) -> None:
     assert not any("ceiling" in name for name in names("upsample"))
 
 
+def test_one_table_shows_a_method_under_two_recipes(data: Path) -> None:
+    methods = ("rded", "rded --recipe rd3")
+    board = board_of(data, Path("out"), recipe="rded", methods=methods, parts=("methods",))
+    one, other = board.lines()
+    assert (one.label, other.label) == methods
+    assert one.group == other.group
+    assert one.cell.name != other.cell.name
+    sizes = [board.size(line.cell) for line in (one, other)]
+    assert [size.epochs for size in sizes] == [300, 400]
+    assert sizes[0].samples == sizes[1].samples
+
+
 def test_cells_are_shared_and_say_what_they_are(data: Path) -> None:
     common = ("--model", "prior", "--backend", "ort")
     options = {"hard": True, "students": ("alexnet",), "variant": ("plain=--model 'a b'",)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from patchbloom.train.labels.hard import HardLabels
 from patchbloom.train.labels.targets import OnlineLabels
 from patchbloom.train.labels.views import describe_views, make_views, pools
 from patchbloom.train.methods.source import RealImages, UpsampledPatches, render_all
-from patchbloom.train.networks import build_network
+from patchbloom.train.networks import adamw, build_network
 from patchbloom.train.report import pictures
 from patchbloom.train.run.checkpoint import CheckpointError
 from patchbloom.train.students.lockstep import learning_rate
@@ -74,6 +75,28 @@ def teacher(sets: Sets) -> Teacher:
 def test_batches_are_those_of_the_published_recipe(classes: int, ipc: int, batch: int) -> None:
     for name in ("rded", "dace"):
         assert RECIPES[name].student_for(ipc=ipc, factor=2, classes=classes).batch == batch
+
+
+@pytest.mark.parametrize(("classes", "ipc"), [(10, 1), (200, 50), (1000, 10)])
+def test_rd3_has_one_batch_and_a_schedule_by_network(classes: int, ipc: int) -> None:
+    """zeta 1 ends at 0, zeta 2 at a half: 0.5·(1 + cos(pi·e/(zeta·E))) at e = E/2."""
+    for network, zeta in (("resnet18", 1), ("torchvision:resnet18", 1), ("convnet-d3", 2)):
+        student = RECIPES["rd3"].student_for(ipc=ipc, factor=2, classes=classes, network=network)
+        assert (student.batch, student.epochs, student.weight_decay) == (50, 400, 0.0)
+        halfway = 1e-3 * 0.5 * (1 + math.cos(math.pi / 2 / zeta))
+        assert learning_rate(student, 200) == pytest.approx(halfway)
+
+
+def test_adamw_without_decay_is_adam() -> None:
+    network = nn.Linear(4, 3)
+    twin = deepcopy(network)
+    optimizers = adamw(network, 1e-3, 0.0), torch.optim.Adam(twin.parameters(), 1e-3)
+    for step in range(5):
+        for net, optimizer in zip((network, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            net(torch.full((2, 4), step + 1.0)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(network.weight, twin.weight, rtol=1e-6, atol=1e-7)
 
 
 def test_pools_hold_every_sample_once_in_whole_batches() -> None:

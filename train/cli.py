@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,18 @@ from ..engine.data.names import require_text_file
 from ..export.terminal import say
 from .config import naming_option, require_network, teacher_file
 from .coreset_options import StudentElsewhere, TrainCheck, TrainVerify
-from .options import STAGES, Command, RunOptions, Train, TrainPrior, TrainPublish, TrainReport
+from .options import (
+    STAGES,
+    Command,
+    RunOptions,
+    Train,
+    TrainCompare,
+    TrainPrior,
+    TrainPublish,
+    TrainReport,
+    TrainReproduce,
+)
+from .papers import PLANS
 from .run.launch import Launch, read_launch
 
 
@@ -56,11 +68,23 @@ def _parse(given: list[str]) -> Command:
     kind = STAGES.get(given[0]) if given else None
     if given[:1] == ["student"] and any(word.split("=")[0] == "--coreset" for word in given):
         return tyro.cli(StudentElsewhere, prog="train student", args=given[1:])
+    if kind is TrainReproduce:
+        return _parse_reproduce(given[1:])
     if kind is not None:
         return tyro.cli(kind, prog=f"train {given[0]}", args=given[1:])
-    stages = "\n".join(f"  train {name:8} {kind.__doc__}" for name, kind in STAGES.items())
+    stages = "\n".join(f"  train {name:9} {kind.__doc__}" for name, kind in STAGES.items())
     about = f"{Train.__doc__}\n\nEach stage is also a command, with options of its own:\n{stages}"
     return tyro.cli(Train, prog="train", args=given, description=about)
+
+
+def _parse_reproduce(given: list[str]) -> TrainReproduce:
+    """Options of the command, and after `--` those of every cell, which are tried on each."""
+    ends = given.index("--") if "--" in given else len(given)
+    asked = tyro.cli(TrainReproduce, prog="train reproduce", args=given[:ends])
+    words = tuple(given[ends + 1 :])
+    for cell in PLANS[asked.plan].cells() if words else ():
+        tyro.cli(Train, prog="train", args=["--data", ".", "--out", ".", *cell.words, *words])
+    return replace(asked, words=words)
 
 
 def _check_named(command: Command) -> None:
@@ -102,10 +126,18 @@ def _execute(command: Command, given: list[str]) -> dict[str, Any]:
             from .commands.prior import run_prior
 
             return run_prior(command, line)
+        case TrainReproduce():
+            from .commands.reproduce import reproduce
+
+            return reproduce(command)
         case TrainReport():
             from .report.page import write_report
 
             return write_report(command.run)
+        case TrainCompare():
+            from .report.comparison import compare_runs
+
+            return compare_runs(command)
         case TrainPublish():
             from .commands.publication import publish_run
 

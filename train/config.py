@@ -1,6 +1,7 @@
 """How priors, teachers and students are trained, and the recipes. Torch-free.
 
-Sources: RDED's published procedure, and the DACE paper with its gaps filled as RDED does.
+Sources: RDED's published procedure, the DACE paper with its gaps filled as RDED does, and RD3's
+settings (arXiv 2509.19743) as two public notes on that paper give them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any, Literal
 from ..engine.config import RECIPE_PX
 
 Device = Literal["auto", "cpu", "cuda"]
-RecipeName = Literal["rded", "dace", "small"]
+RecipeName = Literal["rded", "dace", "rd3", "small"]
 Scoring = Literal["pad", "resize", "native"]
-Choice = Literal["lowest-loss", "facility-location", "k-center"]
+Choice = Literal["lowest-loss", "facility-location", "k-center", "margin"]
 StudentPrecision = Literal["fp32", "bf16", "fp16"]
 PriorPrecision = Literal["fp32", "bf16"]
 ViewPrecision = Literal["fp32", "fp16"]
@@ -314,7 +315,9 @@ class Recipe:
     student: StudentConfig = field(default_factory=StudentConfig)
     batches: tuple[tuple[int, int, int], ...] = ((1, 10, 20), (10, 50, 100), (50, 100, 200))
     """(ipc, batch below 100 classes, batch from 100 on); the first row with this ipc or more
-    applies. Tiny-ImageNet's 200 classes have 100 at every ipc."""
+    applies. Tiny-ImageNet's 200 classes have 100 at every ipc. Empty: the student's own, always."""
+    full_cosine: tuple[str, ...] = ()
+    """Networks whose learning rate ends at 0 instead of the student's final_lr_fraction."""
 
     def factor_for(self, image_size: int) -> int:
         """r for images of `image_size` px."""
@@ -325,13 +328,16 @@ class Recipe:
     ) -> StudentConfig:
         """The student config with the batch, learning rate and crop scale for these numbers."""
         network = network or self.student.network
-        few, many = next((row[1:] for row in self.batches if ipc <= row[0]), self.batches[-1][1:])
-        rate = NETWORK_LEARNING_RATES.get(network.removeprefix("torchvision:"))
+        rows = self.batches or ((ipc, self.student.batch, self.student.batch),)
+        few, many = next((row[1:] for row in rows if ipc <= row[0]), rows[-1][1:])
+        known = network.removeprefix(TORCHVISION)
+        rate, to_zero = NETWORK_LEARNING_RATES.get(known), known in self.full_cosine
         return replace(
             self.student,
             network=network,
-            batch=100 if classes == 200 else few if classes < 100 else many,
+            batch=100 if classes == 200 and self.batches else few if classes < 100 else many,
             learning_rate=rate or self.student.learning_rate,
+            final_lr_fraction=0.0 if to_zero else self.student.final_lr_fraction,
             crop_scale=(1 / factor, 1.0),
         )
 
@@ -361,6 +367,17 @@ RECIPES: dict[RecipeName, Recipe] = {
         "224 px, batch, temperature 20, CutMix, half cosine, crops, pool and scoring; guidance is "
         "off and the latents' mixing weight is uniform in (0, 1)",
         image_size=RECIPE_PX,
+    ),
+    "rd3": Recipe(
+        name="rd3",
+        about="RD3: 400 epochs, batch 50, Adam 1e-3, cosine 0.5·(1 + cos(pi·e/(zeta·E))) with zeta "
+        "1 for ResNet-18 and 2 for others, CutMix, crops and flips as RDED. Filled in: no weight "
+        "decay, and as RDED does temperature 20, r, pool, scoring and rates of other networks",
+        image_size=RECIPE_PX,
+        small_factor=1,
+        student=StudentConfig(epochs=400, batch=50, weight_decay=0.0),
+        batches=(),
+        full_cosine=("resnet18",),
     ),
     "small": Recipe(
         name="small",

@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from ..engine.config import TEMPLATE, DscoConfig, Start, parse_mixup_weight
 from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, MOST_COMPONENTS, Codec, CodecName, TopK
@@ -30,9 +30,15 @@ from .config import (
 )
 from .coreset_options import StudentElsewhere, TrainCheck, TrainVerify
 from .methods.registry import METHODS
+from .papers import PLANS
 
 LEAST_REFRESH = 0.001
 METHOD_HELP = f"One or several of {', '.join(METHODS)}; they share teacher, recipe and steps."
+PLAN_HELP = f"The table: one of {', '.join(PLANS)}."
+NOT_FOR_CELLS = {
+    *("--data", "--out", "--method", "--ipc", "--seed", "--resume", "--overwrite", "--build-only"),
+}
+"""Options of `train` that `train reproduce` sets for each cell itself, or that train nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +113,9 @@ class RunOptions:
     """How the teacher sees a patch that it scores: `pad` to the image size, as in RDED; `resize` to
     it; or `native`, unchanged, for a network that takes any size. Default: the recipe's."""
     select: Choice = "lowest-loss"
-    """How dace, rded and upsample choose patches: by lowest loss, as in RDED, or without
-    near-duplicates among more candidates."""
+    """How dace, rded and upsample choose patches: by lowest loss, as in RDED, or among more
+    candidates without near-duplicates; `margin` takes half of them where the teacher is least
+    sure."""
     candidates: int = 4
     """Candidates per chosen patch, unless --select is lowest-loss."""
     epochs: int | None = None
@@ -312,6 +319,58 @@ class TrainReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainReproduce:
+    """Run a paper's table beside its published numbers; options of `train` follow after `--`."""
+
+    plan: Annotated[Positional[str], arg(help=PLAN_HELP, metavar="PLAN")]
+    data: str | None = None
+    """The image folder that the plan describes (--list shows it)."""
+    out: Path | None = None
+    """The folder to write: a run folder per cell, table.md and results.json. The same command
+    resumes a stopped one."""
+    only: tuple[str, ...] = ()
+    """Cells to run, by name or by its beginning up to a dash (rded-ipc1). Default: all."""
+    coresets: int = 1
+    """Coresets per row, selected with the seeds 0, 1, …; more than one gives a ± over coresets."""
+    list: bool = False
+    """Print the plan and its cells, and run none."""
+    yes: bool = False
+    """Start without asking."""
+    words: Suppress[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.plan not in PLANS:
+            raise ValueError(f"plan {self.plan}: expected one of {', '.join(PLANS)}")
+        if (self.data is None or self.out is None) and not self.list:
+            raise ValueError("expected --data and --out, or --list")
+        check_at_least(self, 1, "coresets", option=True)
+        for word in self.words:
+            if word.split("=")[0] in NOT_FOR_CELLS:
+                raise ValueError(f"{word} after `--`: not an option of cells: leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCompare:
+    """Compare finished runs: settings that differ, accuracies, paired differences."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of finished runs, also of `train student --coreset` with --data."""
+    out: Path | None = None
+    """The HTML page to write, with a chart. Default: none."""
+    reference: str | None = None
+    """Take differences to this method of the first run that has it; `real` is the ceiling. Default:
+    the first method of the first run."""
+    json: bool = False
+    """Print only the last line, the JSON object."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("RUNS: expected one or several folders, got none")
+        if self.out is not None and self.out.suffix.lower() != ".html":
+            raise ValueError(f"--out: expected a name that ends in .html, got {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainPublish:
     """Copy a finished run's coresets, teacher and numbers to a folder that others can check."""
 
@@ -364,7 +423,9 @@ STAGES = {
     "student": TrainStudent,
     "verify": TrainVerify,
     "prior": TrainPrior,
+    "reproduce": TrainReproduce,
     "report": TrainReport,
+    "compare": TrainCompare,
     "publish": TrainPublish,
     "check": TrainCheck,
 }
@@ -376,7 +437,9 @@ Command = (
     | StudentElsewhere
     | TrainVerify
     | TrainPrior
+    | TrainReproduce
     | TrainReport
+    | TrainCompare
     | TrainPublish
     | TrainCheck
 )

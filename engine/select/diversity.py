@@ -6,11 +6,14 @@ s_ij = cosine of the features of i and j:
 
     facility-location   argmax_j sum_i max(0, s_ij - max_{c chosen} s_ic)   typical of the rest
     k-center            argmin_j max_{c chosen} s_jc                        far from the chosen
+    margin              half by facility location, then the highest losses of the rest
 
 The first facility is the candidate most like all others, the first centre the one with the lowest
 loss. The greedy sum is at least 1 - 1/e of the best (Nemhauser et al. 1978), the greedy radius at
-most twice the best (Gonzalez 1985). Similarities are rounded to 2^-20 and summed as integers, so
-the order of summation does not matter, and ties go to the lower (loss, index).
+most twice the best (Gonzalez 1985). `margin` is after BPS, which takes half of a class from cluster
+centres and half where the teacher is least sure; here the loss stands for the teacher's margin.
+Similarities are rounded to 2^-20 and summed as integers, so the order of summation does not matter,
+and ties go to the lower (loss, index).
 
 Legend: C candidates of one class, in ascending order of (loss, index); D features.
 """
@@ -27,7 +30,7 @@ from ..data.images import BoxFn, CropStream
 from ..peers import Peers, share_of
 from .best import BestPatches, best_of_all
 
-DiverseChoice = Literal["facility-location", "k-center"]
+DiverseChoice = Literal["facility-location", "k-center", "margin"]
 _ONE = 2**20
 
 
@@ -58,6 +61,10 @@ def diverse_choice(features_CD: np.ndarray, count: int, choice: DiverseChoice) -
 
     Memory is C² numbers; time is count · C².
     """
+    if choice == "margin":
+        typical = diverse_choice(features_CD, count - count // 2, "facility-location")
+        unsure = [each for each in reversed(range(len(features_CD))) if each not in typical]
+        return typical + unsure[: count // 2]
     unit_CD = features_CD.astype(np.float64)
     unit_CD /= np.maximum(np.linalg.norm(unit_CD, axis=1, keepdims=True), 1e-30)
     similar_CC = np.rint(unit_CD @ unit_CD.T * _ONE).astype(np.int64)

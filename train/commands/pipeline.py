@@ -207,7 +207,7 @@ class Distillation:
         )
 
     def coresets(self) -> dict[str, Any]:
-        """{method: the coreset stage's result, and the coreset's folder, hash and sizes in bytes}.
+        """{method: the coreset stage's result, and the coreset's folder, hash and so on}.
 
         Sizes and hash include the stored labels.
         """
@@ -217,6 +217,8 @@ class Distillation:
             described[method] = {
                 **result,
                 "folder": coreset.folder.name,
+                "images": len(coreset.labels_N),
+                "settings": coreset.settings,
                 "content_sha256": coreset.content_sha256,
                 "bytes": coreset.bytes(),
             }

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import AfterValidator, BaseModel, Field
 
 from ...export.documents import Count, Finite, read_json
 from ...export.durable import replace_file, write_durably
-from ..run.folder import refuse_links
 
 SUMMARY, REPORT, PICTURES = "summary.json", "report.html", "pictures"
 CAPTIONS = {
@@ -68,6 +67,7 @@ class Summary(BaseModel):
     seconds: dict[str, Finite]
     images_per_s: dict[str, Finite | None]
     evals_per_image: dict[str, Any]
+    compute: dict[str, dict[str, Finite]] = {}
     bytes: dict[str, dict[str, Count | None]]
     content_sha256: dict[str, str]
     skipped_images: dict[str, Count]
@@ -84,6 +84,8 @@ def write_report(run: Path) -> dict[str, Any]:
     Every value of the summary is escaped. Raises FileNotFoundError if the run has no summary,
     RunError if it holds a link.
     """
+    from ..run.folder import refuse_links  # torch
+
     refuse_links(run)
     path = run / SUMMARY
     if not path.is_file():
@@ -93,44 +95,48 @@ def write_report(run: Path) -> dict[str, Any]:
     remedy = "finish the run again with --resume"
     summary = read_json(path, ReportError, remedy, Summary)
     teacher = {key: value for key, value in summary["teacher"].items() if key != "losses"}
-    page = (
-        _template("page.html")
-        .render(
-            {**summary, "teacher": teacher},
-            methods=_method_rows(summary),
-            figures=_figures(run / PICTURES),
-            sizes=_size_rows(summary),
-            stage_seconds=[(stage, f"{taken:.1f}") for stage, taken in summary["seconds"].items()],
-        )
-        .encode(errors="backslashreplace")  # names of folders need not be UTF-8
+    page = render_page(
+        "page.html",
+        **{**summary, "teacher": teacher},
+        methods=_method_rows(summary),
+        figures=_figures(run / PICTURES),
+        costs=[
+            (method, *(f"{each:,.6g}" for each in cost.values()))
+            for method, cost in summary.get("compute", {}).items()  # older runs have none
+        ],
+        sizes=_size_rows(summary),
+        stage_seconds=[(stage, f"{taken:.1f}") for stage, taken in summary["seconds"].items()],
     )
     replace_file(run / REPORT, page)
     return {"report": str(run / REPORT), "bytes": len(page)}
 
 
+def render_page(template: str, **values: Any) -> bytes:
+    """A page of this folder, in UTF-8. HTML is escaped; in Markdown the filter `cell` keeps a value
+    to its cell of a table."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=template.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["plain"] = plain
+    environment.filters["cell"] = lambda value: " ".join(plain(value).split()).replace("|", "\\|")
+    page = environment.get_template(template).render(values)
+    return page.encode(errors="backslashreplace")  # names of folders need not be UTF-8
+
+
 def write_card(folder: Path, content: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
     """Write README.md of a publication; `summary` is the run's, of the published methods alone."""
-    card = _template("card.jinja").render(
-        content,
+    card = render_page(
+        "card.jinja",
+        **content,
         summary=summary,
         accuracies=accuracy_rows(summary),
         sizes=_size_rows(summary),
         pictures=sorted(path.name for path in (folder / PICTURES).iterdir()),
     )
-    write_durably(folder / "README.md", card.encode(errors="backslashreplace"))
-
-
-def _template(name: str) -> Template:
-    """HTML is escaped; in Markdown the filter `cell` keeps a value to its cell of a table."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=name.endswith(".html"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters["plain"] = _plain
-    environment.filters["cell"] = lambda value: " ".join(_plain(value).split()).replace("|", "\\|")
-    return environment.get_template(name)
+    write_durably(folder / "README.md", card)
 
 
 def _size_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -144,18 +150,20 @@ def accuracy_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Method, mean ± std, share of the ceiling; the ceiling and the teacher come last."""
     shares = summary["share_of_ceiling"]
     rows = [
-        (method, _plus_minus(value), f"{shares[method]:.0f} %" if method in shares else "-")
+        (method, plus_minus(value), f"{shares[method]:.0f} %" if method in shares else "-")
         for method, value in summary["accuracy"].items()
     ]
     if summary["ceiling"] is not None:
-        rows.append(("fresh real images (ceiling)", _plus_minus(summary["ceiling"]), "100 %"))
+        rows.append(("fresh real images (ceiling)", plus_minus(summary["ceiling"]), "100 %"))
     if summary["teacher"].get("accuracy") is not None:
         rows.append(("teacher", f"{summary['teacher']['accuracy']:.1f}", "-"))
     return rows
 
 
-def _plus_minus(value: Sequence[float | None]) -> str:
-    """`40.6 ± 1.9`, or the mean alone for a single student."""
+def plus_minus(value: Sequence[float | None] | None) -> str:
+    """`40.6 ± 1.9`, or the mean alone for a single student; a dash without a mean."""
+    if value is None or value[0] is None:
+        return "–"
     mean, std = value
     return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
@@ -187,9 +195,10 @@ def _figures(folder: Path) -> list[tuple[str, str, str]]:
     ]
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A value of JSON as text; a dash for null."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_plain(entry)}" for key, entry in value.items())
+        return ", ".join(f"{key}: {plain(entry)}" for key, entry in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(plain, value))
     return "-" if value is None else str(value)

@@ -17,6 +17,7 @@ from ...export.configurations import seen_classes
 from ..methods.registry import METHODS
 from ..plan import Plan
 from ..run.launch import read_launch
+from .compute import method_compute
 
 SCHEMA = "patchbloom.summary/1"
 REAL = "real"  # the ceiling's students: fresh real images, no distillation
@@ -30,6 +31,10 @@ _VERSIONS = (
     "nvidia-dali-cuda130",
     "pillow",
 )
+
+
+FASTAI_SPLITS = {(9469, 3925): "Imagenette", (9025, 3929): "ImageWoof"}
+"""fast.ai's subsets of ImageNet, by their numbers of training and validation images."""
 
 
 def mean_and_std(accuracies: Sequence[float]) -> tuple[float, float | None]:
@@ -77,6 +82,7 @@ def make_summary(
             m: (rate := students[m]["images_per_s"]) and round(rate, 1) for m in methods
         },
         "evals_per_image": {m: coresets[m]["evals"] for m in methods},
+        "compute": {m: rounded(method_compute(plan, m, coresets[m])) for m in methods},
         "bytes": {m: coresets[m]["bytes"] for m in methods},
         "content_sha256": {m: coresets[m]["content_sha256"] for m in methods},
         "skipped_images": dict(skipped),
@@ -164,6 +170,12 @@ def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "One recipe and one number of student steps for all methods; accuracies are of the last "
         "epoch, never of the best."
     ]
+    subset = FASTAI_SPLITS.get((len(plan.train), len(plan.val)))
+    if subset is not None:
+        notes.append(
+            f"The split is fast.ai's of {subset}, which is not ImageNet's: most of its validation "
+            "images are ImageNet's training images, and a network trained on ImageNet knows them."
+        )
     for method, made in coresets.items():
         noted = METHODS[method].noted
         if noted is not None:

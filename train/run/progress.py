@@ -70,7 +70,7 @@ class Report(AbstractContextManager["Report"]):
         if seconds <= 0 or made <= 0:
             return ""
         rate = made / seconds
-        left = "" if done >= total else f"  {_duration((total - done) / rate)} left"
+        left = "" if done >= total else f"  {duration((total - done) / rate)} left"
         return f"  {rate:.3g} {unit}/s{left}"
 
     def _draw(self, what: str, done: float, total: float, text: str) -> None:
@@ -153,7 +153,8 @@ def _amount(value: float) -> str:
     return f"{value:g}" if value < 1e6 else f"{value:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`74 s`, `12 min`, `3.4 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:
