@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,10 +54,12 @@ def test_the_card_here_is_read_from_its_driver(monkeypatch: pytest.MonkeyPatch) 
     assert card_here() == Card(132, 150.754820096)
 
 
-def test_a_run_has_the_batch_of_its_smallest_card(shapes: Path, tmp_path: Path) -> None:
+def test_a_run_has_the_batch_of_its_smallest_card(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An epoch of 40 images: 20 divide it where 32 fill the card."""
 
-    def plan_batch(*cards: Card, **options: int) -> int:
+    def plan_batch(*cards: Card, **options: Any) -> int:
         asked = Train(data=str(shapes), out=tmp_path / "run", model="sdxl-tiny", **options)
         return make_plan(asked, Report(), cards).expand.batch
 
@@ -64,6 +67,9 @@ def test_a_run_has_the_batch_of_its_smallest_card(shapes: Path, tmp_path: Path) 
     assert [plan_batch(), plan_batch(small), plan_batch(H200)] == [20, 20, 40]
     assert plan_batch(H200, small) == 20
     assert plan_batch(H200, engine_batch=8) == 8
+    assert capsys.readouterr().err.count("engine batch: 20 (choose with --engine-batch)") == 2
+    plan_batch(H200, method=("random",))
+    assert "engine batch" not in capsys.readouterr().err
 
 
 def test_engines_for_cards_that_fill_at_other_batches(

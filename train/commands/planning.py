@@ -202,7 +202,7 @@ class _Choices:
                 "fill these cards: name one at a time, or give --engine-batch"
             )
         batch = engine_batch_for(self.samples, self.by_recipe, self.options.refresh, min(most))
-        if cards:
+        if cards and any(METHODS[name].model == "rendered" for name in self.options.methods):
             self.report.say(f"engine batch: {batch} (choose with --engine-batch)")
         return batch
 
