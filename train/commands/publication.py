@@ -299,7 +299,7 @@ def _open(folder: Path) -> dict[str, Any]:
 def _student(
     folder: Path, method: str, published: dict[str, Any], options: TrainCheck, out: Path
 ) -> tuple[StudentElsewhere, StudentConfig]:
-    """What to render and train. Another kind of device keeps to its own engines."""
+    """A training from the coreset. Another kind of device keeps to its own engines."""
     recipe = asdict(StudentConfig()) | published["student"]
     device = resolve_device(options.device)
     render = {field.name: getattr(options, field.name) for field in fields(RenderOptions)}

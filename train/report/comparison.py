@@ -156,7 +156,7 @@ def _rows(runs: Mapping[str, Run]) -> list[Row]:
 
 
 def _differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """What differs among the runs that record it; None where a run does not."""
+    """Settings that differ among the runs that record them; None where a run does not."""
     recorded = [run.settings | run.origin for run in runs]
     differences = {}
     for name in dict.fromkeys(name for each in recorded for name in each):

@@ -1,4 +1,4 @@
-"""What each method's accuracy costs, in numbers that any machine shares.
+"""The cost of each method's accuracy, in numbers that any machine shares.
 
 student_samples   views that one student learns from: epochs · samples
 teacher_queries   images that the teacher answers: crops scored, or images whose features it

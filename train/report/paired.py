@@ -17,7 +17,7 @@ TAIL = 0.025  # of a 95 % interval, on each side
 
 
 def flip_signs(differences: Sequence[float]) -> dict[str, float]:
-    """What one or more paired differences say: their mean, low, high, coverage, p, least_p.
+    """Describe one or more paired differences: mean, low, high, coverage, p, least_p.
 
     [low, high] holds the true difference with probability `coverage`: from n = 6 on 0.95 or a
     little more, below 1 - 2 / 2^n. `p` is two-sided; no n differences give less than `least_p`.

@@ -76,7 +76,7 @@ class Run:
     origin: dict[str, Any]
     """Seeds, teacher and machine: runs that differ in these alone belong together."""
     images: dict[str, Any]
-    """What the accuracies of two runs must share to be comparable, as far as it is recorded."""
+    """The facts that two runs must share to be comparable, as far as they are recorded."""
     students: dict[str, dict[int, float]]
     """Accuracy in percent by method and student seed."""
     coresets: dict[str, str]

@@ -222,11 +222,11 @@ def _expand_config(
     recorded_vae = named["vae_precision"] if options.precision is None else "auto"
     vae = options.vae_precision or recorded_vae
     networks = {"size_px": size_px, "precision": precision, "vae_precision": vae}
-    most = CPU_ENGINE_BATCH
-    if device == "cuda":
+    batch, most = options.engine_batch, CPU_ENGINE_BATCH
+    if batch is None and device == "cuda":
         spec = EngineSpec(**networks, device="cuda")
         most = most_per_call(engine_needs(model, spec, "eager"), card_here())
-    batch = options.engine_batch or engine_batch_for(samples, config, refresh, most)
+    batch = batch or engine_batch_for(samples, config, refresh, most)
     return expand_config(
         named,
         **networks,
