@@ -183,11 +183,12 @@ def test_runs_that_cannot_be_compared(
     train: Command, make: Make, tmp_path: Path, changed: dict[str, Any], told: str
 ) -> None:
     page = tmp_path / "page.html"
-    outcome = train("compare", make("a"), make("b", **changed), "--out", page)
-    assert outcome.result["not_comparable"] == {"b": [told]}
-    assert f"not comparable with the reference: b: {told}\n" in outcome.out
+    runs = make("a"), make("b", **changed), make("c", seed=1, **changed)
+    outcome = train("compare", *runs, "--out", page)
+    assert outcome.result["not_comparable"] == {"b": [told], "c": [told]}
+    assert f"not comparable with the reference: b, c: {told}\n" in outcome.out
     assert [row["run"] for row in outcome.result["paired"]] == ["a"]
-    assert f"<b>Not comparable with the reference:</b> b: {told}." in page.read_text()
+    assert f"<b>Not comparable with the reference:</b> b, c: {told}." in page.read_text()
     assert page.read_text().count("class='soft unlike'") == 2
 
 

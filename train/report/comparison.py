@@ -90,6 +90,9 @@ def compare_runs(options: TrainCompare) -> dict[str, Any]:
     first = runs[reference.runs[0]]
     unlike = {label: why for label, run in runs.items() if (why := run.unlike(first))}
     others = [row for row in rows if row is not reference and row.runs[0] not in unlike]
+    reasons = {", ".join(why): [] for why in unlike.values()}
+    for label, why in unlike.items():
+        reasons[", ".join(why)].append(label)
     result = {
         "runs": dict(zip(runs, map(str, options.runs), strict=True)),
         "differences": _differences(list(runs.values())),
@@ -104,7 +107,7 @@ def compare_runs(options: TrainCompare) -> dict[str, Any]:
             ("setting", *runs),
             *((name, *map(_short, values)) for name, values in result["differences"].items()),
         ],
-        "unlike": [f"{label}: {', '.join(why)}" for label, why in unlike.items()],
+        "unlike": [f"{', '.join(labels)}: {why}" for why, labels in reasons.items()],
         "accuracy": _table(ACCURACY, result["accuracy"]),
         "paired": _table(PAIRED, result["paired"]),
         "reference": "{method} ({run}, {targets})".format(**reference.named),
