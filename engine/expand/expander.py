@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -179,7 +180,6 @@ class Expander:
             self._bank_epoch = (epoch, mean + std * noise)
         return self._bank_epoch[1]
 
-    @torch.no_grad()
     def expand(self, samples: Tensor | np.ndarray | Sequence[int], epoch: int) -> Tensor:
         """Images of `samples` (rows of the coreset, any order, repeats allowed) at `epoch`.
 
@@ -187,7 +187,11 @@ class Expander:
         when a sample does not exist, when a batch does not fit into memory, or, unless `nan_gate`
         is off, when the networks overflow to NaN.
         """
-        rows = np.asarray(samples, dtype=np.int64)
+        return self._expand(np.asarray(samples, dtype=np.int64), [epoch])
+
+    @torch.no_grad()
+    def _expand(self, rows: np.ndarray, epochs: Sequence[int]) -> Tensor:
+        """Images of `rows`, all at one epoch, or each at its own."""
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self._labels_N)):
             raise ValueError(
                 f"samples must lie in [0, {len(self._labels_N)}), got {rows.min()} to {rows.max()}"
@@ -195,9 +199,22 @@ class Expander:
         if not len(rows):
             side = self.config.size_px
             return torch.empty(0, 3, side, side, device=self._device, dtype=torch.float32)
-        images = self.in_batches(partial(self._expand_batch, epoch), rows, self._labels_N)
+        images = self.in_batches(partial(self._expand_batch, epochs), rows, self._labels_N)
         self.require_numbers(images)
         return images
+
+    def variants(self, sample: int, epochs: Sequence[int]) -> Tensor:
+        """`expand` of one sample at each of `epochs`, many of them in one call: the same images, to
+        rounding.
+
+        eager, which has no static batch, pads nothing. Shapes and errors are those of `expand`.
+        """
+        other, made = self, len(epochs)
+        if self.backend.name == "eager" and made:
+            batch = math.ceil(made / math.ceil(made / self.spec.batch))
+            other = copy.copy(self)
+            other.spec = dataclasses.replace(self.spec, batch=batch, images_per_prompt=batch)
+        return other._expand(np.full(made, sample), epochs)
 
     def in_batches(
         self, call: Callable[[DeviceBatch], Tensor], rows: np.ndarray, labels_N: np.ndarray
@@ -247,13 +264,20 @@ class Expander:
         plans = plan_batches(rows, self._labels_N, self.spec)
         return [plan.targets_B[plan.targets_B >= 0] for plan in plans]
 
-    def _expand_batch(self, epoch: int, batch: DeviceBatch) -> Tensor:
-        """Images of a batch; a graph's next replay overwrites them."""
-        state_BCHW, x_BCHW = self._start(batch, epoch)
-        added_GD, kv_GP = self.prompt_bank.of(batch.plan.classes_G, batch.classes_G)
-        epoch_1 = torch.full((1,), epoch, dtype=torch.int64, device=self._device)
+    def _expand_batch(self, epochs: Sequence[int], batch: DeviceBatch) -> Tensor:
+        """Images of a batch at one epoch, or of slots at `epochs` by their target; a graph's next
+        replay overwrites them."""
+        state_BCHW, x_BCHW = self._start(batch, epochs[0])
+        epoch_E = torch.full((1,), epochs[0], dtype=torch.int64, device=self._device)
         work = self._evaluate if self._graph is None else self._graph
-        return work(state_BCHW, x_BCHW, batch.samples_B, added_GD, kv_GP, epoch_1)
+        if len(epochs) > 1:
+            work, of_slots = self._evaluate, [epochs[target] for target in batch.plan.targets_B]
+            starts = [self._start(batch, epoch) for epoch in of_slots]
+            state_BCHW = torch.stack([state[slot] for slot, (state, _) in enumerate(starts)])
+            x_BCHW = torch.stack([x[slot] for slot, (_, x) in enumerate(starts)])
+            epoch_E = torch.tensor(of_slots, dtype=torch.int64, device=self._device)
+        added_GD, kv_GP = self.prompt_bank.of(batch.plan.classes_G, batch.classes_G)
+        return work(state_BCHW, x_BCHW, batch.samples_B, added_GD, kv_GP, epoch_E)
 
     def _evaluate(
         self,
@@ -262,17 +286,28 @@ class Expander:
         samples_B: Tensor,
         added_GD: Tensor,
         kv_GP: Tensor,
-        epoch_1: Tensor,
+        epoch_E: Tensor,
     ) -> Tensor:
-        """All evaluations, and the decoded images; only tensors decide, so it can be recorded."""
+        """All evaluations, and the decoded images; only tensors decide, so it can be recorded.
+
+        E is 1, the epoch of all slots, or B.
+        """
         for step, timestep_1 in enumerate(self._timesteps_1):
             eps_BCHW = self.backend.denoise(x_BCHW, timestep_1, added_GD, kv_GP)
-            state_BCHW, x_BCHW = euler_ancestral_table_step(
-                *(state_BCHW, eps_BCHW, samples_B, self._table_S3),
-                step_1=self._steps_S[step : step + 1],
-                epoch_1=epoch_1,
-                seed=self.config.seed,
-            )
+            parts = (state_BCHW, eps_BCHW, samples_B, epoch_E)
+            of_epochs = zip(*(part.split(len(part) // len(epoch_E)) for part in parts), strict=True)
+            made = [
+                euler_ancestral_table_step(
+                    *(state, eps, samples, self._table_S3),
+                    step_1=self._steps_S[step : step + 1],
+                    epoch_1=epoch_1,
+                    seed=self.config.seed,
+                )
+                for state, eps, samples, epoch_1 in of_epochs
+            ]
+            state_BCHW, x_BCHW = made[0]
+            if len(made) > 1:
+                state_BCHW, x_BCHW = map(torch.cat, zip(*made, strict=True))
         return self.backend.decode(state_BCHW)
 
     def _start(self, batch: DeviceBatch, epoch: int) -> tuple[Tensor, Tensor]:
