@@ -13,20 +13,20 @@ loss. The greedy sum is at least 1 - 1/e of the best (Nemhauser et al. 1978), th
 most twice the best (Gonzalez 1985). `margin` is after BPS, which takes half of a class from cluster
 centres and half where the teacher is least sure; here the loss stands for the teacher's margin.
 Similarities are rounded to 2^-20 and summed as integers, so the order of summation does not matter,
-and ties go to the lower (loss, index).
+and ties go to the lower (loss, index). A rule of one's own (`Rule`) may take their place.
 
 Legend: C candidates of one class, in ascending order of (loss, index); D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from ..data.images import BoxFn, CropStream
+from ..data.images import BoxFn, CropStream, InputError
 from ..peers import Peers, share_of
 from .best import BestPatches, best_of_all
 
@@ -34,14 +34,33 @@ DiverseChoice = Literal["facility-location", "k-center", "margin"]
 _ONE = 2**20
 
 
+class Rule(Protocol):
+    """A choice of one's own among the candidates of one class: any function like this."""
+
+    def __call__(self, seen: np.ndarray, losses: np.ndarray, count: int, /) -> Sequence[int]:
+        """Indices of `count` different candidates.
+
+        Candidates come in ascending order of loss. seen: the teacher's features, fp32 [C, D], or
+        without a teacher the patches, uint8 [C, H, W, 3]. losses: the teacher's cross-entropy in
+        nats, fp32 [C]; NaN without a teacher.
+        """
+        ...
+
+
+def rule_name(rule: Rule) -> str:
+    """`module:name`, for a manifest."""
+    known = rule if hasattr(rule, "__qualname__") else type(rule)
+    return f"{known.__module__}:{getattr(known, '__qualname__', '')}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
     """How to choose among the patches with the lowest losses."""
 
-    choice: DiverseChoice
-    """Greedy criterion."""
+    choice: DiverseChoice | Rule
+    """Greedy criterion, or a rule of one's own."""
     features: int
-    """D: number of the teacher's features."""
+    """D: number of the teacher's features; unused without a teacher."""
     candidates: int = 4
     """Candidates per kept patch, as far as a class has images."""
 
@@ -81,18 +100,35 @@ def diverse_choice(features_CD: np.ndarray, count: int, choice: DiverseChoice) -
     return chosen
 
 
+def _by_rule(rule: Rule, seen: np.ndarray, losses_C: np.ndarray, count: int) -> list[int]:
+    picks = np.asarray(rule(seen, losses_C, count)).tolist()
+    indices = isinstance(picks, list) and {*picks} <= {*range(len(seen))}
+    if not indices or any(isinstance(pick, bool) for pick in picks) or len({*picks}) != count:
+        raise InputError(
+            f"rule {rule_name(rule)}: expected {count} different indices from 0 to "
+            f"{len(seen) - 1}, got {picks}"
+        )
+    return picks
+
+
 def choose_diverse(
-    candidates: BestPatches, per_class: int, choice: DiverseChoice
+    candidates: BestPatches, per_class: int, choice: DiverseChoice | Rule
 ) -> dict[int, Chosen]:
     """Choose `per_class` candidates of every class; return them by image index.
 
-    Rows of `candidates` are features; no offer may follow.
+    Rows of `candidates` are features, or for a rule patches; no offer may follow. Raises InputError
+    for a rule that returns anything but `per_class` different candidates.
     """
     counts = candidates.counts()
     candidates.sort()
     chosen: dict[int, Chosen] = {}
     for label, count in enumerate(counts):
-        picks = diverse_choice(candidates.rows_KN[label, :count].numpy(), per_class, choice)
+        seen = candidates.rows_KN[label, :count].numpy()
+        if callable(choice):
+            losses_C = candidates.losses_KN[label, :count].numpy()
+            picks = _by_rule(choice, seen, losses_C, per_class)
+        else:
+            picks = diverse_choice(seen, per_class, choice)
         for place, pick in enumerate(picks):
             chosen[int(candidates.source_index_KN[label, pick])] = Chosen(
                 label,

@@ -79,8 +79,8 @@ def select_patches(
     Takes the first ``pool_per_class`` images of each class in the seeded order (at least as many as
     patches are needed), cuts ``crops`` crops of each, and keeps those with the lowest teacher loss.
     Without a teacher it takes the first ``per_class`` images of that order and one crop of each.
-    With ``diversity``, which needs a teacher that returns features, it chooses among several times
-    as many patches of low loss.
+    With ``diversity`` it chooses among several times as many patches of low loss by the teacher's
+    features; without a teacher, by a rule that sees one crop of each image of the pool.
 
     The teacher is always called on batch · crops canvases of one size (the last batch is padded).
     ``scoring`` is how it sees a patch (select/scores.py); ``canvas_rgb`` surrounds a padded patch:
@@ -91,7 +91,7 @@ def select_patches(
     the teacher has another number of classes.
     """
     if teacher is None:
-        crops, pool_per_class = 1, per_class
+        crops, pool_per_class = 1, per_class if diversity is None else pool_per_class
     classes, ranked = len(images.class_ids), selection_order(images.labels, seed)
     fewest = min(len(order) for order in ranked)
     if fewest < per_class:
@@ -103,18 +103,21 @@ def select_patches(
     pooled = np.concatenate(pools)
     boxes = RandomResizedCrops(crops=crops, seed=seed, draw=Draw.SCORING_CROP, ratio=(1.0, 1.0))
     scorer = PatchScorer(teacher, classes, image_size_px, batch * crops, canvas_rgb, scoring)
-    if diversity is None:
-        best = BestPatches(classes, per_class, (patch_px, patch_px, 3))
+    kept = per_class
+    if diversity is not None:
+        kept = min(per_class * diversity.candidates, max(map(len, pools)))
+    if diversity is None or teacher is None:
+        best = BestPatches(classes, kept, (patch_px, patch_px, 3))
     else:
-        candidates = min(per_class * diversity.candidates, max(map(len, pools)))
-        best = BestPatches(classes, candidates, (diversity.features,), torch.float32)
+        best = BestPatches(classes, kept, (diversity.features,), torch.float32)
     stream = partial(
         stream_crops, images, size_px=patch_px, batch=batch, device=device, threads=threads
     )
     done = 0
     for crop_batch in stream(share_of(pooled, batch, peers), boxes, crops=crops):
         losses_BP, features_BPD = scorer(crop_batch.pixels_BPHWC, crop_batch.labels_B)
-        kept_BP = crop_batch.pixels_BPHWC if diversity is None else features_BPD
+        by_features = diversity is not None and teacher is not None
+        kept_BP = features_BPD if by_features else crop_batch.pixels_BPHWC
         assert kept_BP is not None
         _offer(best, crop_batch, losses_BP, kept_BP)
         done += len(crop_batch.labels_B)

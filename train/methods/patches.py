@@ -52,7 +52,7 @@ def _made(making: Making, kind: str, model: dict[str, Any] | None = None) -> Mad
         },
         model=model,
         provenance={
-            "patches": _origins(selection, plan.train.paths),
+            "patches": origins(selection, plan.train.paths),
             "skipped_images": list(plan.damaged),
         },
     )
@@ -101,7 +101,7 @@ def selection_settings(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _origins(selection: PatchSelection, paths: tuple[str, ...]) -> list[dict[str, Any]]:
+def origins(selection: PatchSelection, paths: tuple[str, ...]) -> list[dict[str, Any]]:
     """Per patch, in sample order: its image, its box, and the teacher's loss."""
     rows = zip(
         selection.source_index_N.tolist(),
