@@ -132,6 +132,7 @@ LOADER_OPTIONS = [
     "batch",
     "drop_last",
     "epochs",
+    "targets",
     "labels",
     "temperature",
     "class_indices",

@@ -346,6 +346,24 @@ def test_a_coreset_without_labels_needs_a_teacher_and_views(
     views = replace(CONFIG, cutmix=False)
     with ExpandedLoader(bare, batch=4, device="cpu", teacher=teacher, views=views) as loader:
         assert len(_epoch(loader)) == 11
+    with ExpandedLoader(bare, batch=4, device="cpu", teacher=teacher.network) as loader:
+        (_, labels), *others = _epoch(loader)
+    assert len(others) == 10
+    torch.testing.assert_close(labels.sum(1), torch.ones(4))
+
+
+@pytest.mark.parametrize("cutmix", [False, True])
+def test_hard_targets_are_the_classes(coreset, source, cutmix: bool) -> None:
+    views = replace(CONFIG, cutmix=cutmix)
+    options = {"batch": SAMPLES, "class_indices": True, "targets": "hard", "device": "cpu"}
+    with ExpandedLoader(coreset, views=views, **options) as loader:
+        assert (loader.epochs, loader.temperature) == (None, 1.0)
+        ((_, labels_NK, classes_N),) = _epoch(loader)
+    assert classes_N.sort().values.equal(source.labels_N)
+    own_N = labels_NK[torch.arange(SAMPLES), classes_N]
+    torch.testing.assert_close(labels_NK.sum(1), torch.ones(SAMPLES))
+    assert bool((own_N == 1).all()) != cutmix
+    assert (labels_NK > 0).sum(1).max() <= 2
 
 
 @pytest.mark.parametrize(
@@ -355,6 +373,14 @@ def test_a_coreset_without_labels_needs_a_teacher_and_views(
         ({"batch": 4, "ahead": 0}, "ahead 0: expected 1 or more"),
         ({"batch": 4, "labels": "hard"}, "labels 'hard': expected one of probabilities, logits"),
         ({"batch": 4, "temperature": 0.0}, "temperature 0.0: expected more than 0"),
+        ({"batch": 4, "targets": "herd"}, "targets 'herd' is unknown: perhaps hard"),
+        ({"batch": 4, "targets": "hard", "temperature": 2.0}, "expected 1 with hard targets"),
+        ({"batch": 4, "targets": "hard", "teacher": "x"}, "targets 'hard' need no teacher: give"),
+        ({"batch": 43, "drop_last": True}, "batch 43 with drop_last: expected at most 42, the im"),
+        ({"batch_size": 4}, "ExpandedLoader: option 'batch_size' is unknown: perhaps batch"),
+        ({"num_workers": 4, "batch": 4}, "option 'num_workers' is unknown: expected one of ahead"),
+        ({}, "ExpandedLoader needs batch, the images per step"),
+        ({"batch": 4, "views": replace(CONFIG, size_px=224)}, "views of 224 px: expected 32, the"),
     ],
 )
 def test_options_that_cannot_be_used(coreset, options, told: str) -> None:

@@ -7,7 +7,9 @@ describe the machine that makes them again and the training that uses them. Torc
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,6 +19,15 @@ from ..export.config import BackendName, DeviceName, Precision, TrtLibrary, VaeP
 from .config import RecipeName, StudentPrecision, Targets, check_at_least, check_seed
 
 LabelKind = Literal["probabilities", "logits"]
+
+
+def check_names(given: Iterable[str], known: Collection[str], what: str) -> None:
+    """Raises ValueError for a name that is not known, with the nearest one."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(str(name), known, 1, 0.5)
+            hint = f"perhaps {near[0]}" if near else f"expected one of {', '.join(sorted(known))}"
+            raise ValueError(f"{what} {name!r} is unknown: {hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +74,9 @@ class LoaderOptions(RenderOptions):
     """Drop an epoch's last batch when it is not full."""
     epochs: int | None = None
     """Number of epochs available. Default: those with stored labels; unlimited with a teacher."""
+    targets: Targets = "soft"
+    """`soft`, the stored labels or those of a teacher; or `hard`, the class alone (mixed by area
+    under CutMix)."""
     labels: LabelKind = "probabilities"
     """`probabilities` at the temperature, each row summing to 1, or the teacher's `logits`."""
     temperature: float | None = None
@@ -84,6 +98,7 @@ class LoaderOptions(RenderOptions):
             raise ValueError(
                 f"labels {self.labels!r}: expected one of {', '.join(get_args(LabelKind))}"
             )
+        check_names([self.targets], get_args(Targets), "targets")
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature}: expected more than 0")
         if not 0 <= self.seed < 2**64:

@@ -16,13 +16,13 @@ import atexit
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.coreset.coreset import Coreset, open_coreset
 from ..engine.errors import CoresetError
@@ -31,14 +31,16 @@ from ..engine.labels.codecs import decode_topk
 from ..export.durable import differences
 from ..kernels.noise import Draw, uniform
 from .config import StudentConfig, pool_size
-from .coreset_options import LoaderOptions
+from .coreset_options import LoaderOptions, check_names
+from .labels.hard import HardLabels
 from .labels.targets import Labels, OnlineLabels
 from .methods.source import ImageSource
 from .students.from_manifest import (
+    default_views,
     fitting_labels,
     load_recorded_teacher,
     open_recorded_source,
-    view_config,
+    require_soft_labels,
 )
 from .students.ring import Ring
 from .students.slots import Pool, PoolSlot, fill_slot, pools_from, pools_per_epoch
@@ -61,33 +63,56 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         self,
         coreset: Coreset | str | Path,
         *,
-        teacher: Teacher | str | None = None,
+        teacher: Teacher | nn.Module | str | None = None,
         views: StudentConfig | None = None,
         **options: Any,
     ) -> None:
         """`options`: the fields of coreset_options.LoaderOptions; `batch` is required.
 
-        teacher: computes labels in place of the stored ones; a Teacher, a file, or
-        torchvision:NAME. views: crops, flips, CutMix, pool and temperature, for a coreset without
-        stored labels; default: those in its manifest.
+        teacher: computes labels in place of the stored ones; a Teacher, a module for images as they
+        come, a file, or torchvision:NAME. views: crops, flips, CutMix, pool and temperature, for a
+        coreset without stored labels. Default: those in its manifest, or the recipe's.
 
-        Raises ValueError or OSError, one clear line, for a coreset without labels or without a
-        description of their views, a model with other weights, or a machine that lacks what was
-        requested.
+        Raises ValueError or OSError, one clear line, for an option that does not exist or fit, a
+        coreset without labels or without a description of their views, a model with other weights,
+        or a machine that lacks what was requested.
         """
+        known = [field.name for field in fields(LoaderOptions)]
+        check_names(options, [*known, "teacher", "views"], "ExpandedLoader: option")
+        if "batch" not in options:
+            raise ValueError("ExpandedLoader needs batch, the images per step")
         self.options = LoaderOptions(**options)
         if not isinstance(coreset, Coreset):
             coreset = open_coreset(Path(coreset).expanduser())
-        config = views or view_config(coreset, device=self.options.device)
+        hard = self.options.targets == "hard"
+        if hard and teacher is not None:
+            raise ValueError("targets 'hard' need no teacher: give one of the two")
+        if not hard and teacher is None:
+            require_soft_labels(coreset)
+        config = views or default_views(coreset, device=self.options.device)
+        size_px = coreset.settings["image_size_px"]
+        if config.size_px != size_px:
+            raise ValueError(
+                f"views of {config.size_px} px: expected {size_px}, the size of the images of "
+                f"{coreset.folder}: give views with size_px={size_px}"
+            )
+        if hard:
+            config = replace(config, targets="hard", temperature=1.0)
         self.temperature = self.options.temperature or config.temperature
         config = replace(config, temperature=self.temperature)
         self.class_ids = coreset.class_ids
-        self.epochs = _epochs(self.options.epochs, None if teacher is not None else config.epochs)
+        labelled = config.epochs if teacher is None and not hard else None
+        self.epochs = _epochs(self.options.epochs, labelled)
         with ExitStack() as opened:
             self._source = opened.enter_context(
                 open_recorded_source(coreset, self.options, self.options.backend, config)
             )
             self._labels = _labels(coreset, self._source, config, self.options, teacher)
+            if not len(self):
+                raise ValueError(
+                    f"batch {self.options.batch} with drop_last: expected at most "
+                    f"{self._source.samples}, the images of an epoch"
+                )
             self._opened = opened.pop_all()
         self._closed = False
         _OPEN.add(self)
@@ -251,7 +276,7 @@ def _close_all() -> None:
 
 
 def _epochs(requested: int | None, labelled: int | None) -> int | None:
-    """Number of epochs; `labelled` is None with a teacher, which labels any number."""
+    """Number of epochs; `labelled` is None where a teacher or the classes label any number."""
     if requested is not None and labelled is not None and requested > labelled:
         raise ValueError(f"epochs {requested}: expected {labelled} at most, which have labels")
     return requested or labelled
@@ -262,13 +287,15 @@ def _labels(
     source: ImageSource,
     config: StudentConfig,
     options: LoaderOptions,
-    teacher: Teacher | str | None,
+    teacher: Teacher | nn.Module | str | None,
 ) -> Labels:
-    """The teacher's labels, or the stored ones.
+    """The teacher's labels, the stored ones, or the classes.
 
     Raises CoresetError for labels of other images or views or for logits of top-k labels,
     ValueError for a teacher of other classes, and load_teacher's errors for one given by name.
     """
+    if config.targets == "hard":
+        return HardLabels(source, config)
     if teacher is None:
         labels = fitting_labels(coreset, source, config, options)
         if options.labels == "logits" and not labels.stored.codec.keeps_logits:
@@ -276,7 +303,7 @@ def _labels(
                 f"{coreset.folder}: top-k labels keep no logits: give labels='probabilities'"
             )
         return labels
-    if isinstance(teacher, str):
+    if not isinstance(teacher, Teacher):
         teacher = load_recorded_teacher(coreset, teacher, options.device)
     if teacher.class_ids != coreset.class_ids:
         raise ValueError(

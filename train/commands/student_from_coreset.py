@@ -24,8 +24,7 @@ from ...engine.data.images import ImageSet, with_classes
 from ...engine.expand.backends import resolve_device
 from ...export.config import DeviceName
 from ...export.durable import full_disk_explained
-from ..batching import grouping
-from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds, usual_precision
+from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds
 from ..coreset_options import StudentElsewhere
 from ..data.folder import (
     check_content,
@@ -39,7 +38,12 @@ from ..report.summary import mean_and_std, provenance, rounded
 from ..run.folder import RunFolder, StageResult, check_out
 from ..run.progress import Report
 from ..run.settings import settings_by_option
-from ..students.from_manifest import fitting_labels, open_recorded_source, student_config
+from ..students.from_manifest import (
+    fitting_labels,
+    open_recorded_source,
+    student_config,
+    unlabelled_config,
+)
 from ..students.loop import train_students
 from .checks import check_compiler, check_network
 from .planning import recipe_or_default
@@ -185,33 +189,10 @@ def _without_labels(
     coreset: Coreset, options: StudentElsewhere, report: Report, device: DeviceName
 ) -> StudentConfig:
     """The named recipe, filled in as the run of this coreset would."""
-    settings, classes = coreset.settings, len(coreset.class_ids)
-    size_px = settings["image_size_px"]
-    recipe = recipe_or_default(options.recipe, size_px <= SMALL_PX, report)
-    if "samples_per_class" in settings:  # views of whole images
-        factor = options.factor or recipe.factor_for(size_px)
-    elif options.factor in (None, settings["factor"]):
-        factor = settings["factor"]
-    else:
-        raise ValueError(
-            f"--factor {options.factor}: the patches of {coreset.folder} have factor "
-            f"{settings['factor']}: leave it out"
-        )
-    each = coreset.samples_per_class
-    ipc, rest = divmod(each, factor**2)
-    if rest:
-        raise ValueError(
-            f"--factor {factor}: expected one whose square divides {each}, the images of a class "
-            f"that students of {coreset.folder} see in an epoch: give the --factor of its run"
-        )
-    student = recipe.student_for(ipc=ipc, factor=factor, classes=classes, network=options.student)
-    return replace(
-        student.at(usual_precision(device)),
-        size_px=size_px,
-        group=grouping(classes, each + coreset.doped_samples_per_class, student) or 1,
-        seed=settings["seed"],
-        device=device,
-    )
+    small = coreset.settings["image_size_px"] <= SMALL_PX
+    recipe = recipe_or_default(options.recipe, small, report)
+    named = {"factor": options.factor, "network": options.student}
+    return unlabelled_config(coreset, recipe, device=device, **named)
 
 
 def _train(

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import shlex
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
+from torch import nn
 
 from ...engine.builds.cards import card_here, most_per_call
 from ...engine.builds.needs import engine_needs
-from ...engine.config import ExpandConfig
+from ...engine.config import SMALL_PX, ExpandConfig
 from ...engine.coreset.coreset import Coreset
 from ...engine.errors import CoresetError
 from ...engine.expand.backends import require_backend, resolve_device
@@ -35,8 +37,8 @@ from ...export.config import BackendName, DeviceName, EngineSpec
 from ...export.documents import check_document, check_fields
 from ...export.hashes import forget_hashes
 from ...export.models import ModelError, ModelSource, Unavailable, find_model, weights_sha256
-from ..batching import CPU_ENGINE_BATCH, engine_batch_for, together_in_engine
-from ..config import StudentConfig, pool_size
+from ..batching import CPU_ENGINE_BATCH, engine_batch_for, grouping, together_in_engine
+from ..config import RECIPES, Recipe, StudentConfig, pool_size, usual_precision
 from ..coreset_options import RenderOptions
 from ..labels.targets import StoredLabels
 from ..methods.open import open_coreset_source
@@ -69,6 +71,55 @@ def view_config(coreset: Coreset, *, device: DeviceName) -> StudentConfig:
     recipe = labels.settings.get("student", {})
     # batch 1: the recorded pool is kept as it is, already rounded down to whole batches.
     return _config(coreset, labels, {**recipe, **views, "batch": 1, "device": device})
+
+
+def default_views(coreset: Coreset, *, device: DeviceName) -> StudentConfig:
+    """`view_config`, or without stored labels the views of the recipe for images of this size."""
+    if coreset.soft_labels() is not None:
+        return view_config(coreset, device=device)
+    recipe = RECIPES["small" if coreset.settings["image_size_px"] <= SMALL_PX else "dace"]
+    return unlabelled_config(coreset, recipe, device=resolve_device(device))
+
+
+def unlabelled_config(
+    coreset: Coreset,
+    recipe: Recipe,
+    *,
+    factor: int | None = None,
+    network: str | None = None,
+    device: DeviceName,
+) -> StudentConfig:
+    """The recipe, filled in as the run of a coreset without labels would.
+
+    `factor` is that of the run, which only coresets of whole images do not record. Raises
+    ValueError for one that cannot be.
+    """
+    settings, classes = coreset.settings, len(coreset.class_ids)
+    size_px = settings["image_size_px"]
+    if "samples_per_class" in settings:  # views of whole images
+        factor = factor or recipe.factor_for(size_px)
+    elif factor is None:
+        factor = int(settings["factor"])
+    elif factor != settings["factor"]:
+        raise ValueError(
+            f"--factor {factor}: the patches of {coreset.folder} have factor "
+            f"{settings['factor']}: leave it out"
+        )
+    each = coreset.samples_per_class
+    ipc, rest = divmod(each, factor**2)
+    if rest:
+        raise ValueError(
+            f"--factor {factor}: expected one whose square divides {each}, the images of a class "
+            f"that students of {coreset.folder} see in an epoch: give the --factor of its run"
+        )
+    student = recipe.student_for(ipc=ipc, factor=factor, classes=classes, network=network)
+    return replace(
+        student.at(usual_precision(device)),
+        size_px=size_px,
+        group=grouping(classes, each + coreset.doped_samples_per_class, student) or 1,
+        seed=settings["seed"],
+        device=device,
+    )
 
 
 def student_config(coreset: Coreset, *, device: DeviceName, **changes: Any) -> StudentConfig:
@@ -134,9 +185,10 @@ def fitting_labels(
     )
 
 
-def load_recorded_teacher(coreset: Coreset, spec: str, device: DeviceName) -> Teacher:
+def load_recorded_teacher(coreset: Coreset, spec: str | nn.Module, device: DeviceName) -> Teacher:
     """The teacher that `spec` names, with the architecture and image size in the manifest.
 
+    A module is taken as it is, for images of the coreset's size.
     Need not be the teacher that made the labels. Raises the errors of teacher.load_teacher.
     """
     named = coreset.manifest["teacher"] or {}
@@ -144,7 +196,9 @@ def load_recorded_teacher(coreset: Coreset, spec: str, device: DeviceName) -> Te
         spec,
         coreset.class_ids,
         network=named.get("architecture"),
-        size_px=named.get("size_px"),
+        size_px=named.get("size_px")
+        if isinstance(spec, str)
+        else coreset.settings["image_size_px"],
         device=device,
     )
 

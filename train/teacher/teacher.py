@@ -9,6 +9,7 @@ it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -22,7 +23,7 @@ from torch.nn.functional import interpolate
 
 from ...engine.data.names import doubtful_order, imagenet_names
 from ...engine.expand.backends import resolve_device
-from ...engine.select.diversity import Diversity
+from ...engine.select.diversity import Diversity, Rule
 from ...engine.select.scores import TeacherFn
 from ...export.documents import AboveZero, Finite, Side, check_document
 from ...export.durable import file_sha256
@@ -171,7 +172,7 @@ def teacher_id(source: str) -> str:
 
 
 def patch_teacher(
-    teacher: Teacher, choice: Choice, scoring: Scoring, patch_px: int, candidates: int
+    teacher: Teacher, choice: Choice | Rule, scoring: Scoring, patch_px: int, candidates: int
 ) -> tuple[TeacherFn, Diversity | None]:
     """Teacher function and diversity for engine.select.patches.select_patches.
 
@@ -203,7 +204,7 @@ def _require_size(teacher: Teacher, size_px: int) -> None:
 
 
 def load_teacher(
-    spec: str,
+    spec: str | nn.Module,
     class_ids: Sequence[str],
     *,
     network: str | None = None,
@@ -215,12 +216,19 @@ def load_teacher(
     `spec` is a file that `train teacher` wrote; a state dict saved by torch (read with
     weights_only) of the architecture `network`, trained at `size_px` with ImageNet's normalisation
     on the classes in the order of its `class_ids`, or without them of the folder names; or
-    torchvision:NAME, trained on ImageNet-1k: the class ids must be among its 1000 WordNet ids.
+    torchvision:NAME, trained on ImageNet-1k: the class ids must be among its 1000 WordNet ids. A
+    module is copied; it takes images of `size_px` with ImageNet's normalisation, in training mode
+    or not.
 
     Raises CheckpointError for classes or weights that do not fit, FileNotFoundError for a missing
     file.
     """
     on = resolve_device(device)  # pyright: ignore[reportArgumentType]
+    if isinstance(spec, nn.Module):
+        if size_px is None:
+            raise ValueError("a teacher that is a module needs its size_px")
+        named = {"architecture": type(spec).__name__, "class_ids": class_ids}
+        return Teacher(copy.deepcopy(spec), **named, size_px=size_px, device=on)
     path = teacher_file(spec)
     if path is None:
         return _torchvision_teacher(spec, class_ids, on)
