@@ -93,9 +93,9 @@ gpu-wheels:
 
 # Where pyright finds the packages under their installed names: an editable install has no folder of it.
 LINKS := build/links/patchbloom
-$(LINKS):
+$(LINKS): Makefile
 	mkdir -p $@
-	ln -s $(addprefix ../../../,kernels export engine train) $@
+	ln -sf $(addprefix ../../../,kernels export engine train $(wildcard train/public/*.py)) $@
 
 check: $(INSTALLED) $(LINKS)
 	$(BIN)/ruff check

@@ -32,6 +32,9 @@ def test_imports_go_left_only() -> None:
         ("kernels/noise.py", "import diffusers", "leaf"),
         ("kernels/__init__.py", "", "namespace packages"),
         ("bench/__init__.py", "", "namespace packages"),
+        ("train/prior/__init__.py", "", "namespace packages"),
+        ("train/cli.py", "from .public.coreset import open", "LAYERS has it higher"),
+        ("train/public/coreset.py", "import bench.measure", "relatively"),
     ],
 )
 def test_a_breach_is_found(tmp_path: Path, file: str, text: str, breach: str) -> None:
@@ -57,6 +60,7 @@ def test_a_circle_inside_a_room_is_found(tmp_path: Path) -> None:
         ("train/loader.py", "from ..kernels.noise import normal\nfrom .config import Recipe"),
         ("train/prior/loop.py", "from ..config import Recipe\nfrom ...kernels.noise import Draw"),
         ("engine/labels/pca.py", "from ..data.images import x\nfrom ...export import models"),
+        ("train/public/__init__.py", "from patchbloom.coreset import open"),
         ("kernels/noise.py", "import math\nimport torch\nimport triton.language as tl"),
     ],
 )

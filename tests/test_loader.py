@@ -392,7 +392,7 @@ def test_the_readmes_example_trains(coreset, tmp_path: Path, monkeypatch) -> Non
     (example,) = [
         block
         for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-        if "ExpandedLoader" in block
+        if ".loader(" in block
     ]
     shutil.copytree(coreset.folder, tmp_path / "runs" / "demo" / "coreset")
     monkeypatch.chdir(tmp_path)

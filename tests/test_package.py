@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,10 +39,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return sdist, wheel
 
 
+PUBLIC = "train/public/"
+
+
 def _package_files() -> set[str]:
     """Files that a wheel must hold: every module, and every data file beside one."""
     return {
-        f"patchbloom/{path.relative_to(ROOT).as_posix()}"
+        f"patchbloom/{path.relative_to(ROOT).as_posix().removeprefix(PUBLIC)}"
         for room in ROOMS
         for path in (ROOT / room).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md"
@@ -55,7 +59,7 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(
         names = {name for name in wheel.namelist() if not name.endswith("/")}
     shipped = {name for name in names if ".dist-info/" not in name}
     assert shipped == _package_files()
-    assert "patchbloom/engine/data/imagenet_classes.json" in shipped
+    assert {"patchbloom/engine/data/imagenet_classes.json", "patchbloom/__init__.py"} <= shipped
     information = {name.split(".dist-info/")[1] for name in names - shipped}
     assert {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"} <= information
 
@@ -66,7 +70,10 @@ def test_the_sdist_holds_what_the_readme_runs(built: tuple[Path, Path]) -> None:
     tracked = {"README.md", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml", ".ci/run"}
     tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("*.py")}
     modules = {name.removeprefix("patchbloom/") for name in _package_files()}
-    assert tracked | tests | modules <= names
+    public = {path.relative_to(ROOT).as_posix() for path in (ROOT / PUBLIC).iterdir()}
+    modules -= {name.removeprefix(PUBLIC) for name in public}
+    public = {name for name in public if "__pycache__" not in name}
+    assert tracked | tests | modules | public <= names
     junk = (".pyc", ".partial", ".onnx.data")
     assert [name for name in names if name.endswith(junk) or "__pycache__" in name] == []
 
@@ -77,6 +84,9 @@ def test_an_installed_wheel_finds_its_data_from_another_folder(
     site = tmp_path / "site"
     _run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, built[1])
     script = (
+        "import patchbloom\n"
+        "patchbloom.Coreset, patchbloom.select, patchbloom.evaluate\n"
+        f"assert patchbloom.__path__ == [{str(site / 'patchbloom')!r}]\n"
         "from patchbloom.engine.data import names\n"
         "assert names.display_names(['n01440764']) == ('tench',)\n"
         "print(names.__file__)\n"
@@ -84,9 +94,28 @@ def test_an_installed_wheel_finds_its_data_from_another_folder(
     environment = {**os.environ, "PYTHONPATH": str(site)}
     place = _run(sys.executable, "-c", script, cwd=tmp_path, env=environment).strip()
     assert Path(place).is_relative_to(site)
-    for program in ("engine", "train"):
+    for program in ("engine", "train", "patchbloom"):
         told = _run(site / "bin" / program, "--help", cwd=tmp_path, env=environment)
         assert told.startswith(f"usage: {program}")
+
+
+def test_an_editable_install_finds_the_public_names_and_every_folder(tmp_path: Path) -> None:
+    """Also in the repository itself, where transformers looks for Hugging Face's `kernels`."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(ROOT, source, ignore=NOT_SHIPPED)
+    build = "from setuptools.build_meta import build_editable\nbuild_editable('..')"
+    _run(sys.executable, "-c", build, cwd=source)
+    (wheel,) = tmp_path.glob("*.whl")
+    _run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel)
+    libraries = str(Path(np.__file__).parents[1])  # without the .pth files in it: -S
+    script = (
+        f"import site, sys\nsite.addsitedir({str(site)!r})\nsys.path.append({libraries!r})\n"
+        "import patchbloom, patchbloom.kernels.noise, patchbloom.train.prior.loop, transformers\n"
+        "patchbloom.open, patchbloom.select, patchbloom.evaluate\n"
+        "print(patchbloom.__file__, patchbloom.train.prior.loop.__file__, sep='\\n')\n"
+    )
+    told = _run(sys.executable, "-S", "-c", script, cwd=source).splitlines()
+    assert told == [f"{source}/train/public/__init__.py", f"{source}/train/prior/loop.py"]
 
 
 @pytest.mark.slow

@@ -10,9 +10,22 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .coreset import Coreset
+
 _GAP_PX = 4
 _SMALLEST_TILE_PX = 48  # smaller pictures are enlarged by an integer factor
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)
+
+
+def coreset_sheet(coreset: Coreset, patches_per_class: int) -> Image.Image:
+    """A line per class, with its first patches."""
+    patches, labels = coreset.patches().numpy(), coreset.labels_N.numpy()
+    return contact_sheet(
+        [
+            (name, patches[labels == index][:patches_per_class])
+            for index, name in enumerate(coreset.class_names)
+        ]
+    )
 
 
 def contact_sheet(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any
 from ...export.durable import full_disk_explained, replace_file
 from ..console import print_fields
 from ..coreset.coreset import Coreset, open_coreset
-from ..coreset.sheet import contact_sheet
+from ..coreset.sheet import coreset_sheet
 from ..options import CoresetExport, CoresetInfo, CoresetShow, CoresetVerify
 from .exports import export_coreset
 
@@ -69,13 +69,7 @@ def _show(coreset: Coreset, out: Path | None, patches_per_class: int) -> dict[st
     out = folder.with_name(f"{folder.name}.png") if out is None else out.absolute()
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--out {out} lies in the coreset, which holds its own files only")
-    patches, labels = coreset.patches().numpy(), coreset.labels_N.numpy()
-    sheet = contact_sheet(
-        [
-            (name, patches[labels == index][:patches_per_class])
-            for index, name in enumerate(coreset.class_names)
-        ]
-    )
+    sheet = coreset_sheet(coreset, patches_per_class)
     png = io.BytesIO()
     sheet.save(png, "PNG")
     with full_disk_explained(out, png.tell()):
