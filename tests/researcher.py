@@ -17,7 +17,7 @@ core.close()
 layers = [nn.Conv2d(3, 16, 5, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2), nn.ReLU()]
 student = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, len(core)))
 optimizer = optim.AdamW(student.parameters(), lr=3e-3)
-with core.loader(batch=20, epochs=3, targets="hard", backend="eager") as loader:
+with core.loader(batch=20, epochs=2, targets="hard", backend="eager") as loader:
     for _ in range(loader.epochs):
         for images, labels in loader:
             loss = nn.functional.cross_entropy(student(images), labels)

@@ -245,7 +245,9 @@ def test_a_rule_with_a_teacher_sees_its_features_and_losses(shapes: Path, tmp_pa
         core.expand("star", 0)
 
 
-@pytest.mark.parametrize("picks", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 6], [0.5, 1, 2, 3], 4])
+@pytest.mark.parametrize(
+    "picks", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 3, 3], [0, 1, 2, 6], [0.0, 1.0, 2.0, 3.0], 4]
+)
 def test_a_rule_that_returns_something_else_is_refused(
     picks: Any, shapes: Path, tmp_path: Path
 ) -> None:
@@ -289,7 +291,7 @@ def test_evaluate_gives_the_accuracy_of_the_run(sets: Sets, tmp_path: Path) -> N
     data = sets[1].root.parent
     assert patchbloom.evaluate(result.path, data, device="cpu") == result.accuracy
     network = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(3 * 32 * 32, 9))
-    with pytest.raises(ValueError, match=r"expected logits \[20, 10\], for the classes of"):
+    with pytest.raises(ValueError, match=r"expected logits \[20, 10\] for the classes of"):
         patchbloom.evaluate(network, data, size_px=32)
     assert network.training
     with pytest.raises(ValueError, match="evaluate needs size_px"):

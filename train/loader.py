@@ -84,24 +84,11 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
         self.options = LoaderOptions(**options)
         if not isinstance(coreset, Coreset):
             coreset = open_coreset(Path(coreset).expanduser())
-        hard = self.options.targets == "hard"
-        if hard and teacher is not None:
-            raise ValueError("targets 'hard' need no teacher: give one of the two")
-        if not hard and teacher is None:
-            require_soft_labels(coreset)
-        config = views or default_views(coreset, device=self.options.device)
-        size_px = coreset.settings["image_size_px"]
-        if config.size_px != size_px:
-            raise ValueError(
-                f"views of {config.size_px} px: expected {size_px}, the size of the images of "
-                f"{coreset.folder}: give views with size_px={size_px}"
-            )
-        if hard:
-            config = replace(config, targets="hard", temperature=1.0)
+        config = _views(coreset, views, self.options, taught=teacher is not None)
         self.temperature = self.options.temperature or config.temperature
         config = replace(config, temperature=self.temperature)
         self.class_ids = coreset.class_ids
-        labelled = config.epochs if teacher is None and not hard else None
+        labelled = config.epochs if teacher is None and config.targets == "soft" else None
         self.epochs = _epochs(self.options.epochs, labelled)
         with ExitStack() as opened:
             self._source = opened.enter_context(
@@ -273,6 +260,28 @@ def _close_all() -> None:
     """A thread that still computes while the interpreter shuts down would crash it."""
     for loader in list(_OPEN):
         loader.close()
+
+
+def _views(
+    coreset: Coreset, given: StudentConfig | None, options: LoaderOptions, *, taught: bool
+) -> StudentConfig:
+    """The views, with the targets asked for.
+
+    Raises CoresetError without stored labels where nothing else labels, ValueError for views of
+    another size than the images.
+    """
+    hard, size_px = options.targets == "hard", coreset.settings["image_size_px"]
+    if hard and taught:
+        raise ValueError("targets 'hard' need no teacher: give one of the two")
+    if not hard and not taught:
+        require_soft_labels(coreset)
+    views = given or default_views(coreset, device=options.device)
+    if views.size_px != size_px:
+        raise ValueError(
+            f"views of {views.size_px} px: expected {size_px}, the size of the images of "
+            f"{coreset.folder}: give views with size_px={size_px}"
+        )
+    return replace(views, targets="hard", temperature=1.0) if hard else views
 
 
 def _epochs(requested: int | None, labelled: int | None) -> int | None:

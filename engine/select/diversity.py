@@ -102,8 +102,8 @@ def diverse_choice(features_CD: np.ndarray, count: int, choice: DiverseChoice) -
 
 def _by_rule(rule: Rule, seen: np.ndarray, losses_C: np.ndarray, count: int) -> list[int]:
     picks = np.asarray(rule(seen, losses_C, count)).tolist()
-    indices = isinstance(picks, list) and {*picks} <= {*range(len(seen))}
-    if not indices or any(isinstance(pick, bool) for pick in picks) or len({*picks}) != count:
+    indices = isinstance(picks, list) and all(type(pick) is int for pick in picks)
+    if not indices or not len({*picks} & {*range(len(seen))}) == len(picks) == count:
         raise InputError(
             f"rule {rule_name(rule)}: expected {count} different indices from 0 to "
             f"{len(seen) - 1}, got {picks}"

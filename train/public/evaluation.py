@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,13 +37,12 @@ def evaluate(
     >>> 0 <= patchbloom.evaluate(student, "data", size_px=64) <= 100
     True
     """
-    report, precision = Report(), "fp32"
-    images = open_split(data_folder(str(data), 1000, report), "val", report)
+    with Report() as report:
+        images = open_split(data_folder(str(data), 1000, report), "val", report)
+    precision: StudentPrecision = "fp32"
     if isinstance(student, nn.Module):
-        network, on = (
-            student,
-            next((each.device for each in student.parameters()), torch.device("cpu")),
-        )
+        network = student
+        on = next((each.device for each in student.parameters()), torch.device("cpu"))
         if size_px is None:
             raise ValueError(
                 "evaluate needs size_px, the side in px of the images that the module takes: a "
@@ -58,23 +58,27 @@ def evaluate(
                 f"{student}: expected its {len(class_ids)} classes ({class_ids[0]}, …) in {data}, "
                 f"got {len(images.class_ids)} ({images.class_ids[0]}, …)"
             )
-    classes = len(images.class_ids)
-
-    def logits(images_BCHW: Tensor) -> Tensor:
-        answer = network(images_BCHW)
-        if answer.shape != (len(images_BCHW), classes):
-            raise ValueError(
-                f"student: expected logits [{len(images_BCHW)}, {classes}], for the classes of "
-                f"{data}, got {list(answer.shape)}"
-            )
-        return answer
-
-    learning = network.training
+    logits, learning = _checked(network, len(images.class_ids)), network.training
     network.eval()
     try:
         return accuracies([logits], images, size_px=size_px, device=on, precision=precision)[0]
     finally:
         network.train(learning)
+
+
+def _checked(network: nn.Module, classes: int) -> Callable[[Tensor], Tensor]:
+    """The network, which must answer with logits of this many classes."""
+
+    def logits(images_BCHW: Tensor) -> Tensor:
+        answer, expected = network(images_BCHW), (len(images_BCHW), classes)
+        if answer.shape != expected:
+            raise ValueError(
+                f"student: expected logits {list(expected)} for the classes of the data, got "
+                f"{list(answer.shape)}"
+            )
+        return answer
+
+    return logits
 
 
 def _read(path: Path) -> tuple[nn.Module, tuple[str, ...], int, StudentPrecision]:

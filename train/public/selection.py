@@ -9,11 +9,12 @@ from patchbloom.coreset import Coreset
 from patchbloom.engine.config import RECIPE_PX, SMALL_PX, TEMPLATE, ExpandConfig, usual_px
 from patchbloom.engine.coreset.coreset import write_coreset
 from patchbloom.engine.coreset.manifest import LEFTOVERS, MANIFEST, require_replaceable
+from patchbloom.engine.data.images import ImageSet
 from patchbloom.engine.data.names import display_names
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.engine.expand.naming import describe_model
 from patchbloom.engine.select.diversity import Diversity, Rule, rule_name
-from patchbloom.engine.select.patches import select_patches
+from patchbloom.engine.select.patches import PatchSelection, select_patches
 from patchbloom.engine.select.scores import TeacherFn
 from patchbloom.export.config import DeviceName
 from patchbloom.export.models import find_model
@@ -44,6 +45,7 @@ def select(
 ) -> Coreset:
     """Choose ipc · factor² patches of each class of an image folder, and write a coreset folder.
 
+    data: a folder with train/<class>/, or "shapes", the generated set.
     rule: a function (seen, losses, count) → indices of `count` candidates of one class, see
     engine.select.diversity.Rule; or a choice of `train --select`, which needs a teacher. Default:
     the lowest losses, without a teacher random patches. The manifest holds its name.
@@ -59,8 +61,7 @@ def select(
     >>> core.settings["selection"].endswith(":most_colourful")
     True
     """
-    report, on = Report(), resolve_device(device)
-    out = Path(out).expanduser()
+    on, out = resolve_device(device), Path(out).expanduser()
     require_replaceable(out, overwrite, "a coreset", MANIFEST, "patchbloom.coreset/", LEFTOVERS)
     source = None if model is None else find_model(model)
     size_px = size_px or (RECIPE_PX if source is None else usual_px(source.trained_px()))
@@ -68,39 +69,24 @@ def select(
     factor = factor or recipe.factor_for(size_px)
     if size_px % factor:
         raise ValueError(f"factor {factor}: expected a divisor of the image size, {size_px} px")
-    images = open_split(data_folder(str(data), 1000, report), "train", report)
-    ids, names = images.class_ids, display_names(images.class_ids)
-    network = recipe.teacher.network
-    judge = None
-    if teacher is not None:
-        judge = load_teacher(teacher, ids, network=network, size_px=size_px, device=on)
-    kind = rule or ("lowest-loss" if judge else None)
-    asked, diversity = _judged(judge, kind, recipe, size_px // factor)
-    chosen = select_patches(
-        images,
-        asked,
-        per_class=ipc * factor**2,
-        patch_px=size_px // factor,
-        image_size_px=size_px,
-        crops=recipe.crops,
-        pool_per_class=recipe.pool_per_class,
-        seed=seed,
-        diversity=diversity,
-        scoring=recipe.scoring,
-        canvas_rgb=(judge.normalisation if judge else IMAGENET).rgb(),
-        device=on,
-        progress=lambda done, total: report.progress("patches", done, total, "images"),
-    )
+    with Report() as report:
+        images = open_split(data_folder(str(data), 1000, report), "train", report)
+        ids, names, judge = images.class_ids, display_names(images.class_ids), None
+        if teacher is not None:
+            named = {"network": recipe.teacher.network, "size_px": size_px, "device": on}
+            judge = load_teacher(teacher, ids, **named)
+        kind = rule or ("lowest-loss" if judge else None)
+        settings = {
+            "method": "dace" if source else "upsample",
+            **{"seed": seed, "image_size_px": size_px, "patch_px": size_px // factor},
+            **{"factor": factor, "ipc": ipc},
+            "selection": rule_name(kind) if callable(kind) else kind or "random",
+            "crops": recipe.crops if judge else 1,
+            "pool_per_class": recipe.pool_per_class if kind else None,
+            "scoring": recipe.scoring if judge else None,
+        }
+        chosen = _chosen(images, judge, kind, recipe, settings, on, report)
     config = ExpandConfig(size_px=size_px, seed=seed, precision="fp16" if on == "cuda" else "fp32")
-    settings: dict[str, Any] = {
-        "method": "dace" if source else "upsample",
-        **{"seed": seed, "image_size_px": size_px, "patch_px": size_px // factor},
-        **{"factor": factor, "ipc": ipc},
-        "selection": rule_name(kind) if callable(kind) else kind or "random",
-        "crops": recipe.crops if judge else 1,
-        "pool_per_class": recipe.pool_per_class if kind else None,
-        "scoring": recipe.scoring if judge else None,
-    }
     written = write_coreset(
         out,
         patches_NHWC=chosen.patches_NHWC,
@@ -116,6 +102,34 @@ def select(
         overwrite=overwrite,
     )
     return Coreset(written.folder, written.manifest)
+
+
+def _chosen(
+    images: ImageSet,
+    judge: Teacher | None,
+    kind: Rule | Choice | None,
+    recipe: Recipe,
+    settings: dict[str, Any],
+    device: str,
+    report: Report,
+) -> PatchSelection:
+    """The patches of all classes."""
+    asked, diversity = _judged(judge, kind, recipe, settings["patch_px"])
+    return select_patches(
+        images,
+        asked,
+        per_class=settings["ipc"] * settings["factor"] ** 2,
+        patch_px=settings["patch_px"],
+        image_size_px=settings["image_size_px"],
+        crops=recipe.crops,
+        pool_per_class=recipe.pool_per_class,
+        seed=settings["seed"],
+        diversity=diversity,
+        scoring=recipe.scoring,
+        canvas_rgb=(judge.normalisation if judge else IMAGENET).rgb(),
+        device=device,
+        progress=lambda done, total: report.progress("patches", done, total, "images"),
+    )
 
 
 def _judged(
