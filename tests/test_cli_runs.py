@@ -47,7 +47,9 @@ def test_the_main_job_leaves_numbers_pictures_and_one_page(
     assert "fresh real images (ceiling)" in outcome.out
     assert len(list(out.glob("coreset/patches/*/*.png"))) == 40
     assert len(list(out.glob("coreset-rded/patches/*/*.png"))) == 40
-    assert list(out.glob("tensorboard/events.*"))
+    assert {path.parent.name for path in out.glob("tensorboard/*/events.*")} == {
+        *("teacher", "random", "rded", "real"),
+    }
     pictures = {path.stem for path in out.glob("pictures/*.png")}
     assert pictures == {
         *("coreset", "curves", "rendered-random", "rendered-rded", "rendered-real"),

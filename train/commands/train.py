@@ -17,7 +17,7 @@ from ...export.hashes import forget_hashes
 from ..data.folder import check_content, images_sha256
 from ..options import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from ..plan import Plan
-from ..report.page import SUMMARY, ReportError, Summary, accuracy_rows, write_report
+from ..report.page import PICTURES, SUMMARY, ReportError, Summary, accuracy_rows, write_report
 from ..report.pictures import draw_curves
 from ..report.summary import REAL, make_summary, provenance, rounded
 from ..run.folder import RunError, RunFolder, StageResult, check_out
@@ -177,6 +177,10 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
         if summary["teacher"].get("losses"):
             panels["teacher: cross-entropy"] = {"teacher": summary["teacher"]["losses"]}
         draw_curves(folder, panels)
+        ceiling = {REAL: summary["ceiling"]} if summary["ceiling"] else {}
+        for name, (mean, _) in (summary["accuracy"] | ceiling).items():
+            picture = folder / PICTURES / f"rendered-{name}.png"
+            job.report.outcome(name, summary["settings"], mean, picture)
         replace_json(folder / SUMMARY, summary)
         write_report(folder)
         return StageResult(summary)
