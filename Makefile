@@ -1,7 +1,8 @@
 # make setup   .venv with everything, at the tested versions (runs when one of the two files changes);
 #              and in it TensorRT for RTX, which builds engines without a GPU; beside it, for tests, in .trt two versions of TensorRT's Python bindings, and in .ddranking
 #              DD-Ranking, which by its own word cannot be installed beside numpy 2
-# make demo    the whole method on the CPU, with the shipped model and generated images
+# make demo    the whole method on the CPU, with the shipped model and generated images; installs no
+#              more than that needs
 # make test    every test that needs neither a GPU nor a data set
 # make gpu     tests that need a CUDA device, kernels, expansion at full size, an epoch, scoring: under
 #              8 minutes. FULL=1: more rounds, and the backends that compile. STAGES="tests expand-512":
@@ -16,6 +17,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TESTABLE := .venv/.testable
 DEMO_OUT ?= runs/demo
 OUT ?= runs/gpu
 # Python bindings without the library: what our calls to TensorRT are held against.
@@ -36,16 +38,20 @@ GPU_WHEELS := tyro docstring_parser typeguard pydantic pydantic_core annotated-t
 export PIP_FIND_LINKS :=
 
 .PHONY: setup bindings rtx ddranking demo test gpu gpu-wheels bench-table check
-setup: $(INSTALLED) bindings rtx ddranking
+setup: $(TESTABLE) bindings rtx ddranking
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is %d.%d: make setup PYTHON=python3.12" % sys.version_info[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(TESTABLE): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
 # Per Python, as their extension is; tried again until they are there.
-bindings: $(INSTALLED)
+bindings: $(TESTABLE)
 	@tag=$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)'); \
 	for version in $(TRT_BINDINGS); do \
 	  folder=.trt/$$tag/$$version; \
@@ -55,11 +61,11 @@ bindings: $(INSTALLED)
 	done
 
 # Its meta package has no wheel, its libraries have.
-rtx: $(INSTALLED)
+rtx: $(TESTABLE)
 	@$(BIN)/python -c 'import tensorrt_rtx' 2>/dev/null || $(BIN)/python -m pip install --quiet --retries 1 \
 	  --timeout 10 $(TRT_RTX) || echo "no TensorRT for RTX: the tests that need it are skipped"
 
-ddranking: $(INSTALLED)
+ddranking: $(TESTABLE)
 	@folder=.ddranking/$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)'); \
 	test -d $$folder || $(BIN)/python -m pip install --quiet --retries 1 --timeout 10 --no-deps \
 	  --only-binary :all: --target $$folder $(DDRANKING) || \
@@ -74,9 +80,9 @@ test: bindings rtx ddranking
 
 GPU_OPTIONS = $(if $(DRY),--dry) $(if $(FULL),--full) $(if $(STAGES),--stages $(STAGES)) \
   $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
-GPU_PYTHON = $(if $(and $(VENV),$(or $(DRY),$(wildcard $(INSTALLED)))),$(BIN)/python,$(PYTHON))
+GPU_PYTHON = $(if $(and $(VENV),$(or $(DRY),$(wildcard $(TESTABLE)))),$(BIN)/python,$(PYTHON))
 ifdef DRY
-gpu: $(if $(VENV),$(INSTALLED))
+gpu: $(if $(VENV),$(TESTABLE))
 endif
 gpu:
 	$(GPU_PYTHON) bench/gpu.py $(GPU_OPTIONS)
@@ -97,7 +103,7 @@ $(LINKS):
 	mkdir -p $@
 	ln -s $(addprefix ../../../,kernels export engine train) $@
 
-check: $(INSTALLED) $(LINKS)
+check: $(TESTABLE) $(LINKS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
