@@ -1,8 +1,9 @@
 # make setup   .venv with everything, at the tested versions (runs when one of the two files changes);
 #              and in it TensorRT for RTX, which builds engines without a GPU; beside it, for tests, in .trt two versions of TensorRT's Python bindings, and in .ddranking
 #              DD-Ranking, which by its own word cannot be installed beside numpy 2
-# make demo    the whole method on the CPU, with the shipped model and generated images; installs no
-#              more than that needs
+# make install .venv with what users need, without tests and tools
+# make setup-browser   what tests of the report need, as root: Chromium, and by npm axe-core in .browser
+# make demo    after make install: the whole method on the CPU, with the shipped model and generated images
 # make test    every test that needs neither a GPU nor a data set
 # make gpu     tests that need a CUDA device, kernels, expansion at full size, an epoch, scoring: under
 #              8 minutes. FULL=1: more rounds, and the backends that compile. STAGES="tests expand-512":
@@ -26,6 +27,9 @@ TRT_BINDINGS := 10.16.1.11 11.4.0.106
 TRT_RTX := tensorrt-rtx-cu13==1.7.1.116
 DDRANKING := ddranking==0.2.0 kornia==0.9.0 kornia_rs==0.2.0 timm==1.0.31
 
+# Finds what keeps people with a screen reader or a keyboard out of a page.
+AXE := 4.11.0
+
 # The oldest diffusers that patchbloom takes: newer ones need a newer huggingface-hub. The others at the
 # tested versions, with what they import.
 WHEELS ?= wheels
@@ -37,7 +41,8 @@ GPU_WHEELS := tyro docstring_parser typeguard pydantic pydantic_core annotated-t
 # Wheels come from the package index, not from a local folder with other builds of torch in it.
 export PIP_FIND_LINKS :=
 
-.PHONY: setup bindings rtx ddranking demo test gpu gpu-wheels bench-table check
+.PHONY: install setup setup-browser bindings rtx ddranking demo test gpu gpu-wheels bench-table check
+install: $(INSTALLED)
 setup: $(TESTABLE) bindings rtx ddranking
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -70,6 +75,12 @@ ddranking: $(TESTABLE)
 	test -d $$folder || $(BIN)/python -m pip install --quiet --retries 1 --timeout 10 --no-deps \
 	  --only-binary :all: --target $$folder $(DDRANKING) || \
 	  { rm -rf $$folder; echo "no DD-Ranking: the test that needs it is skipped"; }
+
+setup-browser:
+	command -v chromium || command -v chromium-browser || apt-get install --yes chromium
+	mkdir -p .browser
+	npm pack --silent --pack-destination .browser axe-core@$(AXE)
+	tar --extract --file .browser/axe-core-$(AXE).tgz --directory .browser --strip-components 1 package/axe.min.js
 
 demo: $(INSTALLED)
 	$(BIN)/train --data shapes --model sdxl-tiny --method random rded upsample dace --seeds 3 \
