@@ -24,6 +24,7 @@ CAPTIONS = {
     "accuracy above is what counts.",
 }
 SIZES = ("without_labels", "labels", "with_labels", "generator", "with_generator")
+GALLERY = "gallery"  # .webp and .json
 REAL = "real"  # the ceiling's students: fresh real images, no distillation
 NAMES = {REAL: "fresh real images (ceiling)"}
 
@@ -64,6 +65,17 @@ class _Data(BaseModel):
     name: str
     classes: Count
     validation_images: Count
+
+
+class _Gallery(BaseModel):
+    tile_px: Count
+    rhos: list[Finite] = Field(min_length=1)
+    epochs: Count
+    shown_rho: Count
+    classes: list[str]
+    patches: list[str]
+    partners: list[list[str] | None]
+    answers: list[list[str]]
 
 
 class _Settings(BaseModel):
@@ -125,6 +137,7 @@ def write_report(run: Path) -> dict[str, Any]:
             (NAMES.get(method, method), *(f"{seed}: {value:.1f}" for seed, value in each))
             for method, each in _students(summary).items()
         ],
+        **_gallery(run / PICTURES),
         figures=_figures(run / PICTURES, [*summary["accuracy"], REAL]),
         run=run.resolve().name,
         costs=[
@@ -251,6 +264,18 @@ def _amount(size_bytes: int | None) -> str:
     if size_bytes is None:
         return "not known"
     return f"{size_bytes / 1024:.1f} KiB" if size_bytes < 2**20 else f"{size_bytes / 2**20:.1f} MiB"
+
+
+def _gallery(folder: Path) -> dict[str, Any]:
+    """What gallery.html shows; None for a run without expansions."""
+    tiles, told = (folder / f"{GALLERY}.{ending}" for ending in ("webp", "json"))
+    if not tiles.is_file() or not told.is_file():
+        return {"gallery_told": None, "gallery_tiles": None}
+    remedy = "remove it, and write the report again without the gallery"
+    return {
+        "gallery_told": read_json(told, ReportError, remedy, _Gallery),
+        "gallery_tiles": base64.b64encode(tiles.read_bytes()).decode(),
+    }
 
 
 def _figures(folder: Path, methods: Sequence[str]) -> list[tuple[str, str, str]]:

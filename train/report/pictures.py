@@ -24,11 +24,11 @@ from ...export.durable import replace_file
 from ...kernels.pixels import upsample_patches
 from ..methods.open import own_part
 from ..methods.source import Expansions, ImageSource, render_all
+from ..teacher.teacher import Teacher
+from .gallery import RHOS, SHOWN_EPOCHS, draw_gallery
 from .page import PICTURES
 
-RHOS = (0.2, 0.4, 0.6, 0.8, 1.0)
 MOST_CLASSES = 10  # rows of the coreset's sheet, columns of the others
-SHOWN_EPOCHS = 3
 MOST_PATCHES = 10  # per class in the coreset's sheet
 
 
@@ -41,11 +41,16 @@ def draw_coreset(run: Path, coreset: Coreset, name: str = "coreset") -> None:
 
 
 def draw_images(
-    run: Path, method: str, source: ImageSource, coreset: Coreset | None, names: Sequence[str]
+    run: Path,
+    method: str,
+    source: ImageSource,
+    coreset: Coreset | None,
+    names: Sequence[str],
+    teacher: Teacher,
 ) -> None:
     """Write rendered-METHOD.png: one sample of each of the first classes, a column each, in three
-    epochs (or once, if it is always the same), before it is cropped; and expansions.png where a
-    model expands patches. `names` are those of all classes."""
+    epochs (or once, if it is always the same), before it is cropped; and where a model expands
+    patches expansions.png and the gallery. `names` are those of all classes."""
     own = own_part(source)
     labels = own.labels_N.tolist()
     shown = sorted(set(labels))[:MOST_CLASSES]
@@ -59,6 +64,8 @@ def draw_images(
     if coreset is not None and isinstance(own, Expansions):
         sheet = expansion_sheet(own.expander, coreset.patches(), samples, columns)
         _write(run, "expansions", sheet.save)
+        if own.expander.config.start == "image":
+            draw_gallery(run, own.expander, coreset, samples, teacher)
 
 
 def expansion_sheet(
