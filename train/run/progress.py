@@ -73,7 +73,7 @@ class Report(AbstractContextManager["Report"]):
             return ""
         rate = made / seconds
         left = "" if done >= total else f"  {duration((total - done) / rate)} left"
-        return f"  {rate:.3g} {unit}/s{left}"
+        return f"  {pace(rate, unit)}{left}"
 
     def _draw(self, what: str, done: float, total: float, text: str) -> None:
         if self._bar is None or self._bar[0] != what:
@@ -179,8 +179,17 @@ def _amount(value: float) -> str:
     return f"{value:g}" if value < 1e6 else f"{value:.0f}"
 
 
+def pace(rate: float, unit: str) -> str:
+    """`12 images/s`, or `40 s/epoch` when one takes longer than a second."""
+    one = {"classes": "class"}.get(unit, unit.removesuffix("s"))
+    slow = 0 < rate < 1 and one
+    return f"{duration(1 / rate)}/{one}" if slow else f"{rate:.3g} {unit}/s"
+
+
 def duration(seconds: float) -> str:
-    """`74 s`, `12 min`, `3.4 h`."""
+    """`0 s`, `3.4 s`, `74 s`, `12 min`, `3.4 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}".removesuffix(".0") + " s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:
