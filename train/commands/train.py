@@ -14,6 +14,7 @@ from ...engine.data.images import ImageSet, check_no_class_emptied, stream_cente
 from ...export.documents import check_document, read_json
 from ...export.durable import full_disk_explained, replace_json
 from ...export.hashes import forget_hashes
+from ...export.terminal import visible
 from ..data.folder import check_content, images_sha256
 from ..options import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from ..plan import Plan
@@ -188,6 +189,7 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
     summary = job.run.stage("report", {"students": students}, work, again=True)
     check_document(summary, str(folder), ReportError, "start again with --overwrite", Summary)
     print_table([("method", "accuracy, %", "share of ceiling"), *accuracy_rows(summary)])
+    print(f"report: {visible(str(folder / 'report.html'))}")
     first = ("accuracy", "ceiling", "share_of_ceiling", "seconds", "images_per_s", "bytes")
     return {
         "run": str(folder),

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
+from ...engine.console import size
 from ...export.documents import Count, Finite, Seed, read_json
 from ...export.durable import replace_file, write_durably
 from .chart import Bar, chart
@@ -261,9 +262,7 @@ def _method_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _amount(size_bytes: int | None) -> str:
-    if size_bytes is None:
-        return "not known"
-    return f"{size_bytes / 1024:.1f} KiB" if size_bytes < 2**20 else f"{size_bytes / 2**20:.1f} MiB"
+    return "not known" if size_bytes is None else size(size_bytes)
 
 
 def _gallery(folder: Path) -> dict[str, Any]:
