@@ -63,7 +63,7 @@ def draw_gallery(
 
 def _partners(coreset: Coreset, samples: Sequence[int], seed: int, epoch: int) -> list[str]:
     """The patches that are mixed in, as the Expander draws them."""
-    samples_B, labels_N = torch.tensor(samples), coreset.labels_N
+    samples_B, labels_N = torch.tensor(samples, dtype=torch.int64), coreset.labels_N
     u_B = uniform(seed, Draw.MIXUP_PARTNER, samples_B, epoch, 1)[:, 0]
     told = []
     for sample, u in zip(samples, u_B, strict=True):
