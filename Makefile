@@ -1,7 +1,9 @@
 # make setup   .venv with everything, at the tested versions (runs when one of the two files changes);
 #              and in it TensorRT for RTX, which builds engines without a GPU; beside it, for tests, in .trt two versions of TensorRT's Python bindings, and in .ddranking
 #              DD-Ranking, which by its own word cannot be installed beside numpy 2
-# make demo    the whole method on the CPU, with the shipped model and generated images
+# make install .venv with what users need, without tests and tools
+# make setup-browser   what tests of the report need, as root: Chromium, and by npm axe-core in .browser
+# make demo    after make install: the whole method on the CPU, with the shipped model and generated images
 # make test    every test that needs neither a GPU nor a data set
 # make gpu     tests that need a CUDA device, kernels, expansion at full size, an epoch, scoring: under
 #              8 minutes. FULL=1: more rounds, and the backends that compile. STAGES="tests expand-512":
@@ -16,6 +18,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TESTABLE := .venv/.testable
 DEMO_OUT ?= runs/demo
 OUT ?= runs/gpu
 # Python bindings without the library: what our calls to TensorRT are held against.
@@ -23,6 +26,9 @@ TRT_BINDINGS := 10.16.1.11 11.4.0.106
 # DD-Ranking and what it imports that .venv has not, without what they ask for.
 TRT_RTX := tensorrt-rtx-cu13==1.7.1.116
 DDRANKING := ddranking==0.2.0 kornia==0.9.0 kornia_rs==0.2.0 timm==1.0.31
+
+# Finds what keeps people with a screen reader or a keyboard out of a page.
+AXE := 4.11.0
 
 # The oldest diffusers that patchbloom takes: newer ones need a newer huggingface-hub. The others at the
 # tested versions, with what they import.
@@ -35,17 +41,22 @@ GPU_WHEELS := tyro docstring_parser typeguard pydantic pydantic_core annotated-t
 # Wheels come from the package index, not from a local folder with other builds of torch in it.
 export PIP_FIND_LINKS :=
 
-.PHONY: setup bindings rtx ddranking demo test gpu gpu-wheels bench-table check
-setup: $(INSTALLED) bindings rtx ddranking
+.PHONY: install setup setup-browser bindings rtx ddranking demo test gpu gpu-wheels bench-table check
+install: $(INSTALLED)
+setup: $(TESTABLE) bindings rtx ddranking
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is %d.%d: make setup PYTHON=python3.12" % sys.version_info[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(TESTABLE): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
 # Per Python, as their extension is; tried again until they are there.
-bindings: $(INSTALLED)
+bindings: $(TESTABLE)
 	@tag=$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)'); \
 	for version in $(TRT_BINDINGS); do \
 	  folder=.trt/$$tag/$$version; \
@@ -55,15 +66,21 @@ bindings: $(INSTALLED)
 	done
 
 # Its meta package has no wheel, its libraries have.
-rtx: $(INSTALLED)
+rtx: $(TESTABLE)
 	@$(BIN)/python -c 'import tensorrt_rtx' 2>/dev/null || $(BIN)/python -m pip install --quiet --retries 1 \
 	  --timeout 10 $(TRT_RTX) || echo "no TensorRT for RTX: the tests that need it are skipped"
 
-ddranking: $(INSTALLED)
+ddranking: $(TESTABLE)
 	@folder=.ddranking/$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)'); \
 	test -d $$folder || $(BIN)/python -m pip install --quiet --retries 1 --timeout 10 --no-deps \
 	  --only-binary :all: --target $$folder $(DDRANKING) || \
 	  { rm -rf $$folder; echo "no DD-Ranking: the test that needs it is skipped"; }
+
+setup-browser:
+	command -v chromium || command -v chromium-browser || apt-get install --yes chromium
+	mkdir -p .browser
+	npm pack --silent --pack-destination .browser axe-core@$(AXE)
+	tar --extract --file .browser/axe-core-$(AXE).tgz --directory .browser --strip-components 1 package/axe.min.js
 
 demo: $(INSTALLED)
 	$(BIN)/train --data shapes --model sdxl-tiny --method random rded upsample dace --seeds 3 \
@@ -74,9 +91,9 @@ test: bindings rtx ddranking
 
 GPU_OPTIONS = $(if $(DRY),--dry) $(if $(FULL),--full) $(if $(STAGES),--stages $(STAGES)) \
   $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
-GPU_PYTHON = $(if $(and $(VENV),$(or $(DRY),$(wildcard $(INSTALLED)))),$(BIN)/python,$(PYTHON))
+GPU_PYTHON = $(if $(and $(VENV),$(or $(DRY),$(wildcard $(TESTABLE)))),$(BIN)/python,$(PYTHON))
 ifdef DRY
-gpu: $(if $(VENV),$(INSTALLED))
+gpu: $(if $(VENV),$(TESTABLE))
 endif
 gpu:
 	$(GPU_PYTHON) bench/gpu.py $(GPU_OPTIONS)
@@ -97,7 +114,7 @@ $(LINKS): Makefile
 	mkdir -p $@
 	ln -sf $(addprefix ../../../,kernels export engine train $(wildcard train/public/*.py)) $@
 
-check: $(INSTALLED) $(LINKS)
+check: $(TESTABLE) $(LINKS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright

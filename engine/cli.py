@@ -1,7 +1,7 @@
 """`engine`: build, verify and inspect engines; inspect and export coresets.
 
-The last line of stdout is one JSON object. Importing this module imports neither torch nor
-TensorRT: each command imports what it needs, after its arguments are checked.
+In a pipe the last line of stdout is one JSON object. Importing this module imports neither torch
+nor TensorRT: each command imports what it needs, after its arguments are checked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tyro.extras import SubcommandApp
 
 from . import options as c
 from .console import run_command
-from .coreset.manifest import require_manifest
+from .coreset.manifest import coreset_folder
 
 Coreset = c.CoresetInfo | c.CoresetVerify | c.CoresetShow | c.CoresetExport
 Engine = (
@@ -37,23 +37,22 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 unusable input, 130 interrupted, 143
     terminated)."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return run_command("engine", COMMANDS, given, _parse, _execute)
+
+
+def _parse(given: Sequence[str]) -> Engine | Coreset:
     app, coreset = SubcommandApp(), SubcommandApp()
     for name, kind in COMMANDS.items():
         under, _, name_there = name.rpartition(" ")
         (coreset if under else app).command(name=name_there)(kind)
-    app.command(coreset, name="coreset", help="Inspect a coreset folder, or export it.")
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    return run_command(
-        "engine",
-        COMMANDS,
-        lambda: app.cli(prog="engine", args=given, description="Engines and coresets."),
-        _execute,
-    )
+    app.command(coreset, name="coreset")
+    return app.cli(prog="engine", args=given, description="Engines and coresets.")
 
 
 def _execute(command: Engine | Coreset) -> dict[str, Any]:
     if isinstance(command, Coreset):
-        require_manifest(command.folder)
+        coreset_folder(command.folder)
         from .formats.commands import run_coreset_command  # torch
 
         return run_coreset_command(command)

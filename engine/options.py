@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
@@ -26,34 +26,37 @@ ExportFormat = Literal["imagefolder", "webdataset", "parquet", "ddranking"]
 class CoresetInfo:
     """Describe a coreset: its content, how it was made, and its size in bytes."""
 
+    example: ClassVar = "engine coreset info runs/demo"
     folder: Positional[Path]
-    """The coreset's folder: the one with manifest.json in it."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset."""
     json: bool = False
-    """Print only the last line, the JSON object."""
+    """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoresetVerify:
     """Compare every file of a coreset with the hash in its manifest."""
 
+    example: ClassVar = "engine coreset verify runs/demo"
     folder: Positional[Path]
-    """The coreset's folder: the one with manifest.json in it."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset."""
     json: bool = False
-    """Print only the last line, the JSON object."""
+    """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoresetShow:
     """Draw a contact sheet of a coreset: a row of patches per class."""
 
+    example: ClassVar = "engine coreset show runs/demo --out sheet.png"
     folder: Positional[Path]
-    """The coreset's folder: the one with manifest.json in it."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset."""
     out: Path | None = None
     """The PNG to write. Default: FOLDER.png, beside the folder."""
     patches_per_class: int = 10
     """The longest row, at least 1."""
     json: bool = False
-    """Print only the last line, the JSON object."""
+    """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
     def __post_init__(self) -> None:
         if self.patches_per_class < 1:
@@ -68,8 +71,9 @@ class CoresetShow:
 class CoresetExport:
     """Write a coreset in the layout of another library: images, classes, and soft labels."""
 
+    example: ClassVar = "engine coreset export runs/demo --to webdataset --out shards"
     folder: Positional[Path]
-    """The coreset's folder: the one with manifest.json in it."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset."""
     to: ExportFormat
     """`imagefolder` for torchvision, `webdataset`, `parquet` for Hugging Face datasets,
     `ddranking`."""
@@ -85,7 +89,7 @@ class CoresetExport:
     overwrite: bool = False
     """Replace the export in --out."""
     json: bool = False
-    """Print only the last line, the JSON object."""
+    """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
     def __post_init__(self) -> None:
         if self.dataset is not None and self.to != "ddranking":
@@ -96,6 +100,12 @@ class CoresetExport:
 class EngineBuild:
     """Compile a model for a backend, compare it with torch, and store it; or find it stored."""
 
+    example: ClassVar = "engine build --model sdxl-turbo"
+    groups: ClassVar = {
+        "Model": "model weights size batch min_batch images_per_prompt precision vae_precision "
+        "opset",
+        "Machine": "backend device trt_library targets bundles",
+    }
     model: str | None = None
     """sdxl-turbo, sdxl-tiny, or a folder in diffusers' SDXL layout. Default: sdxl-turbo where there
     is a CUDA device, sdxl-tiny elsewhere."""
@@ -142,7 +152,7 @@ class EngineBuild:
     bundles: Path | None = None
     """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print only the last line, the JSON object."""
+    """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
     def __post_init__(self) -> None:
         for name in ("size", "batch", "min_batch", "images_per_prompt"):
@@ -161,40 +171,44 @@ class EngineBuild:
 class EngineVerify:
     """Verify every byte of stored engines, and measure their parity against torch again."""
 
+    example: ClassVar = "engine verify all"
     names: Positional[tuple[str, ...]] = ()
     """Names of engines, or unique prefixes of them; none or `all`: every engine."""
     bundles: Path | None = None
     """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print only the last line, the JSON object."""
+    """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineList:
     """List the stored engines: their purpose, their size, and whether they fit this machine."""
 
+    example: ClassVar = "engine list"
     bundles: Path | None = None
     """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print only the last line, the JSON object."""
+    """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
     """Show everything recorded about a stored engine, and the command that builds it."""
 
+    example: ClassVar = "engine info sdxl-turbo"
     name: Positional[str]
     """Name of an engine, or a unique prefix of it."""
     bundles: Path | None = None
     """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print only the last line, the JSON object."""
+    """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRemove:
     """Remove stored engines, and report how many bytes that frees."""
 
+    example: ClassVar = "engine remove sdxl-tiny"
     names: Positional[tuple[str, ...]] = ()
     """Names of engines, or unique prefixes of them."""
     all: bool = False
@@ -202,14 +216,15 @@ class EngineRemove:
     bundles: Path | None = None
     """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print only the last line, the JSON object."""
+    """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineDoctor:
     """Show what this machine can run, what is missing for the rest, and how to fix it."""
 
+    example: ClassVar = "engine doctor"
     bundles: Path | None = None
     """Folder of stored engines. Default: patchbloom/bundles in the user's cache."""
     json: bool = False
-    """Print only the last line, the JSON object."""
+    """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""

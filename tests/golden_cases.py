@@ -215,8 +215,10 @@ def names(folder: Path) -> list[str]:
     """Sorted relative paths of a run's files; TensorBoard's get one fixed name."""
     relative = (path.relative_to(folder) for path in _files(folder))
     return sorted(
-        "tensorboard/EVENTS" if path.parts[0] == "tensorboard" else path.as_posix()
-        for path in relative
+        {
+            "tensorboard/EVENTS" if path.parts[0] == "tensorboard" else path.as_posix()
+            for path in relative
+        }
     )
 
 

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "export", "engine", "train")
 LAYERS = {
     "engine": (
-        *("errors", "config", "peers", "interrupts", "console", "options", "data", "select"),
-        *("labels", "coreset", "expand", "dsco", "builds", "formats", "cli", "start"),
+        *("errors", "config", "peers", "interrupts", "help", "console", "options", "data"),
+        *("select", "labels", "coreset", "expand", "dsco", "builds", "formats", "cli", "start"),
     ),
     "train": (
         *("config", "papers", "coreset_options", "run", "data", "networks", "teacher", "batching"),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from cli_cases import Command
+from patchbloom.engine import cli as engine_cli
+from patchbloom.engine.cli import COMMANDS
+from patchbloom.train import cli
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.coreset_options import (
     LoaderOptions,
@@ -20,12 +26,14 @@ from patchbloom.train.coreset_options import (
 from patchbloom.train.options import (
     STAGES,
     RunOptions,
+    Train,
     TrainCompare,
     TrainPrior,
     TrainPublish,
     TrainReport,
     TrainReproduce,
 )
+from patchbloom.train.run.progress import duration, pace
 
 RUN_OPTIONS = [
     "data",
@@ -282,7 +290,16 @@ def test_labels_that_are_not_to_be_stored_are_not(train: Command, tmp_path: Path
         assert f"--labels online stores none, so --codec {codec} has no use" in error
 
 
-@pytest.mark.parametrize("words", ["engine list", "engine --help", "train --help"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "engine list",
+        "engine --help",
+        "train --help",
+        "train --version",
+        "train reproduce tiny --list",
+    ],
+)
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(words: str, tmp_path: Path) -> None:
     """As `| head` does."""
     program, *more = words.split()
@@ -310,3 +327,101 @@ def test_a_narrow_terminal_gets_its_help(columns: int) -> None:
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
     assert ended.returncode == 0
     assert b"--overwrite" in ended.stdout
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_help_is_grouped_and_wrapped(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    told = capsys.readouterr().out
+    lines = told.splitlines()
+    groups = ["Data:", "Method:", "Model:", "Labels:", "Student:", "Machine:", "Other:"]
+    assert [line for line in lines if line in groups] == groups
+    example = next(line for line in lines if line.startswith("example: train --data shapes"))
+    assert lines.index(example) < lines.index("Data:")
+    assert "None" not in told
+    assert "--model STR" in told
+    assert "default: 0.8" in told.replace("\n", " ")
+    assert max(len(line) for line in lines if line != example) <= min(columns, 100)
+    indent = min(26, columns // 3, 33) * " "
+    for line, after in pairwise(lines):
+        if line.startswith(indent) and after.startswith(indent):
+            assert len(f"{line} {after.split()[0]}") > min(columns, 100), "could be longer"
+
+
+@pytest.mark.parametrize("kind", [Train, StudentElsewhere, *STAGES.values(), *COMMANDS.values()])
+def test_every_command_has_an_example_and_groups_of_its_options(kind: type) -> None:
+    program, *words = shlex.split(vars(kind)["example"])
+    parse = cli._parse if program == "train" else engine_cli._parse
+    assert type(parse(words)) is kind
+    grouped = " ".join(getattr(kind, "groups", {}).values()).split()
+    assert len(grouped) == len(set(grouped))
+    if kind in (Train, StudentElsewhere, TrainVerify, TrainPrior):
+        assert set(names(kind)) <= set(grouped)
+
+
+@pytest.mark.parametrize("words", ["train", "engine", "engine coreset", "train --json"])
+def test_without_a_command_the_short_help_is_told(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, *more = words.split()
+    with pytest.raises(SystemExit, match="2"):
+        (cli if program == "train" else engine_cli).main(more)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"usage: {words.removesuffix(' --json')} ")
+    assert "example: " in err
+    assert "--verify" not in err
+
+
+@pytest.mark.parametrize("main", [cli.main, engine_cli.main])
+def test_the_version(main: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.split()[1] == version("patchbloom")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("lables", "unrecognized: lables. Perhaps you meant: labels (see"),
+        ("lables --data a --out b", "unrecognized: lables. Perhaps you meant: labels (see"),
+        ("--dta a --out b", "unrecognized: --dta a. Perhaps you meant: --data (see"),
+        ("labels a --data b --out c", "unrecognized: a. Commands: teacher, coreset, labels,"),
+    ],
+)
+def test_what_is_mistyped_is_told_the_nearest(train: Command, words: str, told: str) -> None:
+    assert told in train(*words.split()).error
+
+
+def test_a_terminal_gets_a_table_and_json_on_request(
+    train: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listing = ("reproduce", "cifar10", "--list")
+    piped = train(*listing).out.splitlines()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = train(*listing).out
+    assert shown.splitlines()[:2] == piped[:2]
+    assert piped[-1] not in shown
+    assert train(*listing, "--json").out.splitlines() == piped[-1:]
+    assert engine_cli.main(["list", "--bundles", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no engines, 0.0 MB, in {tmp_path}\n"
+    monkeypatch.setattr(cli, "_execute", lambda *_: {"report": "r.html", "bytes": 2048})
+    assert train("report", "r").out.splitlines() == [
+        "report          r.html",
+        "bytes           2.0 KiB",
+    ]
+    assert train("report", "r", "--json").out == '{"report": "r.html", "bytes": 2048}\n'
+
+
+def test_times_read_well() -> None:
+    seconds = (1.4e-6, 3.44, 42.3, 720, 12240)
+    assert [*map(duration, seconds)] == ["0 s", "3.4 s", "42 s", "12 min", "3.4 h"]
+    assert pace(0.025, "epochs") == "40 s/epoch"
+    assert pace(0.5, "classes") == "2 s/class"
+    assert pace(12.345, "images") == "12.3 images/s"

@@ -243,7 +243,7 @@ def test_a_locale_without_utf_8_ends_nothing_in_a_traceback(
     assert ended.returncode == 0, ended.stderr
     codes = [int(line[5:]) for line in ended.stdout.splitlines() if line.startswith("code ")]
     assert codes == [0, 0, 0, 2, 0, 2, 2, 0, 0], ended.stderr
-    assert "classes         bars: bars\n                caf\\xe9: caf\\xe9\n" in ended.stdout
+    assert ": bars, caf\\xe9, crescent, " in ended.stdout
     missing = "caf\\xe9/000000.png is missing from the coreset: its name may have no spelling in"
     assert ended.stderr.count(f"{missing} ascii: set LC_ALL=C.UTF-8") == 2
     assert "expected names of class folders in ASCII, the encoding of this locale" in ended.stderr

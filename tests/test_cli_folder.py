@@ -20,6 +20,7 @@ from patchbloom.export import durable
 from patchbloom.train.labels import run_labels
 from patchbloom.train.run.folder import RunError, RunFolder, check_out
 from patchbloom.train.run.progress import Report
+from PIL import Image
 
 
 @pytest.mark.parametrize("found", ["file", "folder", "run"])
@@ -268,12 +269,27 @@ def test_curves_that_are_removed_during_a_run_are_told_once(
 
 def test_curves_are_what_tensorboard_reads(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+    Image.new("RGB", (6, 4)).save(tmp_path / "sheet.png")
     with Report(tmp_path) as record:
         for step, value in enumerate((2.0, 1.0)):
-            record.scalar("student/loss", step, value)
-    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(each.step, each.value) for each in read.Scalars("student/loss")] == [
-        (0, 2.0),
-        (1, 1.0),
-    ]
+            record.scalar("dace/loss", step, value)
+            record.scalar("rded/loss", step, 3 * value)
+        record.outcome("dace", {"ipc": 1, "rho": None}, 47.5, tmp_path / "sheet.png")
+    read = EventAccumulator(str(tmp_path / "tensorboard" / "dace")).Reload()
+    assert [(each.step, each.value) for each in read.Scalars("loss")] == [(0, 2.0), (1, 1.0)]
+    assert [each.value for each in read.Scalars("accuracy")][-1] == 47.5
+    (image,) = read.Images("rendered")
+    assert (image.width, image.height) == (6, 4)
+    assert image.encoded_image_string == (tmp_path / "sheet.png").read_bytes()
+    (settings,) = (
+        data.session_start_info.hparams
+        for content in read.PluginTagToContent("hparams").values()
+        if (data := HParamsPluginData.FromString(content)).HasField("session_start_info")
+    )
+    assert settings["method"].string_value == "dace"
+    assert settings["ipc"].number_value == 1
+    assert "rho" not in settings
+    other = EventAccumulator(str(tmp_path / "tensorboard" / "rded")).Reload()
+    assert [each.value for each in other.Scalars("loss")] == [6.0, 3.0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -47,7 +49,9 @@ def test_the_main_job_leaves_numbers_pictures_and_one_page(
     assert "fresh real images (ceiling)" in outcome.out
     assert len(list(out.glob("coreset/patches/*/*.png"))) == 40
     assert len(list(out.glob("coreset-rded/patches/*/*.png"))) == 40
-    assert list(out.glob("tensorboard/events.*"))
+    assert {path.parent.name for path in out.glob("tensorboard/*/events.*")} == {
+        *("teacher", "random", "rded", "real"),
+    }
     pictures = {path.stem for path in out.glob("pictures/*.png")}
     assert pictures == {
         *("coreset", "curves", "rendered-random", "rendered-rded", "rendered-real"),
@@ -63,9 +67,28 @@ def test_the_main_job_leaves_numbers_pictures_and_one_page(
         "random": {"student_samples": views, "teacher_queries": views, "generator_tflop": 0},
         "rded": {"student_samples": views, "teacher_queries": views + 300, "generator_tflop": 0},
     }
+    best = max(summary["accuracy"].items(), key=lambda item: item[1][0])
+    assert f"<p class='headline'>{best[0]} {best[1][0]:.1f} %: " in page
+    chart = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    drawn = [float((bar.find("text").text or "").split()[0]) for bar in chart.findall("g")]  # pyright: ignore
+    told = [summary["ceiling"], *summary["accuracy"].values()]
+    assert drawn == sorted((round(mean, 1) for mean, _ in told), reverse=True)
+    assert [len(bar.findall("circle")) for bar in chart.findall("g")] == [1, 1, 1]
+    order = [page.index(f"<figcaption>{name}") for name in ("random:", "rded:", "fresh real")]
+    assert order == sorted(order)
+    sheets = (out / "pictures" / f"rendered-{name}.png" for name in ("random", "rded"))
+    always, mosaics = (Image.open(io.BytesIO(path.read_bytes())).height for path in sheets)
+    assert mosaics - always == 2 * (64 + 4)  # two epochs more
     (out / "report.html").unlink()
     train("report", out).result  # noqa: B018
     assert (out / "report.html").read_text() == page
+    with (out / "log.jsonl").open("a") as log:
+        log.write(
+            '{"said": "warning: <b> is doubtful"}\n{"said": "warning: <b> is doubtful"}\n[1]\n{'
+        )
+    train("report", out).result  # noqa: B018
+    page = (out / "report.html").read_text()
+    assert page.count("<p class='note'>&lt;b&gt; is doubtful</p>") == 1
 
 
 def test_the_diffusion_models_arithmetic_is_counted_for_every_image(

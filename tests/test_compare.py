@@ -274,7 +274,7 @@ def test_the_page(train: Command, make: Make, tmp_path: Path) -> None:
     assert "<meta name='viewport'" in text
     chart = ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
     assert chart.get("aria-labelledby") == f"{chart[0].get('id')} {chart[1].get('id')}"
-    assert "62.2 ± 41.4 dace,\nsoft, <a> and 1 more; " in (chart[1].text or "")
+    assert "62.2 ± 41.4 dace, soft, <a> and 1 more; " in (chart[1].text or "")
     bars = chart.findall("g")
     assert [len(bar.findall("circle")) for bar in bars] == [5, 5, 3, 3]
     assert [len(bar.findall("line")) for bar in bars] == [3, 3, 3, 3]

@@ -33,14 +33,31 @@ def test_names_do_not_reach_a_terminal_as_commands(
     assert told.replace("\n", "").isprintable()
 
 
-def refuse() -> None:
+def test_fields_have_units(capsys: pytest.CaptureFixture[str]) -> None:
+    losses = [2.5 / (1 + epoch) for epoch in range(9)]
+    teacher = {"accuracy": 97.05, "losses": losses, "size_px": 64, "views": {"crop": [0.5, 1.0]}}
+    sizes = {"labels": 80_080, "generator": 9_961_472}
+    print_fields({"patches": 40, "bytes": sizes, "teacher": teacher, "model": None})
+    assert capsys.readouterr().out.splitlines() == [
+        "patches         40 images",
+        "bytes           labels: 78.2 KiB",
+        "                generator: 9.5 MiB",
+        "teacher         accuracy: 97.05 %",
+        "                losses: 2.5 … 0.277778 (9)",
+        "                size_px: 64 px",
+        "                views.crop: 0.5, 1",
+        "model           -",
+    ]
+
+
+def refuse(_: object) -> None:
     raise ValueError(HOSTILE)
 
 
 def test_no_process_prints_an_error_with_commands(capsys: pytest.CaptureFixture[str]) -> None:
     """Under torchrun another function prints it."""
     told: list[str] = []
-    assert run_command("train", {}, refuse, lambda _: {}, told.append) == 2
+    assert run_command("train", {}, ["x"], refuse, lambda _: {}, told.append) == 2
     assert "\\x1b]0;owned" in told[0]
     assert told[0].isprintable()
 
@@ -81,7 +98,7 @@ def fill_a_file(_: Path) -> None:
 
 
 def outcome(work: Callable[[Path], None], folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    code = run_command("engine", {}, lambda: folder, lambda folder: {"told": work(folder)})
+    code = run_command("engine", {}, ["x"], lambda _: folder, lambda folder: {"told": work(folder)})
     assert code == 2
     return capfd.readouterr().err.splitlines()[-1]
 
@@ -123,4 +140,4 @@ def test_another_error_of_a_library_keeps_its_traceback(tmp_path: Path) -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        run_command("engine", {}, lambda: tmp_path, fail)
+        run_command("engine", {}, ["x"], lambda _: tmp_path, fail)

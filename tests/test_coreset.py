@@ -498,6 +498,14 @@ def test_engine_coreset_info_verify_show(
     assert main(["coreset", "verify", str(folder), "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["verified"] is True
+    run = tmp_path / "run"  # is as good as RUN/coreset
+    _write(run / "coreset")
+    for command in ("info", "show --patches-per-class 1", "export --to imagefolder --out EXPORT"):
+        words = command.replace("EXPORT", str(tmp_path / "export")).split()
+        assert main(["coreset", words[0], str(run), *words[1:]]) == 0
+        told = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert told["coreset"] in (str(run / "coreset"), written.content_sha256)
+    assert (tmp_path / "run.png").is_file()
 
     assert main(["coreset", "show", str(folder), "--out", str(tmp_path / "sheet.png")]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -532,9 +540,8 @@ def test_engine_coreset_info_verify_show(
         ("coreset show FOLDER/c --out FOLDER/nope/sheet.png", "No such file"),
         ("coreset show FOLDER/c --patches-per-class 0", "expected at least 1, got 0"),
         ("coreset show FOLDER/c --patches-per-class few", "few"),
-        ("coreset info", "engine coreset info needs PATH"),
+        ("coreset info", "engine coreset info needs FOLDER"),
         ("coreset paint FOLDER/c", "paint"),
-        ("", "coreset"),
     ],
 )
 def test_unusable_input_is_one_line_and_exit_code_2(

@@ -137,15 +137,17 @@ def test_options_are_stable(command: Any):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("", "expected one of build, verify, list, info, remove, doctor, coreset"),
-        ("buidl", "unrecognized: buidl. Commands: build, verify,"),
+        ("buidl", "unrecognized: buidl. Perhaps you meant: build"),
+        ("coreset inf X", "unrecognized: inf X. Perhaps you meant: coreset info"),
+        ("corset info X", "unrecognized: corset. Perhaps you meant: coreset info"),
+        ("paint", "unrecognized: paint. Commands: build, verify,"),
         ("build --batchs 2", "unrecognized: --batchs 2. Perhaps you meant: --batch"),
         ("build --batch", "--batch INT: the value is missing"),
         ("build --size two", "--size: expected INT, got 'two'"),
         ("build --backend onnx", "invalid choice 'onnx' for argument '--backend': expected auto, "),
         ("build --batch 0", "--batch 0: expected 1 or more"),
         ("coreset export X", "engine coreset export needs --to {imagefolder,webdataset,parquet,"),
-        ("info", "engine info needs STR: Name of an engine"),
+        ("info", "engine info needs NAME: Name of an engine"),
     ],
 )
 def test_a_command_line_that_cannot_be_parsed_is_told_in_one_line(

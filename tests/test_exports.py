@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickletools
 import subprocess
@@ -27,6 +28,8 @@ from patchbloom.engine.formats import webdataset as shards
 from patchbloom.engine.formats.ddranking import CIFAR_NAMES, SUBSETS
 from patchbloom.engine.formats.exports import export_coreset
 from patchbloom.engine.options import ExportFormat
+from patchbloom.train.networks import build_network
+from patchbloom.train.teacher.teacher import Teacher
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -38,7 +41,6 @@ CIFAR10, CIFAR100 = (names.split() for names in CIFAR_NAMES.values())
 WOOF = tuple(sorted(tuple(IMAGENET)[index] for index in SUBSETS["ImageWoof"]))
 ROOT = Path(__file__).parents[1]
 DD_RANKING = ROOT / ".ddranking" / str(sys.implementation.cache_tag)
-DD_RANKING_PROBE = ROOT / "tests" / "ddranking_probe.py"
 FORMATS: tuple[ExportFormat, ...] = ("imagefolder", "webdataset", "parquet", "ddranking")
 LOGITS = 4 * torch.randn(EPOCHS, 10 * EACH, 10, generator=torch.Generator().manual_seed(1))
 PATCHES = torch.randint(
@@ -292,27 +294,70 @@ def test_other_formats_keep_each_image_with_its_class(tmp_path: Path) -> None:
     assert all(picture.getpixel((0, 0))[0] == int(class_id) for class_id, picture in found)
 
 
-def test_dd_ranking_trains_on_an_export(coreset: Coreset, tmp_path: Path) -> None:
-    """DD-Ranking's hard-label evaluation of the tensor and of the folder, in a subprocess.
+def taught(images_N3HW: torch.Tensor, path: Path) -> str:
+    """A teacher that knows the images, one per class of WOOF; its file."""
+    torch.manual_seed(0)
+    network = build_network("convnet-d3-w32-in", 10, images_N3HW.shape[-1])
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(60):
+        loss = torch.nn.functional.cross_entropy(network(images_N3HW), torch.arange(10))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    Teacher(network, architecture="convnet-d3-w32-in", class_ids=WOOF, size_px=8).save(path)
+    return str(path)
 
-    Both are validated on the tensor, so the folder's classes must equal the labels.
+
+def test_dd_ranking_scores_an_export(tmp_path: Path) -> None:
+    """DD-Ranking's LRS and ARS with hard and soft labels, of the real images themselves.
+
+    They are its training and its test images too, so students learn them only if classes have the
+    same number in the export's tensors and folders, the real images and the teacher's logits.
     """
     if not DD_RANKING.is_dir():
         missing = f"DD-Ranking is not in {DD_RANKING}: run make setup"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
-    export(coreset, "ddranking", tmp_path / "out")
-    probe = subprocess.run(
-        [sys.executable, str(DD_RANKING_PROBE), str(tmp_path / "out")],
-        env=os.environ | {"PYTHONPATH": str(DD_RANKING), "OMP_NUM_THREADS": "1"},
+    one = {"method": "rded", "seed": 0, "image_size_px": 8, "factor": 1, "patch_px": 8, "ipc": 1}
+    patches_NHWC = PATCHES[::EACH]
+    given = new_coreset(tmp_path / "one", patches_NHWC=patches_NHWC, settings=one, labels=None)
+    told = export(given, "ddranking", tmp_path / "out")
+    for class_id, picture in zip(WOOF, patches_NHWC, strict=True):
+        for split in ("train", "test"):
+            (tmp_path / "data" / split / class_id).mkdir(parents=True)
+            path = tmp_path / "data" / split / class_id / "0.png"
+            Image.fromarray(picture.numpy()).save(path)
+    images = torch.load(tmp_path / "out" / "images.pt", weights_only=True)
+    order = [told["class_order"].index(class_id) for class_id in WOOF]
+    words = f"{tmp_path / 'out'} --data {tmp_path / 'data'} --model MLP --device cpu"
+    words += f" --teacher {taught(images[order], tmp_path / 'teacher.safetensors')}"
+    words += " --full-accuracy 90 --epochs 10 --evaluations 1 --workers 0"
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "ddranking_scores.py"), *words.split()],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert probe.returncode == 0, probe.stderr
-    told = json.loads(probe.stdout.splitlines()[-1])
-    assert min(told["accuracies"]) > 90
-    known = {name: list(order) for name, order in SUBSETS.items() if name != "ImageNet1K"}
-    assert told["subsets"] == known
+    assert run.returncode == 0, run.stderr
+    scores = json.loads(run.stdout)
+    (hard, random), (again, soft, random_soft) = (
+        scores[name]["accuracies"] for name in ("lrs_hard", "lrs_soft")
+    )
+    points = {"lrs_hard": hard - random + hard - 90, "lrs_soft": soft - random_soft + again - 90}
+    for name in ("ars_hard", "ars_soft"):
+        mixed, random_mixed, plain, random_plain = scores[name]["accuracies"]
+        points[name] = mixed - random_mixed + plain - random_plain
+    for name, difference in points.items():
+        assert min(scores[name]["accuracies"]) > 60, name
+        mean = "label_robust_score_mean" if "lrs" in name else "augmentation_robust_score_mean"
+        for key, alpha in ((mean, difference / 2), ("of_fractions", difference / 200)):
+            expected = (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
+            assert scores[name][key] == pytest.approx(expected), (name, key)
+    source = (DD_RANKING / "ddranking" / "utils" / "data.py").read_text()
+    known: dict[str, Any] = {}
+    exec(source[source.index("class ImageNetSubsets") : source.index("imagenet_subsets =")], known)
+    orders = known["ImageNetSubsets"].dict
+    assert orders == {name: [*order] for name, order in SUBSETS.items() if name != "ImageNet1K"}
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -192,6 +192,7 @@ def test_a_coreset_is_a_mapping_of_patches(core: Coreset) -> None:
     assert "nothing" not in core
     assert isinstance(core.show(2), Image.Image)
     assert len(repr(core)) < 200
+    assert patchbloom.open(core.folder.parent).folder == core.folder
 
 
 @pytest.mark.parametrize(

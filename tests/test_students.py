@@ -228,7 +228,7 @@ def test_the_sheet_of_expansions_shows_what_its_rows_say(
         def expand(self, samples, epoch):
             return torch.zeros(len(samples), 3, 32, 32)
 
-    monkeypatch.setattr(pictures, "contact_sheet", lambda rows: [name for name, _ in rows])
+    monkeypatch.setattr(pictures, "contact_sheet", lambda rows, _: [name for name, _ in rows])
     rows = pictures.expansion_sheet(Fake(), PATCHES, [0, 4])
     from_patches = ["rho 0.4", "rho 0.6", "rho 0.8", "rho 1", f"rho 0.8, {mixup}"]
     assert rows == ["patch", *(from_patches if start == "image" else []), "text only"]

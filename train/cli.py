@@ -1,8 +1,8 @@
 """`train`: images → teacher → coreset → labels → students → report.
 
-The last line of stdout is one JSON object. Under torchrun all processes run the same command, and
-rank 0 prints. Importing this module imports neither torch nor TensorRT: each command imports what
-it needs.
+In a pipe the last line of stdout is one JSON object. Under torchrun all processes run the same
+command, and rank 0 prints. Importing this module imports neither torch nor TensorRT: each command
+imports what it needs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from ..engine.console import run_command
+from ..engine.console import print_fields, run_command
 from ..engine.coreset.manifest import require_manifest
 from ..engine.data.names import require_text_file
 from ..export.terminal import say
@@ -52,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_command(
             "train",
             STAGES,
-            lambda: _parse(given),
-            lambda command: _execute(command, given),
+            given,
+            _parse,
+            lambda command: _execute_and_show(command, given),
             say if launch.size == 1 else _tell_once,
         )
 
@@ -64,17 +65,17 @@ def _tell_once(line: str) -> None:
     tell_once(line)
 
 
-def _parse(given: list[str]) -> Command:
-    kind = STAGES.get(given[0]) if given else None
-    if given[:1] == ["student"] and any(word.split("=")[0] == "--coreset" for word in given):
-        return tyro.cli(StudentElsewhere, prog="train student", args=given[1:])
+def _parse(given: Sequence[str]) -> Command:
+    words = [word for word in given if word != "--json"]
+    kind = STAGES.get(words[0]) if words else None
+    if words[:1] == ["student"] and any(word.split("=")[0] == "--coreset" for word in words):
+        kind = StudentElsewhere
     if kind is TrainReproduce:
-        return _parse_reproduce(given[1:])
-    if kind is not None:
-        return tyro.cli(kind, prog=f"train {given[0]}", args=given[1:])
-    stages = "\n".join(f"  train {name:9} {kind.__doc__}" for name, kind in STAGES.items())
-    about = f"{Train.__doc__}\n\nEach stage is also a command, with options of its own:\n{stages}"
-    return tyro.cli(Train, prog="train", args=given, description=about)
+        return _parse_reproduce(words[1:])
+    if kind is None:
+        return tyro.cli(Train, prog="train", args=words)
+    json = ["--json"] if kind is TrainCompare and "--json" in given else []
+    return tyro.cli(kind, prog=f"train {words[0]}", args=[*words[1:], *json])
 
 
 def _parse_reproduce(given: list[str]) -> TrainReproduce:
@@ -112,6 +113,15 @@ def _check_named(command: Command) -> None:
     if student is not None:
         with naming_option("--student", student):
             require_network(student)
+
+
+def _execute_and_show(command: Command, given: list[str]) -> dict[str, Any]:
+    """The result, which is printed for people where stdout is a terminal and has no table yet."""
+    result = _execute(command, given)
+    has_table = isinstance(command, Train | TrainVerify | TrainReproduce | TrainCompare)
+    if sys.stdout.isatty() and (not has_table or "engines" in result):  # of --build-only
+        print_fields(result)
+    return result
 
 
 def _execute(command: Command, given: list[str]) -> dict[str, Any]:

@@ -11,12 +11,25 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from tyro.conf import Positional
 
 from ..export.config import BackendName, DeviceName, Precision, TrtLibrary, VaePrecision
 from .config import RecipeName, StudentPrecision, Targets, check_at_least, check_seed
+
+GROUPS = {
+    "Data": "coreset data out class_names skip_corrupt shapes_per_class resume overwrite",
+    "Method": "method ipc factor image_size steps rho mixup mixup_weight start prompt prompts "
+    "variants generate_size budget_seconds scoring select candidates refresh dope seed dsco",
+    "Model": "model precision vae_precision prior",
+    "Labels": "targets labels codec top_k components teacher teacher_epochs other_teacher samples",
+    "Student": "recipe student epochs seeds batch learning_rate final_lr_fraction weight_decay "
+    "accumulate cutmix student_precision student_compile overlap ceiling",
+    "Machine": "device backend trt_library cuda_graph engine_batch bundles build_only verify "
+    "start_timeout",
+}
+"""Headings of --help, each with the names of its options; `dsco` and `prior` name all of theirs."""
 
 LabelKind = Literal["probabilities", "logits"]
 
@@ -34,6 +47,7 @@ def check_names(given: Iterable[str], known: Collection[str], what: str) -> None
 class RenderOptions:
     """How this machine renders a coreset's images; the manifest says which images."""
 
+    groups: ClassVar = GROUPS
     model: str | None = None
     """A name, or a folder in diffusers' SDXL layout, whose weights have the manifest's sha256.
     Default: the model that the manifest names."""
@@ -109,6 +123,10 @@ class LoaderOptions(RenderOptions):
 class StudentElsewhere(RenderOptions):
     """Train students from a coreset folder alone: no teacher, no original images."""
 
+    example: ClassVar = (
+        "train student --coreset runs/demo/coreset --data shapes --out runs/elsewhere"
+    )
+
     coreset: Path
     """The coreset folder. Its manifest describes images, views, labels and the recipe."""
     out: Path
@@ -176,6 +194,10 @@ class StudentElsewhere(RenderOptions):
 class TrainVerify(RenderOptions):
     """Render some images of a coreset again and measure how far the teacher's labels drift."""
 
+    example: ClassVar = (
+        "train verify --coreset runs/demo/coreset --teacher runs/demo/teacher/teacher.safetensors"
+    )
+
     coreset: Path
     """The coreset folder, with stored labels."""
     teacher: str
@@ -202,6 +224,7 @@ class TrainVerify(RenderOptions):
 class TrainCheck(RenderOptions):
     """Check the files of a publication, and train its students again to compare accuracies."""
 
+    example: ClassVar = "train check published --data shapes"
     folder: Positional[Path]
     """The folder that `train publish` wrote, wherever it lies now."""
     data: str | None = None

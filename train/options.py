@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
@@ -28,7 +28,7 @@ from .config import (
     check_at_least,
     check_seed,
 )
-from .coreset_options import StudentElsewhere, TrainCheck, TrainVerify
+from .coreset_options import GROUPS, StudentElsewhere, TrainCheck, TrainVerify
 from .methods.registry import METHODS
 from .papers import PLANS
 
@@ -45,6 +45,7 @@ NOT_FOR_CELLS = {
 class RunOptions:
     """Options of the whole run and of each of its stages."""
 
+    groups: ClassVar = GROUPS
     data: str
     """An image folder with train/ and val/ (or test/), or `shapes`, a generated dataset."""
     out: Path
@@ -282,20 +283,28 @@ class RunOptions:
 class Train(RunOptions):
     """Teacher, coreset, labels, students, report: everything, in one run folder."""
 
+    example: ClassVar = "train --data shapes --out runs/demo --method random dace"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTeacher(RunOptions):
     """Train only the teacher, or fetch and check it."""
+
+    example: ClassVar = "train teacher --data shapes --out runs/demo"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCoreset(RunOptions):
     """Make the coresets, after the teacher if the run has none."""
 
+    example: ClassVar = "train coreset --data shapes --out runs/demo --ipc 10"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainLabels(RunOptions):
     """Store the teacher's soft labels in the coresets, without training students."""
+
+    example: ClassVar = "train labels --data shapes --out runs/demo --codec pca"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -309,11 +318,14 @@ class TrainLabels(RunOptions):
 class TrainStudent(RunOptions):
     """Train the students, no report. From a coreset alone: `train student --coreset DIR --help`."""
 
+    example: ClassVar = "train student --data shapes --out runs/demo --seeds 1"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
     """Write the report of a finished run again, from its summary and pictures."""
 
+    example: ClassVar = "train report runs/demo"
     run: Positional[Path]
     """The run folder, which holds summary.json."""
 
@@ -322,6 +334,7 @@ class TrainReport:
 class TrainReproduce:
     """Run a paper's table beside its published numbers; options of `train` follow after `--`."""
 
+    example: ClassVar = "train reproduce imagenette-table1 --data imagenette2 --out runs/table1"
     plan: Annotated[Positional[str], arg(help=PLAN_HELP, metavar="PLAN")]
     data: str | None = None
     """The image folder that the plan describes (--list shows it)."""
@@ -353,6 +366,7 @@ class TrainReproduce:
 class TrainCompare:
     """Compare finished runs: settings that differ, accuracies, paired differences."""
 
+    example: ClassVar = "train compare runs/demo runs/other --out compared.html"
     runs: Positional[tuple[Path, ...]]
     """Folders of finished runs, also of `train student --coreset` with --data."""
     out: Path | None = None
@@ -361,7 +375,7 @@ class TrainCompare:
     """Take differences to this method of the first run that has it; `real` is the ceiling. Default:
     the first method of the first run."""
     json: bool = False
-    """Print only the last line, the JSON object."""
+    """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -374,6 +388,7 @@ class TrainCompare:
 class TrainPublish:
     """Copy a finished run's coresets, teacher and numbers to a folder that others can check."""
 
+    example: ClassVar = "train publish runs/demo --to published"
     run: Positional[Path]
     """The folder of the finished run."""
     to: Path
@@ -394,6 +409,8 @@ class TrainPublish:
 class TrainPrior:
     """Train a small few-step latent diffusion model in SDXL's shape, for --model."""
 
+    example: ClassVar = "train prior --data shapes --out models/shapes"
+    groups: ClassVar = GROUPS
     data: str
     """An image folder, with train/ or plain, or `shapes`, a generated dataset."""
     out: Path

@@ -97,6 +97,15 @@ def require_manifest(folder: Path) -> Path:
     return path
 
 
+def coreset_folder(folder: Path) -> Path:
+    """`folder`, or the coreset in it where it is a run's; CoresetError when there is none."""
+    inside = folder / "coreset"
+    found = (
+        inside if (inside / MANIFEST).is_file() and not (folder / MANIFEST).is_file() else folder
+    )
+    return require_manifest(found).parent
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Parse and check `manifest.json`; says nothing yet about the other files.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 from ...export.durable import full_disk_explained, replace_file
 from ..console import print_fields
 from ..coreset.coreset import Coreset, open_coreset
+from ..coreset.manifest import coreset_folder
 from ..coreset.sheet import coreset_sheet
 from ..options import CoresetExport, CoresetInfo, CoresetShow, CoresetVerify
 from .exports import export_coreset
@@ -18,11 +18,12 @@ def run_coreset_command(
     command: CoresetInfo | CoresetVerify | CoresetShow | CoresetExport,
 ) -> dict[str, Any]:
     """Run the command, and print its result for people unless JSON alone is requested."""
+    folder = coreset_folder(command.folder)
     match command:
         case CoresetInfo():
-            result = _info(open_coreset(command.folder, verify=False))
+            result = _info(open_coreset(folder, verify=False))
         case CoresetVerify():
-            coreset = open_coreset(command.folder)
+            coreset = open_coreset(folder)
             result = {
                 "coreset": str(coreset.folder),
                 "content_sha256": coreset.content_sha256,
@@ -30,10 +31,10 @@ def run_coreset_command(
                 "verified": True,
             }
         case CoresetShow():
-            result = _show(open_coreset(command.folder), command.out, command.patches_per_class)
+            result = _show(open_coreset(folder), command)
         case CoresetExport():
             result = export_coreset(
-                open_coreset(command.folder),
+                open_coreset(folder),
                 command.to,
                 command.out,
                 labels=command.labels,
@@ -41,7 +42,7 @@ def run_coreset_command(
                 overwrite=command.overwrite,
             )
     if not command.json:
-        print_fields(result)
+        print_fields(_for_people(result) if isinstance(command, CoresetInfo) else result)
     return result
 
 
@@ -64,12 +65,23 @@ def _info(coreset: Coreset) -> dict[str, Any]:
     }
 
 
-def _show(coreset: Coreset, out: Path | None, patches_per_class: int) -> dict[str, Any]:
-    folder = coreset.folder.absolute()
-    out = folder.with_name(f"{folder.name}.png") if out is None else out.absolute()
-    if out.resolve().is_relative_to(folder.resolve()):
+def _for_people(info: dict[str, Any]) -> dict[str, Any]:
+    """The classes on one line, and no mappings inside mappings: --json has them."""
+    names = [name if key == name else f"{key}: {name}" for key, name in info["classes"].items()]
+    flat = {
+        key: {k: v for k, v in value.items() if not isinstance(v, dict)}
+        for key, value in info.items()
+        if isinstance(value, dict)
+    }
+    return {**info, **flat, "classes": f"{len(names)}: {', '.join(names)}"}
+
+
+def _show(coreset: Coreset, command: CoresetShow) -> dict[str, Any]:
+    given = command.folder.absolute()
+    out = (command.out or given.with_name(f"{given.name}.png")).absolute()
+    if out.resolve().is_relative_to(coreset.folder.resolve()):
         raise ValueError(f"--out {out} lies in the coreset, which holds its own files only")
-    sheet = coreset_sheet(coreset, patches_per_class)
+    sheet = coreset_sheet(coreset, command.patches_per_class)
     png = io.BytesIO()
     sheet.save(png, "PNG")
     with full_disk_explained(out, png.tell()):

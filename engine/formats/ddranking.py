@@ -14,8 +14,8 @@ folders of its own copy: here it is only checked that they are 200 WordNet ids.
 Soft labels are omitted: the stored ones belong to views, one per epoch, and DD-Ranking takes one
 per image (mode S) or runs a teacher of its own (mode M). DD-Ranking reads files of `torch.save`,
 which are pickles: these hold tensors alone, so torch.load's weights_only opens them. DD-Ranking
-0.2.0 requires numpy below 2, but runs with 2: the tests install it in a folder of its own, and let
-its evaluation open an export both ways.
+0.2.0 requires numpy below 2, but runs with 2, from a folder of its own: bench/ddranking_scores.py
+lets it open an export both ways, and score it.
 
 Legend: N images, K classes, M mosaics and D doped images per class, r factor, T = r² patches of a
 mosaic, H W image size.
@@ -35,6 +35,7 @@ from ..coreset.coreset import Coreset, write_png
 from ..data.names import imagenet_names
 from ..errors import CoresetError
 
+_Triple = tuple[float, float, float]
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _TINY, _TINY_CLASSES = "TinyImageNet", 200
@@ -147,10 +148,12 @@ def _images(coreset: Coreset, classes: list[int]) -> torch.Tensor:
     return torch.cat([made_KMHWC, real_KDHWC], 1).flatten(0, 1)
 
 
+def mean_and_std(dataset: str | None) -> tuple[_Triple, _Triple]:
+    """DD-Ranking's normalisation of the data set: per channel, for pixels in [0, 1]."""
+    return _CIFAR if dataset in CIFAR_NAMES else _IMAGENET
+
+
 def _normalised(images_NHWC: torch.Tensor, dataset: str | None) -> torch.Tensor:
-    mean, std = (
-        torch.tensor(v, dtype=torch.float32)
-        for v in (_CIFAR if dataset in CIFAR_NAMES else _IMAGENET)
-    )
+    mean, std = (torch.tensor(v, dtype=torch.float32) for v in mean_and_std(dataset))
     images_NCHW = images_NHWC.permute(0, 3, 1, 2).float().contiguous().div_(255)
     return images_NCHW.sub_(mean[:, None, None]).div_(std[:, None, None])

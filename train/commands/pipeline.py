@@ -286,7 +286,9 @@ class Distillation:
         coreset = None if method == REAL else self._open(method)
         with open_source(plan, coreset, self.run.world) as source:
             if self.run.world.leads:
-                draw_images(self.run.folder, method, source, coreset)
+                draw_images(
+                    self.run.folder, method, source, coreset, plan.class_names, self.teacher
+                )
             run_labels = self._labels(method, source, coreset)
             labels = run_labels.choose()
             results = train_students(

@@ -14,10 +14,11 @@ from ...engine.data.images import ImageSet, check_no_class_emptied, stream_cente
 from ...export.documents import check_document, read_json
 from ...export.durable import full_disk_explained, replace_json
 from ...export.hashes import forget_hashes
+from ...export.terminal import visible
 from ..data.folder import check_content, images_sha256
 from ..options import RunOptions, Train, TrainCoreset, TrainLabels, TrainTeacher
 from ..plan import Plan
-from ..report.page import SUMMARY, ReportError, Summary, accuracy_rows, write_report
+from ..report.page import PICTURES, SUMMARY, ReportError, Summary, accuracy_rows, write_report
 from ..report.pictures import draw_curves
 from ..report.summary import REAL, make_summary, provenance, rounded
 from ..run.folder import RunError, RunFolder, StageResult, check_out
@@ -177,6 +178,10 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
         if summary["teacher"].get("losses"):
             panels["teacher: cross-entropy"] = {"teacher": summary["teacher"]["losses"]}
         draw_curves(folder, panels)
+        ceiling = {REAL: summary["ceiling"]} if summary["ceiling"] else {}
+        for name, (mean, _) in (summary["accuracy"] | ceiling).items():
+            picture = folder / PICTURES / f"rendered-{name}.png"
+            job.report.outcome(name, summary["settings"], mean, picture)
         replace_json(folder / SUMMARY, summary)
         write_report(folder)
         return StageResult(summary)
@@ -184,6 +189,7 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
     summary = job.run.stage("report", {"students": students}, work, again=True)
     check_document(summary, str(folder), ReportError, "start again with --overwrite", Summary)
     print_table([("method", "accuracy, %", "share of ceiling"), *accuracy_rows(summary)])
+    print(f"report: {visible(str(folder / 'report.html'))}")
     first = ("accuracy", "ceiling", "share_of_ceiling", "seconds", "images_per_s", "bytes")
     return {
         "run": str(folder),

@@ -27,6 +27,7 @@ from ..run.checkpoint import (
     training_state,
     write_checkpoint,
 )
+from ..run.progress import duration, pace
 
 CHECKPOINT_EVERY_S = 120.0
 REPORT_EVERY, WARMUP = 100, 200  # steps
@@ -126,7 +127,7 @@ class Phase(Generic[M]):
         left_s = (self.steps - self.done) / steps_per_second
         return (
             f"{self.name} {self.done}/{self.steps}  loss {self.losses[-1][1]:.4f}  "
-            f"{steps_per_second:.2f} steps/s  {left_s / 60:.1f} min left"
+            f"{pace(steps_per_second, 'steps')}  {duration(left_s)} left"
         )
 
     def _diverged(self, reason: str) -> ValueError:

@@ -12,7 +12,7 @@ from typing import Any
 
 from patchbloom.engine.coreset.coreset import Coreset as Folder
 from patchbloom.engine.coreset.coreset import open_coreset
-from patchbloom.engine.coreset.manifest import PATCHES, image_files
+from patchbloom.engine.coreset.manifest import PATCHES, coreset_folder, image_files
 from patchbloom.engine.coreset.sheet import coreset_sheet
 from patchbloom.engine.data.images import to_pixels
 from patchbloom.engine.errors import CoresetError
@@ -159,7 +159,7 @@ class Coreset(Folder):
 
 
 def open(folder: str | Path, *, backend: BackendName | None = None, **options: Any) -> Coreset:
-    """Open a coreset folder; every file is compared with its hash.
+    """Open a coreset folder, or that of a run; every file is compared with its hash.
 
     backend: see Coreset. options: the fields of train.coreset_options.RenderOptions: model,
     precision, device, engine_batch, … Raises ValueError, one clear line, for a folder that is no
@@ -173,5 +173,5 @@ def open(folder: str | Path, *, backend: BackendName | None = None, **options: A
             f"{folder}: coresets on the hub cannot be opened yet: download the folder, and give it"
         )
     check_names(options, RenderOptions.__dataclass_fields__, "open: option")
-    opened = open_coreset(Path(folder).expanduser())
+    opened = open_coreset(coreset_folder(Path(folder).expanduser()))
     return Coreset(opened.folder, opened.manifest, RenderOptions(**options), backend)

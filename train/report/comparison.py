@@ -6,11 +6,11 @@ coreset tell nothing about other coresets: pairs of several count once per cores
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev, variance
 from typing import Any
@@ -19,6 +19,7 @@ from ...engine.console import print_table
 from ...export.durable import replace_file
 from ...export.terminal import visible
 from ..options import TrainCompare
+from .chart import Bar, chart
 from .page import ReportError, plain, render_page
 from .paired import flip_signs
 from .runs import Run, read_run
@@ -55,7 +56,7 @@ class Row:
         return {
             **self.named,
             "mean": fmean(means),
-            "std_students": math.sqrt(squares / free) if free else None,
+            "std_students": sqrt(squares / free) if free else None,
             "students": sum(map(len, self.students)),
             "std_coresets": stdev(means) if len(means) > 1 else None,
             "coresets": len(means),
@@ -116,7 +117,7 @@ def compare_runs(options: TrainCompare) -> dict[str, Any]:
         _print(tables)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        page = render_page("comparison.html", **tables, **_chart(rows, unlike))
+        page = render_page("comparison.html", **tables, chart=_chart(rows, unlike))
         replace_file(options.out, page)
     return result
 
@@ -202,13 +203,14 @@ def _print(tables: Mapping[str, Any]) -> None:
 
 
 def _chart(rows: Sequence[Row], unlike: Mapping[str, list[str]]) -> dict[str, Any]:
-    """A bar per row, with ± over coresets where there are several; the axis ends at `top`."""
+    """A bar per row, with ± over coresets where there are several."""
     bars = []
     for row in rows:
-        told = row.accuracy
+        told, odd = row.accuracy, row.runs[0] in unlike
         std = told["std_students"] if told["std_coresets"] is None else told["std_coresets"]
+        label = "{method}, {targets}, {run}".format(**told) + ", not comparable" * odd
         parts = [list(part.values()) for part in row.students]
-        bars.append({**told, "std": std or 0.0, "parts": parts, "unlike": row.runs[0] in unlike})
-    seen = [value for row in rows for part in row.students for value in part.values()]
-    top = max(1, *seen, *(bar["mean"] + bar["std"] for bar in bars))
-    return {"bars": bars, "top": 10 * math.ceil(top / 10)}
+        bars.append(
+            Bar(f"{row.targets} unlike" if odd else row.targets, label, told["mean"], std, parts)
+        )
+    return chart("Accuracy in percent by method and run", bars)

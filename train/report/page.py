@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from ...export.documents import Count, Finite, read_json
+from ...engine.console import size
+from ...export.documents import Count, Finite, Seed, read_json
 from ...export.durable import replace_file, write_durably
+from .chart import Bar, chart
 
-SUMMARY, REPORT, PICTURES = "summary.json", "report.html", "pictures"
+SUMMARY, REPORT, PICTURES, LOG = "summary.json", "report.html", "pictures", "log.jsonl"
 CAPTIONS = {
     "coreset.png": "The coreset: patches of the first classes, a row each, pixels kept square.",
     "expansions.png": "The same patches, a column each, expanded with more and more noise.",
-    "curves.png": "Training curves.",
+    "curves.png": "Training curves. A low KL divergence on a few fixed images is memorising: the "
+    "accuracy above is what counts.",
 }
 SIZES = ("without_labels", "labels", "with_labels", "generator", "with_generator")
-RENDERED = "rendered-*.png"  # one per method
+GALLERY = "gallery"  # .webp and .json
+REAL = "real"  # the ceiling's students: fresh real images, no distillation
+NAMES = {REAL: "fresh real images (ceiling)"}
 
 
 def _with_mean(accuracy: list[float | None]) -> list[float | None]:
@@ -38,6 +45,19 @@ class ReportError(ValueError):
     """A summary that cannot be reported: expected, found, what to do."""
 
 
+class Students(BaseModel):
+    """Accuracies in percent of a method's students, and their seeds."""
+
+    accuracies: list[Annotated[Finite, Field(ge=0, le=100)]] = Field(min_length=1)
+    seeds: list[Seed]
+
+    @model_validator(mode="after")
+    def _one_seed_each(self) -> Self:
+        if not len(self.accuracies) == len(self.seeds) == len(set(self.seeds)):
+            raise ValueError("expected a seed of its own for each accuracy")
+        return self
+
+
 class _Teacher(BaseModel):
     accuracy: Finite | None = None
 
@@ -46,6 +66,17 @@ class _Data(BaseModel):
     name: str
     classes: Count
     validation_images: Count
+
+
+class _Gallery(BaseModel):
+    tile_px: Count
+    rhos: list[Finite] = Field(min_length=1)
+    epochs: Count
+    shown_rho: Count
+    classes: list[str]
+    patches: list[str]
+    partners: list[list[str] | None]
+    answers: list[list[str]]
 
 
 class _Settings(BaseModel):
@@ -71,6 +102,7 @@ class Summary(BaseModel):
     bytes: dict[str, dict[str, Count | None]]
     content_sha256: dict[str, str]
     skipped_images: dict[str, Count]
+    students: dict[str, Students] = {}
     teacher: _Teacher
     data: _Data
     settings: _Settings
@@ -95,11 +127,20 @@ def write_report(run: Path) -> dict[str, Any]:
     remedy = "finish the run again with --resume"
     summary = read_json(path, ReportError, remedy, Summary)
     teacher = {key: value for key, value in summary["teacher"].items() if key != "losses"}
+    summary["notes"] += _warnings(run / LOG, summary["notes"])
     page = render_page(
         "page.html",
         **{**summary, "teacher": teacher},
+        headline=_headline(summary),
+        chart=_chart(summary),
         methods=_method_rows(summary),
-        figures=_figures(run / PICTURES),
+        by_student=[
+            (NAMES.get(method, method), *(f"{seed}: {value:.1f}" for seed, value in each))
+            for method, each in _students(summary).items()
+        ],
+        **_gallery(run / PICTURES),
+        figures=_figures(run / PICTURES, [*summary["accuracy"], REAL]),
+        run=run.resolve().name,
         costs=[
             (method, *(f"{each:,.6g}" for each in cost.values()))
             for method, cost in summary.get("compute", {}).items()  # older runs have none
@@ -139,6 +180,50 @@ def write_card(folder: Path, content: Mapping[str, Any], summary: Mapping[str, A
     write_durably(folder / "README.md", card)
 
 
+def _headline(summary: Mapping[str, Any]) -> str:
+    """The method with the highest accuracy, what it reaches, and what it takes."""
+    accuracy, shares = summary["accuracy"], summary["share_of_ceiling"]
+    method = max(accuracy, key=lambda each: accuracy[each][0])
+    share = f": {shares[method]:.0f} % of what fresh real images give" if method in shares else ""
+    sizes = summary["bytes"].get(method, {})
+    kept = f", from {_amount(sizes.get('without_labels'))} of images" if sizes else ""
+    generator = sizes.get("generator")
+    made = f" and a generator of {_amount(generator)}" if generator else ""
+    return f"{method} {plus_minus(accuracy[method])} %{share}{kept}{made}"
+
+
+def _students(summary: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """(seed, accuracy in percent) of every student; runs of older versions tell none."""
+    return {
+        method: list(zip(told["seeds"], told["accuracies"], strict=True))
+        for method, told in summary.get("students", {}).items()
+    }
+
+
+def _chart(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A bar per method and for the ceiling, the highest first."""
+    students, told = _students(summary), dict(summary["accuracy"])
+    if summary["ceiling"] is not None:
+        told[REAL] = summary["ceiling"]
+    bars = [
+        Bar("real" if name == REAL else "soft", NAMES.get(name, name), mean, std, [dots])
+        for name, (mean, std) in told.items()
+        for dots in ([value for _, value in students.get(name, ())],)
+    ]
+    return chart("Accuracy in percent by method", sorted(bars, key=lambda bar: -bar.mean))
+
+
+def _warnings(log: Path, known: Sequence[str]) -> list[str]:
+    """Warnings that the run printed, once each; a damaged line of its log has none."""
+    found: dict[str, None] = {}
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
+        with suppress(ValueError, AttributeError):
+            said = str(json.loads(line).get("said"))
+            if said.startswith("warning: "):
+                found[said[9:10].upper() + said[10:]] = None
+    return [said for said in found if said not in known]
+
+
 def _size_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (method, *(_amount(sizes.get(kind)) for kind in SIZES))
@@ -154,7 +239,7 @@ def accuracy_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for method, value in summary["accuracy"].items()
     ]
     if summary["ceiling"] is not None:
-        rows.append(("fresh real images (ceiling)", plus_minus(summary["ceiling"]), "100 %"))
+        rows.append((NAMES[REAL], plus_minus(summary["ceiling"]), "100 %"))
     if summary["teacher"].get("accuracy") is not None:
         rows.append(("teacher", f"{summary['teacher']['accuracy']:.1f}", "-"))
     return rows
@@ -177,17 +262,28 @@ def _method_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _amount(size_bytes: int | None) -> str:
-    if size_bytes is None:
-        return "not known"
-    return f"{size_bytes / 1024:.1f} KiB" if size_bytes < 2**20 else f"{size_bytes / 2**20:.1f} MiB"
+    return "not known" if size_bytes is None else size(size_bytes)
 
 
-def _figures(folder: Path) -> list[tuple[str, str, str]]:
+def _gallery(folder: Path) -> dict[str, Any]:
+    """What gallery.html shows; None for a run without expansions."""
+    tiles, told = (folder / f"{GALLERY}.{ending}" for ending in ("webp", "json"))
+    if not tiles.is_file() or not told.is_file():
+        return {"gallery_told": None, "gallery_tiles": None}
+    remedy = "remove it, and write the report again without the gallery"
+    return {
+        "gallery_told": read_json(told, ReportError, remedy, _Gallery),
+        "gallery_tiles": base64.b64encode(tiles.read_bytes()).decode(),
+    }
+
+
+def _figures(folder: Path, methods: Sequence[str]) -> list[tuple[str, str, str]]:
     """Name, caption and base64 of each picture."""
     captions = dict(CAPTIONS)
-    for path in sorted(folder.glob(RENDERED)):
-        method = path.stem.removeprefix("rendered-")
-        captions[path.name] = f"{method}: what its students see of the same samples, three epochs."
+    for method in methods:
+        captions[f"rendered-{method}.png"] = (
+            f"{NAMES.get(method, method)}: what students see of the same samples, before the crop."
+        )
     return [
         (name, caption, base64.b64encode((folder / name).read_bytes()).decode())
         for name, caption in captions.items()

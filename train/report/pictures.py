@@ -24,11 +24,11 @@ from ...export.durable import replace_file
 from ...kernels.pixels import upsample_patches
 from ..methods.open import own_part
 from ..methods.source import Expansions, ImageSource, render_all
+from ..teacher.teacher import Teacher
+from .gallery import RHOS, SHOWN_EPOCHS, draw_gallery
 from .page import PICTURES
 
-RHOS = (0.2, 0.4, 0.6, 0.8, 1.0)
 MOST_CLASSES = 10  # rows of the coreset's sheet, columns of the others
-SHOWN_EPOCHS = 3
 MOST_PATCHES = 10  # per class in the coreset's sheet
 
 
@@ -40,22 +40,36 @@ def draw_coreset(run: Path, coreset: Coreset, name: str = "coreset") -> None:
     _write(run, name, contact_sheet(rows).save)
 
 
-def draw_images(run: Path, method: str, source: ImageSource, coreset: Coreset | None) -> None:
+def draw_images(
+    run: Path,
+    method: str,
+    source: ImageSource,
+    coreset: Coreset | None,
+    names: Sequence[str],
+    teacher: Teacher,
+) -> None:
     """Write rendered-METHOD.png: one sample of each of the first classes, a column each, in three
-    epochs, before it is cropped; and expansions.png where a model expands patches."""
+    epochs (or once, if it is always the same), before it is cropped; and where a model expands
+    patches expansions.png and the gallery. `names` are those of all classes."""
     own = own_part(source)
     labels = own.labels_N.tolist()
-    samples = [labels.index(label) for label in sorted(set(labels))[:MOST_CLASSES]]
+    shown = sorted(set(labels))[:MOST_CLASSES]
+    columns = [names[int(label)] for label in shown]
+    samples = [labels.index(label) for label in shown]
     epochs = range(SHOWN_EPOCHS)
     rows = [(f"epoch {epoch}", _pixels(render_all(own, epoch, samples))) for epoch in epochs]
-    _write(run, f"rendered-{method}", contact_sheet(rows).save)
+    if all(np.array_equal(rows[0][1], pixels) for _, pixels in rows):
+        rows = [("every epoch", rows[0][1])]
+    _write(run, f"rendered-{method}", contact_sheet(rows, columns).save)
     if coreset is not None and isinstance(own, Expansions):
-        sheet = expansion_sheet(own.expander, coreset.patches(), samples)
+        sheet = expansion_sheet(own.expander, coreset.patches(), samples, columns)
         _write(run, "expansions", sheet.save)
+        if own.expander.config.start == "image":
+            draw_gallery(run, own.expander, coreset, samples, teacher)
 
 
 def expansion_sheet(
-    expander: Expander, patches_NHWC: Tensor, samples: Sequence[int]
+    expander: Expander, patches_NHWC: Tensor, samples: Sequence[int], columns: Sequence[str] = ()
 ) -> Image.Image:
     """The same patches, a column each: upsampled, at every rho, with mixup, from noise alone.
 
@@ -75,7 +89,7 @@ def expansion_sheet(
     rows = [("patch", _pixels(patches))]
     for name, changes in variants.items():
         rows.append((name, _pixels(expander.varied(**changes).expand(samples, epoch=0))))
-    return contact_sheet(rows)
+    return contact_sheet(rows, columns)
 
 
 def _pixels(images_NCHW: Tensor) -> np.ndarray:

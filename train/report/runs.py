@@ -10,14 +10,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from ...export.documents import Finite, Seed, read_json
-from .page import SUMMARY, ReportError
+from ...export.documents import read_json
+from .page import SUMMARY, ReportError, Students
 
 REMEDY = "finish the run again with --resume"
 OMITTED = {
@@ -27,17 +27,6 @@ OMITTED = {
 }
 
 
-class _Students(BaseModel):
-    accuracies: list[Annotated[Finite, Field(ge=0, le=100)]] = Field(min_length=1)
-    seeds: list[Seed]
-
-    @model_validator(mode="after")
-    def _one_seed_each(self) -> Self:
-        if not len(self.accuracies) == len(self.seeds) == len(set(self.seeds)):
-            raise ValueError("expected a seed of its own for each accuracy")
-        return self
-
-
 class _Data(BaseModel):
     name: str
     sha256: str
@@ -45,7 +34,7 @@ class _Data(BaseModel):
 
 
 class _Summary(BaseModel):
-    students: dict[str, _Students] = Field(min_length=1)
+    students: dict[str, Students] = Field(min_length=1)
     teacher: dict[str, Any]
     data: _Data
     settings: dict[str, Any]
@@ -57,7 +46,7 @@ class _Stage(BaseModel):
     config: dict[str, Any]
 
 
-class _Elsewhere(_Students):
+class _Elsewhere(Students):
     render: dict[str, Any]
     provenance: dict[str, Any]
 

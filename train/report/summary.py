@@ -18,9 +18,9 @@ from ..methods.registry import METHODS
 from ..plan import Plan
 from ..run.launch import read_launch
 from .compute import method_compute
+from .page import REAL
 
 SCHEMA = "patchbloom.summary/1"
-REAL = "real"  # the ceiling's students: fresh real images, no distillation
 _VERSIONS = (
     "patchbloom",
     "torch",

@@ -38,7 +38,7 @@ from ...export.durable import (
     sync,
     take_lock,
 )
-from .progress import Report
+from .progress import Report, duration
 from .settings import LEFT_OUT
 from .world import ALONE, World
 
@@ -179,7 +179,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         if record["state"] != "done":
             return None
         self._check_outputs(name, record["outputs"])
-        self._report.say(f"{name}: done before, in {record['seconds']:.1f} s")
+        self._report.say(f"{name}: done before, in {duration(record['seconds'])}")
         return record["result"]
 
     def _run(

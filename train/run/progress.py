@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ LINE_EVERY_S = 10.0  # between two lines of progress in a log
 class Report(AbstractContextManager["Report"]):
     """Reports to stderr and, when given a folder, to FOLDER/tensorboard and FOLDER/log.jsonl.
 
+    TensorBoard gets a sub-run for every method and for the teacher, with the same tags in each.
     The log has one line per message and per scalar: {"time": seconds since 1970, "said": …} or
     {"time": …, "tag": …, "step": …, "value": …}.
     """
@@ -36,7 +38,7 @@ class Report(AbstractContextManager["Report"]):
         self._began: dict[str, tuple[float, float]] = {}
         self._line_due: dict[str, float] = {}
         self._folder = folder
-        self._events: Path | None = None
+        self._events: dict[str, Path] = {}
         self._curves_lost = False
         self._unwritten, self._log_is_open = "", False
 
@@ -71,7 +73,7 @@ class Report(AbstractContextManager["Report"]):
             return ""
         rate = made / seconds
         left = "" if done >= total else f"  {duration((total - done) / rate)} left"
-        return f"  {rate:.3g} {unit}/s{left}"
+        return f"  {pace(rate, unit)}{left}"
 
     def _draw(self, what: str, done: float, total: float, text: str) -> None:
         if self._bar is None or self._bar[0] != what:
@@ -93,33 +95,57 @@ class Report(AbstractContextManager["Report"]):
             self._bar = None
 
     def scalar(self, tag: str, step: int, value: float) -> None:
-        """A point of a curve, e.g. ("student/dace/loss", epoch, 1.3)."""
+        """A point of a curve, "loss" of the sub-run dace: ("dace/loss", epoch, 1.3)."""
         if self._folder is None:
             return
         self._write({"tag": tag, "step": step, "value": value})
-        if not self._curves_lost:
-            try:
-                self._add_event(self._folder / "tensorboard", tag, step, value)
-            except OSError as error:
-                self._curves_lost = True
-                self.say(f"warning: no more curves for TensorBoard ({error}); {LOG} has them")
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _add_event(self, folder: Path, tag: str, step: int, value: float) -> None:
+        name, _, short = tag.rpartition("/")
+        point = Summary(value=[Summary.Value(tag=short, simple_value=value)])
+        self._add_events(self._folder / "tensorboard" / name, step, point)
+
+    def outcome(
+        self, name: str, settings: Mapping[str, Any], accuracy: float, picture: Path
+    ) -> None:
+        """The end of a method's sub-run: accuracy in percent, settings (hparams), a PNG picture."""
+        if self._folder is None:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from torch.utils.tensorboard.summary import hparams
+
+        png = picture.read_bytes()
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+        shown = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
+        plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str)}
+        values = [
+            Summary.Value(tag="accuracy", simple_value=accuracy),
+            Summary.Value(tag="rendered", image=shown),
+        ]
+        told = hparams({"method": name, **plain}, {"accuracy": accuracy})
+        self._add_events(self._folder / "tensorboard" / name, 0, *told, Summary(value=values))
+
+    def _add_events(self, folder: Path, step: int, *summaries: Any) -> None:
         """Append to this session's file at once: SummaryWriter's thread dies of a lost folder."""
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        event = Event(wall_time=time.time(), step=step)
-        event.summary.value.append(Summary.Value(tag=tag, simple_value=value))
-        if self._events is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._events = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
-        with self._events.open("ab") as stream:
-            if not stream.tell():
-                version = Event(wall_time=time.time(), file_version="brain.Event:2")
-                RecordWriter(stream).write(version.SerializeToString())
-            RecordWriter(stream).write(event.SerializeToString())
+        if self._curves_lost:
+            return
+        try:
+            if folder.name not in self._events:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
+                self._events[folder.name] = folder / file
+            with self._events[folder.name].open("ab") as stream:
+                events = [Event(wall_time=time.time(), step=step, summary=s) for s in summaries]
+                if not stream.tell():
+                    events.insert(0, Event(wall_time=time.time(), file_version="brain.Event:2"))
+                for event in events:
+                    RecordWriter(stream).write(event.SerializeToString())
+        except OSError as error:
+            self._curves_lost = True
+            self.say(f"warning: no more curves for TensorBoard ({error}); {LOG} has them")
 
     def open_log(self) -> None:
         """Start to write the log, earlier lines first. Call it once the folder is locked."""
@@ -153,8 +179,17 @@ def _amount(value: float) -> str:
     return f"{value:g}" if value < 1e6 else f"{value:.0f}"
 
 
+def pace(rate: float, unit: str) -> str:
+    """`12 images/s`, or `40 s/epoch` when one takes longer than a second."""
+    one = {"classes": "class"}.get(unit, unit.removesuffix("s"))
+    slow = 0 < rate < 1 and one
+    return f"{duration(1 / rate)}/{one}" if slow else f"{rate:.3g} {unit}/s"
+
+
 def duration(seconds: float) -> str:
-    """`74 s`, `12 min`, `3.4 h`."""
+    """`0 s`, `3.4 s`, `74 s`, `12 min`, `3.4 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}".removesuffix(".0") + " s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:

@@ -39,7 +39,7 @@ from ..run.checkpoint import (
     require_same,
     restoring,
 )
-from ..run.progress import Report
+from ..run.progress import Report, duration
 from ..run.world import World
 from .ring import Ring
 from .slots import Pool, PoolSlot, fill_slot, pools_from, pools_per_epoch
@@ -197,7 +197,7 @@ class Lockstep:
             for tag, value in {"loss": loss, **rates}.items():
                 self.report.scalar(f"{name}/{tag}", epoch, value)
             note = f"loss {loss:.3g}, {rates['images_per_s']:.3g} images/s"
-            note += f", waited {rates['waited_s']:.2g} s"
+            note += f", waited {duration(rates['waited_s'])}"
             self.report.progress(name, epoch + 1, self.config.epochs, "epochs", note)
 
     def _require_finite(self, loss: float, epoch: int) -> None:
