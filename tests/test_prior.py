@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from patchbloom.engine.data.images import to_pixels
+from patchbloom.kernels.pixels import upsample_patches
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.prior import loop as prior_loop
 from patchbloom.train.prior import losses as prior_phases
@@ -31,6 +33,7 @@ from patchbloom.train.prior.training import PriorTraining
 from patchbloom.train.teacher.teacher import Teacher
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import interpolate
 
 TINY = PriorConfig(
     image_size=32,
@@ -109,7 +112,7 @@ def test_latents_have_unit_variance_and_the_posterior_its_width(trained: Path) -
     training.train_vae()
     bank = training.encode_bank()
     assert len(bank.labels_N) == 8 * 4
-    assert float(bank.latents_N4hw[:8].std()) == pytest.approx(1.0, abs=0.05)
+    assert float(bank.latents_NChw[:8].std()) == pytest.approx(1.0, abs=0.05)
     moments = training.parts.vae.encode(torch.zeros(1, 3, 32, 32)).latent_dist
     torch.testing.assert_close(moments.std, torch.full_like(moments.std, POSTERIOR_STD))
 
@@ -181,12 +184,13 @@ def test_a_prior_that_diverges_is_never_installed(
 
 
 def test_a_wider_one_in_bf16_without_crops(tmp_path: Path) -> None:
-    wider = {"width": 64, "vae_width": 24}
+    wider = {"width": 64, "vae_width": 24, "vae_factor": 2, "latent_channels": 6}
     training = _training(tmp_path / "model", **wider, precision="bf16", crops=0, steps=1)
     folder = training.run(data="noise", command="train prior")
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
     assert pipeline.unet.config.block_out_channels == [64, 128, 256]
-    assert pipeline.vae.config.block_out_channels == [24, 48, 96]
+    assert pipeline.vae.config.block_out_channels == [24, 48]
+    assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels == 6
     assert all(
         math.isfinite(loss) for phase in training.phases.values() for _, loss in phase["losses"]
     )
@@ -222,7 +226,7 @@ def test_every_loss_stays_on_the_device_of_its_bank(tmp_path: Path) -> None:
     visited = SampledSteps(*map(on_gpu, steps))
     draw = torch.Generator()
     with fake:
-        bank = LatentBank(latents, classes.long(), time_ids)
+        bank = LatentBank(latents, latents, classes.long(), time_ids)
         task = Denoising(bank, Conditioning(*prompts), sigmas, batch=4, half=True)
         losses = [
             prior_phases.vae_loss(parts.vae, images, draw),
@@ -231,6 +235,38 @@ def test_every_loss_stays_on_the_device_of_its_bank(tmp_path: Path) -> None:
             few_step_loss(parts.unet, draw, task, parts.unet, visited, 2),
         ]
     assert [str(loss.device) for loss in losses] == ["cuda:0"] * 4
+
+
+def test_the_denoiser_learns_to_sharpen_patches(tmp_path: Path) -> None:
+    """From any start its target leads to sharp latents, and low noise starts are hardly blurred."""
+    torch.manual_seed(0)
+    training = _training(tmp_path / "model")
+    bank = training.encode_bank()
+    patches = to_pixels(
+        interpolate(training._images(slice(8)), 16, mode="bilinear", antialias=True)
+    )
+    as_shown = upsample_patches(patches.contiguous(), 32)
+    torch.testing.assert_close(bank.enlarged_NChw[:7], training._encode(as_shown)[:7].half())
+
+    sharp, enlarged = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    one = LatentBank(sharp, enlarged, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 6))
+    task = Denoising(one, training.conditioning, training.sigmas, batch=4000, half=False)
+    for t, most in ((999, 1.0), (400, 1.0), (50, float(training.sigmas[50]) / 0.5)):
+        draw = torch.Generator().manual_seed(t)
+        noisy, target = task.draw(torch.full((4000,), t), draw)
+        sigma = noisy.sigmas_B[:, None, None, None]
+        torch.testing.assert_close(
+            noisy.states_B4hw - sigma * target, 0 * target, atol=1e-4, rtol=0
+        )
+        blurred = (noisy.states_B4hw / sigma).mean((1, 2, 3)) * noisy.sigmas_B
+        assert float(blurred.mean()) == pytest.approx(most * 0.4, abs=0.02 + float(sigma[0]) * 0.05)
+    assert (
+        _training(tmp_path / "none", patch_factor=1)
+        .encode_bank()
+        .enlarged_NChw.equal(
+            _training(tmp_path / "none", patch_factor=1).encode_bank().latents_NChw
+        )
+    )
 
 
 def test_sampled_steps_are_the_schedulers_own() -> None:

@@ -99,6 +99,27 @@ def test_a_model_without_its_training_is_not_resumed_and_stays_until_replaced(
     _begin(command, resume=True, prior=seeded)
 
 
+def test_images_and_their_latents_must_fit_into_memory(
+    command: TrainPrior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = 3 * 32**2 + 2 * 4 * 2 * 4 * 8**2  # pixels; 4 views, sharp and enlarged, in fp16
+    monkeypatch.setattr(prior_run, "MOST_GIB", 2.5 * each / 2**30)
+    assert "give a folder of at most 2 images, or a" in _refused(command, ValueError)
+    sharp_alone = replace(command.prior, patch_factor=1)
+    _begin(command, prior=sharp_alone)
+
+
+def test_a_training_of_an_older_version_is_told_what_its_options_were(command: TrainPrior) -> None:
+    _begin(command)
+    settings = command.out / ".work" / "settings.json"
+    told = json.loads(settings.read_text())
+    for newer in ("latent_channels", "patch_factor", "vae_factor"):
+        del told[newer]
+    settings.write_text(json.dumps(told))
+    assert "--patch-factor 1, now 2: give" in _refused(command, RunError, resume=True)
+    _begin(command, resume=True, prior=replace(command.prior, patch_factor=1))
+
+
 def test_a_resume_with_other_images_or_names_says_so(command: TrainPrior, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("disc plate\nring hoop\n")

@@ -123,6 +123,13 @@ class PriorConfig:
     vae_width: int = 16
     """Channels of the autoencoder's first level, a multiple of 8; the next two have 2 and 4 times
     as many. The denoiser cannot restore what the autoencoder blurs."""
+    vae_factor: int = 4
+    """How many times smaller the side of the latents is: 2 or 4."""
+    latent_channels: int = 4
+    """Channels of the latents: more keep finer detail."""
+    patch_factor: int = 2
+    """The denoiser also learns to sharpen patches of 1/n of the side, as `train --factor` cuts
+    them; 1: it does not."""
     width: int = 32
     """Channels of the denoiser's first level, a multiple of 32; the next two have 2 and 4 times as
     many. 32: 4.2 million parameters, 64: 16.4 million."""
@@ -147,6 +154,13 @@ class PriorConfig:
     def __post_init__(self) -> None:
         if self.image_size < 32 or self.image_size % 16:
             raise ValueError(f"image_size {self.image_size}: expected a multiple of 16, 32 or more")
+        if self.vae_factor not in (2, 4):
+            raise ValueError(f"vae_factor {self.vae_factor}: expected 2 or 4")
+        if self.patch_factor < 1 or self.image_size % self.patch_factor:
+            raise ValueError(
+                f"patch_factor {self.patch_factor}: expected a divisor of image_size "
+                f"{self.image_size}"
+            )
         for name, step in (("width", 32), ("vae_width", 8)):
             value = getattr(self, name)
             if value < step or value % step:
@@ -159,7 +173,7 @@ class PriorConfig:
             raise ValueError(f"seed {self.seed}: expected 0 to 2^63 - 1")
         check_at_least(self, 0, "crops")
         check_at_least(self, 1, "vae_steps", "unet_steps", "guidance_steps", "few_step_steps")
-        check_at_least(self, 1, "vae_batch", "unet_batch", "substeps")
+        check_at_least(self, 1, "vae_batch", "unet_batch", "substeps", "latent_channels")
 
     def as_dict(self) -> dict:
         """The options as plain values, for the model card."""

@@ -1,6 +1,6 @@
 """`train prior`: image folder → model folder for --model.
 
-It keeps all training images in memory as uint8: at most MOST_GIB.
+It keeps all training images (uint8) and their latents (fp16) in memory: at most MOST_GIB.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
         device, teacher = resolve_device(command.device), None
         if command.teacher is not None:
             teacher = load_teacher(command.teacher, images.class_ids, device=device)
-        _check_memory(images, command.prior.image_size)
+        _check_memory(images, command.prior)
         settings = command.prior.as_dict()
         settings |= {"data": images_sha256(images), "classes": list(names)}
         with full_disk_explained(command.out, _needed_bytes(command.prior)):
@@ -81,14 +81,16 @@ def _data_name(command: TrainPrior) -> str:
     return Path(command.data).expanduser().resolve().name
 
 
-def _check_memory(images: ImageSet, size_px: int) -> None:
-    needed_gib = len(images) * size_px**2 * 3 / 2**30
-    if needed_gib > MOST_GIB:
-        most = int(MOST_GIB * 2**30 / (size_px**2 * 3))
+def _check_memory(images: ImageSet, config: PriorConfig) -> None:
+    views = (2 + config.crops) * (1 if config.patch_factor == 1 else 2)
+    latents = views * config.latent_channels * (config.image_size // config.vae_factor) ** 2
+    each = config.image_size**2 * 3 + 2 * latents
+    if len(images) * each > MOST_GIB * 2**30:
         raise ValueError(
-            f"{len(images)} images of {size_px} px take {needed_gib:.1f} GiB, at most "
-            f"{MOST_GIB:g} are kept in memory: give a folder of at most {most} images, "
-            "or a smaller --image-size"
+            f"{len(images)} images of {config.image_size} px and their latents take "
+            f"{len(images) * each / 2**30:.1f} GiB, at most {MOST_GIB:g} are kept in memory: give "
+            f"a folder of at most {int(MOST_GIB * 2**30 / each)} images, or a smaller --image-size "
+            "or --crops"
         )
 
 
@@ -114,7 +116,7 @@ def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
         )
     # An older version lacks newer options.
     told = read_json(record, RunError, "give --overwrite to begin anew", dict[str, Any])
-    before = {**PriorConfig().as_dict(), **told}
+    before = {**PriorConfig().as_dict(), "latent_channels": 4, "patch_factor": 1, **told}
     unsaid = {"data": "other images in --data", "classes": "other --class-names"}
     for key, was, now in differences(before, settings):
         option = f"--{key.replace('_', '-')} {was}, now {now}"

@@ -30,6 +30,7 @@ from torch.nn.functional import l1_loss
 
 from .model import POSTERIOR_STD
 
+BLUR_SIGMA = 0.5  # states of less noise begin only partly at an enlarged patch
 WEIGHT_CAP = 30.0  # of 1 + sigma²: reached at t = 820; beyond it the prediction is the class mean
 
 
@@ -68,7 +69,9 @@ def vae_loss(vae: AutoencoderKL, images_BCHW: Tensor, generator: torch.Generator
 class LatentBank(NamedTuple):
     """The denoiser's training data, row by row: latents, classes, SDXL's micro-conditioning."""
 
-    latents_N4hw: Tensor  # unit variance
+    latents_NChw: Tensor  # unit variance, fp16
+    enlarged_NChw: Tensor
+    """Latents of the same images reduced to patches and enlarged again, fp16."""
     labels_N: Tensor  # int64
     time_ids_N6: Tensor  # original h, w; crop top, left; target h, w
 
@@ -110,14 +113,25 @@ class Denoising:
         return drawn.to(self.sigmas_T.device)
 
     def draw(self, timesteps_B: Tensor, generator: torch.Generator) -> tuple[Noisy, Tensor]:
-        """Random rows of the bank plus noise, and the noise."""
+        """Random rows of the bank plus noise, and the noise that leads back to their latents.
+
+        Two in five rows begin at their latents, one in five at those of the enlarged patch, the
+        others in between. Below BLUR_SIGMA the share of the patch falls with sigma, so that the
+        target stays finite.
+        """
         device = self.sigmas_T.device
         rows_B = torch.randint(len(self.bank.labels_N), (self.batch,), generator=generator)
-        latents, labels_B, time_ids_B6 = (column[rows_B.to(device)] for column in self.bank)
+        columns = (column[rows_B.to(device)] for column in self.bank)
+        latents, enlarged, labels_B, time_ids_B6 = columns
+        latents, enlarged = latents.float(), enlarged.float()
         noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(device)
         sigmas_B = self.sigmas_T[timesteps_B]
-        states = latents + sigmas_B[:, None, None, None] * noise
-        return Noisy(states, sigmas_B, timesteps_B, labels_B, time_ids_B6), noise
+        sigmas = sigmas_B[:, None, None, None]
+        drawn = torch.rand((self.batch, 1, 1, 1), generator=generator, dtype=torch.float32)
+        blurred = (2.5 * drawn.to(device) - 1).clamp(0, 1) * (sigmas / BLUR_SIGMA).clamp(max=1)
+        states = torch.lerp(latents, enlarged, blurred) + sigmas * noise
+        target = (states - latents) / sigmas
+        return Noisy(states, sigmas_B, timesteps_B, labels_B, time_ids_B6), target
 
     def error(self, unet: nn.Module, noisy: Noisy, target: Tensor) -> Tensor:
         """Mean squared error of the UNet's prediction, weighted (1 + sigma²)."""

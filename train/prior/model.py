@@ -69,6 +69,7 @@ def new_parts(
     *,
     unet_channels: tuple[int, int, int] = (32, 64, 128),
     vae_channels: tuple[int, ...] = (16, 32, 64),
+    latent_channels: int = 4,
 ) -> ModelParts:
     """Initialise parts for images of `size_px` (a multiple of 4 · 2^levels).
 
@@ -96,7 +97,7 @@ def new_parts(
         "up_block_types": ("UpDecoderBlock2D",) * len(vae_channels),
         "block_out_channels": vae_channels,
         "layers_per_block": 1,
-        "latent_channels": 4,
+        "latent_channels": latent_channels,
         "norm_num_groups": 8,
         "sample_size": size_px,
         "mid_block_add_attention": False,
@@ -105,8 +106,8 @@ def new_parts(
     }
     unet_settings: dict[str, Any] = {
         "sample_size": size_px // factor,
-        "in_channels": 4,
-        "out_channels": 4,
+        "in_channels": latent_channels,
+        "out_channels": latent_channels,
         "block_out_channels": unet_channels,
         "layers_per_block": 1,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

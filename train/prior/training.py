@@ -26,9 +26,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from ...engine.data.images import to_pixels, to_unit
 from ...kernels.noise import Draw, uniform
+from ...kernels.pixels import upsample_patches
 from ...kernels.student_input import student_input
 from ..config import PriorConfig
 from ..teacher.teacher import Teacher
@@ -75,7 +77,8 @@ class PriorTraining:
             config.image_size,
             self.work / "tokenizer",
             unet_channels=(width, 2 * width, 4 * width),
-            vae_channels=(vae_width, 2 * vae_width, 4 * vae_width),
+            vae_channels=tuple(vae_width * 2**k for k in range(config.vae_factor.bit_length())),
+            latent_channels=config.latent_channels,
         )
         prompts = [PROMPT.format(name=name) for name in self.class_names] + [""]
         states_GLD, pooled_GD = prompt_embeddings(self.parts, prompts)
@@ -136,12 +139,12 @@ class PriorTraining:
         A crop's micro-conditioning is SDXL's: its size before it is enlarged, its corner after.
         """
         size, seed = self.config.image_size, self.config.seed
-        latents, labels, time_ids = [], [], []
+        views, labels, time_ids = [], [], []
         for rows in torch.arange(len(self.labels_N)).split(256):
             images = self._images(rows)
             whole = torch.tensor([size, size, 0.0, 0.0, size, size], dtype=torch.float32)
             for view in (images, images.flip(-1)):
-                latents.append(self._encode(view))
+                views.append(self._encoded(view))
                 time_ids.append(whole.repeat(len(rows), 1))
             for crop in range(self.config.crops):
                 u = uniform(seed, Draw.PRIOR, rows, crop, 4)
@@ -150,14 +153,27 @@ class PriorTraining:
                 boxes = torch.cat([corner, side[:, None], side[:, None]], dim=1).to(self.device)
                 flips = (u[:, 3] < 0.5).to(self.device)
                 view = student_input(images, boxes, flips, size, HALF_UNIT, HALF_UNIT)
-                latents.append(self._encode(view.contiguous()))
+                views.append(self._encoded(view.contiguous()))
                 enlarged = size / side[:, None]
                 target = torch.full((len(rows), 2), float(size), dtype=torch.float32)
                 ids = [side[:, None], side[:, None], corner * enlarged, target]
                 time_ids.append(torch.cat(ids, dim=1))
             labels.append(self.labels_N[rows].repeat(2 + self.config.crops))
-        on_device = (torch.cat(part).to(self.device) for part in (latents, labels, time_ids))
-        return LatentBank(*on_device)
+        latents, enlarged = zip(*views, strict=True)
+        columns = (latents, enlarged, labels, time_ids)
+        return LatentBank(*(torch.cat(column).to(self.device) for column in columns))
+
+    def _encoded(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents of images, and of the same images reduced to a patch and enlarged again."""
+        size, factor = self.config.image_size, self.config.patch_factor
+        latents = self._encode(images_BCHW).half()
+        if factor == 1:
+            return latents, latents
+        patches = interpolate(
+            images_BCHW, size=(size // factor,) * 2, mode="bilinear", antialias=True
+        )
+        enlarged = upsample_patches(to_pixels(patches).contiguous(), size)
+        return latents, self._encode(enlarged).half()
 
     def train_denoiser(self, bank: LatentBank) -> None:
         """Phases 2, 3 and 4; leaves the few-step UNet in `parts`."""
