@@ -46,6 +46,23 @@ def fix_posterior_width(vae: AutoencoderKL) -> None:
     layer.bias[channels:] = 2 * math.log(POSTERIOR_STD)
 
 
+@torch.no_grad()
+def standardise(vae: AutoencoderKL, means_NChw: Tensor) -> None:
+    """Give every latent channel mean 0 and standard deviation 1 by the posterior's means of images.
+
+    The 1×1 convolutions on both sides take the change, so that reconstructions stay the same.
+    Without it the channels that carry colour drown in noise that the others survive.
+    """
+    coder: Any = vae
+    channels = vae.config["latent_channels"]
+    mean_C, std_C = means_NChw.mean((0, 2, 3)), means_NChw.std((0, 2, 3))
+    before, after = coder.quant_conv, coder.post_quant_conv
+    before.weight[:channels] /= std_C[:, None, None, None]
+    before.bias[:channels] = (before.bias[:channels] - mean_C) / std_C
+    after.bias += after.weight[:, :, 0, 0] @ mean_C
+    after.weight *= std_C[None, :, None, None]
+
+
 def vae_loss(vae: AutoencoderKL, images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     """L1 + 0.5 · L1 of gradients + 1e-4 · mean²; the decoder sees posterior samples.
 

@@ -46,6 +46,7 @@ from .losses import (
     sampled_steps,
     samples_of_class,
     sigma_table,
+    standardise,
     vae_loss,
 )
 from .model import move_model, new_parts, prompt_embeddings, save_parts
@@ -102,7 +103,7 @@ class PriorTraining:
         return to_unit(self.pixels_NHWC[rows].to(self.device))
 
     def train_vae(self) -> None:
-        """Phase 1; sets the scaling factor to 1 / std of the latents' means."""
+        """Phase 1; its latents' means are standard in every channel."""
         fix_posterior_width(self.parts.vae)
         batch = self.config.vae_batch
 
@@ -118,7 +119,7 @@ class PriorTraining:
         self.parts.vae = vae
         rows = torch.arange(0, len(self.pixels_NHWC), max(1, len(self.pixels_NHWC) // 1024))
         latents = torch.cat([self._encode(self._images(part)) for part in rows.split(128)])
-        vae.register_to_config(scaling_factor=1 / float(latents.std()))
+        standardise(vae, latents)
 
     @torch.no_grad()
     def _encode(self, images_BCHW: Tensor) -> Tensor:
