@@ -47,7 +47,7 @@ def test_an_image_of_a_coreset_is_named(tmp_path: Path) -> None:
         "from patchbloom.engine.coreset.coreset import open_coreset\n"
         "leave(20)\n"
         "show = lambda _: {'patches': len(open_coreset(sys.argv[1]).patches())}\n"
-        "sys.exit(run_command('engine', {}, lambda: None, show))\n"
+        "sys.exit(run_command('engine', {}, ['x'], lambda _: None, show))\n"
     )
     ended = with_little_memory(script, folder)
     path = folder / "patches" / "a" / "000000.png"
@@ -72,7 +72,7 @@ def test_a_command_tells_it_in_one_line(
         torch.empty(bytes_, dtype=torch.uint8)
         raise error or AssertionError
 
-    assert run_command("train", {}, lambda: None, execute) == 2
+    assert run_command("train", {}, ["x"], lambda _: None, execute) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train: error: memory is full (")
     assert line.endswith("): close what else uses it, or ask for less")

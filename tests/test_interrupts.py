@@ -24,7 +24,7 @@ every_signal = pytest.mark.parametrize(("number", "code", "told"), ENDS)
 
 
 def run(work: Callable[[], Any]) -> int:
-    return run_command("program", {}, lambda: None, lambda _: work() or {})
+    return run_command("program", {}, ["x"], lambda _: None, lambda _: work() or {})
 
 
 def send(number: int) -> None:
