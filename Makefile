@@ -45,15 +45,17 @@ export PIP_FIND_LINKS :=
 install: $(INSTALLED)
 setup: $(TESTABLE) bindings rtx ddranking
 
-$(INSTALLED): pyproject.toml constraints.txt
+.venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is %d.%d: make setup PYTHON=python3.12" % sys.version_info[:2])'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv
+
+$(INSTALLED): pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(TESTABLE): $(INSTALLED)
+$(TESTABLE): pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
-	touch $@
+	touch $(INSTALLED) $@
 
 # Per Python, as their extension is; tried again until they are there.
 bindings: $(TESTABLE)

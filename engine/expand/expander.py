@@ -180,14 +180,18 @@ class Expander:
             self._bank_epoch = (epoch, mean + std * noise)
         return self._bank_epoch[1]
 
-    def expand(self, samples: Tensor | np.ndarray | Sequence[int], epoch: int) -> Tensor:
-        """Images of `samples` (rows of the coreset, any order, repeats allowed) at `epoch`.
+    def expand(
+        self, samples: Tensor | np.ndarray | Sequence[int], epoch: int | Sequence[int]
+    ) -> Tensor:
+        """Images of `samples` (rows of the coreset, any order, repeats allowed) at `epoch`, or each
+        at its own.
 
         Returns fp32 [len(samples), 3, H, W] in [-1, 1] in the requested order. Raises ValueError
         when a sample does not exist, when a batch does not fit into memory, or, unless `nan_gate`
         is off, when the networks overflow to NaN.
         """
-        return self._expand(np.asarray(samples, dtype=np.int64), [epoch])
+        epochs = [epoch] if isinstance(epoch, int) else epoch
+        return self._expand(np.asarray(samples, dtype=np.int64), epochs)
 
     @torch.no_grad()
     def _expand(self, rows: np.ndarray, epochs: Sequence[int]) -> Tensor:
@@ -272,9 +276,9 @@ class Expander:
         work = self._evaluate if self._graph is None else self._graph
         if len(epochs) > 1:
             work, of_slots = self._evaluate, [epochs[target] for target in batch.plan.targets_B]
-            starts = [self._start(batch, epoch) for epoch in of_slots]
-            state_BCHW = torch.stack([state[slot] for slot, (state, _) in enumerate(starts)])
-            x_BCHW = torch.stack([x[slot] for slot, (_, x) in enumerate(starts)])
+            starts = {epoch: self._start(batch, epoch) for epoch in set(of_slots)}
+            both = [[part[slot] for part in starts[e]] for slot, e in enumerate(of_slots)]
+            state_BCHW, x_BCHW = map(torch.stack, zip(*both, strict=True))
             epoch_E = torch.tensor(of_slots, dtype=torch.int64, device=self._device)
         added_GD, kv_GP = self.prompt_bank.of(batch.plan.classes_G, batch.classes_G)
         return work(state_BCHW, x_BCHW, batch.samples_B, added_GD, kv_GP, epoch_E)

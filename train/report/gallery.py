@@ -43,9 +43,11 @@ def draw_gallery(
     partners = []
     for rho in rhos:
         for mixup in (False, True):
-            varied = expander.varied(rho=rho, mixup=mixup)
-            for epoch in range(SHOWN_EPOCHS):
-                rows_NHWC.append(varied.expand(samples, epoch=epoch))
+            varied, epochs = expander.varied(rho=rho, mixup=mixup), range(SHOWN_EPOCHS)
+            of_slots = [epoch for epoch in epochs for _ in samples]
+            made = varied.expand(list(samples) * SHOWN_EPOCHS, of_slots)
+            rows_NHWC += made.chunk(SHOWN_EPOCHS)
+            for epoch in epochs:
                 partners.append(_partners(coreset, samples, config.seed, epoch) if mixup else None)
     pixels = [to_pixels(row).cpu().contiguous() for row in rows_NHWC]
     told = {
