@@ -277,6 +277,7 @@ def test_curves_are_what_tensorboard_reads(tmp_path: Path) -> None:
             record.scalar("dace/loss", step, value)
             record.scalar("rded/loss", step, 3 * value)
         record.outcome("dace", {"ipc": 1, "rho": None}, 47.5, tmp_path / "sheet.png")
+        record.outcome("rded", {"ipc": 1}, 17.5, tmp_path / "removed.png")
     read = EventAccumulator(str(tmp_path / "tensorboard" / "dace")).Reload()
     assert [(each.step, each.value) for each in read.Scalars("loss")] == [(0, 2.0), (1, 1.0)]
     assert [each.value for each in read.Scalars("accuracy")][-1] == 47.5
@@ -292,4 +293,6 @@ def test_curves_are_what_tensorboard_reads(tmp_path: Path) -> None:
     assert settings["ipc"].number_value == 1
     assert "rho" not in settings
     other = EventAccumulator(str(tmp_path / "tensorboard" / "rded")).Reload()
+    assert [each.value for each in other.Scalars("accuracy")] == [17.5]
+    assert other.Tags()["images"] == []
     assert [each.value for each in other.Scalars("loss")] == [6.0, 3.0]

@@ -114,14 +114,14 @@ class Report(AbstractContextManager["Report"]):
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
         from torch.utils.tensorboard.summary import hparams
 
-        png = picture.read_bytes()
-        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
-        shown = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
         plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str)}
-        values = [
-            Summary.Value(tag="accuracy", simple_value=accuracy),
-            Summary.Value(tag="rendered", image=shown),
-        ]
+        values = [Summary.Value(tag="accuracy", simple_value=accuracy)]
+        if picture.is_file():  # not where its folder was removed since
+            png = picture.read_bytes()
+            width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+            shape = {"width": width, "height": height, "colorspace": 3}
+            image = Summary.Image(encoded_image_string=png, **shape)
+            values.append(Summary.Value(tag="rendered", image=image))
         told = hparams({"method": name, **plain}, {"accuracy": accuracy})
         self._add_events(self._folder / "tensorboard" / name, 0, *told, Summary(value=values))
 
