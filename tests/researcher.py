@@ -1,4 +1,4 @@
-"""What a researcher writes: a rule and a student of one's own, pictures, an accuracy."""
+"""A researcher's script: a rule and a student of one's own, pictures, an accuracy."""
 
 import patchbloom
 from torch import nn, optim

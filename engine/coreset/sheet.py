@@ -17,13 +17,15 @@ _SMALLEST_TILE_PX = 48  # smaller pictures are enlarged by an integer factor
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)
 
 
-def coreset_sheet(coreset: Coreset, patches_per_class: int) -> Image.Image:
-    """A line per class, with its first patches."""
+def coreset_sheet(
+    coreset: Coreset, patches_per_class: int, classes: int | None = None
+) -> Image.Image:
+    """A line per class, with its first patches; `classes` limits the lines."""
     patches, labels = coreset.patches().numpy(), coreset.labels_N.numpy()
     return contact_sheet(
         [
             (name, patches[labels == index][:patches_per_class])
-            for index, name in enumerate(coreset.class_names)
+            for index, name in enumerate(coreset.class_names[:classes])
         ]
     )
 

@@ -180,6 +180,7 @@ class Expander:
             self._bank_epoch = (epoch, mean + std * noise)
         return self._bank_epoch[1]
 
+    @torch.no_grad()
     def expand(
         self, samples: Tensor | np.ndarray | Sequence[int], epoch: int | Sequence[int]
     ) -> Tensor:
@@ -190,12 +191,7 @@ class Expander:
         when a sample does not exist, when a batch does not fit into memory, or, unless `nan_gate`
         is off, when the networks overflow to NaN.
         """
-        epochs = [epoch] if isinstance(epoch, int) else epoch
-        return self._expand(np.asarray(samples, dtype=np.int64), epochs)
-
-    @torch.no_grad()
-    def _expand(self, rows: np.ndarray, epochs: Sequence[int]) -> Tensor:
-        """Images of `rows`, all at one epoch, or each at its own."""
+        rows, epochs = np.asarray(samples, dtype=np.int64), np.atleast_1d(epoch).tolist()
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self._labels_N)):
             raise ValueError(
                 f"samples must lie in [0, {len(self._labels_N)}), got {rows.min()} to {rows.max()}"
@@ -218,7 +214,7 @@ class Expander:
             batch = math.ceil(made / math.ceil(made / self.spec.batch))
             other = copy.copy(self)
             other.spec = dataclasses.replace(self.spec, batch=batch, images_per_prompt=batch)
-        return other._expand(np.full(made, sample), epochs)
+        return other.expand(np.full(made, sample), epochs)
 
     def in_batches(
         self, call: Callable[[DeviceBatch], Tensor], rows: np.ndarray, labels_N: np.ndarray

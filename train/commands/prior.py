@@ -116,7 +116,7 @@ def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
         )
     # An older version lacks newer options.
     told = read_json(record, RunError, "give --overwrite to begin anew", dict[str, Any])
-    before = {**PriorConfig().as_dict(), "latent_channels": 4, "patch_factor": 1, **told}
+    before = {**PriorConfig().as_dict(), "patch_factor": 1, **told}
     unsaid = {"data": "other images in --data", "classes": "other --class-names"}
     for key, was, now in differences(before, settings):
         option = f"--{key.replace('_', '-')} {was}, now {now}"

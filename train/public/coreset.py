@@ -46,9 +46,9 @@ class Coreset(Folder):
     """
 
     options: RenderOptions = field(default_factory=RenderOptions)
-    """Where and how the model runs."""
+    """The model's options: its precision, device, engine."""
     backend: BackendName | None = None
-    """What runs it. Default: in `expand` eager, which builds nothing; in `loader` auto."""
+    """The model's backend. Default: in `expand` eager, which builds nothing; in `loader` auto."""
 
     def __repr__(self) -> str:
         settings, model = self.settings, self.manifest["model"]

@@ -146,4 +146,4 @@ def _judged(
     check_names([kind], get_args(Choice), "rule")
     if judge is None:
         raise ValueError(f"rule {kind!r} needs a teacher: give one, or a rule that is a function")
-    return patch_teacher(judge, kind, recipe.scoring, patch_px, 4)
+    return patch_teacher(judge, kind, recipe.scoring, patch_px, Diversity.candidates)

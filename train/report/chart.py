@@ -25,7 +25,7 @@ class Bar(NamedTuple):
 
 
 def chart(title: str, bars: Sequence[Bar]) -> dict[str, Any]:
-    """What `bars` of chart.html takes; its axis ends at `top`."""
+    """The values that `bars` of chart.html takes; its axis ends at `top`."""
     seen = [value for bar in bars for part in bar.parts for value in part]
     top = max(1, *seen, *(bar.mean + (bar.std or 0.0) for bar in bars))
     return {"title": title, "bars": bars, "top": 10 * math.ceil(top / 10)}

@@ -39,16 +39,17 @@ def draw_gallery(
     """
     config, names = expander.config, coreset.class_names
     rhos = [rho for rho in RHOS if int(config.steps * rho) >= 1]
+    epochs = range(SHOWN_EPOCHS)
+    mixed_in = [_partners(coreset, samples, config.seed, epoch) for epoch in epochs]
     rows_NHWC = [upsample_patches(coreset.patches()[list(samples)], config.size_px)]
     partners = []
     for rho in rhos:
         for mixup in (False, True):
-            varied, epochs = expander.varied(rho=rho, mixup=mixup), range(SHOWN_EPOCHS)
+            varied = expander.varied(rho=rho, mixup=mixup)
             of_slots = [epoch for epoch in epochs for _ in samples]
             made = varied.expand(list(samples) * SHOWN_EPOCHS, of_slots)
             rows_NHWC += made.chunk(SHOWN_EPOCHS)
-            for epoch in epochs:
-                partners.append(_partners(coreset, samples, config.seed, epoch) if mixup else None)
+            partners += mixed_in if mixup else [None] * SHOWN_EPOCHS
     pixels = [to_pixels(row).cpu().contiguous() for row in rows_NHWC]
     told = {
         "tile_px": _write_tiles(run / PICTURES / f"{GALLERY}.webp", pixels),

@@ -218,9 +218,9 @@ def _warnings(log: Path, known: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
         with suppress(ValueError, AttributeError):
-            said = str(json.loads(line).get("said"))
-            if said.startswith("warning: "):
-                found[said[9:10].upper() + said[10:]] = None
+            mark, _, said = str(json.loads(line).get("said")).partition("warning: ")
+            if said and not mark:
+                found[said[0].upper() + said[1:]] = None
     return [said for said in found if said not in known]
 
 
@@ -266,7 +266,7 @@ def _amount(size_bytes: int | None) -> str:
 
 
 def _gallery(folder: Path) -> dict[str, Any]:
-    """What gallery.html shows; None for a run without expansions."""
+    """The values that gallery.html takes; None for a run without expansions."""
     tiles, told = (folder / f"{GALLERY}.{ending}" for ending in ("webp", "json"))
     if not tiles.is_file() or not told.is_file():
         return {"gallery_told": None, "gallery_tiles": None}

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...engine.coreset.coreset import Coreset
-from ...engine.coreset.sheet import contact_sheet
+from ...engine.coreset.sheet import contact_sheet, coreset_sheet
 from ...engine.data.images import to_pixels
 from ...engine.expand.expander import Expander
 from ...export.durable import replace_file
@@ -34,10 +34,7 @@ MOST_PATCHES = 10  # per class in the coreset's sheet
 
 def draw_coreset(run: Path, coreset: Coreset, name: str = "coreset") -> None:
     """Write NAME.png: a row of patches for each of the first classes."""
-    patches, labels = coreset.patches().numpy(), coreset.labels_N.numpy()
-    names = enumerate(coreset.class_names[:MOST_CLASSES])
-    rows = [(each, patches[labels == k][:MOST_PATCHES]) for k, each in names]
-    _write(run, name, contact_sheet(rows).save)
+    _write(run, name, coreset_sheet(coreset, MOST_PATCHES, MOST_CLASSES).save)
 
 
 def draw_images(
