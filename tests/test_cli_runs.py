@@ -67,6 +67,12 @@ def test_the_main_job_leaves_numbers_pictures_and_one_page(
         "random": {"student_samples": views, "teacher_queries": views, "generator_tflop": 0},
         "rded": {"student_samples": views, "teacher_queries": views + 300, "generator_tflop": 0},
     }
+    by_class = summary["students"]["rded"]["class_accuracies"]
+    assert [np.mean(each) for each in by_class] == [
+        pytest.approx(accuracy, abs=0.01) for accuracy in summary["students"]["rded"]["accuracies"]
+    ]
+    rows = page[page.index("<summary>By class") : page.index("</details>")].count("<tr>")
+    assert rows == len(summary["data"]["class_names"]) + 1
     best = max(summary["accuracy"].items(), key=lambda item: item[1][0])
     assert f"<p class='headline'>{best[0]} {best[1][0]:.1f} %: " in page
     chart = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
@@ -100,6 +106,16 @@ def test_the_diffusion_models_arithmetic_is_counted_for_every_image(
     compute = method_compute(make_plan(asked, Report()), "dace", made)
     assert compute["generator_tflop"] == pytest.approx(7 * 40 * 0.5 * 1.561e-3, rel=1e-3)
     assert compute["student_samples"] == compute["teacher_queries"] == 7 * 40
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "ceiling", "told"),
+    [(80, (70, None), []), (80, (81, None), ["fresh real images"]), (49, None, ["are wrong"])],
+)
+def test_a_weak_teacher_is_told(accuracy: float, ceiling: Any, told: list[str]) -> None:
+    notes = summary._about_teacher(accuracy, ceiling)
+    assert len(notes) == len(told)
+    assert all(part in note for note, part in zip(notes, told, strict=True))
 
 
 @pytest.mark.parametrize(("images", "told"), [((9469, 3925), True), ((9469, 500), False)])

@@ -55,9 +55,25 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+YOUNGER = {
+    *("by_class", "class_accuracies", "class_names", "compute", "curve", "curves"),
+    "evaluate_every",
+}
+
+
 def plain(value: Any) -> Any:
     """`value` as read back from JSON."""
     return json.loads(json.dumps(value))
+
+
+def as_before(now: Any, before: Any) -> Any:
+    """`now` without the entries that are younger than the golden files."""
+    if isinstance(now, list):
+        return [each for each in now if not str(each).startswith("The teacher names ")]
+    if not (isinstance(now, dict) and isinstance(before, dict)):
+        return now
+    kept = {key: value for key, value in now.items() if key in before or key not in YOUNGER}
+    return {key: as_before(value, before.get(key)) for key, value in kept.items()}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +91,7 @@ def test_what_is_said_is_what_was_said(name: str, compute: Callable[[], Any]) ->
     if name == "prior":
         younger = {"vae_factor": 4, "latent_channels": 4, "patch_factor": 2}
         assert {key: now.pop(key, None) for key in younger} == younger
-    assert now == frozen(name)
+    assert as_before(now, frozen(name)) == frozen(name)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -86,11 +102,7 @@ def test_a_run_writes_what_it_wrote(made: Path, name: str) -> None:
     assert [each for each in now["names"] if each not in younger] == before["names"]
     assert now["scalars"] == before["scalars"]
     for file, content in before["contents"].items():
-        written = now["contents"][file]
-        if file in ("summary.json", "stages/report.json"):
-            summary = written.get("result", written)
-            del summary["compute"]  # younger than the golden files
-        assert written == content, file
+        assert as_before(now["contents"][file], content) == content, file
     assert now["contents"].keys() == before["contents"].keys()
 
 

@@ -28,7 +28,7 @@ from patchbloom.train.report import pictures
 from patchbloom.train.run.checkpoint import CheckpointError
 from patchbloom.train.students.lockstep import learning_rate
 from patchbloom.train.students.slots import pools_from
-from patchbloom.train.teacher.evaluation import accuracies
+from patchbloom.train.teacher.evaluation import evaluate
 from patchbloom.train.teacher.normalisation import IMAGENET, Normalisation
 from patchbloom.train.teacher.teacher import Teacher
 from PIL import Image
@@ -307,12 +307,27 @@ def test_students_learn_and_are_scored_in_percent(online, sets) -> None:
         assert result.losses[-1] < result.losses[0]
         network = build_network(CONFIG.network, 10, CONFIG.size_px).eval()
         network.load_state_dict(weights(result))
-        scores = accuracies([network], sets[1], size_px=32, device=torch.device("cpu"))
-        assert scores == [result.accuracy]
+        scores = evaluate([network], sets[1], size_px=32, device=torch.device("cpu"))
+        assert [score.accuracy for score in scores] == [result.accuracy]
+        assert scores[0].by_class == result.by_class
         assert result.accuracy * len(sets[1]) / 100 == pytest.approx(
             round(result.accuracy * len(sets[1]) / 100)
         )
     assert not list(folder.glob("student.checkpoint-*"))
+
+
+def test_a_curve_changes_no_bit_and_goes_on_after_an_interrupt(
+    online, source, sets, tmp_path: Path
+) -> None:
+    labels, whole, _ = online
+    config = replace(CONFIG, evaluate_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(source, labels, sets, tmp_path, config, report=Silent(stop_after=3))
+    made = train(source, labels, sets, tmp_path, config)
+    for before, after in zip(whole, made, strict=True):
+        assert same(before, after)
+        assert [epoch for epoch, _ in after.curve] == [1, 2, 3, 4]
+        assert after.curve[-1] == before.curve[0] == [4, before.accuracy]
 
 
 def test_a_student_is_measured_in_the_precision_that_it_learned_in(

@@ -29,7 +29,7 @@ from patchbloom.train.run.checkpoint import (
     weights_sha256,
     write_tensors,
 )
-from patchbloom.train.teacher.evaluation import accuracies
+from patchbloom.train.teacher.evaluation import evaluate
 from patchbloom.train.teacher.normalisation import IMAGENET, Normalisation
 from patchbloom.train.teacher.teacher import Teacher, load_teacher
 from patchbloom.train.teacher.training import (
@@ -215,12 +215,15 @@ def test_a_teacher_comes_back_from_its_file(sets, tmp_path: Path) -> None:
 def test_accuracy_is_that_of_the_files_in_percent(sets) -> None:
     _, val = sets
     teacher = _teacher(size_px=64, classes=10)
-    (accuracy,) = accuracies(
+    (score,) = evaluate(
         [teacher.network], val, size_px=64, device=torch.device("cpu"), normalisation=IMAGENET
     )
     pixels = np.stack([np.array(Image.open(val.root / path)) for path in val.paths])
     answers = teacher.logits_from_uint8(torch.from_numpy(pixels)).argmax(1).numpy()
-    assert accuracy == pytest.approx(100 * (answers == val.labels).mean(), abs=2.5)  # one image
+    right = answers == val.labels
+    assert score.accuracy == pytest.approx(100 * right.mean(), abs=2.5)  # one image
+    counts = np.bincount(val.labels)
+    assert score.accuracy == pytest.approx(np.average(score.by_class, weights=counts), abs=0.01)
 
 
 def test_a_teacher_renormalises_what_was_normalised_for_another(sets) -> None:

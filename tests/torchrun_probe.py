@@ -23,7 +23,7 @@ from patchbloom.train.labels import recording as labels
 from patchbloom.train.labels.views import make_views
 from patchbloom.train.methods.pools import answer_pool
 from patchbloom.train.students import lockstep
-from patchbloom.train.teacher.evaluation import accuracies
+from patchbloom.train.teacher.evaluation import evaluate
 
 EPOCH = 7
 _answer, _train = labels.answer_pool, distil.train_students
@@ -46,12 +46,12 @@ def watch(notes: Path, data: str) -> None:
         few_PCHW = source.render(samples_P[:2], EPOCH)
         val, network = open_image_set(data, "val"), kept.teacher.network
         size_px, device = config.size_px, torch.device("cpu")
-        (accuracy,) = accuracies([network], val, size_px=size_px, device=device, world=world)
+        (score,) = evaluate([network], val, size_px=size_px, device=device, world=world)
         found = {
             "images": sha256(images_PCHW),
             "few": torch.equal(few_PCHW, images_PCHW[:2]),
             "answers": sha256(logits_PK),
-            "accuracy": accuracy,
+            "accuracy": [score.accuracy, *score.by_class],
             "any": [world.any(False), world.any(world.rank == world.size - 1)],
         }
         of_ranks = world.all_gather(found)

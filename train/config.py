@@ -27,7 +27,9 @@ Targets = Literal["soft", "hard"]
 LabelChoice = Literal["stored", "online", "record"]
 TIMESTEPS = 1000  # in a prior's noise schedule, as in SDXL's
 SMALL_IMAGES_PX = 64  # RDED keeps images of CIFAR (32) and Tiny-ImageNet (64) whole
-CHANGES_NO_RESULT = ("overlap", "accumulate", "checkpoint_every", "checkpoints_kept")
+CHANGES_NO_RESULT = (
+    *("overlap", "accumulate", "evaluate_every", "checkpoint_every", "checkpoints_kept"),
+)
 """StudentConfig fields that may change on resume. `accumulate` may, so that a training that ran out
 of memory can continue: the gradient is the same, though BatchNorm sees the parts."""
 TORCHVISION = "torchvision:"
@@ -259,6 +261,8 @@ class StudentConfig:
     parts."""
     overlap: bool = True
     """Render the next pools while the students learn; changes no result."""
+    evaluate_every: int = 0
+    """Epochs between two points of the accuracy curve; 0: no curve. Changes no result."""
     checkpoint_every: int = 10
     """Most epochs between two checkpoints of all students; changes no result."""
     checkpoints_kept: int = 2
@@ -272,6 +276,7 @@ class StudentConfig:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "size_px", "epochs", "batch", "pool", "group", "accumulate")
         check_at_least(self, 1, "checkpoint_every", "checkpoints_kept")
+        check_at_least(self, 0, "evaluate_every")
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected more than 0")

@@ -25,7 +25,7 @@ GROUPS = {
     "Model": "model precision vae_precision prior",
     "Labels": "targets labels codec top_k components teacher teacher_epochs other_teacher samples",
     "Student": "recipe student epochs seeds batch learning_rate final_lr_fraction weight_decay "
-    "accumulate cutmix student_precision student_compile overlap ceiling",
+    "accumulate cutmix student_precision student_compile overlap evaluate_every ceiling",
     "Machine": "device backend trt_library cuda_graph engine_batch bundles build_only verify "
     "start_timeout",
 }
@@ -174,6 +174,9 @@ class StudentElsewhere(RenderOptions):
     """Micro-batches per batch, for a batch that does not fit into memory."""
     overlap: Literal["on", "off"] = "on"
     """Render the next images while the students learn; the students are the same either way."""
+    evaluate_every: int = 0
+    """Epochs between two points of the students' accuracy curve, each a pass over the validation
+    images. 0: the last epoch alone."""
     seed: int | None = None
     """Seed of the students' initialisation and order. Default: the manifest's, which reproduces the
     students of the coreset's run."""
@@ -186,6 +189,7 @@ class StudentElsewhere(RenderOptions):
         super().__post_init__()
         names = ("shapes_per_class", "epochs", "batch", "accumulate", "seeds", "factor")
         check_at_least(self, 1, *names, option=True)
+        check_at_least(self, 0, "evaluate_every", option=True)
         if self.seed is not None:
             check_seed(self.seed)
 

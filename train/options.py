@@ -163,6 +163,9 @@ class RunOptions:
     overlap: Literal["on", "off"] = "on"
     """Render the next images while the students learn; `off` is the serial baseline. The students
     are the same either way. --labels stored renders its labels serially."""
+    evaluate_every: int = 0
+    """Epochs between two points of the students' accuracy curve, each a pass over the validation
+    images. 0: the last epoch alone."""
     refresh: float = 1.0
     """Share of the patches that dace expands again in every epoch; the others keep their images and
     get new crops. Less than 1 is lossy."""
@@ -206,7 +209,7 @@ class RunOptions:
             *("generate_size", "components"),
         )
         check_at_least(self, 1, *names, option=True)
-        check_at_least(self, 0, "dope", "variants", option=True)
+        check_at_least(self, 0, "dope", "variants", "evaluate_every", option=True)
         if self.seeds > MOST_STUDENTS:
             raise ValueError(f"--seeds {self.seeds}: expected {MOST_STUDENTS} at most")
         if not 0 < self.rho <= 1:

@@ -36,7 +36,7 @@ from ..report.summary import REAL, provenance
 from ..run.folder import RunFolder, StageResult
 from ..run.progress import Report
 from ..run.settings import settings_by_option
-from ..students.loop import train_students
+from ..students.loop import described, train_students
 from ..teacher.teacher import Teacher, load_teacher, teacher_id
 from ..teacher.training import TEACHER, measure, train_teacher, training_losses
 from .doping import dope
@@ -303,11 +303,5 @@ class Distillation:
                 world=self.run.world,
             )
             run_labels.keep(labels)
-        described = {
-            "accuracies": [result.accuracy for result in results],
-            "losses": [result.losses for result in results],
-            "seeds": [result.seed for result in results],
-            "images_per_s": results[0].images_per_s,
-            "render": source.describe(),
-        }
-        return StageResult(described, [result.path for result in results])
+        told = {"images_per_s": results[0].images_per_s, "render": source.describe()}
+        return StageResult(described(results) | told, [result.path for result in results])

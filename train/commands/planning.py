@@ -155,6 +155,7 @@ class _Choices:
             targets=options.targets,
             temperature=1.0 if options.targets == "hard" else recipe.temperature,
             accumulate=options.accumulate,
+            evaluate_every=options.evaluate_every,
             overlap=options.overlap == "on",
             seed=options.seed,
             device=self.device,

@@ -44,12 +44,15 @@ from ..students.from_manifest import (
     student_config,
     unlabelled_config,
 )
-from ..students.loop import train_students
+from ..students.loop import brief, described, train_students
 from .checks import check_compiler, check_network
 from .planning import recipe_or_default
 
 STAGE = "student"
-SAME = ("epochs", "batch", "learning_rate", "final_lr_fraction", "weight_decay", "accumulate")
+SAME = (
+    *("epochs", "batch", "learning_rate", "final_lr_fraction", "weight_decay"),
+    *("accumulate", "evaluate_every"),
+)
 """Options that are fields of StudentConfig under the same name."""
 NEEDED_BYTES = 64 * 2**20  # for the run's small files; writing weights checks its own need
 
@@ -114,7 +117,7 @@ def train_elsewhere(
         "targets": config.targets,
         "validation_images": None if val is None else len(val),
         "accuracy": None if accuracies is None else mean_and_std(accuracies),
-        "students": rounded({k: v for k, v in students.items() if k != "provenance"}),
+        "students": rounded(brief(students)),
     }
 
 
@@ -219,11 +222,10 @@ def _train(
             report=report,
             name=coreset.settings["method"],
         )
-    described = {
-        "accuracies": None if val is None else [result.accuracy for result in results],
-        "losses": [result.losses for result in results],
-        "seeds": [result.seed for result in results],
-        "render": source.describe(),
-        "provenance": provenance(line, config.device),
-    }
-    return StageResult(described, [result.path for result in results])
+    told = {"render": source.describe(), "provenance": provenance(line, config.device)}
+    if val is None:
+        told |= {"accuracies": None}
+    else:
+        mean, _ = mean_and_std([result.accuracy or 0.0 for result in results])
+        report.outcome(coreset.settings["method"], asdict(config), mean)
+    return StageResult(described(results) | told, [result.path for result in results])

@@ -24,6 +24,7 @@ from ..report.summary import REAL, make_summary, provenance, rounded
 from ..run.folder import RunError, RunFolder, StageResult, check_out
 from ..run.progress import Report
 from ..run.world import open_world
+from ..students.loop import brief
 from .checks import check_images_per_class
 from .engines import build_only, methods_with_engines
 from .pipeline import Distillation
@@ -156,7 +157,16 @@ def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dic
         students[REAL] = job.student_stage(REAL)
     if isinstance(options, Train):
         return _report(job, students, skipped)
-    return {**out, "students": rounded(students)}
+    return {**out, "students": rounded({name: brief(told) for name, told in students.items()})}
+
+
+def _panels(students: dict[str, Any], learned: str) -> dict[str, dict[str, Any]]:
+    """Curves of the students' means: losses by epoch, and accuracy where it was measured."""
+    losses = {name: enumerate(np.mean(s["losses"], 0), 1) for name, s in students.items()}
+    panels = {f"students: {learned}": losses}
+    curves = {name: np.mean(each.get("curves", [[]]), 0) for name, each in students.items()}
+    measured = {name: points for name, points in curves.items() if len(points) > 1}
+    return {"students: accuracy, %": measured} | panels if measured else panels
 
 
 def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]) -> dict[str, Any]:
@@ -173,10 +183,11 @@ def _report(job: Distillation, students: dict[str, Any], skipped: dict[str, int]
             seconds=job.run.seconds(),
             skipped=skipped,
         )
-        losses = {name: np.mean(result["losses"], 0) for name, result in students.items()}
-        panels = {f"students: {LEARNED[job.plan.student.targets]}": losses}
+        panels = _panels(students, LEARNED[job.plan.student.targets])
         if summary["teacher"].get("losses"):
-            panels["teacher: cross-entropy"] = {"teacher": summary["teacher"]["losses"]}
+            panels["teacher: cross-entropy"] = {
+                "teacher": enumerate(summary["teacher"]["losses"], 1)
+            }
         draw_curves(folder, panels)
         ceiling = {REAL: summary["ceiling"]} if summary["ceiling"] else {}
         for name, (mean, _) in (summary["accuracy"] | ceiling).items():

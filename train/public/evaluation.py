@@ -15,7 +15,7 @@ from patchbloom.train.networks import build_network
 from patchbloom.train.run.checkpoint import CheckpointError, read_tensors, restoring
 from patchbloom.train.run.progress import Report
 from patchbloom.train.students.loop import SCHEMA
-from patchbloom.train.teacher.evaluation import accuracies
+from patchbloom.train.teacher.evaluation import evaluate as of_split
 from torch import Tensor, nn
 
 
@@ -61,7 +61,8 @@ def evaluate(
     logits, learning = _checked(network, len(images.class_ids)), network.training
     network.eval()
     try:
-        return accuracies([logits], images, size_px=size_px, device=on, precision=precision)[0]
+        options: dict = {"size_px": size_px, "device": on, "precision": precision}
+        return of_split([logits], images, **options)[0].accuracy
     finally:
         network.train(learning)
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Self
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -50,6 +51,7 @@ class Students(BaseModel):
 
     accuracies: list[Annotated[Finite, Field(ge=0, le=100)]] = Field(min_length=1)
     seeds: list[Seed]
+    class_accuracies: list[list[Finite]] = []
 
     @model_validator(mode="after")
     def _one_seed_each(self) -> Self:
@@ -65,6 +67,7 @@ class _Teacher(BaseModel):
 class _Data(BaseModel):
     name: str
     classes: Count
+    class_names: list[str] = []
     validation_images: Count
 
 
@@ -109,6 +112,13 @@ class Summary(BaseModel):
     notes: list[str]
     provenance: dict[str, Any]
 
+    @model_validator(mode="after")
+    def _one_accuracy_per_class(self) -> Self:
+        told = [each for students in self.students.values() for each in students.class_accuracies]
+        if any(len(each) != len(self.data.class_names) for each in told):
+            raise ValueError("expected an accuracy per class")
+        return self
+
 
 def write_report(run: Path) -> dict[str, Any]:
     """Write the report of a finished run.
@@ -138,6 +148,7 @@ def write_report(run: Path) -> dict[str, Any]:
             (NAMES.get(method, method), *(f"{seed}: {value:.1f}" for seed, value in each))
             for method, each in _students(summary).items()
         ],
+        by_class=_class_rows(summary),
         **_gallery(run / PICTURES),
         figures=_figures(run / PICTURES, [*summary["accuracy"], REAL]),
         run=run.resolve().name,
@@ -198,6 +209,21 @@ def _students(summary: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
         method: list(zip(told["seeds"], told["accuracies"], strict=True))
         for method, told in summary.get("students", {}).items()
     }
+
+
+def _class_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A class and the mean accuracy of each method's students on it, and a head; [] if unknown."""
+    means: dict[str, list[float]] = {
+        NAMES.get(method) or method: [
+            fmean(students) for students in zip(*of_students, strict=True)
+        ]
+        for method, told in summary.get("students", {}).items()
+        if (of_students := told.get("class_accuracies"))
+    }
+    if not means:
+        return []
+    rows = zip(summary["data"]["class_names"], *means.values(), strict=True)
+    return [("class", *means), *((name, *(f"{each:.1f}" for each in row)) for name, *row in rows)]
 
 
 def _chart(summary: Mapping[str, Any]) -> dict[str, Any]:

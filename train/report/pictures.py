@@ -6,13 +6,12 @@ Legend: N pictures of one row, H = W their size in pixels, C = 3.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
@@ -93,18 +92,19 @@ def _pixels(images_NCHW: Tensor) -> np.ndarray:
     return to_pixels(images_NCHW).cpu().numpy()
 
 
-def draw_curves(run: Path, panels: Mapping[str, Mapping[str, ArrayLike]]) -> None:
-    """Write curves.png with a panel per entry: {title: {curve: values by epoch}}."""
+def draw_curves(run: Path, panels: Mapping[str, Mapping[str, Iterable[Sequence[float]]]]) -> None:
+    """Write curves.png with a panel per entry: {title: {curve: pairs of epoch and value}}."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
     for axes, (title, lines) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        for name, values in lines.items():
-            axes.plot(values, label=name, linewidth=1.4)
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch", fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize=8)
         if len(lines) > 1:

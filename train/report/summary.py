@@ -33,6 +33,8 @@ _VERSIONS = (
 )
 
 
+WEAK_TEACHER = 50.0
+"""A note warns of a teacher whose accuracy in percent is lower."""
 FASTAI_SPLITS = {(9469, 3925): "Imagenette", (9025, 3929): "ImageWoof"}
 """fast.ai's subsets of ImageNet, by their numbers of training and validation images."""
 
@@ -92,11 +94,12 @@ def make_summary(
             "name": plan.data_name,
             "sha256": plan.data_sha256,
             "classes": len(plan.class_names),
+            "class_names": plan.class_names,
             "training_images": len(plan.train),
             "validation_images": len(plan.val),
         },
         "settings": _settings(plan),
-        "notes": _notes(plan, coresets),
+        "notes": [*_notes(plan, coresets), *_about_teacher(teacher["accuracy"], ceiling)],
         "provenance": provenance(command, plan.device),
     }
 
@@ -163,6 +166,18 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _about_teacher(accuracy: float | None, ceiling: Sequence[float | None] | None) -> list[str]:
+    """A note on a teacher that holds its students back."""
+    if accuracy is None:
+        return []
+    said = f"The teacher names {accuracy:.1f} % of the validation images right"
+    if ceiling is not None and ceiling[0] is not None and accuracy < ceiling[0]:
+        return [f"{said}, fewer than the students of fresh real images: train a better teacher."]
+    if accuracy < WEAK_TEACHER:
+        return [f"{said}: most of its labels are wrong, and no student learns more than they say."]
+    return []
 
 
 def _notes(plan: Plan, coresets: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -106,7 +106,7 @@ class Report(AbstractContextManager["Report"]):
         self._add_events(self._folder / "tensorboard" / name, step, point)
 
     def outcome(
-        self, name: str, settings: Mapping[str, Any], accuracy: float, picture: Path
+        self, name: str, settings: Mapping[str, Any], accuracy: float, picture: Path | None = None
     ) -> None:
         """The end of a method's sub-run: accuracy in percent, settings (hparams), a PNG picture."""
         if self._folder is None:
@@ -116,14 +116,15 @@ class Report(AbstractContextManager["Report"]):
 
         plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str)}
         values = [Summary.Value(tag="accuracy", simple_value=accuracy)]
-        if picture.is_file():  # not where its folder was removed since
+        if picture is not None and picture.is_file():  # not where its folder was removed since
             png = picture.read_bytes()
             width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
             shape = {"width": width, "height": height, "colorspace": 3}
             image = Summary.Image(encoded_image_string=png, **shape)
             values.append(Summary.Value(tag="rendered", image=image))
         told = hparams({"method": name, **plain}, {"accuracy": accuracy})
-        self._add_events(self._folder / "tensorboard" / name, 0, *told, Summary(value=values))
+        folder, last = self._folder / "tensorboard" / name, int(settings.get("epochs", 0))
+        self._add_events(folder, last, *told, Summary(value=values))
 
     def _add_events(self, folder: Path, step: int, *summaries: Any) -> None:
         """Append to this session's file at once: SummaryWriter's thread dies of a lost folder."""

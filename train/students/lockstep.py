@@ -15,8 +15,9 @@ A checkpoint stores each student's progress, to the batch; SIGINT and SIGTERM wr
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,7 @@ from ..run.checkpoint import (
 )
 from ..run.progress import Report, duration
 from ..run.world import World
+from ..teacher.evaluation import Score
 from .ring import Ring
 from .slots import Pool, PoolSlot, fill_slot, pools_from, pools_per_epoch
 from .student import Student
@@ -52,12 +54,14 @@ SLOTS = {"cpu": 4, "cuda": 2}
 """Most pools rendered before the students have learned from them. On a CPU three students on two
 cores then share twelve calls instead of three, whose last would leave a core idle; on a GPU one
 slot is filled while the other is used."""
+Pools = Sequence[tuple[Pool, PoolSlot]]
 
 
 class _Student(BaseModel):
     pool: Count
     batch: Count
     losses: list[Finite]
+    curve: list[list[Finite]] = []
     scaler: dict[str, Any]
 
 
@@ -95,9 +99,10 @@ class Lockstep:
         self._ended, self._waited_s = 0, 0.0
 
     @signals_deferred()
-    def run(self, name: str) -> None:
+    def run(self, name: str, evaluate: Callable[[], Sequence[Score]] | None = None) -> None:
         """Train from where the students are to the last epoch, writing checkpoints.
 
+        `evaluate` is called after every `evaluate_every` epochs but the last.
         Raises KeyboardInterrupt or Terminated after a signal, once the checkpoint is written:
         within a batch, though with several ranks not while they wait for a pool.
         """
@@ -105,17 +110,41 @@ class Lockstep:
             # Ranks may take different numbers of pools at a time, so they agree once per pool.
             while not self._stopped and (taken := ring.take()):
                 # Threads balance better over several pools; ranks synchronise at every one.
-                for together in [taken] if workers is not None else [[each] for each in taken]:
+                for together in self._parted(taken) if workers else [[each] for each in taken]:
                     self._learn(together, workers)
                     if self._stopping():
                         break
                     self._log(together, name, ring)
+                    if evaluate is not None and self._is_measured(together[-1][0]):
+                        self._measure(name, evaluate)
                     if self.world.any(self._is_due()):
                         self._save()
             if self._stopping():
                 self._save()
         if self._stopping():
             stop()
+
+    def _parted(self, taken: Pools) -> Iterator[Pools]:
+        """The same pools, parted after those that a measurement follows."""
+        start = 0
+        for end, (pool, _) in enumerate(taken, 1):
+            if end == len(taken) or self._is_measured(pool):
+                yield taken[start:end]
+                start = end
+
+    def _is_measured(self, pool: Pool) -> bool:
+        every, epochs = self.config.evaluate_every, pool.epoch + 1
+        return every > 0 and pool.ends_epoch and epochs % every == 0 and epochs < self.config.epochs
+
+    def _measure(self, name: str, evaluate: Callable[[], Sequence[Score]]) -> None:
+        """Note the students' accuracies; the clock of rates stands still meanwhile."""
+        began, epoch = time.monotonic(), self._epoch()
+        scores = [score.accuracy for score in evaluate()]
+        for student, accuracy in zip(self.students, scores, strict=True):
+            student.curve.append([epoch, accuracy])
+        self.report.scalar(f"{name}/accuracy", epoch, statistics.fmean(scores))
+        taken_s = time.monotonic() - began
+        self._began, self._logged = self._began + taken_s, self._logged + taken_s
 
     def _stopping(self) -> bool:
         """Whether any rank received a signal; until one has, all ranks call it together."""
@@ -145,9 +174,7 @@ class Lockstep:
         with single_threaded_workers(count, "student") as workers:
             yield workers
 
-    def _learn(
-        self, taken: Sequence[tuple[Pool, PoolSlot]], workers: ThreadPoolExecutor | None
-    ) -> None:
+    def _learn(self, taken: Pools, workers: ThreadPoolExecutor | None) -> None:
         """Train every student on these pools, in order; returns when all have learned them.
 
         Calls start first in, first out, and a student's call waits for its previous one.
@@ -169,9 +196,7 @@ class Lockstep:
         """The epoch that all students have reached."""
         return min(len(student.losses) for student in self.students)
 
-    def _log(
-        self, learned: Sequence[tuple[Pool, PoolSlot]], name: str, ring: Ring[PoolSlot, Pool]
-    ) -> None:
+    def _log(self, learned: Pools, name: str, ring: Ring[PoolSlot, Pool]) -> None:
         """Report the progress, and the epochs that ended with these pools."""
         last, _ = learned[-1]
         samples = self.source.samples

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..methods.source import ImageSource
 from ..run.checkpoint import CheckpointError, Checkpoints, read_tensors, require_same, write_tensors
 from ..run.progress import Report
 from ..run.world import ALONE, World
-from ..teacher.evaluation import accuracies
+from ..teacher.evaluation import Score, evaluate
 from .lockstep import Lockstep
 
 SCHEMA = "patchbloom.student/1"
@@ -30,6 +31,8 @@ class _Finished(BaseModel):
     seed: int
     accuracy: Finite | None
     losses: list[Finite]
+    by_class: list[Finite] | None = None
+    curve: list[list[Finite]] = []
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class StudentResult:
     seed: int
     accuracy: float | None
     """Top-1 on the whole validation split, in percent (0-100); None without one."""
+    by_class: Sequence[float] | None
+    """The same for each class."""
+    curve: Sequence[Sequence[float]]
+    """Epochs learned and accuracy in percent of every measurement, up to the last epoch."""
     losses: tuple[float, ...]
     """Mean KL divergence of each epoch, in nats."""
     path: Path
@@ -79,34 +86,42 @@ def train_students(
         return _finished(paths, identity, world, None)
     checkpoints = Checkpoints(folder, name, config.checkpoints_kept)
     training = Lockstep(source, labels, config, seeds, checkpoints, identity, report, world)
-    training.run(name)
-    networks = [student.network for student in training.students]
-    scores: list[float] | list[None] = [None] * len(networks)
-    if val_set is not None:
-        for network in networks:  # BatchNorm buffers differ between ranks: take rank 0's
-            world.send(network.buffers())
-        scores = accuracies(
-            networks,
-            val_set,
-            size_px=config.size_px,
-            device=training.device,
-            precision=config.precision,
-            world=world,
-        )
-    for student, path, accuracy in zip(training.students, paths, scores, strict=True):
+    evaluation = None if val_set is None else partial(_evaluate, training, val_set)
+    training.run(name, evaluation)
+    scores = [None] * len(paths) if evaluation is None else evaluation()
+    for student, path, score in zip(training.students, paths, scores, strict=True):
         metadata = {
             "schema": SCHEMA,
             "config": identity,
             "seed": student.seed,
             "class_ids": source.class_ids,
-            "accuracy": accuracy,
+            "accuracy": score and score.accuracy,
             "losses": student.losses,
         }
+        if score is not None:
+            metadata["by_class"] = score.by_class
+            metadata["curve"] = [*student.curve, [config.epochs, score.accuracy]]
         if world.leads:
             write_tensors(path, student.network.state_dict(), metadata)
     if world.leads:
         checkpoints.remove()
     return _finished(paths, identity, world, training.images_per_s)
+
+
+def described(results: Sequence[StudentResult]) -> dict[str, Any]:
+    """The results as a stage keeps them, plain JSON: a list entry per student."""
+    return {
+        "accuracies": [result.accuracy for result in results],
+        "class_accuracies": [result.by_class for result in results],
+        "curves": [result.curve for result in results],
+        "losses": [result.losses for result in results],
+        "seeds": [result.seed for result in results],
+    }
+
+
+def brief(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage's result for the command's output: without a number for every class."""
+    return {k: v for k, v in stage.items() if k not in ("class_accuracies", "provenance")}
 
 
 def _finished(
@@ -122,9 +137,32 @@ def _finished(
         return found
 
     return [
-        StudentResult(metadata["seed"], metadata["accuracy"], tuple(metadata["losses"]), path, rate)
-        for path, metadata in zip(paths, world.once(read), strict=True)
+        StudentResult(
+            told["seed"],
+            told["accuracy"],
+            told.get("by_class"),
+            told.get("curve", []),
+            tuple(told["losses"]),
+            path,
+            rate,
+        )
+        for path, told in zip(paths, world.once(read), strict=True)
     ]
+
+
+def _evaluate(training: Lockstep, val_set: ImageSet) -> list[Score]:
+    """How the students do on the validation images; all ranks call it."""
+    networks = [student.network for student in training.students]
+    for network in networks:  # BatchNorm buffers differ between ranks: take rank 0's
+        training.world.send(network.buffers())
+    return evaluate(
+        networks,
+        val_set,
+        size_px=training.config.size_px,
+        device=training.device,
+        precision=training.config.precision,
+        world=training.world,
+    )
 
 
 def _identity(

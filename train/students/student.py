@@ -66,6 +66,8 @@ class Student:
         """Number of batches learned in the current pool."""
         self.losses: list[float] = []
         """Mean KL divergence of each finished epoch."""
+        self.curve: list[list[float]] = []
+        """Epochs learned and accuracy in percent, where it was measured."""
         self.draws = draws_in_training(self.network)
         self._epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._order = torch.Generator().manual_seed(seed)
@@ -203,7 +205,7 @@ class Student:
         losses = self._world.all_gather(float(self._epoch_loss))
         tensors[f"{prefix}loss"] = torch.tensor(sum(losses), dtype=torch.float64)
         reached = {"pool": self.pool, "batch": self.batch, "losses": self.losses}
-        return tensors, {**reached, "scaler": self.scaler.state_dict()}
+        return tensors, {**reached, "curve": self.curve, "scaler": self.scaler.state_dict()}
 
     def restore(self, tensors: Tensors, reached: dict[str, Any]) -> None:
         """Restore what `state` returned."""
@@ -216,6 +218,7 @@ class Student:
         if self._world.leads:
             self._epoch_loss.copy_(tensors[f"{prefix}loss"])
         self.pool, self.batch, self.losses = reached["pool"], reached["batch"], reached["losses"]
+        self.curve = reached.get("curve", [])  # older checkpoints have none
         self.scaler.load_state_dict(reached["scaler"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,17 @@ FORWARD_BATCH = {"cpu": 32, "cuda": 256}
 1.06 at 64, 1.25 at 128, where the activations leave the cache."""
 
 
+class Score(NamedTuple):
+    """Top-1 accuracies in percent (0-100)."""
+
+    accuracy: float
+    """On all images."""
+    by_class: list[float]
+    """On the images of each class, rounded to 0.01."""
+
+
 @torch.inference_mode()
-def accuracies(
+def evaluate(
     networks: Sequence[Callable[[Tensor], Tensor]],
     images: ImageSet,
     *,
@@ -30,8 +40,8 @@ def accuracies(
     normalisation: Normalisation = IMAGENET,
     precision: StudentPrecision = "fp32",
     world: World = ALONE,
-) -> list[float]:
-    """Top-1 accuracy of each network in percent (0-100); resize 8/7 and centre crop.
+) -> list[Score]:
+    """Top-1 accuracy of each network on a split; resize 8/7 and centre crop.
 
     Each of the M networks is a module, which is left in eval mode, or any function from normalised
     images [B, 3, size_px, size_px] to logits [B, K]; it runs under autocast at `precision`. Files
@@ -41,7 +51,8 @@ def accuracies(
     for network in networks:
         if isinstance(network, nn.Module):
             network.eval()
-    right_M = torch.zeros(len(networks), dtype=torch.int64)
+    classes = len(images.class_ids)
+    right_MK = torch.zeros(len(networks), classes, dtype=torch.int64)
     batch = FORWARD_BATCH[device.type]
     stream = stream_crops(
         images,
@@ -57,6 +68,13 @@ def accuracies(
         inputs_BCHW = normalisation.of_uint8(crops.pixels_BPHWC[:, 0])
         with autocast(device, precision):
             classes_MB = torch.stack([network(inputs_BCHW).argmax(1).cpu() for network in networks])
-        right_M += (classes_MB == crops.labels_B).sum(1)
-    of_ranks = zip(*world.all_gather(right_M.tolist()), strict=True)
-    return [100.0 * sum(counts) / len(images) for counts in of_ranks]
+        for right_K, named_B in zip(right_MK, classes_MB, strict=True):
+            right_K += crops.labels_B[named_B == crops.labels_B].bincount(minlength=classes)
+    right_MK = np.sum(world.all_gather(right_MK.tolist()), axis=0)
+    counts_K = np.bincount(images.labels, minlength=classes)
+    by_class_MK = (100 * right_MK / counts_K).round(2)
+    total_M = right_MK.sum(1).tolist()
+    return [
+        Score(100.0 * total / len(images), by_class_K.tolist())
+        for total, by_class_K in zip(total_M, by_class_MK, strict=True)
+    ]

@@ -39,7 +39,7 @@ from ..run.checkpoint import (
 )
 from ..run.progress import Report
 from ..run.world import ALONE, World
-from .evaluation import accuracies
+from .evaluation import evaluate
 from .normalisation import IMAGENET
 from .teacher import Teacher, load_teacher
 
@@ -94,7 +94,7 @@ def train_teacher(
 def measure(teacher: Teacher, val: ImageSet, world: World, report: Report) -> float:
     """Validation accuracy of `teacher` in percent; the ranks of `world` share the images."""
     own = teacher.normalisation
-    (accuracy,) = accuracies(
+    (score,) = evaluate(
         [lambda inputs_BCHW: teacher.logits(inputs_BCHW, own)],
         val,
         size_px=teacher.size_px,
@@ -102,8 +102,8 @@ def measure(teacher: Teacher, val: ImageSet, world: World, report: Report) -> fl
         normalisation=own,
         world=world,
     )
-    report.say(f"teacher: {accuracy:.1f} % of {len(val)} validation images")
-    return accuracy
+    report.say(f"teacher: {score.accuracy:.1f} % of {len(val)} validation images")
+    return score.accuracy
 
 
 def training_losses(folder: Path) -> list[float]:
