@@ -56,9 +56,9 @@ class Options:
     """Name or folder of a model."""
     backends: tuple[str, ...] = ("diffusers", "ort")
     """Peers to time: diffusers, diffusers-compiled, diffusers-upcast (fp16 with a VAE in fp32, as
-    SDXL's own asks for), eager, compile, ort, inductor, trt. Append -launched to one of ours to
-    have no CUDA graph, and -bf16, -fp16 or -fp32 for another precision than the usual one (fp32 on
-    the CPU, fp16 on a GPU); compare ort-bf16 with diffusers-bf16."""
+    SDXL's own asks for), eager, compile, ort, openvino, inductor, trt. Append -launched to one of
+    ours to have no CUDA graph, and -bf16, -fp16 or -fp32 for another precision than the usual one
+    (fp32 on the CPU, fp16 on a GPU); compare openvino-bf16 with diffusers-bf16."""
     device: DeviceName = "auto"
     """`auto`: cuda if available."""
     weights: Weights = "pretrained"

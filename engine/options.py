@@ -111,7 +111,7 @@ class EngineBuild:
     is a CUDA device, sdxl-tiny elsewhere."""
     backend: BackendName = "auto"
     """The backend to build for; `auto` takes what `train --backend auto` does, or, where that
-    builds nothing, the first of trt, inductor and ort that works here, and says which."""
+    builds nothing, the first of trt, inductor, openvino and ort that works here, and says which."""
     size: int | None = None
     """Side of the images in px. Default: 224, as in `train`, or what the model was trained at if
     that is 128 or less (sdxl-tiny 64)."""

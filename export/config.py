@@ -8,7 +8,7 @@ from typing import Literal
 Precision = Literal["fp32", "fp16", "bf16"]
 VaePrecision = Literal["auto", "fp16", "bf16", "fp32"]
 OnnxOpset = Literal[21, 23]
-BackendName = Literal["auto", "trt", "ort", "inductor", "compile", "eager"]
+BackendName = Literal["auto", "trt", "ort", "openvino", "inductor", "compile", "eager"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 Weights = Literal["pretrained", "random"]
 TrtLibraryName = Literal["tensorrt", "rtx"]

@@ -1,8 +1,8 @@
-"""Compile a model for ort, inductor or trt, or open a compiled engine.
+"""Compile a model for ort, openvino, inductor or trt, or open a compiled engine.
 
-An exporter is one of the modules to_ort, to_inductor, to_tensorrt. For each graph, a build records
-torch's output and writes the graph. It then frees torch's weights, compiles and opens the engine,
-and compares it with torch's outputs. Only then is the bundle stored.
+An exporter is one of the modules to_ort, to_openvino, to_inductor, to_tensorrt. For each graph, a
+build records torch's output and writes the graph. It then frees torch's weights, compiles and opens
+the engine, and compares it with torch's outputs. Only then is the bundle stored.
 """
 
 from __future__ import annotations
@@ -48,9 +48,15 @@ from .terminal import say
 from .trt_library import builds_ahead, here
 
 _ONNX_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
-_EXPORTERS = {"ort": "to_ort", "inductor": "to_inductor", "trt": "to_tensorrt"}
+_EXPORTERS = {
+    "ort": "to_ort",
+    "openvino": "to_openvino",
+    "inductor": "to_inductor",
+    "trt": "to_tensorrt",
+}
 _CODE = {
     "ort": ("to_onnx.py", "to_ort.py"),
+    "openvino": ("to_onnx.py", "to_openvino.py"),
     "inductor": ("to_inductor.py",),
     "trt": ("to_onnx.py", "to_tensorrt.py", "trt_build.py"),
 }
@@ -76,7 +82,7 @@ class Session(Protocol):
 
 
 class Exporter(Protocol):
-    """The functions that to_ort, to_inductor and to_tensorrt each define."""
+    """The functions that to_ort, to_openvino, to_inductor and to_tensorrt each define."""
 
     def require(self, precision: Precision, device: str) -> None:
         """Raise Unavailable when a requirement for this precision and device is missing."""
@@ -107,7 +113,7 @@ class Exporter(Protocol):
 
 
 def exporter(backend: BackendName) -> Exporter:
-    """The module that compiles for `backend`: ort, inductor or trt."""
+    """The module that compiles for `backend`: ort, openvino, inductor or trt."""
     # ONNX Runtime reads it when it is imported. Without it, it stores a device id and a database of
     # events in ~/.cache/Microsoft, and looks up a telemetry host, before it can be told to stop.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -193,6 +199,11 @@ def require_engine(
         raise Unavailable(
             f"encoder and decoder in {vae_precision} (--vae-precision): {error}"
         ) from error
+    if backend == "openvino" and spec.min_batch is not None:
+        raise Unavailable(
+            "the openvino backend compiles for one batch, not for a range: leave out --min-batch, "
+            "or use --backend ort"
+        )
     if backend == "inductor" and (spec.min_batch is not None or spec.opset != DEFAULT_OPSET):
         raise Unavailable(
             "the inductor backend compiles for one batch, not for a range, and not from ONNX: "

@@ -126,7 +126,7 @@ def _plan(command: EngineBuild) -> tuple[BackendName, ModelSource, EngineSpec]:
     if backend in UNBUILT:
         raise ValueError(
             f"the {backend} backend is torch itself and has nothing to build: choose --backend "
-            "ort, inductor or trt"
+            "openvino, ort, inductor or trt"
         )
     require_engine(backend, model, spec, export_only=command.export_only)
     return backend, model, spec

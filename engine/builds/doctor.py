@@ -27,9 +27,10 @@ from ...export.terminal import visible
 from ..console import print_table
 
 PROJECT = "patchbloom"
-EXTRAS = ("", "cuda", "trt", "rtx")
+EXTRAS = ("", "cuda", "trt", "rtx", "openvino")
 BACKENDS = (
-    *(("eager", "cpu"), ("compile", "cpu"), ("ort", "cpu"), ("inductor", "cpu")),
+    *(("eager", "cpu"), ("compile", "cpu"), ("ort", "cpu"), ("openvino", "cpu")),
+    ("inductor", "cpu"),
     *(("eager", "cuda"), ("compile", "cuda"), ("ort", "cuda"), ("inductor", "cuda")),
     ("trt", "cuda"),
 )

@@ -77,7 +77,8 @@ def engine_needs(
         device="meta",
     )
     counts = [sum(each.numel() for each in part.parameters()) for part in (parts.unet, parts.vae)]
-    unet_bytes, vae_bytes = parts.unet.dtype.itemsize, parts.vae.dtype.itemsize
+    fp32 = backend == "openvino"  # whatever the precision: to_openvino.py
+    unet_bytes, vae_bytes = (4 if fp32 else p.dtype.itemsize for p in (parts.unet, parts.vae))
     channels = parts.vae.config["block_out_channels"]
     weights_bytes = counts[0] * unet_bytes + counts[1] * vae_bytes
     layer = vae_batch(spec, channels) * vae_layer(spec, channels)

@@ -1,4 +1,4 @@
-"""One interface for all ways to run the networks: torch itself, or engines of ort, inductor, trt.
+"""One interface for all ways to run the networks: torch itself, or compiled engines.
 
 A requested backend runs, or fails with what is missing and how to get it: there is no fallback.
 Legend: B = G · n images of G prompts, C latent channels, h w latent size, H W image size.
@@ -38,7 +38,7 @@ from .batches import images_per_prompt
 from .fused_layers import fuse
 from .regions import compiling
 
-COMPILED: tuple[BackendName, ...] = ("trt", "inductor", "ort")
+COMPILED: tuple[BackendName, ...] = ("trt", "inductor", "openvino", "ort")
 """Backends with engines, the fastest by expectation first."""
 
 

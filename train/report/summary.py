@@ -174,9 +174,7 @@ def _about_teacher(accuracy: float | None, ceiling: Sequence[float | None] | Non
         return []
     said = f"The teacher names {accuracy:.1f} % of the validation images right"
     if ceiling is not None and ceiling[0] is not None and accuracy < ceiling[0]:
-        return [
-            f"{said}, fewer than the students of fresh real images: train it longer."
-        ]
+        return [f"{said}, fewer than the students of fresh real images: train it longer."]
     if accuracy < WEAK_TEACHER:
         return [f"{said}: most labels are wrong, so train it longer or give a better one."]
     return []
