@@ -5,6 +5,7 @@ In bf16 the graph holds the model's weights as fp32 numbers, which OpenVINO roun
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -163,6 +164,8 @@ def _capabilities(core: Any) -> list[str]:
 def _core() -> Any:
     """Raises Unavailable without OpenVINO, or with one that is too old."""
     remedy = "pip install 'patchbloom[openvino]', or use --backend ort"
+    # OpenVINO sends telemetry when it is imported, by this module if it finds it.
+    sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType]
     try:
         found = version("openvino")
         from openvino import Core
