@@ -264,7 +264,7 @@ def _score(form: Form, data: Path | None, images: Path) -> list[Stage]:
     options = ("--images", str(count), "--rounds", str(rounds))
     options += ("--threads", str(min(16, len(os.sched_getaffinity(0)))))
     if form == "rehearsal":
-        options += ("--size", "64", "--batch", "8", "--teacher-images", "16")
+        options += ("--size", "64", "--batch", "8", "--teacher-images", "8")
     peers, teacher = ("--peers", "torchvision", "torchvision-tensor"), ("--teacher", "resnet18")
     cases: list[tuple[str, str, tuple[str, ...]]] = [
         ("score-cpu", "cpu", peers),

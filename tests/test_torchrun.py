@@ -101,7 +101,7 @@ def errors(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("train: error:")]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_world_of_any_size_makes_the_same(size: int, data: Path, alone, tmp_path: Path) -> None:
     """Labelled coresets, expansions, the teacher's answers and accuracy, and students."""
     assert alone["shared"].keys() == {"dace", "random", "t2i"}
