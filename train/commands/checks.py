@@ -48,9 +48,11 @@ def check_network(
         network = build_network(name, classes, size_px)
         try:
             answer = network(torch.zeros(2, 3, shown_px, shown_px, dtype=torch.float32))
-        except Exception as error:  # a function's network may raise anything
+        except Exception as error:  # others' networks may raise anything
             why = str(error).split("\n")[0] or "it is made for one size"
             if not isinstance(error, RuntimeError | AssertionError):
+                if not is_brought(name):
+                    raise
                 why = reason(error)
             ways = ("a larger --image-size", "another --scoring")
             raise ValueError(
