@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from patchbloom.train.config import TORCHVISION, RecipeName
+from patchbloom.train.config import RecipeName, is_ready_teacher
 
 Part = Literal["methods", "ablation", "patches", "students", "codecs", "gain"]
 PARTS: tuple[Part, ...] = ("methods", "ablation", "patches", "students", "codecs", "gain")
@@ -42,7 +42,7 @@ class Options:
     factor: int | None = None
     """r of all parts except patches. Default: the recipe's."""
     teacher: str | None = None
-    """A network to train once, torchvision:NAME, or a file. Default: the recipe's network."""
+    """As --teacher of train; a network is trained once. Default: the recipe's network."""
     teacher_epochs: int | None = None
     """Teacher epochs. Default: the recipe's."""
     parts: tuple[Part, ...] = PARTS
@@ -83,5 +83,4 @@ class Options:
     @property
     def trains_teacher(self) -> bool:
         """False if --teacher already exists."""
-        given = self.teacher
-        return given is None or not (given.startswith(TORCHVISION) or Path(given).is_file())
+        return self.teacher is None or not is_ready_teacher(self.teacher)

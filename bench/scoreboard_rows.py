@@ -31,7 +31,7 @@ from typing import Any
 
 from patchbloom.engine.coreset.coreset import Coreset, open_coreset
 from patchbloom.export.models import find_model, weights_sha256
-from patchbloom.train.config import TORCHVISION
+from patchbloom.train.config import is_ready_teacher
 from patchbloom.train.report.summary import mean_and_std
 from patchbloom.train.teacher.teacher import teacher_id
 from scoreboard_board import Board
@@ -187,7 +187,7 @@ def _given_now(board: Board) -> Iterator[tuple[Identity, str]]:
     yield (False, "data", "validation_sha256"), board.validation_sha256
     for generated in (False, True):
         spec = board.teacher_spec(generated=generated)
-        if spec.startswith(TORCHVISION) or Path(spec).is_file():
+        if is_ready_teacher(spec):
             yield (generated, "teacher", "source"), teacher_id(spec)
 
 

@@ -23,8 +23,8 @@ LAYERS = {
         *("select", "labels", "coreset", "expand", "dsco", "builds", "formats", "cli", "start"),
     ),
     "train": (
-        *("config", "papers", "coreset_options", "run", "data", "networks", "teacher", "batching"),
-        *("plan", "methods", "options", "labels", "students", "report", "prior"),
+        *("plugins", "config", "papers", "coreset_options", "run", "data", "networks", "teacher"),
+        *("batching", "plan", "methods", "options", "labels", "students", "report", "prior"),
         *("commands", "loader", "cli", "start", "public"),
     ),
 }

@@ -27,7 +27,7 @@ from student_cases import Sets, new_sets, train, untrained_teacher, upsampled
 from torch import nn
 
 SCRIPT = Path(__file__).with_name("researcher.py")
-PUBLIC = ("Coreset", "open", "select", "evaluate")
+PUBLIC = ("Coreset", "open", "select", "evaluate", "model_entry")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from ..engine.coreset.manifest import require_manifest
 from ..engine.data.names import require_text_file
 from ..export.terminal import say
 from .config import naming_option, require_network, teacher_file
-from .coreset_options import StudentElsewhere, TrainCheck, TrainVerify
+from .coreset_options import LabelsElsewhere, StudentElsewhere, TrainCheck, TrainVerify
 from .options import (
     STAGES,
     Command,
@@ -68,8 +68,8 @@ def _tell_once(line: str) -> None:
 def _parse(given: Sequence[str]) -> Command:
     words = [word for word in given if word != "--json"]
     kind = STAGES.get(words[0]) if words else None
-    if words[:1] == ["student"] and any(word.split("=")[0] == "--coreset" for word in words):
-        kind = StudentElsewhere
+    if any(word.split("=")[0] == "--coreset" for word in words):
+        kind = {"student": StudentElsewhere, "labels": LabelsElsewhere}.get(words[0], kind)
     if kind is TrainReproduce:
         return _parse_reproduce(words[1:])
     if kind is None:
@@ -105,7 +105,7 @@ def _check_named(command: Command) -> None:
     if named.get("coreset") is not None:
         require_manifest(named["coreset"].expanduser())
     teacher, student = named.get("teacher"), named.get("student")
-    if teacher is not None and isinstance(command, TrainPrior | TrainVerify):
+    if teacher is not None and isinstance(command, TrainPrior | TrainVerify | LabelsElsewhere):
         teacher_file(teacher)
     elif teacher is not None and not Path(teacher).expanduser().is_file():
         with naming_option("--teacher", teacher):
@@ -129,7 +129,8 @@ def _execute(command: Command, given: list[str]) -> dict[str, Any]:
     launch = read_launch()
     _check_named(command)
     if not isinstance(command, RunOptions):
-        from_coreset = " --coreset" if isinstance(command, StudentElsewhere) else ""
+        elsewhere = isinstance(command, StudentElsewhere | LabelsElsewhere)
+        from_coreset = " --coreset" if elsewhere else ""
         launch.require_alone(f"train {given[0]}{from_coreset}")
     match command:
         case TrainPrior():
@@ -160,6 +161,10 @@ def _execute(command: Command, given: list[str]) -> dict[str, Any]:
             from .commands.student_from_coreset import train_elsewhere
 
             return train_elsewhere(command, line)
+        case LabelsElsewhere():
+            from .commands.labels_of_coreset import label_coreset
+
+            return label_coreset(command, line)
         case TrainVerify():
             from .commands.verify import verify_labels
 

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..engine.config import RECIPE_PX
+from .plugins import is_function, require_package
 
 Device = Literal["auto", "cpu", "cuda"]
 RecipeName = Literal["rded", "dace", "rd3", "small"]
@@ -32,7 +33,7 @@ CHANGES_NO_RESULT = (
 )
 """StudentConfig fields that may change on resume. `accumulate` may, so that a training that ran out
 of memory can continue: the gradient is the same, though BatchNorm sees the parts."""
-TORCHVISION = "torchvision:"
+TORCHVISION, TIMM = "torchvision:", "timm:"
 CONVNET = re.compile(r"convnet-d([345])(?:-w(\d+)(?:to(\d+))?)?(?:-(bn|in|none))?")
 NETWORKS = ("resnet18", "resnet50", "vgg11", "alexnet", "vit-s")
 MOST_STUDENTS = 998
@@ -41,12 +42,37 @@ MOST_SEED = 2**32 // _STARTS - 1
 """Largest --seed: network seeds are 1000 · seed + k and must fit 32 bits."""
 
 
+def is_brought(name: str) -> bool:
+    """Whether a network comes from elsewhere by its name: torchvision:NAME, timm:NAME, or
+    package.module:function. As --teacher it is ready; other names are of networks to train."""
+    return name.startswith((TORCHVISION, TIMM)) or is_function(name)
+
+
+def is_ready_teacher(name: str) -> bool:
+    """Whether --teacher names a teacher that is ready: a file, or `is_brought`."""
+    return is_brought(name) or Path(name).expanduser().is_file()
+
+
 def require_network(name: str) -> None:
-    """Raises ValueError for an unknown network; torchvision names are not looked up."""
-    if not (name.startswith(TORCHVISION) or CONVNET.fullmatch(name) or name in NETWORKS):
+    """Raises ValueError for an unknown network or package; names inside one are not looked up."""
+    if is_brought(name):
+        require_package(name)
+    elif not (CONVNET.fullmatch(name) or name in NETWORKS):
         raise ValueError(
             f"network {name!r} is unknown: expected convnet-d{{3,4,5}}, {', '.join(NETWORKS)} (a "
-            "ConvNet may add its width and norm: convnet-d4-w24to96-bn) or torchvision:NAME"
+            "ConvNet may add its width and norm: convnet-d4-w24to96-bn), torchvision:NAME, "
+            "timm:NAME or package.module:function"
+        )
+
+
+def require_choice(select: str) -> None:
+    """Raises ValueError unless --select is a choice or a function whose package is here."""
+    if is_function(select):
+        with naming_option("--select", select):
+            require_package(select)
+    elif select not in get_args(Choice):
+        raise ValueError(
+            f"--select {select}: expected {', '.join(get_args(Choice))} or package.module:function"
         )
 
 
@@ -61,14 +87,19 @@ def naming_option(option: str, network: str) -> Iterator[None]:
 
 
 def teacher_file(teacher: str) -> Path | None:
-    """The teacher's file; None for torchvision:NAME. FileNotFoundError when it does not exist."""
-    if teacher.startswith(TORCHVISION):
+    """The teacher's file; None where `is_brought`, whose package must be here.
+
+    FileNotFoundError when there is no such file.
+    """
+    if is_brought(teacher):
+        with naming_option("--teacher", teacher):
+            require_package(teacher)
         return None
     path = Path(teacher).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"teacher {teacher}: no such file; give a file or torchvision:NAME "
-            "(torchvision:resnet18)"
+            f"teacher {teacher}: no such file; give a file, torchvision:NAME "
+            "(torchvision:resnet18), timm:NAME or package.module:function"
         )
     return path
 
@@ -349,7 +380,7 @@ class Recipe:
         network = network or self.student.network
         rows = self.batches or ((ipc, self.student.batch, self.student.batch),)
         few, many = next((row[1:] for row in rows if ipc <= row[0]), rows[-1][1:])
-        known = network.removeprefix(TORCHVISION)
+        known = network.removeprefix(TORCHVISION).removeprefix(TIMM)
         rate, to_zero = NETWORK_LEARNING_RATES.get(known), known in self.full_cosine
         return replace(
             self.student,

@@ -1,4 +1,4 @@
-"""Options of `train student --coreset`, `train verify`, `train check` and ExpandedLoader.
+"""Options of `train student|labels --coreset`, `train verify`, `train check` and ExpandedLoader.
 
 They start from a coreset folder, whose manifest describes images, views and labels. The options
 describe the machine that makes them again and the training that uses them. Torch-free, so that
@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, get_args
 
 from tyro.conf import Positional
 
+from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, Codec, CodecName, TopK
 from ..export.config import BackendName, DeviceName, Precision, TrtLibrary, VaePrecision
 from .config import RecipeName, StudentPrecision, Targets, check_at_least, check_seed
 
@@ -195,6 +196,51 @@ class StudentElsewhere(RenderOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelsElsewhere(RenderOptions):
+    """Store a teacher's soft labels in a coreset folder that was built by hand."""
+
+    example: ClassVar = "train labels --coreset mine --teacher teacher.safetensors"
+
+    coreset: Path
+    """The coreset folder. The same command goes on with a stopped one."""
+    teacher: str
+    """A file of `train teacher`, torchvision:NAME, timm:NAME or package.module:function."""
+    backend: BackendName = "auto"
+    """Backend that runs the model; `auto` chooses one for this machine and reports it."""
+    recipe: RecipeName | None = None
+    """Training recipe of the students, which decides the views. Default: `small` for images of 128
+    px or less, `dace` for others."""
+    factor: int | None = None
+    """r, where the coreset holds whole images: a view covers at least 1/r of one. Default: the
+    recipe's; for patches the manifest holds it."""
+    cutmix: Literal["on", "off"] | None = None
+    """Paste boxes from other samples into the views. Default: the recipe's."""
+    student: str | None = None
+    """The students' network. Default: the recipe's."""
+    epochs: int | None = None
+    """Epochs to label. Default: the recipe's."""
+    batch: int | None = None
+    """Views per optimiser step. Default: the recipe's."""
+    codec: CodecName = DEFAULT_CODEC
+    """How labels are stored: `dense`, `pca` or `topk`."""
+    top_k: int = TopK.k
+    """Probabilities per label that --codec topk stores; fewer than half of the classes."""
+    components: int | None = None
+    """Components that --codec pca stores. Default: 40, or one fewer than the classes."""
+    overwrite: bool = False
+    """Replace the labels that the coreset has."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "factor", "epochs", "batch", "top_k", "components", option=True)
+
+    def label_codec(self, classes: int) -> Codec:
+        """The codec of the labels; ValueError when --codec cannot store labels of `classes`."""
+        kind = CODECS[self.codec]
+        return kind.chosen(getattr(self, kind.option) if kind.option else None, classes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainVerify(RenderOptions):
     """Render some images of a coreset again and measure how far the teacher's labels drift."""
 
@@ -205,7 +251,8 @@ class TrainVerify(RenderOptions):
     coreset: Path
     """The coreset folder, with stored labels."""
     teacher: str
-    """The teacher that made the labels: a file of weights, or torchvision:NAME."""
+    """The teacher that made the labels: a file of weights, torchvision:NAME, timm:NAME or
+    package.module:function."""
     other_teacher: bool = False
     """Accept a teacher whose sha256 differs from the manifest's."""
     samples: int = 256

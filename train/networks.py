@@ -13,8 +13,11 @@ vgg11, alexnet
 vit-s
     ViT-S (Touvron et al. 2021: 12 layers, width 384, 6 heads), patches of 4, 8 or 16 px, so that
     49 to 256 of them cover the image.
-torchvision:NAME
-    any torchvision classifier, as it is, with random weights.
+torchvision:NAME, timm:NAME
+    any classifier of torchvision or of timm, as it is, with random weights.
+package.module:function
+    what `function(num_classes, image_size)` returns, called by position: an nn.Module with random
+    weights from torch's default generator. It is taken to draw random numbers in training.
 
 All take images [B, 3, size_px, size_px] and give logits [B, K].
 """
@@ -29,7 +32,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import CONVNET, TORCHVISION, StudentPrecision, require_network
+from .config import CONVNET, TIMM, TORCHVISION, StudentPrecision, require_network
+from .plugins import is_function, load_function, reason
 
 SMALL_IMAGE_PX = 96
 """Largest image whose full resolution a ResNet's stem keeps."""
@@ -42,13 +46,29 @@ def build_network(name: str, classes: int, size_px: int) -> nn.Module:
     Raises ValueError for an unknown name or a size that the net cannot take.
     """
     require_network(name)
-    if name.startswith(TORCHVISION):
+    if is_function(name):
+        network = call_network(name, classes, size_px)
+    elif name.startswith(TORCHVISION):
         network = _torchvision(name, classes, size_px)
+    elif name.startswith(TIMM):
+        network = _timm(name, classes, size_px)
     elif match := CONVNET.fullmatch(name):
         network = _convnet(match, classes, size_px)
     else:
         network = _BUILDERS[name](classes, size_px)
     return network.to(memory_format=torch.channels_last)
+
+
+def call_network(name: str, classes: int, size_px: int) -> nn.Module:
+    """The network that `package.module:function` returns; ValueError where it is none."""
+    function = load_function(name)
+    try:
+        network = function(classes, size_px)
+    except Exception as error:
+        raise ValueError(f"called with ({classes}, {size_px}) it raised {reason(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"expected a torch.nn.Module from it, got {type(network).__name__}")
+    return network
 
 
 def autocast(device: torch.device, precision: StudentPrecision) -> torch.autocast:
@@ -59,7 +79,8 @@ def autocast(device: torch.device, precision: StudentPrecision) -> torch.autocas
 
 def draws_in_training(network: nn.Module) -> bool:
     """Whether a training step draws random numbers: dropout or stochastic depth."""
-    rates = (getattr(m, name, 0.0) for m in network.modules() for name in ("p", "dropout"))
+    names = ("p", "dropout", "drop_prob")
+    rates = (getattr(m, name, 0.0) for m in network.modules() for name in names)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
@@ -188,3 +209,31 @@ def _torchvision(spec: str, classes: int, size_px: int) -> nn.Module:
         return torchvision.models.get_model(name, num_classes=classes, **options)
     except (AssertionError, ValueError) as error:  # vit_*: the size is not a multiple of its patch
         raise ValueError(f"network {spec} at {size_px} px: {error}") from None
+
+
+def timm_config(spec: str, role: str) -> Any:
+    """What timm says of the pretrained weights of timm:NAME; ValueError for an unknown NAME."""
+    import timm
+
+    name = spec.removeprefix(TIMM)
+    try:
+        config = timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ValueError(f"{role} {spec} is unknown: {error}") from None
+    if config is None:
+        raise ValueError(
+            f"{role} {spec} is unknown to timm {timm.__version__}: timm.list_models() has the names"
+        )
+    return config
+
+
+def _timm(spec: str, classes: int, size_px: int) -> nn.Module:
+    import timm
+
+    options: dict[str, Any] = {"num_classes": classes}
+    if timm_config(spec, "network").fixed_input_size:  # its layers are made for one
+        options["img_size"] = size_px
+    try:
+        return timm.create_model(spec.removeprefix(TIMM), **options)
+    except Exception as error:  # of many types, where its layers do not fit the size
+        raise ValueError(f"network {spec} at {size_px} px: {reason(error)}") from None

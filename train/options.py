@@ -18,7 +18,6 @@ from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, MOST_COMPONENTS, Codec
 from ..export.config import BackendName, DeviceName, Precision, TrtLibrary, VaePrecision
 from .config import (
     MOST_STUDENTS,
-    Choice,
     LabelChoice,
     PriorConfig,
     RecipeName,
@@ -27,13 +26,17 @@ from .config import (
     Targets,
     check_at_least,
     check_seed,
+    require_choice,
 )
-from .coreset_options import GROUPS, StudentElsewhere, TrainCheck, TrainVerify
-from .methods.registry import METHODS
+from .coreset_options import GROUPS, LabelsElsewhere, StudentElsewhere, TrainCheck, TrainVerify
+from .methods.registry import METHODS, known_methods
 from .papers import PLANS
 
 LEAST_REFRESH = 0.001
-METHOD_HELP = f"One or several of {', '.join(METHODS)}; they share teacher, recipe and steps."
+METHOD_HELP = (
+    f"One or several of {', '.join(METHODS)}, or of those that installed packages bring; they "
+    "share teacher, recipe and steps."
+)
 PLAN_HELP = f"The table: one of {', '.join(PLANS)}."
 NOT_FOR_CELLS = {
     *("--data", "--out", "--method", "--ipc", "--seed", "--resume", "--overwrite", "--build-only"),
@@ -113,20 +116,22 @@ class RunOptions:
     scoring: Scoring | None = None
     """How the teacher sees a patch that it scores: `pad` to the image size, as in RDED; `resize` to
     it; or `native`, unchanged, for a network that takes any size. Default: the recipe's."""
-    select: Choice = "lowest-loss"
-    """How dace, rded and upsample choose patches: by lowest loss, as in RDED, or among more
-    candidates without near-duplicates; `margin` takes half of them where the teacher is least
-    sure."""
+    select: str = "lowest-loss"
+    """How dace, rded and upsample choose patches: by `lowest-loss`, as in RDED, or among more
+    candidates without near-duplicates: `facility-location`, `k-center`, or `margin`, which takes
+    half of them where the teacher is least sure; or a rule, package.module:function."""
     candidates: int = 4
-    """Candidates per chosen patch, unless --select is lowest-loss."""
+    """Candidates per chosen patch of facility-location, k-center and margin."""
     epochs: int | None = None
     """Epochs of the students, each with fresh images. Default: the recipe's."""
     teacher_epochs: int | None = None
     """Epochs of a teacher that is trained here. Default: the recipe's."""
     teacher: str | None = None
-    """A network to train, torchvision:NAME, or a file of weights. Default: the recipe's network."""
+    """A network to train; or a ready one: torchvision:NAME, timm:NAME, package.module:function, or
+    a file of weights. Default: the recipe's network."""
     student: str | None = None
-    """The students' network. Default: the recipe's."""
+    """The students' network: a name, torchvision:NAME, timm:NAME or package.module:function.
+    Default: the recipe's."""
     targets: Targets = "soft"
     """Training targets: `soft`, the teacher's soft labels; or `hard`, the class alone
     (cross-entropy, mixed by area under CutMix), without any soft labels."""
@@ -199,10 +204,11 @@ class RunOptions:
     """Replace the run in --out."""
 
     def __post_init__(self) -> None:
-        for method in self.methods or (None,):
-            if method not in METHODS:
-                named = f"--method {method}" if method else "--method"
-                raise ValueError(f"{named}: expected one or several of {', '.join(METHODS)}")
+        if not self.methods:
+            raise ValueError(f"--method: expected one or several of {', '.join(known_methods())}")
+        for method in self.methods:
+            METHODS[method]  # raises for an unknown one
+        require_choice(self.select)
         names = (
             *("ipc", "factor", "image_size", "steps", "engine_batch", "epochs", "teacher_epochs"),
             *("top_k", "seeds", "batch", "accumulate", "shapes_per_class", "candidates"),
@@ -305,7 +311,8 @@ class TrainCoreset(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainLabels(RunOptions):
-    """Store the teacher's soft labels in the coresets, without training students."""
+    """Store the teacher's soft labels in the coresets, without training students. In a coreset that
+    was built by hand: `train labels --coreset DIR --help`."""
 
     example: ClassVar = "train labels --data shapes --out runs/demo --codec pca"
 
@@ -422,8 +429,9 @@ class TrainPrior:
     class_names: Path | None = None
     """Names for prompts: a JSON object or lines "folder name"."""
     teacher: str | None = None
-    """A file from `train teacher`, or torchvision:NAME. The model card then says what share of
-    samples this teacher classifies as their class; --resume adds that to a finished model."""
+    """A file from `train teacher`, torchvision:NAME, timm:NAME or package.module:function. The
+    model card then says what share of samples this teacher classifies as their class; --resume adds
+    that to a finished model."""
     device: DeviceName = "auto"
     """`auto` is cuda where there is one."""
     skip_corrupt: bool = False
@@ -455,6 +463,7 @@ StageCommand = Train | TrainTeacher | TrainCoreset | TrainLabels | TrainStudent
 Command = (
     StageCommand
     | StudentElsewhere
+    | LabelsElsewhere
     | TrainVerify
     | TrainPrior
     | TrainReproduce

@@ -13,7 +13,6 @@ from ..engine.expand.prompts import class_prompts
 from ..engine.labels.codecs import Codec
 from ..export.models import ModelSource
 from .config import (
-    Choice,
     LabelChoice,
     Recipe,
     Scoring,
@@ -50,12 +49,13 @@ class Plan:
     """Real images per class that doping adds to every coreset."""
     scoring: Scoring
     """How the teacher sees a patch that it scores."""
-    select: Choice
+    select: str
+    """A Choice, or package.module:function."""
     candidates: int
     teacher: TeacherConfig
     """How a teacher is trained here."""
     teacher_source: str | None
-    """torchvision:NAME or a file; None when the teacher is trained here."""
+    """As config.is_ready_teacher says; None when the teacher is trained here."""
     student: StudentConfig
     labels: LabelChoice
     codec: Codec

@@ -101,7 +101,11 @@ def diverse_choice(features_CD: np.ndarray, count: int, choice: DiverseChoice) -
 
 
 def _by_rule(rule: Rule, seen: np.ndarray, losses_C: np.ndarray, count: int) -> list[int]:
-    picks = np.asarray(rule(seen, losses_C, count)).tolist()
+    try:
+        picks = np.asarray(rule(seen, losses_C, count)).tolist()
+    except Exception as error:  # others' code
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise InputError(f"rule {rule_name(rule)} raised {why}") from error
     indices = isinstance(picks, list) and all(type(pick) is int for pick in picks)
     if not indices or not len({*picks} & {*range(len(seen))}) == len(picks) == count:
         raise InputError(

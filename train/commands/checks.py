@@ -17,11 +17,12 @@ from ...export.bundle import find_bundles
 from ...export.config import UNBUILT, EngineSpec
 from ...export.machine import cxx_compiler
 from ...export.models import ModelSource, Unavailable
-from ..config import TORCHVISION, naming_option
+from ..config import is_brought, naming_option
 from ..methods.registry import METHODS
 from ..networks import build_network
 from ..plan import Plan
-from ..teacher.teacher import torchvision_columns
+from ..plugins import is_function, load_function, reason
+from ..teacher.teacher import imagenet_columns, load_teacher
 
 
 def check_compiler() -> None:
@@ -36,22 +37,31 @@ def check_compiler() -> None:
 def check_network(
     option: str, name: str, classes: int, size_px: int, *, shown_px: int | None = None
 ) -> None:
-    """Build the network for images of `size_px`, and run it on the meta device.
+    """Build the network for images of `size_px`, and run it on the meta device; a function's on
+    the CPU, as it may read numbers.
 
     `shown_px`: side of the images it sees; default: `size_px`. Raises ValueError, naming `option`.
     """
     shown_px = shown_px or size_px
-    with naming_option(option, name), torch.device("meta"):
+    place = torch.device("cpu" if is_function(name) else "meta")
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), naming_option(option, name), place:
         network = build_network(name, classes, size_px)
-    try:
-        network(torch.empty(2, 3, shown_px, shown_px, device="meta", dtype=torch.float32))
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or ["it is made for one size"])[0]
-        way_out = "give a larger --image-size" if shown_px == size_px else "give another --scoring"
-        raise ValueError(
-            f"{option} {name}: cannot take images of {shown_px} px ({reason}): {way_out} or "
-            "another network"
-        ) from None
+        try:
+            answer = network(torch.zeros(2, 3, shown_px, shown_px, dtype=torch.float32))
+        except Exception as error:  # others' networks may raise anything
+            why = str(error).split("\n")[0] or "it is made for one size"
+            if not isinstance(error, RuntimeError | AssertionError):
+                if not is_brought(name):
+                    raise
+                why = reason(error)
+            ways = ("a larger --image-size", "another --scoring")
+            raise ValueError(
+                f"cannot take images of {shown_px} px ({why}): give {ways[shown_px != size_px]} or "
+                "another network"
+            ) from None
+        found = [*answer.shape] if isinstance(answer, torch.Tensor) else type(answer).__name__
+        if found != [2, classes]:
+            raise ValueError(f"expected logits [2, {classes}] of two images, got {found}")
 
 
 def check_plan(plan: Plan) -> None:
@@ -77,8 +87,13 @@ def check_plan(plan: Plan) -> None:
     if plan.student.compile:
         check_compiler()
     source, network, classes = plan.teacher_source, plan.teacher.network, len(plan.class_names)
-    if source is not None and source.startswith(TORCHVISION):
-        torchvision_columns(source, plan.train.class_ids)
+    if is_function(plan.select):
+        with naming_option("--select", plan.select):
+            load_function(plan.select)
+    if source is not None and is_function(source):
+        load_teacher(source, plan.train.class_ids, size_px=plan.image_size, device=plan.device)
+    elif source is not None and is_brought(source):
+        imagenet_columns(source, plan.train.class_ids)
     check_network("--teacher", network, classes, plan.image_size)
     check_network("--student", plan.student.network, classes, plan.image_size)
     if plan.scoring == "native" and source is None:

@@ -31,6 +31,7 @@ from ..methods.patches import selection_settings
 from ..methods.registry import METHODS
 from ..methods.source import ImageSource
 from ..plan import Plan
+from ..plugins import is_function
 from ..report.pictures import draw_coreset, draw_images
 from ..report.summary import REAL, provenance
 from ..run.folder import RunFolder, StageResult
@@ -106,6 +107,8 @@ class Distillation:
         provided = plan.teacher_source
         if provided is not None:
             config["--teacher"] = teacher_id(provided)
+            if is_function(provided):
+                config["the teacher's weights"] = self.teacher.sha256
         return self.run.stage("teacher", config, self._make_teacher, together=provided is not None)
 
     def _make_teacher(self) -> StageResult:

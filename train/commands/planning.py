@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ...engine.builds.cards import Card, most_per_call, named_card
 from ...engine.builds.needs import engine_needs
@@ -20,11 +19,11 @@ from ...export.trt_library import parse_targets
 from ..batching import CPU_ENGINE_BATCH, engine_batch_for, grouping, together_in_engine
 from ..config import (
     RECIPES,
-    TORCHVISION,
     Recipe,
     RecipeName,
     StudentConfig,
     TeacherConfig,
+    is_ready_teacher,
     usual_precision,
 )
 from ..data.folder import data_folder, images_sha256, open_split
@@ -254,7 +253,7 @@ def _choose_teacher(given: str | None, recipe: Recipe) -> tuple[str | None, str]
     network = recipe.teacher.network
     if given is None:
         return None, network
-    if given.startswith(TORCHVISION) or Path(given).expanduser().is_file():
+    if is_ready_teacher(given):
         return given, network
     return None, given
 

@@ -42,7 +42,10 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
             report.say(warning)
         device, teacher = resolve_device(command.device), None
         if command.teacher is not None:
-            teacher = load_teacher(command.teacher, images.class_ids, device=device)
+            size_px = command.prior.image_size
+            teacher = load_teacher(
+                command.teacher, images.class_ids, size_px=size_px, device=device
+            )
         _check_memory(images, command.prior)
         settings = command.prior.as_dict()
         settings |= {"data": images_sha256(images), "classes": list(names)}

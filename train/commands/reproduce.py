@@ -25,7 +25,7 @@ from ...engine.console import print_table
 from ...export.documents import read_json
 from ...export.durable import replace_file, replace_json
 from ...export.terminal import say
-from ..config import TORCHVISION
+from ..config import is_ready_teacher
 from ..options import Train, TrainReproduce, TrainTeacher
 from ..papers import PLANS, Cell
 from ..report.page import SUMMARY, ReportError, Summary
@@ -105,8 +105,7 @@ class _Reproduction:
 
     def _teacher(self, cell: Cell) -> Path | None:
         """The run folder of its teacher; None for one that the options bring along."""
-        brought = self._given(cell).teacher or ""
-        if brought.startswith(TORCHVISION) or Path(brought).expanduser().is_file():
+        if is_ready_teacher(self._given(cell).teacher or ""):
             return None
         return self.out / f"teacher-{cell.teacher}"
 

@@ -25,7 +25,7 @@ from ...engine.expand.backends import resolve_device
 from ...export.config import DeviceName
 from ...export.durable import full_disk_explained
 from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds
-from ..coreset_options import StudentElsewhere
+from ..coreset_options import LabelsElsewhere, StudentElsewhere
 from ..data.folder import (
     check_content,
     data_folder,
@@ -34,6 +34,7 @@ from ..data.folder import (
     validation_sha256,
 )
 from ..labels.hard import HardLabels
+from ..plugins import is_function
 from ..report.summary import mean_and_std, provenance, rounded
 from ..run.folder import RunFolder, StageResult, check_out
 from ..run.progress import Report
@@ -74,6 +75,12 @@ def train_elsewhere(
         _check_folders(options)
         coreset = open_coreset(options.coreset.expanduser())
         config = config or _student_config(coreset, options, report)
+        if is_function(config.network) and options.student is None:
+            raise ValueError(
+                f"{coreset.folder}: its students' network is a function, and a folder may not "
+                f"choose code to run: give `train student` --student {config.network}"
+            )
+        check_network("--student", config.network, len(coreset.class_ids), config.size_px)
         seed = coreset.settings["seed"] if options.seed is None else options.seed
         seeds = student_seeds(seed, options.seeds)
         if options.data is None:
@@ -168,14 +175,13 @@ def _student_config(coreset: Coreset, options: StudentElsewhere, report: Report)
         _refuse(options, ("recipe", "factor"), reason)
         config = student_config(coreset, device=device)
     else:
-        config = _without_labels(coreset, options, report, device)
+        config = without_labels(coreset, options, report, device)
     if hard:
         if options.cutmix is not None:
             changes["cutmix"] = options.cutmix == "on"
         if "precision" in changes:
             config = config.at(changes.pop("precision"))
         config = replace(config, targets="hard", temperature=1.0, **changes)
-    check_network("--student", config.network, len(coreset.class_ids), config.size_px)
     return config
 
 
@@ -188,8 +194,11 @@ def _refuse(
             raise ValueError(f"--{name} {value}: {reason}: leave it out{way_out}")
 
 
-def _without_labels(
-    coreset: Coreset, options: StudentElsewhere, report: Report, device: DeviceName
+def without_labels(
+    coreset: Coreset,
+    options: StudentElsewhere | LabelsElsewhere,
+    report: Report,
+    device: DeviceName,
 ) -> StudentConfig:
     """The named recipe, filled in as the run of this coreset would."""
     small = coreset.settings["image_size_px"] <= SMALL_PX

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from ...engine.select.diversity import DiverseChoice
 from ...engine.select.patches import PatchSelection, select_patches
 from ..plan import Plan
+from ..plugins import is_function, load_function
 from ..teacher.normalisation import IMAGENET
 from ..teacher.teacher import patch_teacher
 from .method import Made, Making
@@ -37,7 +39,7 @@ def _made(making: Making, kind: str, model: dict[str, Any] | None = None) -> Mad
     if kind not in making.selections:
         making.selections[kind] = _select(making, kind)
     plan, selection = making.plan, making.selections[kind]
-    scored, diverse = kind != "random", kind not in ("random", "lowest-loss")
+    scored, diverse = kind != "random", kind in get_args(DiverseChoice)
     return Made(
         images_NHWC=selection.patches_NHWC,
         settings={
@@ -64,9 +66,11 @@ def _select(making: Making, kind: str) -> PatchSelection:
     teacher = None if kind == "random" else making.teacher()
     asked, diversity = None, None
     if teacher is not None:
-        asked, diversity = patch_teacher(
-            teacher, plan.select, plan.scoring, plan.patch_px, plan.candidates
-        )
+        rule: Any = plan.select
+        candidates = plan.candidates
+        if is_function(kind):  # sees the best crop of every image in the pool
+            rule, candidates = load_function(kind), plan.recipe.pool_per_class
+        asked, diversity = patch_teacher(teacher, rule, plan.scoring, plan.patch_px, candidates)
     return select_patches(
         plan.train,
         asked,

@@ -3,6 +3,7 @@
     open(folder)                    a Coreset: look at it, expand it, train from it
     select(data, ipc=1, rule=...)   make a coreset, by a rule of your own
     evaluate(student, data)         accuracy of a network, as `train` measures it
+    model_entry(model)              what a coreset built by hand must say of its model
     __version__
 
 >>> import patchbloom
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from patchbloom.coreset import Coreset, open
     from patchbloom.evaluation import evaluate
+    from patchbloom.model import model_entry
     from patchbloom.selection import select
 
     __version__: str
@@ -28,10 +30,11 @@ if TYPE_CHECKING:
 _PLACES = {
     "Coreset": "coreset",
     "evaluate": "evaluation",
+    "model_entry": "model",
     "open": "coreset",
     "select": "selection",
 }
-__all__ = ["Coreset", "__version__", "evaluate", "open", "select"]
+__all__ = ["Coreset", "__version__", "evaluate", "model_entry", "open", "select"]
 
 if not os.path.isdir(os.path.join(__path__[0], "train")):
     # An editable install: this folder is train/public, and the others lie in the repository.

@@ -12,6 +12,7 @@ from patchbloom.export.config import DeviceName
 from patchbloom.train.config import StudentPrecision
 from patchbloom.train.data.folder import data_folder, open_split
 from patchbloom.train.networks import build_network
+from patchbloom.train.plugins import is_function
 from patchbloom.train.run.checkpoint import CheckpointError, read_tensors, restoring
 from patchbloom.train.run.progress import Report
 from patchbloom.train.students.loop import SCHEMA
@@ -91,6 +92,11 @@ def _read(path: Path) -> tuple[nn.Module, tuple[str, ...], int, StudentPrecision
         raise CheckpointError(f"{path} is no student of a run: give a file of RUN/students")
     with restoring(path):
         config, class_ids = metadata["config"], tuple(metadata["class_ids"])
+        if is_function(config["network"]):  # a file must not choose code to run
+            raise CheckpointError(
+                f"{path}: its network is a function, {config['network']}: call it, load the "
+                "weights with safetensors.torch.load_model, and give the module"
+            )
         network = build_network(config["network"], len(class_ids), config["size_px"])
         network.load_state_dict(tensors)
         return network, class_ids, config["size_px"], config["precision"]

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 from patchbloom.coreset import Coreset
-from patchbloom.engine.config import RECIPE_PX, SMALL_PX, TEMPLATE, ExpandConfig, usual_px
+from patchbloom.engine.config import RECIPE_PX, SMALL_PX, usual_px
 from patchbloom.engine.coreset.coreset import write_coreset
 from patchbloom.engine.coreset.manifest import LEFTOVERS, MANIFEST, require_replaceable
 from patchbloom.engine.data.images import ImageSet
 from patchbloom.engine.data.names import display_names
 from patchbloom.engine.expand.backends import resolve_device
-from patchbloom.engine.expand.naming import describe_model
 from patchbloom.engine.select.diversity import Diversity, Rule, rule_name
 from patchbloom.engine.select.patches import PatchSelection, select_patches
 from patchbloom.engine.select.scores import TeacherFn
 from patchbloom.export.config import DeviceName
 from patchbloom.export.models import find_model
+from patchbloom.model import model_entry
 from patchbloom.train.config import RECIPES, Choice, Recipe
 from patchbloom.train.coreset_options import check_names
 from patchbloom.train.data.folder import data_folder, open_split
@@ -49,9 +49,9 @@ def select(
     rule: a function (seen, losses, count) → indices of `count` candidates of one class, see
     engine.select.diversity.Rule; or a choice of `train --select`, which needs a teacher. Default:
     the lowest losses, without a teacher random patches. The manifest holds its name.
-    teacher: a module for images of `size_px` px with ImageNet's normalisation, a file of `train
-    teacher`, or torchvision:NAME. model: what expands the patches; None: they are enlarged. size_px
-    and factor: defaults as in `train`.
+    teacher: a module for images of `size_px` px with ImageNet's normalisation or its own attribute
+    `normalisation`, (mean, std), or a ready one as --teacher names it. model: what expands the
+    patches; None: they are enlarged. size_px and factor: defaults as in `train`.
 
     Raises ValueError or OSError, one clear line, before any image is read where that can be.
 
@@ -86,14 +86,13 @@ def select(
             "scoring": recipe.scoring if judge else None,
         }
         chosen = _chosen(images, judge, kind, recipe, settings, on, report)
-    config = ExpandConfig(size_px=size_px, seed=seed, precision="fp16" if on == "cuda" else "fp32")
     written = write_coreset(
         out,
         patches_NHWC=chosen.patches_NHWC,
         class_ids=ids,
         class_names=names,
         settings=settings,
-        model=source and describe_model(source, config, TEMPLATE, {}),
+        model=None if model is None else model_entry(model, size_px=size_px, device=on),
         teacher=judge.describe() if judge else None,
         provenance={
             **provenance("patchbloom.select", on),

@@ -44,6 +44,7 @@ from ..labels.targets import StoredLabels
 from ..methods.open import open_coreset_source
 from ..methods.registry import method_of
 from ..methods.source import ImageSource, Machine
+from ..plugins import is_function
 from ..run.world import ALONE
 from ..teacher.teacher import Teacher, load_teacher
 
@@ -188,19 +189,16 @@ def fitting_labels(
 def load_recorded_teacher(coreset: Coreset, spec: str | nn.Module, device: DeviceName) -> Teacher:
     """The teacher that `spec` names, with the architecture and image size in the manifest.
 
-    A module is taken as it is, for images of the coreset's size.
+    A module, or a function's, is for images of the coreset's size.
     Need not be the teacher that made the labels. Raises the errors of teacher.load_teacher.
     """
     named = coreset.manifest["teacher"] or {}
-    return load_teacher(
-        spec,
-        coreset.class_ids,
-        network=named.get("architecture"),
-        size_px=named.get("size_px")
-        if isinstance(spec, str)
-        else coreset.settings["image_size_px"],
-        device=device,
-    )
+    network, size_px = named.get("architecture"), coreset.settings["image_size_px"]
+    if isinstance(spec, str) and not is_function(spec):
+        size_px = named.get("size_px")
+    if network is not None and is_function(network):  # a manifest must not choose code to run
+        network = None
+    return load_teacher(spec, coreset.class_ids, network=network, size_px=size_px, device=device)
 
 
 def open_recorded_source(

@@ -20,6 +20,7 @@ from ...engine.expand.batches import upload
 from ...kernels.softlabel import softlabel
 from ..config import StudentConfig
 from ..networks import adamw, autocast, build_network, draws_in_training, set_learning_rate
+from ..plugins import is_function
 from ..run.checkpoint import Tensors, restore_training, training_state
 from ..run.world import ALONE, World
 from .slots import Pool, PoolSlot
@@ -68,7 +69,7 @@ class Student:
         """Mean KL divergence of each finished epoch."""
         self.curve: list[list[float]] = []
         """Epochs learned and accuracy in percent, where it was measured."""
-        self.draws = draws_in_training(self.network)
+        self.draws = is_function(config.network) or draws_in_training(self.network)
         self._epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._order = torch.Generator().manual_seed(seed)
         # A CPU's generator takes 32 bits of its seed.

@@ -28,8 +28,9 @@ from ...engine.select.scores import TeacherFn
 from ...export.documents import AboveZero, Finite, Side, check_document
 from ...export.durable import file_sha256
 from ...export.terminal import say
-from ..config import TORCHVISION, Choice, Scoring, teacher_file
-from ..networks import build_network, torchvision_name
+from ..config import TIMM, TORCHVISION, Choice, Scoring, teacher_file
+from ..networks import build_network, call_network, timm_config, torchvision_name
+from ..plugins import is_function, reason
 from ..run.checkpoint import (
     CheckpointError,
     Tensors,
@@ -166,7 +167,7 @@ class Teacher:
 
 
 def teacher_id(source: str) -> str:
-    """torchvision:NAME unchanged; the content hash of a file."""
+    """The content hash of a file; another name unchanged."""
     path = Path(source).expanduser()
     return f"sha256:{file_sha256(path)}" if path.is_file() else source
 
@@ -216,9 +217,10 @@ def load_teacher(
     `spec` is a file that `train teacher` wrote; a state dict saved by torch (read with
     weights_only) of the architecture `network`, trained at `size_px` with ImageNet's normalisation
     on the classes in the order of its `class_ids`, or without them of the folder names; or
-    torchvision:NAME, trained on ImageNet-1k: the class ids must be among its 1000 WordNet ids. A
-    module is copied; it takes images of `size_px` with ImageNet's normalisation, in training mode
-    or not.
+    torchvision:NAME or timm:NAME, trained on ImageNet-1k: the class ids must be among its 1000
+    WordNet ids; or package.module:function, which is called with (number of classes, `size_px`) and
+    returns a trained module. A module is copied; it takes images of `size_px`, in training mode or
+    not, with ImageNet's normalisation or that of its attribute `normalisation`, (mean, std).
 
     Raises CheckpointError for classes or weights that do not fit, FileNotFoundError for a missing
     file.
@@ -227,16 +229,64 @@ def load_teacher(
     if isinstance(spec, nn.Module):
         if size_px is None:
             raise ValueError("a teacher that is a module needs its size_px")
-        named = {"architecture": type(spec).__name__, "class_ids": class_ids}
-        return Teacher(copy.deepcopy(spec), **named, size_px=size_px, device=on)
+        return _module_teacher(spec, type(spec).__name__, class_ids, size_px, on)
     path = teacher_file(spec)
+    if path is None and is_function(spec):
+        if size_px is None:
+            raise ValueError(f"teacher {spec}: a function needs the size of its images")
+        return _function_teacher(spec, class_ids, size_px, on)
     if path is None:
-        return _torchvision_teacher(spec, class_ids, on)
+        load = _timm_teacher if spec.startswith(TIMM) else _torchvision_teacher
+        return load(spec, class_ids, on)
     if path.suffix == ".safetensors":
         return _own_teacher(path, class_ids, on)
     if network is None or size_px is None:
         raise ValueError(f"teacher {path}: a state dict needs its network and its size_px")
     return _state_dict_teacher(path, class_ids, network, size_px, on)
+
+
+def _module_teacher(
+    module: nn.Module, architecture: str, class_ids: Sequence[str], size_px: int, device: str
+) -> Teacher:
+    own = getattr(module, "normalisation", IMAGENET)
+    try:
+        mean, std = (own.mean, own.std) if isinstance(own, Normalisation) else own
+        read = _Normalisation(mean=[float(v) for v in mean], std=[float(v) for v in std])
+    except (TypeError, ValueError):
+        raise CheckpointError(
+            f"teacher {architecture}: expected (mean, std) as its normalisation, three numbers "
+            f"each and std above 0, got {own!r:.60}"
+        ) from None
+    return Teacher(
+        copy.deepcopy(module),
+        architecture=architecture,
+        class_ids=class_ids,
+        size_px=size_px,
+        normalisation=Normalisation((*read.mean,), (*read.std,)),  # pyright: ignore[reportArgumentType]
+        device=device,
+    )
+
+
+def _function_teacher(spec: str, class_ids: Sequence[str], size_px: int, device: str) -> Teacher:
+    """The seed makes random weights, if there are any, equal on all ranks and in every session."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = call_network(spec, len(class_ids), size_px)
+    except ValueError as error:
+        raise CheckpointError(f"teacher {spec}: {error}") from error
+    teacher = _module_teacher(module, spec, class_ids, size_px, device)
+    try:
+        found = [*teacher.logits(torch.zeros(2, 3, size_px, size_px, dtype=torch.float32)).shape]
+    except Exception as error:  # a function's network may raise anything
+        raise CheckpointError(
+            f"teacher {spec}: cannot take images of {size_px} px ({reason(error)})"
+        ) from error
+    if found != [2, len(class_ids)]:
+        raise CheckpointError(
+            f"teacher {spec}: expected logits [2, {len(class_ids)}] of two images, got {found}"
+        )
+    return teacher
 
 
 def _own_teacher(path: Path, class_ids: Sequence[str], device: str) -> Teacher:
@@ -247,6 +297,8 @@ def _own_teacher(path: Path, class_ids: Sequence[str], device: str) -> Teacher:
             f"got {metadata.get('schema')}"
         )
     check_document(metadata, f"teacher {path}", CheckpointError, "give another one", _Metadata)
+    if is_function(metadata["architecture"]):  # a file must not choose code to run
+        raise CheckpointError(f"teacher {path}: its architecture is a function: give that instead")
     _require_classes(path, metadata["class_ids"], class_ids)
     sizes = metadata["architecture"], len(class_ids), metadata["size_px"]
     own = metadata["normalisation"]
@@ -343,12 +395,16 @@ def _load_state(path: Path, module: nn.Module, state: Tensors, assign: bool = Fa
         ) from None
 
 
-def torchvision_columns(spec: str, class_ids: Sequence[str]) -> list[int]:
-    """Indices of the classes among the outputs of torchvision:NAME; downloads nothing.
+def imagenet_columns(spec: str, class_ids: Sequence[str]) -> list[int]:
+    """Indices of the classes among the outputs of torchvision:NAME or timm:NAME, no download.
 
-    Raises ValueError for an unknown name, CheckpointError for classes that are not ImageNet-1k's.
+    Raises ValueError for an unknown name or weights of other classes than ImageNet-1k's,
+    CheckpointError for class ids that are none of these.
     """
-    torchvision_name(spec, "teacher")
+    if spec.startswith(TIMM):
+        _require_imagenet(spec)
+    else:
+        torchvision_name(spec, "teacher")
     position = {class_id: index for index, class_id in enumerate(imagenet_names())}
     strangers = [class_id for class_id in class_ids if class_id not in position]
     if strangers:
@@ -362,7 +418,7 @@ def torchvision_columns(spec: str, class_ids: Sequence[str]) -> list[int]:
 def _torchvision_teacher(spec: str, class_ids: Sequence[str], device: str) -> Teacher:
     import torchvision
 
-    columns, name = torchvision_columns(spec, class_ids), spec.removeprefix(TORCHVISION)
+    columns, name = imagenet_columns(spec, class_ids), spec.removeprefix(TORCHVISION)
     weights: Any = torchvision.models.get_model_weights(name)["DEFAULT"]
     try:
         network = torchvision.models.get_model(name, weights=weights)
@@ -384,6 +440,45 @@ def _torchvision_teacher(spec: str, class_ids: Sequence[str], device: str) -> Te
         class_ids=class_ids,
         size_px=transforms.crop_size[0],
         normalisation=Normalisation(tuple(transforms.mean), tuple(transforms.std)),
+        columns=columns,
+        device=device,
+    )
+
+
+def _require_imagenet(spec: str) -> None:
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    config = timm_config(spec, "teacher")
+    known = infer_imagenet_subset(config.to_dict()) if config.has_weights else None
+    if known is None or ImageNetInfo(known).label_names() != [*imagenet_names()]:
+        raise ValueError(
+            f"teacher {spec}: expected pretrained weights of ImageNet-1k's 1000 classes, got "
+            f"{config.num_classes if config.has_weights else 'none'}: give another tag, as NAME.TAG"
+        )
+
+
+def _timm_teacher(spec: str, class_ids: Sequence[str], device: str) -> Teacher:
+    import timm
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    columns, config = imagenet_columns(spec, class_ids), timm_config(spec, "teacher")
+    try:
+        network = timm.create_model(spec.removeprefix(TIMM), pretrained=True)
+    except Exception as error:  # of many types, from the hub's to safetensors'
+        place, name = Path(torch.hub.get_dir(), "checkpoints"), f"the file {config.url}"
+        if config.hf_hub_id:
+            place, name = HF_HUB_CACHE, f"models--{config.hf_hub_id.replace('/', '--')}"
+            name = f"{name}, which `hf download {config.hf_hub_id}` makes elsewhere,"
+        raise CheckpointError(
+            f"teacher {spec}: its weights cannot be loaded ({reason(error)}): try again, or put "
+            f"{name} into {place}"
+        ) from None
+    return Teacher(
+        network,
+        architecture=spec,
+        class_ids=class_ids,
+        size_px=config.input_size[1],
+        normalisation=Normalisation(config.mean, config.std),
         columns=columns,
         device=device,
     )
