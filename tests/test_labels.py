@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import resource
@@ -32,6 +33,7 @@ from patchbloom.engine.labels.file import (
     write_label_file,
 )
 from patchbloom.engine.labels.stored import SoftLabels
+from patchbloom.export.machine import return_free_memory
 from patchbloom.kernels.softlabel import softlabel
 from patchbloom.train.config import StudentConfig
 from patchbloom.train.labels.recording import RecordedLabels, discard_recorded, record_labels
@@ -436,6 +438,8 @@ def test_recorded_labels_are_stored_without_a_copy_in_memory(tmp_path: Path) -> 
     for epoch in range(layout.epochs):
         recording.answers[0][epoch] = epoch
     before = resource.getrlimit(resource.RLIMIT_DATA)
+    gc.collect()
+    return_free_memory()  # what earlier tests left could be freed after the measurement
     status = Path("/proc/self/status").read_text()
     in_use = next(int(line.split()[1]) for line in status.splitlines() if line[:6] == "VmData")
     try:
