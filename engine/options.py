@@ -19,7 +19,7 @@ from ..export.config import (
     Weights,
 )
 
-ExportFormat = Literal["imagefolder", "webdataset", "parquet", "ddranking"]
+ExportFormat = Literal["imagefolder", "webdataset", "parquet", "hf", "ddranking"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +75,13 @@ class CoresetExport:
     folder: Positional[Path]
     """The coreset's folder, or a run's, for the one in RUN/coreset."""
     to: ExportFormat
-    """`imagefolder` for torchvision, `webdataset`, `parquet` for Hugging Face datasets,
-    `ddranking`."""
+    """`imagefolder` for torchvision, `webdataset`, `parquet`, `hf` for Hugging Face datasets
+    (Parquet with a card), `ddranking`."""
     out: Path
     """The folder to write."""
     labels: bool = True
-    """Export the stored soft labels too, in webdataset and parquet. An image has several, each for
-    a view derived from it (export.json says how); refused where no stored image has any."""
+    """Export the stored soft labels too, in webdataset, parquet and hf. An image has several, each
+    for a view derived from it (export.json says how); refused where no stored image has any."""
     dataset: str | None = None
     """DD-Ranking's name of the data set, such as ImageNette, which decides the class numbers.
     Required for --to ddranking, and only for that. CIFAR's class folders have its names or numbers,
