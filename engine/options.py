@@ -28,7 +28,7 @@ class CoresetInfo:
 
     example: ClassVar = "engine coreset info runs/demo"
     folder: Positional[Path]
-    """The coreset's folder, or a run's, for the one in RUN/coreset."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset; or hf:USER/NAME, on the hub."""
     json: bool = False
     """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
@@ -39,7 +39,7 @@ class CoresetVerify:
 
     example: ClassVar = "engine coreset verify runs/demo"
     folder: Positional[Path]
-    """The coreset's folder, or a run's, for the one in RUN/coreset."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset; or hf:USER/NAME, on the hub."""
     json: bool = False
     """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
@@ -50,7 +50,7 @@ class CoresetShow:
 
     example: ClassVar = "engine coreset show runs/demo --out sheet.png"
     folder: Positional[Path]
-    """The coreset's folder, or a run's, for the one in RUN/coreset."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset; or hf:USER/NAME, on the hub."""
     out: Path | None = None
     """The PNG to write. Default: FOLDER.png, beside the folder."""
     patches_per_class: int = 10
@@ -73,7 +73,7 @@ class CoresetExport:
 
     example: ClassVar = "engine coreset export runs/demo --to webdataset --out shards"
     folder: Positional[Path]
-    """The coreset's folder, or a run's, for the one in RUN/coreset."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset; or hf:USER/NAME, on the hub."""
     to: ExportFormat
     """`imagefolder` for torchvision, `webdataset`, `parquet`, `hf` for Hugging Face datasets
     (Parquet with a card), `ddranking`."""

@@ -207,7 +207,7 @@ def test_a_coreset_is_a_mapping_of_patches(core: Coreset) -> None:
         (lambda core: core.loader(batch_size=4), "option 'batch_size' is unknown: perhaps batch"),
         (lambda core: core.loader(), "ExpandedLoader needs batch, the images per step"),
         (lambda core: core.loader(batch=4), "holds no soft labels"),
-        (lambda core: patchbloom.open("hf:me/mine"), "hf:me/mine: coresets on the hub cannot be"),
+        (lambda core: patchbloom.open("hf:mine"), "hf:mine: expected hf:USER/NAME"),
         (lambda core: patchbloom.open("nowhere"), "nowhere is not a coreset: no such folder"),
         (lambda core: patchbloom.open(core.folder, devise="cpu"), "unknown: perhaps device"),
     ],
