@@ -14,6 +14,7 @@ from tyro.extras import SubcommandApp
 
 from . import options as c
 from .console import run_command
+from .coreset.hub import fetched
 from .coreset.manifest import coreset_folder
 
 Coreset = c.CoresetInfo | c.CoresetVerify | c.CoresetShow | c.CoresetExport
@@ -52,10 +53,10 @@ def _parse(given: Sequence[str]) -> Engine | Coreset:
 
 def _execute(command: Engine | Coreset) -> dict[str, Any]:
     if isinstance(command, Coreset):
-        coreset_folder(command.folder)
+        folder = coreset_folder(fetched(command.folder))
         from .formats.commands import run_coreset_command  # torch
 
-        return run_coreset_command(command)
+        return run_coreset_command(command, folder)
     from .builds.commands import run_engine_command
 
     return run_engine_command(command)

@@ -19,7 +19,7 @@ from ..export.config import (
     Weights,
 )
 
-ExportFormat = Literal["imagefolder", "webdataset", "parquet", "ddranking"]
+ExportFormat = Literal["imagefolder", "webdataset", "parquet", "hf", "ddranking"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class CoresetInfo:
 
     example: ClassVar = "engine coreset info runs/demo"
     folder: Positional[Path]
-    """The coreset's folder, or a run's, for the one in RUN/coreset."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset; or hf:USER/NAME, on the hub."""
     json: bool = False
     """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
@@ -39,7 +39,7 @@ class CoresetVerify:
 
     example: ClassVar = "engine coreset verify runs/demo"
     folder: Positional[Path]
-    """The coreset's folder, or a run's, for the one in RUN/coreset."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset; or hf:USER/NAME, on the hub."""
     json: bool = False
     """Print only the result, as one line of JSON. Default: a terminal gets a table, a pipe both."""
 
@@ -50,7 +50,7 @@ class CoresetShow:
 
     example: ClassVar = "engine coreset show runs/demo --out sheet.png"
     folder: Positional[Path]
-    """The coreset's folder, or a run's, for the one in RUN/coreset."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset; or hf:USER/NAME, on the hub."""
     out: Path | None = None
     """The PNG to write. Default: FOLDER.png, beside the folder."""
     patches_per_class: int = 10
@@ -73,15 +73,15 @@ class CoresetExport:
 
     example: ClassVar = "engine coreset export runs/demo --to webdataset --out shards"
     folder: Positional[Path]
-    """The coreset's folder, or a run's, for the one in RUN/coreset."""
+    """The coreset's folder, or a run's, for the one in RUN/coreset; or hf:USER/NAME, on the hub."""
     to: ExportFormat
-    """`imagefolder` for torchvision, `webdataset`, `parquet` for Hugging Face datasets,
-    `ddranking`."""
+    """`imagefolder` for torchvision, `webdataset`, `parquet`, `hf` for Hugging Face datasets
+    (Parquet with a card), `ddranking`."""
     out: Path
     """The folder to write."""
     labels: bool = True
-    """Export the stored soft labels too, in webdataset and parquet. An image has several, each for
-    a view derived from it (export.json says how); refused where no stored image has any."""
+    """Export the stored soft labels too, in webdataset, parquet and hf. An image has several, each
+    for a view derived from it (export.json says how); refused where no stored image has any."""
     dataset: str | None = None
     """DD-Ranking's name of the data set, such as ImageNette, which decides the class numbers.
     Required for --to ddranking, and only for that. CIFAR's class folders have its names or numbers,

@@ -201,7 +201,8 @@ def test_the_options_are_frozen() -> None:
     assert names(TrainVerify) == VERIFY_OPTIONS
     assert names(LoaderOptions) == LOADER_OPTIONS
     licences = ["data_licence", "generator_licence"]
-    assert names(TrainPublish) == ["run", "to", "method", "data_name", *licences, "overwrite"]
+    private = ["private", "overwrite"]
+    assert names(TrainPublish) == ["run", "to", "method", "data_name", *licences, *private]
     assert names(TrainCheck)[-5:] == ["folder", "data", "files_only", "out", "backend"]
     assert names(TrainReproduce) == REPRODUCE_OPTIONS
     stages = [

@@ -41,7 +41,7 @@ CIFAR10, CIFAR100 = (names.split() for names in CIFAR_NAMES.values())
 WOOF = tuple(sorted(tuple(IMAGENET)[index] for index in SUBSETS["ImageWoof"]))
 ROOT = Path(__file__).parents[1]
 DD_RANKING = ROOT / ".ddranking" / str(sys.implementation.cache_tag)
-FORMATS: tuple[ExportFormat, ...] = ("imagefolder", "webdataset", "parquet", "ddranking")
+FORMATS: tuple[ExportFormat, ...] = ("imagefolder", "webdataset", "parquet", "hf", "ddranking")
 LOGITS = 4 * torch.randn(EPOCHS, 10 * EACH, 10, generator=torch.Generator().manual_seed(1))
 PATCHES = torch.randint(
     0, 256, (10 * EACH, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -154,9 +154,28 @@ def test_webdataset_opens_shards(
         np.testing.assert_array_equal(sample["logits.npy"], logits.numpy())
 
 
-@pytest.mark.parametrize("codec", ["coreset", "topk", "pca"])
+def test_the_card_of_hf_is_a_data_sets(coreset: Coreset, tmp_path: Path) -> None:
+    from huggingface_hub import DatasetCard
+
+    for labels, told in ((True, ", and soft labels: logits, views."), (False, "and `doped`.")):
+        export(coreset, "hf", tmp_path / "out", labels=labels, overwrite=True)
+        card = DatasetCard.load(tmp_path / "out" / "README.md")
+        assert f"# {10 * EACH} images of 10 classes, method rded\n" in card.text
+        assert told in card.text
+        (config,) = card.data.to_dict()["configs"]
+        (files,) = config["data_files"]
+        assert [path.name for path in (tmp_path / "out").glob(files["path"])]
+
+
+@pytest.mark.parametrize(
+    ("codec", "to"), [("coreset", "hf"), ("topk", "parquet"), ("pca", "parquet")]
+)
 def test_hugging_face_datasets_opens_parquet(
-    codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    codec: str,
+    to: ExportFormat,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     import datasets
 
@@ -164,7 +183,7 @@ def test_hugging_face_datasets_opens_parquet(
         "patchbloom.engine.formats.parquet.GROUP_ROWS", 7
     )  # several groups, the last short
     exported: Coreset = request.getfixturevalue(codec)
-    export(exported, "parquet", tmp_path / "out")
+    export(exported, to, tmp_path / "out")
     opened = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     assert list(opened) == ["train"]
     rows = opened["train"]

@@ -68,6 +68,7 @@ def test_the_sdist_holds_what_the_readme_runs(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
     tracked = {"README.md", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml", ".ci/run"}
+    tracked.add("docs/tour.ipynb")
     tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("*.py")}
     modules = {name.removeprefix("patchbloom/") for name in _package_files()}
     public = {path.relative_to(ROOT).as_posix() for path in (ROOT / PUBLIC).iterdir()}

@@ -11,6 +11,8 @@ import re
 import subprocess
 import sys
 import weakref
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from student_cases import Sets, new_sets, train, untrained_teacher, upsampled
 from torch import nn
 
 SCRIPT = Path(__file__).with_name("researcher.py")
+TOUR = SCRIPT.parent.parent / "docs" / "tour.ipynb"
 PUBLIC = ("Coreset", "open", "select", "evaluate", "model_entry")
 
 
@@ -127,6 +130,43 @@ def test_a_researchers_script_runs_on_public_names(folder: Path, tmp_path: Path)
     assert manifest["teacher"] is None
 
 
+def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell, and what Jupyter would show of it, without a kernel."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cells = [cell for cell in json.loads(TOUR.read_text())["cells"] if cell["cell_type"] == "code"]
+    namespace: dict[str, Any] = {"__name__": "tour"}
+    shown = []
+    for cell in cells:
+        tree = ast.parse("".join(cell["source"]))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                named = getattr(node, "module", None) or node.names[0].name
+                assert named in ("matplotlib.pyplot", "patchbloom", "torch"), named
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, TOUR.name, "exec"), namespace)
+        if isinstance(last, ast.Expr):
+            shown.append(eval(compile(ast.Expression(last.value), TOUR.name, "eval"), namespace))
+    assert [type(each) for each in shown if each is not None] == [Coreset, *[Image.Image] * 2]
+    drawn = [place.images[0].get_array().shape for place in namespace["axes"].flat]
+    assert drawn == ([(32, 32, 3)] + [(64, 64, 3)] * 8) * 2
+    assert namespace["mine"].settings["selection"] == "tour:most_contrast"
+    assert 15 < namespace["accuracy"] <= 100  # 10 by chance
+    assert [path.name for path in tmp_path.glob("cache/*/shapes-*")] == ["shapes-1-60"]
+    namespace["plt"].close("all")
+    namespace["core"].close()
+
+
+def test_the_tour_is_small_and_keeps_two_pictures() -> None:
+    assert TOUR.stat().st_size < 300 * 1024
+    cells = json.loads(TOUR.read_text())["cells"]
+    kept = [output for cell in cells for output in cell.get("outputs", ())]
+    pictures = [picture for output in kept for picture in output["data"].values()]
+    assert all(Image.open(BytesIO(b64decode(picture))).size[0] > 300 for picture in pictures)
+    assert len(kept) == len(pictures) == 2
+    assert {cell.get("execution_count") for cell in cells} == {None}
+
+
 def test_variants_are_the_epochs_that_a_student_sees_in_one_call(core: Coreset) -> None:
     calls: list[tuple[int, ...]] = []
     expander = core._opened[0]
@@ -207,7 +247,7 @@ def test_a_coreset_is_a_mapping_of_patches(core: Coreset) -> None:
         (lambda core: core.loader(batch_size=4), "option 'batch_size' is unknown: perhaps batch"),
         (lambda core: core.loader(), "ExpandedLoader needs batch, the images per step"),
         (lambda core: core.loader(batch=4), "holds no soft labels"),
-        (lambda core: patchbloom.open("hf:me/mine"), "hf:me/mine: coresets on the hub cannot be"),
+        (lambda core: patchbloom.open("hf:mine"), "hf:mine: expected hf:USER/NAME"),
         (lambda core: patchbloom.open("nowhere"), "nowhere is not a coreset: no such folder"),
         (lambda core: patchbloom.open(core.folder, devise="cpu"), "unknown: perhaps device"),
     ],

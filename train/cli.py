@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 from ..engine.console import print_fields, run_command
+from ..engine.coreset.hub import fetched
 from ..engine.coreset.manifest import require_manifest
 from ..engine.data.names import require_text_file
 from ..export.terminal import say
@@ -127,6 +128,10 @@ def _execute_and_show(command: Command, given: list[str]) -> dict[str, Any]:
 def _execute(command: Command, given: list[str]) -> dict[str, Any]:
     line = " ".join(["train", *given])
     launch = read_launch()
+    if isinstance(command, StudentElsewhere | TrainVerify):
+        command = replace(command, coreset=fetched(command.coreset))
+    elif isinstance(command, TrainCheck):
+        command = replace(command, folder=fetched(command.folder, whole=True))
     _check_named(command)
     if not isinstance(command, RunOptions):
         elsewhere = isinstance(command, StudentElsewhere | LabelsElsewhere)

@@ -129,7 +129,8 @@ class StudentElsewhere(RenderOptions):
     )
 
     coreset: Path
-    """The coreset folder. Its manifest describes images, views, labels and the recipe."""
+    """The coreset folder, or hf:USER/NAME, on the hub. Its manifest describes images, views, labels
+    and the recipe."""
     out: Path
     """The run folder to write. The same command resumes a stopped run."""
     data: str | None = None
@@ -249,7 +250,7 @@ class TrainVerify(RenderOptions):
     )
 
     coreset: Path
-    """The coreset folder, with stored labels."""
+    """The coreset folder, or hf:USER/NAME, on the hub; with stored labels."""
     teacher: str
     """The teacher that made the labels: a file of weights, torchvision:NAME, timm:NAME or
     package.module:function."""
@@ -277,7 +278,7 @@ class TrainCheck(RenderOptions):
 
     example: ClassVar = "train check published --data shapes"
     folder: Positional[Path]
-    """The folder that `train publish` wrote, wherever it lies now."""
+    """The folder that `train publish` wrote, wherever it lies now; or hf:USER/NAME, on the hub."""
     data: str | None = None
     """An image folder with the published validation images in val/ (or test/), or `shapes`."""
     files_only: bool = False

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.coreset.coreset import Coreset, open_coreset
+from ..engine.coreset.hub import fetched
 from ..engine.errors import CoresetError
 from ..engine.expand.backends import resolve_device
 from ..engine.labels.codecs import decode_topk
@@ -83,7 +84,7 @@ class ExpandedLoader(AbstractContextManager["ExpandedLoader"]):
             raise ValueError("ExpandedLoader needs batch, the images per step")
         self.options = LoaderOptions(**options)
         if not isinstance(coreset, Coreset):
-            coreset = open_coreset(Path(coreset).expanduser())
+            coreset = open_coreset(fetched(Path(coreset).expanduser()))
         config = _views(coreset, views, self.options, taught=teacher is not None)
         self.temperature = self.options.temperature or config.temperature
         config = replace(config, temperature=self.temperature)

@@ -38,6 +38,7 @@ METHOD_HELP = (
     "share teacher, recipe and steps."
 )
 PLAN_HELP = f"The table: one of {', '.join(PLANS)}."
+NOT_STATED = "not stated"
 NOT_FOR_CELLS = {
     *("--data", "--out", "--method", "--ipc", "--seed", "--resume", "--overwrite", "--build-only"),
 }
@@ -402,17 +403,21 @@ class TrainPublish:
     run: Positional[Path]
     """The folder of the finished run."""
     to: Path
-    """The folder to write. It holds no absolute path and may be moved."""
+    """The folder to write, which holds no absolute path and may be moved; or hf:USER/NAME, a data
+    set on the Hugging Face hub, which gets the same folder as one commit."""
     method: tuple[str, ...] = ()
     """Methods to publish. Default: every method of the run."""
     data_name: str | None = None
     """Name of the data set and its split, for the card. Default: that of the run's data folder."""
-    data_licence: str = "not stated"
-    """Licence of the data, for the card."""
-    generator_licence: str = "not stated"
-    """Licence of the model that expands or generates, for the card."""
+    data_licence: str = NOT_STATED
+    """Licence of the data, for the card; the hub needs one. It takes a single word for one of its
+    identifiers, such as cc-by-4.0 or unknown, and shows a longer text as `other`."""
+    generator_licence: str = NOT_STATED
+    """Licence of the model that expands or generates, for the card; the hub needs one."""
+    private: bool = False
+    """On the hub, create a data set that only you can read. One that exists stays as it is."""
     overwrite: bool = False
-    """Replace the publication in --to."""
+    """Replace the publication in --to. On the hub its earlier commits stay."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 from ...export.durable import full_disk_explained, replace_file
 from ..console import print_fields
 from ..coreset.coreset import Coreset, open_coreset
-from ..coreset.manifest import coreset_folder
+from ..coreset.hub import HUB
 from ..coreset.sheet import coreset_sheet
 from ..options import CoresetExport, CoresetInfo, CoresetShow, CoresetVerify
 from .exports import export_coreset
 
 
 def run_coreset_command(
-    command: CoresetInfo | CoresetVerify | CoresetShow | CoresetExport,
+    command: CoresetInfo | CoresetVerify | CoresetShow | CoresetExport, folder: Path
 ) -> dict[str, Any]:
-    """Run the command, and print its result for people unless JSON alone is requested."""
-    folder = coreset_folder(command.folder)
+    """Run the command on the coreset in `folder`, and print its result for people unless JSON alone
+    is requested."""
     match command:
         case CoresetInfo():
             result = _info(open_coreset(folder, verify=False))
@@ -77,8 +78,9 @@ def _for_people(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(coreset: Coreset, command: CoresetShow) -> dict[str, Any]:
-    given = command.folder.absolute()
-    out = (command.out or given.with_name(f"{given.name}.png")).absolute()
+    given = command.folder
+    beside = Path() if str(given).startswith(HUB) else given.absolute().parent
+    out = (command.out or beside / f"{given.absolute().name}.png").absolute()
     if out.resolve().is_relative_to(coreset.folder.resolve()):
         raise ValueError(f"--out {out} lies in the coreset, which holds its own files only")
     sheet = coreset_sheet(coreset, command.patches_per_class)

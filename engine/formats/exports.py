@@ -4,6 +4,7 @@
                  train/<class id>/doped_000000.png    after the patches, where doping added some
     webdataset   train-000000.tar, …                  formats/webdataset.py
     parquet      data/train-00000-of-00001.parquet    formats/parquet.py
+    hf           the same and a card, README.md
     ddranking    images.pt, labels.pt, images/        formats/ddranking.py
 
     export.json  beside them: the coreset's hash, the classes in order, a description of the labels
@@ -32,11 +33,11 @@ from ..errors import CoresetError
 from ..labels.stored import SoftLabels
 from ..options import ExportFormat
 from .ddranking import write_dd_ranking
-from .parquet import write_parquet
+from .parquet import write_data_set, write_parquet
 from .webdataset import write_shards
 
 SCHEMA, MARK = "patchbloom.export/2", "export.json"
-HOLDS_LABELS = ("webdataset", "parquet")
+HOLDS_LABELS = ("webdataset", "parquet", "hf")
 
 
 def export_coreset(
@@ -55,7 +56,7 @@ def export_coreset(
 
     Raises CoresetError for a folder that is not empty (`overwrite` replaces an export, and only an
     export), soft labels that belong to no stored image, or arguments that write_dd_ranking refuses;
-    Unavailable without pyarrow, for `parquet`; OSError, one clear line, on a full disk.
+    Unavailable without pyarrow, for `parquet` and `hf`; OSError, one clear line, on a full disk.
     """
     out = out.expanduser()
     if out.resolve().is_relative_to(coreset.folder.resolve()):
@@ -68,6 +69,7 @@ def export_coreset(
         "imagefolder": lambda folder: _write_image_folder(coreset, folder),
         "webdataset": lambda folder: write_shards(coreset, stored, folder),
         "parquet": lambda folder: write_parquet(coreset, stored, folder),
+        "hf": lambda folder: write_data_set(coreset, stored, folder),
         "ddranking": lambda folder: write_dd_ranking(coreset, dataset, folder),
     }
     needed = _needed_bytes(coreset, to, stored)

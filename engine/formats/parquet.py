@@ -8,6 +8,9 @@
     probabilities, classes     top-k soft labels, fp16 and int16 [A][k]
     views                      the view of each label, int32 [A][3]: sample, epoch, variant
 
+`--to hf` adds CARD, so that the folder is a data set for the hub too (`hf upload USER/NAME OUT
+--repo-type dataset`); it names no licence, as the coreset knows none.
+
 The features are in the files' metadata, as datasets itself writes them. Row groups take about
 GROUP_BYTES of soft labels or GROUP_ROWS rows; nothing larger is in memory. Needs pyarrow; the same
 coreset and pyarrow version give the same bytes.
@@ -25,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ...export.durable import write_durably
 from ...export.models import Unavailable
 from ..coreset.coreset import Coreset
 from ..coreset.shown import StoredImage, stored_images
@@ -33,6 +37,39 @@ from ..labels.stored import SoftLabels
 GROUP_ROWS = 100
 GROUP_BYTES = 2**26
 _PARTS = {"logits": "float16", "probabilities": "float16", "classes": "int16", "views": "int32"}
+
+CARD = """---
+tags: [patchbloom]
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*.parquet
+---
+
+# {images} images of {classes} classes, method {method}
+
+```python
+rows = datasets.load_dataset("FOLDER or USER/NAME", split="train")
+```
+
+Each row has `image`, `label` (its names are the class ids), `class_name` and `doped`{labels}.
+`export.json` has the coreset's sha256, its classes and settings, and the hash of every file.
+"""
+
+
+def write_data_set(coreset: Coreset, labels: SoftLabels | None, folder: Path) -> dict[str, Any]:
+    """`write_parquet`, with a card in `folder`/README.md."""
+    summary = write_parquet(coreset, labels, folder)
+    parts = "" if labels is None else f", and soft labels: {', '.join((*labels.parts, 'views'))}"
+    card = CARD.format(
+        images=len(coreset.labels_N) + len(coreset.class_ids) * coreset.doped_per_class,
+        classes=len(coreset.class_ids),
+        method=coreset.settings["method"],
+        labels=parts,
+    )
+    write_durably(folder / "README.md", card.encode())
+    return summary
 
 
 def write_parquet(coreset: Coreset, labels: SoftLabels | None, folder: Path) -> dict[str, Any]:
@@ -60,7 +97,8 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError:
         raise Unavailable(
-            "--to parquet needs pyarrow, which is not installed: pip install 'patchbloom[parquet]'"
+            "--to parquet or hf needs pyarrow, which is not installed: pip install "
+            "'patchbloom[parquet]'"
         ) from None
     return pyarrow, pyarrow.parquet
 

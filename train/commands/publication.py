@@ -23,7 +23,7 @@ import re
 import shutil
 import statistics
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from pydantic import BaseModel, Field
 
 from ...engine.coreset import manifest
 from ...engine.coreset.coreset import Coreset, open_coreset
+from ...engine.coreset.hub import HUB, published_before, upload
 from ...engine.coreset.manifest import MANIFEST
 from ...engine.coreset.schema import File
 from ...engine.errors import CoresetError
@@ -39,10 +40,11 @@ from ...engine.expand.backends import resolve_device
 from ...export.config import BackendName
 from ...export.documents import Finite, Inside, Positive, Sha256, check_fields, read_json
 from ...export.durable import differences, full_disk_explained, replacing, write_durably
+from ...export.terminal import say
 from ..config import StudentConfig
 from ..coreset_options import RenderOptions, StudentElsewhere, TrainCheck
 from ..data.folder import validation_sha256
-from ..options import TrainPublish
+from ..options import NOT_STATED, TrainPublish
 from ..report.page import PICTURES, SUMMARY, Summary, write_card
 from ..report.pictures import draw_coreset
 from ..report.summary import mean_and_std, provenance
@@ -83,11 +85,13 @@ class _Publication(BaseModel):
 
 
 def publish_run(options: TrainPublish, line: str) -> dict[str, Any]:
-    """Write the publication; returns its hash and accuracies, plain JSON.
+    """Write the publication, to a folder or the hub; returns its hash and accuracies, plain JSON.
 
     Raises ValueError or OSError, one clear line, for a run that is unfinished or was changed, a
-    folder that exists, or a full disk.
+    folder or repository that exists, a full disk, or what the hub refuses.
     """
+    if (name := str(options.to)).startswith(HUB):
+        return _publish_on_hub(options, line, name)
     run, to = options.run.expanduser(), options.to.expanduser()
     for name in (MARK, SUMMARY):
         if not (run / name).is_file():
@@ -117,6 +121,24 @@ def publish_run(options: TrainPublish, line: str) -> dict[str, Any]:
             written = _write(new, run, content, coresets, teacher, summary)
     told = {key: written[key] for key in ("content_sha256", "methods")}
     return {"publication": str(to), **told}
+
+
+def _publish_on_hub(options: TrainPublish, line: str, name: str) -> dict[str, Any]:
+    before = published_before(name, options.overwrite)
+    with TemporaryDirectory(prefix="publish-") as folder:
+        to = Path(folder, "publication")
+        told = publish_run(replace(options, to=to), line)
+        content = read_json(to / MANIFEST, RunError, AGAIN)
+        needed = ("data", "generator") if content["generator"] else ("data",)
+        for kind in needed:
+            if content["licences"][kind] == NOT_STATED:
+                raise ValueError(f"--to {name} needs --{kind}-licence, for those who will use it")
+        message = f"patchbloom: {', '.join(told['methods'])} of {told['content_sha256'][:16]}"
+        commit = upload(to, name, before, private=options.private, message=message)
+    pinned = f"{name}@{commit}"
+    also = f"/coreset-{next(iter(told['methods']))}" if len(told["methods"]) > 1 else ""
+    say(f'it opens with patchbloom.open("{pinned}{also}")')
+    return told | {"publication": pinned}
 
 
 def _coreset(run: Path, method: str, summary: dict[str, Any]) -> Coreset:

@@ -12,6 +12,7 @@ from typing import Any
 
 from patchbloom.engine.coreset.coreset import Coreset as Folder
 from patchbloom.engine.coreset.coreset import open_coreset
+from patchbloom.engine.coreset.hub import fetched
 from patchbloom.engine.coreset.manifest import PATCHES, coreset_folder, image_files
 from patchbloom.engine.coreset.sheet import coreset_sheet
 from patchbloom.engine.data.images import to_pixels
@@ -24,9 +25,6 @@ from patchbloom.train.methods.open import own_part
 from patchbloom.train.methods.source import Expansions
 from patchbloom.train.students.from_manifest import default_views, open_recorded_source
 from PIL import Image
-
-HUB = "hf:"
-"""Begins the name of a coreset on the Hugging Face hub."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -161,6 +159,9 @@ class Coreset(Folder):
 def open(folder: str | Path, *, backend: BackendName | None = None, **options: Any) -> Coreset:
     """Open a coreset folder, or that of a run; every file is compared with its hash.
 
+    hf:USER/NAME[@REVISION][/coreset-METHOD] is one on the Hugging Face hub. It is downloaded once;
+    `folder` of what is returned ends in the name with the commit, and opens the same content for
+    ever. Without a network the last download is opened. OSError where the hub gives none.
     backend: see Coreset. options: the fields of train.coreset_options.RenderOptions: model,
     precision, device, engine_batch, … Raises ValueError, one clear line, for a folder that is no
     coreset or was changed, and for an option that does not exist.
@@ -168,10 +169,6 @@ def open(folder: str | Path, *, backend: BackendName | None = None, **options: A
     >>> core = patchbloom.open("runs/demo/coreset", device="cpu")
     >>> core.close()
     """
-    if str(folder).startswith(HUB):
-        raise CoresetError(
-            f"{folder}: coresets on the hub cannot be opened yet: download the folder, and give it"
-        )
     check_names(options, RenderOptions.__dataclass_fields__, "open: option")
-    opened = open_coreset(coreset_folder(Path(folder).expanduser()))
+    opened = open_coreset(coreset_folder(fetched(Path(folder).expanduser())))
     return Coreset(opened.folder, opened.manifest, RenderOptions(**options), backend)

@@ -25,21 +25,23 @@ def evaluate(
     data: str | Path,
     *,
     size_px: int | None = None,
+    shapes_per_class: int = 1000,
     device: DeviceName = "auto",
 ) -> float:
     """Top-1 accuracy in percent, 0 to 100, on the whole validation split of an image folder.
 
     student: a file in RUN/students, or a module from images [B, 3, size_px, size_px], normalised as
     ImageNet's, to logits of the folder's classes in sorted order; it stays where and as it is, and
-    needs `size_px`. Images are resized to 8/7 of that and cropped in the centre. Raises ValueError
-    or OSError, one clear line, for data, classes or a file that do not fit.
+    needs `size_px`. Images are resized to 8/7 of that and cropped in the centre. shapes_per_class:
+    as in `select`. Raises ValueError or OSError, one clear line, for data, classes or a file that
+    do not fit.
 
     >>> student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 10))
     >>> 0 <= patchbloom.evaluate(student, "data", size_px=64) <= 100
     True
     """
     with Report() as report:
-        images = open_split(data_folder(str(data), 1000, report), "val", report)
+        images = open_split(data_folder(str(data), shapes_per_class, report), "val", report)
     precision: StudentPrecision = "fp32"
     if isinstance(student, nn.Module):
         network = student

@@ -40,12 +40,14 @@ def select(
     size_px: int | None = None,
     factor: int | None = None,
     seed: int = 0,
+    shapes_per_class: int = 1000,
     device: DeviceName = "auto",
     overwrite: bool = False,
 ) -> Coreset:
     """Choose ipc · factor² patches of each class of an image folder, and write a coreset folder.
 
-    data: a folder with train/<class>/, or "shapes", the generated set.
+    data: a folder with train/<class>/, or "shapes", the generated set, with `shapes_per_class`
+    training images per class.
     rule: a function (seen, losses, count) → indices of `count` candidates of one class, see
     engine.select.diversity.Rule; or a choice of `train --select`, which needs a teacher. Default:
     the lowest losses, without a teacher random patches. The manifest holds its name.
@@ -70,7 +72,7 @@ def select(
     if size_px % factor:
         raise ValueError(f"factor {factor}: expected a divisor of the image size, {size_px} px")
     with Report() as report:
-        images = open_split(data_folder(str(data), 1000, report), "train", report)
+        images = open_split(data_folder(str(data), shapes_per_class, report), "train", report)
         ids, names, judge = images.class_ids, display_names(images.class_ids), None
         if teacher is not None:
             named = {"network": recipe.teacher.network, "size_px": size_px, "device": on}
