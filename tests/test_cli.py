@@ -18,6 +18,7 @@ from patchbloom.engine.cli import COMMANDS
 from patchbloom.train import cli
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.coreset_options import (
+    DataOptions,
     LoaderOptions,
     StudentElsewhere,
     TrainCheck,
@@ -37,6 +38,7 @@ from patchbloom.train.run.progress import duration, pace
 
 RUN_OPTIONS = [
     "data",
+    "where",
     "out",
     "model",
     "backend",
@@ -105,6 +107,7 @@ ELSEWHERE_OPTIONS = [
     "coreset",
     "out",
     "data",
+    "where",
     "shapes_per_class",
     "backend",
     "targets",
@@ -150,6 +153,7 @@ LOADER_OPTIONS = [
 ]
 PRIOR_OPTIONS = [
     "data",
+    "where",
     "out",
     "prior",
     "class_names",
@@ -200,7 +204,8 @@ def test_the_options_are_frozen() -> None:
     assert names(LoaderOptions) == LOADER_OPTIONS
     licences = ["data_licence", "generator_licence"]
     assert names(TrainPublish) == ["run", "to", "method", "data_name", *licences, "overwrite"]
-    assert names(TrainCheck)[-5:] == ["folder", "data", "files_only", "out", "backend"]
+    assert names(DataOptions) == ["val_data", "val_fraction", "root"]
+    assert names(TrainCheck)[-6:] == ["folder", "data", "where", "files_only", "out", "backend"]
     assert names(TrainReproduce) == REPRODUCE_OPTIONS
     stages = [
         "teacher",
@@ -233,7 +238,8 @@ def test_help_is_quick_and_imports_no_heavy_library(stage: str) -> None:
     assert f"usage: train {stage.removesuffix(' --coreset DIR')}".strip() in told
     shown = {"": RUN_OPTIONS, "student": RUN_OPTIONS, "student --coreset DIR": ELSEWHERE_OPTIONS}
     for name in shown.get(stage, []):
-        assert f"--{name.replace('_', '-')}" in told
+        for option in names(DataOptions) if name == "where" else [name]:
+            assert f"--{option.replace('_', '-')}" in told
 
 
 @pytest.mark.parametrize(
