@@ -321,10 +321,10 @@ def refused(folder: Path, kind: str) -> tuple[tuple[Any, ...], str]:
     match kind:
         case "no label":
             dataset([row, {**row, "label": -1}], number).save_to_disk(made)
-            return (made,), f"{made}, split train, row 1: -1 is no label, or give --val-data"
+            return (made,), f"{made}, split train, row 1: -1 is no label: give images with labels"
         case "no column of labels":
             dataset([row]).remove_columns("label").save_to_disk(made)
-            return (made,), f"{made}, split train: no column of labels, it has image, or give"
+            return (made,), f"{made}, split train: no column of labels, it has image: give"
         case "no column of images":
             dataset([row]).remove_columns("image").save_to_disk(made)
             return (made,), f"{made}, split train: no column of images, it has label"
@@ -349,17 +349,15 @@ def refused(folder: Path, kind: str) -> tuple[tuple[Any, ...], str]:
             return (tar, "--val-data", tar), f"{tar}: no images with a class in it"
         case "bad tar label":
             tar = write_tar(folder / "s.tar", [("a.png", image), ("a.cls", b"-1")])
-            told = f"{tar}: member a.cls: expected the name or number of a class, or give"
+            told = f"{tar}: member a.cls: no name or number of a class: give images with labels"
             return (tar, "--val-data", tar), told
         case "one split":
             tar = write_tar(folder / "s.tar", [("a/a.png", image)])
-            return (
-                tar,
-            ), f"{tar}: these shards are one split, or give --val-data or --val-fraction"
+            return (tar,), f"{tar}: these shards are one split: give --val-data or --val-fraction"
         case "missing shard":
             write_tar(folder / "s-0.tar", [])
             told = f"s-{{0..2}}.tar: 2 of 3 files are not there, first {folder}/s-1.tar: give tar"
-            return (folder / "s-{0..2}.tar",), told
+            return (folder / "s-{0..2}.tar", "--val-data", "shapes"), told
         case "two parts":
             words = ("--val-data", "x", "--val-fraction", "0.1")
             return ("shapes", *words), "--val-data and --val-fraction: give one of them"

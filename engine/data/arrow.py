@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from .images import (
-    NO_VAL,
+    GIVE_LABELS,
+    GIVE_VAL,
     ImageSet,
     InputError,
     Label,
@@ -79,7 +80,7 @@ def open_rows(data: str, split: Literal["train", "val"]) -> ImageSet:
     if name is None:
         raise FileNotFoundError(
             f"{data}: no split {' or '.join(SPLITS[split])} in it, it has {', '.join(sets)}"
-            f"{NO_VAL if split == 'val' else ''}"
+            f"{f': {GIVE_VAL}' if split == 'val' else ''}"
         )
     return _image_set(data, split, f"{data}, split {name}", sets[name])
 
@@ -144,11 +145,11 @@ def _folders(place: str, dataset: Any, column: str | None) -> list[str]:
     """The class folder of each row."""
     if column is None:
         has = ", ".join(dataset.features)
-        raise UnlabelledError(f"{place}: no column of labels, it has {has}{NO_VAL}")
+        raise UnlabelledError(f"{place}: no column of labels, it has {has}: {GIVE_LABELS}")
     labels: list[Label] = dataset.with_format("arrow")[:][column].to_pylist()
     for row, label in enumerate(labels):
         if not is_label(label):
-            raise UnlabelledError(f"{place}, row {row}: {label!r} is no label{NO_VAL}")
+            raise UnlabelledError(f"{place}, row {row}: {label!r} is no label: {GIVE_LABELS}")
     names = getattr(dataset.features[column], "names", None)
     labels = [names[label] for label in labels] if names else labels
     folder_of = class_folders(labels, place)

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SUFFIXES = ", ".join(SUFFIXES)
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
-NO_VAL = ", or give --val-data or --val-fraction"
+GIVE_VAL = "give --val-data or --val-fraction"
+GIVE_LABELS = f"give images with labels; for validation {GIVE_VAL}"
 STANDARD_RESIZE_RATIO = 8 / 7
 """Validation resizes the shorter side to size_px * 8/7 (256 for 224), then crops the centre."""
 
@@ -447,7 +448,7 @@ def _split_folder(root: Path, split: str, plain: str) -> Path:
         return root
     raise FileNotFoundError(
         f"{root}: no {' or '.join(f'{name}/' for name in names)} folder in it; "
-        f"expected {root}/{names[0]}/<class>/<image>{NO_VAL if split == 'val' else ''}"
+        f"expected {root}/{names[0]}/<class>/<image>{f', or {GIVE_VAL}' if split == 'val' else ''}"
     )
 
 

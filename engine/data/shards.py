@@ -17,7 +17,7 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from os.path import commonpath
@@ -29,7 +29,7 @@ import numpy as np
 
 from ...export.durable import cache_folder, json_sha256, replacing_file, take_lock
 from .images import (
-    NO_VAL,
+    GIVE_LABELS,
     SUFFIXES,
     ImageSet,
     InputError,
@@ -111,14 +111,15 @@ def open_shards(
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = take_lock(path.with_suffix(".lock"), wait=True)
     try:
-        index = dict(np.load(path))
+        with np.load(path) as arrays:
+            index = dict(arrays)
     except (OSError, ValueError, BadZipFile):  # there is none, or it is damaged
         index = _index(Path(pattern), files, progress)
         with replacing_file(path) as staged, staged.open("xb") as stream:
             np.savez(stream, allow_pickle=False, **index)
     finally:
         lock.release()
-    class_ids, paths, passed_over = (_names(index[key]) for key in ("ids", "paths", "passed_over"))
+    class_ids, paths, passed_over = map(tuple, json.loads(index["names"].tobytes()))
     return ImageSet(
         *(Path(pattern), split, class_ids, paths, index["labels"], passed_over),
         store=Shards(files, stats, index["places"]),
@@ -138,19 +139,22 @@ def _index(
             places.extend((shard, offset, size))
         progress(shard + 1, len(files))
     places_N3 = np.frombuffer(places, np.int64).reshape(-1, 3)
-    holders = [Path(str(files[shard])) for shard in places_N3[:, 0].tolist()]
+    shard_N: list[int] = places_N3[:, 0].tolist()
     found = _classed_by_folder(found)
     rows = [row for row, (label, _) in enumerate(found) if label is not None]
     images = [(label, name) for label, name in found if label is not None]
     if len(set(images)) < len(images):
-        shards = [holders[row].stem for row in rows]
-        images = [(k, f"{shard}_{name}") for (k, name), shard in zip(images, shards, strict=True)]
+        stems = [Path(files[shard_N[row]]).stem for row in rows]
+        images = [(k, f"{stem}_{name}") for (k, name), stem in zip(images, stems, strict=True)]
     folders = class_folders((label for label, _ in images), str(root))
     listed = stored_set(root, "", [(folders[label], name) for label, name in images])
-    passed_over = [f"{holders[n]}: {name}" for n, (k, name) in enumerate(found) if k is None]
-    texts = {"paths": listed.paths, "ids": listed.class_ids, "passed_over": passed_over}
-    arrays = {"labels": listed.labels, "places": places_N3[rows][listed.rows]}
-    return arrays | {key: _joined(names) for key, names in texts.items()}
+    lost = [f"{files[shard_N[n]]}: {name}" for n, (k, name) in enumerate(found) if k is None]
+    names = json.dumps([listed.class_ids, listed.paths, lost]).encode()
+    return {
+        "names": np.frombuffer(names, np.uint8),
+        "labels": listed.labels,
+        "places": places_N3[rows][listed.rows],
+    }
 
 
 def _shard_images(path: str) -> Iterator[tuple[Label | None, str, int, int]]:
@@ -217,7 +221,7 @@ def _label(member: str, content: bytes) -> Label | None:
             told = json.loads(text)
             label = told.get("class_id", told.get("label")) if isinstance(told, dict) else None
     if label is not None and not is_label(label):
-        raise UnlabelledError(f"{member}: expected the name or number of a class{NO_VAL}")
+        raise UnlabelledError(f"{member}: no name or number of a class: {GIVE_LABELS}")
     return label
 
 
@@ -237,12 +241,3 @@ def _classed_by_folder(found: Sequence[tuple[Label | None, str]]) -> list[tuple[
         folder, slash, rest = name.split("/", shared)[-1].partition("/")
         classed.append((folder, rest) if label is None and slash else (label, name))
     return classed
-
-
-def _joined(names: Iterable[str]) -> np.ndarray:
-    return np.frombuffer("\0".join(names).encode("utf-8", "surrogateescape"), np.uint8)
-
-
-def _names(joined: np.ndarray) -> tuple[str, ...]:
-    text = joined.tobytes().decode("utf-8", "surrogateescape")
-    return tuple(text.split("\0")) if text else ()

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...engine.data.arrow import HUB, is_rows, open_rows
 from ...engine.data.images import (
-    NO_VAL,
+    GIVE_VAL,
     SUFFIXES,
     ImageSet,
     InputError,
@@ -24,12 +24,12 @@ from ...engine.data.images import (
     open_image_set,
     require_data_folder,
 )
-from ...engine.data.shards import is_shards, open_shards, shard_files
+from ...engine.data.shards import is_shards, open_shards
 from ...export.durable import cache_folder
 from ..coreset_options import DataOptions
 from ..run.progress import Report
 from .shapes import GENERATOR_VERSION, write_shapes
-from .torchvision_sets import check_name, write_torchvision
+from .torchvision_sets import write_torchvision
 
 SHAPES, TORCHVISION = "shapes", "torchvision:"
 SPLIT_SEED = "patchbloom validation 1"
@@ -38,15 +38,8 @@ Split = Literal["train", "val"]
 
 
 def check_data(data: str) -> None:
-    """Check, in milliseconds, that files and sets that are named exist.
-
-    Raises ValueError or OSError. `open_data` raises the same errors.
-    """
-    if data.startswith(TORCHVISION):
-        check_name(data.removeprefix(TORCHVISION))
-    elif is_shards(data):
-        shard_files(data)
-    elif data != SHAPES and not data.startswith(HUB):
+    """FileNotFoundError for a folder that is not there; `open_data` raises it too, and others."""
+    if data != SHAPES and not data.startswith((TORCHVISION, HUB)) and not is_shards(data):
         require_data_folder(data)
 
 
@@ -68,7 +61,7 @@ def open_data(
     OSError, one clear line, for data that is not there or does not fit.
     """
     where = where or DataOptions()
-    open_one = partial(_open, report=report, root=where.root, shapes_per_class=shapes_per_class)
+    open_one = partial(_open, where.root, shapes_per_class, report)
     if where.val_fraction is not None:
         if not is_shards(data):
             with suppress(FileNotFoundError, UnlabelledError):
@@ -77,11 +70,13 @@ def open_data(
         parts = split_off(open_one(data, "train"), where.val_fraction)
         return [parts[split] for split in splits]
     if where.val_data is None and is_shards(data) and len(splits) > 1:
-        raise ValueError(f"--data {data}: these shards are one split{NO_VAL}")
-    named: dict[Split, tuple[str, Split]] = {"train": (data, "train"), "val": (data, "train")}
-    if where.val_data is not None:
-        named["val"] = (where.val_data, "val")
-    return [open_one(named[split][0], split, plain=named[split][1]) for split in splits]
+        raise ValueError(f"--data {data}: these shards are one split: {GIVE_VAL}")
+    return [
+        open_one(data, split)
+        if split == "train" or where.val_data is None
+        else open_one(where.val_data, split, plain=split)
+        for split in splits
+    ]
 
 
 def split_off(images: ImageSet, fraction: float) -> dict[str, ImageSet]:
@@ -105,23 +100,22 @@ def split_off(images: ImageSet, fraction: float) -> dict[str, ImageSet]:
 
 
 def _open(
-    data: str,
-    split: Split,
-    *,
-    report: Report,
     root: Path | None,
     shapes_per_class: int,
+    report: Report,
+    data: str,
+    split: Split,
     plain: Split = "train",
 ) -> ImageSet:
+    if data == SHAPES:
+        data = str(_shapes(shapes_per_class, report))
+    elif data.startswith(TORCHVISION):
+        data = str(write_torchvision(data.removeprefix(TORCHVISION), root, report))
     if is_shards(data):
         images = open_shards(data, split, partial(report.progress, "index", unit="shards"))
-    elif data.startswith(HUB) or is_rows(data):
+    elif is_rows(data):
         images = open_rows(data, split)
     else:
-        if data == SHAPES:
-            data = str(_shapes(shapes_per_class, report))
-        elif data.startswith(TORCHVISION):
-            data = str(write_torchvision(data.removeprefix(TORCHVISION), root, report))
         images = open_image_set(data, split, plain)
     if images.passed_over:
         files = f"{len(images.passed_over)} of {len(images.passed_over) + len(images)} files"
