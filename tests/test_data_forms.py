@@ -196,6 +196,18 @@ def test_a_fraction_is_split_off_by_names(
     assert used <= {*sets[0].paths}
 
 
+def test_shards_alone_are_the_validation_images(
+    forms: dict[str, tuple[str, DataOptions]],
+) -> None:
+    (folder, _), (tars, where) = forms["folder"], forms["shards"]
+    accuracy = patchbloom.evaluate(scorer(), folder, size_px=32)
+    assert 0 < accuracy < 100
+    assert patchbloom.evaluate(scorer(), str(where.val_data), size_px=32) == accuracy
+    plain = DataOptions(val_data=str(Path(folder) / "val"))
+    (val,) = open_data(tars, ("val",), Report(), plain)
+    assert (val.split, len(val)) == ("val", 6)
+
+
 def test_our_own_exports_are_data(
     forms: dict[str, tuple[str, DataOptions]], tmp_path: Path
 ) -> None:
