@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import tarfile
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ from patchbloom.train.data.folder import check_content, images_sha256, validatio
 from patchbloom.train.data.forms import open_data
 from patchbloom.train.run.progress import Report
 from PIL import Image
+from pyarrow.parquet import write_table
 from torch import nn
 
 CLASSES = ("n01 tench, Tinca", "straße/é", "東京")
@@ -98,7 +100,9 @@ def write_forms(root: Path, images: Images) -> dict[str, tuple[str, DataOptions]
             labelled += [(path, content), (f"{key}.json", json.dumps(told).encode())]
             labelled += [(f"{key}.cls", b"7"), (f"{key}.mask.png", b"no picture")]
         write_tar(root / f"labelled-{split}.tar", labelled)
-    saved: dict[str, dict[str, datasets.Dataset]] = {"saved": {}, "files": {}, "numbered": {}}
+    for kind in ("parquet/plain", "files/data"):
+        (root / kind).mkdir(parents=True)
+    saved: dict[str, dict[str, datasets.Dataset]] = {"saved": {}, "numbered": {}}
     for split, name in (("train", "train"), ("val", "validation")):
         found = rows(images, split)
         saved["saved"][name] = dataset(found[::-1])
@@ -108,12 +112,14 @@ def write_forms(root: Path, images: Images) -> dict[str, tuple[str, DataOptions]
         for row in found:
             path = folder / split / CLASSES[row["label"]].replace("/", "_") / row["image"]["path"]
             row["image"] = {"bytes": None, "path": str(path)}
-        saved["files"][name] = dataset(found[::-1])
-        (root / "parquet" / "plain").mkdir(parents=True, exist_ok=True)
-        saved["saved"][name].to_parquet(root / "parquet/plain" / f"{name}-00000-of-00001.parquet")
+        file = f"{name}-00000-of-00001.parquet"
+        saved["saved"][name].to_parquet(root / "parquet/plain" / file)
+        # to_parquet would put the files' bytes into it.
+        write_table(dataset(found[::-1]).with_format("arrow")[:], root / "files/data" / file)
     for kind, splits in saved.items():
         datasets.DatasetDict(splits).save_to_disk(root / kind)
-    forms = {kind: (str(root / kind), DataOptions()) for kind in ("folder", "parquet", *saved)}
+    kinds = ("folder", "parquet", "files", *saved)
+    forms = {kind: (str(root / kind), DataOptions()) for kind in kinds}
     val = DataOptions(val_data=str(root / "val-*.tar"))
     forms["shards"] = (str(root / "train-{00..01}.tar"), val)
     val = DataOptions(val_data=str(root / "labelled-val.tar"))
@@ -152,6 +158,9 @@ def test_every_form_gives_the_coreset_of_the_folder(
         if form in SAME_NAMES:
             made[-1] += (images_sha256(*sets), sets[0].paths, sets[1].paths)
     assert made[0] == made[1]
+    (files,) = open_data(forms["folder"][0], ("train",), Report())
+    assert sets[0].status(0)[0] == len(sets[0].read(0)) == files.status(0)[0]
+    assert (sets[0].status(0) == files.status(0)) is (form == "files")
     assert core.class_ids == ("n01 tench, Tinca", "straße_é", "東京")
     assert made[0][2] == [15, 6]
 
@@ -240,15 +249,17 @@ def test_labels_of_shards(tmp_path: Path) -> None:
     )
 
 
-def test_shards_are_indexed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_indexed_once(tmp_path: Path) -> None:
     """By the first of the processes that open them together; others wait."""
     shard = write_tar(tmp_path / "s.tar", [(f"a/{k}.jpg", b"%d" % k) for k in range(5)])
-    begun: list[tuple[int, int]] = []
+    begun: list[tuple[int, ...]] = []
+
+    def slowly(*done: int) -> None:
+        begun.append(done)
+        time.sleep(0.2)
+
     with ThreadPoolExecutor(4) as pool:
-        opens = [
-            pool.submit(open_shards, str(shard), "train", lambda *done: begun.append(done))
-            for _ in range(4)
-        ]
+        opens = [pool.submit(open_shards, str(shard), "train", slowly) for _ in range(4)]
         found = [each.result() for each in opens]
     assert begun == [(1, 1)]
     assert all(each.paths == found[0].paths for each in found)
