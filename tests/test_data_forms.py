@@ -425,6 +425,15 @@ def test_an_unlabelled_test_split_leaves_room_for_a_fraction(tmp_path: Path) -> 
     assert (len(train), len(val), train.class_ids) == (12, 3, ("0", "1", "2"))
 
 
+def test_an_image_folder_may_hold_parquet(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "a.png").write_bytes(b"1")
+    (tmp_path / "features.parquet").touch()
+    sets = open_data(str(tmp_path), ("train", "val"), Report())
+    assert [each.paths for each in sets] == [("a/a.png",), ("a/a.png",)]
+
+
 def test_a_hub_out_of_reach(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,10 +63,16 @@ class Rows:
 
 
 def is_rows(data: str) -> bool:
-    """Whether this names a set of the hub, a folder of `save_to_disk`, or one of Parquet files."""
+    """Whether this names a set of the hub, a folder of `save_to_disk`, or one of Parquet files.
+
+    A folder with train/<class>/ is an image folder, whatever else lies in it.
+    """
     folder = Path(data).expanduser()
-    patterns = (*SAVED, "*.parquet", "*/*.parquet")
-    return data.startswith(HUB) or any(True for each in patterns for _ in folder.glob(each))
+    if data.startswith(HUB) or any((folder / mark).is_file() for mark in SAVED):
+        return True
+    patterns = ("*.parquet", "*/*.parquet")
+    found = any(True for pattern in patterns for _ in folder.glob(pattern))
+    return found and not any(path.is_dir() for path in folder.glob("train/*"))
 
 
 def open_rows(data: str, split: Literal["train", "val"]) -> ImageSet:

@@ -1,12 +1,11 @@
 """An image dataset on disk and its decoder: files → uint8 crops, by DALI.
 
 An ``ImageSet`` lists images and opens none: the files of an ImageFolder, or what a ``Store`` holds
-(shards.py, arrow.py). ``stream_crops`` reads and decodes
-each file once, to upright RGB (greyscale, CMYK, palette and alpha are converted, EXIF rotation is
-applied), and cuts P crops of it. The crops depend only on the file, its boxes and the decoder: not
-on batch size, number of threads, order, or a damaged neighbour. Only the list grows with the number
-of images: 95 B each for paths of 30 letters, and 16 B for an order of them; 1.6 GB for the 14
-million of ImageNet-21k.
+(shards.py, arrow.py). ``stream_crops`` reads and decodes each image once, to upright RGB
+(greyscale, CMYK, palette and alpha are converted, EXIF rotation is applied), and cuts P crops of
+it. The crops depend only on its bytes, its boxes and the decoder: not on batch size, number of
+threads, order, or a damaged neighbour. Only the list grows with the number of images: 95 B each for
+paths of 30 letters, and 16 B for an order of them; 1.6 GB for the 14 million of ImageNet-21k.
 
 Shapes: B images, P crops of one image, H = W = ``size_px``, C = 3 (RGB). A box is (top, left,
 height, width) in whole pixels of the upright image.

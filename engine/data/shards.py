@@ -1,10 +1,10 @@
 """WebDataset shards: tar files that are indexed once, and whose images are then read in place.
 
 A sample is what has one name up to the first dot. Its class is "class_id" or "label" in its .json,
-else its .cls, else the first folder in its name; folders that hold all images are no classes.
+else its .cls, else the folder that holds it.
 
-    a/0017.jpg, a/0017.cls, a/0017.json  named CLASS/a_0017.jpg; SHARD_… if shards repeat names
-    n01440764/0017.jpg                   named as it is
+    a/0017.jpg, a/0017.cls, a/0017.json  named CLASS/a_0017.jpg; CLASS/SHARD_… if shards repeat it
+    train/n01440764/0017.jpg             named n01440764/0017.jpg
 
 The index lies in the user's cache, under a hash of names, sizes and times of the shards.
 """
@@ -20,7 +20,6 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from os.path import commonpath
 from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile
@@ -140,7 +139,6 @@ def _index(
         progress(shard + 1, len(files))
     places_N3 = np.frombuffer(places, np.int64).reshape(-1, 3)
     shard_N: list[int] = places_N3[:, 0].tolist()
-    found = _classed_by_folder(found)
     rows = [row for row, (label, _) in enumerate(found) if label is not None]
     images = [(label, name) for label, name in found if label is not None]
     if len(set(images)) < len(images):
@@ -158,7 +156,7 @@ def _index(
 
 
 def _shard_images(path: str) -> Iterator[tuple[Label | None, str, int, int]]:
-    """(label, name, offset, size) of each image; None where its folder alone may be its class."""
+    """(label, name, offset, size) of each image; None where nothing says its class."""
     images: list[tuple[str, int, int]] = []
     labels: dict[str, Label] = {}
     for member, content in _members(path):
@@ -172,13 +170,13 @@ def _shard_images(path: str) -> Iterator[tuple[Label | None, str, int, int]]:
         if label is not None and (name.endswith(".json") or _key(name) not in labels):
             labels[_key(name)] = label
     for name, offset, size in images:
-        key = _key(name)
-        label = labels.get(key)
-        if label is not None:
-            name = name.replace("/", "_")
-            if name[len(key) :].lower() not in SUFFIXES:
-                label = None  # x.mask.png, beside x.jpg and x.cls
-        yield label, name, offset, size
+        key, (folder, base) = _key(name), os.path.split(name)
+        if key not in labels:
+            yield os.path.basename(folder) or None, base, offset, size
+        elif name[len(key) :].lower() in SUFFIXES:
+            yield labels[key], name.replace("/", "_"), offset, size
+        else:  # x.mask.png, beside x.jpg and x.cls
+            yield None, name, offset, size
 
 
 def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
@@ -229,15 +227,3 @@ def _key(name: str) -> str:
     """What the members of a sample share: the name up to its first dot."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
-
-
-def _classed_by_folder(found: Sequence[tuple[Label | None, str]]) -> list[tuple[Label | None, str]]:
-    """Labels and names; without a label, the first folder that not all such images share."""
-    bare = [name for label, name in found if label is None]
-    shared = len(Path(commonpath([min(bare), max(bare)])).parts) if bare else 0
-    shared = max(0, min(shared, min((name.count("/") for name in bare), default=0) - 1))
-    classed: list[tuple[Label | None, str]] = []
-    for label, name in found:
-        folder, slash, rest = name.split("/", shared)[-1].partition("/")
-        classed.append((folder, rest) if label is None and slash else (label, name))
-    return classed
