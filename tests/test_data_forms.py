@@ -89,7 +89,7 @@ def write_forms(root: Path, images: Images) -> dict[str, tuple[str, DataOptions]
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
         members[split].append((f"./{path}", content))
-    write_tar(root / "train-00.tar", [("._hidden.png", b""), *members["train"][:4]])
+    write_tar(root / "train-00.tar", [("./train/東京/._000.png", b""), *members["train"][:4]])
     write_tar(root / "train-01.tar", members["train"][4:])
     write_tar(root / "val-00.tar", members["val"])
     for split, found in members.items():
