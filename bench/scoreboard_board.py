@@ -19,10 +19,11 @@ from typing import Literal
 
 import numpy as np
 import tyro
-from patchbloom.engine.data.images import ImageSet, open_image_set
+from patchbloom.engine.data.images import ImageSet
 from patchbloom.train.commands.checks import check_network
 from patchbloom.train.config import RECIPES
-from patchbloom.train.data.folder import data_folder, images_sha256
+from patchbloom.train.data.folder import images_sha256
+from patchbloom.train.data.forms import open_data
 from patchbloom.train.options import RunOptions, Train
 from patchbloom.train.run.progress import Report
 from scoreboard_cells import CELLS, Cell, Line, Size
@@ -78,8 +79,8 @@ class Board:
 
     def images(self, split: Literal["train", "val"]) -> ImageSet:
         """A split of --data in its current state."""
-        folder = data_folder(self.options.data, self.shared.shapes_per_class, Report())
-        return open_image_set(folder, split)
+        where, per_class = self.shared.where, self.shared.shapes_per_class
+        return open_data(self.options.data, (split,), Report(), where, per_class)[0]
 
     @cached_property
     def data_sha256(self) -> str:

@@ -18,6 +18,7 @@ from patchbloom.engine.cli import COMMANDS
 from patchbloom.train import cli
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.coreset_options import (
+    DataOptions,
     LoaderOptions,
     StudentElsewhere,
     TrainCheck,
@@ -37,6 +38,7 @@ from patchbloom.train.run.progress import duration, pace
 
 RUN_OPTIONS = [
     "data",
+    "where",
     "out",
     "model",
     "backend",
@@ -106,6 +108,7 @@ ELSEWHERE_OPTIONS = [
     "coreset",
     "out",
     "data",
+    "where",
     "shapes_per_class",
     "backend",
     "targets",
@@ -152,6 +155,7 @@ LOADER_OPTIONS = [
 ]
 PRIOR_OPTIONS = [
     "data",
+    "where",
     "out",
     "prior",
     "class_names",
@@ -203,7 +207,8 @@ def test_the_options_are_frozen() -> None:
     licences = ["data_licence", "generator_licence"]
     private = ["private", "overwrite"]
     assert names(TrainPublish) == ["run", "to", "method", "data_name", *licences, *private]
-    assert names(TrainCheck)[-5:] == ["folder", "data", "files_only", "out", "backend"]
+    assert names(DataOptions) == ["val_data", "val_fraction", "root"]
+    assert names(TrainCheck)[-6:] == ["folder", "data", "where", "files_only", "out", "backend"]
     assert names(TrainReproduce) == REPRODUCE_OPTIONS
     stages = [
         "teacher",
@@ -236,7 +241,8 @@ def test_help_is_quick_and_imports_no_heavy_library(stage: str) -> None:
     assert f"usage: train {stage.removesuffix(' --coreset DIR')}".strip() in told
     shown = {"": RUN_OPTIONS, "student": RUN_OPTIONS, "student --coreset DIR": ELSEWHERE_OPTIONS}
     for name in shown.get(stage, []):
-        assert f"--{name.replace('_', '-')}" in told
+        for option in names(DataOptions) if name == "where" else [name]:
+            assert f"--{option.replace('_', '-')}" in told
 
 
 @pytest.mark.parametrize(

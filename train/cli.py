@@ -95,10 +95,11 @@ def _check_named(command: Command) -> None:
     Later checks raise the same errors, by the same functions.
     """
     named = vars(command)
-    if named.get("data") not in (None, "shapes"):
-        from ..engine.data.images import require_data_folder  # numpy
+    for data in (named.get("data"), getattr(named.get("where"), "val_data", None)):
+        if data is not None:
+            from .data.forms import check_data  # numpy
 
-        require_data_folder(named["data"])
+            check_data(data)
     if named.get("class_names") is not None:
         require_text_file("--class-names", named["class_names"])
     if named.get("prompts") is not None:

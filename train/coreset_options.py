@@ -8,19 +8,19 @@ describe the machine that makes them again and the training that uses them. Torc
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 from ..engine.labels.codecs import CODECS, DEFAULT_CODEC, Codec, CodecName, TopK
 from ..export.config import BackendName, DeviceName, Precision, TrtLibrary, VaePrecision
 from .config import RecipeName, StudentPrecision, Targets, check_at_least, check_seed
 
 GROUPS = {
-    "Data": "coreset data out class_names skip_corrupt shapes_per_class resume overwrite",
+    "Data": "coreset data where out class_names skip_corrupt shapes_per_class resume overwrite",
     "Method": "method ipc factor image_size steps rho mixup mixup_weight start prompt prompts "
     "variants generate_size budget_seconds scoring select candidates refresh dope seed dsco",
     "Model": "model precision vae_precision prior",
@@ -42,6 +42,33 @@ def check_names(given: Iterable[str], known: Collection[str], what: str) -> None
             near = get_close_matches(str(name), known, 1, 0.5)
             hint = f"perhaps {near[0]}" if near else f"expected one of {', '.join(sorted(known))}"
             raise ValueError(f"{what} {name!r} is unknown: {hint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What --data alone does not say."""
+
+    val_data: str | None = None
+    """Validation images, in any form of --data; a folder without val/ or shards are taken whole.
+    Default: those of --data."""
+    val_fraction: float | None = None
+    """Share of each class of --data to validate on, if it has no val/; a hash of the names chooses,
+    whatever the --seed."""
+    root: Path | None = None
+    """Folder of torchvision's files. Default: patchbloom/torchvision in the user's cache."""
+
+    def __post_init__(self) -> None:
+        if self.val_fraction is None:
+            return
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(
+                f"--val-fraction {self.val_fraction:g}: expected more than 0, less than 1"
+            )
+        if self.val_data is not None:
+            raise ValueError("--val-data and --val-fraction: give one of them")
+
+
+Where = Annotated[DataOptions, OmitArgPrefixes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +161,9 @@ class StudentElsewhere(RenderOptions):
     out: Path
     """The run folder to write. The same command resumes a stopped run."""
     data: str | None = None
-    """An image folder with val/ (or test/), or `shapes`, to measure accuracy on. Default: no
-    accuracy."""
+    """Data in any form that `train` takes, to measure accuracy on its validation images (of shards,
+    on all). Default: no accuracy."""
+    where: Where = field(default_factory=DataOptions)
     shapes_per_class: int = 1000
     """Training images per class of --data shapes, as in the coreset's run."""
     backend: BackendName = "auto"
@@ -280,7 +308,8 @@ class TrainCheck(RenderOptions):
     folder: Positional[Path]
     """The folder that `train publish` wrote, wherever it lies now; or hf:USER/NAME, on the hub."""
     data: str | None = None
-    """An image folder with the published validation images in val/ (or test/), or `shapes`."""
+    """Data with the published validation images, in any form that `train` takes."""
+    where: Where = field(default_factory=DataOptions)
     files_only: bool = False
     """Compare files with their hashes, and train nothing."""
     out: Path | None = None

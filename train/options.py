@@ -28,7 +28,15 @@ from .config import (
     check_seed,
     require_choice,
 )
-from .coreset_options import GROUPS, LabelsElsewhere, StudentElsewhere, TrainCheck, TrainVerify
+from .coreset_options import (
+    GROUPS,
+    DataOptions,
+    LabelsElsewhere,
+    StudentElsewhere,
+    TrainCheck,
+    TrainVerify,
+    Where,
+)
 from .methods.registry import METHODS, known_methods
 from .papers import PLANS
 
@@ -51,7 +59,10 @@ class RunOptions:
 
     groups: ClassVar = GROUPS
     data: str
-    """An image folder with train/ and val/ (or test/), or `shapes`, a generated dataset."""
+    """An image folder, with train/ and val/ (or test/) or without; `shapes`, a generated dataset;
+    torchvision:NAME; hf:NAME or hf:NAME:CONFIG, of the Hugging Face hub; a folder of Parquet files
+    or of `save_to_disk`; or WebDataset shards, as "train-{000..146}.tar"."""
+    where: Where = field(default_factory=DataOptions)
     out: Path
     """The run folder to write."""
     model: str | None = None
@@ -348,7 +359,7 @@ class TrainReproduce:
     example: ClassVar = "train reproduce imagenette-table1 --data imagenette2 --out runs/table1"
     plan: Annotated[Positional[str], arg(help=PLAN_HELP, metavar="PLAN")]
     data: str | None = None
-    """The image folder that the plan describes (--list shows it)."""
+    """The data that the plan describes (--list shows it), in any form that `train` takes."""
     out: Path | None = None
     """The folder to write: a run folder per cell, table.md and results.json. The same command
     resumes a stopped one."""
@@ -427,7 +438,8 @@ class TrainPrior:
     example: ClassVar = "train prior --data shapes --out models/shapes"
     groups: ClassVar = GROUPS
     data: str
-    """An image folder, with train/ or plain, or `shapes`, a generated dataset."""
+    """The training images, in any form that `train` takes."""
+    where: Where = field(default_factory=DataOptions)
     out: Path
     """The model folder to write."""
     prior: Annotated[PriorConfig, OmitArgPrefixes] = field(default_factory=PriorConfig)

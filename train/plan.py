@@ -31,6 +31,8 @@ class Plan:
     data_name: str
     train: ImageSet
     val: ImageSet
+    val_fraction: float | None
+    """Share of each class that was split off to be `val`; None: it is a split of its own."""
     data_sha256: str
     """Hash of the names and sizes of all images of both splits."""
     damaged: tuple[str, ...]

@@ -1,11 +1,11 @@
 """An image dataset on disk and its decoder: files → uint8 crops, by DALI.
 
-An ``ImageSet`` lists the files of an ImageFolder and opens none. ``stream_crops`` reads and decodes
-each file once, to upright RGB (greyscale, CMYK, palette and alpha are converted, EXIF rotation is
-applied), and cuts P crops of it. The crops depend only on the file, its boxes and the decoder: not
-on batch size, number of threads, order, or a damaged neighbour. Only the list grows with the number
-of images: 95 B each for paths of 30 letters, and 16 B for an order of them; 1.6 GB for the 14
-million of ImageNet-21k.
+An ``ImageSet`` lists images and opens none: the files of an ImageFolder, or what a ``Store`` holds
+(shards.py, arrow.py). ``stream_crops`` reads and decodes each image once, to upright RGB
+(greyscale, CMYK, palette and alpha are converted, EXIF rotation is applied), and cuts P crops of
+it. The crops depend only on its bytes, its boxes and the decoder: not on batch size, number of
+threads, order, or a damaged neighbour. Only the list grows with the number of images: 95 B each for
+paths of 30 letters, and 16 B for an order of them; 1.6 GB for the 14 million of ImageNet-21k.
 
 Shapes: B images, P crops of one image, H = W = ``size_px``, C = 3 (RGB). A box is (top, left,
 height, width) in whole pixels of the upright image.
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 from unicodedata import normalize
 
 import numpy as np
@@ -34,9 +34,13 @@ if TYPE_CHECKING:
 SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SUFFIXES = ", ".join(SUFFIXES)
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
+GIVE_VAL = "give --val-data or --val-fraction"
+GIVE_LABELS = f"give images with labels; for validation {GIVE_VAL}"
 STANDARD_RESIZE_RATIO = 8 / 7
 """Validation resizes the shorter side to size_px * 8/7 (256 for 224), then crops the centre."""
 
+Label = int | str
+"""The number or the name of a class."""
 BoxFn = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
 """(index_B, heights_B, widths_B, epoch), int64 → boxes_BP4, integers inside the image."""
 
@@ -45,28 +49,87 @@ class InputError(ValueError):
     """The user's data does not fit the request; the message says what to do."""
 
 
+class UnlabelledError(InputError):
+    """Images that say no class; the message names the first."""
+
+
 class CorruptImageError(InputError):
     """A file that DALI cannot decode; the message names it."""
 
 
+class Store(Protocol):
+    """What holds images that are no files of their own; `row` is the place of one in it."""
+
+    def place(self, row: int) -> str:
+        """What to name before the image in a message."""
+        ...
+
+    def read(self, row: int) -> np.ndarray:
+        """Its encoded bytes, uint8 [n]."""
+        ...
+
+    def status(self, row: int) -> tuple[int, int, int]:
+        """Its size in bytes, and the modification time (ns) and inode of the file around it."""
+        ...
+
+
 @dataclass(frozen=True)
 class ImageSet:
-    """The files of one split, sorted by class folder, then by name."""
+    """The images of one split, sorted by class folder, then by name."""
 
     root: Path
-    """The folder that holds the class folders, e.g. DIR/train."""
+    """The folder that holds the class folders, e.g. DIR/train; what was given for a store."""
     split: str
     class_ids: tuple[str, ...]
     """Class folder names, sorted; the class index is the position in this tuple."""
     paths: tuple[str, ...]
-    """Relative to ``root``, with forward slashes: ``n01440764/n01440764_10026.JPEG``."""
+    """Relative to ``root``, with forward slashes: ``n01440764/n01440764_10026.JPEG``. Images of a
+    store are named as an image folder would name them."""
     labels: np.ndarray
     """int64 [len(paths)], ascending."""
     passed_over: tuple[str, ...] = ()
     """Files that are no images by their suffix, or lie in no class folder; relative to ``root``."""
+    store: Store | None = None
+    """None: the images are files below ``root``."""
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [len(paths)]: where the images lie in the store."""
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def taken(self, index_M: np.ndarray) -> ImageSet:
+        """The set with these images alone, in this order."""
+        paths = tuple(self.paths[index] for index in index_M)
+        rows = self.rows if self.store is None else self.rows[index_M]
+        return replace(self, paths=paths, labels=self.labels[index_M], rows=rows)
+
+    def place(self, index: int) -> str:
+        """The image's name in a message: its path, or what holds it and its path there."""
+        if self.store is None:
+            return f"{self.root}/{self.paths[index]}"
+        return f"{self.store.place(int(self.rows[index]))}: {self.paths[index]}"
+
+    def read(self, index: int) -> np.ndarray:
+        """Its encoded bytes, uint8 [n].
+
+        None for a dangling link or a special file, which might never end.
+        """
+        if self.store is not None:
+            return self.store.read(int(self.rows[index]))
+        path = self.place(index)
+        if not os.path.isfile(path) and os.path.lexists(path):
+            return np.zeros(0, np.uint8)
+        return np.fromfile(path, np.uint8)
+
+    def status(self, index: int) -> tuple[int, int, int]:
+        """Size, modification time and inode: of the link itself if it leads nowhere."""
+        if self.store is not None:
+            return self.store.status(int(self.rows[index]))
+        try:
+            found = os.stat(self.place(index))
+        except OSError:
+            found = os.lstat(self.place(index))
+        return found.st_size, found.st_mtime_ns, found.st_ino % 2**63
 
 
 @dataclass(frozen=True)
@@ -83,14 +146,16 @@ class CropBatch:
     """int64, CPU: (top, left, height, width) in pixels of the upright image."""
 
 
-def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet:
-    """List DIR/train or DIR/val (or DIR/test); a plain ImageFolder serves as "train".
+def open_image_set(
+    root: Path | str, split: Literal["train", "val"], plain: Literal["train", "val"] = "train"
+) -> ImageSet:
+    """List DIR/train or DIR/val (or DIR/test); an ImageFolder without these is the split `plain`.
 
     Images may lie at any depth below a class folder; hidden files are ignored, and other suffixes
     than ``SUFFIXES`` are passed over. Raises FileNotFoundError when there is no such folder,
     InputError when it holds no classes or a class holds no images.
     """
-    folder = _split_folder(require_data_folder(root), split)
+    folder = _split_folder(require_data_folder(root), split, plain)
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     class_ids = tuple(sorted(entry.name for entry in entries if _is_folder(entry)))
     if not class_ids:
@@ -116,6 +181,57 @@ def open_image_set(root: Path | str, split: Literal["train", "val"]) -> ImageSet
         )
     labels = np.repeat(np.arange(len(class_ids), dtype=np.int64), counts)
     return ImageSet(folder, split, class_ids, tuple(paths), labels, tuple(sorted(passed_over)))
+
+
+def is_label(value: object) -> bool:
+    """Whether this is the name or number of a class."""
+    return value >= 0 if type(value) is int else isinstance(value, str) and value != ""
+
+
+def class_folders(labels: Iterable[Label], place: str) -> dict[Label, str]:
+    """The class folder of each label: `/` becomes `_`, and numbers are padded with zeros.
+
+    Raises InputError, naming the `place`, for a name that no folder can have, or for two that
+    become one.
+    """
+    distinct = sorted(set(labels), key=str)
+    width = max((len(str(label)) for label in distinct if isinstance(label, int)), default=0)
+    label_of: dict[str, Label] = {}
+    for label in distinct:
+        folder = f"{label:0{width}d}" if isinstance(label, int) else label.replace("/", "_")
+        if folder.startswith(".") or "\0" in folder:
+            raise InputError(f"{place}: class {label!a} cannot be a folder name: rename the class")
+        if label_of.setdefault(folder, label) != label:
+            raise InputError(
+                f"{place}: classes {label_of[folder]!a} and {label!a} would both be in folder "
+                f"{folder!a}: rename one"
+            )
+    return {label: folder for folder, label in label_of.items()}
+
+
+def stored_set(
+    root: Path, split: str, images: Sequence[tuple[str, str]], store: Store | None = None
+) -> ImageSet:
+    """The images of a store, (class folder, name) by row, listed as an image folder lists them.
+
+    Raises InputError when there are none, or two have one name.
+    """
+    if not images:
+        raise InputError(f"{root}: no images with a class in it")
+    rows = sorted(range(len(images)), key=images.__getitem__)
+    for row, after in pairwise(rows):
+        if images[row] == images[after]:
+            raise InputError(f"{root}: two images are named {'/'.join(images[row])}: rename one")
+    folders = [images[row][0] for row in rows]
+    class_ids = tuple(dict.fromkeys(folders))
+    _require_text(root, class_ids)
+    index = {folder: k for k, folder in enumerate(class_ids)}
+    return ImageSet(
+        *(root, split, class_ids, tuple("/".join(images[row]) for row in rows)),
+        labels=np.array([index[folder] for folder in folders], np.int64),
+        store=store,
+        rows=np.array(rows, np.int64),
+    )
 
 
 def _require_text(folder: Path, class_ids: Sequence[str]) -> None:
@@ -152,8 +268,7 @@ def with_classes(images: ImageSet, class_ids: tuple[str, ...]) -> ImageSet:
         return images
     labels = np.array(own)[images.labels]
     order = np.argsort(labels, kind="stable")
-    paths = tuple(images.paths[n] for n in order)
-    return replace(images, class_ids=class_ids, paths=paths, labels=labels[order])
+    return replace(images.taken(order), class_ids=class_ids, labels=labels[order])
 
 
 def check_same_classes(train: ImageSet, val: ImageSet) -> None:
@@ -228,18 +343,14 @@ class CropStream:
             )
 
     def _read(self, index: int) -> np.ndarray:
-        """The file's bytes; none for a dangling link or a special file, which might never end."""
-        path = f"{self.images.root}/{self.images.paths[index]}"
-        if not os.path.isfile(path) and os.path.lexists(path):
-            return np.zeros(0, np.uint8)
         try:
-            return np.fromfile(path, np.uint8)
+            return self.images.read(index)
         except MemoryError:
             raise self._full_memory(index) from None
 
     def _full_memory(self, index: int) -> InputError:
         return InputError(
-            f"memory is full, so {self.images.root / self.images.paths[index]} cannot be decoded: "
+            f"memory is full, so {self.images.place(index)} cannot be decoded: "
             "close what else uses memory, or give a smaller image"
         )
 
@@ -248,19 +359,24 @@ class CropStream:
 
         if reason == NO_MEMORY:  # never skipped: the file is not damaged
             raise self._full_memory(index)
-        path = self.images.root / self.images.paths[index]
-        if not path.exists():
-            reason = "it is a link to nothing"
-        elif not path.is_file():
-            reason = "it is not a regular file"
-        elif not path.stat().st_size:
-            reason = "the file is empty"
+        place, what = self.images.place(index), "image"
+        if self.images.store is None:
+            reason, what = _fault(Path(place)) or reason, "file"
         if not self.skip_corrupt:
             raise CorruptImageError(
-                f"cannot decode {path}: {reason}; replace or remove the file, "
-                "or leave such files out with --skip-corrupt"
+                f"cannot decode {place}: {reason}; replace or remove the {what}, "
+                f"or leave such {what}s out with --skip-corrupt"
             )
         self.skipped.append(index)
+
+
+def _fault(path: Path) -> str | None:
+    """Why no decoder could read the file."""
+    if not path.exists():
+        return "it is a link to nothing"
+    if not path.is_file():
+        return "it is not a regular file"
+    return None if path.stat().st_size else "the file is empty"
 
 
 def stream_crops(
@@ -319,18 +435,19 @@ def stream_center(
     )
 
 
-def _split_folder(root: Path, split: str) -> Path:
-    """The folder of the split; ``root`` itself for "train" when it has no split folders."""
+def _split_folder(root: Path, split: str, plain: str) -> Path:
+    """The folder of the split; ``root`` itself for `plain` when it has no split folders."""
     names = SPLIT_FOLDERS[split]
     for name in names:
         if (root / name).is_dir():
             return root / name
-    plain = not any((root / name).is_dir() for names in SPLIT_FOLDERS.values() for name in names)
-    if split == "train" and plain:
+    if split == plain and not any(
+        (root / name).is_dir() for names in SPLIT_FOLDERS.values() for name in names
+    ):
         return root
     raise FileNotFoundError(
         f"{root}: no {' or '.join(f'{name}/' for name in names)} folder in it; "
-        f"expected {root}/{names[0]}/<class>/<image>"
+        f"expected {root}/{names[0]}/<class>/<image>{f', or {GIVE_VAL}' if split == 'val' else ''}"
     )
 
 

@@ -186,6 +186,7 @@ class Distillation:
                 "seed": plan.seed,
                 "image_size_px": plan.image_size,
                 "data_sha256": plan.data_sha256,
+                **({"val_fraction": plan.val_fraction} if plan.val_fraction else {}),
                 **made.settings,
             },
             model=made.model,

@@ -26,7 +26,8 @@ from ..config import (
     is_ready_teacher,
     usual_precision,
 )
-from ..data.folder import data_folder, images_sha256, open_split
+from ..data.folder import images_sha256
+from ..data.forms import data_name, open_data
 from ..methods.dace import DACE
 from ..methods.registry import METHODS
 from ..options import RunOptions
@@ -47,9 +48,10 @@ def make_plan(options: RunOptions, report: Report, cards: Sequence[Card] = ()) -
     expand = chosen.expand()
     plan = Plan(
         methods=options.methods,
-        data_name=options.data.rstrip("/").rsplit("/", 1)[-1],
+        data_name=data_name(options.data),
         train=chosen.train,
         val=chosen.val,
+        val_fraction=options.where.val_fraction,
         data_sha256=images_sha256(chosen.train, chosen.val),
         damaged=(),
         class_names=chosen.class_names,
@@ -101,9 +103,9 @@ class _Choices:
                 library=options.trt_library,
                 targets=self.targets,
             )
-        data = data_folder(options.data, options.shapes_per_class, report)
-        self.train = open_split(data, "train", report)
-        self.val = with_classes(open_split(data, "val", report), self.train.class_ids)
+        given = (options.where, options.shapes_per_class)
+        self.train, val = open_data(options.data, ("train", "val"), report, *given)
+        self.val = with_classes(val, self.train.class_ids)
         check_same_classes(self.train, self.val)
         ids = self.train.class_ids
         self.classes = len(ids)

@@ -19,7 +19,8 @@ from ...export.documents import read_json
 from ...export.durable import differences, full_disk_explained, replace_json
 from ...export.models import ModelSource, weights_sha256
 from ..config import PriorConfig
-from ..data.folder import check_content, data_folder, images_sha256, open_split
+from ..data.folder import check_content, images_sha256
+from ..data.forms import open_data
 from ..options import TrainPrior
 from ..prior.training import PriorTraining
 from ..run.folder import RunError
@@ -35,8 +36,8 @@ WORK, SETTINGS, CARD = ".work", "settings.json", "model_card.json"
 def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
     """Train the model and describe it; `line` is the command for its card."""
     with Report() as report:
-        data = data_folder(command.data, command.shapes_per_class, report)
-        images = open_split(data, "train", report)
+        given = (command.where, command.shapes_per_class)
+        (images,) = open_data(command.data, ("train",), report, *given)
         names = display_names(images.class_ids, command.class_names)
         for warning in doubtful_names(images.class_ids, names, class_prompts(names)):
             report.say(warning)

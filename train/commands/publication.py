@@ -334,6 +334,7 @@ def _student(
         coreset=folder / f"coreset-{method}",
         out=out / method,
         data=options.data,
+        where=options.where,
         shapes_per_class=published["shapes_per_class"],
         seeds=published["seeds"],
         backend=backend,

@@ -26,13 +26,8 @@ from ...export.config import DeviceName
 from ...export.durable import full_disk_explained
 from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds
 from ..coreset_options import LabelsElsewhere, StudentElsewhere
-from ..data.folder import (
-    check_content,
-    data_folder,
-    images_sha256,
-    open_split,
-    validation_sha256,
-)
+from ..data.folder import check_content, images_sha256, validation_sha256
+from ..data.forms import open_data
 from ..labels.hard import HardLabels
 from ..plugins import is_function
 from ..report.summary import mean_and_std, provenance, rounded
@@ -87,8 +82,9 @@ def train_elsewhere(
             report.say("accuracy: not measured, there is no --data")
             val = None
         else:
-            data = data_folder(options.data, options.shapes_per_class, report)
-            val = with_classes(open_split(data, "val", report), coreset.class_ids)
+            given = (options.where, options.shapes_per_class)
+            (val,) = open_data(options.data, ("val",), report, *given)
+            val = with_classes(val, coreset.class_ids)
         student = {k: v for k, v in asdict(config).items() if k not in CHANGES_NO_RESULT}
         settings = {
             "--coreset": coreset.content_sha256,

@@ -79,6 +79,7 @@ def _write_settings(folder: Path, options: RunOptions, plan: Plan, line: str) ->
         for settings in (given, filled_in["expand"]):
             del settings["trt_library"], settings["cuda_graph"]  # they belong to one start
         del given["start_timeout"], given["build_only"], given["verify"]
+        given |= {name: value for name, value in given.pop("where").items() if value is not None}
         replace_json(folder / CONFIG, {"options": given, **filled_in}, default=str)
     path = folder / ENVIRONMENT
     remedy = "remove it: a new one is begun"
@@ -123,19 +124,16 @@ def _damaged(images: ImageSet, plan: Plan, report: Report) -> list[str]:
     for batch in stream:
         done += len(batch.labels_B)
         report.progress(f"decode {images.split}", done, len(images), "images")
-    paths = sorted(images.paths[index] for index in stream.skipped)
-    for path in paths:
-        report.say(f"skipped, it cannot be decoded: {images.root / path}")
-    return paths
+    for place in sorted(images.place(index) for index in stream.skipped):
+        report.say(f"skipped, it cannot be decoded: {place}")
+    return sorted(images.paths[index] for index in stream.skipped)
 
 
 def _without(images: ImageSet, paths: list[str]) -> ImageSet:
     omitted = set(paths)
-    kept = np.array([path not in omitted for path in images.paths])
-    labels = images.labels[kept]
-    check_no_class_emptied(images, labels)
-    whole = tuple(path for path in images.paths if path not in omitted)
-    return replace(images, paths=whole, labels=labels)
+    kept = images.taken(np.flatnonzero([path not in omitted for path in images.paths]))
+    check_no_class_emptied(images, kept.labels)
+    return kept
 
 
 def _run(job: Distillation, options: RunOptions, skipped: dict[str, int]) -> dict[str, Any]:

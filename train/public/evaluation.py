@@ -10,7 +10,8 @@ from patchbloom.engine.data.images import with_classes
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.export.config import DeviceName
 from patchbloom.train.config import StudentPrecision
-from patchbloom.train.data.folder import data_folder, open_split
+from patchbloom.train.coreset_options import DataOptions
+from patchbloom.train.data.forms import open_data
 from patchbloom.train.networks import build_network
 from patchbloom.train.plugins import is_function
 from patchbloom.train.run.checkpoint import CheckpointError, read_tensors, restoring
@@ -25,10 +26,13 @@ def evaluate(
     data: str | Path,
     *,
     size_px: int | None = None,
+    val_fraction: float | None = None,
     shapes_per_class: int = 1000,
     device: DeviceName = "auto",
 ) -> float:
-    """Top-1 accuracy in percent, 0 to 100, on the whole validation split of an image folder.
+    """Top-1 accuracy in percent, 0 to 100, on the whole validation split of a data set.
+
+    data: any form of `train --data`; val_fraction: as --val-fraction. Shards are taken whole.
 
     student: a file in RUN/students, or a module from images [B, 3, size_px, size_px], normalised as
     ImageNet's, to logits of the folder's classes in sorted order; it stays where and as it is, and
@@ -41,7 +45,8 @@ def evaluate(
     True
     """
     with Report() as report:
-        images = open_split(data_folder(str(data), shapes_per_class, report), "val", report)
+        where = DataOptions(val_fraction=val_fraction)
+        (images,) = open_data(str(data), ("val",), report, where, shapes_per_class)
     precision: StudentPrecision = "fp32"
     if isinstance(student, nn.Module):
         network = student

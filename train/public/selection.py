@@ -19,8 +19,8 @@ from patchbloom.export.config import DeviceName
 from patchbloom.export.models import find_model
 from patchbloom.model import model_entry
 from patchbloom.train.config import RECIPES, Choice, Recipe
-from patchbloom.train.coreset_options import check_names
-from patchbloom.train.data.folder import data_folder, open_split
+from patchbloom.train.coreset_options import DataOptions, check_names
+from patchbloom.train.data.forms import open_data
 from patchbloom.train.methods.patches import origins
 from patchbloom.train.report.summary import provenance
 from patchbloom.train.run.progress import Report
@@ -33,6 +33,7 @@ def select(
     data: str | Path,
     *,
     ipc: int,
+    val_fraction: float | None = None,
     rule: Rule | Choice | None = None,
     teacher: nn.Module | str | None = None,
     out: str | Path = "coreset",
@@ -44,10 +45,11 @@ def select(
     device: DeviceName = "auto",
     overwrite: bool = False,
 ) -> Coreset:
-    """Choose ipc · factor² patches of each class of an image folder, and write a coreset folder.
+    """Choose ipc · factor² patches of each class of a data set, and write a coreset folder.
 
-    data: a folder with train/<class>/, or "shapes", the generated set, with `shapes_per_class`
-    training images per class.
+    data: any form of `train --data`: a folder with train/<class>/, "hf:NAME", shards, …, or
+    "shapes", the generated set, with `shapes_per_class` training images per class. val_fraction: as
+    --val-fraction; patches come from the other images.
     rule: a function (seen, losses, count) → indices of `count` candidates of one class, see
     engine.select.diversity.Rule; or a choice of `train --select`, which needs a teacher. Default:
     the lowest losses, without a teacher random patches. The manifest holds its name.
@@ -72,7 +74,8 @@ def select(
     if size_px % factor:
         raise ValueError(f"factor {factor}: expected a divisor of the image size, {size_px} px")
     with Report() as report:
-        images = open_split(data_folder(str(data), shapes_per_class, report), "train", report)
+        where = DataOptions(val_fraction=val_fraction)
+        (images,) = open_data(str(data), ("train",), report, where, shapes_per_class)
         ids, names, judge = images.class_ids, display_names(images.class_ids), None
         if teacher is not None:
             named = {"network": recipe.teacher.network, "size_px": size_px, "device": on}
@@ -86,6 +89,7 @@ def select(
             "crops": recipe.crops if judge else 1,
             "pool_per_class": recipe.pool_per_class if kind else None,
             "scoring": recipe.scoring if judge else None,
+            **({"val_fraction": val_fraction} if val_fraction else {}),
         }
         chosen = _chosen(images, judge, kind, recipe, settings, on, report)
     written = write_coreset(

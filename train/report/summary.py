@@ -112,6 +112,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
     soft = student.targets == "soft"
     codec = plan.codec if soft and plan.labels != "online" else None
     return {
+        **({"val_fraction": plan.val_fraction} if plan.val_fraction else {}),
         "recipe": plan.recipe.name,
         "about": plan.recipe.about,
         "ipc": plan.ipc,
