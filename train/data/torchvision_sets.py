@@ -72,7 +72,7 @@ def _opened(name: str, root: Path, split: str) -> Any:
 
 
 def _files(kind: Any) -> list[str]:
-    """What torchvision downloads, below the root."""
+    """The files that torchvision downloads, below the root."""
     if hasattr(kind, "resources"):
         return [f"{kind.__name__}/raw/{file}" for file, _ in kind.resources]
     if hasattr(kind, "split_list"):
