@@ -1,7 +1,7 @@
 """WebDataset shards: tar files that are indexed once, and whose images are then read in place.
 
-Members with one name up to the first dot are a sample. Its class is "class_id" or "label" in its .json,
-else its .cls, else the folder that holds it.
+Members with one name up to the first dot are a sample. Its class is "class_id" or "label" in its
+.json, else its .cls, else the folder that holds it.
 
     a/0017.jpg, a/0017.cls, a/0017.json  named CLASS/a_0017.jpg; CLASS/SHARD_… if shards repeat it
     train/n01440764/0017.jpg             named n01440764/0017.jpg
