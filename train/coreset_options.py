@@ -46,7 +46,7 @@ def check_names(given: Iterable[str], known: Collection[str], what: str) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What --data alone does not say."""
+    """Options that complete --data."""
 
     val_data: str | None = None
     """Validation images, in any form of --data; a folder without val/ or shards are taken whole.

@@ -58,10 +58,10 @@ class CorruptImageError(InputError):
 
 
 class Store(Protocol):
-    """What holds images that are no files of their own; `row` is the place of one in it."""
+    """Holds images that are no files of their own; `row` is the place of one in it."""
 
     def place(self, row: int) -> str:
-        """What to name before the image in a message."""
+        """Its container, to name before the image in a message."""
         ...
 
     def read(self, row: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """WebDataset shards: tar files that are indexed once, and whose images are then read in place.
 
-A sample is what has one name up to the first dot. Its class is "class_id" or "label" in its .json,
-else its .cls, else the folder that holds it.
+Members with one name up to the first dot are a sample. Its class is "class_id" or "label" in its
+.json, else its .cls, else the folder that holds it.
 
     a/0017.jpg, a/0017.cls, a/0017.json  named CLASS/a_0017.jpg; CLASS/SHARD_… if shards repeat it
     train/n01440764/0017.jpg             named n01440764/0017.jpg
@@ -224,6 +224,6 @@ def _label(member: str, content: bytes) -> Label | None:
 
 
 def _key(name: str) -> str:
-    """What the members of a sample share: the name up to its first dot."""
+    """The name up to its first dot, which the members of a sample share."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]

@@ -16,25 +16,20 @@ from ..run.progress import Report
 
 NAMES = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "STL10", "SVHN", "USPS")
 SPLITS = {"train": "train", "val": "test"}
-_IMAGE_BYTES = 2**13  # of CIFAR's, 4 KiB on most disks; STL10's 27 KiB at most
-
-
-def check_name(name: str) -> None:
-    """ValueError for a set that is not among NAMES."""
-    if name not in NAMES:
-        raise ValueError(
-            f"--data torchvision:{name}: expected one of {', '.join(NAMES)}; for others give an "
-            "image folder, or hf:NAME"
-        )
+_IMAGE_BYTES = 2**15  # more than the 96 x 96 x 3 of STL10's, which are the largest
 
 
 def write_torchvision(name: str, root: Path | None, report: Report) -> Path:
     """Write `{train,val}/<class>/<number>.png` into the cache, unless it is there; the folder.
 
-    torchvision finds the set in `root`, or downloads it there. Raises OSError when it can do
-    neither.
+    torchvision finds the set in `root`, or downloads it there. Raises ValueError for a set that is
+    not among NAMES, OSError for one that is neither there nor to be had.
     """
-    check_name(name)
+    if name not in NAMES:
+        raise ValueError(
+            f"--data torchvision:{name}: expected one of {', '.join(NAMES)}; for others give an "
+            "image folder, or hf:NAME"
+        )
     root = (root or cache_folder() / "torchvision").expanduser().absolute()
     folder = cache_folder() / f"torchvision-{name}-{json_sha256(str(root))[:8]}"
     if folder.is_dir():
@@ -72,7 +67,7 @@ def _opened(name: str, root: Path, split: str) -> Any:
 
 
 def _files(kind: Any) -> list[str]:
-    """What torchvision downloads, below the root."""
+    """The files that torchvision downloads, below the root."""
     if hasattr(kind, "resources"):
         return [f"{kind.__name__}/raw/{file}" for file, _ in kind.resources]
     if hasattr(kind, "split_list"):
