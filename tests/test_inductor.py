@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from patchbloom.engine.expand import backends
-from patchbloom.export import machine, to_inductor
+from patchbloom.export import machine, to_inductor, to_openvino
 from patchbloom.export.config import EngineSpec, Precision
 from patchbloom.export.graphs import make_graphs
 from patchbloom.export.models import Unavailable
@@ -62,6 +62,9 @@ def test_auto_takes_it_in_bf16_where_there_is_a_compiler(monkeypatch: Any):
     assert backends.choose_backend(bf16) == "inductor"
     assert backends.choose_backend(EngineSpec(size_px=32)) == "ort"
     monkeypatch.setattr(backends, "cxx_compiler", lambda: None)
+    monkeypatch.setattr(to_openvino, "_capabilities", lambda core: ["BF16", "FP32"])
+    assert backends.choose_backend(bf16) == "openvino"
+    monkeypatch.setattr(to_openvino, "_capabilities", lambda core: ["FP32"])
     assert backends.choose_backend(bf16) == "eager"
 
 
