@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from measure import Rate, environment, measure_rates, publish, ratios, run_program
 from patchbloom.engine.data.boxes import RandomResizedCrops
-from patchbloom.engine.data.images import CropStream, ImageSet, open_image_set, stream_crops
+from patchbloom.engine.data.crops import CropStream, stream_crops
+from patchbloom.engine.data.images import ImageSet, open_image_set
 from patchbloom.engine.select.scores import IMAGENET_MEAN_RGB, PatchScorer
 from patchbloom.kernels.noise import Draw
 from PIL import Image, ImageOps

@@ -53,8 +53,8 @@ import torch
 import tyro
 from measure import run_program
 from patchbloom.engine.formats.ddranking import mean_and_std
+from patchbloom.train.teacher.given import load_teacher
 from patchbloom.train.teacher.normalisation import Normalisation
-from patchbloom.train.teacher.teacher import load_teacher
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 

@@ -33,7 +33,7 @@ from patchbloom.engine.coreset.coreset import Coreset, open_coreset
 from patchbloom.export.models import find_model, weights_sha256
 from patchbloom.train.config import is_ready_teacher
 from patchbloom.train.report.summary import mean_and_std
-from patchbloom.train.teacher.teacher import teacher_id
+from patchbloom.train.teacher.given import teacher_id
 from scoreboard_board import Board
 from scoreboard_cells import CELLS, Cell, Size
 

@@ -22,7 +22,8 @@ import torch
 from cli_cases import SMALL, Command
 from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.data.arrow import open_rows
-from patchbloom.engine.data.images import CorruptImageError, InputError, stream_center
+from patchbloom.engine.data.crops import CorruptImageError, stream_center
+from patchbloom.engine.data.images import InputError
 from patchbloom.engine.data.shards import open_shards, shard_files
 from patchbloom.engine.formats.exports import export_coreset
 from patchbloom.export.durable import cache_folder

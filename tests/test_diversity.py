@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.engine.data.boxes import RandomResizedCrops
-from patchbloom.engine.data.images import ImageSet, open_image_set, stream_crops
+from patchbloom.engine.data.crops import stream_crops
+from patchbloom.engine.data.images import ImageSet, open_image_set
 from patchbloom.engine.select.diversity import DiverseChoice, Diversity, diverse_choice
 from patchbloom.engine.select.patches import PatchSelection, select_patches
 from patchbloom.kernels.noise import Draw

@@ -24,7 +24,7 @@ from patchbloom.train.report.page import SUMMARY, ReportError, write_report
 from patchbloom.train.run.checkpoint import CheckpointError, read_tensors, write_tensors
 from patchbloom.train.run.folder import RunError, RunFolder
 from patchbloom.train.run.progress import Report
-from patchbloom.train.teacher.teacher import load_teacher
+from patchbloom.train.teacher.given import load_teacher
 
 DAMAGES = {
     "cut short": b'{"a": ',

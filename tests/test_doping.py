@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.engine.coreset.coreset import Coreset, open_coreset, write_coreset
-from patchbloom.engine.data.images import ImageSet, open_image_set, to_unit
+from patchbloom.engine.data.crops import to_unit
+from patchbloom.engine.data.images import ImageSet, open_image_set
 from patchbloom.engine.errors import CoresetError
 from patchbloom.train.commands.doping import all_margins, lowest_margins, margins_of, write_doped
 from patchbloom.train.methods.open import with_doped

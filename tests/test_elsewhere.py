@@ -20,7 +20,8 @@ from patchbloom.train.config import StudentConfig
 from patchbloom.train.data.shapes import write_shapes
 from patchbloom.train.labels.views import make_views, pools
 from patchbloom.train.methods.source import UpsampledPatches
-from patchbloom.train.teacher.teacher import Teacher, load_teacher
+from patchbloom.train.teacher.given import load_teacher
+from patchbloom.train.teacher.teacher import Teacher
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 

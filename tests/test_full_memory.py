@@ -10,7 +10,8 @@ import pytest
 import torch
 from patchbloom.engine.console import run_command
 from patchbloom.engine.coreset.coreset import write_coreset
-from patchbloom.engine.data.images import InputError, open_image_set, stream_center
+from patchbloom.engine.data.crops import stream_center
+from patchbloom.engine.data.images import InputError, open_image_set
 from PIL import Image
 
 LEAVE = """
@@ -91,7 +92,8 @@ def test_an_image_that_memory_cannot_hold_is_named_and_never_skipped(
     large = tmp_path / "all" / "a" / f"2.{kind}"
     Image.new("L", (8000, 8000)).save(large)  # 192 MB when decoded, a few hundred kB as a file
     script = (
-        "from patchbloom.engine.data.images import open_image_set, stream_center\n"
+        "from patchbloom.engine.data.crops import stream_center\n"
+        "from patchbloom.engine.data.images import open_image_set\n"
         "small, images = (open_image_set(folder, 'train') for folder in sys.argv[1:])\n"
         "list(stream_center(small, size_px=16))\n"  # loads DALI
         "stream = stream_center(images, size_px=16, skip_corrupt=True)\n"

@@ -43,7 +43,7 @@ from patchbloom.train.run.world import ALONE
 from patchbloom.train.students.from_manifest import student_config, view_config
 from patchbloom.train.students.lockstep import Lockstep
 from patchbloom.train.students.student import Student
-from patchbloom.train.teacher.teacher import load_teacher
+from patchbloom.train.teacher.given import load_teacher
 from student_cases import CONFIG
 
 IDS = ("bars", "disc", "triangle")

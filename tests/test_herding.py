@@ -19,7 +19,8 @@ from patchbloom.train.methods.method import Making
 from patchbloom.train.methods.whole_images import read_whole
 from patchbloom.train.run.world import ALONE
 from patchbloom.train.teacher.evaluation import FORWARD_BATCH
-from patchbloom.train.teacher.teacher import Teacher, load_teacher
+from patchbloom.train.teacher.given import load_teacher
+from patchbloom.train.teacher.teacher import Teacher
 from student_cases import Sets, Silent, new_sets, untrained_teacher
 
 

@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.engine.data import decode
-from patchbloom.engine.data.images import (
+from patchbloom.engine.data.crops import (
     CorruptImageError,
     CropBatch,
     CropStream,
-    ImageSet,
-    InputError,
     center_boxes,
-    check_same_classes,
-    open_image_set,
     stream_center,
     stream_crops,
+)
+from patchbloom.engine.data.images import (
+    ImageSet,
+    InputError,
+    check_same_classes,
+    open_image_set,
     with_classes,
 )
 from PIL import Image, ImageOps
@@ -358,8 +360,8 @@ def test_memory_for_large_photographs_is_bounded(tmp_path: Path):
     write_set(tmp_path, {f"a/{n:02}.jpg": jpeg for n in range(40)})
     measure = (
         "import resource, sys, numpy as np\n"
-        "from patchbloom.engine.data.images import open_image_set, center_boxes\n"
-        "from patchbloom.engine.data.images import stream_crops\n"
+        "from patchbloom.engine.data.images import open_image_set\n"
+        "from patchbloom.engine.data.crops import center_boxes, stream_crops\n"
         "images = open_image_set(sys.argv[1], 'train')\n"
         "for count in (1, 40):\n"
         "    boxes = center_boxes(1.0, 64)\n"

@@ -16,13 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patchbloom.engine.data.boxes import TRIES, RandomResizedCrops, resized_crop_boxes
-from patchbloom.engine.data.images import (
-    CorruptImageError,
-    ImageSet,
-    InputError,
-    open_image_set,
-    stream_crops,
-)
+from patchbloom.engine.data.crops import CorruptImageError, stream_crops
+from patchbloom.engine.data.images import ImageSet, InputError, open_image_set
 from patchbloom.engine.select.best import BestPatches
 from patchbloom.engine.select.patches import PatchSelection, select_patches, selection_order
 from patchbloom.engine.select.scores import cross_entropy

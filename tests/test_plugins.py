@@ -27,7 +27,7 @@ from patchbloom.train.methods.registry import METHODS
 from patchbloom.train.networks import build_network, draws_in_training
 from patchbloom.train.students.from_manifest import load_recorded_teacher
 from patchbloom.train.students.student import Student
-from patchbloom.train.teacher.teacher import load_teacher
+from patchbloom.train.teacher.given import load_teacher
 from safetensors.torch import save_file
 
 SHOWN = {

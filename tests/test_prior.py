@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
-from patchbloom.engine.data.images import to_pixels
+from patchbloom.engine.data.crops import to_pixels
 from patchbloom.kernels.pixels import upsample_patches
 from patchbloom.train.config import PriorConfig
 from patchbloom.train.prior import loop as prior_loop

@@ -16,7 +16,7 @@ import tyro
 from patchbloom.export.models import TINY_FOLDER, find_model, weights_sha256
 from patchbloom.train.coreset_options import StudentElsewhere
 from patchbloom.train.data.shapes import write_shapes
-from patchbloom.train.teacher.teacher import teacher_id
+from patchbloom.train.teacher.given import teacher_id
 from PIL import Image
 from run_processes import write_inputs
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from patchbloom.engine.config import ExpandConfig, Start
-from patchbloom.engine.data.images import CorruptImageError, open_image_set, to_unit
+from patchbloom.engine.data.crops import CorruptImageError, to_unit
+from patchbloom.engine.data.images import open_image_set
 from patchbloom.engine.expand.batches import images_per_prompt, plan_batches
 from patchbloom.engine.labels.codecs import SoftTargets
 from patchbloom.export.config import EngineSpec

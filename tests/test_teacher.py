@@ -30,8 +30,9 @@ from patchbloom.train.run.checkpoint import (
     write_tensors,
 )
 from patchbloom.train.teacher.evaluation import evaluate
+from patchbloom.train.teacher.given import load_teacher
 from patchbloom.train.teacher.normalisation import IMAGENET, Normalisation
-from patchbloom.train.teacher.teacher import Teacher, load_teacher
+from patchbloom.train.teacher.teacher import Teacher
 from patchbloom.train.teacher.training import (
     CHECKPOINT,
     TEACHER,

@@ -26,7 +26,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from ..data.images import BoxFn, CropStream, InputError
+from ..data.crops import BoxFn, CropStream
+from ..data.images import InputError
 from ..peers import Peers, share_of
 from .best import BestPatches, best_of_all
 

@@ -24,7 +24,8 @@ import torch
 
 from ...kernels.noise import Draw, uniform_numpy
 from ..data.boxes import RandomResizedCrops
-from ..data.images import CropBatch, ImageSet, InputError, stream_crops
+from ..data.crops import CropBatch, stream_crops
+from ..data.images import ImageSet, InputError
 from ..peers import ALONE, Peers, share_of
 from .best import BestPatches, best_of_all
 from .diversity import Diversity, choose_diverse, cut_again

@@ -22,7 +22,8 @@ import torch
 from torch.nn.functional import softplus
 
 from ...kernels.pixels import upsample_patches
-from ..data.images import InputError, to_pixels
+from ..data.crops import to_pixels
+from ..data.images import InputError
 
 IMAGENET_MEAN_RGB = (124, 116, 104)
 """(0.485, 0.456, 0.406) · 255, rounded."""

@@ -22,7 +22,7 @@ from ..methods.registry import METHODS
 from ..networks import build_network
 from ..plan import Plan
 from ..plugins import is_function, load_function, reason
-from ..teacher.teacher import imagenet_columns, load_teacher
+from ..teacher.given import imagenet_columns, load_teacher
 
 
 def check_compiler() -> None:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ...engine.coreset.coreset import Coreset, write_coreset
 from ...engine.coreset.manifest import DOPED
-from ...engine.data.images import STANDARD_RESIZE_RATIO, ImageSet, center_boxes, stream_crops
+from ...engine.data.crops import STANDARD_RESIZE_RATIO, center_boxes, stream_crops
+from ...engine.data.images import ImageSet
 from ...engine.peers import share_of
 from ...export.durable import json_sha256
 from ..config import doping_seed

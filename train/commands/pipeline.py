@@ -38,7 +38,8 @@ from ..run.folder import RunFolder, StageResult
 from ..run.progress import Report
 from ..run.settings import settings_by_option
 from ..students.loop import described, train_students
-from ..teacher.teacher import Teacher, load_teacher, teacher_id
+from ..teacher.given import load_teacher, teacher_id
+from ..teacher.teacher import Teacher
 from ..teacher.training import TEACHER, measure, train_teacher, training_losses
 from .doping import dope
 from .engines import find_or_build_engines

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ...engine.data.images import ImageSet, check_no_class_emptied, stream_center
+from ...engine.data.crops import stream_center
+from ...engine.data.images import ImageSet, check_no_class_emptied
 from ...engine.data.names import display_names, doubtful_names
 from ...engine.expand.backends import resolve_device
 from ...engine.expand.prompts import class_prompts
@@ -25,7 +26,7 @@ from ..options import TrainPrior
 from ..prior.training import PriorTraining
 from ..run.folder import RunError
 from ..run.progress import Report
-from ..teacher.teacher import load_teacher
+from ..teacher.given import load_teacher
 
 MOST_GIB = 4.0
 UNET_BYTES, VAE_BYTES = 380 * 2**20, 20 * 2**20

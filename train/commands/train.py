@@ -10,7 +10,8 @@ import numpy as np
 
 from ...engine.builds.cards import card_here
 from ...engine.console import print_table
-from ...engine.data.images import ImageSet, check_no_class_emptied, stream_center
+from ...engine.data.crops import stream_center
+from ...engine.data.images import ImageSet, check_no_class_emptied
 from ...export.documents import check_document, read_json
 from ...export.durable import full_disk_explained, replace_json
 from ...export.hashes import forget_hashes

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...engine.coreset.coreset import Coreset
-from ...engine.data.images import to_pixels, to_unit
+from ...engine.data.crops import to_pixels, to_unit
 from ...kernels.noise import Draw, uniform
 from ..plan import Plan
 from ..run.world import ALONE, World

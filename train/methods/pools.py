@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...engine.data.images import to_unit
+from ...engine.data.crops import to_unit
 from ..run.world import World
 from ..teacher.evaluation import FORWARD_BATCH
 from ..teacher.teacher import Teacher

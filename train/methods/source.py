@@ -21,13 +21,8 @@ from torch import Tensor
 
 from ...engine.config import ExpandConfig
 from ...engine.coreset.coreset import Coreset
-from ...engine.data.images import (
-    STANDARD_RESIZE_RATIO,
-    ImageSet,
-    center_boxes,
-    stream_crops,
-    to_unit,
-)
+from ...engine.data.crops import STANDARD_RESIZE_RATIO, center_boxes, stream_crops, to_unit
+from ...engine.data.images import ImageSet
 from ...engine.expand.expander import Expander
 from ...engine.expand.naming import describe_source, prompts_of
 from ...export.models import ModelSource

@@ -20,7 +20,8 @@ from torch.nn.functional import interpolate
 
 from ...engine.coreset.coreset import Coreset
 from ...engine.coreset.shown import shown
-from ...engine.data.images import ImageSet, to_pixels, to_unit
+from ...engine.data.crops import to_pixels, to_unit
+from ...engine.data.images import ImageSet
 from ..plan import Plan
 from .source import Machine, stream_whole
 from .variants import augment, draw_variants

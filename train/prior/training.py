@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ...engine.data.images import to_pixels, to_unit
+from ...engine.data.crops import to_pixels, to_unit
 from ...kernels.noise import Draw, uniform
 from ...kernels.pixels import upsample_patches
 from ...kernels.student_input import student_input

@@ -15,7 +15,7 @@ from patchbloom.engine.coreset.coreset import open_coreset
 from patchbloom.engine.coreset.hub import fetched
 from patchbloom.engine.coreset.manifest import PATCHES, coreset_folder, image_files
 from patchbloom.engine.coreset.sheet import coreset_sheet
-from patchbloom.engine.data.images import to_pixels
+from patchbloom.engine.data.crops import to_pixels
 from patchbloom.engine.errors import CoresetError
 from patchbloom.engine.expand.expander import VARIED, Expander
 from patchbloom.export.config import BackendName

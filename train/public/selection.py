@@ -24,8 +24,9 @@ from patchbloom.train.data.forms import open_data
 from patchbloom.train.methods.patches import origins
 from patchbloom.train.report.summary import provenance
 from patchbloom.train.run.progress import Report
+from patchbloom.train.teacher.given import load_teacher
 from patchbloom.train.teacher.normalisation import IMAGENET
-from patchbloom.train.teacher.teacher import Teacher, load_teacher, patch_teacher
+from patchbloom.train.teacher.teacher import Teacher, patch_teacher
 from torch import nn
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...engine.coreset.coreset import Coreset
-from ...engine.data.images import to_pixels
+from ...engine.data.crops import to_pixels
 from ...engine.expand.expander import Expander
 from ...export.durable import replace_file, replace_json
 from ...kernels.noise import Draw, uniform

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...engine.coreset.coreset import Coreset
 from ...engine.coreset.sheet import contact_sheet, coreset_sheet
-from ...engine.data.images import to_pixels
+from ...engine.data.crops import to_pixels
 from ...engine.expand.expander import Expander
 from ...export.durable import replace_file
 from ...kernels.pixels import upsample_patches

@@ -46,7 +46,8 @@ from ..methods.registry import method_of
 from ..methods.source import ImageSource, Machine
 from ..plugins import is_function
 from ..run.world import ALONE
-from ..teacher.teacher import Teacher, load_teacher
+from ..teacher.given import load_teacher
+from ..teacher.teacher import Teacher
 
 
 def require_soft_labels(coreset: Coreset) -> SoftLabels:
@@ -190,7 +191,7 @@ def load_recorded_teacher(coreset: Coreset, spec: str | nn.Module, device: Devic
     """The teacher that `spec` names, with the architecture and image size in the manifest.
 
     A module, or a function's, is for images of the coreset's size.
-    Need not be the teacher that made the labels. Raises the errors of teacher.load_teacher.
+    Need not be the teacher that made the labels. Raises the errors of load_teacher.
     """
     named = coreset.manifest["teacher"] or {}
     network, size_px = named.get("architecture"), coreset.settings["image_size_px"]

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...engine.data.images import STANDARD_RESIZE_RATIO, ImageSet, center_boxes, stream_crops
+from ...engine.data.crops import STANDARD_RESIZE_RATIO, center_boxes, stream_crops
+from ...engine.data.images import ImageSet
 from ...engine.peers import share_of
 from ..config import StudentPrecision
 from ..networks import autocast

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...engine.data.boxes import RandomResizedCrops
-from ...engine.data.images import ImageSet, check_same_classes, stream_crops
+from ...engine.data.crops import stream_crops
+from ...engine.data.images import ImageSet, check_same_classes
 from ...engine.expand.backends import resolve_device
 from ...export.documents import Count, Finite, check_document
 from ...kernels.noise import Draw, uniform_numpy
@@ -40,8 +41,9 @@ from ..run.checkpoint import (
 from ..run.progress import Report
 from ..run.world import ALONE, World
 from .evaluation import evaluate
+from .given import load_teacher
 from .normalisation import IMAGENET
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher
 
 TEACHER, CHECKPOINT = "teacher.safetensors", "checkpoint.safetensors"
 
