@@ -54,6 +54,11 @@ def test_a_large_graph_stays_onnx(tmp_path: Path, monkeypatch: Any) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"encoder.onnx", "encoder.json"}
     (session,) = to_openvino.open_sessions(tmp_path, spec).values()
     check_parity(make_reference(encoder), session.run)
+    monkeypatch.undo()
+    monkeypatch.setattr(to_openvino, "GRAPHS", ("encoder",))
+    (tmp_path / "encoder.onnx.data").touch()  # as a graph of more than 1.5 GB has
+    to_openvino.compile_graphs(tmp_path, spec, print)
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder.blob", "encoder.json"}
 
 
 @pytest.mark.parametrize(
