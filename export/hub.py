@@ -12,6 +12,8 @@ from typing import Any
 
 from .terminal import say
 
+HUB = "hf:"
+"""Begins the name of a data set, coreset or publication on the hub."""
 MODEL_ID = "stabilityai/sdxl-turbo"
 MODEL_REVISION = "71153311d3dbb46851df1931d3ca6e939de83304"
 VAE_ID = "madebyollin/sdxl-vae-fp16-fix"

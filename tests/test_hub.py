@@ -62,7 +62,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, folder: Path, endpoint: str) -> None:
-    """What huggingface_hub reads from HF_ENDPOINT, HF_HOME and HF_HUB_DISABLE_XET as it loads."""
+    """Sets the constants that huggingface_hub reads from the environment as it loads."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engine.errors import reason
 from .config import CONVNET, TIMM, TORCHVISION, StudentPrecision, require_network
-from .plugins import is_function, load_function, reason
+from .plugins import is_function, load_function
 
 SMALL_IMAGE_PX = 96
 """Largest image whose full resolution a ResNet's stem keeps."""
@@ -212,7 +213,7 @@ def _torchvision(spec: str, classes: int, size_px: int) -> nn.Module:
 
 
 def timm_config(spec: str, role: str) -> Any:
-    """What timm says of the pretrained weights of timm:NAME; ValueError for an unknown NAME."""
+    """timm's description of the pretrained weights of timm:NAME; ValueError for an unknown NAME."""
     import timm
 
     name = spec.removeprefix(TIMM)

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from ..engine.errors import reason
+
 _FUNCTION = re.compile(r"(?!torchvision:|timm:)[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -46,8 +48,3 @@ def load_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"expected a function, got {function!r:.60}")
     return function
-
-
-def reason(error: BaseException) -> str:
-    """Type and first line of an error that others' code raised."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -20,13 +20,12 @@ from pydantic import BaseModel, Field
 
 from ...export.documents import Inside, parse_json
 from ...export.durable import cache_folder, full_disk_explained, replacing
-from ...export.hub import DownloadError
+from ...export.hub import HUB, DownloadError
 from ...export.terminal import say
 from ..errors import CoresetError
 from .manifest import MANIFEST, file_entry
 from .schema import File
 
-HUB = "hf:"
 _NAME = re.compile(rf"{HUB}([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(coreset-[\w.-]+))?", re.ASCII)
 _OURS = "expected a coreset, or what `train publish --to hf:USER/NAME` uploads"
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -194,7 +193,7 @@ def _listed(manifest: Path, name: str) -> dict[str, dict]:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """Of the hub's answer, if the error is one."""
+    """The status code of the hub's answer; None where the hub gave none."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ...export.hub import HUB
 from .images import (
     GIVE_LABELS,
     GIVE_VAL,
@@ -27,7 +28,6 @@ from .images import (
     stored_set,
 )
 
-HUB = "hf:"
 SPLITS = {"train": ("train",), "val": ("validation", "valid", "val", "test")}
 SAVED = ("dataset_dict.json", "state.json")  # by save_to_disk: several splits, or one
 

@@ -88,10 +88,8 @@ class ImageSet:
         return f"{self.store.place(int(self.rows[index]))}: {self.paths[index]}"
 
     def read(self, index: int) -> np.ndarray:
-        """Its encoded bytes, uint8 [n].
-
-        None for a dangling link or a special file, which might never end.
-        """
+        """Its encoded bytes, uint8 [n]; [0] for a dangling link or a special file, which might
+        never end."""
         if self.store is not None:
             return self.store.read(int(self.rows[index]))
         path = self.place(index)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...export.durable import full_disk_explained, replace_file
+from ...export.hub import HUB
 from ..console import print_fields
 from ..coreset.coreset import Coreset, open_coreset
-from ..coreset.hub import HUB
 from ..coreset.sheet import coreset_sheet
 from ..options import CoresetExport, CoresetInfo, CoresetShow, CoresetVerify
 from .exports import export_coreset

@@ -28,6 +28,7 @@ import numpy as np
 
 from ..data.crops import BoxFn, CropStream
 from ..data.images import InputError
+from ..errors import reason
 from ..peers import Peers, share_of
 from .best import BestPatches, best_of_all
 
@@ -105,8 +106,7 @@ def _by_rule(rule: Rule, seen: np.ndarray, losses_C: np.ndarray, count: int) -> 
     try:
         picks = np.asarray(rule(seen, losses_C, count)).tolist()
     except Exception as error:  # others' code
-        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise InputError(f"rule {rule_name(rule)} raised {why}") from error
+        raise InputError(f"rule {rule_name(rule)} raised {reason(error)}") from error
     indices = isinstance(picks, list) and all(type(pick) is int for pick in picks)
     if not indices or not len({*picks} & {*range(len(seen))}) == len(picks) == count:
         raise InputError(

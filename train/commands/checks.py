@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...engine.builds.needs import check_disk, engine_needs
+from ...engine.errors import reason
 from ...engine.expand.backends import bundles_of, choose_backend, resolve_device
 from ...engine.expand.prompts import check_prompts
 from ...engine.expand.schedule import make_schedule
@@ -21,7 +22,7 @@ from ..config import is_brought, naming_option
 from ..methods.registry import METHODS
 from ..networks import build_network
 from ..plan import Plan
-from ..plugins import is_function, load_function, reason
+from ..plugins import is_function, load_function
 from ..teacher.given import imagenet_columns, load_teacher
 
 

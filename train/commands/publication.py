@@ -32,7 +32,7 @@ from pydantic import BaseModel, Field
 
 from ...engine.coreset import manifest
 from ...engine.coreset.coreset import Coreset, open_coreset
-from ...engine.coreset.hub import HUB, published_before, upload
+from ...engine.coreset.hub import published_before, upload
 from ...engine.coreset.manifest import MANIFEST
 from ...engine.coreset.schema import File
 from ...engine.errors import CoresetError
@@ -40,6 +40,7 @@ from ...engine.expand.backends import resolve_device
 from ...export.config import BackendName
 from ...export.documents import Finite, Inside, Positive, Sha256, check_fields, read_json
 from ...export.durable import differences, full_disk_explained, replacing, write_durably
+from ...export.hub import HUB
 from ...export.terminal import say
 from ..config import StudentConfig
 from ..coreset_options import RenderOptions, StudentElsewhere, TrainCheck

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from ...engine.data.arrow import HUB, is_rows, open_rows
+from ...engine.data.arrow import is_rows, open_rows
 from ...engine.data.images import (
     GIVE_VAL,
     SUFFIXES,
@@ -26,12 +26,14 @@ from ...engine.data.images import (
 )
 from ...engine.data.shards import is_shards, open_shards
 from ...export.durable import cache_folder
+from ...export.hub import HUB
+from ..config import TORCHVISION
 from ..coreset_options import DataOptions
 from ..run.progress import Report
 from .shapes import GENERATOR_VERSION, write_shapes
 from .torchvision_sets import write_torchvision
 
-SHAPES, TORCHVISION = "shapes", "torchvision:"
+SHAPES = "shapes"
 SPLIT_SEED = "patchbloom validation 1"
 """Before each name that is hashed for --val-fraction; another would choose other images."""
 Split = Literal["train", "val"]

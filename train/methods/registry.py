@@ -10,8 +10,7 @@ import re
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from ...engine.errors import CoresetError
-from ..plugins import reason
+from ...engine.errors import CoresetError, reason
 from .dace import DACE
 from .dsco import DSCO
 from .herding import HERDING

@@ -69,8 +69,8 @@ def evaluate(
     logits, learning = _checked(network, len(images.class_ids)), network.training
     network.eval()
     try:
-        options: dict = {"size_px": size_px, "device": on, "precision": precision}
-        return of_split([logits], images, **options)[0].accuracy
+        (score,) = of_split([logits], images, size_px=size_px, device=on, precision=precision)
+        return score.accuracy
     finally:
         network.train(learning)
 

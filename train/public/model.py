@@ -1,4 +1,4 @@
-"""What the manifest of a coreset says of the model that expands its patches."""
+"""The manifest's entry of the model that expands a coreset's patches."""
 
 from __future__ import annotations
 

@@ -13,13 +13,14 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from ...engine.data.names import doubtful_order, imagenet_names
+from ...engine.errors import reason
 from ...engine.expand.backends import resolve_device
 from ...export.documents import AboveZero, Finite, Side, check_document
 from ...export.durable import file_sha256
 from ...export.terminal import say
 from ..config import TIMM, TORCHVISION, teacher_file
 from ..networks import build_network, call_network, timm_config, torchvision_name
-from ..plugins import is_function, reason
+from ..plugins import is_function
 from ..run.checkpoint import (
     CheckpointError,
     Tensors,
