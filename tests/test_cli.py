@@ -68,6 +68,7 @@ RUN_OPTIONS = [
     "candidates",
     "epochs",
     "teacher_epochs",
+    "teacher_precision",
     "teacher",
     "student",
     "targets",

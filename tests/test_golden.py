@@ -57,7 +57,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 YOUNGER = {
     *("by_class", "class_accuracies", "class_names", "compute", "curve", "curves"),
-    "evaluate_every",
+    *("evaluate_every", "precision", "teacher_precision"),
 }
 
 

@@ -201,6 +201,13 @@ def test_a_finished_teacher_is_loaded_and_another_config_refused(sets, tmp_path:
     assert not report.curves
     with pytest.raises(CheckpointError, match=r"epochs = 1, now it is 2"):
         train_teacher(*sets, replace(config, epochs=2), tmp_path, Silent())
+    assert "precision" not in read_tensors(tmp_path / TEACHER)[1]["config"]  # as older teachers
+    half = replace(config, precision="bf16")
+    with pytest.raises(CheckpointError, match="precision = None, now it is bf16"):
+        train_teacher(*sets, half, tmp_path, Silent())
+    other = train_teacher(*sets, half, tmp_path / "bf16", Silent())
+    assert other.sha256 != made.sha256
+    assert {value.dtype for value in other.network.parameters()} == {torch.float32}
 
 
 def test_a_teacher_comes_back_from_its_file(sets, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ RecipeName = Literal["rded", "dace", "rd3", "small"]
 Scoring = Literal["pad", "resize", "native"]
 Choice = Literal["lowest-loss", "facility-location", "k-center", "margin"]
 StudentPrecision = Literal["fp32", "bf16", "fp16"]
+TeacherPrecision = Literal["fp32", "bf16"]
 PriorPrecision = Literal["fp32", "bf16"]
 ViewPrecision = Literal["fp32", "fp16"]
 Targets = Literal["soft", "hard"]
@@ -239,8 +240,17 @@ class TeacherConfig:
     """Mirror half of the crops."""
     seed: int = 0
     """Seed of initialisation, order, crops and flips."""
+    precision: TeacherPrecision = "fp32"
+    """Precision of the passes in training, by autocast; weights and answers are fp32."""
     device: Device = "auto"
     """`auto` is cuda where there is one."""
+
+    def settings(self) -> dict[str, Any]:
+        """Plain JSON, without fp32: teachers from before `precision` resume."""
+        settings = asdict(self)
+        if self.precision == "fp32":
+            del settings["precision"]
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ GROUPS = {
     "Method": "method ipc factor image_size steps rho mixup mixup_weight start prompt prompts "
     "variants generate_size budget_seconds scoring select candidates refresh dope seed dsco",
     "Model": "model precision vae_precision prior",
-    "Labels": "targets labels codec top_k components teacher teacher_epochs other_teacher samples",
+    "Labels": "targets labels codec top_k components teacher teacher_epochs "
+    "teacher_precision other_teacher samples",
     "Student": "recipe student epochs seeds batch learning_rate final_lr_fraction weight_decay "
     "accumulate cutmix student_precision student_compile overlap evaluate_every ceiling",
     "Machine": "device backend trt_library cuda_graph engine_batch bundles build_only verify "

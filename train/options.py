@@ -24,6 +24,7 @@ from .config import (
     Scoring,
     StudentPrecision,
     Targets,
+    TeacherPrecision,
     check_at_least,
     check_seed,
     require_choice,
@@ -138,6 +139,8 @@ class RunOptions:
     """Epochs of the students, each with fresh images. Default: the recipe's."""
     teacher_epochs: int | None = None
     """Epochs of a teacher that is trained here. Default: the recipe's."""
+    teacher_precision: TeacherPrecision = "fp32"
+    """Precision of the passes that train a teacher here, by autocast; it answers in fp32."""
     teacher: str | None = None
     """A network to train; or a ready one: torchvision:NAME, timm:NAME, package.module:function, or
     a file of weights. Default: the recipe's network."""

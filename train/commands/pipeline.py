@@ -104,7 +104,8 @@ class Distillation:
     def teacher_stage(self) -> dict[str, Any]:
         """Train or load the teacher; returns its description."""
         plan = self.plan
-        config = {"--data": plan.data_sha256, **settings_by_option("teacher", asdict(plan.teacher))}
+        settings = settings_by_option("teacher", plan.teacher.settings())
+        config = {"--data": plan.data_sha256, **settings}
         provided = plan.teacher_source
         if provided is not None:
             config["--teacher"] = teacher_id(provided)

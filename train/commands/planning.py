@@ -137,6 +137,7 @@ class _Choices:
             network=self.teacher_network,
             size_px=self.image_size,
             epochs=self.options.teacher_epochs or self.recipe.teacher.epochs,
+            precision=self.options.teacher_precision,
             seed=self.options.seed,
             device=self.device,
         )

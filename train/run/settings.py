@@ -16,6 +16,7 @@ _SAME_NAME = {
 _OTHER_NAME = {
     "teacher.network": "--teacher",
     "teacher.epochs": "--teacher-epochs",
+    "teacher.precision": "--teacher-precision",
     "teacher.size_px": "--image-size",
     "student.network": "--student",
     "student.views": "--student-precision",
@@ -27,8 +28,8 @@ _OTHER_NAME = {
     "t2i.name": "--model",
     "t2i.steps": "t2i's --steps",
 }
-LEFT_OUT = {"--mixup-weight": "uniform"}
-"""Value of a setting that a config omits (naming.describe_mixup)."""
+LEFT_OUT = {"--mixup-weight": "uniform", "--teacher-precision": "fp32"}
+"""Value of a setting that a config omits."""
 
 
 def settings_by_option(part: str, settings: dict[str, Any]) -> dict[str, Any]:

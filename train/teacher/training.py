@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from ...engine.expand.backends import resolve_device
 from ...export.documents import Count, Finite, check_document
 from ...kernels.noise import Draw, uniform_numpy
 from ..config import TeacherConfig, teacher_start
-from ..networks import adamw, build_network, set_learning_rate
+from ..networks import adamw, autocast, build_network, set_learning_rate
 from ..run.checkpoint import (
     CheckpointError,
     read_tensors,
@@ -118,7 +117,7 @@ def training_losses(folder: Path) -> list[float]:
 
 def _identity(config: TeacherConfig, train_set: ImageSet) -> dict[str, Any]:
     """Everything that decides the weights, except the pixels."""
-    settings = {key: value for key, value in asdict(config).items() if key != "device"}
+    settings = {key: value for key, value in config.settings().items() if key != "device"}
     listing = os.fsencode("\n".join(train_set.paths))
     return {**settings, "images": len(train_set), "files": hashlib.sha256(listing).hexdigest()}
 
@@ -164,7 +163,8 @@ class _TeacherTraining:
             for step, (inputs_BCHW, labels_B) in enumerate(self._batches(epoch)):
                 rate = _learning_rate(config, epoch + step / steps, 1 / steps)
                 set_learning_rate(self.optimizer, rate)
-                logits_BK = self.network(inputs_BCHW)
+                with autocast(self.device, config.precision):
+                    logits_BK = self.network(inputs_BCHW).float()
                 loss = cross_entropy(logits_BK, labels_B, label_smoothing=config.label_smoothing)
                 self.optimizer.zero_grad()
                 loss.backward()
