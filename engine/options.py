@@ -103,7 +103,7 @@ class EngineBuild:
     example: ClassVar = "engine build --model sdxl-turbo"
     groups: ClassVar = {
         "Model": "model weights size batch min_batch images_per_prompt precision vae_precision "
-        "opset",
+        "calibrate opset",
         "Machine": "backend device trt_library targets bundles",
     }
     model: str | None = None
@@ -124,11 +124,14 @@ class EngineBuild:
     """n of a batch of G prompts x n images, a divisor of --batch; `train --build-only` builds with
     the batch and the n of a run."""
     precision: Precision | None = None
-    """Precision of weights and activations. Default: fp16 on cuda and for --export-only, fp32 on
-    the CPU."""
+    """Precision of weights and activations; int8 and fp8 change the images (--calibrate). Default:
+    fp16 on cuda and for --export-only, fp32 on the CPU."""
     vae_precision: VaePrecision = "auto"
     """Precision of encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows in
     fp16."""
+    calibrate: Path | None = None
+    """The coreset, or the run, whose patches eight bits are calibrated on. Needed for int8 and fp8,
+    except with random weights."""
     opset: OnnxOpset = DEFAULT_OPSET
     """Version of the ONNX operators, where a backend starts from ONNX."""
     device: DeviceName = "auto"

@@ -78,6 +78,8 @@ def build_command(key: Mapping[str, Any], model: str | None = None, place: str =
         if key.get(option) is not None:
             name = option.removesuffix("_px").replace("_", "-")
             command += f" --{name} {key[option]}"
+    if key.get("calibration") and key["weights"] != "random":
+        command += " --calibrate RUN"
     if targets := key.get("targets"):
         command += f" --for {' '.join(targets)}"
     elif library := key.get("trt_library"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Precision = Literal["fp32", "fp16", "bf16"]
-VaePrecision = Literal["auto", "fp16", "bf16", "fp32"]
+EightBits = Literal["int8", "fp8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+VaePrecision = Literal["auto", "fp16", "bf16", "fp32", "int8", "fp8"]
+EIGHT_BITS = get_args(EightBits)
 OnnxOpset = Literal[21, 23]
 BackendName = Literal["auto", "trt", "ort", "openvino", "inductor", "compile", "eager"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -16,8 +18,8 @@ TrtLibrary = Literal["auto", "tensorrt", "rtx"]
 
 UNBUILT = ("compile", "eager")
 """Backends that are torch itself: there is nothing to build."""
-TRT_ONLY = ("trt_library", "targets")
-"""Fields of EngineSpec that the keys of other backends do not hold."""
+OPTIONAL = ("trt_library", "targets", "calibration")
+"""Fields of EngineSpec that a key holds only where they say something."""
 DEFAULT_OPSET: OnnxOpset = 21
 """The first opset with a native GroupNormalization; 23 adds a native Attention."""
 
@@ -48,6 +50,8 @@ class EngineSpec:
     targets: tuple[str, ...] = ()
     """Compute capabilities that TensorRT for RTX builds for, as "sm86"; empty for all others, which
     build for the GPU of this machine."""
+    calibration: str | None = None
+    """eight_bits.Calibration.sha256 of an engine in eight bits; None for others."""
 
     def __post_init__(self) -> None:
         if self.size_px < 1 or self.batch < 1:

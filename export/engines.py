@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
@@ -25,7 +25,16 @@ from torch import Tensor
 
 from .bundle import Bundle, BundleError, ParityError, Say, find_or_build, record_run
 from .bundle_key import GRAPHS_ONLY
-from .config import DEFAULT_OPSET, TRT_ONLY, BackendName, EngineSpec, Precision, TrtLibraryName
+from .config import (
+    DEFAULT_OPSET,
+    EIGHT_BITS,
+    OPTIONAL,
+    BackendName,
+    EngineSpec,
+    Precision,
+    TrtLibraryName,
+)
+from .eight_bits import FP8_CAPABILITY, Calibration, quantise_graph, require_modelopt
 from .graphs import Graph, make_graphs
 from .machine import (
     PeakGpuMemory,
@@ -45,7 +54,7 @@ from .models import (
 )
 from .parity import Reference, check_graphs, check_parity, make_host_reference, make_references
 from .terminal import say
-from .trt_library import builds_ahead, here
+from .trt_library import builds_ahead, cards_of, here
 
 _ONNX_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 _EXPORTERS = {
@@ -132,11 +141,11 @@ def engine_key(
 
     `auto` is resolved, so it shares the engine of the precision that it stands for.
     """
-    settings = asdict(spec)
-    if spec.trt_library is None:
-        settings = {name: value for name, value in settings.items() if name not in TRT_ONLY}
-    else:
-        settings["targets"] = list(spec.targets)  # as JSON returns them
+    settings = asdict(spec) | {"targets": list(spec.targets)}  # as JSON returns them
+    unused = [name for name in OPTIONAL if not settings[name]]
+    if spec.trt_library is not None:
+        unused = [name for name in unused if name != "targets"]
+    settings = {name: value for name, value in settings.items() if name not in unused}
     return {
         "model": model.name,
         "weights": model.weights,
@@ -189,6 +198,8 @@ def require_engine(
                 "the inductor backend is not made from ONNX graphs: export for --backend ort or trt"
             )
         return
+    if spec.precision == "fp8":
+        _require_fp8(spec)
     if spec.targets:
         return  # choose_library has found what it needs
     vae_precision = resolve_vae_precision(model, spec.precision, spec.vae_precision)
@@ -208,6 +219,17 @@ def require_engine(
         raise Unavailable(
             "the inductor backend compiles for one batch, not for a range, and not from ONNX: "
             "leave out --min-batch and --opset, or use --backend ort or trt"
+        )
+
+
+def _require_fp8(spec: EngineSpec) -> None:
+    """Raise Unavailable unless all cards have units for fp8."""
+    cards = spec.targets or (here(),) if spec.device == "cuda" else ()
+    lacking = [each for each in cards if each and int(each.removeprefix("sm")) < FP8_CAPABILITY]
+    if lacking:
+        raise Unavailable(
+            f"{cards_of(lacking)} have no units for fp8, which come with compute capability 8.9: "
+            "use --precision int8 or fp16"
         )
 
 
@@ -244,6 +266,7 @@ def open_engine(
     *,
     tokens: int = TOKENS,
     bundles: Path,
+    calibration: Calibration | None = None,
     export_only: bool = False,
     keep_refused: bool = False,
 ) -> Bundle:
@@ -258,20 +281,29 @@ def open_engine(
     compiler = exporter(backend)
 
     ahead = builds_ahead(spec)
+    vae_precision = resolve_vae_precision(model, spec.precision, spec.vae_precision)
 
     @_explain_full_memory()
     def build(folder: Path) -> dict[str, Any]:
         started, references = time.perf_counter(), {}
         report: dict[str, Any] = {}
+        if calibration is not None:
+            require_modelopt()
+            report["eight_bits"] = calibration.left_out
         if export_only:
             _check_weights(parts)
         with _reported(report), PeakGpuMemory("cpu" if ahead else spec.device) as gpu:
             for graph in make_graphs(parts, spec, tokens=tokens):
                 say(f"exporting the {graph.name}")
                 if ahead:
-                    references[graph.name] = make_host_reference(graph)
+                    own = {graph.name: make_host_reference(graph)}
                 elif not export_only:
-                    references |= make_references(graph)
+                    own = make_references(graph)
+                else:
+                    own = {}
+                references |= _in_precision(own, spec, vae_precision)
+                if calibration is not None:
+                    quantise_graph(graph, spec.precision, vae_precision, calibration)
                 compiler.export_graph(graph, folder, spec)
             del graph
             free_parts(parts)
@@ -319,7 +351,7 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[s
     references = {}
     for graph in make_graphs(parts, spec, tokens=bundle.key["tokens"]):
         say(f"running torch's {graph.name}")
-        references |= make_references(graph)
+        references |= _in_precision(make_references(graph), spec, bundle.key["vae_precision"])
     del graph
     free_parts(parts)
     sessions = exporter(bundle.key["backend"]).open_sessions(bundle.folder, spec)
@@ -327,6 +359,20 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[s
     if not has_run(bundle, spec):
         record_run(bundle, str(here()), parity)
     return parity
+
+
+def _in_precision(
+    references: Mapping[str, Reference], spec: EngineSpec, vae_precision: Precision
+) -> dict[str, Reference]:
+    """The references with the tolerance of their graphs' precision, which may be eight bits."""
+    asked = {
+        name: spec.precision if reference.graph == "denoiser" else vae_precision
+        for name, reference in references.items()
+    }
+    return {
+        name: replace(reference, precision=asked[name]) if asked[name] in EIGHT_BITS else reference
+        for name, reference in references.items()
+    }
 
 
 def _measure(

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from .config import Precision, VaePrecision, Weights
+from .config import EIGHT_BITS, Precision, VaePrecision, Weights
 from .configurations import (
     ModelError,
     check_scheduler,
@@ -152,14 +152,22 @@ def _needed_parts(source: ModelSource) -> tuple[str, ...]:
 def resolve_vae_precision(
     source: ModelSource, precision: Precision, vae_precision: VaePrecision = "auto"
 ) -> Precision:
-    """Precision of the VAE. `auto` is `precision`, or fp32 if the VAE overflows in fp16.
+    """Precision of the VAE. `auto` is `precision`, or fp32 if the VAE overflows in fp16, in which
+    eight bits compute the other layers on a GPU.
 
     SDXL's own VAE does, and its configuration says so with `force_upcast`; the fp16-fix does not.
     """
     if vae_precision != "auto":
         return vae_precision
     upcast = read_config(source.part("vae") / "config.json").get("force_upcast", True)
-    return "fp32" if upcast and precision == "fp16" else precision
+    return "fp32" if upcast and precision in ("fp16", *EIGHT_BITS) else precision
+
+
+def rest_precision(precision: Precision, device: str) -> Precision:
+    """Precision of the layers that are not in eight bits; any other precision is its own."""
+    if precision not in EIGHT_BITS:
+        return precision
+    return "fp16" if device == "cuda" else "fp32"
 
 
 def load_parts(
@@ -168,10 +176,16 @@ def load_parts(
     precision: Precision,
     vae_precision: VaePrecision = "auto",
     device: str,
+    runs_on: str | None = None,
 ) -> ModelParts:
-    """Load UNet and VAE in eval mode, without gradients; the VAE's dtype may differ."""
-    unet_dtype = DTYPES[precision]
-    vae_dtype = DTYPES[resolve_vae_precision(source, precision, vae_precision)]
+    """Load UNet and VAE in eval mode, without gradients; the VAE's dtype may differ.
+
+    For eight bits, in the rest's precision. `runs_on`: the device of an engine built elsewhere.
+    """
+    vae = resolve_vae_precision(source, precision, vae_precision)
+    unet_dtype, vae_dtype = (
+        DTYPES[rest_precision(each, runs_on or device)] for each in (precision, vae)
+    )
     if source.weights == "random":
         unet = _random(UNet2DConditionModel, source, "unet", unet_dtype, device)
         return ModelParts(unet, _random(AutoencoderKL, source, "vae", vae_dtype, device))

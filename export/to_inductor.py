@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 from .bundle import Say
-from .config import EngineSpec, Precision
+from .config import EIGHT_BITS, EngineSpec, Precision
 from .graphs import GRAPHS, Graph, read_borders, write_borders
 from .machine import cpu_instructions, cxx_compiler
 from .models import Unavailable
@@ -78,6 +78,11 @@ def require(precision: Precision, device: str) -> None:
     if device == "cuda" and find_spec("triton") is None:
         raise Unavailable(
             "the backends inductor and compile need Triton on a GPU: pip install triton"
+        )
+    if precision in EIGHT_BITS:
+        raise Unavailable(
+            f"the inductor backend has no {precision}: use --backend openvino on a CPU, --backend "
+            "trt on a GPU"
         )
     if device == "cpu" and precision == "fp16":
         raise Unavailable(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .config import DEFAULT_OPSET, OnnxOpset
+from .eight_bits import translations
 from .graphs import Graph, Port
 
 
@@ -32,9 +33,9 @@ def export_onnx(
     """
     import onnx
 
-    replaced: dict[Callable, Callable] = {}
+    replaced = dict(translations())
     if not native_group_norm:
-        replaced = {torch.ops.aten.group_norm.default: _group_norm_by_instances}
+        replaced[torch.ops.aten.group_norm.default] = _group_norm_by_instances
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             graph.module,

@@ -21,7 +21,7 @@ from torch import Tensor
 from .bundle import Say
 from .config import EngineSpec, Precision
 from .graphs import GRAPHS, Graph, Port, read_borders, write_borders
-from .models import DTYPES, Unavailable
+from .models import Unavailable
 from .to_onnx import export_onnx
 
 OLDEST = "2026.0"
@@ -37,9 +37,9 @@ def require(precision: Precision, device: str) -> None:
     core = _core()
     if device != "cpu":
         raise Unavailable("the openvino backend runs on the CPU: use --device cpu")
-    if DTYPES[precision] not in _HINTS:
+    if precision not in ("fp32", "bf16", "int8"):
         raise Unavailable(
-            f"the openvino backend runs fp32 or bf16, not {precision}: use --precision bf16"
+            f"the openvino backend runs fp32, bf16 or int8, not {precision}: use --precision bf16"
         )
     if precision == "bf16" and "BF16" not in _capabilities(core):
         raise Unavailable(
@@ -76,7 +76,7 @@ def compile_graphs(folder: Path, spec: EngineSpec, say: Say) -> dict[str, Any]:
         files = [*folder.glob(f"{name}.onnx*")]  # with weights beside a large graph
         if sum(path.stat().st_size for path in files) > STORED_BYTES:
             continue
-        blob = _compiled(folder, name).export_model()
+        blob = _compiled(folder, name, spec).export_model()
         (folder / f"{name}.blob").write_bytes(blob.getbuffer())
         for path in files:
             path.unlink()
@@ -85,16 +85,16 @@ def compile_graphs(folder: Path, spec: EngineSpec, say: Say) -> dict[str, Any]:
 
 def open_sessions(folder: Path, spec: EngineSpec) -> dict[str, OpenVinoSession]:
     """A session for each graph."""
-    return {name: OpenVinoSession(folder, name) for name in GRAPHS}
+    return {name: OpenVinoSession(folder, name, spec) for name in GRAPHS}
 
 
 class OpenVinoSession:
     """One graph at its static batch; inputs and output are torch's memory, without a copy."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, spec: EngineSpec) -> None:
         borders = read_borders(folder, name)
         self._inputs, self.rows = borders.inputs, borders.inputs[0].shape[0]
-        self._request = _compiled(folder, name).create_infer_request()
+        self._request = _compiled(folder, name, spec).create_infer_request()
         self._output = torch.empty(borders.output.shape)
         self._request.set_output_tensor(0, _shared(self._output))
 
@@ -120,11 +120,18 @@ class OpenVinoSession:
         del self._request, self._output
 
 
-def _compiled(folder: Path, name: str) -> Any:
+def _hint(folder: Path, name: str, spec: EngineSpec) -> str:
+    """OpenVINO's name of a graph's precision; beside int8 it is bf16 where the CPU has it."""
+    of_vae = spec.precision if spec.vae_precision == "auto" else spec.vae_precision
+    if (spec.precision if name == "denoiser" else of_vae) == "int8":
+        return "bf16" if "BF16" in _capabilities(_core()) else "f32"
+    return _HINTS[read_borders(folder, name).output.dtype]
+
+
+def _compiled(folder: Path, name: str, spec: EngineSpec) -> Any:
     """The compiled graph, from its blob if there is one."""
-    precision = _HINTS[read_borders(folder, name).output.dtype]
     settings = {
-        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_PRECISION_HINT": _hint(folder, name, spec),
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

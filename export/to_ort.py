@@ -34,10 +34,10 @@ _CUDA_REMEDY = (
 def require(precision: Precision, device: str) -> None:
     """Raise Unavailable where ONNX Runtime cannot compute, or not in this precision."""
     require_ort(device)
-    if precision == "bf16" or (device == "cpu" and precision != "fp32"):
+    if precision not in ("fp32", "int8", "fp16" if device == "cuda" else "fp32"):
         raise Unavailable(
-            f"the ort backend runs fp32 on the CPU, fp32 or fp16 on a GPU, not {precision} on "
-            f"{device}: use --precision fp32, or --backend eager"
+            f"the ort backend runs fp32 and int8, and on a GPU fp16, not {precision} on {device}: "
+            "use --precision fp32, or --backend eager"
         )
     if device == "cuda":
         run_one_node(device)

@@ -113,7 +113,8 @@ class RunOptions:
     """Generate as many images for t2i as fit into these seconds, whatever --ipc is. --ipc still
     sets the length of an epoch."""
     precision: Precision | None = None
-    """Precision of the model's weights. Default: fp16 on cuda, fp32 on the CPU."""
+    """Precision of the model; int8 and fp8, calibrated on the coreset, change the images. Default:
+    fp16 on cuda, fp32 on the CPU."""
     vae_precision: VaePrecision = "auto"
     """Precision of its encoder and decoder; `auto` is --precision, or fp32 for a VAE that overflows
     in fp16."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from ...export.bundle import (
     stored_folder,
 )
 from ...export.bundle_key import GRAPHS_ONLY, build_command
-from ...export.config import UNBUILT, BackendName, EngineSpec
+from ...export.config import EIGHT_BITS, UNBUILT, BackendName, EngineSpec
+from ...export.eight_bits import Calibration, random_calibration, require_modelopt
 from ...export.engines import engine_key, has_run, open_engine, require_engine, verify_engine
 from ...export.hashes import forget_hashes
 from ...export.models import (
@@ -29,7 +31,13 @@ from ...export.models import (
 from ...export.terminal import say
 from ...export.trt_library import builds_ahead, parse_targets
 from ..config import usual_px
+from ..coreset.coreset import open_coreset
+from ..coreset.hub import fetched
+from ..coreset.manifest import coreset_folder
 from ..expand.backends import COMPILED, choose_backend, require_backend, resolve_device, trt_choice
+from ..expand.calibration import plan_calibration
+from ..expand.expander import Expander
+from ..expand.naming import expand_config, named_model, prompts_of
 from ..options import EngineBuild
 from .catalogue import misfit, not_run, spec_of
 from .needs import check_room, engine_needs
@@ -45,7 +53,10 @@ def build_engine(command: EngineBuild, bundles: Path) -> dict[str, Any]:
     if command.verify:
         forget_hashes()
     flags = {"export_only": command.export_only, "keep_refused": command.keep_refused}
-    bundle = prepare_engine(backend, model, spec, bundles, **flags)
+    calibration = _calibration(command, model, spec)
+    if calibration is not None:
+        spec = replace(spec, calibration=calibration.sha256)
+    bundle = prepare_engine(backend, model, spec, bundles, calibration=calibration, **flags)
     return describe(bundle) | {"built": bundle.built}
 
 
@@ -55,6 +66,7 @@ def prepare_engine(
     spec: EngineSpec,
     bundles: Path,
     *,
+    calibration: Calibration | None = None,
     export_only: bool = False,
     keep_refused: bool = False,
 ) -> Bundle:
@@ -77,12 +89,52 @@ def prepare_engine(
     say(f"loading {model.name} ({needs.parameters()} parameters, {spec.precision})")
     parts = _load_parts(model, spec, place)
     flags = {"export_only": export_only, "keep_refused": keep_refused}
-    return open_engine(backend, model, parts, spec, bundles=bundles, **flags)
+    return open_engine(
+        backend, model, parts, spec, bundles=bundles, calibration=calibration, **flags
+    )
+
+
+def _calibration(command: EngineBuild, model: ModelSource, spec: EngineSpec) -> Calibration | None:
+    """What an engine in eight bits is calibrated on; None for others."""
+    if spec.precision not in EIGHT_BITS:
+        if command.calibrate is not None:
+            raise ValueError("--calibrate is for --precision int8 or fp8: leave it out")
+        return None
+    require_modelopt()
+    if model.weights == "random":
+        return random_calibration(model)
+    if command.calibrate is None:
+        raise ValueError(
+            f"--precision {spec.precision} is calibrated on patches: give a run or a coreset with "
+            "--calibrate"
+        )
+    coreset = open_coreset(coreset_folder(fetched(command.calibrate)))
+    config = expand_config(
+        named_model(coreset),
+        size_px=spec.size_px,
+        seed=coreset.settings["seed"],
+        precision=spec.precision,
+        vae_precision="auto",
+        device="cpu" if builds_ahead(spec) else spec.device,
+    )
+    from_patches = config.start == "image"
+    return plan_calibration(
+        Expander,
+        model,
+        config,
+        patches_NHWC=coreset.patches() if from_patches else None,
+        labels_N=coreset.labels_N.numpy(),
+        prompts_K=prompts_of(coreset),
+    )
 
 
 def _load_parts(model: ModelSource, spec: EngineSpec, device: str) -> ModelParts:
     return load_parts(
-        model, precision=spec.precision, vae_precision=spec.vae_precision, device=device
+        model,
+        precision=spec.precision,
+        vae_precision=spec.vae_precision,
+        device=device,
+        runs_on=spec.device,
     )
 
 

@@ -21,7 +21,7 @@ from ...export.bundle import (
     remove_leftovers,
 )
 from ...export.bundle_key import GRAPHS_ONLY, batch_shape, build_command, why_not
-from ...export.config import TRT_ONLY, EngineSpec
+from ...export.config import OPTIONAL, EngineSpec
 
 
 def list_engines(bundles: Path) -> dict[str, Any]:
@@ -60,8 +60,9 @@ def _row(folder: Path) -> dict[str, Any]:
 
 def spec_of(key: Mapping[str, Any]) -> EngineSpec:
     """The spec in a key."""
-    names = [each.name for each in fields(EngineSpec) if each.name not in TRT_ONLY]
-    own = {"trt_library": key.get("trt_library"), "targets": tuple(key.get("targets", ()))}
+    names = [each.name for each in fields(EngineSpec) if each.name not in OPTIONAL]
+    own: dict[str, Any] = {name: key.get(name) for name in ("trt_library", "calibration")}
+    own["targets"] = tuple(key.get("targets", ()))
     return EngineSpec(**{name: key[name] for name in names}, **own)
 
 

@@ -75,6 +75,7 @@ def engine_needs(
         precision=spec.precision,
         vae_precision=spec.vae_precision,
         device="meta",
+        runs_on=spec.device,
     )
     counts = [sum(each.numel() for each in part.parameters()) for part in (parts.unet, parts.vae)]
     fp32 = backend == "openvino"  # whatever the precision: to_openvino.py

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...export.bundle import Bundle, default_bundles_folder, stored_folder, stored_keys
 from ...export.config import (
+    EIGHT_BITS,
     UNBUILT,
     BackendName,
     DeviceName,
@@ -26,10 +27,18 @@ from ...export.config import (
     TrtLibrary,
     TrtLibraryName,
 )
+from ...export.eight_bits import Calibration, quantise_graph
 from ...export.engines import engine_key, exporter, open_engine, require_engine
 from ...export.graphs import Graph, make_graphs
 from ...export.machine import cxx_compiler, driver_version, gpus_of_driver, triton_needs
-from ...export.models import ModelParts, ModelSource, Unavailable, default_dtype
+from ...export.models import (
+    ModelParts,
+    ModelSource,
+    Unavailable,
+    default_dtype,
+    resolve_vae_precision,
+    rest_precision,
+)
 from ...export.parity import without_tf32
 from ...export.terminal import say
 from ...export.trt_library import cards_of, choose_library, trt_title
@@ -79,13 +88,24 @@ class TorchBackend:
     compiled when it is opened (regions.py)."""
 
     def __init__(
-        self, name: BackendName, parts: ModelParts, spec: EngineSpec, *, tokens: int
+        self,
+        name: BackendName,
+        model: ModelSource,
+        parts: ModelParts,
+        spec: EngineSpec,
+        *,
+        tokens: int,
+        calibration: Calibration | None = None,
     ) -> None:
         self.name, self.spec = name, spec
         if spec.device == "cuda":
             fuse(parts)
         self._unet_dtype, self._vae_dtype = parts.unet.dtype, parts.vae.dtype
         encoder, denoiser, decoder = graphs = make_graphs(parts, spec, tokens=tokens)
+        if calibration is not None:
+            vae = resolve_vae_precision(model, spec.precision, spec.vae_precision)
+            for graph in graphs:
+                quantise_graph(graph, spec.precision, vae, calibration)
         self._vae_batch = decoder.inputs[0].shape[0]
         self._denoiser = denoiser.module
         # sdxl-tiny, batch 32, one thread: decoder 8.3 → 6.7 ms per image, encoder 3.1 → 2.7; the
@@ -220,7 +240,7 @@ def choose_backend(
     try:
         exporter("openvino").require(spec.precision, spec.device)
     except Unavailable:
-        return "eager"
+        return "ort" if spec.precision == "int8" else "eager"
     return "openvino"
 
 
@@ -229,10 +249,12 @@ def plan_engine(
     config: ExpandConfig,
     class_counts: np.ndarray,
     targets: Sequence[str] = (),
+    calibration: str | None = None,
 ) -> tuple[BackendName, EngineSpec]:
     """The backend and the engine that run a configuration; reports what `auto` chose.
 
-    `class_counts`: samples of each class. `targets`: cards elsewhere (EngineSpec.targets). Where
+    `class_counts`: samples of each class. `targets`: cards elsewhere (EngineSpec.targets).
+    `calibration`: of eight bits (EngineSpec.calibration). Where
     choose_backend builds none, `auto` prefers an engine that is stored; trt prefers one of either
     library. Raises Unavailable when a device or library is missing.
     """
@@ -244,6 +266,7 @@ def plan_engine(
         precision=config.precision,
         vae_precision=config.vae_precision,
         device=device,
+        calibration=calibration,
     )
     name = choose_backend(spec) if config.backend == "auto" else config.backend
     looks = not targets and (name == "trt" or (name in UNBUILT and config.backend == "auto"))
@@ -294,6 +317,7 @@ def open_backend(
     *,
     tokens: int,
     bundles: Path,
+    calibration: Calibration | None = None,
 ) -> Backend:
     """Open the backend that plan_engine chose, which takes over the parts.
 
@@ -301,8 +325,10 @@ def open_backend(
     be built.
     """
     if name in UNBUILT:
-        return TorchBackend(name, parts, spec, tokens=tokens)
-    bundle = open_engine(name, model, parts, spec, tokens=tokens, bundles=bundles)
+        return TorchBackend(name, model, parts, spec, tokens=tokens, calibration=calibration)
+    bundle = open_engine(
+        name, model, parts, spec, tokens=tokens, bundles=bundles, calibration=calibration
+    )
     say_built(bundle)
     return CompiledBackend(bundle, spec)
 
@@ -326,7 +352,13 @@ def require_backend(
     if name == "trt":
         choose_library(library, targets, device)
     elif name == "compile":
-        exporter("inductor").require(precision, device)
+        exporter("inductor").require(rest_precision(precision, device), device)
+        if precision in EIGHT_BITS and (precision == "int8" or device == "cpu"):
+            raise Unavailable(
+                f"the compile backend runs fp8 on a GPU, and no int8, not {precision} on {device}: "
+                "use --backend openvino on a CPU, --backend trt on a GPU, or --backend eager, "
+                "which simulates it"
+            )
     elif name not in ("auto", "eager"):
         exporter(name).require(precision, device)
 

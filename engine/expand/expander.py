@@ -10,10 +10,10 @@ prompts in a batch, C latent channels, h w latent size, H W image size.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...export.models import DTYPES, ModelParts, ModelSource, load_parts
+from ...export.config import EIGHT_BITS
+from ...export.models import DTYPES, ModelParts, ModelSource, load_parts, rest_precision
 from ...kernels.latents import start_state
 from ...kernels.noise import Draw, normal
 from ...kernels.pixels import upsample_patches
@@ -30,6 +31,7 @@ from ...kernels.table_step import euler_ancestral_table_step, step_table
 from ..config import ExpandConfig
 from .backends import Backend, bundles_of, open_backend, plan_engine, resolve_device
 from .batches import DeviceBatch, plan_batches, upload, upload_plans
+from .calibration import plan_calibration
 from .mixup import mixup_quantiles
 from .naming import describe_source
 from .prompt_bank import open_prompt_bank
@@ -67,8 +69,16 @@ class Expander:
         counts_K = np.bincount(self._labels_N, minlength=len(prompts_K))
         self._firsts_K = upload(np.cumsum(counts_K) - counts_K, self._device)
         self._counts_K = upload(counts_K, self._device)
-        backend, self.spec = plan_engine(model, config, counts_K)
-        text = encode_prompts(model, prompts_K, device=device, dtype=DTYPES[config.precision])
+        calibration = None
+        if config.precision in EIGHT_BITS:
+            given = {"patches_NHWC": patches_NHWC, "labels_N": self._labels_N}
+            calibration = plan_calibration(
+                Expander, model, replace(config, device=device), prompts_K=prompts_K, **given
+            )
+        sha256 = calibration and calibration.sha256
+        backend, self.spec = plan_engine(model, config, counts_K, calibration=sha256)
+        dtype = DTYPES[rest_precision(config.precision, device)]
+        text = encode_prompts(model, prompts_K, device=device, dtype=dtype)
         parts = load_parts(
             model,
             precision=config.precision,
@@ -90,6 +100,7 @@ class Expander:
             self.spec,
             tokens=self.prompt_bank.tokens,
             bundles=bundles_of(config),
+            calibration=calibration,
         )
         del parts, text
         gc.collect()
@@ -213,7 +224,7 @@ class Expander:
         if self.backend.name == "eager" and made:
             batch = math.ceil(made / math.ceil(made / self.spec.batch))
             other = copy.copy(self)
-            other.spec = dataclasses.replace(self.spec, batch=batch, images_per_prompt=batch)
+            other.spec = replace(self.spec, batch=batch, images_per_prompt=batch)
         return other.expand(np.full(made, sample), epochs)
 
     def in_batches(
@@ -348,7 +359,7 @@ class Expander:
         if wrong:
             raise ValueError(f"cannot vary {sorted(wrong)[0]} of an Expander: make a new one")
         other = copy.copy(self)
-        other._configure(dataclasses.replace(self.config, **changes))
+        other._configure(replace(self.config, **changes))
         if other.config.start == "noise":
             other._moments = None
         elif self._moments is None:

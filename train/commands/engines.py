@@ -9,7 +9,9 @@ import numpy as np
 
 from ...engine.builds.build import describe, prepare_engine
 from ...engine.expand.backends import bundles_of, plan_engine, say_built
-from ...export.config import UNBUILT
+from ...export.config import EIGHT_BITS, UNBUILT
+from ...export.eight_bits import require_modelopt
+from ...export.terminal import say
 from ..methods.registry import METHODS
 from ..options import RunOptions, TrainCoreset, TrainTeacher
 from ..plan import Plan
@@ -34,7 +36,10 @@ def find_or_build_engines(plan: Plan, methods: Sequence[str]) -> dict[str, dict[
     for method in methods:
         use, engine = plan.use[method], None
         name, spec = plan_engine(plan.model, use, counts_K, plan.targets)
-        if name not in UNBUILT:
+        if use.precision in EIGHT_BITS:
+            require_modelopt()
+            say(f"the engine in {use.precision} is calibrated on the coreset, and built after it")
+        elif name not in UNBUILT:
             bundle = prepare_engine(name, plan.model, spec, bundles_of(use))
             say_built(bundle)
             engine = describe(bundle) | {"built": bundle.built}
@@ -50,7 +55,8 @@ def build_only(plan: Plan, options: RunOptions) -> dict[str, Any]:
     engines = {method: each["engine"] for method, each in found.items() if each["engine"]}
     if not engines:
         raise ValueError(
-            "--build-only: this command opens no engine, since no method runs a model in it or the "
-            "backend is torch itself: give --method dace and --backend trt, inductor or ort"
+            "--build-only: this command opens no engine, since no method runs a model in it, the "
+            "backend is torch itself, or eight bits wait for a coreset (engine build --calibrate): "
+            "give --method dace and --backend trt, inductor or ort, without --precision int8 or fp8"
         )
     return {"engines": engines}
