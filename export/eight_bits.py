@@ -12,6 +12,7 @@ without one takes SDXL-Turbo's.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tomllib
 import warnings
@@ -19,7 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -27,11 +29,13 @@ from torch import Tensor, nn
 
 from .bundle import BundleError
 from .config import EIGHT_BITS, EightBits, Precision
+from .documents import check_document
 from .durable import json_sha256
 from .graphs import Graph
 from .models import TURBO_CONFIGURATION, ModelError, ModelSource, Unavailable
 
 RECIPE = "eight_bits.toml"
+_Part = Literal["denoiser", "decoder"]
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 PERCENTILES: dict[EightBits, float] = {"int8": 99.99, "fp8": 100.0}
 """Share of a layer's inputs that its scale spans. sdxl-tiny, 100 images: int8 43.0 dB with 99.99,
@@ -39,7 +43,6 @@ PERCENTILES: dict[EightBits, float] = {"int8": 99.99, "fp8": 100.0}
 _DTYPES: dict[EightBits, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 FP8_CAPABILITY = 89
 """Compute capability from which GPUs have units for fp8: Ada, Hopper, Blackwell."""
-_SMALLEST_SCALE = 2.0**-14  # a normal number in fp16
 Inputs = Sequence[tuple[Tensor, ...]]
 
 
@@ -47,12 +50,19 @@ Inputs = Sequence[tuple[Tensor, ...]]
 class Calibration:
     """What decides the scales of an engine's layers."""
 
-    sha256: str
-    """Hash of the recipe and of everything that `inputs` depends on, for the engine's key."""
+    described: Mapping[str, Any]
+    """Everything that `inputs` depends on besides the model, as plain JSON."""
     inputs: Callable[[], Mapping[str, Inputs]]
-    """Runs the model in its own precision: inputs of denoiser and decoder, fp32 on the CPU."""
+    """Runs the model in its own precision: inputs of denoiser and decoder, on the CPU. A graph
+    without any gets its own random ones."""
     left_out: Mapping[str, Mapping[str, str]]
     """The recipe: for each graph, patterns of layers that stay as they are, with reasons."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash for the engine's key; covers this file too."""
+        code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        return json_sha256({"on": self.described, "left_out": self.left_out, "code": code})
 
 
 def read_recipe(model: ModelSource) -> dict[str, dict[str, str]]:
@@ -60,29 +70,18 @@ def read_recipe(model: ModelSource) -> dict[str, dict[str, str]]:
     path = model.folder / RECIPE
     if not path.is_file():
         path = TURBO_CONFIGURATION / RECIPE
+    remedy = "write lines 'pattern = reason' under [denoiser] and [decoder]"
     try:
         recipe = tomllib.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path} is no recipe for eight bits: {error}") from error
-    whole = {name: recipe.pop(name, {}) for name in ("denoiser", "decoder")}
-    reasons = [reason for patterns in whole.values() for reason in dict(patterns).values()]
-    if recipe or not all(isinstance(reason, str) for reason in reasons):
-        raise ModelError(
-            f"{path} is no recipe for eight bits: expected lines 'pattern = reason' under "
-            "[denoiser] and [decoder]"
-        )
-    return whole
-
-
-def calibration_sha256(recipe: Mapping[str, Any], depends_on: Mapping[str, Any]) -> str:
-    """Calibration.sha256."""
-    return json_sha256({"recipe": recipe, **depends_on})
+        raise ModelError(f"{path}: {error}: {remedy}") from error
+    check_document(recipe, str(path), ModelError, remedy, dict[_Part, dict[str, str]])
+    return {"denoiser": {}, "decoder": {}} | recipe
 
 
 def random_calibration(model: ModelSource) -> Calibration:
-    """For random weights, whose images mean nothing: a graph's own random inputs."""
-    recipe = read_recipe(model)
-    return Calibration(calibration_sha256(recipe, {"inputs": "random"}), dict, recipe)
+    """For random weights, whose images mean nothing."""
+    return Calibration({"inputs": "random"}, dict, read_recipe(model))
 
 
 @torch.no_grad()
@@ -188,8 +187,8 @@ class EightBitLayer(nn.Module):
         by_channel = weight.flatten(1).abs().amax(1)
         largest = by_channel if dtype == torch.int8 else by_channel.amax()
         own = weight.dtype
-        self.register_buffer("weight_scale", _scale(largest, dtype).to(own))
-        self.register_buffer("input_scale", _scale(largest_input, dtype).to(own))
+        self.register_buffer("weight_scale", _scale(largest, dtype, own))
+        self.register_buffer("input_scale", _scale(largest_input, dtype, own))
         self.register_buffer("weight", _quantised(weight, self.weight_scale, dtype == torch.int8))
         self.bias = layer.bias
         self._fp8_unit = dtype == torch.float8_e4m3fn and _has_fp8_unit(weight.device)
@@ -235,8 +234,9 @@ def _has_fp8_unit(device: torch.device) -> bool:
     return 10 * major + minor >= FP8_CAPABILITY
 
 
-def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    return (largest.float() / LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
+def _scale(largest: Tensor, dtype: torch.dtype, own: torch.dtype) -> Tensor:
+    """What 1 stands for in eight bits, a normal number in the layer's own dtype."""
+    return (largest.float() / LARGEST[dtype]).clamp(min=torch.finfo(own).smallest_normal).to(own)
 
 
 def _along(scale: Tensor, values: Tensor) -> Tensor:

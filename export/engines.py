@@ -289,7 +289,8 @@ def open_engine(
         report: dict[str, Any] = {}
         if calibration is not None:
             require_modelopt()
-            report["eight_bits"] = calibration.left_out
+            report["left_out"] = calibration.left_out
+            report["calibrated_on"] = calibration.described
         if export_only:
             _check_weights(parts)
         with _reported(report), PeakGpuMemory("cpu" if ahead else spec.device) as gpu:

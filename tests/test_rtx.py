@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from cli_cases import write_small_model
+from golden_cases import unpack
 from onnx import TensorProto, helper, numpy_helper
 from patchbloom.engine import cli
 from patchbloom.export import engines, to_tensorrt, trt_build, trt_library
@@ -77,7 +78,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("precision", "opset", "batches"),
-    [("fp16", "21", ("--batch", "8")), ("bf16", "23", ("--batch", "8", "--min-batch", "4"))],
+    [("int8", "21", ("--batch", "8")), ("bf16", "23", ("--batch", "8", "--min-batch", "4"))],
 )
 def test_an_engine_for_cards_that_are_not_here(
     engine: Callable[..., tuple],
@@ -89,6 +90,9 @@ def test_an_engine_for_cards_that_are_not_here(
 ) -> None:
     options = ("--model", "sdxl-tiny", "--backend", "trt", "--images-per-prompt", "4")
     options += ("--precision", precision, "--opset", opset, *batches)
+    if precision == "int8":
+        unpack("runs", tmp_path)
+        options += ("--calibrate", str(tmp_path / "all"))
     code, built, out = engine("build", *options, "--for", *CARDS)
     assert code == 0
     trt = trt_module(SPEC)

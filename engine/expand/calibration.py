@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...export.eight_bits import Calibration, calibration_sha256, read_recipe
+from ...export.eight_bits import Calibration, read_recipe
 from ...export.models import ModelSource, rest_precision
 from ...export.terminal import say
 from ..config import ExpandConfig
@@ -45,22 +45,20 @@ def plan_calibration(
     labels_N: np.ndarray,
     prompts_K: Sequence[str],
 ) -> Calibration:
-    """The calibration of a coreset's engine; `inputs` opens the model with `open_expander`.
+    """The calibration of a coreset's engine, on SAMPLES of its patches.
 
-    It depends on SAMPLES of the patches, their prompts, and the settings that decide the latents.
+    Its `inputs` opens the model with `open_expander`.
     """
-    order = np.random.default_rng(SEED).permutation(len(labels_N))[:SAMPLES]
-    rows = np.sort(order)
+    rows = np.sort(np.random.default_rng(SEED).permutation(len(labels_N))[:SAMPLES])
     classes, own_labels = np.unique(labels_N[rows], return_inverse=True)
     prompts = [prompts_K[each] for each in classes]
     patches = None if patches_NHWC is None else patches_NHWC[torch.from_numpy(rows)]
-    recipe = read_recipe(model)
     settings = ("size_px", "steps", "rho", "mixup", "mixup_weight", "start", "seed", "posterior")
-    depends_on = {
-        "samples": len(rows),
-        "prompts": prompts,
-        "labels": own_labels.tolist(),
+    described = {
+        "samples": rows.tolist(),
         "patches": None if patches is None else hashlib.sha256(patches.numpy().data).hexdigest(),
+        "labels": own_labels.tolist(),
+        "prompts": prompts,
         **{name: getattr(config, name) for name in settings},
     }
 
@@ -85,7 +83,7 @@ def plan_calibration(
         expander.close()
         return found
 
-    return Calibration(calibration_sha256(recipe, depends_on), inputs, recipe)
+    return Calibration(described, inputs, read_recipe(model))
 
 
 class _Recorder:
