@@ -33,6 +33,7 @@ from .documents import check_document
 from .durable import json_sha256
 from .graphs import Graph
 from .models import TURBO_CONFIGURATION, ModelError, ModelSource, Unavailable
+from .modules import TinyLatentDecoder
 
 RECIPE = "eight_bits.toml"
 _Part = Literal["denoiser", "decoder"]
@@ -89,13 +90,13 @@ def quantise_graph(
     graph: Graph, precision: Precision, vae_precision: Precision, calibration: Calibration
 ) -> None:
     """Put a denoiser's or decoder's layers into eight bits, if that is its precision, but for those
-    that the recipe leaves out. The encoder, which sees a patch once, stays as it is.
+    that the recipe leaves out. The encoder, which sees a patch once, and a tiny decoder stay.
 
     Raises Unavailable without modelopt, and BundleError when a layer's inputs or weights are NaN or
     infinite.
     """
     asked = {"denoiser": precision, "decoder": vae_precision}.get(graph.name)
-    if asked not in EIGHT_BITS:
+    if asked not in EIGHT_BITS or isinstance(graph.module, TinyLatentDecoder):
         return
     precision = cast(EightBits, asked)
     layers = _chosen(graph.module, precision, calibration.left_out[graph.name])

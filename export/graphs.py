@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from .config import EngineSpec
 from .models import DTYPES, PRECISIONS, ModelParts
-from .modules import Denoiser, LatentDecoder, LatentEncoder, key_value_slots
+from .modules import (
+    Denoiser,
+    LatentDecoder,
+    LatentEncoder,
+    TinyLatentDecoder,
+    key_value_slots,
+)
 
 GRAPHS = ("encoder", "denoiser", "decoder")
 VAE_ELEMENTS = 2**29
@@ -139,6 +145,8 @@ def make_graphs(parts: ModelParts, spec: EngineSpec, *, tokens: int) -> tuple[Gr
     width = parts.unet.time_embedding.linear_2.out_features
     kv_width = 2 * sum(slot.size for slot in key_value_slots(parts.unet, tokens))
     unet_dtype, vae_dtype = parts.unet.dtype, parts.vae.dtype
+    tiny = parts.tiny_decoder
+    decoder = LatentDecoder(parts.vae) if tiny is None else TinyLatentDecoder(tiny)
     denoiser_inputs = (
         Port("latents", latents, unet_dtype, n),
         Port("timestep", (1,), torch.float32),
@@ -163,7 +171,7 @@ def make_graphs(parts: ModelParts, spec: EngineSpec, *, tokens: int) -> tuple[Gr
         ),
         Graph(
             "decoder",
-            LatentDecoder(parts.vae).eval(),
+            decoder.eval(),
             (Port("latents", vae_latents, vae_dtype, vae_n),),
             Port("images", images, vae_dtype, vae_n),
             min_prompts,

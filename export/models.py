@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
 from .config import EIGHT_BITS, Precision, VaePrecision, Weights
 from .configurations import (
@@ -38,6 +38,8 @@ TINY_FOLDER = Path(__file__).parent / "sdxl_tiny"
 TURBO_CONFIGURATION = Path(__file__).parent / "sdxl_turbo"
 """SDXL-Turbo's published architecture, with the configuration of its fp16-fix VAE."""
 TOKENS = 77  # per CLIP prompt
+TINY_DECODER = "tiny_decoder"
+"""Part that a model may have besides: an AutoencoderTiny, whose decoder takes the VAE's place."""
 _SHIPPED = {"sdxl-turbo": TURBO_CONFIGURATION, "sdxl-tiny": TINY_FOLDER}
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -71,6 +73,15 @@ class ModelSource:
         """Folder of unet, vae, text_encoder, …"""
         return self.vae_folder if name == "vae" else self.folder / name
 
+    @property
+    def has_tiny_decoder(self) -> bool:
+        """Whether a tiny decoder makes its images."""
+        return (self.part(TINY_DECODER) / "config.json").is_file()
+
+    def weighted_parts(self) -> list[str]:
+        """Names of the parts with weights."""
+        return [*STEMS, *([TINY_DECODER] if self.has_tiny_decoder else [])]
+
     def scheduler_config(self) -> dict[str, Any]:
         """The scheduler's configuration as written in the folder."""
         return read_config(self.folder / "scheduler" / "scheduler_config.json")
@@ -94,6 +105,8 @@ class ModelParts:
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
+    tiny_decoder: AutoencoderTiny | None = None
+    """Decodes in the VAE's place."""
 
 
 def find_model(name_or_folder: str | Path, weights: Weights = "pretrained") -> ModelSource:
@@ -141,8 +154,25 @@ def _check_parts(source: ModelSource) -> None:
     check_scheduler(source.folder / "scheduler" / "scheduler_config.json")
     if source.weights == "pretrained":
         check_text_widths(source.folder)
-        for part in STEMS:
+        for part in source.weighted_parts():
             weight_files(source.part(part), part)
+    if source.has_tiny_decoder:
+        _check_tiny_decoder(source)
+
+
+def _check_tiny_decoder(source: ModelSource) -> None:
+    """Raise ModelError unless it decodes the VAE's latents."""
+    path = source.part(TINY_DECODER) / "config.json"
+    found, vae = read_object(path), read_object(source.part("vae") / "config.json")
+    blocks = found.get("decoder_block_out_channels")
+    factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
+    got = (found.get("latent_channels"), factor, found.get("scaling_factor", 1.0))
+    expected = (vae.get("latent_channels"), source.vae_factor(), 1.0)
+    if got != expected:
+        raise ModelError(
+            f"{path}: expected latent channels, factor and scaling of {expected}, which the VAE's "
+            f"latents have, got {got}: remove the folder, or make it with `train decoder`"
+        )
 
 
 def _needed_parts(source: ModelSource) -> tuple[str, ...]:
@@ -182,15 +212,18 @@ def load_parts(
 
     For eight bits, in the rest's precision. `runs_on`: the device of an engine built elsewhere.
     """
-    vae = resolve_vae_precision(source, precision, vae_precision)
+    vae_precision = resolve_vae_precision(source, precision, vae_precision)
     unet_dtype, vae_dtype = (
-        DTYPES[rest_precision(each, runs_on or device)] for each in (precision, vae)
+        DTYPES[rest_precision(each, runs_on or device)] for each in (precision, vae_precision)
     )
     if source.weights == "random":
         unet = _random(UNet2DConditionModel, source, "unet", unet_dtype, device)
         return ModelParts(unet, _random(AutoencoderKL, source, "vae", vae_dtype, device))
     unet = _load(UNet2DConditionModel, source, "unet", unet_dtype, device)
-    return ModelParts(unet, _load(AutoencoderKL, source, "vae", vae_dtype, device))
+    vae, tiny = _load(AutoencoderKL, source, "vae", vae_dtype, device), None
+    if source.has_tiny_decoder:
+        tiny = _load(AutoencoderTiny, source, TINY_DECODER, vae_dtype, device)
+    return ModelParts(unet, vae, tiny)
 
 
 def _random(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
@@ -317,7 +350,7 @@ def weights_sha256(source: ModelSource) -> str:
         for part in _needed_parts(source):
             digest.update((source.part(part) / "config.json").read_bytes())
         return digest.hexdigest()
-    for part in sorted(STEMS):
+    for part in sorted(source.weighted_parts()):
         for path in [source.part(part) / "config.json", *weight_files(source.part(part), part)]:
             digest.update(f"{part}/{path.name} {known_sha256(path)}\n".encode())
     return digest.hexdigest()
@@ -327,5 +360,7 @@ def weights_bytes(source: ModelSource) -> int:
     """Bytes on disk of all weights, which expanding a coreset also needs; 0 for random weights."""
     if source.weights == "random":
         return 0
-    files = [path for part in STEMS for path in weight_files(source.part(part), part)]
+    files = [
+        path for part in source.weighted_parts() for path in weight_files(source.part(part), part)
+    ]
     return sum(path.stat().st_size for path in files)

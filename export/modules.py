@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -251,3 +251,14 @@ class LatentDecoder(nn.Module):
     def forward(self, latents_BCHW: Tensor) -> Tensor:
         raw_BCHW = latents_BCHW / self.scale + self.shift
         return self.decoder(self.conv(raw_BCHW)).clamp(-1.0, 1.0)
+
+
+class TinyLatentDecoder(nn.Module):
+    """LatentDecoder's inputs and outputs, by an AutoencoderTiny."""
+
+    def __init__(self, tiny: AutoencoderTiny) -> None:
+        super().__init__()
+        self.decoder = tiny.decoder
+
+    def forward(self, latents_BCHW: Tensor) -> Tensor:
+        return self.decoder(latents_BCHW).clamp(-1.0, 1.0)

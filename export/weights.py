@@ -27,7 +27,7 @@ def weight_files(folder: Path, part: str) -> list[Path]:
     They are the ones that are hashed and the ones that are loaded. A file may be a link, as in the
     hub's cache: its content is hashed. Raises ModelError when there are none or too many.
     """
-    stem = STEMS[part]
+    stem = STEMS.get(part, STEMS["vae"])
     for variant in ("", ".fp16"):
         file = folder / f"{stem}{variant}.safetensors"
         index = folder / f"{stem}.safetensors.index{variant}.json"

@@ -16,7 +16,7 @@ from cli_cases import Command
 from patchbloom.engine import cli as engine_cli
 from patchbloom.engine.cli import COMMANDS
 from patchbloom.train import cli
-from patchbloom.train.config import PriorConfig
+from patchbloom.train.config import DecoderConfig, PriorConfig
 from patchbloom.train.coreset_options import (
     DataOptions,
     LoaderOptions,
@@ -29,6 +29,7 @@ from patchbloom.train.options import (
     RunOptions,
     Train,
     TrainCompare,
+    TrainDecoder,
     TrainPrior,
     TrainPublish,
     TrainReport,
@@ -200,6 +201,9 @@ def test_the_options_are_frozen() -> None:
         assert names(STAGES[name]) == RUN_OPTIONS
     assert names(TrainPrior) == PRIOR_OPTIONS
     assert names(PriorConfig) == PRIOR_CONFIG
+    own = ["decoder", "image_size", "device", "skip_corrupt", "shapes_per_class"]
+    assert names(TrainDecoder) == ["model", "data", "where", "out", *own, "resume", "overwrite"]
+    assert names(DecoderConfig) == ["steps", "batch", "width", "blocks", "seed"]
     assert names(TrainReport) == ["run"]
     assert names(TrainCompare) == ["runs", "out", "reference", "json"]
     assert names(StudentElsewhere) == ELSEWHERE_OPTIONS
@@ -218,6 +222,7 @@ def test_the_options_are_frozen() -> None:
         "student",
         "verify",
         "prior",
+        "decoder",
         "reproduce",
         "report",
         "compare",
@@ -375,7 +380,7 @@ def test_every_command_has_an_example_and_groups_of_its_options(kind: type) -> N
     assert type(parse(words)) is kind
     grouped = " ".join(getattr(kind, "groups", {}).values()).split()
     assert len(grouped) == len(set(grouped))
-    if kind in (Train, StudentElsewhere, TrainVerify, TrainPrior):
+    if kind in (Train, StudentElsewhere, TrainVerify, TrainPrior, TrainDecoder):
         assert set(names(kind)) <= set(grouped)
 
 

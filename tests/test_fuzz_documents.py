@@ -24,7 +24,7 @@ from patchbloom.engine.expand.naming import expand_config, named_model, prompts_
 from patchbloom.export.bundle import BundleError, open_bundle
 from patchbloom.export.durable import json_sha256
 from patchbloom.train.commands.prior import SETTINGS, WORK
-from patchbloom.train.commands.prior import _check_out as check_prior
+from patchbloom.train.commands.prior import check_out as check_prior
 from patchbloom.train.labels.targets import OnlineLabels
 from patchbloom.train.methods.registry import method_of
 from patchbloom.train.options import TrainCompare, TrainPrior

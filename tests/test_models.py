@@ -133,6 +133,7 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
     return {
         f"{part}.{name}": value
         for part, network in networks.items()
+        if network is not None  # no tiny decoder
         for name, value in network.state_dict().items()
     }
 

@@ -29,6 +29,7 @@ from .options import (
     RunOptions,
     Train,
     TrainCompare,
+    TrainDecoder,
     TrainPrior,
     TrainPublish,
     TrainReport,
@@ -143,6 +144,10 @@ def _execute(command: Command, given: list[str]) -> dict[str, Any]:
             from .commands.prior import run_prior
 
             return run_prior(command, line)
+        case TrainDecoder():
+            from .commands.decoder import run_decoder
+
+            return run_decoder(command, line)
         case TrainReproduce():
             from .commands.reproduce import reproduce
 

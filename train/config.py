@@ -215,6 +215,29 @@ class PriorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Sizes and lengths of `train decoder`."""
+
+    steps: int = 2000
+    """Optimiser steps."""
+    batch: int = 32
+    """Images per step."""
+    width: int = 32
+    """Channels of the decoder, a multiple of 8; TAESD, for 512 px, has 64."""
+    blocks: int = 1
+    """Residual blocks per resolution; TAESD has 3."""
+    seed: int = 0
+    """Seed of initialisation and of each step's images and noise."""
+
+    def __post_init__(self) -> None:
+        if self.width < 8 or self.width % 8:
+            raise ValueError(f"width {self.width}: expected a multiple of 8")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed}: expected 0 to 2^63 - 1")
+        check_at_least(self, 1, "steps", "batch", "blocks")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """How a teacher is trained on the whole training split: AdamW, cosine to 0 after a warm-up."""
 

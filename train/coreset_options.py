@@ -23,7 +23,7 @@ GROUPS = {
     "Data": "coreset data where out class_names skip_corrupt shapes_per_class resume overwrite",
     "Method": "method ipc factor image_size steps rho mixup mixup_weight start prompt prompts "
     "variants generate_size budget_seconds scoring select candidates refresh dope seed dsco",
-    "Model": "model precision vae_precision prior",
+    "Model": "model precision vae_precision prior decoder",
     "Labels": "targets labels codec top_k components teacher teacher_epochs "
     "teacher_precision other_teacher samples",
     "Student": "recipe student epochs seeds batch learning_rate final_lr_fraction weight_decay "

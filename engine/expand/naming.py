@@ -43,7 +43,7 @@ def _all_fields(model: ModelSource, config: ExpandConfig, **prompts: Any) -> dic
         "revision": model.revision,
         "weights_sha256": weights_sha256(model),
         "weights_bytes": weights_bytes(model),
-        "vae": model.vae_name or "model's own",
+        "vae": (model.vae_name or "model's own") + ", tiny decoder" * model.has_tiny_decoder,
         "scheduler": scheduler.get("_class_name"),
         **prompts,
         "start": config.start,

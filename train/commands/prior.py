@@ -6,6 +6,7 @@ It keeps all training images (uint8) and their latents (fp16) in memory: at most
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ...export.models import ModelSource, weights_sha256
 from ..config import PriorConfig
 from ..data.folder import check_content, images_sha256
 from ..data.forms import open_data
-from ..options import TrainPrior
+from ..options import TrainDecoder, TrainPrior
 from ..prior.training import PriorTraining
 from ..run.folder import RunError
 from ..run.progress import Report
@@ -48,13 +49,15 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
             teacher = load_teacher(
                 command.teacher, images.class_ids, size_px=size_px, device=device
             )
-        _check_memory(images, command.prior)
+        check_memory(len(images), _image_bytes(command.prior), "--image-size or --crops")
         settings = command.prior.as_dict()
         settings |= {"data": images_sha256(images), "classes": list(names)}
         with full_disk_explained(command.out, _needed_bytes(command.prior)):
-            _check_out(command, settings)
-            pixels_NHWC, labels_N, skipped = _load(images, command, report)
-            _start(command, settings)
+            # An older version lacks newer options.
+            check_out(command, settings, {**PriorConfig().as_dict(), "patch_factor": 1})
+            size_px, skip = command.prior.image_size, command.skip_corrupt
+            pixels_NHWC, labels_N, skipped = load_images(images, size_px, skip, report)
+            start(command, settings)
             check_content(command.out / WORK, (images,), report, begun=True)
             training = PriorTraining(
                 *(command.prior, pixels_NHWC, labels_N, names, command.out),
@@ -86,21 +89,32 @@ def _data_name(command: TrainPrior) -> str:
     return Path(command.data).expanduser().resolve().name
 
 
-def _check_memory(images: ImageSet, config: PriorConfig) -> None:
+def _image_bytes(config: PriorConfig) -> int:
+    """Memory of an image and the latents of its views."""
     views = (2 + config.crops) * (1 if config.patch_factor == 1 else 2)
     latents = views * config.latent_channels * (config.image_size // config.vae_factor) ** 2
-    each = config.image_size**2 * 3 + 2 * latents
-    if len(images) * each > MOST_GIB * 2**30:
+    return config.image_size**2 * 3 + 2 * latents
+
+
+def check_memory(images: int, each: int, options: str) -> None:
+    """Raise ValueError when so many images, of `each` bytes, exceed MOST_GIB."""
+    if images * each > MOST_GIB * 2**30:
         raise ValueError(
-            f"{len(images)} images of {config.image_size} px and their latents take "
-            f"{len(images) * each / 2**30:.1f} GiB, at most {MOST_GIB:g} are kept in memory: give "
-            f"a folder of at most {int(MOST_GIB * 2**30 / each)} images, or a smaller --image-size "
-            "or --crops"
+            f"{images} images, with all that is kept of them, take {images * each / 2**30:.1f} "
+            f"GiB, at most {MOST_GIB:g} are kept in memory: give a folder of at most "
+            f"{int(MOST_GIB * 2**30 / each)} images, or a smaller {options}"
         )
 
 
-def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
-    """Raises RunError unless the folder is empty, or --resume or --overwrite applies to it."""
+def check_out(
+    command: TrainPrior | TrainDecoder,
+    settings: dict[str, Any],
+    older: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises RunError unless the folder is empty, or --resume or --overwrite applies to it.
+
+    `older`: settings that a training of an older version has not recorded.
+    """
     out, record = command.out, command.out / WORK / SETTINGS
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} exists and is not a folder: choose another --out")
@@ -119,10 +133,13 @@ def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
             f"--out {out} holds a model without the training that --resume would go on with (no "
             f"{WORK}/{SETTINGS}): give --overwrite to replace it, or choose another --out"
         )
-    # An older version lacks newer options.
     told = read_json(record, RunError, "give --overwrite to begin anew", dict[str, Any])
-    before = {**PriorConfig().as_dict(), "patch_factor": 1, **told}
-    unsaid = {"data": "other images in --data", "classes": "other --class-names"}
+    before = {**(older or {}), **told}
+    unsaid = {
+        "data": "other images in --data",
+        "classes": "other --class-names",
+        "model": "other weights of --model",
+    }
     for key, was, now in differences(before, settings):
         option = f"--{key.replace('_', '-')} {was}, now {now}"
         raise RunError(
@@ -136,7 +153,7 @@ def _check_out(command: TrainPrior, settings: dict[str, Any]) -> None:
         )
 
 
-def _start(command: TrainPrior, settings: dict[str, Any]) -> None:
+def start(command: TrainPrior | TrainDecoder, settings: dict[str, Any]) -> None:
     """Write the settings. A model to be overwritten stays until the new one is complete."""
     record = command.out / WORK / SETTINGS
     if command.overwrite and record.parent.is_dir():
@@ -146,15 +163,14 @@ def _start(command: TrainPrior, settings: dict[str, Any]) -> None:
     replace_json(record, settings)
 
 
-def _load(
-    images: ImageSet, command: TrainPrior, report: Report
+def load_images(
+    images: ImageSet, size_px: int, skip_corrupt: bool, report: Report
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """All images, centre-cropped: uint8 [N, H, W, 3], their classes, and how many were skipped.
 
-    Raises InputError when --skip-corrupt leaves a class without an image.
+    Raises InputError when skipping leaves a class without an image.
     """
-    size_px = command.prior.image_size
-    stream = stream_center(images, size_px=size_px, skip_corrupt=command.skip_corrupt)
+    stream = stream_center(images, size_px=size_px, skip_corrupt=skip_corrupt)
     pixels_NHWC = torch.empty(len(images), size_px, size_px, 3, dtype=torch.uint8)
     labels_N = torch.empty(len(images), dtype=torch.int64)
     count = 0
