@@ -1,8 +1,7 @@
 """ONNX graphs → plans of TensorRT 10.15 to 11 or of TensorRT for RTX (trt_library.py).
 
 Networks are strongly typed: the graph's own types decide, so the same code serves all versions (11
-has no precision flags). A quantised precision (fp8, int8 through modelopt) would be another graph,
-written by export_graph; nothing else here would change.
+has no precision flags) and all precisions (eight_bits.py).
 
 Plans for RTX cards are built by the real library in tests/test_rtx.py. TensorRT's calls are held
 against the real bindings of 10.16 and 11.4 (tests/test_trt_contract.py). No plan has been run yet,

@@ -118,7 +118,16 @@ def stored(tmp_path: Path) -> list[str]:
 OPTIONS = {
     commands.EngineBuild: [
         *("model", "backend", "size", "batch", "min_batch", "images_per_prompt"),
-        *("precision", "vae_precision", "opset", "device", "trt_library", "targets", "weights"),
+        *(
+            "precision",
+            "vae_precision",
+            "calibrate",
+            "opset",
+            "device",
+            "trt_library",
+            "targets",
+            "weights",
+        ),
         *("export_only", "verify", "keep_refused", "bundles", "json"),
     ],
     commands.EngineVerify: ["names", "bundles", "json"],
@@ -400,7 +409,7 @@ def test_weights_that_changed_are_told_of(engine: Callable[..., Outcome], tmp_pa
         (("--size", "30"), "--size 30: expected a multiple of 4"),
         (("--batch", "0"), "--batch 0: expected 1 or more"),
         (("--images-per-prompt", "3"), "images_per_prompt must divide the batch of 4"),
-        (("--precision", "fp16"), "the ort backend runs fp32 on the CPU"),
+        (("--precision", "fp16"), "the ort backend runs fp32 and int8 on the CPU"),
         (("--precision", "int4"), "--precision"),
         (("--min-batch", "1"), "min_batch must be a multiple of images_per_prompt"),
         (("--backend", "eager"), "has nothing to build"),

@@ -27,7 +27,7 @@ from ...export.terminal import visible
 from ..console import print_table
 
 PROJECT = "patchbloom"
-EXTRAS = ("", "cuda", "trt", "rtx", "openvino")
+EXTRAS = ("", "cuda", "trt", "rtx", "openvino", "eight-bits")
 BACKENDS = (
     *(("eager", "cpu"), ("compile", "cpu"), ("ort", "cpu"), ("openvino", "cpu")),
     ("inductor", "cpu"),
