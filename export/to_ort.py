@@ -36,8 +36,8 @@ def require(precision: Precision, device: str) -> None:
     require_ort(device)
     if precision not in ("fp32", "int8", "fp16" if device == "cuda" else "fp32"):
         raise Unavailable(
-            f"the ort backend runs fp32 and int8 on the CPU, those and fp16 on a GPU, not {precision} "
-            f"on {device}: use --precision fp32, or --backend eager"
+            "the ort backend runs fp32 and int8 on the CPU, those and fp16 on a GPU, not "
+            f"{precision} on {device}: use --precision fp32, or --backend eager"
         )
     if device == "cuda":
         run_one_node(device)
