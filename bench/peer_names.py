@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from patchbloom.export.config import Precision
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "fp8", "int8")
 DIFFUSERS = ("diffusers", "diffusers-compiled", "diffusers-upcast")
 """The pipeline as users call it; compiled as diffusers advises; in fp16 with a VAE in fp32."""
 LOADERS = ("torchvision", "torchvision-tensor")

@@ -34,8 +34,14 @@ from peer_names import LAUNCHED, PRECISIONS, default_precision, split_name
 from torch import Tensor
 
 TOLERANCE = 1e-4
-RELATIVE_L2: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.07}
-WRONG_TIMES: dict[Precision, float] = {"fp32": 100.0, "fp16": 2.0, "bf16": 2.0}
+RELATIVE_L2: dict[Precision, float] = {
+    **{"fp32": 1e-4, "fp16": 0.02, "bf16": 0.07},
+    **{"fp8": 0.15, "int8": 0.15},
+}
+WRONG_TIMES: dict[Precision, float] = {
+    **{"fp32": 100.0, "fp16": 2.0, "bf16": 2.0},
+    **{"fp8": 1.2, "int8": 1.2},
+}
 CONTROLS = ("wrong_timestep", "wrong_prompt")
 WRONG_BY = 50
 """Timesteps by which the wrong one is early."""

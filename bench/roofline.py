@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from measure import time_us
 from patchbloom.engine.expand.image_work import ImageWork
-from patchbloom.export.config import Precision
+from patchbloom.export.config import EIGHT_BITS, Precision
 from patchbloom.export.models import DTYPES, ModelSource, resolve_vae_precision
 from peer_names import split_name
 from torch.nn.functional import conv2d
@@ -110,9 +110,12 @@ def copy_bytes_per_s(device: str) -> float:
 
 
 def peer_precisions(name: str, model: ModelSource, usual: Precision) -> tuple[Precision, Precision]:
-    """Precisions of a peer's denoiser and decoder; its name may end in one, as "ort-bf16" does."""
+    """Precisions of a peer's denoiser and decoder; its name may end in one, as "ort-bf16" does.
+
+    Eight bits are held against the roofline of bf16, which torch can measure.
+    """
     peer, named = split_name(name)
-    precision = named or usual
+    precision: Precision = "bf16" if named in EIGHT_BITS else named or usual
     if peer == "diffusers-upcast":
         return precision, "fp32"
     return precision, resolve_vae_precision(model, precision)
