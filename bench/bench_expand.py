@@ -32,6 +32,7 @@ from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand.backends import resolve_device
 from patchbloom.engine.expand.image_work import count_image_work
 from patchbloom.engine.expand.schedule import make_schedule
+from patchbloom.export.config import EIGHT_BITS
 from patchbloom.export.models import ModelSource, find_model
 from peer_names import default_precision, is_peer, split_name
 from pictures import RELATIVE_L2, TOLERANCE, WRONG_TIMES, make_coreset
@@ -67,9 +68,10 @@ def arithmetic(
         batch=options.batch,
         evals=evals,
     )
+    eight = {name: named for name in rates if (named := split_name(name)[1]) in EIGHT_BITS}
     return {
-        "precision": {name: precision for name, (precision, _) in precisions.items()},
-        "vae_precision": {name: precision for name, (_, precision) in precisions.items()},
+        "precision": {name: pair[0] for name, pair in precisions.items()} | eight,
+        "vae_precision": {name: pair[1] for name, pair in precisions.items()} | eight,
         "evals": evals,
         "work": work_row(work),
         "roofline": roofline.row(),
