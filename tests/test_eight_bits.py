@@ -15,6 +15,7 @@ from golden_cases import unpack
 from patchbloom.engine import cli
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.coreset.coreset import open_coreset
+from patchbloom.engine.expand.backends import TorchBackend
 from patchbloom.engine.expand.calibration import plan_calibration
 from patchbloom.engine.expand.expander import Expander
 from patchbloom.engine.expand.naming import prompts_of
@@ -30,7 +31,7 @@ from patchbloom.export.eight_bits import (
     read_recipe,
 )
 from patchbloom.export.engines import engine_key, open_engine, require_engine
-from patchbloom.export.graphs import make_graphs
+from patchbloom.export.graphs import Graph, make_graphs
 from patchbloom.export.models import ModelError, Unavailable, find_model
 from small_networks import new_parts
 
@@ -145,6 +146,24 @@ def test_fp8_products_are_those_that_torch_simulates(dtype: torch.dtype) -> None
     found = fp8_product(x, *scales, rounded.bias).float()
     assert float((found - expected).norm() / expected.norm()) < 5e-3
     assert float((expected - layer(x)).norm() / expected.norm()) > 1e-2
+
+
+@pytest.mark.slow  # Inductor compiles for a minute
+@pytest.mark.parametrize("unit", [False, True])
+def test_compiled_blocks_compute_in_fp8(unit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(SPEC, precision="fp8")
+
+    def quantise(graph: Graph) -> None:
+        quantise_graph(graph, "fp8", "fp8", random_calibration(TINY))
+
+    given: dict[str, Any] = {"tokens": 77, "quantise": quantise}
+    eager = TorchBackend("eager", new_parts("bf16"), spec, **given)
+    monkeypatch.setattr(eight_bits, "_has_fp8_unit", lambda device: unit)
+    compiled = TorchBackend("compile", new_parts("bf16"), spec, **given)
+    inputs = make_graphs(new_parts("bf16"), spec, tokens=77)[1].random_inputs(3)
+    with torch.no_grad():
+        found, expected = compiled.denoise(*inputs), eager.denoise(*inputs)
+    assert float((found - expected).norm() / expected.norm()) < 5e-2
 
 
 def test_int8_has_a_scale_per_output_channel() -> None:

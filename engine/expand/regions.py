@@ -70,8 +70,8 @@ def _compile(module: Any, options: dict[str, Any]) -> None:
 
 
 def _pack_projections(attn: Any) -> None:
-    """One product for Q, K and V; frees their own weights."""
-    if is_plain_attention(attn):
+    """One product for Q, K and V, unless they are in eight bits; frees their own weights."""
+    if is_plain_attention(attn) and isinstance(attn.to_q, nn.Linear):
         attn.fuse_projections()
         attn.set_processor(SelfAttention())
         del attn.to_q, attn.to_k, attn.to_v
