@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
@@ -27,7 +27,6 @@ from .bundle import Bundle, BundleError, ParityError, Say, find_or_build, record
 from .bundle_key import GRAPHS_ONLY
 from .config import (
     DEFAULT_OPSET,
-    EIGHT_BITS,
     OPTIONAL,
     BackendName,
     EngineSpec,
@@ -52,7 +51,14 @@ from .models import (
     resolve_vae_precision,
     weights_sha256,
 )
-from .parity import Reference, check_graphs, check_parity, make_host_reference, make_references
+from .parity import (
+    Reference,
+    check_graphs,
+    check_parity,
+    in_precision,
+    make_host_reference,
+    make_references,
+)
 from .terminal import say
 from .trt_library import builds_ahead, cards_of, here
 
@@ -302,7 +308,7 @@ def open_engine(
                     own = make_references(graph)
                 else:
                     own = {}
-                references |= _in_precision(own, spec, vae_precision)
+                references |= in_precision(own, spec.precision, vae_precision)
                 if calibration is not None:
                     quantise_graph(graph, spec.precision, vae_precision, calibration)
                 compiler.export_graph(graph, folder, spec)
@@ -352,7 +358,9 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[s
     references = {}
     for graph in make_graphs(parts, spec, tokens=bundle.key["tokens"]):
         say(f"running torch's {graph.name}")
-        references |= _in_precision(make_references(graph), spec, bundle.key["vae_precision"])
+        references |= in_precision(
+            make_references(graph), spec.precision, bundle.key["vae_precision"]
+        )
     del graph
     free_parts(parts)
     sessions = exporter(bundle.key["backend"]).open_sessions(bundle.folder, spec)
@@ -360,20 +368,6 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[s
     if not has_run(bundle, spec):
         record_run(bundle, str(here()), parity)
     return parity
-
-
-def _in_precision(
-    references: Mapping[str, Reference], spec: EngineSpec, vae_precision: Precision
-) -> dict[str, Reference]:
-    """The references with the tolerance of their graphs' precision, which may be eight bits."""
-    asked = {
-        name: spec.precision if reference.graph == "denoiser" else vae_precision
-        for name, reference in references.items()
-    }
-    return {
-        name: replace(reference, precision=asked[name]) if asked[name] in EIGHT_BITS else reference
-        for name, reference in references.items()
-    }
 
 
 def _measure(

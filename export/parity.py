@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .bundle import BundleError, ParityError
-from .config import Precision
+from .config import EIGHT_BITS, Precision
 from .graphs import Graph, Port
 from .models import PRECISIONS
 from .ort_reference import run_on_cpu
@@ -85,6 +85,20 @@ def make_references(graph: Graph) -> dict[str, Reference]:
     (expected,) = _rows((graph.output,), [whole.expected], graph.min_prompts)
     smallest = replace(whole, inputs=inputs, expected=expected)
     return {graph.name: whole, f"{graph.name}, smallest batch": smallest}
+
+
+def in_precision(
+    references: Mapping[str, Reference], precision: Precision, vae_precision: Precision
+) -> dict[str, Reference]:
+    """The references with the tolerance of their graphs' precision, which may be eight bits."""
+    asked = {
+        name: precision if reference.graph == "denoiser" else vae_precision
+        for name, reference in references.items()
+    }
+    return {
+        name: replace(reference, precision=asked[name]) if asked[name] in EIGHT_BITS else reference
+        for name, reference in references.items()
+    }
 
 
 def _rows(ports: Sequence[Port], values: Sequence[Tensor], prompts: int) -> list[Tensor]:

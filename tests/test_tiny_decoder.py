@@ -37,6 +37,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> TrainDecoder:
     """A decoder trained for 120 steps."""
     folder = tmp_path_factory.mktemp("decoder")
     write_small_model(folder)
+    (folder / "model" / "model_card.json").write_text(json.dumps({"class_names": ["disc"]}))
     command = TrainDecoder(
         model=str(folder / "model"),
         data=str(write_small_set(folder)),
@@ -57,7 +58,7 @@ def decoded(folder: Path | str) -> torch.Tensor:
 
 
 def test_it_learns_what_the_own_decoder_makes(command: TrainDecoder, tmp_path: Path) -> None:
-    card = json.loads((command.out / "model_card.json").read_text())
+    card = json.loads((command.out / TINY_DECODER / "card.json").read_text())
     assert card["made_by"] == "train decoder"
     assert decoded(command.model).shape == decoded(command.out).shape == (2, 3, 32, 32)
     once = replace(command, out=tmp_path / "once", decoder=replace(command.decoder, steps=1))
@@ -70,6 +71,7 @@ def test_the_folder_is_a_model_of_its_own(command: TrainDecoder, tmp_path: Path)
     assert weights_sha256(fast) != weights_sha256(own)
     assert weights_bytes(fast) > weights_bytes(own)
     unet = "unet/diffusion_pytorch_model.safetensors"
+    assert json.loads((command.out / "model_card.json").read_text()) == {"class_names": ["disc"]}
     assert (command.out / unet).samefile(Path(command.model) / unet), "no second copy"
     StableDiffusionXLImg2ImgPipeline.from_pretrained(command.out)
     AutoencoderTiny.from_pretrained(command.out / TINY_DECODER)
@@ -90,9 +92,9 @@ def test_what_would_harm_a_model_is_refused(command: TrainDecoder) -> None:
     other = DecoderConfig(steps=121, batch=4, width=8)
     assert "--steps 120, now 121" in told(decoder=other, resume=True)
     assert "expected a multiple of 4" in told(image_size=30, resume=True)
-    before = (command.out / "model_card.json").read_bytes()
+    before = (command.out / TINY_DECODER / "card.json").read_bytes()
     run_decoder(replace(command, resume=True), "again")
-    after = json.loads((command.out / "model_card.json").read_bytes())
+    after = json.loads((command.out / TINY_DECODER / "card.json").read_bytes())
     assert {**after, "made_by": "train decoder"} == json.loads(before)
 
 

@@ -22,7 +22,7 @@ from ..prior.decoder import DecoderTraining
 from ..prior.model import move_model
 from ..run.folder import RunError
 from ..run.progress import Report
-from .prior import CARD, WORK, check_memory, check_out, load_images, start
+from .prior import WORK, check_memory, check_out, load_images, start
 
 NEEDED_BYTES = 20 * 2**20
 
@@ -76,7 +76,9 @@ def run_decoder(command: TrainDecoder, line: str) -> dict[str, Any]:
             shutil.rmtree(building, ignore_errors=True)
             _link(model, building)
             _save(tiny, building / TINY_DECODER)
-            (building / CARD).write_text(json.dumps(card, indent=1, allow_nan=False) + "\n")
+            (building / TINY_DECODER / "card.json").write_text(
+                json.dumps(card, indent=1, allow_nan=False) + "\n"
+            )
             move_model(building, out)
     source = ModelSource(out.name, out, out / "vae")
     return {"model": str(out), "weights_sha256": weights_sha256(source), "card": card}
@@ -100,6 +102,6 @@ def _link(model: ModelSource, folder: Path) -> None:
         except OSError:
             shutil.copyfile(source, target)
 
-    ignored = shutil.ignore_patterns(".*", "vae", CARD, "samples.png")
+    ignored = shutil.ignore_patterns(".*", "vae", "samples.png")
     shutil.copytree(model.folder, folder, copy_function=link, ignore=ignored)
     shutil.copytree(model.vae_folder, folder / "vae", copy_function=link)
