@@ -63,6 +63,11 @@ class EngineSpec:
                 f"images_per_prompt must divide the batch of {self.batch}, "
                 f"got {self.images_per_prompt}"
             )
+        if self.vae_precision in EIGHT_BITS and self.vae_precision != self.precision:
+            raise ValueError(
+                f"--vae-precision {self.vae_precision} goes with --precision {self.vae_precision}, "
+                f"got {self.precision}"
+            )
         least = self.min_batch
         if least is not None and (not 1 <= least < self.batch or least % self.images_per_prompt):
             raise ValueError(

@@ -223,6 +223,7 @@ def test_what_a_backend_cannot_do_is_refused(
         (("--precision", "int8"), "--precision int8 is calibrated on patches: give a run or"),
         (("--calibrate", "runs/x"), "--calibrate is for --precision int8 or fp8: leave it out"),
         (("--precision", "int8", "--calibrate", "missing"), "missing"),
+        (("--vae-precision", "int8"), "--vae-precision int8 goes with --precision int8, got fp32"),
     ],
 )
 def test_a_build_without_its_coreset_is_one_line(

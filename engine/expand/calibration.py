@@ -23,9 +23,9 @@ from ...export.terminal import say
 from ..config import ExpandConfig
 from .backends import Backend
 
-SAMPLES = 32
+SAMPLES = 32  # of the coreset
 SEED = 0
-BATCH = 8
+BATCH = 8  # samples per call
 
 
 class _Expands(Protocol):
