@@ -17,6 +17,7 @@ import logging
 import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -31,7 +32,7 @@ from .bundle import BundleError
 from .config import EIGHT_BITS, EightBits, Precision
 from .documents import check_document
 from .durable import json_sha256
-from .graphs import Graph
+from .graphs import Graph, first_prompts, layers_in_fp32
 from .models import TURBO_CONFIGURATION, ModelError, ModelSource, Unavailable
 from .modules import TinyLatentDecoder
 
@@ -100,7 +101,9 @@ def quantise_graph(
         return
     precision = cast(EightBits, asked)
     layers = _chosen(graph.module, precision, calibration.left_out[graph.name])
-    inputs = calibration.inputs().get(graph.name) or [tuple(graph.random_inputs(seed=2))]
+    inputs = calibration.inputs().get(graph.name) or [
+        tuple(first_prompts(graph.inputs, graph.random_inputs(seed=2), 1))
+    ]
     largest = _largest_inputs(graph, layers, inputs, PERCENTILES[precision])
     for name, layer in layers.items():
         parent, _, own = name.rpartition(".")
@@ -139,10 +142,14 @@ def _largest_inputs(
         layer.register_forward_pre_hook(partial(watch, name)) for name, layer in layers.items()
     ]
     like = next(graph.module.parameters())
+    slow = like.dtype == torch.float16 and like.device.type == "cpu"  # few CPUs compute in it
     try:
-        for values in inputs:
-            pairs = zip(graph.inputs, values, strict=True)
-            graph.module(*(value.to(like.device, port.dtype) for port, value in pairs))
+        with layers_in_fp32(graph.module) if slow else nullcontext():
+            for values in inputs:
+                dtypes = (torch.float32 if slow else port.dtype for port in graph.inputs)
+                graph.module(
+                    *(v.to(like.device, dtype) for v, dtype in zip(values, dtypes, strict=True))
+                )
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,35 @@ class Graph:
                 value = value.abs().mul(300).clamp(max=999).floor()
             values.append(value.to(device, port.dtype))
         return values
+
+
+def first_prompts(ports: Sequence[Port], values: Sequence[Tensor], prompts: int) -> list[Tensor]:
+    """The values of the first prompts."""
+    return [
+        value[: port.per_prompt * prompts or port.shape[0]]
+        for port, value in zip(ports, values, strict=True)
+    ]
+
+
+@contextmanager
+def layers_in_fp32(module: nn.Module) -> Iterator[None]:
+    """Hold each layer's weights in fp32 while it runs: a copy of SDXL-Turbo's UNet takes 10 GB."""
+
+    def widen(layer: nn.Module, _: Any) -> None:
+        layer.float()
+
+    def narrow(layer: nn.Module, *_: Any) -> None:
+        layer.to(dtype)  # what it was: fp32 holds every half-precision number
+
+    dtype = next(module.parameters()).dtype
+    layers = [each for each in module.modules() if not list(each.children())]
+    hooks = [layer.register_forward_pre_hook(widen) for layer in layers]
+    hooks += [layer.register_forward_hook(narrow) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def write_borders(graph: Graph, folder: Path) -> None:

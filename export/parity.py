@@ -9,7 +9,7 @@ engine in half precision, so it is only reported.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bundle import BundleError, ParityError
 from .config import EIGHT_BITS, Precision
-from .graphs import Graph, Port
+from .graphs import Graph, first_prompts, layers_in_fp32
 from .models import PRECISIONS
 from .ort_reference import run_on_cpu
 
@@ -81,8 +81,8 @@ def make_references(graph: Graph) -> dict[str, Reference]:
     whole = make_reference(graph)
     if graph.min_prompts is None:
         return {graph.name: whole}
-    inputs = _rows(graph.inputs, whole.inputs, graph.min_prompts)
-    (expected,) = _rows((graph.output,), [whole.expected], graph.min_prompts)
+    inputs = first_prompts(graph.inputs, whole.inputs, graph.min_prompts)
+    (expected,) = first_prompts((graph.output,), [whole.expected], graph.min_prompts)
     smallest = replace(whole, inputs=inputs, expected=expected)
     return {graph.name: whole, f"{graph.name}, smallest batch": smallest}
 
@@ -101,22 +101,14 @@ def in_precision(
     }
 
 
-def _rows(ports: Sequence[Port], values: Sequence[Tensor], prompts: int) -> list[Tensor]:
-    """The values of the first prompts."""
-    return [
-        value[: port.per_prompt * prompts or port.shape[0]]
-        for port, value in zip(ports, values, strict=True)
-    ]
-
-
 @torch.no_grad()
 def make_host_reference(graph: Graph) -> Reference:
     """Run a half-precision module in fp32 on the CPU, on its fewest prompts; 1 for a static batch.
 
     Few CPUs compute in half precision. Raises BundleError when the output is not finite.
     """
-    inputs = _rows(graph.inputs, graph.random_inputs(SEED), graph.min_prompts or 1)
-    with _layers_in_fp32(graph.module):
+    inputs = first_prompts(graph.inputs, graph.random_inputs(SEED), graph.min_prompts or 1)
+    with layers_in_fp32(graph.module):
         expected = graph.module(*(value.float() for value in inputs))
     precision = PRECISIONS[graph.output.dtype]
     if not bool(torch.isfinite(expected).all()):
@@ -124,27 +116,6 @@ def make_host_reference(graph: Graph) -> Reference:
             f"torch's own {graph.name} makes NaN or infinite values: check its weights"
         )
     return Reference(graph.name, precision, inputs, expected)
-
-
-@contextmanager
-def _layers_in_fp32(module: nn.Module) -> Iterator[None]:
-    """Hold each layer's weights in fp32 while it runs: a copy of SDXL-Turbo's UNet takes 10 GB."""
-
-    def widen(layer: nn.Module, _: Any) -> None:
-        layer.float()
-
-    def narrow(layer: nn.Module, *_: Any) -> None:
-        layer.to(dtype)  # what it was: fp32 holds every half-precision number
-
-    dtype = next(module.parameters()).dtype
-    layers = [each for each in module.modules() if not list(each.children())]
-    hooks = [layer.register_forward_pre_hook(widen) for layer in layers]
-    hooks += [layer.register_forward_hook(narrow) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def check_graphs(folder: Path, references: Mapping[str, Reference]) -> dict[str, Any]:
