@@ -105,11 +105,10 @@ def quantise_graph(
         tuple(first_prompts(graph.inputs, graph.random_inputs(seed=2), 1))
     ]
     largest = _largest_inputs(graph, layers, inputs, PERCENTILES[precision])
-    for name, layer in layers.items():
+    for name, most in largest.items():
         parent, _, own = name.rpartition(".")
-        made = EightBitLayer(layer, largest[name], _DTYPES[precision])
+        made = EightBitLayer(layers.pop(name), most, _DTYPES[precision])
         setattr(graph.module.get_submodule(parent), own, made)
-        del layer
 
 
 def _chosen(
@@ -126,9 +125,8 @@ def _chosen(
 def _largest_inputs(
     graph: Graph, layers: Mapping[str, nn.Module], inputs: Inputs, percentile: float
 ) -> dict[str, Tensor]:
-    """The absolute value from which on every layer's input is cut off."""
-    calib = require_modelopt()
-    calibrators = {name: calib.HistogramCalibrator(8, None, False) for name in layers}
+    """The absolute value from which on a layer's input is cut off; for layers that get any."""
+    calib, calibrators = require_modelopt(), {}
 
     def watch(name: str, _: nn.Module, values: tuple[Tensor, ...]) -> None:
         if not bool(torch.isfinite(values[0]).all()):
@@ -136,6 +134,8 @@ def _largest_inputs(
                 f"the calibration inputs of the {graph.name} are NaN or infinite at {name}: check "
                 "the model's weights and the coreset's patches"
             )
+        if name not in calibrators:
+            calibrators[name] = calib.HistogramCalibrator(8, None, False)
         calibrators[name].collect(values[0].float())
 
     hooks = [

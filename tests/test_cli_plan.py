@@ -277,7 +277,10 @@ def test_components_that_answers_do_not_have(train: Command, shapes: Path, tmp_p
         (["--device", "cuda"], "torch finds no CUDA GPU here: run on a machine with an NVIDIA GPU"),
         (["--backend", "trt"], "the trt backend needs an NVIDIA GPU (torch finds none"),
         (["--backend", "inductor", "--precision", "fp16"], "fp32 or bf16 on the CPU, not fp16"),
-        (["--backend", "ort", "--precision", "bf16"], "the ort backend runs fp32 on the CPU"),
+        (
+            ["--backend", "ort", "--precision", "bf16"],
+            "the ort backend runs fp32 and int8 on the CPU",
+        ),
     ],
 )
 def test_what_this_machine_lacks_is_told_before_anything_is_trained(

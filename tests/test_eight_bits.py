@@ -106,11 +106,13 @@ def test_fp8_rounds_linear_layers_alone(folder: Path) -> None:
 @pytest.mark.parametrize(("precision", "layers"), [("int8", 63), ("fp8", 40)])
 def test_layers_that_the_recipe_names_stay(precision: Precision, layers: int) -> None:
     encoder, denoiser, decoder = make_graphs(new_parts(), SPEC, tokens=77)
+    denoiser.module.unused = torch.nn.Linear(4, 4)
     calibration = random_calibration(TINY)
     for graph in (encoder, denoiser, decoder):
         quantise_graph(graph, precision, precision, calibration)
     found = dict(denoiser.module.named_modules())
     assert sum(isinstance(each, EightBitLayer) for each in found.values()) == layers
+    assert type(denoiser.module.unused) is torch.nn.Linear, "nothing is known of its inputs"
     for name in ("conv_in", "conv_out", "time_embedding.linear_1", "add_embedding.linear_1"):
         assert not isinstance(found[f"unet.{name}"], EightBitLayer), name
     kinds = {type(each) for each in encoder.module.modules()}
