@@ -50,7 +50,7 @@ Inputs = Sequence[tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What decides the scales of an engine's layers."""
+    """Inputs and recipe, which decide the scales of an engine's layers."""
 
     described: Mapping[str, Any]
     """Everything that `inputs` depends on besides the model, as plain JSON."""
@@ -243,7 +243,7 @@ def _has_fp8_unit(device: torch.device) -> bool:
 
 
 def _scale(largest: Tensor, dtype: torch.dtype, own: torch.dtype) -> Tensor:
-    """What 1 stands for in eight bits, a normal number in the layer's own dtype."""
+    """Value of 1 in eight bits: a normal number in the layer's own dtype."""
     return (largest.float() / LARGEST[dtype]).clamp(min=torch.finfo(own).smallest_normal).to(own)
 
 

@@ -303,17 +303,15 @@ def open_engine(
             for graph in make_graphs(parts, spec, tokens=tokens):
                 say(f"exporting the {graph.name}")
                 if ahead:
-                    own = {graph.name: make_host_reference(graph)}
+                    references[graph.name] = make_host_reference(graph)
                 elif not export_only:
-                    own = make_references(graph)
-                else:
-                    own = {}
-                references |= in_precision(own, spec.precision, vae_precision)
+                    references |= make_references(graph)
                 if calibration is not None:
                     quantise_graph(graph, spec.precision, vae_precision, calibration)
                 compiler.export_graph(graph, folder, spec)
             del graph
             free_parts(parts)
+            references = in_precision(references, spec.precision, vae_precision)
             exported_s = time.perf_counter() - started
             if ahead:
                 report["graph_parity"] = check_graphs(folder, references)
@@ -358,11 +356,10 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[s
     references = {}
     for graph in make_graphs(parts, spec, tokens=bundle.key["tokens"]):
         say(f"running torch's {graph.name}")
-        references |= in_precision(
-            make_references(graph), spec.precision, bundle.key["vae_precision"]
-        )
+        references |= make_references(graph)
     del graph
     free_parts(parts)
+    references = in_precision(references, spec.precision, bundle.key["vae_precision"])
     sessions = exporter(bundle.key["backend"]).open_sessions(bundle.folder, spec)
     parity = _measure(sessions, references)
     if not has_run(bundle, spec):

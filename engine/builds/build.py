@@ -95,7 +95,7 @@ def prepare_engine(
 
 
 def _calibration(command: EngineBuild, model: ModelSource, spec: EngineSpec) -> Calibration | None:
-    """What an engine in eight bits is calibrated on; None for others."""
+    """The calibration of an engine in eight bits; None for others."""
     if spec.precision not in EIGHT_BITS:
         if command.calibrate is not None:
             raise ValueError("--calibrate is for --precision int8 or fp8: leave it out")
