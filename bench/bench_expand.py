@@ -23,10 +23,11 @@ memory that each peer adds (bench/peak_memory.py).
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import torch
-from expand_peers import Options, Peers, open_peers
+from expand_peers import Options, Peers, open_peers, tiny_model
 from measure import Rate, device_name, environment, measure_rates, publish, ratios, run_program
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand.backends import resolve_device
@@ -34,7 +35,7 @@ from patchbloom.engine.expand.image_work import count_image_work
 from patchbloom.engine.expand.schedule import make_schedule
 from patchbloom.export.config import EIGHT_BITS
 from patchbloom.export.models import ModelSource, find_model
-from peer_names import default_precision, is_peer, split_name
+from peer_names import TINY, default_precision, is_peer, split_name
 from pictures import RELATIVE_L2, TOLERANCE, WRONG_TIMES, make_coreset
 from predict import predict_rates
 from roofline import floor_s, measure_roofline, peer_precisions, work_row
@@ -53,11 +54,16 @@ def arithmetic(
     """Arithmetic of an image, the device's roofline, and the share of it that each peer reaches."""
     config = ExpandConfig(size_px=options.size)
     evals = make_schedule(model.scheduler_config(), steps=config.steps, rho=config.rho).evals
-    work = count_image_work(model, size_px=options.size, batch=options.batch, evals=evals)
+    count: Any = partial(count_image_work, size_px=options.size, batch=options.batch, evals=evals)
+    work = count(model)
+    works = {
+        name: count(tiny_model(options)) if split_name(name)[0].endswith(TINY) else work
+        for name in rates
+    }
     usual = default_precision(device)
     precisions = {name: peer_precisions(name, model, usual) for name in rates}
     roofline = measure_roofline(device, (each for pair in precisions.values() for each in pair))
-    floors_s = {name: floor_s(work, roofline, *pair) for name, pair in precisions.items()}
+    floors_s = {name: floor_s(works[name], roofline, *pair) for name, pair in precisions.items()}
     predicted = predict_rates(
         model,
         precisions,
@@ -75,7 +81,9 @@ def arithmetic(
         "evals": evals,
         "work": work_row(work),
         "roofline": roofline.row(),
-        "tflops": {name: round(rate.p50 * work.flops / 1e12, 4) for name, rate in rates.items()},
+        "tflops": {
+            name: round(rate.p50 * works[name].flops / 1e12, 4) for name, rate in rates.items()
+        },
         "percent_of_roofline": {
             name: round(100 * rate.p50 * floors_s[name], 1) for name, rate in rates.items()
         },
@@ -168,6 +176,8 @@ def main(options: Options) -> None:
     """Gate, measure, report. Raises ValueError for settings that cannot be compared."""
     if options.weights == "random" and any(split_name(name)[1] for name in options.backends):
         raise ValueError("--weights random: expected backends without a precision in their names")
+    if any(split_name(name)[0].endswith(TINY) for name in options.backends):
+        tiny_model(options)
     torch.set_num_threads(options.threads)
     device = resolve_device(options.device)
     model = find_model(options.model, options.weights)

@@ -9,11 +9,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from diffusers import (
+    AutoencoderTiny,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+)
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
 from patchbloom.engine.expand.prompts import encode_prompts
 from patchbloom.export.config import Precision
-from patchbloom.export.models import ModelSource, load_parts
+from patchbloom.export.models import TINY_DECODER, ModelSource, load_parts
 from patchbloom.kernels.noise import Draw, normal
 from torch import Tensor
 
@@ -77,6 +81,18 @@ def upcast_vae(pipeline: Any) -> None:
             "diffusers-upcast-fp16"
         )
     pipeline.vae.register_to_config(force_upcast=True)
+
+
+def decode_tiny(pipeline: Any, model: ModelSource) -> None:
+    """Decode by the model's AutoencoderTiny; the encoder stays the VAE's."""
+    vae = pipeline.vae
+    folder = model.part(TINY_DECODER)
+    tiny = AutoencoderTiny.from_pretrained(folder, torch_dtype=vae.dtype).to(vae.device)
+
+    def decode(raw_BCHW: Tensor, **named: Any) -> Any:
+        return tiny.decode(raw_BCHW * vae.config.scaling_factor, **named)
+
+    vae.decode = decode
 
 
 class OurNoise:

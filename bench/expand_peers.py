@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers_peer import (
     compile_pipeline,
+    decode_tiny,
     open_pipeline,
     open_random_pipeline,
     run_pipeline,
@@ -25,10 +26,10 @@ from measure import timed
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.expand.expander import Expander
 from patchbloom.export.config import DeviceName, Precision, Weights
-from patchbloom.export.models import DTYPES, ModelSource
+from patchbloom.export.models import DTYPES, ModelSource, find_model
 from patchbloom.kernels.pixels import upsample_patches
 from peak_memory import MemoryWatch
-from peer_names import DIFFUSERS, default_precision, split_name
+from peer_names import DIFFUSERS, TINY, default_precision, split_name
 from pictures import (
     EPOCH,
     Coreset,
@@ -37,6 +38,7 @@ from pictures import (
     compare,
     expander_cases,
     open_expander,
+    picture_errors,
     pipeline_cases,
     pipeline_pictures,
 )
@@ -56,9 +58,12 @@ class Options:
     """Name or folder of a model."""
     backends: tuple[str, ...] = ("diffusers", "ort")
     """Peers to time: diffusers, diffusers-compiled, diffusers-upcast (fp16 with a VAE in fp32, as
-    SDXL's own asks for), eager, compile, ort, openvino, inductor, trt. Append -launched to one of
-    ours to have no CUDA graph, and -bf16, -fp16 or -fp32 for another precision than the usual one
-    (fp32 on the CPU, fp16 on a GPU); compare openvino-bf16 with diffusers-bf16."""
+    SDXL's own asks for), eager, compile, ort, openvino, inductor, trt. Append to one of ours
+    -launched to have no CUDA graph, or -tiny for the decoder of --tiny-decoder. Append -bf16,
+    -fp16, -fp32, -int8 or -fp8 for another precision than the usual one (fp32 on the CPU, fp16 on a
+    GPU); compare openvino-bf16 with diffusers-bf16."""
+    tiny_decoder: str | None = None
+    """Folder of the model with a tiny decoder, as `train decoder` writes it."""
     device: DeviceName = "auto"
     """`auto`: cuda if available."""
     weights: Weights = "pretrained"
@@ -149,13 +154,35 @@ def open_peers(
         peer, precision = split_name(name)
         if (peer, precision or usual) != ("diffusers", usual):
             cases = make_cases(samples)
-            peers.errors[name] = compare(name, cases, expected, coarser(precision or usual, usual))
+            right = tiny_pictures(options, device, coreset) if peer.endswith(TINY) else expected
+            peers.errors[name] = compare(name, cases, right, coarser(precision or usual, usual))
+            if peer.endswith(TINY):
+                peers.errors[name]["own_decoder"] = picture_errors(cases["same"], expected)
         peers.passes[name] = one_pass
         peers.memory[name] = watch.peak_of(one_pass)
         seconds, images = timed(one_pass)
         peers.single[name] = round(images / seconds, 2)
         print(f"{name:18} opened in {peers.setup_s[name]:.1f} s", flush=True)
         yield peers
+
+
+def tiny_pictures(options: Options, device: str, coreset: Coreset) -> Tensor:
+    """Pictures of diffusers' usual pipeline with the tiny decoder."""
+    model = tiny_model(options)
+    pipeline = new_pipeline(model, device, default_precision(device))
+    decode_tiny(pipeline, model)
+    config = ExpandConfig(size_px=options.size)
+    return pipeline_pictures(pipeline, coreset, coreset.spread(options.batch), config)
+
+
+def tiny_model(options: Options) -> ModelSource:
+    """The model with a tiny decoder. Raises ValueError without one."""
+    if options.tiny_decoder is None or options.weights == "random":
+        raise ValueError(f"a backend with {TINY}: expected --tiny-decoder FOLDER and its weights")
+    model = find_model(options.tiny_decoder)
+    if not model.has_tiny_decoder:
+        raise ValueError(f"--tiny-decoder {options.tiny_decoder}: the model has no tiny decoder")
+    return model
 
 
 def open_peer(
@@ -170,6 +197,7 @@ def open_peer(
         return one_pass, lambda samples: pipeline_cases(
             pipeline, coreset, samples, ExpandConfig(size_px=options.size)
         )
+    model = tiny_model(options) if peer.endswith(TINY) else model
     expander = peers.expanders[name] = open_expander(
         name, model, coreset, device=device, size_px=options.size, batch=options.batch
     )

@@ -16,6 +16,8 @@ LOADERS = ("torchvision", "torchvision-tensor")
 LAUNCHED = "-launched"
 """After a backend of ours: every kernel is launched by the host, and no CUDA graph is recorded. On
 a CPU it changes nothing, so that a GPU's options can be rehearsed there."""
+TINY = "-tiny"
+"""After a backend of ours: a tiny decoder makes the pictures (`openvino-tiny-int8`)."""
 PEERS = {*DIFFUSERS, *LOADERS, "eager_us", "compiled_us"}
 
 

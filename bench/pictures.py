@@ -5,6 +5,7 @@ encoder's posterior here, as we do. A peer passes when its pictures match those 
 pipeline, and its pictures of wrong prompts and of a wrong timestep do not. The relative L2 error
 must be at most RELATIVE_L2 of the coarser precision of both sides, and wrong pictures must have
 more than WRONG_TIMES that error. In fp32 no value may be off by more than TOLERANCE of [-1, 1].
+Pictures of a tiny decoder are compared with those of diffusers' pipeline with that decoder.
 
 Wrong pictures in half precision need not exceed the bound of right ones: random weights hardly
 respond to prompts and timesteps. SDXL-Turbo's architecture with such weights, 64 px, bf16 on a CPU:
@@ -30,7 +31,7 @@ from patchbloom.export.config import BackendName, DeviceName, Precision
 from patchbloom.export.models import ModelSource
 from patchbloom.kernels.noise import Draw, uniform
 from patchbloom.kernels.pixels import upsample_patches
-from peer_names import LAUNCHED, PRECISIONS, default_precision, split_name
+from peer_names import LAUNCHED, PRECISIONS, TINY, default_precision, split_name
 from torch import Tensor
 
 TOLERANCE = 1e-4
@@ -89,7 +90,7 @@ def open_expander(
     backend, precision = split_name(name)
     config = ExpandConfig(
         mixup=False,
-        backend=cast(BackendName, backend.removesuffix(LAUNCHED)),
+        backend=cast(BackendName, backend.removesuffix(TINY).removesuffix(LAUNCHED)),
         cuda_graph=not backend.endswith(LAUNCHED),
         precision=precision or default_precision(device),
         device=cast(DeviceName, device),
@@ -167,7 +168,7 @@ def compare(name: str, cases: dict[str, Tensor], expected: Tensor, precision: Pr
 
     `precision`: the coarser of both sides.
     """
-    errors = {case: _errors(images, expected) for case, images in cases.items()}
+    errors = {case: picture_errors(images, expected) for case, images in cases.items()}
     check_errors(name, errors, precision)
     return errors
 
@@ -197,7 +198,7 @@ def _no_noise(shape: tuple[int, ...], **wanted: Any) -> Tensor:
     return torch.zeros(shape, device=wanted["device"], dtype=wanted["dtype"])
 
 
-def _errors(images: Tensor, expected: Tensor) -> dict[str, float]:
+def picture_errors(images: Tensor, expected: Tensor) -> dict[str, float]:
     """Errors of pictures; the PSNR is capped at 200 dB, for equal pictures."""
     difference = (images - expected.to(images.device)).double()
     mean_square = difference.square().mean().clamp(min=4e-20)

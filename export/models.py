@@ -216,13 +216,11 @@ def load_parts(
     unet_dtype, vae_dtype = (
         DTYPES[rest_precision(each, runs_on or device)] for each in (precision, vae_precision)
     )
-    if source.weights == "random":
-        unet = _random(UNet2DConditionModel, source, "unet", unet_dtype, device)
-        return ModelParts(unet, _random(AutoencoderKL, source, "vae", vae_dtype, device))
-    unet = _load(UNet2DConditionModel, source, "unet", unet_dtype, device)
-    vae, tiny = _load(AutoencoderKL, source, "vae", vae_dtype, device), None
+    load = _random if source.weights == "random" else _load
+    unet = load(UNet2DConditionModel, source, "unet", unet_dtype, device)
+    vae, tiny = load(AutoencoderKL, source, "vae", vae_dtype, device), None
     if source.has_tiny_decoder:
-        tiny = _load(AutoencoderTiny, source, TINY_DECODER, vae_dtype, device)
+        tiny = load(AutoencoderTiny, source, TINY_DECODER, vae_dtype, device)
     return ModelParts(unet, vae, tiny)
 
 

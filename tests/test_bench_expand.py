@@ -41,6 +41,7 @@ def test_ours_is_compared_with_every_peer() -> None:
         ("torchvision-tensor", "torchvision-tensor", None, True),
         ("inductor-fp16", "inductor", "fp16", False),
         ("compile-launched-bf16", "compile-launched", "bf16", False),
+        ("openvino-tiny-int8", "openvino-tiny", "int8", False),
         ("ort", "ort", None, False),
     ],
 )
@@ -57,3 +58,9 @@ def test_a_row_names_the_backends_whose_graph_was_recorded() -> None:
     made = {"eager": recorded, "compile": refused, "eager-launched": None}
     peers = bench_expand.Peers(expanders={name: expander(graph) for name, graph in made.items()})
     assert bench_expand.gated(peers)["recorded"] == ["eager"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"tiny_decoder": "sdxl-tiny"}])
+def test_a_tiny_decoder_is_asked_for_by_folder(asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"tiny.decoder"):
+        bench_expand.tiny_model(bench_expand.Options(**asked))

@@ -77,7 +77,10 @@ def test_the_folder_is_a_model_of_its_own(command: TrainDecoder, tmp_path: Path)
     assert (command.out / unet).samefile(Path(command.model) / unet), "no second copy"
     StableDiffusionXLImg2ImgPipeline.from_pretrained(command.out)
     AutoencoderTiny.from_pretrained(command.out / TINY_DECODER)
-    *_, decoder = make_graphs(load_parts(fast, precision="fp32", device="cpu"), SPEC, tokens=77)
+    for weights in ("random", "pretrained"):
+        parts = load_parts(find_model(command.out, weights), precision="fp32", device="cpu")
+        *_, decoder = make_graphs(parts, SPEC, tokens=77)
+        assert isinstance(decoder.module, TinyLatentDecoder)
     export_onnx(decoder, tmp_path / "decoder.onnx", native_group_norm=False)
     check_parity(make_reference(decoder), OrtSession(tmp_path / "decoder.onnx", "cpu").run)
 

@@ -28,6 +28,7 @@ import pytest
 import torch
 from patchbloom.export.bundle import BundleError
 from patchbloom.export.config import EngineSpec
+from patchbloom.export.eight_bits import Calibration, quantise_graph
 from patchbloom.export.graphs import GRAPHS, Graph, Port
 from patchbloom.export.parity import Reference, check_parity, make_reference
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from trt_standins import Standin, load_bindings, standin_module
 
 ACTIVATION_BYTES = {"encoder": 4096, "denoiser": 12288, "decoder": 8192}
 OWN_STREAM, DEFAULT_STREAM, CALLERS_STREAM = 11, 0, 22
+UNCALIBRATED = Calibration({}, dict, {"denoiser": {}, "decoder": {}})
 HAPPENED: list[str] = []
 """Events on the GPU, in order."""
 
@@ -331,14 +333,15 @@ def played(bindings: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Denoiser(nn.Module):
-    """One convolution with a denoiser's inputs and output, for two images per prompt."""
+    """A convolution and a linear layer with a denoiser's inputs and output, two images a prompt."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mix = nn.Conv2d(4, 4, 3, padding=1)
+        self.project = nn.Linear(10, 1)
 
     def forward(self, latents: Tensor, timestep: Tensor, added: Tensor, keys: Tensor) -> Tensor:
-        texts = (added.mean(1) + keys.mean(1))[:, None].expand(-1, 2).flatten()
+        texts = (added.mean(1)[:, None] + self.project(keys)).expand(-1, 2).flatten()
         return self.mix(latents) + timestep / 1000 + texts[:, None, None, None]
 
 
@@ -378,6 +381,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
             spec = EngineSpec(size_px=32, **shapes)
             references = []
             for graph in new_graphs(spec):
+                quantise_graph(graph, spec.precision, spec.precision, UNCALIBRATED)
                 references.append(make_reference(graph))
                 to_tensorrt.export_graph(graph, folder, spec)
             made[key] = folder, spec, references
@@ -492,6 +496,26 @@ def test_a_range_of_batches(tensorrt: FakeTensorRT, exported: Callable[..., Any]
         assert float((found - reference.expected[:4]).abs().max()) < 1e-4
         with pytest.raises(ValueError, match="must have 2 to 6 rows in steps of 2"):
             session.run(*(torch.zeros(8, *value.shape[1:]) for value in reference.inputs))
+
+
+@pytest.mark.parametrize(("precision", "rounded"), [("int8", {"Conv", "Gemm"}), ("fp8", {"Gemm"})])
+def test_eight_bits(
+    tensorrt: FakeTensorRT, exported: Callable[..., Any], precision: str, rounded: set[str]
+):
+    from patchbloom.export import to_tensorrt
+
+    shapes = {"batch": 4, "images_per_prompt": 2, "precision": precision}
+    folder, spec, references, _ = compiled(exported, [], **shapes)
+    graph = onnx.load(folder / "denoiser.onnx").graph
+    back = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    fed = {node.op_type for node in graph.node if back & {*node.input}}
+    assert fed - {"Transpose", "MatMul"} == rounded
+    flags = tensorrt.trt.BuilderFlag
+    assert tensorrt.flags == {flags.STRIP_PLAN, flags.REFIT_IDENTICAL}
+    sessions = to_tensorrt.open_sessions(folder, spec)
+    assert tensorrt.refitted == [told for name in GRAPHS for told in (name, "applied")]
+    for reference in references:
+        assert check_parity(reference, sessions[reference.graph].run)["max_abs"] < 1e-2
 
 
 def test_the_timing_cache_is_kept(tensorrt: FakeTensorRT, exported: Callable[..., Any]):
