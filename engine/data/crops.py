@@ -172,21 +172,24 @@ def stream_crops(
 
 def stream_center(
     images: ImageSet,
+    order: np.ndarray | None = None,
     *,
     size_px: int,
     batch: int = 64,
     device: str = "cpu",
+    threads: int | None = None,
     skip_corrupt: bool = False,
 ) -> CropStream:
-    """The validation crop of every image, in order: see ``center_boxes``. P = 1."""
+    """The validation crop of the images ``order``. Default: of all. See ``center_boxes``; P = 1."""
     return stream_crops(
         images,
-        np.arange(len(images)),
+        np.arange(len(images)) if order is None else order,
         center_boxes(STANDARD_RESIZE_RATIO, size_px),
         crops=1,
         size_px=size_px,
         batch=batch,
         device=device,
+        threads=threads,
         skip_corrupt=skip_corrupt,
     )
 

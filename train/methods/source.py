@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...engine.config import ExpandConfig
 from ...engine.coreset.coreset import Coreset
-from ...engine.data.crops import STANDARD_RESIZE_RATIO, center_boxes, stream_crops, to_unit
+from ...engine.data.crops import stream_center, to_unit
 from ...engine.data.images import ImageSet
 from ...engine.expand.expander import Expander
 from ...engine.expand.naming import describe_source, prompts_of
@@ -268,15 +268,8 @@ def stream_whole(
     threads: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images as validation sees them: uint8 [B, S, S, 3] on `device`, and their positions."""
-    stream = stream_crops(
-        images,
-        positions,
-        center_boxes(STANDARD_RESIZE_RATIO, size_px),
-        crops=1,
-        size_px=size_px,
-        batch=batch,
-        device=device,
-        threads=threads,
+    stream = stream_center(
+        images, positions, size_px=size_px, batch=batch, device=device, threads=threads
     )
     for crops in stream:
         yield crops.pixels_BPHWC[:, 0], crops.index_B
