@@ -206,9 +206,9 @@ class EightBitLayer(nn.Module):
             self._product = partial(F.conv2d, **{name: getattr(layer, name) for name in names})
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._fp8_unit:
-            return fp8_product(x, self.weight, self.input_scale, self.weight_scale, self.bias)
         exporting = torch.compiler.is_exporting()  # as operators, which ONNX has names for
+        if self._fp8_unit and not exporting:
+            return fp8_product(x, self.weight, self.input_scale, self.weight_scale, self.bias)
         to_eight, back = (quantised, dequantised) if exporting else (_quantised, _dequantised)
         int8 = self.weight.dtype == torch.int8
         x = back(to_eight(x, self.input_scale, int8), self.input_scale)

@@ -11,7 +11,7 @@ import gc
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -205,7 +205,7 @@ def require_engine(
             )
         return
     if spec.precision == "fp8":
-        _require_fp8(spec)
+        require_fp8(spec.device, spec.targets)
     if spec.targets:
         return  # choose_library has found what it needs
     vae_precision = resolve_vae_precision(model, spec.precision, spec.vae_precision)
@@ -228,9 +228,9 @@ def require_engine(
         )
 
 
-def _require_fp8(spec: EngineSpec) -> None:
-    """Raise Unavailable unless all cards have units for fp8."""
-    cards = spec.targets or (here(),) if spec.device == "cuda" else ()
+def require_fp8(device: str, targets: Sequence[str] = ()) -> None:
+    """Raise Unavailable unless all cards, the GPU here or `targets`, have units for fp8."""
+    cards = targets or (here(),) if device == "cuda" else ()
     lacking = [each for each in cards if each and int(each.removeprefix("sm")) < FP8_CAPABILITY]
     if lacking:
         raise Unavailable(
@@ -311,7 +311,9 @@ def open_engine(
                 compiler.export_graph(graph, folder, spec)
             del graph
             free_parts(parts)
-            references = in_precision(references, spec.precision, vae_precision)
+            references = in_precision(
+                references, spec.precision, vae_precision, tiny_decoder=model.has_tiny_decoder
+            )
             exported_s = time.perf_counter() - started
             if ahead:
                 report["graph_parity"] = check_graphs(folder, references)
@@ -353,13 +355,16 @@ def verify_engine(bundle: Bundle, parts: ModelParts, spec: EngineSpec) -> dict[s
     The first time on a target of TensorRT for RTX is recorded in the manifest. Raises BundleError
     beyond the tolerance, or for NaN or infinity.
     """
+    tiny_decoder = parts.tiny_decoder is not None
     references = {}
     for graph in make_graphs(parts, spec, tokens=bundle.key["tokens"]):
         say(f"running torch's {graph.name}")
         references |= make_references(graph)
     del graph
     free_parts(parts)
-    references = in_precision(references, spec.precision, bundle.key["vae_precision"])
+    references = in_precision(
+        references, spec.precision, bundle.key["vae_precision"], tiny_decoder=tiny_decoder
+    )
     sessions = exporter(bundle.key["backend"]).open_sessions(bundle.folder, spec)
     parity = _measure(sessions, references)
     if not has_run(bundle, spec):

@@ -218,10 +218,16 @@ def load_parts(
     )
     load = _random if source.weights == "random" else _load
     unet = load(UNet2DConditionModel, source, "unet", unet_dtype, device)
-    vae, tiny = load(AutoencoderKL, source, "vae", vae_dtype, device), None
+    vae, tiny = load_vae(source, vae_dtype, device), None
     if source.has_tiny_decoder:
         tiny = load(AutoencoderTiny, source, TINY_DECODER, vae_dtype, device)
     return ModelParts(unet, vae, tiny)
+
+
+def load_vae(source: ModelSource, dtype: torch.dtype, device: str) -> AutoencoderKL:
+    """The VAE alone, in eval mode, without gradients."""
+    load = _random if source.weights == "random" else _load
+    return load(AutoencoderKL, source, "vae", dtype, device)
 
 
 def _random(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
@@ -345,7 +351,7 @@ def weights_sha256(source: ModelSource) -> str:
     """
     digest = hashlib.sha256()
     if source.weights == "random":
-        for part in _needed_parts(source):
+        for part in [*_needed_parts(source), *[TINY_DECODER] * source.has_tiny_decoder]:
             digest.update((source.part(part) / "config.json").read_bytes())
         return digest.hexdigest()
     for part in sorted(source.weighted_parts()):

@@ -88,17 +88,27 @@ def make_references(graph: Graph) -> dict[str, Reference]:
 
 
 def in_precision(
-    references: Mapping[str, Reference], precision: Precision, vae_precision: Precision
+    references: Mapping[str, Reference],
+    precision: Precision,
+    vae_precision: Precision,
+    *,
+    tiny_decoder: bool,
 ) -> dict[str, Reference]:
-    """The references with the tolerance of their graphs' precision, which may be eight bits."""
-    asked = {
-        name: precision if reference.graph == "denoiser" else vae_precision
-        for name, reference in references.items()
-    }
-    return {
-        name: replace(reference, precision=asked[name]) if asked[name] in EIGHT_BITS else reference
-        for name, reference in references.items()
-    }
+    """The references with the tolerance of their graphs' precision, which may be eight bits.
+
+    An encoder and a tiny decoder are never in eight bits; beside them OpenVINO runs both in bf16.
+    """
+
+    def own(reference: Reference) -> Precision:
+        graph = reference.graph
+        asked = precision if graph == "denoiser" else vae_precision
+        if asked not in EIGHT_BITS:
+            return reference.precision
+        if graph == "encoder" or (graph == "decoder" and tiny_decoder):
+            return "bf16" if reference.precision == "fp32" else reference.precision
+        return asked
+
+    return {name: replace(each, precision=own(each)) for name, each in references.items()}
 
 
 @torch.no_grad()

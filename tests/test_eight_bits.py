@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -15,11 +17,17 @@ from golden_cases import unpack
 from patchbloom.engine import cli
 from patchbloom.engine.config import ExpandConfig
 from patchbloom.engine.coreset.coreset import open_coreset
-from patchbloom.engine.expand.backends import TorchBackend
+from patchbloom.engine.expand.backends import (
+    TorchBackend,
+    choose_backend,
+    plan_engine,
+    require_backend,
+)
 from patchbloom.engine.expand.calibration import plan_calibration
 from patchbloom.engine.expand.expander import Expander
+from patchbloom.engine.expand.fused_layers import fuse
 from patchbloom.engine.expand.naming import prompts_of
-from patchbloom.export import eight_bits
+from patchbloom.export import eight_bits, engines
 from patchbloom.export.bundle import BundleError, open_bundle
 from patchbloom.export.config import BackendName, EngineSpec, Precision
 from patchbloom.export.eight_bits import (
@@ -33,6 +41,8 @@ from patchbloom.export.eight_bits import (
 from patchbloom.export.engines import engine_key, open_engine, require_engine
 from patchbloom.export.graphs import Graph, make_graphs
 from patchbloom.export.models import ModelError, Unavailable, find_model
+from patchbloom.export.parity import in_precision, make_reference
+from patchbloom.export.to_onnx import export_onnx
 from small_networks import new_parts
 
 SPEC = EngineSpec(size_px=32, batch=4, images_per_prompt=2, precision="int8")
@@ -93,8 +103,11 @@ def test_a_calibration_depends_on_patches_and_schedule(folder: Path) -> None:
 
     assert sha256() == sha256(replace(config, batch=7, backend="ort"))
     others = [sha256(replace(config, **{name: value})) for name, value in SCHEDULES]
+    others.append(sha256(replace(config, conditioning_px=64)))
     others.append(sha256(patches_NHWC=255 - coreset.patches()))
     assert len({sha256(), *others}) == len(others) + 1
+    noise = replace(config, start="noise")
+    assert sha256(noise) == sha256(replace(noise, rho=0.4, mixup=False), patches_NHWC=None)
 
 
 def test_fp8_rounds_linear_layers_alone(folder: Path) -> None:
@@ -166,6 +179,61 @@ def test_compiled_blocks_compute_in_fp8(unit: bool, monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         found, expected = compiled.denoise(*inputs), eager.denoise(*inputs)
     assert float((found - expected).norm() / expected.norm()) < 5e-2
+
+
+def test_a_graph_for_a_card_with_the_unit_keeps_its_roundings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(eight_bits, "_has_fp8_unit", lambda device: True)
+    _, denoiser, _ = make_graphs(new_parts(), SPEC, tokens=77)
+    quantise_graph(denoiser, "fp8", "fp8", random_calibration(TINY))
+    export_onnx(denoiser, tmp_path / "denoiser.onnx", native_group_norm=False)
+    nodes = onnx.load(tmp_path / "denoiser.onnx").graph.node
+    roundings = sum(node.op_type == "QuantizeLinear" for node in nodes)
+    assert roundings == 32, "of 40 layers; Q, K and V of four blocks share one"
+
+
+def test_a_transformers_end_is_rounded_on_a_gpu_too() -> None:
+    parts = new_parts()
+    fuse(parts)
+    block: Any = next(each for each in parts.unet.modules() if hasattr(each, "proj_out"))
+    block.proj_out = torch.nn.Identity()  # as quantise_graph replaces it, after `fuse`
+    rows, image = torch.randn(2, 4, 8), torch.randn(2, 8, 2, 2)
+    ended = block._get_output_for_continuous_inputs(rows, residual=image)
+    torch.testing.assert_close(ended, rows.transpose(1, 2).unflatten(2, (2, 2)) + image)
+
+
+def test_int8_on_a_gpu_is_for_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = EngineSpec(size_px=32, precision="int8", device="cuda")
+    assert choose_backend(on_gpu) == "trt"
+    assert choose_backend(replace(on_gpu, precision="fp8")) == "compile"
+    with pytest.raises(Unavailable, match="the trt backend needs"):
+        require_backend("auto", "int8", "cuda")
+    monkeypatch.setattr(engines, "here", lambda: "sm80")
+    for name in ("auto", "compile", "trt"):
+        with pytest.raises(Unavailable, match="have no units for fp8"):
+            require_backend(name, "fp8", "cuda")
+
+
+def test_a_vae_that_asks_for_fp32_gets_it_beside_int8(tmp_path: Path) -> None:
+    write_small_model(tmp_path)
+    config = tmp_path / "model" / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "force_upcast": True}))
+    asked = ExpandConfig(size_px=32, backend="openvino", precision="int8")
+    _, spec = plan_engine(find_model(tmp_path / "model"), asked, np.array([1]))
+    assert spec.vae_precision == "fp32"
+
+
+def test_only_rounded_graphs_may_differ_as_eight_bits_do() -> None:
+    references = {
+        graph.name: make_reference(graph) for graph in make_graphs(new_parts(), SPEC, tokens=77)
+    }
+    own = in_precision(references, "int8", "int8", tiny_decoder=False)
+    assert [each.precision for each in own.values()] == ["bf16", "int8", "int8"]
+    tiny = in_precision(references, "int8", "int8", tiny_decoder=True)
+    assert tiny["decoder"].precision == "bf16"
+    beside = in_precision(references, "int8", "fp32", tiny_decoder=False)
+    assert [each.precision for each in beside.values()] == ["fp32", "int8", "fp32"]
 
 
 def test_int8_has_a_scale_per_output_channel() -> None:

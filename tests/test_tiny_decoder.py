@@ -72,6 +72,8 @@ def test_the_folder_is_a_model_of_its_own(command: TrainDecoder, tmp_path: Path)
     own, fast = find_model(command.model), find_model(command.out)
     assert weights_sha256(fast) != weights_sha256(own)
     assert weights_bytes(fast) > weights_bytes(own)
+    random = [find_model(each, "random") for each in (command.model, command.out)]
+    assert weights_sha256(random[0]) != weights_sha256(random[1])
     unet = "unet/diffusion_pytorch_model.safetensors"
     assert json.loads((command.out / "model_card.json").read_text()) == {"class_names": ["disc"]}
     assert (command.out / unet).samefile(Path(command.model) / unet), "no second copy"

@@ -26,6 +26,7 @@ from ...export.models import (
     Unavailable,
     find_model,
     load_parts,
+    resolve_vae_precision,
     weights_sha256,
 )
 from ...export.terminal import say
@@ -166,7 +167,7 @@ def _plan(command: EngineBuild) -> tuple[BackendName, ModelSource, EngineSpec]:
         min_batch=command.min_batch,
         images_per_prompt=command.images_per_prompt,
         precision=precision,
-        vae_precision=command.vae_precision,
+        vae_precision=resolve_vae_precision(model, precision, command.vae_precision),
         opset=command.opset,
         device=device,
         trt_library=library,
@@ -175,6 +176,9 @@ def _plan(command: EngineBuild) -> tuple[BackendName, ModelSource, EngineSpec]:
     if backend == "auto":
         backend = "ort" if command.export_only else _choose_built(spec)
         say(f"backend: {backend} on {device}")
+        if backend == "trt":
+            library, targets = trt_choice(command.trt_library, device)
+            spec = replace(spec, trt_library=library, targets=targets)
     if backend in UNBUILT:
         raise ValueError(
             f"the {backend} backend is torch itself and has nothing to build: choose --backend "

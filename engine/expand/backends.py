@@ -29,7 +29,7 @@ from ...export.config import (
     TrtLibraryName,
 )
 from ...export.eight_bits import Calibration, quantise_graph
-from ...export.engines import engine_key, exporter, open_engine, require_engine
+from ...export.engines import engine_key, exporter, open_engine, require_engine, require_fp8
 from ...export.graphs import Graph, make_graphs
 from ...export.machine import cxx_compiler, driver_version, gpus_of_driver, triton_needs
 from ...export.models import (
@@ -222,16 +222,16 @@ def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
 
 def choose_backend(
     spec: EngineSpec,
-) -> Literal["ort", "openvino", "inductor", "compile", "eager"]:
+) -> Literal["ort", "openvino", "inductor", "compile", "trt", "eager"]:
     """Resolve `auto` for these settings.
 
     CPU, sdxl-tiny, batch 32, two threads, images per second: in fp32 ort, 112, built in 10 s
     without a compiler (inductor: 135, built in 44 s); in bf16 inductor, 280, if there is a
     compiler, otherwise openvino, which is as fast where it is installed, or eager, 159. On a GPU
-    compile, until rows of a card say otherwise.
+    compile, until rows of a card say otherwise; for int8 trt alone.
     """
     if spec.device == "cuda":
-        return "compile"
+        return "trt" if spec.precision == "int8" else "compile"
     if spec.precision == "fp32":
         return "ort"
     if spec.precision == "bf16" and cxx_compiler():
@@ -263,7 +263,7 @@ def plan_engine(
         batch=config.batch,
         images_per_prompt=config.images_per_prompt or images_per_prompt(config.batch, class_counts),
         precision=config.precision,
-        vae_precision=config.vae_precision,
+        vae_precision=resolve_vae_precision(model, config.precision, config.vae_precision),
         device=device,
         calibration=calibration,
     )
@@ -353,7 +353,9 @@ def require_backend(
 ) -> None:
     """Raise Unavailable unless the backend can run here, or build for targets elsewhere: a check
     before hours of other work."""
-    if name == "trt":
+    if precision == "fp8" and name != "eager":
+        require_fp8(device, targets)
+    if name == "trt" or (name == "auto" and (precision, device) == ("int8", "cuda")):
         choose_library(library, targets, device)
     elif name == "compile":
         exporter("inductor").require(rest_precision(precision, device), device)

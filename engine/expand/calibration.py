@@ -22,6 +22,7 @@ from ...export.models import ModelSource, rest_precision
 from ...export.terminal import say
 from ..config import ExpandConfig
 from .backends import Backend
+from .naming import describe_mixup
 
 SAMPLES = 32  # of the coreset
 SEED = 0
@@ -52,14 +53,19 @@ def plan_calibration(
     rows = np.sort(np.random.default_rng(SEED).permutation(len(labels_N))[:SAMPLES])
     classes, own_labels = np.unique(labels_N[rows], return_inverse=True)
     prompts = [prompts_K[each] for each in classes]
-    patches = None if patches_NHWC is None else patches_NHWC[torch.from_numpy(rows)]
-    settings = ("size_px", "steps", "rho", "mixup", "mixup_weight", "start", "seed", "posterior")
+    patches = None
+    if patches_NHWC is not None and config.start == "image":
+        patches = patches_NHWC[torch.from_numpy(rows)]
+    settings = ("size_px", "steps", "start", "seed", "posterior")
     described = {
         "samples": rows.tolist(),
         "patches": None if patches is None else hashlib.sha256(patches.numpy().data).hexdigest(),
         "labels": own_labels.tolist(),
         "prompts": prompts,
         **{name: getattr(config, name) for name in settings},
+        "rho": config.rho if config.start == "image" else None,
+        "conditioning_px": config.conditioning_px or config.size_px,
+        **describe_mixup(config),
     }
 
     @cache

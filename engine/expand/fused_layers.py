@@ -69,12 +69,12 @@ def _fuse_ends(module: Any) -> None:
     elif getattr(module, "is_input_continuous", False):  # Transformer2DModel
         module.norm = FusedGroupNorm(module.norm, silu=False)
         if module.use_linear_projection:
-            module._get_output_for_continuous_inputs = partial(_add_rows, module.proj_out)
+            module._get_output_for_continuous_inputs = partial(_add_rows, module)
 
 
-def _add_rows(proj_out: nn.Module, hidden_states: Tensor, residual: Tensor, **_: int) -> Tensor:
+def _add_rows(transformer: Any, hidden_states: Tensor, residual: Tensor, **_: int) -> Tensor:
     """Transformer2DModel's end without its copy to NCHW: rows [B, P, C] + image [B, C, H, W]."""
-    rows_BCP = proj_out(hidden_states).transpose(1, 2)
+    rows_BCP = transformer.proj_out(hidden_states).transpose(1, 2)
     return rows_BCP.unflatten(2, residual.shape[2:]) + residual
 
 

@@ -14,7 +14,7 @@ from diffusers import AutoencoderTiny
 from ...engine.config import usual_px
 from ...engine.expand.backends import resolve_device
 from ...export.durable import full_disk_explained
-from ...export.models import TINY_DECODER, ModelSource, find_model, load_parts, weights_sha256
+from ...export.models import TINY_DECODER, ModelSource, find_model, load_vae, weights_sha256
 from ..data.folder import check_content, images_sha256
 from ..data.forms import open_data
 from ..options import TrainDecoder
@@ -57,9 +57,9 @@ def run_decoder(command: TrainDecoder, line: str) -> dict[str, Any]:
             pixels_NHWC, _, skipped = load_images(images, size_px, command.skip_corrupt, report)
             start(command, settings)
             check_content(out / WORK, (images,), report, begun=True)
-            parts = load_parts(model, precision="fp32", device=device)
+            vae = load_vae(model, torch.float32, device)
             training = DecoderTraining(
-                *(command.decoder, pixels_NHWC, parts, out / WORK), report.say, device
+                *(command.decoder, pixels_NHWC, vae, out / WORK), report.say, device
             )
             tiny = training.run()
             card = {

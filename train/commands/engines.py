@@ -35,11 +35,13 @@ def find_or_build_engines(plan: Plan, methods: Sequence[str]) -> dict[str, dict[
     found = {}
     for method in methods:
         use, engine = plan.use[method], None
-        name, spec = plan_engine(plan.model, use, counts_K, plan.targets)
         if use.precision in EIGHT_BITS:
             require_modelopt()
             say(f"the engine in {use.precision} is calibrated on the coreset, and built after it")
-        elif name not in UNBUILT:
+            found[method] = {"backend": use.backend, "trt_library": use.trt_library, "engine": None}
+            continue
+        name, spec = plan_engine(plan.model, use, counts_K, plan.targets)
+        if name not in UNBUILT:
             bundle = prepare_engine(name, plan.model, spec, bundles_of(use))
             say_built(bundle)
             engine = describe(bundle) | {"built": bundle.built}

@@ -14,6 +14,8 @@ from functools import cache
 import torch
 from torch.nn.functional import cross_entropy
 
+from ...export.config import EIGHT_BITS
+from ...export.models import rest_precision
 from ..config import StudentPrecision
 from ..methods.registry import METHODS
 from ..methods.source import open_expander
@@ -91,11 +93,15 @@ def _image_s(
 def _rendered_s(plan: Plan) -> float:
     """Seconds per image that the run's own engine expands; it is built if it is not stored.
 
-    As many evaluations from noise alone stand for those of patches, whose encoding is done once.
+    As many evaluations from noise alone stand for those of patches, whose encoding is done once,
+    and those of the other layers' precision for eight bits, whose engine waits for a coreset.
     """
     use, classes = plan.use[plan.methods[0]], len(plan.class_names)
     evals = use.steps if use.start == "noise" else int(use.steps * use.rho)
     alike = replace(use, start="noise", mixup=False, steps=evals)
+    if use.precision in EIGHT_BITS:
+        rest = rest_precision(use.precision, plan.device)
+        alike = replace(alike, precision=rest, vae_precision="auto")
     labels_N = torch.arange(classes).repeat_interleave(plan.samples // classes)
     with open_expander(
         *(plan.model, alike, ALONE), labels_N=labels_N, prompts_K=plan.prompts

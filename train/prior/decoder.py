@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
 from ...engine.data.crops import to_unit
-from ...export.models import ModelParts
 from ...export.modules import LatentDecoder, LatentEncoder
 from ..config import DecoderConfig
 from .loop import Phase
@@ -44,13 +43,12 @@ class DecoderTraining:
         self,
         config: DecoderConfig,
         pixels_NHWC: Tensor,
-        parts: ModelParts,
+        vae: Any,
         work: Path,
         report: Callable[[str], None],
         device: str,
     ) -> None:
         self.config, self.pixels_NHWC, self.device = config, pixels_NHWC, torch.device(device)
-        vae: Any = parts.vae
         self.encoder, self.own = LatentEncoder(vae).eval(), LatentDecoder(vae).eval()
         torch.manual_seed(config.seed)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -85,7 +83,7 @@ class DecoderTraining:
     def psnr_db(self, tiny: AutoencoderTiny, count: int = 512) -> float:
         """PSNR against the model's own decoder on the latents of every n-th image."""
         every, errors = max(1, len(self.pixels_NHWC) // count), []
-        for pixels_BHWC in self.pixels_NHWC[::every].split(32):
+        for pixels_BHWC in self.pixels_NHWC[::every].split(self.config.batch):
             images = to_unit(pixels_BHWC.to(self.device))
             latents = self.encoder(images)[:, : self.channels]
             difference = tiny.decoder(latents).clamp(-1, 1) - self.own(latents)
