@@ -173,7 +173,9 @@ class EngineSession:
 
     def _enqueue(self) -> None:
         torchs = torch.cuda.current_stream()
-        if self._replay is not None:
+        if torch.cuda.is_current_stream_capturing():
+            self._execute(torchs)  # a graph cannot be launched into one that is being recorded
+        elif self._replay is not None:
             self._replay.replay()
         elif torchs == torch.cuda.default_stream():
             # On the default stream TensorRT waits for the GPU after every call.

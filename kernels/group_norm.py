@@ -105,7 +105,7 @@ def group_norm_kernel(
     x = tl.load(x_ptr + start + offset, mask=inside, other=0).to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask=known, other=0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=known, other=0).to(tl.float32)
-    count = (pixels * CHANNELS).to(tl.float32)
+    count = tl.cast(pixels * CHANNELS, tl.float32)  # Triton makes a constant of a single pixel
     mean, squares = tile_moments(x, inside, count)
     y = normalise(x, mean, squares / count, eps, weight, bias, SILU)
     tl.store(out_ptr + start + offset, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -103,6 +103,10 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mosaic, half": (mosaic_kernel, {**MOSAIC, **HALF_PIXELS}),
     "group_norm on chip": (group_norm_kernel, ON_CHIP),
     "group_norm on chip, few pixels": (group_norm_kernel, {**NORM, **plan_slabs(49, 80, 32)[0]}),
+    "group_norm on chip, one pixel": (
+        group_norm_kernel,
+        {**NORM, **plan_slabs(1, 80, 32)[0], "pixels": 1},
+    ),
     "group_norm, moments": (slab_moments_kernel, SLABS),
     "group_norm in slabs": (slab_normalise_kernel, SLABS),
     "group_norm in slabs, fp32": (
@@ -122,7 +126,11 @@ def resources(kernel: Any, arguments: dict[str, Any], capability: int, **options
         for name in kernel.arg_names
     }
     constants = {n: arguments[n] for n, kind in signature.items() if kind == "constexpr"}
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in ALIGNED]
+    aligned = [
+        n
+        for n, kind in signature.items()
+        if kind.startswith("*") or (n in ALIGNED and kind == "i32")
+    ]
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)

@@ -22,6 +22,7 @@ from patchbloom.train.run.checkpoint import CheckpointError, Checkpoints, read_t
 from patchbloom.train.students import lockstep
 from patchbloom.train.students import student as student_module
 from patchbloom.train.students.loop import StudentResult, train_students
+from patchbloom.train.students.student import micro_batches
 from patchbloom.train.teacher.teacher import Teacher
 from student_cases import LABELS_N, PATCHES, same, weights
 from torch import Tensor
@@ -315,3 +316,15 @@ def test_a_checkpoint_without_a_config_is_refused(source, labels, tmp_path: Path
     Checkpoints(tmp_path, "student", 2).write({"a": torch.zeros(1)}, {})
     with pytest.raises(CheckpointError, match="is not a patchbloom checkpoint"):
         train(source, labels, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("images", "ranks", "accumulate"), [(3, 2, 2), (10, 8, 2), (60, 8, 8), (5, 8, 2), (100, 1, 3)]
+)
+def test_ranks_take_equally_many_micro_batches(images: int, ranks: int, accumulate: int) -> None:
+    parts = set()
+    for own_B in torch.arange(images).tensor_split(ranks):
+        split = micro_batches(own_B, accumulate, images // ranks)
+        assert torch.equal(torch.cat(split), own_B)
+        parts.add(len(split))
+    assert len(parts) == 1

@@ -61,6 +61,7 @@ class FakeTensorRT:
         self.config: Standin | None = None
         self.parse_fails = self.build_fails = self.refit_fails = self.cache_is_foreign = False
         self.opens = self.runs = self.capturable = True
+        self.capturing = False
         self.names: dict[bytes, str] = {}
         self.ports: dict[str, list[Standin]] = {}
         self.error = 0.0
@@ -312,6 +313,7 @@ def played(bindings: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: FakeStream(DEFAULT_STREAM))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
 
     @contextlib.contextmanager
     def record(graph: FakeGraph, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
@@ -468,6 +470,9 @@ def test_a_small_batch_is_replayed(tensorrt: FakeTensorRT, exported: Callable[..
         assert session._replay.replays == 0
         assert check_parity(reference, session.run)["max_abs"] < 1e-4
         assert session._replay.replays == 1
+    tensorrt.capturing = True
+    assert check_parity(reference, session.run)["max_abs"] < 1e-4
+    assert session._replay.replays == 1, "a graph cannot be launched while another is recorded"
 
 
 def test_a_range_of_batches(tensorrt: FakeTensorRT, exported: Callable[..., Any]):

@@ -73,7 +73,7 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
         self._changed = Condition()
         self._ended = self._stopping = False
         self._error: BaseException | None = None
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._waited_s = self._stalled_s = 0.0
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         if streams:
@@ -134,8 +134,7 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
         if self._streams is None:
             return self._waited_s
         self._streams[1].synchronize()
-        self._stalled_s += sum(began.elapsed_time(ended) for began, ended in self._waits) / 1e3
-        self._waits.clear()
+        self._add_ended()
         return self._stalled_s
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -187,6 +186,13 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
         torch.cuda.current_stream().wait_event(place.filled)
         ended.record()
         self._waits.append((began, ended))
+        self._add_ended()
+
+    def _add_ended(self) -> None:
+        """Add up the waits that have ended, and free their events."""
+        while self._waits and self._waits[0][1].query():
+            began, ended = self._waits.popleft()
+            self._stalled_s += began.elapsed_time(ended) / 1e3
 
     def _produce(self, threads: int) -> None:
         torch.set_num_threads(threads)  # a new thread has the number that any thread set last

@@ -28,6 +28,14 @@ from .slots import Pool, PoolSlot
 RANK_STRIDE = 2654435761  # 2^32 over the golden ratio: far from the seeds of other students
 
 
+def micro_batches(own_B: Tensor, accumulate: int, least: int) -> tuple[Tensor, ...]:
+    """A rank's rows in `accumulate` parts, or in `least`, the rows of the smallest share, if fewer.
+
+    Ranks take equally many parts: SyncBatchNorm waits for all ranks in each.
+    """
+    return own_B.tensor_split(max(1, min(accumulate, least)))
+
+
 class Student:
     """A student's whole state. Its seed decides initialisation, order within a pool, and dropout.
 
@@ -137,7 +145,7 @@ class Student:
         own_B = rows_B.tensor_split(self._world.size)[self._world.rank]
         weight = self._world.size / len(rows_B) if len(own_B) else 0.0
         own_B = own_B if len(own_B) else rows_B[:1]
-        parts = own_B.tensor_split(min(self.config.accumulate, len(own_B)))
+        parts = micro_batches(own_B, self.config.accumulate, len(rows_B) // self._world.size)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device, dtype=torch.float32)
         for number, rows_b in enumerate(parts):
