@@ -35,7 +35,7 @@ from patchbloom.engine.expand.image_work import count_image_work
 from patchbloom.engine.expand.schedule import make_schedule
 from patchbloom.export.config import EIGHT_BITS
 from patchbloom.export.models import ModelSource, find_model
-from peer_names import TINY, default_precision, is_peer, split_name
+from peer_names import default_precision, is_peer, is_tiny, split_name
 from pictures import RELATIVE_L2, TOLERANCE, WRONG_TIMES, make_coreset
 from predict import predict_rates
 from roofline import floor_s, measure_roofline, peer_precisions, work_row
@@ -56,10 +56,7 @@ def arithmetic(
     evals = make_schedule(model.scheduler_config(), steps=config.steps, rho=config.rho).evals
     count: Any = partial(count_image_work, size_px=options.size, batch=options.batch, evals=evals)
     work = count(model)
-    works = {
-        name: count(tiny_model(options)) if split_name(name)[0].endswith(TINY) else work
-        for name in rates
-    }
+    works = {name: count(tiny_model(options)) if is_tiny(name) else work for name in rates}
     usual = default_precision(device)
     precisions = {name: peer_precisions(name, model, usual) for name in rates}
     roofline = measure_roofline(device, (each for pair in precisions.values() for each in pair))
@@ -176,7 +173,7 @@ def main(options: Options) -> None:
     """Gate, measure, report. Raises ValueError for settings that cannot be compared."""
     if options.weights == "random" and any(split_name(name)[1] for name in options.backends):
         raise ValueError("--weights random: expected backends without a precision in their names")
-    if any(split_name(name)[0].endswith(TINY) for name in options.backends):
+    if any(map(is_tiny, options.backends)):
         tiny_model(options)
     torch.set_num_threads(options.threads)
     device = resolve_device(options.device)

@@ -29,7 +29,7 @@ from patchbloom.export.config import DeviceName, Precision, Weights
 from patchbloom.export.models import DTYPES, ModelSource, find_model
 from patchbloom.kernels.pixels import upsample_patches
 from peak_memory import MemoryWatch
-from peer_names import DIFFUSERS, TINY, default_precision, split_name
+from peer_names import DIFFUSERS, TINY, default_precision, is_tiny, split_name
 from pictures import (
     EPOCH,
     Coreset,
@@ -145,6 +145,7 @@ def open_peers(
     # The timed batch size: a compiled pipeline would recompile for another one.
     samples, config = coreset.spread(options.batch), ExpandConfig(size_px=options.size)
     expected = pipeline_pictures(new_pipeline(model, device, usual), coreset, samples, config)
+    tiny = tiny_pictures(options, device, coreset) if any(map(is_tiny, options.backends)) else None
     gc.collect()
     for name in options.backends:
         watch, start = MemoryWatch(device), time.perf_counter()
@@ -154,9 +155,9 @@ def open_peers(
         peer, precision = split_name(name)
         if (peer, precision or usual) != ("diffusers", usual):
             cases = make_cases(samples)
-            right = tiny_pictures(options, device, coreset) if peer.endswith(TINY) else expected
+            right = tiny if tiny is not None and is_tiny(name) else expected
             peers.errors[name] = compare(name, cases, right, coarser(precision or usual, usual))
-            if peer.endswith(TINY):
+            if is_tiny(name):
                 peers.errors[name]["own_decoder"] = picture_errors(cases["same"], expected)
         peers.passes[name] = one_pass
         peers.memory[name] = watch.peak_of(one_pass)
@@ -197,7 +198,7 @@ def open_peer(
         return one_pass, lambda samples: pipeline_cases(
             pipeline, coreset, samples, ExpandConfig(size_px=options.size)
         )
-    model = tiny_model(options) if peer.endswith(TINY) else model
+    model = tiny_model(options) if is_tiny(name) else model
     expander = peers.expanders[name] = open_expander(
         name, model, coreset, device=device, size_px=options.size, batch=options.batch
     )

@@ -29,6 +29,11 @@ def split_name(name: str) -> tuple[str, Precision | None]:
     return name, None
 
 
+def is_tiny(name: str) -> bool:
+    """Whether a tiny decoder makes its pictures."""
+    return split_name(name)[0].endswith(TINY)
+
+
 def is_peer(name: str) -> bool:
     """Whether it is another project's, in any precision."""
     return split_name(name)[0] in PEERS
