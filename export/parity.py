@@ -52,13 +52,23 @@ class Reference:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Compute fp32 in fp32: cuDNN's default is TF32, whose 10 bits miss PARITY_TOLERANCE."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    """Compute fp32 in fp32: cuDNN's default is TF32, whose 10 bits miss PARITY_TOLERANCE.
+
+    The flag is the process's: a thread that needs the same bits every time must be inside too.
+    """
+    cudnn: Any = torch.backends.cudnn
+    owners, flag = [cudnn], "allow_tf32"
+    try:
+        before = [cudnn.allow_tf32]
+    except RuntimeError:  # the process uses torch's newer flags, and then the older is not readable
+        owners, flag = [cudnn.conv, cudnn.rnn], "fp32_precision"
+        before = [owner.fp32_precision for owner in owners]
+    cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        for owner, value in zip(owners, before, strict=True):
+            setattr(owner, flag, value)
 
 
 @torch.no_grad()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 import traceback
+from typing import Any
 
 import pytest
 import torch
+from patchbloom.export.parity import without_tf32
 from patchbloom.train.students.ring import Ring
 
 CPU = torch.device("cpu")
@@ -48,6 +50,37 @@ def test_no_more_is_filled_than_there_are_slots(overlap: bool) -> None:
     with Ring(slots, lambda _, item: filled.append(item), range(9), device=CPU, overlap=overlap):
         time.sleep(0.05)
         assert filled == ([0, 1] if overlap else [])
+
+
+def test_no_thread_switches_tf32_under_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student in fp32 on a card would else take TF32 or not by the producer's timing."""
+    cudnn: Any = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    began, looked = threading.Barrier(2, timeout=20), threading.Barrier(2, timeout=20)
+
+    def expand(*_: object) -> None:
+        with without_tf32():
+            began.wait()
+            looked.wait()
+
+    with Ring([0], expand, [0], device=CPU) as ring:
+        began.wait()
+        during = cudnn.allow_tf32
+        looked.wait()
+        ring.take()
+        assert (during, cudnn.allow_tf32) == (False, False)
+    assert cudnn.allow_tf32
+
+
+def test_a_process_with_the_newer_flags_of_tf32_gets_them_back() -> None:
+    cudnn: Any = torch.backends.cudnn
+    try:
+        cudnn.conv.fp32_precision = "ieee"
+        with without_tf32():
+            assert not cudnn.allow_tf32
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "tf32")
+    finally:
+        cudnn.allow_tf32 = True
 
 
 def test_the_producer_works_while_the_consumer_does() -> None:

@@ -11,6 +11,9 @@ order, whatever the timing, and both sides compute with the caller's number of t
 have the same bits with or without overlap. Without overlap the consumer fills all slots itself,
 then drains them: the baseline.
 
+While a ring is open no convolution of the process computes in TF32: sessions switch it off for
+their own calls, and would switch it under the consumer's.
+
 On a GPU the producer's kernels are large and many, the consumer's short: with higher priority the
 consumer's run as soon as they are queued, and expansion takes the rest.
 """
@@ -26,6 +29,8 @@ from threading import Condition, Thread
 from typing import Generic, TypeVar
 
 import torch
+
+from ...export.parity import without_tf32
 
 Slot = TypeVar("Slot")
 Item = TypeVar("Item")
@@ -85,6 +90,8 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
                 stream.wait_stream(torch.cuda.current_stream(device))
             for place in self._free:
                 place.filled, place.drained = torch.cuda.Event(), torch.cuda.Event()
+        self._in_fp32 = without_tf32()
+        self._in_fp32.__enter__()
         self._thread: Thread | None = None
         if overlap:
             threads = torch.get_num_threads()
@@ -147,6 +154,7 @@ class Ring(AbstractContextManager["Ring[Slot, Item]"], Generic[Slot, Item]):
             self._thread.join()
         if self._streams is not None:
             self._streams[0].synchronize()
+        self._in_fp32.__exit__(None, None, None)
 
     def _release(self) -> None:
         """Return the consumer's slots to the producer."""
