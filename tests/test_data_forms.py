@@ -481,6 +481,11 @@ def test_a_set_of_torchvision_is_written_once(
     assert again[0].root == sets[1].root
 
 
+def test_a_root_without_torchvision(train: Command, tmp_path: Path) -> None:
+    error = train("--data", "shapes", "--root", tmp_path, "--out", tmp_path / "run").error
+    assert f"--root {tmp_path}: only torchvision:NAME has one: leave it out" in error
+
+
 @pytest.mark.parametrize(
     ("name", "files"),
     [

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..engine.config import RECIPE_PX
+from ..engine.config import RECIPE_PX, SMALL_PX
 from .plugins import is_function, require_package
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -490,3 +490,8 @@ RECIPES: dict[RecipeName, Recipe] = {
         ),
     ),
 }
+
+
+def usual_recipe(size_px: int) -> RecipeName:
+    """The default recipe for images of this size, and for a model that was trained at it."""
+    return "small" if size_px <= SMALL_PX else "dace"

@@ -25,6 +25,7 @@ from ..config import (
     TeacherConfig,
     is_ready_teacher,
     usual_precision,
+    usual_recipe,
 )
 from ..data.folder import images_sha256
 from ..data.forms import data_name, open_data
@@ -236,17 +237,17 @@ def _choose_recipe(
     options: RunOptions, device: str, model: ModelSource | None, report: Report
 ) -> Recipe:
     if model is None:  # as dace would choose on the same data
-        small = options.data == "shapes" or device == "cpu"
+        default = "small" if options.data == "shapes" or device == "cpu" else "dace"
     else:
-        small = model.trained_px() <= SMALL_PX
-    return recipe_or_default(options.recipe, small, report)
+        default = usual_recipe(model.trained_px())
+    return recipe_or_default(options.recipe, default, report)
 
 
-def recipe_or_default(name: RecipeName | None, small: bool, report: Report) -> Recipe:
-    """The named recipe. Default: `small` or `dace`, which is then reported."""
+def recipe_or_default(name: RecipeName | None, default: RecipeName, report: Report) -> Recipe:
+    """The named recipe, or the default, which is then reported."""
     if name is not None:
         return RECIPES[name]
-    recipe = RECIPES["small" if small else "dace"]
+    recipe = RECIPES[default]
     report.say(f"recipe: {recipe.name} ({recipe.about})")
     return recipe
 

@@ -18,13 +18,12 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from ...engine.config import SMALL_PX
 from ...engine.coreset.coreset import Coreset, open_coreset
 from ...engine.data.images import ImageSet, with_classes
 from ...engine.expand.backends import resolve_device
 from ...export.config import DeviceName
 from ...export.durable import full_disk_explained
-from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds
+from ..config import CHANGES_NO_RESULT, StudentConfig, student_seeds, usual_recipe
 from ..coreset_options import LabelsElsewhere, StudentElsewhere
 from ..data.folder import check_content, images_sha256, validation_sha256
 from ..data.forms import open_data
@@ -197,8 +196,8 @@ def without_labels(
     device: DeviceName,
 ) -> StudentConfig:
     """The named recipe, filled in as the run of this coreset would."""
-    small = coreset.settings["image_size_px"] <= SMALL_PX
-    recipe = recipe_or_default(options.recipe, small, report)
+    default = usual_recipe(coreset.settings["image_size_px"])
+    recipe = recipe_or_default(options.recipe, default, report)
     named = {"factor": options.factor, "network": options.student}
     return unlabelled_config(coreset, recipe, device=device, **named)
 

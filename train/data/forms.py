@@ -63,6 +63,9 @@ def open_data(
     OSError, one clear line, for data that is not there or does not fit.
     """
     where = where or DataOptions()
+    named = (data, where.val_data or "")
+    if where.root is not None and not any(name.startswith(TORCHVISION) for name in named):
+        raise ValueError(f"--root {where.root}: only torchvision:NAME has one: leave it out")
     open_one = partial(_open, where.root, shapes_per_class, report)
     if where.val_fraction is not None:
         if not is_shards(data):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from patchbloom.coreset import Coreset
-from patchbloom.engine.config import RECIPE_PX, SMALL_PX, usual_px
+from patchbloom.engine.config import RECIPE_PX, usual_px
 from patchbloom.engine.coreset.coreset import write_coreset
 from patchbloom.engine.coreset.manifest import LEFTOVERS, MANIFEST, require_replaceable
 from patchbloom.engine.data.images import ImageSet
@@ -18,7 +18,7 @@ from patchbloom.engine.select.scores import TeacherFn
 from patchbloom.export.config import DeviceName
 from patchbloom.export.models import find_model
 from patchbloom.model import model_entry
-from patchbloom.train.config import RECIPES, Choice, Recipe
+from patchbloom.train.config import RECIPES, Choice, Recipe, usual_recipe
 from patchbloom.train.coreset_options import DataOptions, check_names
 from patchbloom.train.data.forms import open_data
 from patchbloom.train.methods.patches import origins
@@ -70,7 +70,7 @@ def select(
     require_replaceable(out, overwrite, "a coreset", MANIFEST, "patchbloom.coreset/", LEFTOVERS)
     source = None if model is None else find_model(model)
     size_px = size_px or (RECIPE_PX if source is None else usual_px(source.trained_px()))
-    recipe = RECIPES["small" if size_px <= SMALL_PX else "dace"]
+    recipe = RECIPES[usual_recipe(size_px)]
     factor = factor or recipe.factor_for(size_px)
     if size_px % factor:
         raise ValueError(f"factor {factor}: expected a divisor of the image size, {size_px} px")

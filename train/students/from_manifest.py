@@ -21,7 +21,7 @@ from torch import nn
 
 from ...engine.builds.cards import card_here, most_per_call
 from ...engine.builds.needs import engine_needs
-from ...engine.config import SMALL_PX, ExpandConfig
+from ...engine.config import ExpandConfig
 from ...engine.coreset.coreset import Coreset
 from ...engine.errors import CoresetError
 from ...engine.expand.backends import require_backend, resolve_device
@@ -38,7 +38,7 @@ from ...export.documents import check_document, check_fields
 from ...export.hashes import forget_hashes
 from ...export.models import ModelError, ModelSource, Unavailable, find_model, weights_sha256
 from ..batching import CPU_ENGINE_BATCH, engine_batch_for, grouping, together_in_engine
-from ..config import RECIPES, Recipe, StudentConfig, pool_size, usual_precision
+from ..config import RECIPES, Recipe, StudentConfig, pool_size, usual_precision, usual_recipe
 from ..coreset_options import RenderOptions
 from ..labels.targets import StoredLabels
 from ..methods.open import open_coreset_source
@@ -79,7 +79,7 @@ def default_views(coreset: Coreset, *, device: DeviceName) -> StudentConfig:
     """`view_config`, or without stored labels the views of the recipe for images of this size."""
     if coreset.soft_labels() is not None:
         return view_config(coreset, device=device)
-    recipe = RECIPES["small" if coreset.settings["image_size_px"] <= SMALL_PX else "dace"]
+    recipe = RECIPES[usual_recipe(coreset.settings["image_size_px"])]
     return unlabelled_config(coreset, recipe, device=resolve_device(device))
 
 
