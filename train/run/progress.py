@@ -73,7 +73,7 @@ class Report(AbstractContextManager["Report"]):
             return ""
         rate = made / seconds
         left = "" if done >= total else f"  {duration((total - done) / rate)} left"
-        return f"  {pace(rate, unit)}{left}"
+        return left if unit == "s" else f"  {pace(rate, unit)}{left}"
 
     def _draw(self, what: str, done: float, total: float, text: str) -> None:
         if self._bar is None or self._bar[0] != what:
