@@ -19,6 +19,7 @@ from patchbloom.train.config import PriorConfig
 from patchbloom.train.prior import loop as prior_loop
 from patchbloom.train.prior import losses as prior_phases
 from patchbloom.train.prior import training as prior
+from patchbloom.train.prior.linear_start import norm_groups, start_linear
 from patchbloom.train.prior.losses import (
     Conditioning,
     Denoising,
@@ -33,7 +34,7 @@ from patchbloom.train.prior.training import PriorTraining
 from patchbloom.train.teacher.teacher import Teacher
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate
 
 TINY = PriorConfig(
     image_size=32,
@@ -252,6 +253,30 @@ def test_standard_latents_decode_to_the_same_images(tmp_path: Path) -> None:
         standard = vae.encode(images).latent_dist.mean
         torch.testing.assert_close(vae.decode(standard).sample, before, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(standard.std((0, 2, 3)), torch.ones(6), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("widths", "channels"), [((8, 16), 4), ((16, 32), 12), ((8, 16, 32), 8), ((16, 32, 64), 16)]
+)
+def test_an_autoencoder_begins_linear(tmp_path: Path, widths: tuple[int, ...], channels: int):
+    """Standard principal components in, the mean colour of every block out, whatever the image."""
+    torch.manual_seed(1)
+    groups, factor = norm_groups(widths[0]), 2 ** (len(widths) - 1)
+    sizes = {"vae_channels": widths, "latent_channels": channels, "vae_groups": groups}
+    vae = new_parts(32, tmp_path, **sizes).vae
+    tints, coarse = torch.rand(200, 3, 1, 1), torch.rand(200, 3, 8, 8)
+    images = interpolate(coarse, 32, mode="bicubic").clamp(0, 1) * tints * 2 - 1
+    images += torch.randn(images.shape) * 0.02
+    start_linear(vae, images)
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mean
+        decoded = vae.decode(latents).sample
+        (mixed,) = vae.encode(images[:100].lerp(images[100:], 0.5)).latent_dist.mean[None]
+    torch.testing.assert_close(mixed, latents[:100].lerp(latents[100:], 0.5), atol=0.15, rtol=0)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(channels), atol=0.02, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(channels), atol=0.05, rtol=0)
+    means = interpolate(avg_pool2d(images, factor), 32)
+    assert (decoded - means).square().mean().sqrt() < 0.03
 
 
 def test_the_denoiser_learns_to_sharpen_patches(tmp_path: Path) -> None:

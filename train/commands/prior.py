@@ -24,6 +24,7 @@ from ..config import PriorConfig
 from ..data.folder import check_content, images_sha256
 from ..data.forms import open_data
 from ..options import TrainDecoder, TrainPrior
+from ..prior.linear_start import norm_groups
 from ..prior.training import PriorTraining
 from ..run.folder import RunError
 from ..run.progress import Report
@@ -51,10 +52,12 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
             )
         check_memory(len(images), _image_bytes(command.prior), "--image-size or --crops")
         settings = command.prior.as_dict()
-        settings |= {"data": images_sha256(images), "classes": list(names)}
+        groups = norm_groups(command.prior.vae_width)
+        settings |= {"data": images_sha256(images), "classes": list(names), "vae_groups": groups}
         with full_disk_explained(command.out, _needed_bytes(command.prior)):
             # An older version lacks newer options.
-            check_out(command, settings, {**PriorConfig().as_dict(), "patch_factor": 1})
+            older = {**PriorConfig().as_dict(), "patch_factor": 1, "vae_groups": 8}
+            check_out(command, settings, older)
             size_px, skip = command.prior.image_size, command.skip_corrupt
             pixels_NHWC, labels_N, skipped = load_images(images, size_px, skip, report)
             start(command, settings)
@@ -139,6 +142,7 @@ def check_out(
         "data": "other images in --data",
         "classes": "other --class-names",
         "model": "other weights of --model",
+        "vae_groups": "the autoencoder of an older version",
     }
     for key, was, now in differences(before, settings):
         option = f"--{key.replace('_', '-')} {was}, now {now}"

@@ -70,6 +70,7 @@ def new_parts(
     unet_channels: tuple[int, int, int] = (32, 64, 128),
     vae_channels: tuple[int, ...] = (16, 32, 64),
     latent_channels: int = 4,
+    vae_groups: int = 8,
 ) -> ModelParts:
     """Initialise parts for images of `size_px` (a multiple of 4 · 2^levels).
 
@@ -98,7 +99,7 @@ def new_parts(
         "block_out_channels": vae_channels,
         "layers_per_block": 1,
         "latent_channels": latent_channels,
-        "norm_num_groups": 8,
+        "norm_num_groups": vae_groups,
         "sample_size": size_px,
         "mid_block_add_attention": False,
         "force_upcast": False,

@@ -34,6 +34,7 @@ from ...kernels.pixels import upsample_patches
 from ...kernels.student_input import student_input
 from ..config import PriorConfig
 from ..teacher.teacher import Teacher
+from .linear_start import norm_groups, start_linear
 from .loop import LossOf, M, Phase
 from .losses import (
     Conditioning,
@@ -80,6 +81,7 @@ class PriorTraining:
             unet_channels=(width, 2 * width, 4 * width),
             vae_channels=tuple(vae_width * 2**k for k in range(config.vae_factor.bit_length())),
             latent_channels=config.latent_channels,
+            vae_groups=norm_groups(vae_width),
         )
         prompts = [PROMPT.format(name=name) for name in self.class_names] + [""]
         states_GLD, pooled_GD = prompt_embeddings(self.parts, prompts)
@@ -104,6 +106,8 @@ class PriorTraining:
 
     def train_vae(self) -> None:
         """Phase 1; its latents' means are standard in every channel."""
+        rows = torch.arange(0, len(self.pixels_NHWC), max(1, len(self.pixels_NHWC) // 1024))
+        start_linear(self.parts.vae, self._images(rows))
         fix_posterior_width(self.parts.vae)
         batch = self.config.vae_batch
 
@@ -117,7 +121,6 @@ class PriorTraining:
         vae = self._run("vae", self.parts.vae, self.config.vae_steps, 1e-3, loss_of)
         fix_posterior_width(vae)  # undo the weight decay
         self.parts.vae = vae
-        rows = torch.arange(0, len(self.pixels_NHWC), max(1, len(self.pixels_NHWC) // 1024))
         latents = torch.cat([self._encode(self._images(part)) for part in rows.split(128)])
         standardise(vae, latents)
 
