@@ -216,18 +216,16 @@ def load_parts(
     unet_dtype, vae_dtype = (
         DTYPES[rest_precision(each, runs_on or device)] for each in (precision, vae_precision)
     )
-    load = _random if source.weights == "random" else _load
-    unet = load(UNet2DConditionModel, source, "unet", unet_dtype, device)
+    unet = _load(UNet2DConditionModel, source, "unet", unet_dtype, device)
     vae, tiny = load_vae(source, vae_dtype, device), None
     if source.has_tiny_decoder:
-        tiny = load(AutoencoderTiny, source, TINY_DECODER, vae_dtype, device)
+        tiny = _load(AutoencoderTiny, source, TINY_DECODER, vae_dtype, device)
     return ModelParts(unet, vae, tiny)
 
 
 def load_vae(source: ModelSource, dtype: torch.dtype, device: str) -> AutoencoderKL:
     """The VAE alone, in eval mode, without gradients."""
-    load = _random if source.weights == "random" else _load
-    return load(AutoencoderKL, source, "vae", dtype, device)
+    return _load(AutoencoderKL, source, "vae", dtype, device)
 
 
 def _random(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
@@ -262,10 +260,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _load(kind: Any, source: ModelSource, part: str, dtype: torch.dtype, device: str) -> Any:
-    """UNet or VAE with the tensors of `weight_files`, in eval mode, without gradients.
+    """A part with random weights or the tensors of `weight_files`, in eval mode, without gradients.
 
     diffusers' from_pretrained would look for other files as well, and leave missing tensors random.
     """
+    if source.weights == "random":
+        return _random(kind, source, part, dtype, device)
     module = _random(kind, source, part, dtype, "meta")
     found = read_tensors(source.part(part), part)
     module._fix_state_dict_keys_on_load(found)  # old VAEs name their attention otherwise
