@@ -118,10 +118,10 @@ def test_a_training_of_an_older_version_is_told_what_its_options_were(command: T
     settings.write_text(json.dumps(told))
     assert "--patch-factor 1, now 2: give" in _refused(command, RunError, resume=True)
     _begin(command, resume=True, prior=replace(command.prior, patch_factor=1))
-    del told["vae_groups"]
+    del told["parts"]
     settings.write_text(json.dumps({**told, "patch_factor": 2}))
     error = _refused(command, RunError, resume=True)
-    assert "was begun with the autoencoder of an older version: give" in error
+    assert "was begun with the model parts of an older version: give" in error
 
 
 def test_a_resume_with_other_images_or_names_says_so(command: TrainPrior, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from ..config import PriorConfig
 from ..data.folder import check_content, images_sha256
 from ..data.forms import open_data
 from ..options import TrainDecoder, TrainPrior
-from ..prior.linear_start import norm_groups
 from ..prior.training import PriorTraining
 from ..run.folder import RunError
 from ..run.progress import Report
@@ -33,6 +32,8 @@ from ..teacher.given import load_teacher
 MOST_GIB = 4.0
 UNET_BYTES, VAE_BYTES = 380 * 2**20, 20 * 2**20
 """On disk at the default widths: weights, checkpoints, their averages, optimiser states."""
+PARTS = 3
+"""Version of the initial modules: a begun training goes on only with its own."""
 WORK, SETTINGS, CARD = ".work", "settings.json", "model_card.json"
 
 
@@ -52,11 +53,10 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
             )
         check_memory(len(images), _image_bytes(command.prior), "--image-size or --crops")
         settings = command.prior.as_dict()
-        groups = norm_groups(command.prior.vae_width)
-        settings |= {"data": images_sha256(images), "classes": list(names), "vae_groups": groups}
+        settings |= {"data": images_sha256(images), "classes": list(names), "parts": PARTS}
         with full_disk_explained(command.out, _needed_bytes(command.prior)):
             # An older version lacks newer options.
-            older = {**PriorConfig().as_dict(), "patch_factor": 1, "vae_groups": 8}
+            older = {**PriorConfig().as_dict(), "patch_factor": 1, "parts": 1}
             check_out(command, settings, older)
             size_px, skip = command.prior.image_size, command.skip_corrupt
             pixels_NHWC, labels_N, skipped = load_images(images, size_px, skip, report)
@@ -142,7 +142,7 @@ def check_out(
         "data": "other images in --data",
         "classes": "other --class-names",
         "model": "other weights of --model",
-        "vae_groups": "the autoencoder of an older version",
+        "parts": "the model parts of an older version",
     }
     for key, was, now in differences(before, settings):
         option = f"--{key.replace('_', '-')} {was}, now {now}"

@@ -10,7 +10,7 @@
                phase 3 reaches in several small deterministic steps (progressive distillation,
                Salimans & Ho 2022).
 
-Shapes: B batch, latents z_B4hw scaled to unit variance, states x = z + sigma·n (diffusers'
+Shapes: B batch, latents z_B4hw of variance 1 on average, states x = z + sigma·n (diffusers'
 convention), UNet input x / sqrt(sigma² + 1). All tensors of a loss lie on the device of its bank;
 a CPU generator draws, so that draws are the same on any device.
 """
@@ -47,20 +47,30 @@ def fix_posterior_width(vae: AutoencoderKL) -> None:
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, means_NChw: Tensor) -> None:
-    """Give every latent channel mean 0 and standard deviation 1 by the posterior's means of images.
+def balance_channels(vae: AutoencoderKL, means_NChw: Tensor) -> None:
+    """Give each latent channel mean 0 and a variance proportional to what it shows, on average 1.
 
-    The 1×1 convolutions on both sides take the change, so that reconstructions stay the same.
-    Without it the channels that carry colour drown in noise that the others survive.
+    Given the posterior's means of images. What a channel shows is the root mean square change of
+    the decoded pixels when another image's channel replaces it. Equal variances turn errors in the
+    finest channels into grain; variances as the pixels have them drown those channels in noise.
+    The 1×1 convolutions on both sides take the change: reconstructions stay the same.
     """
     coder: Any = vae
     channels = vae.config["latent_channels"]
     mean_C, std_C = means_NChw.mean((0, 2, 3)), means_NChw.std((0, 2, 3))
+    some = means_NChw[:: max(1, len(means_NChw) // 256)]
+    decoded, shown_C = coder.decode(some).sample, torch.empty_like(std_C)
+    for channel in range(channels):
+        exchanged = some.clone()
+        exchanged[:, channel] = some[:, channel].roll(1, 0)
+        shown_C[channel] = (coder.decode(exchanged).sample - decoded).square().mean().sqrt()
+    shown_C.clamp_(min=1e-6)  # one image alone, or a channel that no image uses
+    scale_C = (shown_C / shown_C.mean()).sqrt() / std_C.clamp(min=1e-6)
     before, after = coder.quant_conv, coder.post_quant_conv
-    before.weight[:channels] /= std_C[:, None, None, None]
-    before.bias[:channels] = (before.bias[:channels] - mean_C) / std_C
+    before.weight[:channels] *= scale_C[:, None, None, None]
+    before.bias[:channels] = (before.bias[:channels] - mean_C) * scale_C
     after.bias += after.weight[:, :, 0, 0] @ mean_C
-    after.weight *= std_C[None, :, None, None]
+    after.weight /= scale_C[None, :, None, None]
 
 
 def vae_loss(vae: AutoencoderKL, images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
@@ -86,7 +96,7 @@ def vae_loss(vae: AutoencoderKL, images_BCHW: Tensor, generator: torch.Generator
 class LatentBank(NamedTuple):
     """The denoiser's training data, row by row: latents, classes, SDXL's micro-conditioning."""
 
-    latents_NChw: Tensor  # unit variance, fp16
+    latents_NChw: Tensor  # variance 1 on average, fp16
     enlarged_NChw: Tensor
     """Latents of the same images reduced to patches and enlarged again, fp16."""
     labels_N: Tensor  # int64

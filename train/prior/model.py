@@ -35,7 +35,8 @@ TOKENS = 77
 TEXT_WIDTH = 32
 TIME_IDS = 6  # original height and width, crop top and left, target height and width (SDXL)
 TIME_ID_WIDTH = 32
-POSTERIOR_STD = 0.05  # of the VAE's posterior, in units of its (unit-variance) means
+PROMPT_RMS = 3.0  # of the pooled states, beside which the UNet sees sines of root mean square 0.7
+POSTERIOR_STD = 0.05  # of the VAE's posterior; its means have variance 1
 
 
 @dataclass
@@ -170,6 +171,27 @@ def move_model(built: Path, folder: Path) -> None:
     for item in items:
         item.replace(folder / item.name)
     built.rmdir()
+
+
+@torch.no_grad()
+def separate_prompts(parts: ModelParts, prompts: list[str]) -> None:
+    """Let the pooled states of these prompts lie as far apart as TEXT_WIDTH dimensions allow.
+
+    Their mean becomes 0, their root mean square PROMPT_RMS; up to TEXT_WIDTH + 1 prompts get the
+    same distance to each other. A random encoder tells "cat" from "dog" by a few percent of their
+    length: a denoiser does not notice classes for its first thousands of steps.
+    """
+    encoder: Any = parts.text_encoder_2
+    norm, projection = encoder.text_model.final_layer_norm, encoder.text_projection
+    projection.weight.copy_(torch.eye(TEXT_WIDTH, dtype=torch.float32))
+    _, pooled_GD = prompt_embeddings(parts, prompts)
+    mean_D = pooled_GD.mean(0)
+    _, lengths, axes_KD = torch.linalg.svd((pooled_GD - mean_D).double(), full_matrices=False)
+    kept = lengths > 1e-3 * lengths[0]
+    axes_KD = axes_KD[kept]
+    norm.bias -= mean_D
+    scale = PROMPT_RMS * (pooled_GD.numel() / len(axes_KD)) ** 0.5
+    projection.weight.copy_(scale * axes_KD.T / lengths[kept] @ axes_KD)
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ from .losses import (
     Conditioning,
     Denoising,
     LatentBank,
+    balance_channels,
     denoiser_loss,
     few_step_loss,
     fix_posterior_width,
@@ -47,10 +48,9 @@ from .losses import (
     sampled_steps,
     samples_of_class,
     sigma_table,
-    standardise,
     vae_loss,
 )
-from .model import move_model, new_parts, prompt_embeddings, save_parts
+from .model import move_model, new_parts, prompt_embeddings, save_parts, separate_prompts
 
 PROMPT = "A photo of a {name}"
 HALF_UNIT = (0.5, 0.5, 0.5)  # mean and std that leave [-1, 1] unchanged
@@ -84,6 +84,7 @@ class PriorTraining:
             vae_groups=norm_groups(vae_width),
         )
         prompts = [PROMPT.format(name=name) for name in self.class_names] + [""]
+        separate_prompts(self.parts, prompts)
         states_GLD, pooled_GD = prompt_embeddings(self.parts, prompts)
         self.device = torch.device(device)
         self.conditioning = Conditioning(states_GLD.to(device), pooled_GD.to(device))
@@ -105,7 +106,7 @@ class PriorTraining:
         return to_unit(self.pixels_NHWC[rows].to(self.device))
 
     def train_vae(self) -> None:
-        """Phase 1; its latents' means are standard in every channel."""
+        """Phase 1; its latents' means have mean 0 and, on average, variance 1."""
         rows = torch.arange(0, len(self.pixels_NHWC), max(1, len(self.pixels_NHWC) // 1024))
         start_linear(self.parts.vae, self._images(rows))
         fix_posterior_width(self.parts.vae)
@@ -122,7 +123,7 @@ class PriorTraining:
         fix_posterior_width(vae)  # undo the weight decay
         self.parts.vae = vae
         latents = torch.cat([self._encode(self._images(part)) for part in rows.split(128)])
-        standardise(vae, latents)
+        balance_channels(vae, latents)
 
     @torch.no_grad()
     def _encode(self, images_BCHW: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ class PriorTraining:
 
     @torch.no_grad()
     def decode(self, latents_B4hw: Tensor) -> Tensor:
-        """Latents of unit variance → images in [-1, 1]."""
+        """Scaled latents → images in [-1, 1]."""
         scale = self.parts.vae.config["scaling_factor"]
         decoded = self.parts.vae.decode(latents_B4hw / scale, return_dict=False)[0]
         return decoded.clamp(-1, 1)
