@@ -2,8 +2,8 @@
 
 `StableDiffusionXLImg2ImgPipeline.from_pretrained` loads the folder: vae, unet, text_encoder,
 text_encoder_2, tokenizer, tokenizer_2, scheduler, model_index.json. The two text encoders are tiny,
-random and frozen: they give every prompt its own embedding, which is enough for a few dozen
-prompts; the UNet learns what the embeddings mean.
+random and frozen; the last layer of the second keeps the prompts of a training far apart. The UNet
+learns what the embeddings mean.
 """
 
 from __future__ import annotations
