@@ -51,19 +51,23 @@ def balance_channels(vae: AutoencoderKL, means_NChw: Tensor) -> None:
     """Give each latent channel mean 0 and a variance proportional to what it shows, on average 1.
 
     Given the posterior's means of images. What a channel shows is the root mean square change of
-    the decoded pixels when another image's channel replaces it. Equal variances turn errors in the
-    finest channels into grain; variances as the pixels have them drown those channels in noise.
-    The 1×1 convolutions on both sides take the change: reconstructions stay the same.
+    the decoded pixels when another image's channel replaces it. Equal variances would turn errors
+    in the finest channels into grain. The 1×1 convolutions on both sides take the change:
+    reconstructions stay the same.
     """
     coder: Any = vae
     channels = vae.config["latent_channels"]
     mean_C, std_C = means_NChw.mean((0, 2, 3)), means_NChw.std((0, 2, 3))
     some = means_NChw[:: max(1, len(means_NChw) // 256)]
-    decoded, shown_C = coder.decode(some).sample, torch.empty_like(std_C)
+
+    def decode(latents: Tensor) -> Tensor:
+        return torch.cat([coder.decode(part).sample for part in latents.split(32)])
+
+    decoded, shown_C = decode(some), torch.empty_like(std_C)
     for channel in range(channels):
         exchanged = some.clone()
         exchanged[:, channel] = some[:, channel].roll(1, 0)
-        shown_C[channel] = (coder.decode(exchanged).sample - decoded).square().mean().sqrt()
+        shown_C[channel] = (decode(exchanged) - decoded).square().mean().sqrt()
     shown_C.clamp_(min=1e-6)  # one image alone, or a channel that no image uses
     scale_C = (shown_C / shown_C.mean()).sqrt() / std_C.clamp(min=1e-6)
     before, after = coder.quant_conv, coder.post_quant_conv

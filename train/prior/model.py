@@ -36,7 +36,7 @@ TEXT_WIDTH = 32
 TIME_IDS = 6  # original height and width, crop top and left, target height and width (SDXL)
 TIME_ID_WIDTH = 32
 PROMPT_RMS = 3.0  # of the pooled states, beside which the UNet sees sines of root mean square 0.7
-POSTERIOR_STD = 0.05  # of the VAE's posterior; its means have variance 1
+POSTERIOR_STD = 0.05  # of the VAE's posterior; its means have variance 1 on average
 
 
 @dataclass
