@@ -55,9 +55,7 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
         settings = command.prior.as_dict()
         settings |= {"data": images_sha256(images), "classes": list(names), "parts": PARTS}
         with full_disk_explained(command.out, _needed_bytes(command.prior)):
-            # An older version lacks newer options.
-            older = {**PriorConfig().as_dict(), "patch_factor": 1, "parts": 1}
-            check_out(command, settings, older)
+            check_out(command, settings, older={**settings, "parts": 1})
             size_px, skip = command.prior.image_size, command.skip_corrupt
             pixels_NHWC, labels_N, skipped = load_images(images, size_px, skip, report)
             start(command, settings)
@@ -144,7 +142,9 @@ def check_out(
         "model": "other weights of --model",
         "parts": "the model parts of an older version",
     }
-    for key, was, now in differences(before, settings):
+    # What no option mends comes first.
+    found = sorted(differences(before, settings), key=lambda each: each[0] not in unsaid)
+    for key, was, now in found:
         option = f"--{key.replace('_', '-')} {was}, now {now}"
         raise RunError(
             f"{out} was begun with {unsaid.get(key, option)}: "
