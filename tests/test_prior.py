@@ -44,6 +44,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 TINY = PriorConfig(
     image_size=32,
+    width=32,
     vae_steps=3,
     vae_batch=4,
     unet_steps=3,
@@ -199,7 +200,7 @@ def test_a_wider_one_in_bf16_without_crops(tmp_path: Path) -> None:
     training = _training(tmp_path / "model", **wider, precision="bf16", crops=0, steps=1)
     folder = training.run(data="noise", command="train prior")
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
-    assert pipeline.unet.config.block_out_channels == [64, 128, 256]
+    assert pipeline.unet.config.block_out_channels == [64, 64, 128]
     assert pipeline.vae.config.block_out_channels == [24, 48]
     assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels == 6
     assert all(

@@ -30,9 +30,9 @@ from ..run.progress import Report
 from ..teacher.given import load_teacher
 
 MOST_GIB = 4.0
-UNET_BYTES, VAE_BYTES = 380 * 2**20, 20 * 2**20
+UNET_BYTES, VAE_BYTES = 430 * 2**20, 20 * 2**20
 """On disk at the default widths: weights, checkpoints, their averages, optimiser states."""
-PARTS = 3
+PARTS = 4
 """Version of the initial modules: a begun training goes on only with its own."""
 WORK, SETTINGS, CARD = ".work", "settings.json", "model_card.json"
 

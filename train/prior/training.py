@@ -78,7 +78,7 @@ class PriorTraining:
         self.parts = new_parts(
             config.image_size,
             self.work / "tokenizer",
-            unet_channels=(width, 2 * width, 4 * width),
+            unet_channels=(width, width, 2 * width),
             vae_channels=tuple(vae_width * 2**k for k in range(config.vae_factor.bit_length())),
             latent_channels=config.latent_channels,
             vae_groups=norm_groups(vae_width),
