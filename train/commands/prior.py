@@ -6,7 +6,6 @@ It keeps all training images (uint8) and their latents (fp16) in memory: at most
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def run_prior(command: TrainPrior, line: str) -> dict[str, Any]:
         settings = command.prior.as_dict()
         settings |= {"data": images_sha256(images), "classes": list(names), "parts": PARTS}
         with full_disk_explained(command.out, _needed_bytes(command.prior)):
-            check_out(command, settings, older={**settings, "parts": 1})
+            check_out(command, settings)
             size_px, skip = command.prior.image_size, command.skip_corrupt
             pixels_NHWC, labels_N, skipped = load_images(images, size_px, skip, report)
             start(command, settings)
@@ -107,15 +106,8 @@ def check_memory(images: int, each: int, options: str) -> None:
         )
 
 
-def check_out(
-    command: TrainPrior | TrainDecoder,
-    settings: dict[str, Any],
-    older: Mapping[str, Any] | None = None,
-) -> None:
-    """Raises RunError unless the folder is empty, or --resume or --overwrite applies to it.
-
-    `older`: settings that a training of an older version has not recorded.
-    """
+def check_out(command: TrainPrior | TrainDecoder, settings: dict[str, Any]) -> None:
+    """Raises RunError unless the folder is empty, or --resume or --overwrite applies to it."""
     out, record = command.out, command.out / WORK / SETTINGS
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} exists and is not a folder: choose another --out")
@@ -134,8 +126,7 @@ def check_out(
             f"--out {out} holds a model without the training that --resume would go on with (no "
             f"{WORK}/{SETTINGS}): give --overwrite to replace it, or choose another --out"
         )
-    told = read_json(record, RunError, "give --overwrite to begin anew", dict[str, Any])
-    before = {**(older or {}), **told}
+    before = read_json(record, RunError, "give --overwrite to begin anew", dict[str, Any])
     unsaid = {
         "data": "other images in --data",
         "classes": "other --class-names",
