@@ -85,8 +85,8 @@ setup-browser:
 	tar --extract --file .browser/axe-core-$(AXE).tgz --directory .browser --strip-components 1 package/axe.min.js
 
 demo: $(INSTALLED)
-	$(BIN)/train --data shapes --model sdxl-tiny --method random rded upsample dace --seeds 3 \
-	  --out $(DEMO_OUT) --overwrite
+	$(BIN)/train --data shapes --model sdxl-tiny --method random rded upsample dace --rho 1.0 \
+	  --seeds 3 --out $(DEMO_OUT) --overwrite
 
 test: bindings rtx ddranking
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile

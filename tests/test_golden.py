@@ -89,7 +89,7 @@ def as_before(now: Any, before: Any) -> Any:
 def test_what_is_said_is_what_was_said(name: str, compute: Callable[[], Any]) -> None:
     now = plain(compute())
     if name == "prior":
-        younger = {"vae_factor": 4, "latent_channels": 4, "patch_factor": 2, "parts": 4}
+        younger = {"vae_factor": 4, "latent_channels": 8, "patch_factor": 2, "parts": 4}
         assert {key: now.pop(key, None) for key in younger} == younger
     assert as_before(now, frozen(name)) == frozen(name)
 

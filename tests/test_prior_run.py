@@ -102,7 +102,7 @@ def test_a_model_without_its_training_is_not_resumed_and_stays_until_replaced(
 def test_images_and_their_latents_must_fit_into_memory(
     command: TrainPrior, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    each = 3 * 32**2 + 2 * 4 * 2 * 4 * 8**2  # pixels; 4 views, sharp and enlarged, in fp16
+    each = 3 * 32**2 + 2 * 4 * 2 * 8 * 8**2  # pixels; 4 views, sharp and enlarged, in fp16
     monkeypatch.setattr(prior_run, "MOST_GIB", 2.5 * each / 2**30)
     assert "give a folder of at most 2 images, or a" in _refused(command, ValueError)
     sharp_alone = replace(command.prior, patch_factor=1)

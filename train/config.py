@@ -142,7 +142,7 @@ def check_at_least(config: object, least: float, *names: str, option: bool = Fal
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """Sizes and lengths of `train prior`; the defaults made the shipped sdxl-tiny."""
+    """Sizes and lengths of `train prior`; the defaults, in bf16, made the shipped sdxl-tiny."""
 
     image_size: int = 64
     """Side of the images in px: a multiple of 16."""
@@ -159,7 +159,7 @@ class PriorConfig:
     as many. The denoiser cannot restore what the autoencoder blurs."""
     vae_factor: int = 4
     """How many times smaller the side of the latents is: 2 or 4."""
-    latent_channels: int = 4
+    latent_channels: int = 8
     """Channels of the latents: more keep finer detail."""
     patch_factor: int = 2
     """The denoiser also learns to sharpen patches of 1/n of the side, as `train --factor` cuts
@@ -171,13 +171,13 @@ class PriorConfig:
     """Random crops per image for the denoiser, besides the image and its mirror image."""
     precision: PriorPrecision = "fp32"
     """Precision of the denoiser's training passes; bf16 by autocast."""
-    unet_steps: int = 4500
+    unet_steps: int = 20_000
     """Optimiser steps of the denoiser."""
-    unet_batch: int = 64
+    unet_batch: int = 16
     """Latents per denoiser step, in all three denoiser phases."""
-    guidance_steps: int = 500
+    guidance_steps: int = 1200
     """Steps that distil guidance."""
-    few_step_steps: int = 1000
+    few_step_steps: int = 2400
     """Steps that distil several small sampler steps into one."""
     substeps: int = 5
     """Small deterministic teacher steps that one student evaluation replaces."""
