@@ -122,15 +122,17 @@ def _bars(axes: Axes, lines: Sequence[Line], rows: Mapping[str, Row], key: str) 
 
 
 def _about(rows: Mapping[str, Row]) -> str:
-    """Settings that all cells share."""
-    row = next((row for row in rows.values() if row.get("recipe")), None)
-    if row is None:
+    """Settings that all cells share, and the recipes."""
+    done = [row for row in rows.values() if row.get("recipe")]
+    if not done:
         return "No cell is done."
+    row = done[0]
     data, teacher = row["data"], row["teacher"]
+    recipes = dict.fromkeys(f"recipe {row['recipe']}, {row['epochs']} epochs" for row in done)
     return (
         f"{data['name']}: {data['training_images']} training and {data['validation_images']} "
-        f"validation images of {data['classes']} classes; recipe {row['recipe']}, "
-        f"{row['epochs']} epochs, {row['image_size']} px; students {row['student']}, "
+        f"validation images of {data['classes']} classes; "
+        f"{' and '.join(recipes)}, {row['image_size']} px; students {row['student']}, "
         f"{row['seeds']} of one coreset per line, mean ± std; teacher {teacher['architecture']}, "
         f"{plus_minus([teacher['accuracy'], None])} %{_models(rows)}. "
         "Accuracy of the last epoch on the whole validation set. A gap is in pooled standard "

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli_cases import SMALL, Command
 from patchbloom.engine.coreset.coreset import open_coreset
@@ -162,7 +163,7 @@ def test_an_accuracy_that_does_not_agree_is_refused(
     assert outcome.result["random"]["agrees"] is True
     assert outcome.result["random"]["bit_for_bit"] is False
     assert "the bits may differ, as these do: torch" in outcome.err
-    assert "difference +0.00, two standard errors of it" in outcome.result["random"]["told"]
+    assert "difference +0.00, chance explains" in outcome.result["random"]["told"]
     reseal(moved, lambda m: m["methods"]["random"].update(accuracies=[99.0, 98.0]))
     error = train(*options).error
     assert "% now, 98.50 ± 0.71 % published: difference -" in error
@@ -170,12 +171,31 @@ def test_an_accuracy_that_does_not_agree_is_refused(
     assert train(*options).result["random"]["agrees"] is None
 
 
-def test_two_standard_errors_of_the_difference_are_allowed() -> None:
-    then, near, far = [50.0, 52.0, 54.0], [52.0, 54.0, 56.0], [57.0, 59.0, 61.0]
-    told = "difference +2.00, two standard errors of it 3.27"  # 2 · sqrt(4 / 3 + 4 / 3)
-    assert publication.within_two_errors(near, then) == (True, told)
-    assert publication.within_two_errors(far, then)[0] is False
-    assert publication.within_two_errors(then, far)[0] is False
+def test_means_may_differ_by_what_chance_explains() -> None:
+    then, near, far = [50.0, 52.0, 54.0], [52.0, 54.0, 56.0], [59.0, 61.0, 63.0]
+    told = "difference +2.00, chance explains 7.50"  # 4.60 · sqrt(4 / 3 + 4 / 3); exactly 4.604
+    assert publication.within_chance(near, then) == (True, told)
+    assert publication.within_chance(far, then)[0] is False
+    assert publication.within_chance(then, far)[0] is False
+
+
+def test_one_honest_check_in_a_hundred_is_refused() -> None:
+    draws = np.random.default_rng(0).normal(50, 2, (4000, 2, 3)).tolist()
+    agree = [publication.within_chance(now, then)[0] for now, then in draws]
+    assert 0.985 < sum(map(bool, agree)) / len(agree) < 0.995
+
+
+def test_a_path_with_spaces_keeps_its_last_name_alone() -> None:
+    made = {
+        "command": "train --data '/home/my name/set' --out=/tmp/runs/a '--model=/my models/b c'",
+        "file": "/home/my name/teacher.safetensors",
+        "said": "it's 1/2 and http://a.org/b",
+    }
+    assert publication._without_folders(made) == {
+        "command": "train --data 'set' --out=a '--model=b c'",
+        "file": "teacher.safetensors",
+        "said": "it's 1/2 and http://a.org/b",
+    }
 
 
 @pytest.mark.parametrize(

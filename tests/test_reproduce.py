@@ -165,6 +165,7 @@ def test_a_stopped_table_goes_on_and_tells_both_deviations(
     assert row["published"] == {"CIFAR-10": [23.5]}
     results = json.loads((out / "results.json").read_text())
     assert results["rows"] == rows
+    assert train(*words, "--yes", *QUICK).result["rows"] == rows  # of one coreset: two are done
     assert [results["cells"][name]["students"] for name in names[1:]] == [2, 2]
     assert "| rded-ipc50-convnet-d3 | – | – | – | 68.4 |" in (out / "table.md").read_text()
 

@@ -361,8 +361,11 @@ def test_the_page_says_who_wins(data: Path, tmp_path: Path) -> None:
     rows[top_3.name]["label_bytes"] = 12.0
     hard = next(line.hard for line in lines if line.label == "dace" and line.hard)
     rows[hard.name] = row(hard, [20.0, 0.5])
+    rows["top-2"] = rows["random-ipc1-ceiling"] | {"recipe": "rd3", "epochs": 400}
+    del rows["top-2"]["commit"]
     page = scoreboard.render(lines, rows, {"rded-ipc1": "it broke"})
 
+    assert "classes; recipe small, 5 epochs and recipe rd3, 400 epochs, 32 px; students net" in page
     methods, codecs, gain = page.split("## ")[1:4]
     assert "| 42.0 ± 1.0 | 20.0 ± 0.5 | best | 70 % | 61 % | 4 | 1.0 KiB | 2.0 KiB |" in methods
     assert "| IPC 1 | random | 30.0 ± 3.0 | – | -5.4 | 50 % |" in methods

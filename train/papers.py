@@ -63,6 +63,11 @@ class PaperPlan:
 
     def cells(self, coresets: int = 1) -> tuple[Cell, ...]:
         """All cells, each for as many coresets, which are selected with the seeds 0, 1, …"""
+        cells = zip(*map(self.coreset, range(coresets)), strict=True)
+        return tuple(cell for of_row in cells for cell in of_row)
+
+    def coreset(self, k: int) -> tuple[Cell, ...]:
+        """All cells of coreset k."""
         return tuple(
             Cell(
                 name=f"{row}-seed{k}" if k else row,
@@ -75,7 +80,6 @@ class PaperPlan:
             )
             for method, ipc, student in product(self.methods, self.ipcs, self.students)
             for row in (f"{method}-ipc{ipc}-{student}",)
-            for k in range(coresets)
         )
 
 
@@ -131,7 +135,8 @@ PLANS: dict[str, PaperPlan] = {
         },
     ),
     "cifar10": PaperPlan(
-        source="DACE, Table 2, CIFAR-10, ConvNet-3 of width 128; RDED's recipe with r = 1",
+        source="DACE, Table 2, CIFAR-10, ConvNet-3 of width 128; RDED's recipe with r = 1, "
+        "where upsample shows the images of rded",
         data=f"CIFAR-10: {_CIFAR}",
         sets=("CIFAR-10",),
         words=("--recipe", "rded", "--image-size", "32", "--factor", "1"),

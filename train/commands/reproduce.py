@@ -27,7 +27,7 @@ from ...export.durable import replace_file, replace_json
 from ...export.terminal import say
 from ..config import is_ready_teacher
 from ..options import Train, TrainReproduce, TrainTeacher
-from ..papers import PLANS, Cell
+from ..papers import PLANS, Cell, PaperPlan
 from ..report.page import SUMMARY, ReportError, Summary
 from ..report.published import ABOUT, compare, markdown, table
 from ..run.progress import Report, duration
@@ -132,8 +132,8 @@ class _Reproduction:
         from .estimates import run_seconds, teacher_seconds  # torch
 
         say("measuring how fast this machine trains, answers and renders")
-        first = {cell.row: cell for cell in self.cells}
-        plans = {row: self._plan(cell) for row, cell in first.items()}
+        cells = {cell.row: cell for cell in self.cells}  # coresets of a row take as long
+        plans = {row: self._plan(cell) for row, cell in cells.items()}
         computed = {row: run_seconds(plan) for row, plan in plans.items()}
         took = {c: sum(r["seconds"].values()) for c in self.cells if (r := self.result(c))}
         over = sum(took.values()) / sum(computed[cell.row] for cell in took) if took else 1.0
@@ -188,7 +188,7 @@ class _Reproduction:
         plan = PLANS[self.options.plan]
         ours: dict[str, list[list[float | None]]] = {}
         cells: dict[str, Any] = {}
-        for cell in plan.cells(self.options.coresets):
+        for cell in plan.cells(self._coresets(plan)):
             summary = self.result(cell)
             if summary is None:
                 continue
@@ -205,6 +205,13 @@ class _Reproduction:
         told |= {"options": self.options.words, "rows": rows, "cells": cells}
         replace_json(self.out / RESULTS, {**told, "failed": dict(failed)})
         return rows
+
+    def _coresets(self, plan: PaperPlan) -> int:
+        """Coresets per row of the table: as many as asked for, and those finished before."""
+        count = self.options.coresets
+        while any((self.out / c.name / SUMMARY).is_file() for c in plan.coreset(count)):
+            count += 1
+        return count
 
 
 def _about(seconds: float) -> str:

@@ -66,7 +66,7 @@ def _select(making: Making, kind: str) -> PatchSelection:
     teacher = None if kind == "random" else making.teacher()
     asked, diversity = None, None
     if teacher is not None:
-        rule: Any = plan.select
+        rule: Any = kind
         candidates = plan.candidates
         if is_function(kind):  # sees the best crop of every image in the pool
             rule, candidates = load_function(kind), plan.recipe.pool_per_class
