@@ -361,7 +361,7 @@ class TrainReport:
 class TrainReproduce:
     """Run a paper's table beside its published numbers; options of `train` follow after `--`."""
 
-    example: ClassVar = "train reproduce imagenette-table1 --data imagenette2 --out runs/table1"
+    example: ClassVar = "train reproduce imagenette-table1 --data imagenet10 --out runs/table1"
     plan: Annotated[Positional[str], arg(help=PLAN_HELP, metavar="PLAN")]
     data: str | None = None
     """The data that the plan describes (--list shows it), in any form that `train` takes."""
