@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -87,6 +88,9 @@ def test_hard_targets_come_out_again_too(
 def test_the_card_has_the_numbers_and_guesses_no_licence(published: Path) -> None:
     card = (published / "README.md").read_text()
     manifest = json.loads((published / "manifest.json").read_text())
+    command = manifest["provenance"]["published"]["command"]
+    assert shlex.split(command)[-1] == "a|b"
+    assert command.endswith("'a|b'")  # can be typed again
     mean, std = json.loads((published.parent / "soft" / "summary.json").read_text())["accuracy"][
         "rded"
     ]

@@ -8,6 +8,7 @@ imports what it needs.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -128,7 +129,7 @@ def _execute_and_show(command: Command, given: list[str]) -> dict[str, Any]:
 
 
 def _execute(command: Command, given: list[str]) -> dict[str, Any]:
-    line = " ".join(["train", *given])
+    line = shlex.join(["train", *given])
     launch = read_launch()
     if isinstance(command, StudentElsewhere | TrainVerify):
         command = replace(command, coreset=fetched(command.coreset))

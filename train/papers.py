@@ -63,11 +63,6 @@ class PaperPlan:
 
     def cells(self, coresets: int = 1) -> tuple[Cell, ...]:
         """All cells, each for as many coresets, which are selected with the seeds 0, 1, …"""
-        cells = zip(*map(self.coreset, range(coresets)), strict=True)
-        return tuple(cell for of_row in cells for cell in of_row)
-
-    def coreset(self, k: int) -> tuple[Cell, ...]:
-        """All cells of coreset k."""
         return tuple(
             Cell(
                 name=f"{row}-seed{k}" if k else row,
@@ -80,6 +75,7 @@ class PaperPlan:
             )
             for method, ipc, student in product(self.methods, self.ipcs, self.students)
             for row in (f"{method}-ipc{ipc}-{student}",)
+            for k in range(coresets)
         )
 
 

@@ -209,7 +209,8 @@ class _Reproduction:
     def _coresets(self, plan: PaperPlan) -> int:
         """Coresets per row of the table: as many as asked for, and those finished before."""
         count = self.options.coresets
-        while any((self.out / c.name / SUMMARY).is_file() for c in plan.coreset(count)):
+        rows = [cell.row for cell in plan.cells()]
+        while any((self.out / f"{row}-seed{count}" / SUMMARY).is_file() for row in rows):
             count += 1
         return count
 
